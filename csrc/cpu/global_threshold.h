@@ -1,0 +1,156 @@
+// The exact magnitude threshold by radix select over the bits of |w|: for numbers that are not NaN the bits
+// order as the magnitudes do. Each pass counts one digit of the weights that share the digits found so far;
+// the last one writes the mask. Every thread owns one span of the row, so ties are dealt out by index.
+
+template <typename T>
+struct Radix;
+
+template <>
+struct Radix<float> {
+  using Bits = uint32_t;
+  static constexpr Bits magnitude = 0x7FFFFFFF, infinity = 0x7F800000;
+  static constexpr int shifts[] = {20, 10, 0};
+};
+
+template <>
+struct Radix<double> {
+  using Bits = uint64_t;
+  static constexpr Bits magnitude = 0x7FFFFFFFFFFFFFFF, infinity = 0x7FF0000000000000;
+  static constexpr int shifts[] = {52, 41, 30, 20, 10, 0};
+};
+
+constexpr int kBins = 2048;    // no digit is wider than 11 bits
+constexpr int kChunk = 1024;
+
+struct Span {
+  int64_t begin, end;
+};
+
+inline Span span_of(int64_t count, int thread, int threads) {
+  const int64_t chunks = (count + kChunk - 1) / kChunk;
+  const int64_t begin = chunks * thread / threads * kChunk, end = chunks * (thread + 1) / threads * kChunk;
+  return {begin, end < count ? end : count};
+}
+
+// Counts one digit of the kept weights whose higher digits are `prefix`; returns whether a kept one is NaN.
+template <typename T, bool first>
+bool count_digit(const T* weights, const uint8_t* mask, Span span, int shift, int above,
+                 typename Radix<T>::Bits prefix, uint32_t* histogram) {
+  using Bits = typename Radix<T>::Bits;
+  uint32_t counts[2][kBins];  // neighbours often share a digit: two tables keep the additions apart
+  __builtin_memset(counts, 0, sizeof counts);
+  const Bits digit_mask = first ? ~Bits(0) : (Bits(1) << (above - shift)) - 1;
+  bool nan = false;
+  for (int64_t begin = span.begin; begin < span.end; begin += kChunk) {
+    const int64_t count = begin + kChunk < span.end ? kChunk : span.end - begin;
+    const uint8_t* m = mask + begin;
+    Bits bits[kChunk + 1];
+    __builtin_memcpy(bits, weights + begin, count * sizeof(T));
+    if constexpr (first) {
+      Bits bad = 0;
+      for (int64_t i = 0; i < count; ++i) {
+        bits[i] &= Radix<T>::magnitude;
+        bad |= Bits(m[i] != 0) & Bits(bits[i] > Radix<T>::infinity);
+      }
+      nan |= bad != 0;
+      int64_t i = 0;
+      for (; i + 1 < count; i += 2) {
+        counts[0][bits[i] >> shift] += m[i];
+        counts[1][bits[i + 1] >> shift] += m[i + 1];
+      }
+      if (i < count) counts[0][bits[i] >> shift] += m[i];
+    } else {
+      int64_t found = 0;
+      for (int64_t i = 0; i < count; ++i) {
+        const Bits magnitude = bits[i] & Radix<T>::magnitude;
+        bits[found] = magnitude;
+        found += (magnitude >> above) == prefix && m[i];
+      }
+      for (int64_t i = 0; i < found; ++i) ++counts[i % 2][(bits[i] >> shift) & digit_mask];
+    }
+  }
+  for (int bin = 0; bin < kBins; ++bin) histogram[bin] = counts[0][bin] + counts[1][bin];
+  return nan;
+}
+
+// Keeps what is above the threshold, and the first `ties` that equal it.
+template <typename T>
+void write_mask(const T* weights, const uint8_t* mask, Span span, typename Radix<T>::Bits threshold, int64_t ties,
+                uint8_t* new_mask) {
+  using Bits = typename Radix<T>::Bits;
+  for (int64_t begin = span.begin; begin < span.end; begin += kChunk) {
+    const int64_t count = begin + kChunk < span.end ? kChunk : span.end - begin;
+    const uint8_t* m = mask + begin;
+    uint8_t* out = new_mask + begin;
+    Bits bits[kChunk];
+    __builtin_memcpy(bits, weights + begin, count * sizeof(T));
+    uint8_t equal = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      const Bits magnitude = bits[i] & Radix<T>::magnitude;
+      out[i] = m[i] & uint8_t(magnitude > threshold);
+      equal |= m[i] & uint8_t(magnitude == threshold);
+    }
+    if (!equal) continue;
+    for (int64_t i = 0; i < count && ties > 0; ++i) {
+      if (m[i] && (bits[i] & Radix<T>::magnitude) == threshold) {
+        out[i] = 1;
+        --ties;
+      }
+    }
+  }
+}
+
+template <typename T>
+void global_threshold(const GlobalThreshold<T>& a, int threads) {
+  using Bits = typename Radix<T>::Bits;
+  uint32_t* histograms = static_cast<uint32_t*>(__builtin_malloc(sizeof(uint32_t) * kBins * threads));
+  for (int64_t run = 0; run < a.runs; ++run) {
+    const T* weights = a.weights + run * a.weights_stride;
+    const uint8_t* mask = a.masks + run * a.masks_stride;
+    uint8_t* new_mask = a.new_masks + run * a.new_masks_stride;
+    Bits prefix = 0;
+    int64_t wanted = a.keep[run];  // of the weights that share `prefix`, how many of the largest are kept
+    int above = 0;
+    for (const int shift : Radix<T>::shifts) {
+      int nans = 0;
+#pragma omp parallel for num_threads(threads) schedule(static, 1) reduction(+ : nans)
+      for (int thread = 0; thread < threads; ++thread) {
+        const Span span = span_of(a.prunable, thread, threads);
+        uint32_t* histogram = histograms + thread * kBins;
+        nans += above == 0 ? count_digit<T, true>(weights, mask, span, shift, above, prefix, histogram)
+                           : count_digit<T, false>(weights, mask, span, shift, above, prefix, histogram);
+      }
+      if (above == 0) {
+        int64_t kept = 0;
+        for (int64_t i = 0; i < int64_t{threads} * kBins; ++i) kept += histograms[i];
+        a.verdict[run * 2] = nans;
+        a.verdict[run * 2 + 1] = kept;
+        if (nans || wanted > kept) wanted = 0;  // refused by the contract, which reads the verdict
+        if (wanted == 0) {                      // the threshold is above everything
+          prefix = Radix<T>::infinity;
+          break;
+        }
+      }
+      int bin = kBins - 1;
+      for (;; --bin) {
+        int64_t here = 0;
+        for (int thread = 0; thread < threads; ++thread) here += histograms[thread * kBins + bin];
+        if (here >= wanted) break;
+        wanted -= here;
+      }
+      const int width = above ? above - shift : 0;
+      prefix = (prefix << width) | Bits(bin);
+      above = shift;
+    }
+    // The last digit is 10 bits wide; each thread's count in its bin is how many of its weights tie.
+    const int bin = int(prefix & ((Bits(1) << 10) - 1));
+#pragma omp parallel for num_threads(threads) schedule(static, 1)
+    for (int thread = 0; thread < threads; ++thread) {
+      int64_t ties = wanted;
+      for (int before = 0; before < thread; ++before) ties -= wanted ? histograms[before * kBins + bin] : 0;
+      write_mask<T>(weights, mask, span_of(a.prunable, thread, threads), prefix, ties, new_mask);
+    }
+    __builtin_memcpy(a.thresholds + run, &prefix, sizeof(T));
+  }
+  __builtin_free(histograms);
+}

@@ -1,0 +1,33 @@
+// Compiled once for every instruction set, with SWAMP_ISA naming it. No standard containers in here: a template
+// that two instruction sets instantiate is one symbol to the linker, and it might keep the wider one.
+#include "kernels.h"
+
+#define SWAMP_JOIN2(a, b) a##b
+#define SWAMP_JOIN(a, b) SWAMP_JOIN2(a, b)
+
+namespace swamp {
+namespace SWAMP_JOIN(isa_, SWAMP_ISA) {
+namespace {
+
+constexpr uint32_t kCropFlip = 1;  // the purpose word of swamp_fast/data/streams.py
+
+#include "philox.h"
+
+#include "gather_augment.h"
+#include "global_threshold.h"
+#include "masked_sgd.h"
+#include "particle_mean.h"
+
+template <typename T>
+constexpr FloatKernels<T> float_kernels() {
+  return {masked_sgd_<T>, particle_mean<T>, global_threshold<T>, gather_augment<T>};
+}
+
+constexpr Kernels table = {float_kernels<float>(), float_kernels<double>(), philox};
+
+}  // namespace
+}  // namespace SWAMP_JOIN(isa_, SWAMP_ISA)
+
+const Kernels& SWAMP_JOIN(kernels_, SWAMP_ISA)() { return SWAMP_JOIN(isa_, SWAMP_ISA)::table; }
+
+}  // namespace swamp

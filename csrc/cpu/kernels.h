@@ -1,0 +1,86 @@
+// What each instruction set provides. Letters as in swamp_fast/__init__.py: R runs, L lanes, P parameters,
+// Q prunable ones, B batch. Strides are in elements, between rows; inside a row elements are contiguous.
+// Nothing here is checked: the contracts in swamp_fast/ops/ have done that.
+#pragma once
+
+#include <cstdint>
+
+namespace swamp {
+
+template <typename T>
+struct MaskedSgd {
+  T* weights;               // [L, P]
+  const T* grads;           // [L, P]
+  T* momentum_buffer;       // [L, P]
+  T* swa;                   // [L, P] running mean, or null
+  const uint8_t* masks;     // [R, Q]
+  const int64_t* run_of_lane;  // [L]
+  const double* lr;            // [L]
+  const double* momentum;      // [L]
+  const double* weight_decay;  // [L]
+  const double* swa_weight;    // [L] 1 / samples so far, 0 leaves the mean alone; null without swa
+  int64_t weights_stride, grads_stride, momentum_stride, swa_stride, masks_stride;
+  int64_t lanes, parameters, prunable;
+  bool nesterov;
+};
+
+template <typename T>
+struct ParticleMean {
+  const T* weights;            // [L, P]
+  const int64_t* run_of_lane;  // [L]
+  T* mean;                     // [R, P]
+  int64_t weights_stride, mean_stride;
+  int64_t lanes, parameters, runs;
+};
+
+template <typename T>
+struct GlobalThreshold {
+  const T* weights;      // [R, Q]
+  const uint8_t* masks;  // [R, Q]
+  const int64_t* keep;   // [R]
+  T* thresholds;         // [R]
+  uint8_t* new_masks;    // [R, Q]
+  int64_t* verdict;      // [R, 2] whether there was a NaN, how many weights the mask keeps
+  int64_t weights_stride, masks_stride, new_masks_stride;
+  int64_t runs, prunable;
+};
+
+struct Philox {
+  const int64_t* keys;  // [L, 3] seed, stream, time
+  uint32_t* words;      // [L, count]
+  int64_t lanes, count;
+  uint32_t purpose;
+};
+
+// Source is uint8 with a table, or T without one.
+template <typename T>
+struct GatherAugment {
+  const void* images;     // [n, H, W, C]
+  const T* table;         // [C, 256], or null: images are T and taken as they are
+  const int64_t* index;   // [L, B]
+  const int64_t* keys;    // [L, 3] seed, stream, epoch
+  T* out;                 // [L, B, C, H, W], or [L, B, H, W, C] in memory if channels_last
+  int64_t lanes, batch, height, width, channels;
+  int64_t pad;
+  bool flip, channels_last;
+};
+
+template <typename T>
+struct FloatKernels {
+  void (*masked_sgd_)(const MaskedSgd<T>&, int threads);
+  void (*particle_mean)(const ParticleMean<T>&, int threads);
+  void (*global_threshold)(const GlobalThreshold<T>&, int threads);
+  void (*gather_augment)(const GatherAugment<T>&, int threads);
+};
+
+struct Kernels {
+  FloatKernels<float> float32;
+  FloatKernels<double> float64;
+  void (*philox)(const Philox&, int threads);
+};
+
+const Kernels& kernels_generic();
+const Kernels& kernels_avx2();
+const Kernels& kernels_avx512();
+
+}  // namespace swamp

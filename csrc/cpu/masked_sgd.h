@@ -1,0 +1,64 @@
+// The masked SGD step and the SWA running mean, in one pass over the bank.
+// Rounds as torch.optim.SGD does, so the two give the same bits where both have a fused multiply-add.
+
+template <typename T>
+inline T multiply_add(T a, T b, T c) {
+#ifdef __FMA__
+  if constexpr (sizeof(T) == 4) return __builtin_fmaf(a, b, c);
+  return __builtin_fma(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
+// `masked` is false behind the prunable parameters (biases, norms), which have no mask.
+template <typename T, bool masked, bool nesterov, bool average>
+void masked_sgd_span(T* __restrict w, const T* __restrict g, T* __restrict m, T* __restrict s,
+                     const uint8_t* __restrict mask, int64_t count, T lr, T momentum, T weight_decay, T swa_weight) {
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) {
+    const T d = multiply_add(w[i], weight_decay, g[i]);
+    T buffer = momentum * m[i] + d;
+    const T step = nesterov ? multiply_add(buffer, momentum, d) : buffer;
+    T weight = multiply_add(step, -lr, w[i]);
+    if constexpr (masked) {
+      buffer = mask[i] ? buffer : T(0);
+      weight = mask[i] ? weight : T(0);
+    }
+    m[i] = buffer;
+    w[i] = weight;
+    if constexpr (average) s[i] = multiply_add(weight - s[i], swa_weight, s[i]);
+  }
+}
+
+template <typename T, bool masked>
+void masked_sgd_lane(const MaskedSgd<T>& a, int64_t lane, int64_t begin, int64_t end) {
+  T* w = a.weights + lane * a.weights_stride + begin;
+  const T* g = a.grads + lane * a.grads_stride + begin;
+  T* m = a.momentum_buffer + lane * a.momentum_stride + begin;
+  const uint8_t* mask = masked ? a.masks + a.run_of_lane[lane] * a.masks_stride + begin : nullptr;
+  const bool average = a.swa && a.swa_weight[lane] != 0;
+  T* s = average ? a.swa + lane * a.swa_stride + begin : nullptr;
+  const T lr = T(a.lr[lane]), momentum = T(a.momentum[lane]), weight_decay = T(a.weight_decay[lane]);
+  const T swa_weight = average ? T(a.swa_weight[lane]) : T(0);
+  const auto span = average ? (a.nesterov ? masked_sgd_span<T, masked, true, true> : masked_sgd_span<T, masked, false, true>)
+                            : (a.nesterov ? masked_sgd_span<T, masked, true, false> : masked_sgd_span<T, masked, false, false>);
+  span(w, g, m, s, mask, end - begin, lr, momentum, weight_decay, swa_weight);
+}
+
+template <typename T>
+void masked_sgd_(const MaskedSgd<T>& a, int threads) {
+  // The lanes of a block follow each other, so that a mask is fetched once and read L times.
+  constexpr int64_t kBlock = 4096;
+  const int64_t blocks = (a.parameters + kBlock - 1) / kBlock;
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t block = 0; block < blocks; ++block) {
+    const int64_t begin = block * kBlock;
+    const int64_t end = begin + kBlock < a.parameters ? begin + kBlock : a.parameters;
+    const int64_t middle = a.prunable < begin ? begin : a.prunable < end ? a.prunable : end;
+    for (int64_t lane = 0; lane < a.lanes; ++lane) {
+      if (begin < middle) masked_sgd_lane<T, true>(a, lane, begin, middle);
+      if (middle < end) masked_sgd_lane<T, false>(a, lane, middle, end);
+    }
+  }
+}

@@ -1,0 +1,57 @@
+"""Build the CPU kernels. No network, no torch: they take addresses, so a wheel works with any torch version."""
+
+import platform
+import sys
+from pathlib import Path
+
+from pybind11.setup_helpers import Pybind11Extension, build_ext
+from setuptools import setup
+
+CPU = Path("csrc/cpu")
+X86 = platform.machine().lower() in ("x86_64", "amd64")
+WINDOWS = sys.platform == "win32"
+COMMON = ["/O2"] if WINDOWS else ["-O3", "-fno-math-errno", "-ffp-contract=off", "-fvisibility=hidden"]
+OPENMP = {"win32": ["/openmp"], "darwin": []}.get(sys.platform, ["-fopenmp"])
+
+# kernels.cpp is compiled once an instruction set; module.cpp picks one at run time.
+INSTRUCTION_SETS = {"generic": []}
+if X86:
+    INSTRUCTION_SETS["avx2"] = ["/arch:AVX2"] if WINDOWS else ["-mavx2", "-mfma"]
+    INSTRUCTION_SETS["avx512"] = (
+        ["/arch:AVX512"]
+        if WINDOWS
+        else ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"]
+    )
+
+
+class BuildKernels(build_ext):
+    """Compile kernels.cpp for every instruction set, then the module that chooses among them."""
+
+    def build_extension(self, ext):
+        """Build one extension module with its per-instruction-set objects."""
+        self.build_temp = str(Path(self.build_temp))
+        for name, flags in INSTRUCTION_SETS.items():
+            ext.extra_objects += self.compiler.compile(
+                [str(CPU / "kernels.cpp")],
+                output_dir=str(Path(self.build_temp) / name),
+                macros=[("SWAMP_ISA", name)],
+                extra_postargs=[*COMMON, *OPENMP, *flags, "/std:c++17" if WINDOWS else "-std=c++17"],
+                depends=ext.depends,
+            )
+        super().build_extension(ext)
+
+
+setup(
+    ext_modules=[
+        Pybind11Extension(
+            "swamp_fast._C",
+            [str(CPU / "module.cpp")],
+            depends=[str(path) for path in CPU.glob("*")],
+            define_macros=[("SWAMP_X86", "1")] if X86 else [],
+            extra_compile_args=[*COMMON, *OPENMP],
+            extra_link_args=[] if WINDOWS else OPENMP,
+            cxx_std=17,
+        )
+    ],
+    cmdclass={"build_ext": BuildKernels},
+)

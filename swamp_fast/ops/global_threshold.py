@@ -1,0 +1,72 @@
+"""The exact global magnitude threshold of every run, and the mask that it leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from swamp_fast.ops._contract import FLOATS, Contract, native, register, triton_kernels
+
+
+def global_threshold(weights: Tensor, masks: Tensor, keep: Tensor | Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Keep the `keep` largest |w| of every run among those its mask keeps; equal ones by the lowest index.
+
+    No sort and no copy of the weights: a radix select over the bits of |w|, one small histogram a pass.
+
+    weights  [R, Q]  float32 or float64; rows may be strided
+    masks    [R, Q]  bool, False is pruned already
+    keep     [R]     int64 tensor or integers, 0 … what the mask keeps
+
+    Returns thresholds [R], like weights, the smallest |w| that was kept (infinity where keep is 0), and the new
+    masks [R, Q] bool with exactly `keep` True. On a GPU the call waits for its verdict once.
+    Raises ValueError for a NaN among the kept weights, for keeping more than there are, and for what doesn't fit.
+    """
+    c = Contract("global_threshold")
+    c.tensor("weights", weights, "R Q", FLOATS, rows=True)
+    c.tensor("masks", masks, "R Q", [torch.bool], rows=True)
+    if not isinstance(keep, Tensor):
+        keep = torch.tensor(list(keep), dtype=torch.int64, device=weights.device)
+    c.tensor("keep", keep, "R", [torch.int64], advice="One count a run.")
+    if keep.device.type == "cpu" and bool((keep < 0).any()):
+        raise c.fail(f"`keep` must be at least 0, got {keep.tolist()}.")
+    thresholds, new_masks, verdict = torch.ops.swamp_fast.global_threshold(weights, masks, keep)
+    for run, (nans, kept) in enumerate(verdict.tolist()):
+        if nans:
+            raise c.fail(
+                f"run {run} has NaN among the weights its mask keeps. The particles diverged: lower the learning rate."
+            )
+        if kept < int(keep[run]):
+            raise c.fail(f"run {run} is to keep {int(keep[run])} weights, but its mask keeps only {kept}.")
+    return thresholds, new_masks
+
+
+def _cpu(weights: Tensor, masks: Tensor, keep: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    thresholds, new_masks, verdict = _fake(weights, masks, keep)
+    threads = torch.get_num_threads()
+    kernel = native().global_threshold_float32 if weights.dtype == torch.float32 else native().global_threshold_float64
+    kernel(
+        *(weights.data_ptr(), weights.stride(0), masks.data_ptr(), masks.stride(0), keep.data_ptr()),
+        *(thresholds.data_ptr(), new_masks.data_ptr(), new_masks.stride(0), verdict.data_ptr()),
+        *(weights.shape[0], weights.shape[1], threads),
+    )
+    return thresholds, new_masks, verdict
+
+
+def _cuda(weights: Tensor, masks: Tensor, keep: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    result: tuple[Tensor, Tensor, Tensor] = triton_kernels("global_threshold").global_threshold(weights, masks, keep)
+    return result
+
+
+def _fake(weights: Tensor, masks: Tensor, keep: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    runs = weights.shape[0]
+    return weights.new_empty(runs), masks.new_empty(masks.shape), keep.new_empty((runs, 2))
+
+
+register(
+    "global_threshold(Tensor weights, Tensor masks, Tensor keep) -> (Tensor, Tensor, Tensor)",
+    cpu=_cpu,
+    cuda=_cuda,
+    fake=_fake,
+)
