@@ -13,6 +13,7 @@ def gather_augment_kernel(
     images,  # [n, H, W, C]
     table,  # [C, 256], or images again if not HAS_TABLE
     index,  # [L, B]
+    samples,  # [L, B] what a draw is addressed by
     keys,  # [L, 3] seed, stream, epoch
     out,  # [L, B, C, H, W], in memory [L, B, H, W, C] if CHANNELS_LAST
     batch,
@@ -27,12 +28,13 @@ def gather_augment_kernel(
     BLOCK: tl.constexpr,
 ):
     item = tl.program_id(0).to(tl.int64)
-    sample = tl.load(index + item)
+    picture = images + tl.load(index + item) * height * width * channels
     size = height * width * channels
     dy = 0
     dx = 0
     mirrored = False
     if AUGMENT:
+        sample = tl.load(samples + item)
         key = keys + item // batch * 3
         w0, w1, w2, _ = tl.philox(
             tl.load(key),
@@ -60,15 +62,13 @@ def gather_augment_kernel(
         from_y = y + dy
         written = at < size
         inside = written & (from_y >= 0) & (from_y < height) & (from_x >= 0) & (from_x < width)
-        value = tl.load(
-            images + sample * size + (from_y * width + from_x) * channels + c, mask=inside, other=0
-        )
+        value = tl.load(picture + (from_y * width + from_x) * channels + c, mask=inside, other=0)
         if HAS_TABLE:
             value = tl.load(table + c * 256 + value.to(tl.int32), mask=written)
         tl.store(out + item * size + at, value, mask=written)
 
 
-def gather_augment(images, table, index, keys, pad, flip, channels_last):
+def gather_augment(images, table, index, samples, keys, pad, flip, channels_last):
     """Launch the gather; arguments as in swamp_fast/ops/gather_augment.py."""
     _, height, width, channels = images.shape
     lanes, batch = index.shape
@@ -80,7 +80,7 @@ def gather_augment(images, table, index, keys, pad, flip, channels_last):
     if out.numel():
         with torch.cuda.device_of(images):
             gather_augment_kernel[(lanes * batch,)](
-                *(images, images if table is None else table, index, keys, out),
+                *(images, images if table is None else table, index, samples, keys, out),
                 *(batch, height, width, channels, pad),
                 HAS_TABLE=table is not None,
                 FLIP=flip,

@@ -33,17 +33,16 @@ void gather_pictures(const GatherAugment<T>& a, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t item = 0; item < a.lanes * a.batch; ++item) {
     const int64_t* key = a.keys + item / a.batch * 3;
-    const int64_t sample = a.index[item];
     int64_t dy = 0, dx = 0;
     bool flip = false;
     if (a.pad > 0 || a.flip) {
-      const Words draw = philox_block(key[0], key[1], key[2], kCropFlip, static_cast<uint32_t>(sample));
+      const Words draw = philox_block(key[0], key[1], key[2], kCropFlip, static_cast<uint32_t>(a.samples[item]));
       const uint64_t places = static_cast<uint64_t>(2 * a.pad + 1);
       dy = static_cast<int64_t>(draw.w[0] * places >> 32) - a.pad;
       dx = static_cast<int64_t>(draw.w[1] * places >> 32) - a.pad;
       flip = a.flip && draw.w[2] >> 31;
     }
-    gather_picture<T, Source>(a, images + sample * size, a.out + item * size, dy, dx, flip);
+    gather_picture<T, Source>(a, images + a.index[item] * size, a.out + item * size, dy, dx, flip);
   }
 }
 

@@ -58,6 +58,7 @@ struct GatherAugment {
   const void* images;     // [n, H, W, C]
   const T* table;         // [C, 256], or null: images are T and taken as they are
   const int64_t* index;   // [L, B]
+  const int64_t* samples; // [L, B] what a draw is addressed by
   const int64_t* keys;    // [L, 3] seed, stream, epoch
   T* out;                 // [L, B, C, H, W], or [L, B, H, W, C] in memory if channels_last
   int64_t lanes, batch, height, width, channels;

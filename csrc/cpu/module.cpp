@@ -86,12 +86,12 @@ void bind(py::module_& m, const std::string& type) {
                                         threads);
         });
   m.def(("gather_augment_" + type).c_str(),
-        [](uintptr_t images, uintptr_t table, uintptr_t index, uintptr_t keys, uintptr_t out, int64_t lanes,
-           int64_t batch, int64_t height, int64_t width, int64_t channels, int64_t pad, bool flip, bool channels_last,
+        [](uintptr_t images, uintptr_t table, uintptr_t index, uintptr_t samples, uintptr_t keys, uintptr_t out,
+           int64_t lanes, int64_t batch, int64_t height, int64_t width, int64_t channels, int64_t pad, bool flip, bool channels_last,
            int threads) {
           py::gil_scoped_release release;
-          kernels<T>().gather_augment({at<void>(images), at<T>(table), at<int64_t>(index), at<int64_t>(keys),
-                                       at<T>(out), lanes, batch, height, width, channels, pad, flip, channels_last},
+          kernels<T>().gather_augment({at<void>(images), at<T>(table), at<int64_t>(index), at<int64_t>(samples),
+                                       at<int64_t>(keys), at<T>(out), lanes, batch, height, width, channels, pad, flip, channels_last},
                                       threads);
         });
 }

@@ -14,6 +14,7 @@ def gather_augment(
     index: Tensor,
     keys: Tensor,
     *,
+    samples: Tensor | None = None,
     pad: int = 0,
     flip: bool = False,
     channels_last: bool = False,
@@ -28,6 +29,7 @@ def gather_augment(
     table          [C, 256]      float32 or float64: the standardised value of every byte; None without uint8
     index          [L, B]        int64, samples in [0, n)
     keys           [L, 3]        int64: seed, stream, epoch
+    samples        [L, B]        int64, the sample that a draw is addressed by, if `images` is a part; else `index`
     pad                          pixels, 0 … 64
     channels_last                the result's memory order is [L, B, H, W, C]; its shape stays
 
@@ -44,18 +46,28 @@ def gather_augment(
     if not 0 <= pad <= 64:
         raise c.fail(f"`pad` must lie in [0, 64] pixels, got {pad}.")
     c.in_range("index", index, c.size("n"), "n")
-    out: Tensor = torch.ops.swamp_fast.gather_augment(images, table, index, keys, pad, flip, channels_last)
+    if samples is None:
+        samples = index
+    c.tensor("samples", samples, "L B", [torch.int64])
+    out: Tensor = torch.ops.swamp_fast.gather_augment(images, table, index, samples, keys, pad, flip, channels_last)
     return out
 
 
 def _cpu(
-    images: Tensor, table: Tensor | None, index: Tensor, keys: Tensor, pad: int, flip: bool, channels_last: bool
+    images: Tensor,
+    table: Tensor | None,
+    index: Tensor,
+    samples: Tensor,
+    keys: Tensor,
+    pad: int,
+    flip: bool,
+    channels_last: bool,
 ) -> Tensor:
-    out = _fake(images, table, index, keys, pad, flip, channels_last)
+    out = _fake(images, table, index, samples, keys, pad, flip, channels_last)
     kernel = native().gather_augment_float32 if out.dtype == torch.float32 else native().gather_augment_float64
     kernel(
         *(images.data_ptr(), table.data_ptr() if table is not None else 0),
-        *(index.data_ptr(), keys.data_ptr(), out.data_ptr()),
+        *(index.data_ptr(), samples.data_ptr(), keys.data_ptr(), out.data_ptr()),
         *(index.shape[0], index.shape[1], *images.shape[1:]),
         *(pad, flip, channels_last, torch.get_num_threads()),
     )
@@ -63,15 +75,29 @@ def _cpu(
 
 
 def _cuda(
-    images: Tensor, table: Tensor | None, index: Tensor, keys: Tensor, pad: int, flip: bool, channels_last: bool
+    images: Tensor,
+    table: Tensor | None,
+    index: Tensor,
+    samples: Tensor,
+    keys: Tensor,
+    pad: int,
+    flip: bool,
+    channels_last: bool,
 ) -> Tensor:
     kernels = triton_kernels("gather_augment")
-    out: Tensor = kernels.gather_augment(images, table, index, keys, pad, flip, channels_last)
+    out: Tensor = kernels.gather_augment(images, table, index, samples, keys, pad, flip, channels_last)
     return out
 
 
 def _fake(
-    images: Tensor, table: Tensor | None, index: Tensor, keys: Tensor, pad: int, flip: bool, channels_last: bool
+    images: Tensor,
+    table: Tensor | None,
+    index: Tensor,
+    samples: Tensor,
+    keys: Tensor,
+    pad: int,
+    flip: bool,
+    channels_last: bool,
 ) -> Tensor:
     _, height, width, channels = images.shape
     lanes, batch = index.shape
@@ -83,7 +109,7 @@ def _fake(
 
 
 register(
-    "gather_augment(Tensor images, Tensor? table, Tensor index, Tensor keys, int pad, bool flip, "
+    "gather_augment(Tensor images, Tensor? table, Tensor index, Tensor samples, Tensor keys, int pad, bool flip, "
     "bool channels_last) -> Tensor",
     cpu=_cpu,
     cuda=_cuda,

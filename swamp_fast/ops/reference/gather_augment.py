@@ -14,13 +14,14 @@ def gather_augment(
     index: Tensor,
     keys: Tensor,
     *,
+    samples: Tensor | None = None,
     pad: int = 0,
     flip: bool = False,
     channels_last: bool = False,
 ) -> Tensor:
     """Gather each lane's pictures; the contract is in swamp_fast/ops/gather_augment.py."""
     _, height, width, channels = images.shape
-    words = philox_blocks(keys[:, None, :], CROP_FLIP, index).long() & 0xFFFFFFFF  # [L, B, 4]
+    words = philox_blocks(keys[:, None, :], CROP_FLIP, index if samples is None else samples).long() & 0xFFFFFFFF  # [L, B, 4]
     dy, dx = ((words[..., :2] * (2 * pad + 1) >> 32) - pad).unbind(-1)
     mirrored = (words[..., 2] >> 31).bool() & flip
 

@@ -1,0 +1,53 @@
+"""Re-estimating running statistics: averaged weights with a particle's statistics give chance accuracy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from swamp_fast.data.store import Data, pass_in_stored_order
+
+
+def norms_of(modules: Iterable[nn.Module]) -> list[Any]:
+    """The norms among the modules' parts that keep running statistics."""
+    parts = [part for module in modules for part in module.modules()]
+    return [part for part in parts if isinstance(part, _NormBase) and part.running_mean is not None]
+
+
+def reset_running_stats(modules: Iterable[nn.Module]) -> None:
+    """Fresh statistics, as every cycle starts with."""
+    for norm in norms_of(modules):
+        norm.reset_running_stats()
+
+
+@torch.no_grad()
+def reestimate(
+    modules: list[nn.Module], run: Callable[[Any], object], data: Data, batch_size: int, channels_last: bool = False
+) -> None:
+    """Set the running statistics to the mean over the batches of a pass in stored order, weighted by samples.
+
+    run(inputs [B, ...]) runs all modules on one batch. Only norms are in train mode: dropout stays off. Leaves the
+    modules in eval mode.
+    """
+    norms = norms_of(modules)
+    momenta = [norm.momentum for norm in norms]
+    for module in modules:
+        module.eval()
+    if not norms:
+        return
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.train()
+    seen = 0
+    for inputs, _, count in pass_in_stored_order(data, batch_size, channels_last):
+        seen += count
+        for norm in norms:
+            norm.momentum = count / seen
+        run(inputs)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+        norm.eval()

@@ -1,0 +1,182 @@
+"""A run on disk: a folder of plain files, each written beside, flushed and renamed; loading executes nothing.
+
+    run.json                what the run is: settings, fingerprints, versions, the engine's choices
+    config.toml             the settings alone, to start another run from
+    history.jsonl           a line a cycle
+    ticket.safetensors      the ticket's parameters and buffers
+    cycle_00.safetensors …  each cycle's average, compact: values/NAME the kept weights in order, mask/NAME the mask's
+                            bits (numpy.packbits), state/NAME everything else; shapes and row in the metadata
+    model.safetensors       the last average as a plain state dict, for load_state_dict
+    masks.safetensors       its masks, bool
+    particles.safetensors   the particles of the last cycle, [N, ...], if they are kept
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+FORMAT = "swamp_fast 1"
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """One cycle's average, its masks and its row of the history."""
+
+    state: dict[str, Tensor]  # parameters and buffers
+    masks: dict[str, Tensor]  # bool, of the prunable parameters
+    row: dict[str, Any]
+
+    def packed(self) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """The compact tensors and the metadata of its file."""
+        tensors: dict[str, Tensor] = {}
+        for name, tensor in self.state.items():
+            if name in self.masks:
+                mask = self.masks[name].cpu()
+                tensors[f"values/{name}"] = tensor.cpu()[mask]
+                tensors[f"mask/{name}"] = torch.from_numpy(np.packbits(mask.numpy()))
+            else:
+                tensors[f"state/{name}"] = tensor.cpu()
+        shapes = {name: list(mask.shape) for name, mask in self.masks.items()}
+        order = list(self.state)
+        return tensors, {"shapes": json.dumps(shapes), "order": json.dumps(order), "row": json.dumps(self.row)}
+
+    @classmethod
+    def unpacked(cls, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Snapshot:
+        """The inverse of `packed`."""
+        shapes = json.loads(metadata["shapes"])
+        state, masks = {}, {}
+        for name in json.loads(metadata["order"]):
+            if name not in shapes:
+                state[name] = tensors[f"state/{name}"]
+                continue
+            shape = shapes[name]
+            count = int(np.prod(shape))
+            bits = np.unpackbits(tensors[f"mask/{name}"].numpy(), count=count)
+            masks[name] = torch.from_numpy(bits.astype(bool)).view(shape)
+            values = tensors[f"values/{name}"]
+            state[name] = torch.zeros(shape, dtype=values.dtype).masked_scatter_(masks[name], values)
+        return cls(state, masks, json.loads(metadata["row"]))
+
+
+class RunDirectory:
+    """The files of one run."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path).expanduser()
+
+    def create(self, about: dict[str, Any]) -> None:
+        """Make the folder and say what the run is."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.write_about(about)
+
+    def is_empty(self) -> bool:
+        """Whether nothing is there yet; a half-written file of a run that never began counts as nothing."""
+        if self.path.exists() and not self.path.is_dir():
+            raise ValueError(f"run_dir {self.path} must be a folder, but a file is there.")
+        return not self.path.exists() or all(entry.name.endswith(".part") for entry in self.path.iterdir())
+
+    def write_about(self, about: dict[str, Any]) -> None:
+        """Write run.json."""
+        write(self.path / "run.json", json.dumps({"format": FORMAT, **about}, indent=1).encode())
+
+    def about(self) -> dict[str, Any]:
+        """What the run is; refused if the folder isn't a run of ours."""
+        path = self.path / "run.json"
+        if not path.exists():
+            raise ValueError(
+                f"{self.path} holds files but no run.json, so it is no run of swamp_fast; name an empty or new folder."
+            )
+        try:
+            about: dict[str, Any] = json.loads(path.read_text())
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged ({error}); move the folder away to start afresh.") from error
+        if about.get("format") != FORMAT:
+            raise ValueError(
+                f'{path} has the format "{about.get("format")}", this version reads "{FORMAT}"; read it with the '
+                f"version that wrote it ({about.get('version', 'unknown')})."
+            )
+        return about
+
+    def write_ticket(self, state: Mapping[str, Tensor]) -> None:
+        """Write the ticket."""
+        save_tensors(self.path / "ticket.safetensors", state)
+
+    def ticket(self) -> dict[str, Tensor] | None:
+        """The ticket, if it was reached."""
+        path = self.path / "ticket.safetensors"
+        return load_tensors(path)[0] if path.exists() else None
+
+    def write_cycle(self, cycle: int, snapshot: Snapshot, rows: list[dict[str, Any]]) -> None:
+        """Write a cycle's average, and the history up to it."""
+        save_tensors(self.cycle_path(cycle), *snapshot.packed())
+        write(self.path / "history.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
+
+    def cycle_path(self, cycle: int) -> Path:
+        """Where a cycle's average is."""
+        return self.path / f"cycle_{cycle:02d}.safetensors"
+
+    def cycle(self, cycle: int) -> Snapshot:
+        """A cycle's average."""
+        return read_snapshot(self.cycle_path(cycle))
+
+    def cycles_done(self) -> int:
+        """How many cycles are there, from 0 on without a gap."""
+        done = 0
+        while self.cycle_path(done).exists():
+            done += 1
+        return done
+
+
+def read_snapshot(path: Path) -> Snapshot:
+    """The average in a cycle's file."""
+    tensors, metadata = load_tensors(path)
+    try:
+        return Snapshot.unpacked(tensors, metadata)
+    except (KeyError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{path} is no checkpoint of a cycle ({type(error).__name__}: {error}).") from error
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write named tensors as safetensors, atomically."""
+    plain = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+    write(path, safetensors.torch.save(plain, metadata={"format": "pt", **(metadata or {})}))
+
+
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Named tensors and metadata of a safetensors file, on the CPU."""
+    if not path.exists():
+        raise FileNotFoundError(f"there is no {path}.")
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
+        raise ValueError(
+            f"{path} is damaged or no safetensors file ({error}). Delete it to go on from the cycle before it."
+        ) from error
+
+
+def write(path: Path, content: bytes) -> None:
+    """Write a file so that it is there whole or not at all: beside, flushed, renamed."""
+    part = path.with_name(path.name + ".part")
+    with open(part, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)
+    if os.name == "posix":
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)

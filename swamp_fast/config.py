@@ -1,0 +1,245 @@
+"""SwampConfig: every setting of a run as plain values, checked on creation, to and from TOML."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import numbers
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+CHOICES = {
+    "augment": ("auto", "none", "crop_flip"),
+    "rewind": ("ticket", "average"),
+    "engine": ("auto", "eager", "fused"),
+    "precision": ("float32", "float64", "bfloat16"),
+}
+# They say where a run happens and what is shown of it, not what it computes.
+NOT_IDENTITY = ("device", "run_dir", "resume", "progress", "data_dir")
+MOST_PARTICLES = 1 << 16  # a particle's number has 16 bits of its stream's word
+MOST_CYCLES = (1 << 16) - 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class SwampConfig:
+    """The settings of one run. Those marked *ours* are our choice: the paper's text for them could not be had.
+
+    Attributes:
+        particles: N, trained from one ticket and averaged; an int, or cycles + 1 of them, one a training (SWAMP+).
+            *Ours*: 4.
+        cycles: C, the number of prunings; there are C + 1 trainings, the first of them dense. 0 trains dense only.
+        target_density: instead of `cycles`: prune until kept / prunable is at most this.
+        prune: the fraction of the remaining weights that each cycle removes.
+        epochs: length of every training.
+        ticket_epochs: T0, dense training at the constant rate `lr` before the first cycle. 0: the given weights are
+            the ticket, also a way to warm-start. *Ours*: 10.
+        batch_size: samples a particle and step. A DataLoader's own batch size replaces it. *Ours*: 128.
+        lr: the rate that each training starts with.
+        swa: average the weights over the last part of each training; off: the last iterate, and the rate falls to 0.
+        swa_lr: the constant rate of the SWA window; at most `lr`. The cosine from `lr` down to it is *ours*.
+        swa_start: the window starts at epoch floor(swa_start * epochs), and takes one sample an epoch's end.
+        momentum: of SGD; 0 is plain SGD.
+        nesterov: Nesterov's form of it.
+        weight_decay: coupled, on every parameter. *Ours*: 5e-4.
+        augment: "crop_flip" pads by 4 pixels, crops and mirrors pictures; "auto" does so for CIFAR. *Ours*.
+        rewind: what a cycle starts from: the ticket (SWAMP), or the last average (Sparse Model Soups, 2306.16788).
+        seed: of the batch order, augmentation and dropout. The initial weights are those of the model.
+        device: "auto" is CUDA where there is one, else the CPU; or any torch device.
+        engine: "auto" takes the fastest that can run the model and says why.
+        precision: of activations and weights; "bfloat16" runs under autocast over float32 weights.
+        keep_particles: keep the particles' SWA means of the last cycle in the result.
+        run_dir: a folder that holds the run, from which it goes on when started again.
+        resume: go on from what run_dir holds; off: run_dir must be empty.
+        progress: show progress on standard error.
+        data_dir: where named data sets are; else the environment variable SWAMP_DATA says.
+
+    Raises ValueError or TypeError for a setting that is unknown, out of range, or contradicts another.
+    """
+
+    particles: int | tuple[int, ...] = 4
+    cycles: int = 14
+    target_density: float | None = None
+    prune: float = 0.2
+    epochs: int = 150
+    ticket_epochs: int = 10
+    batch_size: int = 128
+    lr: float = 0.1
+    swa: bool = True
+    swa_lr: float = 0.05
+    swa_start: float = 0.75
+    momentum: float = 0.9
+    nesterov: bool = False
+    weight_decay: float = 5e-4
+    augment: str = "auto"
+    rewind: str = "ticket"
+    seed: int = 0
+    device: str = "auto"
+    engine: str = "auto"
+    precision: str = "float32"
+    keep_particles: bool = False
+    run_dir: str | None = None
+    resume: bool = True
+    progress: bool = True
+    data_dir: str | None = None
+
+    def __post_init__(self) -> None:
+        """Check every field, and turn `target_density` into cycles."""
+        for field in dataclasses.fields(self):
+            object.__setattr__(self, field.name, _typed(field.name, getattr(self, field.name), str(field.type)))
+        for name, known in CHOICES.items():
+            if getattr(self, name) not in known:
+                wanted = ", ".join(f'"{each}"' for each in known)
+                raise ValueError(f'`{name}` must be one of {wanted}; got "{getattr(self, name)}".')
+        self._check_ranges()
+        if self.target_density is not None:
+            self._derive_cycles(self.target_density)
+        _in_range("cycles", self.cycles, 0, MOST_CYCLES)
+        if isinstance(self.particles, tuple) and len(self.particles) != self.cycles + 1:
+            raise ValueError(
+                f"`particles` as a schedule needs one number a training, cycles + 1 = {self.cycles + 1}; "
+                f"got {len(self.particles)}. Cycle 0 is the dense training."
+            )
+
+    def _check_ranges(self) -> None:
+        for particles in self.particles if isinstance(self.particles, tuple) else (self.particles,):
+            _in_range("particles", particles, 1, MOST_PARTICLES)
+        if not 0 < self.prune < 1:
+            raise ValueError(f"`prune` must lie strictly between 0 and 1, got {self.prune}; 0.2 removes a fifth.")
+        _in_range("epochs", self.epochs, 1, 1 << 31)
+        _in_range("ticket_epochs", self.ticket_epochs, 0, 1 << 31)
+        _in_range("batch_size", self.batch_size, 1, 1 << 31)
+        for name in ("lr", "swa_lr", "momentum", "weight_decay"):
+            _in_range(name, getattr(self, name), 0.0, math.inf)
+        if self.momentum >= 1:
+            raise ValueError(f"`momentum` must lie in [0, 1), got {self.momentum}.")
+        if self.nesterov and self.momentum == 0:
+            raise ValueError("`nesterov` needs momentum; set momentum above 0 or nesterov=False.")
+        if not 0 <= self.swa_start < 1:
+            raise ValueError(f"`swa_start` must lie in [0, 1), got {self.swa_start}; 0.75 averages the last quarter.")
+        if self.swa and self.swa_lr > self.lr:
+            raise ValueError(
+                f"`swa_lr` must be at most `lr`, got swa_lr = {self.swa_lr} and lr = {self.lr}: "
+                "the rate falls from lr to swa_lr. Set both."
+            )
+        if not -(1 << 63) <= self.seed < 1 << 63:
+            raise ValueError(f"`seed` must fit 64 bits, got {self.seed}.")
+
+    def _derive_cycles(self, target: float) -> None:
+        if not 0 < target < 1:
+            raise ValueError(f"`target_density` must lie strictly between 0 and 1, got {target}.")
+        # A density that is reached but for rounding counts as reached.
+        cycles = math.ceil(math.log(target) / math.log(1 - self.prune) - 1e-9)
+        default = type(self).__dataclass_fields__["cycles"].default
+        if self.cycles not in (default, cycles):
+            raise ValueError(
+                f"`target_density` stands instead of `cycles`: {target} takes {cycles} cycles at prune = {self.prune}, "
+                f"got cycles = {self.cycles} too. Give one of them."
+            )
+        object.__setattr__(self, "cycles", cycles)
+
+    @classmethod
+    def quick(cls, **changes: Any) -> SwampConfig:
+        """Settings for a first look: minutes on a laptop for a small network; not the protocol of the paper."""
+        return cls(**{"epochs": 12, "ticket_epochs": 3, "batch_size": 64, **changes})
+
+    @classmethod
+    def paper(cls, **changes: Any) -> SwampConfig:
+        """The paper's CIFAR protocol as far as it is known; what is ours in it is marked in the class's docs."""
+        return cls(
+            **{"particles": 4, "cycles": 14, "epochs": 150, "ticket_epochs": 10, "batch_size": 128}
+            | {"lr": 0.1, "swa_lr": 0.05, "swa_start": 0.75, "momentum": 0.9, "weight_decay": 5e-4}
+            | changes
+        )
+
+    @classmethod
+    def of(cls, config: SwampConfig | None, settings: Mapping[str, Any]) -> SwampConfig:
+        """`config` (or the defaults) with `settings` put in; unknown names are refused."""
+        _refuse_unknown(settings)
+        if config is None:
+            return cls(**settings)
+        if not isinstance(config, SwampConfig):
+            raise TypeError(f"`config` must be a SwampConfig, got {type(config).__name__}.")
+        return config.replace(**settings)
+
+    def replace(self, **changes: Any) -> SwampConfig:
+        """A copy with some settings changed; a new `cycles` or `target_density` replaces the other."""
+        _refuse_unknown(changes)
+        if "cycles" in changes:
+            changes = {"target_density": None, **changes}
+        elif self.target_density is not None or changes.get("target_density") is not None:
+            changes = {"cycles": type(self).__dataclass_fields__["cycles"].default, **changes}
+        return dataclasses.replace(self, **changes)
+
+    def particles_at(self, cycle: int) -> int:
+        """N of one cycle."""
+        return self.particles[cycle] if isinstance(self.particles, tuple) else self.particles
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as plain values; a schedule of particles becomes a list."""
+        values = dataclasses.asdict(self)
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that decide what is computed."""
+        return {name: value for name, value in self.to_dict().items() if name not in NOT_IDENTITY}
+
+    def to_toml(self) -> str:
+        """TOML text; settings that are None are left out."""
+        # JSON's plain values are TOML's, but for null.
+        lines = [
+            f"{name} = {json.dumps(value, ensure_ascii=False)}"
+            for name, value in self.to_dict().items()
+            if value is not None
+        ]
+        return "\n".join(lines) + "\n"
+
+    @classmethod
+    def from_toml(cls, text: str | Path) -> SwampConfig:
+        """Read TOML text, or a file if a Path is given."""
+        try:
+            values = tomllib.loads(text.read_text() if isinstance(text, Path) else text)
+        except tomllib.TOMLDecodeError as error:
+            raise ValueError(f"the settings are not valid TOML: {error}") from error
+        return cls.of(None, values)
+
+
+def _refuse_unknown(settings: Mapping[str, Any]) -> None:
+    known = [field.name for field in dataclasses.fields(SwampConfig)]
+    for name in settings:
+        if name not in known:
+            from difflib import get_close_matches
+
+            near = get_close_matches(name, known, n=1)
+            hint = f" Did you mean `{near[0]}`?" if near else f" Known: {', '.join(known)}."
+            raise TypeError(f"unknown setting `{name}`.{hint}")
+
+
+def _typed(name: str, value: Any, wanted: str) -> Any:
+    """`value` as its field's type; an int may stand for a float, a list for a tuple, a Path for a str."""
+    if value is None and "None" in wanted:
+        return None
+    if name == "particles" and isinstance(value, list | tuple):
+        return tuple(_typed(name, each, "int") for each in value)
+    if isinstance(value, Path) and wanted.startswith("str"):
+        return str(value)
+    kind = next(kind for kind in ("bool", "int", "float", "str") if wanted.startswith(kind))
+    fits = {
+        "bool": isinstance(value, bool),
+        "int": isinstance(value, numbers.Integral) and not isinstance(value, bool),
+        "float": isinstance(value, numbers.Real) and not isinstance(value, bool),
+        "str": isinstance(value, str),
+    }[kind]
+    if not fits:
+        raise TypeError(f"`{name}` must be {wanted.replace('tuple[int, ...]', 'a list of ints')}, got {value!r}.")
+    # NumPy's numbers become plain ones.
+    return {"bool": bool, "int": int, "float": float, "str": str}[kind](value)
+
+
+def _in_range(name: str, value: float, low: float, high: float) -> None:
+    if not (low <= value <= high) or math.isinf(value):
+        most = "finite" if math.isinf(high) else f"at most {high}"
+        raise ValueError(f"`{name}` must be at least {low:g} and {most}, got {value}.")

@@ -1,0 +1,147 @@
+"""Reading a user's Dataset: samples as tensors, each under its own seed, and all of them at once where they fit."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from torch.utils.data.dataloader import default_collate
+
+from swamp_fast.data.sources import Arrays, Samples, Source
+from swamp_fast.data.streams import generators_left_alone, seed_generators
+from swamp_fast.tree import tensors, tree_leaves, tree_map, tree_stack
+
+PROBED = 32  # samples that are read twice, to see whether a Dataset draws at random
+
+
+class SeededSamples(Dataset[Any]):
+    """Samples of a Dataset as tensors; asked for (index, seed), so that its own randomness can be repeated."""
+
+    def __init__(self, dataset: Dataset[Any]) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, index_and_seed: tuple[int, int]) -> Any:
+        """The sample `index`, read with the global generators seeded."""
+        index, seed = index_and_seed
+        seed_generators(seed)
+        return as_tensors(self.dataset[index])
+
+
+class ArraySamples(Dataset[Any]):
+    """Arrays that don't fit the device, sample by sample."""
+
+    def __init__(self, arrays: Arrays) -> None:
+        self.arrays = arrays
+
+    def __len__(self) -> int:
+        return len(self.arrays)
+
+    def __getitem__(self, index: int) -> Any:
+        """One sample; a picture as a NumPy array, which has its channels last."""
+        inputs = tree_map(lambda leaf: leaf[index], self.arrays.inputs)
+        return inputs.numpy() if is_picture(inputs) else inputs, self.arrays.targets[index]
+
+
+def as_tensors(item: Any) -> Any:
+    """A sample with tensors for leaves.
+
+    uint8 pictures become [H, W, C]: from PIL, from arrays [H, W, C] or [H, W], from tensors [C, H, W].
+    """
+    if isinstance(item, dict):
+        return {key: as_tensors(value) for key, value in item.items()}
+    if isinstance(item, list | tuple):
+        return tuple(as_tensors(value) for value in item)
+    if isinstance(item, Tensor):
+        return item.movedim(0, -1) if item.dtype == torch.uint8 and item.dim() == 3 else item
+    if hasattr(item, "getbands"):  # a PIL picture
+        item = np.array(item)
+    if isinstance(item, np.ndarray):
+        tensor = torch.from_numpy(item)
+        return tensor[..., None] if tensor.dtype == torch.uint8 and tensor.dim() == 2 else tensor
+    return torch.as_tensor(item) if isinstance(item, bool | int | float | np.generic) else item
+
+
+def collected(source: Samples, device: torch.device) -> tuple[Source, str]:
+    """The Dataset as arrays if it always gives the same and fits the device; else itself, and why."""
+    if source.collate is not default_collate:
+        return source, "it has a collate function of its own"
+    samples = SeededSamples(source.dataset)
+    probed = range(0, len(source), max(1, len(source) // PROBED))
+    with generators_left_alone():
+        first, again = ([samples[i, seed] for i in probed] for seed in (0, 1))
+        for sample in first:
+            if not isinstance(sample, tuple) or len(sample) != 2:
+                raise TypeError(
+                    f"{source.name}: a sample must be a pair (input, target), got {type(sample).__name__}."
+                )
+            if isinstance(sample[0], Tensor) and sample[0].dtype == torch.uint8 and not is_picture(sample[0]):
+                raise ValueError(
+                    f"{source.name}: uint8 samples must be pictures, got shape {list(sample[0].shape)}. Give other "
+                    "inputs as floating-point tensors."
+                )
+        if not all(_same(a, b) for a, b in zip(tree_leaves(first), tree_leaves(again), strict=True)):
+            return source, "its samples are random, drawn anew each epoch"
+        if len({str([leaf.shape for leaf in tensors(sample)]) for sample in first}) > 1:
+            raise ValueError(
+                f"{source.name}: its samples differ in shape and don't stack to a batch. Resize them in the "
+                "Dataset's transform, or pass a DataLoader with a collate_fn."
+            )
+        size = sum(leaf.numel() * leaf.element_size() for leaf in tensors(first[0])) * len(source)
+        if not fits(size, device):
+            return source, f"{size / 1e9:.1f} GB don't fit {device}"
+        whole = [samples[i, 0] for i in range(len(source))]
+    inputs = tree_stack([each for each, _ in whole])
+    targets = torch.stack([target for _, target in whole])
+    return Arrays(source.name, inputs, targets, source.crops), ""
+
+
+def one_input(source: Samples) -> Any:
+    """An input as it is streamed; None where the user's collate function decides."""
+    if source.collate is not default_collate:
+        return None
+    with generators_left_alone():
+        return SeededSamples(source.dataset)[0, 0][0]
+
+
+def is_picture(sample: Any) -> bool:
+    """Whether a sample is a uint8 picture [H, W, C]."""
+    return isinstance(sample, Tensor) and sample.dtype == torch.uint8 and sample.dim() == 3
+
+
+def some_pictures(source: Samples, most: int) -> Tensor:
+    """At most about `most` pictures from all over a streamed split."""
+    samples = SeededSamples(source.dataset)
+    with generators_left_alone():
+        return torch.stack([samples[i, 0][0] for i in range(0, len(source), max(1, len(source) // most))])
+
+
+def size_of(source: Arrays) -> int:
+    """Bytes."""
+    return sum(leaf.numel() * leaf.element_size() for leaf in [*tensors(source.inputs), source.targets])
+
+
+def fits(size: int, device: torch.device) -> bool:
+    """Whether data may take this many bytes: half of what is free."""
+    return size <= free_memory(device) // 2
+
+
+def free_memory(device: torch.device) -> int:
+    """Free bytes on the device, or on the host for the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        line = next(line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable:"))
+        return int(line.split()[1]) * 1024
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2 if hasattr(os, "sysconf") else 4 << 30
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.shape == b.shape and bool(torch.equal(a.nan_to_num(), b.nan_to_num()))
+    return bool(a == b)

@@ -1,0 +1,288 @@
+"""Where batches come from: data put on the device once (Stored), or read sample by sample (Streamed).
+
+A training asks for the handles of an epoch's batches in order and fetches each; both kinds give the same batches
+for the same order and keys.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torch.utils.data.dataloader import default_collate
+
+from swamp_fast import ops
+from swamp_fast.data import samples as reading
+from swamp_fast.data.samples import ArraySamples, SeededSamples
+from swamp_fast.data.sources import Arrays, Samples, Source
+from swamp_fast.data.standardise import Standardise
+from swamp_fast.data.streams import SAMPLE_SEED, seeds_for
+from swamp_fast.tree import tensors, tree_leaves, tree_map, tree_stack, tree_to
+
+CROP_PAD = 4  # pixels
+TABLE_PICTURES = 10_000  # of a streamed split, to standardise by
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step's batches of L lanes: trees of tensors [L, B, ...], or lists of one entry a lane if not `stacked`."""
+
+    inputs: Any
+    targets: Any
+    stacked: bool = True
+
+    def lane(self, lane: int) -> tuple[Any, Any]:
+        """Inputs [B, ...] and targets [B, ...] of one lane."""
+        if not self.stacked:
+            return self.inputs[lane], self.targets[lane]
+        return tree_map(lambda leaf: leaf[lane], self.inputs), tree_map(lambda leaf: leaf[lane], self.targets)
+
+
+class Stored:
+    """A split on the device, as stored. A handle is its index [L, B]: fetching it is tensor operations alone."""
+
+    streamed = False
+    stacked = True
+
+    def __init__(
+        self, source: Arrays, device: torch.device, dtype: torch.dtype, standardise: Standardise | None, crop_flip: bool
+    ) -> None:
+        self.name, self.length, self.crop_flip, self.device = source.name, len(source), crop_flip, device
+        self.table = standardise.table(dtype, device) if standardise is not None else None
+        self.inputs = tree_map(lambda leaf: _on_device(leaf, device, dtype), source.inputs)
+        if crop_flip and self.table is None:
+            self.inputs = self.inputs.movedim(1, -1).contiguous()  # gather_augment reads channels last
+        self.targets = _whole_numbers(_on_device(source.targets, device, dtype))
+        check_inputs(self.name, self.inputs)
+
+    def check_labels(self, classes: int) -> None:
+        """Refuse targets that are not labels of so many classes."""
+        check_labels(self.name, self.targets, classes)
+
+    def batches(self, order: Tensor, keys: Tensor, bounds: list[tuple[int, int]]) -> Iterator[Tensor]:
+        """Handles of the batches that `bounds` cut from an order [L, n]."""
+        return (order[:, begin:end] for begin, end in bounds)
+
+    def fetch(self, handle: Tensor, keys: Tensor | None, channels_last: bool = False) -> Batch:
+        """The batch of a handle; augmented by the draws of the keys [L, 3] at an epoch, if they are given."""
+        index = handle.contiguous()
+        targets = self.targets[index]
+        if self.table is None and not self.crop_flip:
+            return Batch(tree_map(lambda leaf: leaf[index], self.inputs), targets)
+        augmented = keys is not None and self.crop_flip
+        inputs = ops.gather_augment(
+            *(self.inputs, self.table, index),
+            keys if keys is not None else index.new_zeros((len(index), 3)),
+            pad=CROP_PAD if augmented else 0,
+            flip=augmented,
+            channels_last=channels_last,
+        )
+        return Batch(inputs, targets)
+
+    def fingerprint(self) -> str:
+        """A hash of all that is stored."""
+        digest = hashlib.blake2b(digest_size=16)
+        for leaf in [*tensors(self.inputs), self.targets]:
+            digest.update(f"{leaf.dtype}{tuple(leaf.shape)}".encode())
+            digest.update(leaf.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
+
+class Streamed:
+    """A split that is read from the user's Dataset for every batch. A handle is the collated lanes, on the host."""
+
+    streamed = True
+
+    def __init__(
+        self, source: Samples, device: torch.device, dtype: torch.dtype, standardise: Standardise | None, crop_flip: bool
+    ) -> None:
+        self.name, self.length, self.crop_flip, self.device = source.name, len(source), crop_flip, device
+        self.source, self.dtype = source, dtype
+        self.stacked = source.collate is default_collate
+        self.table = standardise.table(dtype, device) if standardise is not None else None
+        self.classes: int | None = None
+
+    def check_labels(self, classes: int) -> None:
+        """As Stored.check_labels, of every batch from now on."""
+        self.classes = classes
+
+    def batches(self, order: Tensor, keys: Tensor, bounds: list[tuple[int, int]]) -> Iterator[Any]:
+        """As Stored.batches; a handle is a list of (inputs, targets, samples [B]), one a lane.
+
+        Randomness in the Dataset runs under a seed for each sample, drawn with the keys [L, 3].
+        """
+        lanes = len(order)
+        seeds, order = seeds_for(keys, SAMPLE_SEED, self.length).tolist(), order.cpu()
+        wanted = [order[lane, begin:end] for begin, end in bounds for lane in range(lanes)]
+        plan = [[(i, seeds[number % lanes][i]) for i in picked.tolist()] for number, picked in enumerate(wanted)]
+        loader: DataLoader[Any] = DataLoader(
+            SeededSamples(self.source.dataset),
+            batch_sampler=plan,  # type: ignore[arg-type]
+            num_workers=self.source.workers,
+            collate_fn=self.source.collate,
+            pin_memory=self.device.type == "cuda",
+        )
+        handle: list[Any] = []
+        for picked, batch in zip(wanted, loader, strict=True):
+            if not isinstance(batch, list | tuple) or len(batch) != 2:
+                raise TypeError(f"{self.name}: a batch must be (inputs, targets), got {type(batch).__name__}.")
+            inputs, targets = batch[0], tree_map(_whole_numbers, batch[1])
+            check_inputs(self.name, inputs)
+            if self.classes is not None:
+                check_labels(self.name, targets, self.classes)
+            handle.append((inputs, targets, picked))
+            if len(handle) == lanes:
+                yield handle
+                handle = []
+
+    def fetch(self, handle: Any, keys: Tensor | None, channels_last: bool = False) -> Batch:
+        """As Stored.fetch."""
+        inputs, targets, samples = ([tree_to(lane[part], self.device) for lane in handle] for part in range(3))
+        if not self.stacked:
+            return Batch(self._typed(inputs), self._typed(targets), stacked=False)
+        stacked, picked = tree_stack(inputs), torch.stack(samples)
+        if self.table is None and not self.crop_flip:
+            return Batch(self._typed(stacked), self._typed(tree_stack(targets)))
+        if self.table is None:
+            stacked = self._typed(stacked.movedim(2, -1))
+        augmented = keys is not None and self.crop_flip
+        pictures = ops.gather_augment(
+            *(stacked.flatten(0, 1).contiguous(), self.table),
+            torch.arange(picked.numel(), device=self.device).view_as(picked),
+            keys if keys is not None else picked.new_zeros((len(picked), 3)),
+            samples=picked,
+            pad=CROP_PAD if augmented else 0,
+            flip=augmented,
+            channels_last=channels_last,
+        )
+        return Batch(pictures, self._typed(tree_stack(targets)))
+
+    def fingerprint(self) -> str:
+        """A hash of the length and of a few samples: a stream is not read through for this."""
+        digest = hashlib.blake2b(f"{self.length}{type(self.source.dataset).__qualname__}".encode(), digest_size=16)
+        samples = SeededSamples(self.source.dataset)
+        for index in range(0, self.length, max(1, self.length // 16)):
+            for leaf in tree_leaves(samples[index, 0]):
+                array = leaf.numpy() if isinstance(leaf, Tensor) else np.asarray(repr(leaf))
+                digest.update(f"{array.dtype}{array.shape}".encode() + array.tobytes())
+        return digest.hexdigest()
+
+    def _typed(self, tree: Any) -> Any:
+        return tree_map(
+            lambda leaf: leaf.to(self.dtype) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf, tree
+        )
+
+
+Data = Stored | Streamed
+
+
+@dataclass(frozen=True)
+class Built:
+    """A split made ready: what its pictures are standardised by (None without uint8), and a line that says how."""
+
+    data: Data
+    standardise: Standardise | None
+    line: str
+
+
+def build(
+    source: Source, device: torch.device, dtype: torch.dtype, *, augment: str = "none", like: Built | None = None
+) -> Built:
+    """Put a split on the device if it fits, else stream it.
+
+    augment  "none", "crop_flip", or "auto": what the named set asks for
+    like     the training split, by whose statistics this one is standardised
+    """
+    why = ""
+    if isinstance(source, Samples):
+        source, why = reading.collected(source, device)
+    elif not reading.fits(reading.size_of(source), device):
+        why = f"{reading.size_of(source) / 1e9:.1f} GB don't fit {device}"
+        source = Samples(source.name, ArraySamples(source), crops=source.crops)
+
+    if isinstance(source, Arrays):
+        sample, how = tree_map(lambda leaf: leaf[:1].squeeze(0), source.inputs), f"on {device}"
+    else:
+        sample, how = reading.one_input(source), f"streamed ({why})"
+    standardise = None
+    if reading.is_picture(sample):
+        standardise = like.standardise if like is not None else None
+        if standardise is None:
+            standardise = Standardise.measured(
+                source.inputs if isinstance(source, Arrays) else reading.some_pictures(source, TABLE_PICTURES)
+            )
+    crop_flip = augment == "crop_flip" or (augment == "auto" and source.crops)
+    croppable = isinstance(sample, Tensor) and sample.dim() == 3 and (standardise or sample.is_floating_point())
+    if crop_flip and not croppable:
+        raise ValueError(
+            f'augment="crop_flip" needs pictures, uint8 or floating-point [n, C, H, W]; {source.name} holds something '
+            'else. Pass augment="none", and a `transform` of your own.'
+        )
+    form = "uint8, standardised per channel by a table" if standardise else "taken as it is"
+    line = f"{source.name}: {len(source):,} samples {how}, {form}"
+    line += f", crop (pad {CROP_PAD}) and flip" if crop_flip else ""
+    if isinstance(source, Arrays):
+        return Built(Stored(source, device, dtype, standardise, crop_flip), standardise, line)
+    return Built(Streamed(source, device, dtype, standardise, crop_flip), standardise, line)
+
+
+def batch_bounds(samples: int, batch_size: int, drop_last: bool = False) -> list[tuple[int, int]]:
+    """Where the batches of an epoch begin and end."""
+    end = samples // batch_size * batch_size if drop_last else samples
+    return [(begin, min(begin + batch_size, end)) for begin in range(0, end, batch_size)]
+
+
+def pass_in_stored_order(data: Data, batch_size: int, channels_last: bool = False) -> Iterator[tuple[Any, Any, int]]:
+    """Inputs [B, ...], targets [B, ...] and B, un-augmented, over the whole split: what evaluation reads.
+
+    A last batch of a single sample joins the one before, for BatchNorm.
+    """
+    bounds = batch_bounds(data.length, batch_size)
+    if len(bounds) > 1 and bounds[-1][1] - bounds[-1][0] == 1:
+        bounds[-2:] = [(bounds[-2][0], bounds[-1][1])]
+    order = torch.arange(data.length, device=data.device)[None]
+    keys = torch.zeros(1, 3, dtype=torch.int64, device=data.device)
+    for handle, (begin, end) in zip(data.batches(order, keys, bounds), bounds, strict=True):
+        yield *data.fetch(handle, None, channels_last).lane(0), end - begin
+
+
+def check_inputs(name: str, inputs: Any) -> None:
+    """Refuse NaN and infinity."""
+    for leaf in tensors(inputs):
+        if leaf.is_floating_point() and not bool(torch.isfinite(leaf).all()):
+            bad = int((~torch.isfinite(leaf)).sum())
+            raise ValueError(f"{name}: inputs must be finite, got {bad} NaN or infinite numbers of {leaf.numel()}.")
+
+
+def check_labels(name: str, targets: Any, classes: int) -> None:
+    """Refuse targets that are not whole numbers in [0, classes)."""
+    if not isinstance(targets, Tensor) or targets.is_floating_point() or targets.dtype == torch.bool:
+        kind = str(targets.dtype).removeprefix("torch.") if isinstance(targets, Tensor) else type(targets).__name__
+        raise TypeError(
+            f"{name}: cross-entropy needs integer labels, got {kind}. Convert them with .long(), or pass a `loss` "
+            "that takes such targets."
+        )
+    low, high = (int(bound) for bound in targets.aminmax())
+    if low < 0 or high >= classes:
+        raise ValueError(
+            f"{name}: labels must lie in [0, {classes}), as the model has {classes} outputs; got {low} … {high}."
+        )
+
+
+def _whole_numbers(targets: Any) -> Any:
+    """Integer targets as int64, which losses take; others as they are."""
+    if not isinstance(targets, Tensor) or targets.is_floating_point() or targets.dtype == torch.bool:
+        return targets
+    return targets.long()
+
+
+def _on_device(leaf: Any, device: torch.device, dtype: torch.dtype) -> Tensor:
+    if not isinstance(leaf, Tensor):
+        raise TypeError(f"inputs must be tensors, got a {type(leaf).__name__} among them.")
+    return leaf.detach().to(device, dtype if leaf.is_floating_point() else leaf.dtype)

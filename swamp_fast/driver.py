@@ -1,0 +1,199 @@
+"""SWAMP: prune by iterative magnitude pruning, with the average of particles trained from one ticket.
+
+Choi, Lee, Nam, Lee: "Sparse Weight Averaging with Multiple Particles for Iterative Magnitude Pruning", ICLR 2024,
+arXiv 2305.14852.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from swamp_fast import ops
+from swamp_fast.bank import ParticleBank, Solution
+from swamp_fast.batchnorm import reestimate
+from swamp_fast.config import SwampConfig
+from swamp_fast.engines import Engine, start_engine
+from swamp_fast.evaluate import score, score_row
+from swamp_fast.memory import peak_memory
+from swamp_fast.problem import Forward, Loss, OnCycle, Problem, prepare
+from swamp_fast.prunable import Prunable
+from swamp_fast.prune import pruned
+from swamp_fast.result import SwampResult
+from swamp_fast.run import Run
+from swamp_fast.schedule import Training, cycle_training, ticket_training
+
+
+def fast_swamp(
+    model: nn.Module,
+    train: object,
+    test: object = None,
+    *,
+    val: object = None,
+    forward: Forward | None = None,
+    loss: Loss | None = None,
+    transform: Callable[[Any], Any] | None = None,
+    prunable: Prunable = None,
+    initial_masks: Mapping[str, Tensor] | None = None,
+    on_cycle: OnCycle | None = None,
+    config: SwampConfig | None = None,
+    **settings: Any,
+) -> SwampResult:
+    """Prune a model with SWAMP, all particles together.
+
+    Args:
+        model: any nn.Module on one device, left unchanged.
+        train: "digits", "cifar10", "cifar100", "fashion_mnist" or "svhn"; a path to an .npz (train_images uint8
+            [n, H, W, C], train_labels [n], test_images, test_labels) or to an image folder; a pair (inputs, targets)
+            of tensors; a Dataset; or a DataLoader, whose dataset, batch size, drop_last and collate are used. A name
+            or an .npz brings its own test split.
+        test: likewise; None and no split of its own: accuracies are None.
+        val: likewise, or the fraction of train to hold out. What selects (the best particle) needs it.
+        forward: forward(model, inputs) for models with other inputs or outputs than one tensor.
+        loss: loss(outputs, targets) -> [B], a number a sample; cross-entropy by default.
+        transform: transform(inputs [B, ...]) -> inputs, your own augmentation, on the device, of one particle's batch.
+        prunable: names or patterns of parameters, or a predicate (name, parameter) -> bool. By default every
+            convolution and linear weight, attention projections included, but the output layer's.
+        initial_masks: name -> bool tensor: what the first cycle keeps; the ticket itself is trained dense.
+        on_cycle: called with each cycle's row of the history.
+        config: the settings; `settings` are fields of SwampConfig and take precedence.
+
+    Returns the result of all cycles. Raises ValueError, TypeError, FileNotFoundError or ImportError for an argument
+    that doesn't fit, before anything is trained; FloatingPointError if a particle diverges.
+    Source: arXiv 2305.14852, algorithm 1; what is ours in it is marked in SwampConfig.
+    """
+    problem = prepare(
+        *(model, train, test),
+        val=val,
+        forward=forward,
+        loss=loss,
+        transform=transform,
+        prunable=prunable,
+        initial_masks=initial_masks,
+        on_cycle=on_cycle,
+        config=config,
+        settings=settings,
+    )
+    with Run(problem, "fast_swamp") as run:
+        engine = start_engine(problem, run)
+        ticket = train_ticket(problem, engine, run)
+        average, mask = resumed(problem, run, ticket)
+
+        for cycle in range(len(run.rows), problem.config.cycles + 1):
+            began = time.perf_counter()
+            if cycle > 0:
+                mask = pruned(average.weights[None], mask[None], problem.config.prune)[0]
+            start = ticket if problem.config.rewind == "ticket" or cycle == 0 else average
+            bank = engine.spawn(start, mask, problem.config.particles_at(cycle), cycle)
+            trained = train_particles(problem, engine, run, bank, cycle)
+            average, scores = average_particles(problem, engine, bank)
+            row = {**about_cycle(problem, bank, mask, cycle), **scores, **trained}
+            if problem.config.keep_particles and cycle == problem.config.cycles:
+                run.keep_particles(particle_states(problem, bank))
+            row["seconds"], row["peak_memory"] = time.perf_counter() - began, peak_memory(problem.device)
+            run.keep_cycle(named(problem, average), problem.layout.mask_views(mask), row)
+        return run.result()
+
+
+def train_ticket(problem: Problem, engine: Engine, run: Run) -> Solution:
+    """The matching ticket: the model trained dense for T0, by one particle."""
+    if run.ticket is None:
+        start = solution(problem, {**dict(problem.template.named_parameters()), **dict(problem.template.named_buffers())})
+        if problem.config.ticket_epochs > 0:
+            full = problem.layout.full_mask(problem.device)
+            bank = engine.spawn(start, full, 1, None)
+            engine.train(bank, ticket_training(problem.config), lambda step: run.step(1, "ticket"))
+            refuse_divergence(bank.weights, "the ticket's training")
+            start = Solution(bank.weights[0].clone(), {name: each[0] for name, each in bank.buffers.items()})
+        run.keep_ticket(named(problem, start))
+    assert run.ticket is not None
+    return solution(problem, run.ticket)
+
+
+def resumed(problem: Problem, run: Run, ticket: Solution) -> tuple[Solution, Tensor]:
+    """The average and the mask to go on from; before the first cycle the ticket and the first mask."""
+    if not run.rows:
+        return ticket, problem.mask
+    last = run.last()
+    mask = torch.zeros_like(problem.mask)
+    for name, view in problem.layout.mask_views(mask).items():
+        view.copy_(last.masks[name])
+    return solution(problem, last.state), mask
+
+
+def train_particles(problem: Problem, engine: Engine, run: Run, bank: ParticleBank, cycle: int) -> dict[str, Any]:
+    """Train the particles of a cycle; what the row says of it."""
+    config, steps = problem.config, len(problem.bounds)
+
+    def on_step(step: int) -> None:
+        run.step(bank.lanes, f"cycle {cycle}/{config.cycles}, epoch {step // steps + 1}/{config.epochs}")
+
+    began = time.perf_counter()
+    losses = engine.train(bank, cycle_training(config, steps), on_step).tolist()
+    seconds = time.perf_counter() - began
+    refuse_divergence(bank.solutions(config.swa), f"cycle {cycle}")
+    return {"train_loss": losses, "train_seconds": seconds}
+
+
+def average_particles(problem: Problem, engine: Engine, bank: ParticleBank) -> tuple[Solution, dict[str, Any]]:
+    """The mean over particles with its BatchNorm re-estimated, and its scores beside theirs."""
+    particles = bank.solutions(problem.config.swa)
+    mean = ops.particle_mean(particles, bank.run_of_lane, 1)
+    buffers = {name: torch.cat([each, mean_buffer(each)[None]]) for name, each in bank.buffers.items()}
+    models = engine.side_by_side(torch.cat([particles, mean]), buffers)
+    reestimate(models.modules, models.outputs, problem.train, problem.config.batch_size, models.channels_last)
+    test, val = (
+        data and score(problem, models.outputs, data, models.channels_last) for data in (problem.test, problem.val)
+    )
+    average = Solution(mean[0], {name: each[-1] for name, each in models.buffers().items()})
+    return average, score_row(test, val)
+
+
+def about_cycle(problem: Problem, bank: ParticleBank, mask: Tensor, cycle: int) -> dict[str, Any]:
+    """What a cycle's row says before anything is trained."""
+    kept = int(mask.sum())
+    return {
+        "cycle": cycle,
+        "particles": bank.lanes,
+        "density": kept / problem.layout.weights,
+        "kept": kept,
+        "flops": problem.flops(mask),
+    }
+
+
+def mean_buffer(each: Tensor) -> Tensor:
+    """The average's buffer from the particles' [N, ...]: their mean, or the first of what is no number to average."""
+    return each.double().mean(0).to(each.dtype) if each.is_floating_point() else each[0]
+
+
+def refuse_divergence(weights: Tensor, where: str) -> None:
+    """Raise if a particle's weights [L, P] are not finite."""
+    bad = [lane for lane, row in enumerate(weights) if not bool(torch.isfinite(row).all())]
+    if bad:
+        raise FloatingPointError(
+            f"{where}: particle{'s' if len(bad) > 1 else ''} {', '.join(map(str, bad))} diverged to NaN or infinite "
+            "weights. Lower lr and swa_lr, or check the data's scale."
+        )
+
+
+def particle_states(problem: Problem, bank: ParticleBank) -> list[dict[str, Tensor]]:
+    """The particles' parameters (their SWA means) and buffers, by name."""
+    weights = bank.solutions(problem.config.swa)
+    lanes = range(bank.lanes)
+    return [named(problem, Solution(weights[i], {name: each[i] for name, each in bank.buffers.items()})) for i in lanes]
+
+
+def solution(problem: Problem, state: Mapping[str, Tensor]) -> Solution:
+    """Named parameters and buffers as a vector on the device, and buffers."""
+    buffers = {name: state[name].to(problem.device, copy=True) for name, _ in problem.template.named_buffers()}
+    return Solution(problem.layout.flat(state, problem.dtype, problem.device), buffers)
+
+
+def named(problem: Problem, found: Solution) -> dict[str, Tensor]:
+    """The inverse of `solution`; frozen parameters included."""
+    frozen = {name: p for name, p in problem.template.named_parameters() if not p.requires_grad}
+    return {**frozen, **problem.layout.views(found.weights), **found.buffers}

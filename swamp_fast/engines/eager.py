@@ -1,0 +1,283 @@
+"""The eager engine: autograd over the user's own forward, the lanes folded or one by one; any model, any device."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from swamp_fast import ops
+from swamp_fast.bank import ParticleBank, Solution
+from swamp_fast.batchnorm import reset_running_stats
+from swamp_fast.data.streams import at_time, epoch_order
+from swamp_fast.engines.check import why_not_fold
+from swamp_fast.engines.fold import Folded
+from swamp_fast.engines.lanes import LaneByLane
+from swamp_fast.problem import Problem
+from swamp_fast.schedule import Training
+
+Way = LaneByLane | Folded
+
+ROUNDS = 5  # of timing
+TIMING_SECONDS = 3.0  # after which no further round is begun
+WORTH = 0.97  # a way must take less than this share of the one before it in the list to be preferred
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How the lanes are run; part of a run's state, so that resuming replays it."""
+
+    way: str  # "lanes", "fold" or "fold grouped"
+    channels_last: bool
+    why: str
+    milliseconds: dict[str, float]  # measured, a step of one particle
+
+    def __str__(self) -> str:
+        memory = "channels last" if self.channels_last else "channels first"
+        return f"{NAMES[self.way]}, {memory}: {self.why}"
+
+
+NAMES = {"lanes": "lane by lane", "fold": "folded", "fold grouped": "folded with grouped convolutions"}
+
+
+class EagerEngine:
+    """Trains a bank of particles and runs models side by side for evaluation."""
+
+    name = "eager"
+
+    def __init__(self, problem: Problem, choice: Choice) -> None:
+        self.problem, self.choice = problem, choice
+        self.trainer: _Trainer | None = None
+        self.evaluated: tuple[Tensor, Way] | None = None
+
+    def spawn(self, start: Solution, mask: Tensor, particles: int, cycle: int | None) -> ParticleBank:
+        """The bank with `particles` lanes at `start` under a mask [Q]; its memory is used again each cycle."""
+        if self.trainer is None or self.trainer.bank.lanes != particles:
+            self.trainer = None  # frees the old bank before the new one is made
+            self.trainer = _Trainer(self.problem, self.choice, particles)
+        self.trainer.bank.rewind_(start, mask, cycle)
+        return self.trainer.bank
+
+    def train(self, bank: ParticleBank, training: Training, on_step: Callable[[int], None]) -> Tensor:
+        """Train all lanes through a schedule; returns each lane's mean loss over the last epoch, [L]."""
+        assert self.trainer is not None and self.trainer.bank is bank
+        return self.trainer.train(training, on_step)
+
+    def side_by_side(self, weights: Tensor, buffers: dict[str, Tensor]) -> Way:
+        """Models of weights [M, P] and buffers [M, ...], in eval mode, to be run on the same inputs."""
+        if self.evaluated is None or self.evaluated[0].shape != weights.shape:
+            self.evaluated = None
+            mine = weights.clone()
+            self.evaluated = (mine, make_way(self.problem, self.choice, mine, None))
+        mine, way = self.evaluated
+        mine.copy_(weights)
+        way.set_buffers(buffers)
+        for module in way.modules:
+            module.eval()
+        return way
+
+    def describe(self) -> dict[str, Any]:
+        """What ran, how, and why."""
+        why_not = self.trainer.not_captured if self.trainer is not None else "nothing was trained"
+        return {"engine": self.name, **asdict(self.choice), "cuda_graph": why_not is None, "no_cuda_graph": why_not}
+
+
+def make_way(problem: Problem, choice: Choice, weights: Tensor, grads: Tensor | None) -> Way:
+    """Lanes over weights [L, P] as chosen."""
+    if choice.way == "lanes":
+        return LaneByLane(problem, weights, grads, choice.channels_last)
+    return Folded(problem, weights, grads, choice.channels_last, choice.way == "fold grouped")
+
+
+class _Trainer:
+    """A bank, its gradients, and the step over them; on CUDA the step is captured in a graph and replayed.
+
+    Everything a step reads stands at a fixed address: index [L, B], keys [L, 3] at the epoch and at the step,
+    rates [L], and the share of an SWA sample [L], 0 for none.
+    """
+
+    def __init__(self, problem: Problem, choice: Choice, lanes: int) -> None:
+        self.problem, self.choice = problem, choice
+        device = problem.device
+        self.bank = ParticleBank(problem.layout, problem.config, lanes, problem.dtype, device)
+        self.grads = torch.zeros_like(self.bank.weights)
+        self.way = make_way(problem, choice, self.bank.weights, self.grads)
+        self.epoch_keys, self.step_keys = self.bank.keys.clone(), self.bank.keys.clone()
+        self.lr = torch.zeros(lanes, dtype=torch.float64, device=device)
+        self.swa_weight = torch.zeros_like(self.lr)
+        self.loss_sum = torch.zeros(lanes, dtype=problem.dtype, device=device)
+        self.graphs: dict[int, tuple[Tensor, torch.cuda.CUDAGraph]] = {}
+        self.not_captured = _why_not_captured(problem)
+
+    def train(self, training: Training, on_step: Callable[[int], None]) -> Tensor:
+        """All epochs of one training; the bank's buffers end as the modules'."""
+        problem, bank = self.problem, self.bank
+        self.way.set_buffers(bank.buffers)
+        reset_running_stats(self.way.modules)
+        for module in self.way.modules:
+            module.train()
+        step = 0
+        for epoch in range(training.epochs):
+            self.loss_sum.zero_()
+            self.epoch_keys.copy_(at_time(bank.keys, epoch))
+            order = epoch_order(self.epoch_keys, problem.train.length)
+            handles = problem.train.batches(order, self.epoch_keys, problem.bounds)
+            for batch, handle in enumerate(handles):
+                last = batch == len(problem.bounds) - 1
+                self.lr.fill_(training.lr(step))
+                self.swa_weight.fill_(training.swa_weight(epoch) if last else 0.0)
+                self.step_keys.copy_(at_time(bank.keys, step))
+                self.step(handle)
+                on_step(step)
+                step += 1
+        bank.buffers = self.way.buffers()
+        return self.loss_sum / len(problem.bounds)
+
+    def step(self, handle: Any) -> None:
+        """One step of every lane."""
+        if self.not_captured is None:
+            size = handle.shape[1]
+            if size not in self.graphs:
+                self._capture(handle.clone(memory_format=torch.contiguous_format))
+        if self.not_captured is None:
+            index, graph = self.graphs[size]
+            index.copy_(handle)
+            graph.replay()
+        else:
+            self._step(handle)
+
+    def _step(self, handle: Any) -> None:
+        bank = self.bank
+        self.grads.zero_()
+        batch = self.problem.train.fetch(handle, self.epoch_keys, self.choice.channels_last)
+        losses = self.way.backward(batch, self.step_keys)
+        self.loss_sum.add_(losses)
+        ops.masked_sgd_(
+            *(bank.weights, self.grads, bank.momentum_buffer, bank.masks, bank.run_of_lane),
+            lr=self.lr,
+            momentum=bank.momentum,
+            weight_decay=bank.weight_decay,
+            nesterov=bank.config.nesterov,
+            swa=bank.swa,
+            swa_weight=self.swa_weight,
+        )
+
+    def _capture(self, index: Tensor) -> None:
+        """Record a step over `index` [L, B]; what the warm-up changed is put back."""
+        state = [self.bank.weights, self.bank.momentum_buffer, self.bank.swa, self.loss_sum]
+        state += [buffer for module in self.way.modules for buffer in module.buffers()]
+        saved = [tensor.clone() for tensor in state]
+        try:
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(3):
+                    self._step(index)
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                self._step(index)
+            self.graphs[index.shape[1]] = index, graph
+        except RuntimeError as error:
+            self.not_captured = f"capture failed: {str(error).splitlines()[0]}"
+        finally:
+            for tensor, value in zip(state, saved, strict=True):
+                tensor.copy_(value)
+
+
+def _why_not_captured(problem: Problem) -> str | None:
+    """Why the step can't be a CUDA graph; None if it may."""
+    if problem.device.type != "cuda":
+        return "not on CUDA"
+    if problem.train.streamed:
+        return "the data are streamed"
+    if problem.probe.draws_elsewhere or problem.transform is not None:
+        return "the model or the transform may draw from torch's generators"
+    return None
+
+
+def choose(problem: Problem, particles: int) -> Choice:
+    """Prove which ways can run the model, time them on its own data, and take the fastest."""
+    lanes = min(particles, 4)
+    pictures = _has_pictures(problem)
+    milliseconds: dict[str, float] = {}
+    first = [Choice("lanes", last, "", {}) for last in ((False, True) if pictures else (False,))]
+    best = _fastest(problem, first, 1, milliseconds)
+    why_not = {way: why_not_fold(problem, way == "fold grouped") for way in ("fold", "fold grouped")}
+    folds = [Choice(way, best.channels_last, "", {}) for way, reason in why_not.items() if reason is None]
+    if folds and lanes > 1:
+        best = _fastest(problem, [best, *folds], lanes, milliseconds)
+    if why_not["fold"] is not None:
+        why = f"it can't be folded, {why_not['fold']}"
+    elif lanes == 1:
+        why = "there is one particle"
+    else:
+        why = "the fastest measured"
+    return Choice(best.way, best.channels_last, why, milliseconds)
+
+
+def _fastest(problem: Problem, choices: list[Choice], lanes: int, milliseconds: dict[str, float]) -> Choice:
+    """The choice with the least median time a particle-step; an earlier one unless a later is worth it."""
+    if len(choices) == 1:
+        return choices[0]
+    start = Solution(
+        problem.layout.flat(dict(problem.template.named_parameters()), problem.dtype, problem.device),
+        {name: buffer.detach().clone() for name, buffer in problem.template.named_buffers()},
+    )
+    steps = []
+    for choice in choices:
+        trainer = _Trainer(problem, choice, lanes)
+        trainer.bank.rewind_(start, problem.mask, None)
+        trainer.way.set_buffers(trainer.bank.buffers)
+        for module in trainer.way.modules:
+            module.train()
+        handle = _timed_handle(problem, trainer.bank)
+        steps.append(lambda trainer=trainer, handle=handle: trainer.step(handle))
+    times: list[list[float]] = [[] for _ in steps]
+    for step in steps:
+        _seconds(step, problem.device)
+    began = time.perf_counter()
+    for _ in range(ROUNDS):
+        for step, taken in zip(steps, times, strict=True):
+            taken.append(_seconds(step, problem.device))
+        if time.perf_counter() - began > TIMING_SECONDS:
+            break
+    best, least = choices[0], statistics.median(times[0])
+    for choice, taken in zip(choices, times, strict=True):
+        median = statistics.median(taken)
+        name = f"{choice.way}, channels {'last' if choice.channels_last else 'first'}, {lanes} at a time"
+        milliseconds[name] = round(median / lanes * 1e3, 4)
+        if median < WORTH * least:
+            best, least = choice, median
+    return best
+
+
+def _timed_handle(problem: Problem, bank: ParticleBank) -> Any:
+    order = epoch_order(bank.keys, problem.train.length)
+    return next(iter(problem.train.batches(order, bank.keys, problem.bounds[:1])))
+
+
+def _seconds(step: Callable[[], None], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    began = time.perf_counter()
+    step()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - began
+
+
+def _has_pictures(problem: Problem) -> bool:
+    handle = next(iter(problem.train.batches(*_one_sample(problem), [(0, 1)])))
+    inputs, _ = problem.train.fetch(handle, None).lane(0)
+    return isinstance(inputs, Tensor) and inputs.dim() == 4
+
+
+def _one_sample(problem: Problem) -> tuple[Tensor, Tensor]:
+    keys = torch.zeros(1, 3, dtype=torch.int64, device=problem.device)
+    return torch.arange(problem.train.length, device=problem.device)[None], keys

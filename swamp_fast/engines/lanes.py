@@ -1,0 +1,81 @@
+"""Lane by lane: the user's own module runs once a lane, on views of the bank. Right for every model there is."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from swamp_fast.data.store import Batch
+from swamp_fast.dropout import DropoutStream
+from swamp_fast.layout import Layout
+from swamp_fast.problem import Problem
+from swamp_fast.tree import tree_map
+
+
+class LaneByLane:
+    """L copies of the model whose parameters are views of weights [L, P], and their gradients of grads [L, P]."""
+
+    def __init__(self, problem: Problem, weights: Tensor, grads: Tensor | None, channels_last: bool) -> None:
+        self.problem, self.channels_last = problem, channels_last
+        self.modules: list[nn.Module] = [copy.deepcopy(problem.template) for _ in range(len(weights))]
+        for lane, module in enumerate(self.modules):
+            bind(module, problem.layout, weights[lane], None if grads is None else grads[lane])
+
+    def backward(self, batch: Batch, step_keys: Tensor) -> Tensor:
+        """Add each lane's gradient of its mean loss to grads; returns the losses [L]."""
+        losses = []
+        for lane, module in enumerate(self.modules):
+            key = step_keys[lane : lane + 1]
+            inputs, targets = batch.lane(lane)
+            inputs = self._formatted(self.problem.transformed(inputs, key))
+            self.problem.seeded(key)
+            with DropoutStream(key) as stream:
+                with self.problem.autocast():
+                    loss = self.problem.losses(self.problem.forward(module, inputs), targets).mean()
+                stream.backward = True
+                loss.backward()  # type: ignore[no-untyped-call]
+            losses.append(loss.detach())
+        return torch.stack(losses)
+
+    def outputs(self, inputs: Any) -> list[Any]:
+        """Each lane's outputs on the same inputs [B, ...]."""
+        inputs = self._formatted(inputs)
+        with self.problem.autocast():
+            return [self.problem.forward(module, inputs) for module in self.modules]
+
+    def set_buffers(self, buffers: dict[str, Tensor]) -> None:
+        """Write buffers [L, ...] into the modules."""
+        for lane, module in enumerate(self.modules):
+            for name, buffer in module.named_buffers():
+                buffer.copy_(buffers[name][lane])
+
+    def buffers(self) -> dict[str, Tensor]:
+        """The modules' buffers as they are now, [L, ...]."""
+        each = [dict(module.named_buffers()) for module in self.modules]
+        return {name: torch.stack([buffers[name] for buffers in each]) for name in each[0]}
+
+    def _formatted(self, inputs: Any) -> Any:
+        return channels_last(inputs) if self.channels_last else inputs
+
+
+def bind(module: nn.Module, layout: Layout, vector: Tensor, grads: Tensor | None) -> None:
+    """Make a module's trained parameters views of a vector [P], and their gradients of grads [P]."""
+    views = layout.views(vector)
+    grad_views = {} if grads is None else layout.views(grads)
+    for name, parameter in module.named_parameters():
+        if name in views:
+            parameter.data = views[name]
+            parameter.grad = grad_views.get(name)
+
+
+def channels_last(inputs: Any) -> Any:
+    """Pictures [B, C, H, W] with their channels last in memory; anything else as it is."""
+    return tree_map(
+        lambda leaf: leaf.contiguous(memory_format=torch.channels_last)
+        if isinstance(leaf, Tensor) and leaf.dim() == 4
+        else leaf,
+        inputs,
+    )

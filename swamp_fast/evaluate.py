@@ -1,0 +1,70 @@
+"""How good the average is, beside its particles and their ensemble."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from swamp_fast.data.store import Data, pass_in_stored_order
+from swamp_fast.problem import Problem
+
+
+@dataclass(frozen=True)
+class Scores:
+    """One split's scores of a cycle; accuracies are fractions, None where the task has none.
+
+    loss, accuracy      of the average
+    particle_accuracy   of each particle
+    ensemble_accuracy   of the mean of the particles' softmax
+    """
+
+    loss: float
+    accuracy: float | None
+    particle_accuracy: list[float] | None
+    ensemble_accuracy: float | None
+
+
+@torch.no_grad()
+def score(problem: Problem, run: Callable[[Any], list[Any]], data: Data, channels_last: bool = False) -> Scores:
+    """Scores on a split. run(inputs [B, ...]) gives the outputs of the particles, and of their average last."""
+    total, entries, ensemble = 0.0, 0, 0
+    correct: Tensor | int = 0
+    for inputs, targets, count in pass_in_stored_order(data, problem.config.batch_size, channels_last):
+        *particles, average = run(inputs)
+        total += float(problem.losses(average, targets).double().mean()) * count
+        if problem.classifies:
+            entries += targets.numel()
+            correct = correct + torch.stack([(out.argmax(1) == targets).sum() for out in (*particles, average)])
+            together = torch.stack([out.double().softmax(1) for out in particles]).mean(0)
+            ensemble += int((together.argmax(1) == targets).sum())
+    loss = total / data.length
+    if not isinstance(correct, Tensor):
+        return Scores(loss, None, None, None)
+    *each, average = (int(number) / entries for number in correct)
+    return Scores(loss, average, each, ensemble / entries)
+
+
+def score_row(test: Scores | None, val: Scores | None) -> dict[str, Any]:
+    """The scores of a cycle's row in the history. The best particle is chosen on validation data, reported on test."""
+    row: dict[str, Any] = dict.fromkeys(
+        ["accuracy", "loss", "particle_accuracy", "best_accuracy", "mean_accuracy", "ensemble_accuracy", "val_accuracy"]
+    )
+    if test is not None:
+        row |= {
+            "accuracy": test.accuracy,
+            "loss": test.loss,
+            "particle_accuracy": test.particle_accuracy,
+            "ensemble_accuracy": test.ensemble_accuracy,
+        }
+        if test.particle_accuracy is not None:
+            row["mean_accuracy"] = sum(test.particle_accuracy) / len(test.particle_accuracy)
+    if val is not None:
+        row["val_accuracy"] = val.accuracy
+        if val.particle_accuracy is not None and test is not None and test.particle_accuracy is not None:
+            best = max(range(len(val.particle_accuracy)), key=val.particle_accuracy.__getitem__)
+            row["best_accuracy"] = test.particle_accuracy[best]
+    return row

@@ -1,0 +1,72 @@
+"""Hashes by which a run directory knows its model, data and callables again."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def model_fingerprint(model: nn.Module) -> str:
+    """Of the structure (as printed), every parameter and buffer, and what is frozen."""
+    digest = hashlib.blake2b(f"{type(model).__qualname__}\n{model}".encode(), digest_size=16)
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        digest.update(f"{name}{tensor.requires_grad}".encode())
+        digest.update(_tensor_bytes(tensor))
+    return digest.hexdigest()
+
+
+def tensor_fingerprint(tensor: Tensor) -> str:
+    """Of type, shape and values."""
+    return hashlib.blake2b(_tensor_bytes(tensor), digest_size=16).hexdigest()
+
+
+def callable_fingerprint(function: Callable[..., Any] | None) -> str | None:
+    """Of a callable's code, defaults and what it closes over, as far as that can be seen."""
+    return None if function is None else hashlib.blake2b(_bytes(function, 0), digest_size=16).hexdigest()
+
+
+def _tensor_bytes(tensor: Tensor) -> bytes:
+    values = tensor.detach().cpu().contiguous().flatten()
+    return f"{tensor.dtype}{tuple(tensor.shape)}".encode() + values.view(torch.uint8).numpy().tobytes()
+
+
+def _bytes(thing: Any, depth: int) -> bytes:
+    """What identifies a value; a plain object by its type and its attributes, four levels deep."""
+    name = f"{type(thing).__module__}.{type(thing).__qualname__}:".encode()
+    if isinstance(thing, Tensor):
+        return name + _tensor_bytes(thing)
+    if thing is None or isinstance(thing, bool | int | float | str | bytes | complex):
+        return name + repr(thing).encode()
+    if depth > 4:
+        return name
+    if isinstance(thing, functools.partial):
+        return name + _bytes((thing.func, thing.args, thing.keywords), depth + 1)
+    if isinstance(thing, dict):
+        return name + b",".join(_bytes(each, depth + 1) for each in thing.items())
+    if isinstance(thing, list | tuple | set | frozenset):
+        parts = [_bytes(each, depth + 1) for each in thing]
+        return name + b",".join(sorted(parts) if isinstance(thing, set | frozenset) else parts)
+    if isinstance(thing, nn.Module):
+        return name + model_fingerprint(thing).encode()
+    if inspect.ismethod(thing):
+        return name + _bytes((thing.__func__, thing.__self__), depth + 1)
+    if inspect.isfunction(thing):
+        closed = inspect.getclosurevars(thing).nonlocals
+        return name + thing.__qualname__.encode() + _source(thing) + _bytes((thing.__defaults__, closed), depth + 1)
+    if inspect.isclass(thing) or inspect.isbuiltin(thing):
+        return name + thing.__qualname__.encode()
+    return name + _source(type(thing)) + _bytes(getattr(thing, "__dict__", None), depth + 1)
+
+
+def _source(thing: Any) -> bytes:
+    try:
+        return inspect.getsource(thing).encode()
+    except (OSError, TypeError):
+        code = getattr(thing, "__code__", None)
+        return b"" if code is None else code.co_code + repr(code.co_names).encode() + repr(code.co_consts).encode()

@@ -1,0 +1,294 @@
+"""SWAMP as a careful researcher writes it today: plain PyTorch, one particle after the other.
+
+The oracle of the tests and the baseline of the benchmarks. It shares the checks, the data and the random streams
+with fast_swamp, and nothing of how it trains, averages, prunes or evaluates.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from swamp_fast.config import SwampConfig
+from swamp_fast.data.store import Data, pass_in_stored_order
+from swamp_fast.data.streams import at_time, epoch_order, lane_keys, stream_of
+from swamp_fast.dropout import DropoutStream
+from swamp_fast.memory import peak_memory
+from swamp_fast.problem import Forward, Loss, OnCycle, Problem, prepare
+from swamp_fast.prunable import Prunable
+from swamp_fast.result import SwampResult
+from swamp_fast.run import Run
+
+State = dict[str, Tensor]
+
+
+def naive_swamp(
+    model: nn.Module,
+    train: object,
+    test: object = None,
+    *,
+    val: object = None,
+    forward: Forward | None = None,
+    loss: Loss | None = None,
+    transform: Callable[[Any], Any] | None = None,
+    prunable: Prunable = None,
+    initial_masks: Mapping[str, Tensor] | None = None,
+    on_cycle: OnCycle | None = None,
+    config: SwampConfig | None = None,
+    **settings: Any,
+) -> SwampResult:
+    """Prune a model with SWAMP, particle by particle. Arguments, result and errors are fast_swamp's."""
+    problem = prepare(
+        *(model, train, test),
+        val=val,
+        forward=forward,
+        loss=loss,
+        transform=transform,
+        prunable=prunable,
+        initial_masks=initial_masks,
+        on_cycle=on_cycle,
+        config=config,
+        settings=settings,
+    )
+    config = problem.config
+    if config.engine != "auto":
+        raise ValueError(f'naive_swamp is its own engine; engine="{config.engine}" is for fast_swamp.')
+    with Run(problem, "naive_swamp") as run:
+        run.keep_engine({"engine": "naive", "why": "plain PyTorch, one particle after the other"})
+        if run.ticket is None:
+            first = copy.deepcopy(problem.template)
+            train_particle(problem, run, first, {}, None, 0)
+            run.keep_ticket(state_of(first))
+        assert run.ticket is not None
+        ticket = load(problem, run.ticket)
+        masks = {name: mask.clone() for name, mask in problem.layout.mask_views(problem.mask).items()}
+        average = ticket
+        if run.rows:
+            masks = {name: mask.to(problem.device) for name, mask in run.last().masks.items()}
+            average = load(problem, run.last().state)
+
+        for cycle in range(len(run.rows), config.cycles + 1):
+            began = time.perf_counter()
+            if cycle > 0:
+                masks = prune(average, masks, config.prune)
+            start = ticket if config.rewind == "ticket" or cycle == 0 else average
+
+            particles, losses = [], []
+            trained = time.perf_counter()
+            for number in range(config.particles_at(cycle)):
+                particle = copy.deepcopy(start)
+                losses.append(train_particle(problem, run, particle, masks, cycle, number))
+                particles.append(particle)
+            train_seconds = time.perf_counter() - trained
+
+            average = mean_of(particles)
+            for each in (*particles, average):
+                reestimate_batchnorm(problem, each)
+            kept = sum(int(mask.sum()) for mask in masks.values())
+            row = {
+                "cycle": cycle,
+                "particles": len(particles),
+                "density": kept / sum(mask.numel() for mask in masks.values()),
+                "kept": kept,
+                "flops": problem.probe.flops(
+                    {name: int(mask.sum()) for name, mask in masks.items()},
+                    {name: mask.numel() for name, mask in masks.items()},
+                ),
+                **scores(problem, particles, average),
+                "train_loss": losses,
+                "train_seconds": train_seconds,
+                "seconds": time.perf_counter() - began,
+                "peak_memory": peak_memory(problem.device),
+            }
+            if config.keep_particles and cycle == config.cycles:
+                run.keep_particles([state_of(each) for each in particles])
+            run.keep_cycle(state_of(average), masks, row)
+        return run.result()
+
+
+def train_particle(
+    problem: Problem, run: Run, model: nn.Module, masks: State, cycle: int | None, number: int
+) -> float:
+    """Train one particle through a full schedule (cycle None: the ticket's), and leave its SWA mean in the model.
+
+    Returns its mean loss over the last epoch.
+    """
+    config, device = problem.config, problem.device
+    epochs = config.ticket_epochs if cycle is None else config.epochs
+    averaged = config.swa and cycle is not None
+    swa_start = min(math.floor(config.swa_start * epochs), epochs - 1) if averaged else epochs
+    keys = lane_keys([config.seed], [stream_of(cycle, number)], device)
+    where = "ticket" if cycle is None else f"cycle {cycle}/{config.cycles}, particle {number + 1}"
+
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    for name, mask in masks.items():
+        parameters[name].data.mul_(mask)
+    for module in model.modules():
+        if isinstance(module, _NormBase):
+            module.reset_running_stats()
+    model.train()
+    optimizer = torch.optim.SGD(
+        parameters.values(),
+        lr=config.lr,
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+        nesterov=config.nesterov,
+    )
+    swa: dict[str, Tensor] = {}
+    step, last_losses = 0, 0.0
+    for epoch in range(epochs):
+        epoch_keys = at_time(keys, epoch)
+        order = epoch_order(epoch_keys, problem.train.length)
+        epoch_loss = torch.zeros((), device=device)
+        for handle in problem.train.batches(order, epoch_keys, problem.bounds):
+            if cycle is not None:
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate(config, step, len(problem.bounds), swa_start)
+            key = at_time(keys, step)
+            inputs, targets = problem.train.fetch(handle, epoch_keys).lane(0)
+            inputs = problem.transformed(inputs, key)
+            problem.seeded(key)
+            optimizer.zero_grad()
+            with DropoutStream(key) as stream:
+                with problem.autocast():
+                    loss = problem.losses(problem.forward(model, inputs), targets).mean()
+                stream.backward = True
+                loss.backward()  # type: ignore[no-untyped-call]
+            for parameter in parameters.values():
+                if parameter.grad is None:  # not used in this step: it decays all the same
+                    parameter.grad = torch.zeros_like(parameter)
+            for name, mask in masks.items():
+                parameters[name].grad.mul_(mask)  # type: ignore[union-attr]
+            optimizer.step()
+            for name, mask in masks.items():
+                parameters[name].data.mul_(mask)
+            epoch_loss += loss.detach()
+            run.step(1, f"{where}, epoch {epoch + 1}/{epochs}")
+            step += 1
+        last_losses = float(epoch_loss) / len(problem.bounds)
+        if epoch >= swa_start:
+            samples = epoch - swa_start + 1
+            for name, parameter in parameters.items():
+                mean = swa.setdefault(name, torch.zeros_like(parameter))
+                mean += (parameter.detach() - mean) / samples
+    for name, mean in swa.items():
+        parameters[name].data.copy_(mean)
+    if not all(bool(torch.isfinite(parameter).all()) for parameter in parameters.values()):
+        raise FloatingPointError(
+            f"{where}: the particle diverged to NaN or infinite weights. Lower lr and swa_lr, or check the data's scale."
+        )
+    return last_losses
+
+
+def learning_rate(config: SwampConfig, step: int, steps_per_epoch: int, swa_start: int) -> float:
+    """The cosine from lr down to swa_lr where SWA starts, constant from there; without SWA down to 0."""
+    end = config.swa_lr if config.swa else 0.0
+    progress = min(step / (swa_start * steps_per_epoch), 1.0) if swa_start else 1.0
+    return end + 0.5 * (config.lr - end) * (1 + math.cos(math.pi * progress))
+
+
+def mean_of(particles: list[nn.Module]) -> nn.Module:
+    """A model with the mean of the particles' parameters and buffers."""
+    average = copy.deepcopy(particles[0])
+    sources = [{**dict(each.named_parameters()), **dict(each.named_buffers())} for each in particles]
+    for name, target in {**dict(average.named_parameters()), **dict(average.named_buffers())}.items():
+        if target.is_floating_point():
+            target.data.copy_(sum(source[name].detach().double() for source in sources) / len(sources))
+    return average
+
+
+def prune(average: nn.Module, masks: State, fraction: float) -> State:
+    """Keep the largest weights of all layers together; equal ones in the order of the layers."""
+    weights = dict(average.named_parameters())
+    magnitudes = torch.cat([weights[name].detach().abs().flatten() for name in masks])
+    kept = torch.cat([mask.flatten() for mask in masks.values()])
+    keep = round((1 - fraction) * int(kept.sum()))
+    largest = magnitudes.masked_fill(~kept, -1).argsort(descending=True, stable=True)[:keep]
+    chosen = torch.zeros_like(kept)
+    chosen[largest] = True
+    parts = chosen.split([mask.numel() for mask in masks.values()])
+    return {name: part.view_as(mask) for (name, mask), part in zip(masks.items(), parts, strict=True)}
+
+
+@torch.no_grad()
+def reestimate_batchnorm(problem: Problem, model: nn.Module) -> None:
+    """Running statistics as the mean over a pass through the training data, weighted by samples; eval mode after."""
+    model.eval()
+    norms = [m for m in model.modules() if isinstance(m, _NormBase) and m.running_mean is not None]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.train()
+    seen = 0
+    for inputs, _, count in pass_in_stored_order(problem.train, problem.config.batch_size) if norms else ():
+        seen += count
+        for norm in norms:
+            norm.momentum = count / seen
+        with problem.autocast():
+            problem.forward(model, inputs)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+        norm.eval()
+
+
+def scores(problem: Problem, particles: list[nn.Module], average: nn.Module) -> dict[str, Any]:
+    """A cycle's scores: of the average, of every particle, and of their ensemble."""
+    row: dict[str, Any] = dict.fromkeys(
+        ["accuracy", "loss", "particle_accuracy", "best_accuracy", "mean_accuracy", "ensemble_accuracy", "val_accuracy"]
+    )
+    test, val = problem.test, problem.val
+    if test is not None:
+        row["loss"], row["accuracy"], _ = evaluate(problem, average, test)
+        if problem.classifies:
+            each = [evaluate(problem, particle, test) for particle in particles]
+            row["particle_accuracy"] = [accuracy for _, accuracy, _ in each]
+            row["mean_accuracy"] = sum(row["particle_accuracy"]) / len(each)
+            together = torch.stack([softmax for _, _, softmax in each]).mean(0)  # type: ignore[arg-type]
+            row["ensemble_accuracy"] = float((together.argmax(1) == targets_of(problem, test)).double().mean())
+    if val is not None:
+        row["val_accuracy"] = evaluate(problem, average, val)[1]
+        if row["particle_accuracy"] is not None:
+            on_val = [evaluate(problem, particle, val)[1] for particle in particles]
+            row["best_accuracy"] = row["particle_accuracy"][on_val.index(max(on_val))]  # type: ignore[type-var]
+    return row
+
+
+@torch.no_grad()
+def evaluate(problem: Problem, model: nn.Module, data: Data) -> tuple[float, float | None, Tensor | None]:
+    """Mean loss, accuracy, and the softmax of every sample; the last two None where there are no classes."""
+    loss, outputs = 0.0, []
+    for inputs, targets, count in pass_in_stored_order(data, problem.config.batch_size):
+        with problem.autocast():
+            output = problem.forward(model, inputs)
+        loss += float(problem.losses(output, targets).double().mean()) * count
+        outputs.append(output)
+    if not problem.classifies:
+        return loss / data.length, None, None
+    softmax = torch.cat(outputs).double().softmax(1)
+    accuracy = float((softmax.argmax(1) == targets_of(problem, data)).double().mean())
+    return loss / data.length, accuracy, softmax
+
+
+def targets_of(problem: Problem, data: Data) -> Tensor:
+    """All targets in stored order."""
+    return torch.cat([targets for _, targets, _ in pass_in_stored_order(data, problem.config.batch_size)])
+
+
+def load(problem: Problem, state: State) -> nn.Module:
+    """A model on the device with the given parameters and buffers."""
+    model = copy.deepcopy(problem.template)
+    for name, tensor in {**dict(model.named_parameters()), **dict(model.named_buffers())}.items():
+        tensor.data.copy_(state[name])
+    return model
+
+
+def state_of(model: nn.Module) -> State:
+    """Parameters and buffers by name."""
+    return {**{n: p.detach() for n, p in model.named_parameters()}, **dict(model.named_buffers())}

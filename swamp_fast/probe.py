@@ -1,0 +1,101 @@
+"""One look at the model on one batch, before anything is trained: what it needs, and what it would cost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.utils.flop_counter import FlopCounterMode
+
+from swamp_fast.data.streams import generators_left_alone, generators_state
+from swamp_fast.dropout import DropoutStream
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What one forward and backward of the model showed."""
+
+    outputs: Any  # of the training forward, with their graph
+    model: nn.Module  # the copy that was run
+    draws_elsewhere: bool  # random numbers that are not dropout's: from torch's, Python's or NumPy's generators
+    changed_buffers: tuple[str, ...]  # besides the running statistics of norms
+    dense_flops: int  # of one sample's forward, 2 a multiply-add, matrix products and convolutions
+    uses: dict[str, float]  # multiply-adds of one sample per weight of a parameter
+
+    def flops(self, kept: dict[str, int], sizes: dict[str, int]) -> int:
+        """FLOPs of one sample's forward when only `kept` weights of the prunable parameters count."""
+        saved = sum(2 * self.uses.get(name, 0.0) * (sizes[name] - kept[name]) for name in kept)
+        return round(self.dense_flops - saved)
+
+
+def probe(model: nn.Module, run: Callable[[nn.Module], tuple[Any, Tensor]], keys: Tensor, batch: int) -> Probe:
+    """Run `run(model) -> (outputs, loss)` on a model that may be changed, forward and backward, in train mode.
+
+    keys   [1, 3]  of the dropout stream
+    batch          samples that `run` feeds
+    """
+    model.train()
+    norms = {
+        f"{prefix}.{name}".lstrip(".")
+        for prefix, module in model.named_modules()
+        if isinstance(module, _NormBase)
+        for name, _ in module.named_buffers(recurse=False)
+    }
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    with generators_left_alone():
+        state = generators_state()
+        with DropoutStream(keys) as stream:
+            outputs, loss = run(model)
+            stream.backward = True
+            loss.backward(retain_graph=True)
+        draws_elsewhere = state != generators_state()
+        changed = tuple(
+            name
+            for name, buffer in model.named_buffers()
+            if name not in norms and not torch.equal(buffer, before[name])
+        )
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        uses = dict.fromkeys(names.values(), 0.0)
+
+        def count(parameter: Tensor | None, multiply_adds: float) -> None:
+            if id(parameter) in names:
+                uses[names[id(parameter)]] += multiply_adds / batch
+
+        handles = [module.register_forward_hook(_uses_of(count), with_kwargs=True) for module in model.modules()]
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            run(model)
+        for handle in handles:
+            handle.remove()
+    model.zero_grad()
+    return Probe(outputs, model, draws_elsewhere, changed, counter.get_total_flops() // batch, uses)
+
+
+def has_batchnorm(model: nn.Module) -> bool:
+    """Whether a batch of one sample has no statistics to train with."""
+    return any(isinstance(module, _BatchNorm) for module in model.modules())
+
+
+def _uses_of(count: Callable[[Tensor | None, float], None]) -> Callable[..., None]:
+    """A forward hook that counts how often a module multiplies by each weight of its parameters."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if isinstance(module, _ConvTransposeNd):
+            count(module.weight, args[0].numel() / module.in_channels)
+        elif isinstance(module, _ConvNd):
+            count(module.weight, output.numel() / module.out_channels)
+        elif isinstance(module, nn.Linear):
+            count(module.weight, output.numel() / module.out_features)
+        elif isinstance(module, nn.MultiheadAttention):
+            given = [*args, *(kwargs[name] for name in ("query", "key", "value")[len(args) :])][:3]
+            tokens = [tensor.numel() / tensor.shape[-1] for tensor in given]
+            count(module.in_proj_weight, sum(tokens) / 3)
+            for name, times in zip(("q_proj_weight", "k_proj_weight", "v_proj_weight"), tokens, strict=True):
+                count(getattr(module, name), times)
+            count(module.out_proj.weight, tokens[0])
+
+    return hook

@@ -1,0 +1,243 @@
+"""One run as it goes: its history, its folder, and what is shown of it. Both drivers record into it."""
+
+from __future__ import annotations
+
+import platform
+import sys
+import time
+import warnings
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from swamp_fast.checkpoint import RunDirectory, Snapshot, load_tensors, save_tensors
+from swamp_fast.config import NOT_IDENTITY
+from swamp_fast.data.streams import generators_left_alone
+from swamp_fast.problem import Problem
+from swamp_fast.report.console import Console, duration, percent
+from swamp_fast.result import SwampResult, snapshot_of
+from swamp_fast.schedule import total_particle_epochs
+from swamp_fast.version import __version__
+
+FAR_BELOW = 0.05  # an average that much less accurate than its particles' mean is not in their basin
+FIRST_ESTIMATE_SECONDS = 1.5  # of training, before the time left is first told
+
+State = dict[str, Tensor]
+
+
+class Run:
+    """The record of a run. As a context it leaves the user's random generators as they were.
+
+    rows       the history so far
+    snapshots  each cycle's average, in memory, or where its file is
+    ticket     the ticket's parameters and buffers, once there is one
+    """
+
+    def __init__(self, problem: Problem, driver: str) -> None:
+        self.problem, self.config = problem, problem.config
+        self.console = Console(self.config.progress)
+        self.rows: list[dict[str, Any]] = []
+        self.snapshots: list[Snapshot | Path] = []
+        self.ticket: State | None = None
+        self.particles: State | None = None
+        self.engine: dict[str, Any] = {}
+        self.about = {
+            "driver": driver,
+            "version": __version__,
+            "config": self.config.to_dict(),
+            "fingerprints": problem.fingerprints,
+            "standardise": problem.standardise.to_dict() if problem.standardise else None,
+            "engine": {},
+            "where": f"{platform.platform()}, {problem.device}, torch {torch.__version__}",
+        }
+        self.folder = RunDirectory(self.config.run_dir) if self.config.run_dir is not None else None
+        self.steps_done = self.steps_left = 0  # of particles; done in this process
+        self.began: float | None = None
+        self.told_estimate = False
+        self._guard = generators_left_alone()
+
+    def __enter__(self) -> Run:
+        """Open the folder, and say what this will cost."""
+        self._guard.__enter__()
+        try:
+            self._resume()
+            self._introduce()
+        except BaseException:
+            self._guard.__exit__(*sys.exc_info())
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Give the terminal and the random generators back."""
+        self.console.close()
+        self._guard.__exit__(kind, error, trace)
+
+    def keep_ticket(self, state: State) -> None:
+        """Record the ticket."""
+        self.ticket = {name: tensor.detach().cpu().clone() for name, tensor in state.items()}
+        if self.folder is not None:
+            self.folder.write_ticket(self.ticket)
+
+    def keep_engine(self, engine: dict[str, Any]) -> None:
+        """Record what runs, so that resuming replays what was chosen by a stopwatch."""
+        self.engine = self.about["engine"] = engine
+        if self.folder is not None:
+            self.folder.write_about(self.about)
+
+    def keep_cycle(self, state: State, masks: State, row: dict[str, Any]) -> None:
+        """Record a cycle: its average, masks and row; tell the user, on the console and by on_cycle."""
+        self._warn(masks, row)
+        self.rows.append(row)
+        snapshot = Snapshot({n: t.detach().cpu().clone() for n, t in state.items()}, {n: t.cpu() for n, t in masks.items()}, row)
+        if self.folder is not None:
+            self.folder.write_cycle(row["cycle"], snapshot, self.rows)
+            self.snapshots.append(self.folder.cycle_path(row["cycle"]))
+        else:
+            self.snapshots.append(snapshot)
+        self.console.line(self._cycle_line(row))
+        if self.problem.on_cycle is not None:
+            self.problem.on_cycle(dict(row))
+
+    def keep_particles(self, states: list[State]) -> None:
+        """Record the particles of the last cycle."""
+        self.particles = {name: torch.stack([state[name].detach().cpu() for state in states]) for name in states[0]}
+        if self.folder is not None:
+            save_tensors(self.folder.path / "particles.safetensors", self.particles)
+
+    def last(self) -> Snapshot:
+        """The newest cycle's average."""
+        return snapshot_of(self.snapshots[-1])
+
+    def result(self) -> SwampResult:
+        """What the call returns."""
+        assert self.ticket is not None
+        result = SwampResult(
+            history=self.rows,
+            ticket=self.ticket,
+            particles=self.particles,
+            engine=self.engine,
+            config=self.config,
+            standardise=self.about["standardise"],
+            snapshots=self.snapshots,
+            about=self.about,
+            template=self.problem.original,
+        )
+        if self.folder is not None:
+            result.write_final(self.folder)
+        return result
+
+    def step(self, particles: int, where: str) -> None:
+        """Count a training step of so many particles, and show how long it will still take."""
+        now = time.perf_counter()
+        if self.began is None:
+            self.began = now
+        self.steps_done += particles
+        self.steps_left -= particles
+        left = (now - self.began) / self.steps_done * self.steps_left
+        if not self.told_estimate and now - self.began > FIRST_ESTIMATE_SECONDS:
+            self.told_estimate = True
+            self.console.line(f"time     about {duration(left)} left at this pace")
+        self.console.status(f"{where}, {duration(left)} left")
+
+    def _resume(self) -> None:
+        """Take over what the folder holds, or make it."""
+        total = total_particle_epochs(self.config)
+        if self.folder is not None:
+            if self.folder.is_empty():
+                self.folder.create(self.about)
+            elif not self.config.resume:
+                raise ValueError(
+                    f"run_dir {self.folder.path} holds a run already, and resume=False; name an empty or new folder."
+                )
+            else:
+                self._take_over(self.folder)
+        if self.ticket is not None:
+            total -= self.config.ticket_epochs
+        total -= sum(self.config.particles_at(row["cycle"]) for row in self.rows) * self.config.epochs
+        self.steps_left = total * len(self.problem.bounds)
+
+    def _take_over(self, folder: RunDirectory) -> None:
+        there = folder.about()
+        differences = [
+            f"{name} was {there['config'].get(name)!r}, is {value!r}"
+            for name, value in self.config.to_dict().items()
+            if name not in NOT_IDENTITY and there["config"].get(name) != value
+        ]
+        differences += [
+            f"{WHAT[name]} differ{'s' if name in SINGULAR else ''}"
+            for name, value in self.problem.fingerprints.items()
+            if there["fingerprints"].get(name) != value
+        ]
+        if there["driver"] != self.about["driver"]:
+            differences.append(f"it was made by {there['driver']}")
+        if differences:
+            raise ValueError(
+                f"run_dir {folder.path} holds another run: {'; '.join(differences)}. Name another folder, or call with "
+                "what began it."
+            )
+        self.engine = self.about["engine"] = there["engine"]
+        self.ticket = folder.ticket()
+        done = min(folder.cycles_done(), self.config.cycles + 1)
+        self.rows = [folder.cycle(cycle).row for cycle in range(done)]
+        self.snapshots = [folder.cycle_path(cycle) for cycle in range(done)]
+        if done == self.config.cycles + 1 and self.config.keep_particles:
+            self.particles = load_tensors(folder.path / "particles.safetensors")[0]
+
+    def _introduce(self) -> None:
+        config, line = self.config, self.console.line
+        line(f"swamp_fast {__version__}, {self.about['driver']}")
+        for text in self.problem.lines:
+            line(text)
+        particles = config.particles if isinstance(config.particles, int) else f"{min(config.particles)} … {max(config.particles)}"
+        line(
+            f"cost     {config.cycles + 1} trainings x {particles} particles x {config.epochs} epochs, and "
+            f"{config.ticket_epochs} for the ticket: {total_particle_epochs(config):,} particle-epochs of "
+            f"{len(self.problem.bounds)} steps, to density {percent((1 - config.prune) ** config.cycles)}"
+        )
+        if self.rows:
+            line(f"resumed  after cycle {len(self.rows) - 1} of {config.cycles}, from {config.run_dir}")
+
+    def _warn(self, masks: State, row: dict[str, Any]) -> None:
+        """Say what the user should not overlook, and put it into the row."""
+        before = self.last().masks if self.snapshots else {}
+        found = [
+            f"cycle {row['cycle']}: nothing of {name} is left; the layer is pruned away whole."
+            for name, mask in masks.items()
+            if not bool(mask.any()) and (name not in before or bool(before[name].any()))
+        ]
+        mean, accuracy = row["mean_accuracy"], row["accuracy"]
+        if mean is not None and accuracy < mean - FAR_BELOW:
+            found.append(
+                f"cycle {row['cycle']}: the average has {percent(accuracy)} accuracy, its particles {percent(mean)} in "
+                "the mean: they did not train into one basin. Take a later ticket (more ticket_epochs)."
+            )
+        row["warnings"] = found
+        for text in found:
+            warnings.warn(text, UserWarning, stacklevel=4)
+
+    def _cycle_line(self, row: dict[str, Any]) -> str:
+        text = f"cycle {row['cycle']:>2}/{self.config.cycles}  density {percent(row['density']):>8}"
+        if row["accuracy"] is not None:
+            each = row["particle_accuracy"]
+            text += f"  accuracy {percent(row['accuracy']):>8}  particles {percent(min(each))} … {percent(max(each))}"
+        elif row["loss"] is not None:
+            text += f"  loss {row['loss']:.4f}"
+        return f"{text}  {duration(row['seconds'])}"
+
+
+# How the fingerprints are called in a message.
+WHAT = {
+    **{name: f"the {name}" for name in ("model", "forward", "loss", "transform")},
+    "train": "the training data",
+    "val": "the validation data",
+    "test": "the test data",
+    "mask": "the initial masks",
+    "prunable": "the prunable parameters",
+    "drop_last": "drop_last",
+}
+SINGULAR = ("model", "forward", "loss", "transform", "drop_last")

@@ -1,0 +1,49 @@
+"""Nested inputs and outputs: tensors in dicts, tuples and lists."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def tree_map(function: Callable[..., Any], first: Any, *others: Any) -> Any:
+    """Apply `function` to the leaves of trees of one shape."""
+    if isinstance(first, dict):
+        return {key: tree_map(function, value, *(other[key] for other in others)) for key, value in first.items()}
+    if isinstance(first, tuple) and hasattr(first, "_fields"):
+        return type(first)(*(tree_map(function, *each) for each in zip(first, *others, strict=True)))
+    if isinstance(first, list | tuple):
+        return type(first)(tree_map(function, *each) for each in zip(first, *others, strict=True))
+    return function(first, *others)
+
+
+def tree_leaves(tree: Any) -> Iterator[Any]:
+    """The leaves in order."""
+    if isinstance(tree, dict):
+        for value in tree.values():
+            yield from tree_leaves(value)
+    elif isinstance(tree, list | tuple):
+        for value in tree:
+            yield from tree_leaves(value)
+    else:
+        yield tree
+
+
+def tensors(tree: Any) -> list[Tensor]:
+    """The tensors among the leaves."""
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def tree_stack(trees: Sequence[Any]) -> Any:
+    """Stack trees of tensors along a new first axis."""
+    return tree_map(lambda *leaves: torch.stack(leaves), *trees)
+
+
+def tree_to(tree: Any, device: torch.device) -> Any:
+    """Move the tensors of a tree; what isn't a tensor stays."""
+    return tree_map(
+        lambda leaf: leaf.to(device, non_blocking=True) if isinstance(leaf, Tensor) else leaf, tree
+    )
