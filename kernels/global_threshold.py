@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-BLOCK = 2048
+BLOCK = {torch.float32: 2048, torch.float64: 1024}
 BLOCKS_PER_PROGRAM = 8  # counted in registers before the histogram in memory is touched
 BINS = 2048  # no digit is wider than 11 bits
 SHIFTS = {torch.float32: (20, 10, 0), torch.float64: (52, 41, 30, 20, 10, 0)}
@@ -119,19 +119,30 @@ def global_threshold(weights, masks, keep):
     prefix = torch.zeros(runs, dtype=torch.int64, device=weights.device)
     nans = torch.zeros(runs, dtype=torch.int32, device=weights.device)
     wanted, above, kept = keep, 0, None
-    programs = triton.cdiv(prunable, BLOCK)
+    block = BLOCK[dtype]
+    programs = triton.cdiv(prunable, block)
     strides = (bits.stride(0), masks.stride(0))
     with torch.cuda.device_of(weights):
         for shift in SHIFTS[dtype]:
             histogram = torch.zeros(runs, BINS, dtype=torch.int32, device=weights.device)
             count_digit_kernel[(triton.cdiv(programs, BLOCKS_PER_PROGRAM), runs)](
-                *(bits, masks, prefix, histogram, nans, *strides, prunable, MAGNITUDE[dtype], INFINITY[dtype]),
+                *(
+                    bits,
+                    masks,
+                    prefix,
+                    histogram,
+                    nans,
+                    *strides,
+                    prunable,
+                    MAGNITUDE[dtype],
+                    INFINITY[dtype],
+                ),
                 FIRST=above == 0,
                 SHIFT=shift,
                 ABOVE=above,
                 BINS=BINS,
                 BLOCKS=BLOCKS_PER_PROGRAM,
-                BLOCK=BLOCK,
+                BLOCK=block,
                 enable_fp_fusion=True,
             )
             at_least = histogram.long().flip(1).cumsum(1).flip(1)  # [R, BINS] weights with this digit or a larger
@@ -145,13 +156,15 @@ def global_threshold(weights, masks, keep):
         prefix = torch.where(keep == 0, INFINITY[dtype], prefix)
         ties = torch.empty(runs, programs, dtype=torch.int32, device=weights.device)
         count_ties_kernel[(programs, runs)](
-            *(bits, masks, prefix, ties, *strides, prunable, MAGNITUDE[dtype]), BLOCK=BLOCK, enable_fp_fusion=True
+            *(bits, masks, prefix, ties, *strides, prunable, MAGNITUDE[dtype]),
+            BLOCK=block,
+            enable_fp_fusion=True,
         )
         ties_before = ties.long().cumsum(1) - ties
         write_mask_kernel[(programs, runs)](
             *(bits, masks, prefix, ties_before, wanted, new_masks),
             *(*strides, new_masks.stride(0), prunable, MAGNITUDE[dtype]),
-            BLOCK=BLOCK,
+            BLOCK=block,
             enable_fp_fusion=True,
         )
     thresholds = prefix.to(integer).view(dtype)

@@ -39,6 +39,8 @@ def particle_mean(weights, run_of_lane, runs):
     mean = weights.new_empty((runs, parameters))
     with torch.cuda.device_of(weights):
         particle_mean_kernel[(triton.cdiv(parameters, BLOCK), runs)](
-            *(weights, run_of_lane, mean, weights.stride(0), mean.stride(0), lanes, parameters), BLOCK=BLOCK, enable_fp_fusion=True
+            *(weights, run_of_lane, mean, weights.stride(0), mean.stride(0), lanes, parameters),
+            BLOCK=BLOCK,
+            enable_fp_fusion=True,
         )
     return mean

@@ -18,7 +18,7 @@ def backends() -> dict[str, dict[str, Any]]:
 
 def _cpp() -> dict[str, Any]:
     try:
-        from swamp_fast import _C
+        import swamp_fast._C as _C
     except ImportError as error:
         return {"active": False, "why": f"the extension swamp_fast._C is not built: {error}"}
     return {
@@ -36,7 +36,11 @@ def _triton() -> dict[str, Any]:
     except PackageNotFoundError:
         return {"active": False, "why": "the package triton is not installed (Linux: pip install triton)"}
     if not torch.cuda.is_available():
-        return {"active": False, "why": "installed, but there is no CUDA device to run its kernels", "version": found}
+        return {
+            "active": False,
+            "why": "installed, but there is no CUDA device to run its kernels",
+            "version": found,
+        }
     return {"active": True, "why": "runs the ops on CUDA devices", "version": found}
 
 

@@ -31,7 +31,9 @@ class ParticleBank:
     buffers                           what the lanes' modules start with; replaced by what they end with, [L, ...]
     """
 
-    def __init__(self, layout: Layout, config: SwampConfig, lanes: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, layout: Layout, config: SwampConfig, lanes: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
         self.layout, self.config = layout, config
         self.weights, self.momentum_buffer, self.swa = (
             torch.zeros(lanes, layout.P, dtype=dtype, device=device) for _ in range(3)

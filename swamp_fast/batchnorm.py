@@ -26,7 +26,11 @@ def reset_running_stats(modules: Iterable[nn.Module]) -> None:
 
 @torch.no_grad()
 def reestimate(
-    modules: list[nn.Module], run: Callable[[Any], object], data: Data, batch_size: int, channels_last: bool = False
+    modules: list[nn.Module],
+    run: Callable[[Any], object],
+    data: Data,
+    batch_size: int,
+    channels_last: bool = False,
 ) -> None:
     """Set the running statistics to the mean over the batches of a pass in stored order, weighted by samples.
 

@@ -1,14 +1,14 @@
 """A run on disk: a folder of plain files, each written beside, flushed and renamed; loading executes nothing.
 
-    run.json                what the run is: settings, fingerprints, versions, the engine's choices
-    config.toml             the settings alone, to start another run from
-    history.jsonl           a line a cycle
-    ticket.safetensors      the ticket's parameters and buffers
-    cycle_00.safetensors …  each cycle's average, compact: values/NAME the kept weights in order, mask/NAME the mask's
-                            bits (numpy.packbits), state/NAME everything else; shapes and row in the metadata
-    model.safetensors       the last average as a plain state dict, for load_state_dict
-    masks.safetensors       its masks, bool
-    particles.safetensors   the particles of the last cycle, [N, ...], if they are kept
+run.json                what the run is: settings, fingerprints, versions, the engine's choices
+config.toml             the settings alone, to start another run from
+history.jsonl           a line a cycle
+ticket.safetensors      the ticket's parameters and buffers
+cycle_00.safetensors …  each cycle's average, compact: values/NAME the kept weights in order, mask/NAME the mask's
+                        bits (numpy.packbits), state/NAME everything else; shapes and row in the metadata
+model.safetensors       the last average as a plain state dict, for load_state_dict
+masks.safetensors       its masks, bool
+particles.safetensors   the particles of the last cycle, [N, ...], if they are kept
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 FORMAT = "swamp_fast 1"
+UNBEGUN = ("config.toml", "config.toml.part", "run.json.part")  # what a run that was killed at once may leave
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,11 @@ class Snapshot:
                 tensors[f"state/{name}"] = tensor.cpu()
         shapes = {name: list(mask.shape) for name, mask in self.masks.items()}
         order = list(self.state)
-        return tensors, {"shapes": json.dumps(shapes), "order": json.dumps(order), "row": json.dumps(self.row)}
+        return tensors, {
+            "shapes": json.dumps(shapes),
+            "order": json.dumps(order),
+            "row": json.dumps(self.row),
+        }
 
     @classmethod
     def unpacked(cls, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Snapshot:
@@ -75,16 +80,17 @@ class RunDirectory:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path).expanduser()
 
-    def create(self, about: dict[str, Any]) -> None:
-        """Make the folder and say what the run is."""
+    def create(self, about: dict[str, Any], settings: str) -> None:
+        """Make the folder and say what the run is; `settings` is TOML."""
         self.path.mkdir(parents=True, exist_ok=True)
+        write(self.path / "config.toml", settings.encode())
         self.write_about(about)
 
     def is_empty(self) -> bool:
         """Whether nothing is there yet; a half-written file of a run that never began counts as nothing."""
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"run_dir {self.path} must be a folder, but a file is there.")
-        return not self.path.exists() or all(entry.name.endswith(".part") for entry in self.path.iterdir())
+        return not self.path.exists() or all(entry.name in UNBEGUN for entry in self.path.iterdir())
 
     def write_about(self, about: dict[str, Any]) -> None:
         """Write run.json."""
@@ -149,7 +155,9 @@ def read_snapshot(path: Path) -> Snapshot:
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write named tensors as safetensors, atomically."""
-    plain = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+    plain = {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
+    }
     write(path, safetensors.torch.save(plain, metadata={"format": "pt", **(metadata or {})}))
 
 
@@ -159,7 +167,8 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise FileNotFoundError(f"there is no {path}.")
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+            names = file.keys()
+            return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
     except (safetensors.SafetensorError, OSError, ValueError) as error:
         raise ValueError(
             f"{path} is damaged or no safetensors file ({error}). Delete it to go on from the cycle before it."

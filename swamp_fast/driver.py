@@ -20,12 +20,13 @@ from swamp_fast.config import SwampConfig
 from swamp_fast.engines import Engine, start_engine
 from swamp_fast.evaluate import score, score_row
 from swamp_fast.memory import peak_memory
-from swamp_fast.problem import Forward, Loss, OnCycle, Problem, prepare
+from swamp_fast.probe import Forward, Loss
+from swamp_fast.problem import OnCycle, Problem, prepare
 from swamp_fast.prunable import Prunable
 from swamp_fast.prune import pruned
 from swamp_fast.result import SwampResult
 from swamp_fast.run import Run
-from swamp_fast.schedule import Training, cycle_training, ticket_training
+from swamp_fast.schedule import cycle_training, ticket_training
 
 
 def fast_swamp(
@@ -96,13 +97,16 @@ def fast_swamp(
                 run.keep_particles(particle_states(problem, bank))
             row["seconds"], row["peak_memory"] = time.perf_counter() - began, peak_memory(problem.device)
             run.keep_cycle(named(problem, average), problem.layout.mask_views(mask), row)
+        run.keep_engine(engine.describe())
         return run.result()
 
 
 def train_ticket(problem: Problem, engine: Engine, run: Run) -> Solution:
     """The matching ticket: the model trained dense for T0, by one particle."""
     if run.ticket is None:
-        start = solution(problem, {**dict(problem.template.named_parameters()), **dict(problem.template.named_buffers())})
+        start = solution(
+            problem, {**dict(problem.template.named_parameters()), **dict(problem.template.named_buffers())}
+        )
         if problem.config.ticket_epochs > 0:
             full = problem.layout.full_mask(problem.device)
             bank = engine.spawn(start, full, 1, None)
@@ -147,7 +151,8 @@ def average_particles(problem: Problem, engine: Engine, bank: ParticleBank) -> t
     models = engine.side_by_side(torch.cat([particles, mean]), buffers)
     reestimate(models.modules, models.outputs, problem.train, problem.config.batch_size, models.channels_last)
     test, val = (
-        data and score(problem, models.outputs, data, models.channels_last) for data in (problem.test, problem.val)
+        None if data is None else score(problem, models.outputs, data, models.channels_last)
+        for data in (problem.test, problem.val)
     )
     average = Solution(mean[0], {name: each[-1] for name, each in models.buffers().items()})
     return average, score_row(test, val)

@@ -35,7 +35,11 @@ class DropoutStream(TorchFunctionMode):
         self.backward = False
 
     def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Send dropout to the stream and everything else on."""
         handler = _HANDLERS.get(func)
@@ -46,7 +50,7 @@ class DropoutStream(TorchFunctionMode):
     def __enter__(self) -> DropoutStream:
         """Start a step: the first dropout call is number 0."""
         self.calls, self.backward = 0, False
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def keep(self, input: Tensor, shape: tuple[int, ...], p: float) -> Tensor:
@@ -97,7 +101,13 @@ class DropoutStream(TorchFunctionMode):
         """F.scaled_dot_product_attention; with dropout the weights are formed, as no fused kernel takes our draws."""
         if dropout_p == 0:
             return _ATTENTION(
-                query, key, value, attn_mask=attn_mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
+                query,
+                key,
+                value,
+                attn_mask=attn_mask,
+                is_causal=is_causal,
+                scale=scale,
+                enable_gqa=enable_gqa,
             )
         if enable_gqa:
             groups = query.shape[-3] // key.shape[-3]
@@ -112,7 +122,7 @@ class DropoutStream(TorchFunctionMode):
 
     def multi_head_attention_forward(self, *args: Any, **kwargs: Any) -> Any:
         """F.multi_head_attention_forward, whose inner calls a mode doesn't see: they are pointed here meanwhile."""
-        F.dropout, F.scaled_dot_product_attention = self.dropout, self.scaled_dot_product_attention  # type: ignore
+        F.dropout, F.scaled_dot_product_attention = self.dropout, self.scaled_dot_product_attention
         try:
             return F.multi_head_attention_forward(*args, **kwargs)
         finally:

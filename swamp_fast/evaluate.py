@@ -51,7 +51,15 @@ def score(problem: Problem, run: Callable[[Any], list[Any]], data: Data, channel
 def score_row(test: Scores | None, val: Scores | None) -> dict[str, Any]:
     """The scores of a cycle's row in the history. The best particle is chosen on validation data, reported on test."""
     row: dict[str, Any] = dict.fromkeys(
-        ["accuracy", "loss", "particle_accuracy", "best_accuracy", "mean_accuracy", "ensemble_accuracy", "val_accuracy"]
+        [
+            "accuracy",
+            "loss",
+            "particle_accuracy",
+            "best_accuracy",
+            "mean_accuracy",
+            "ensemble_accuracy",
+            "val_accuracy",
+        ]
     )
     if test is not None:
         row |= {

@@ -21,7 +21,8 @@ from swamp_fast.data.store import Data, pass_in_stored_order
 from swamp_fast.data.streams import at_time, epoch_order, lane_keys, stream_of
 from swamp_fast.dropout import DropoutStream
 from swamp_fast.memory import peak_memory
-from swamp_fast.problem import Forward, Loss, OnCycle, Problem, prepare
+from swamp_fast.probe import Forward, Loss
+from swamp_fast.problem import OnCycle, Problem, prepare
 from swamp_fast.prunable import Prunable
 from swamp_fast.result import SwampResult
 from swamp_fast.run import Run
@@ -113,9 +114,7 @@ def naive_swamp(
         return run.result()
 
 
-def train_particle(
-    problem: Problem, run: Run, model: nn.Module, masks: State, cycle: int | None, number: int
-) -> float:
+def train_particle(problem: Problem, run: Run, model: nn.Module, masks: State, cycle: int | None, number: int) -> float:
     """Train one particle through a full schedule (cycle None: the ticket's), and leave its SWA mean in the model.
 
     Returns its mean loss over the last epoch.
@@ -146,7 +145,7 @@ def train_particle(
     for epoch in range(epochs):
         epoch_keys = at_time(keys, epoch)
         order = epoch_order(epoch_keys, problem.train.length)
-        epoch_loss = torch.zeros((), device=device)
+        epoch_loss = torch.zeros((), dtype=torch.float64, device=device)
         for handle in problem.train.batches(order, epoch_keys, problem.bounds):
             if cycle is not None:
                 for group in optimizer.param_groups:
@@ -160,7 +159,7 @@ def train_particle(
                 with problem.autocast():
                     loss = problem.losses(problem.forward(model, inputs), targets).mean()
                 stream.backward = True
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()
             for parameter in parameters.values():
                 if parameter.grad is None:  # not used in this step: it decays all the same
                     parameter.grad = torch.zeros_like(parameter)
@@ -182,7 +181,7 @@ def train_particle(
         parameters[name].data.copy_(mean)
     if not all(bool(torch.isfinite(parameter).all()) for parameter in parameters.values()):
         raise FloatingPointError(
-            f"{where}: the particle diverged to NaN or infinite weights. Lower lr and swa_lr, or check the data's scale."
+            f"{where}: the particle diverged to NaN or infinite weights. Lower lr and swa_lr, or check the data."
         )
     return last_losses
 
@@ -200,7 +199,7 @@ def mean_of(particles: list[nn.Module]) -> nn.Module:
     sources = [{**dict(each.named_parameters()), **dict(each.named_buffers())} for each in particles]
     for name, target in {**dict(average.named_parameters()), **dict(average.named_buffers())}.items():
         if target.is_floating_point():
-            target.data.copy_(sum(source[name].detach().double() for source in sources) / len(sources))
+            target.data.copy_(torch.stack([source[name].detach() for source in sources]).double().mean(0))
     return average
 
 
@@ -241,7 +240,15 @@ def reestimate_batchnorm(problem: Problem, model: nn.Module) -> None:
 def scores(problem: Problem, particles: list[nn.Module], average: nn.Module) -> dict[str, Any]:
     """A cycle's scores: of the average, of every particle, and of their ensemble."""
     row: dict[str, Any] = dict.fromkeys(
-        ["accuracy", "loss", "particle_accuracy", "best_accuracy", "mean_accuracy", "ensemble_accuracy", "val_accuracy"]
+        [
+            "accuracy",
+            "loss",
+            "particle_accuracy",
+            "best_accuracy",
+            "mean_accuracy",
+            "ensemble_accuracy",
+            "val_accuracy",
+        ]
     )
     test, val = problem.test, problem.val
     if test is not None:
@@ -250,7 +257,7 @@ def scores(problem: Problem, particles: list[nn.Module], average: nn.Module) -> 
             each = [evaluate(problem, particle, test) for particle in particles]
             row["particle_accuracy"] = [accuracy for _, accuracy, _ in each]
             row["mean_accuracy"] = sum(row["particle_accuracy"]) / len(each)
-            together = torch.stack([softmax for _, _, softmax in each]).mean(0)  # type: ignore[arg-type]
+            together = torch.stack([softmax for _, _, softmax in each if softmax is not None]).mean(0)
             row["ensemble_accuracy"] = float((together.argmax(1) == targets_of(problem, test)).double().mean())
     if val is not None:
         row["val_accuracy"] = evaluate(problem, average, val)[1]

@@ -7,13 +7,23 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.utils.flop_counter import FlopCounterMode
 
-from swamp_fast.data.streams import generators_left_alone, generators_state
+from swamp_fast.checks import copy_of
+from swamp_fast.config import SwampConfig
+from swamp_fast.data.store import Data
+from swamp_fast.data.streams import generators_left_alone, generators_state, lane_keys, stream_of
 from swamp_fast.dropout import DropoutStream
+from swamp_fast.tree import tree_map
+
+Forward = Callable[[nn.Module, Any], Any]
+Loss = Callable[[Any, Any], Tensor]
+
+PROBED_SAMPLES = 8
 
 
 @dataclass(frozen=True)
@@ -33,7 +43,67 @@ class Probe:
         return round(self.dense_flops - saved)
 
 
-def probe(model: nn.Module, run: Callable[[nn.Module], tuple[Any, Tensor]], keys: Tensor, batch: int) -> Probe:
+def look_at(template: nn.Module, data: Data, forward: Forward, loss: Loss, config: SwampConfig) -> tuple[Probe, bool]:
+    """Look at the model on the first few samples; also whether accuracies make sense."""
+    batch = min(PROBED_SAMPLES, data.length, config.batch_size)
+    keys = lane_keys([config.seed], [stream_of(None, 0)], data.device)
+    order = torch.arange(batch, device=data.device)[None]
+    handle = next(iter(data.batches(order, keys, [(0, batch)])))
+    inputs, targets = data.fetch(handle, None).lane(0)
+    classifies = False
+
+    def run(model: nn.Module) -> tuple[Any, Tensor]:
+        nonlocal classifies
+        try:
+            outputs = forward(model, inputs)
+        except (RuntimeError, TypeError, ValueError, IndexError, AttributeError, KeyError) as error:
+            raise ValueError(
+                f"the model can't run on a batch of inputs {_shapes(inputs)}: {error}\nCheck the data's shape, or pass "
+                "`forward(model, inputs)`."
+            ) from error
+        plain = isinstance(outputs, Tensor) and outputs.dim() >= 2 and outputs.is_floating_point()
+        if loss is cross_entropy:
+            if not plain:
+                raise ValueError(
+                    f"the model's output must be a tensor [B, classes] for cross-entropy, got {_shapes(outputs)}. Pass "
+                    "`forward(model, inputs)` that returns the logits, or a `loss` of your own."
+                )
+            data.check_labels(outputs.shape[1])
+        try:
+            each = loss(outputs, targets)
+        except (RuntimeError, TypeError, ValueError, IndexError, AttributeError, KeyError) as error:
+            raise ValueError(
+                f"the loss can't take outputs {_shapes(outputs)} with targets {_shapes(targets)}: {error}"
+            ) from error
+        if not isinstance(each, Tensor) or each.dim() == 0 or each.shape[0] != batch:
+            raise ValueError(
+                f"`loss(outputs, targets)` must return one number a sample, [B] = [{batch}], got {_shapes(each)}; use "
+                'reduction="none".'
+            )
+        classifies = (
+            plain
+            and isinstance(targets, Tensor)
+            and targets.dtype == torch.int64
+            and targets.shape == (batch, *outputs.shape[2:])
+            and outputs.shape[1] > 1
+            and 0 <= int(targets.min()) <= int(targets.max()) < outputs.shape[1]
+        )
+        return outputs, each.sum()
+
+    return _probe(copy_of(template), run, keys, batch), classifies
+
+
+def call(model: nn.Module, inputs: Any) -> Any:
+    """The default `forward`."""
+    return model(inputs)
+
+
+def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
+    """The default `loss`."""
+    return F.cross_entropy(outputs, targets, reduction="none")
+
+
+def _probe(model: nn.Module, run: Callable[[nn.Module], tuple[Any, Tensor]], keys: Tensor, batch: int) -> Probe:
     """Run `run(model) -> (outputs, loss)` on a model that may be changed, forward and backward, in train mode.
 
     keys   [1, 3]  of the dropout stream
@@ -75,11 +145,6 @@ def probe(model: nn.Module, run: Callable[[nn.Module], tuple[Any, Tensor]], keys
     return Probe(outputs, model, draws_elsewhere, changed, counter.get_total_flops() // batch, uses)
 
 
-def has_batchnorm(model: nn.Module) -> bool:
-    """Whether a batch of one sample has no statistics to train with."""
-    return any(isinstance(module, _BatchNorm) for module in model.modules())
-
-
 def _uses_of(count: Callable[[Tensor | None, float], None]) -> Callable[..., None]:
     """A forward hook that counts how often a module multiplies by each weight of its parameters."""
 
@@ -99,3 +164,7 @@ def _uses_of(count: Callable[[Tensor | None, float], None]) -> Callable[..., Non
             count(module.out_proj.weight, tokens[0])
 
     return hook
+
+
+def _shapes(tree: Any) -> Any:
+    return tree_map(lambda leaf: list(leaf.shape) if isinstance(leaf, Tensor) else type(leaf).__name__, tree)

@@ -92,8 +92,6 @@ def _matching(trained: dict[str, nn.Parameter], patterns: list[str]) -> set[str]
             raise TypeError(f"`prunable` must hold names or patterns, got {pattern!r}.")
         found = {name for name in trained if fnmatchcase(name, pattern) or name == f"{pattern}.weight"}
         if not found:
-            raise ValueError(
-                f'`prunable`: "{pattern}" matches no trained parameter; there are {", ".join(trained)}.'
-            )
+            raise ValueError(f'`prunable`: "{pattern}" matches no trained parameter; there are {", ".join(trained)}.')
         names |= found
     return names

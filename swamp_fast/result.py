@@ -72,7 +72,7 @@ class SwampResult:
         folder = RunDirectory(directory)
         if not folder.is_empty():
             raise FileExistsError(f"{folder.path} must be an empty or new folder; it holds files already.")
-        folder.create(self.about)
+        folder.create(self.about, self.config.to_toml())
         folder.write_ticket(self.ticket)
         for cycle in range(len(self.snapshots)):
             folder.write_cycle(cycle, self._snapshot(cycle), self.history[: cycle + 1])

@@ -44,12 +44,13 @@ class Run:
         self.ticket: State | None = None
         self.particles: State | None = None
         self.engine: dict[str, Any] = {}
-        self.about = {
+        standardise = problem.standardise.to_dict() if problem.standardise else None
+        self.about: dict[str, Any] = {
             "driver": driver,
             "version": __version__,
             "config": self.config.to_dict(),
             "fingerprints": problem.fingerprints,
-            "standardise": problem.standardise.to_dict() if problem.standardise else None,
+            "standardise": standardise,
             "engine": {},
             "where": f"{platform.platform()}, {problem.device}, torch {torch.__version__}",
         }
@@ -93,7 +94,11 @@ class Run:
         """Record a cycle: its average, masks and row; tell the user, on the console and by on_cycle."""
         self._warn(masks, row)
         self.rows.append(row)
-        snapshot = Snapshot({n: t.detach().cpu().clone() for n, t in state.items()}, {n: t.cpu() for n, t in masks.items()}, row)
+        snapshot = Snapshot(
+            {n: t.detach().cpu().clone() for n, t in state.items()},
+            {n: t.cpu() for n, t in masks.items()},
+            row,
+        )
         if self.folder is not None:
             self.folder.write_cycle(row["cycle"], snapshot, self.rows)
             self.snapshots.append(self.folder.cycle_path(row["cycle"]))
@@ -149,7 +154,7 @@ class Run:
         total = total_particle_epochs(self.config)
         if self.folder is not None:
             if self.folder.is_empty():
-                self.folder.create(self.about)
+                self.folder.create(self.about, self.config.to_toml())
             elif not self.config.resume:
                 raise ValueError(
                     f"run_dir {self.folder.path} holds a run already, and resume=False; name an empty or new folder."
@@ -193,7 +198,11 @@ class Run:
         line(f"swamp_fast {__version__}, {self.about['driver']}")
         for text in self.problem.lines:
             line(text)
-        particles = config.particles if isinstance(config.particles, int) else f"{min(config.particles)} … {max(config.particles)}"
+        particles = (
+            config.particles
+            if isinstance(config.particles, int)
+            else f"{min(config.particles)} … {max(config.particles)}"
+        )
         line(
             f"cost     {config.cycles + 1} trainings x {particles} particles x {config.epochs} epochs, and "
             f"{config.ticket_epochs} for the ticket: {total_particle_epochs(config):,} particle-epochs of "

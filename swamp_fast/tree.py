@@ -44,6 +44,4 @@ def tree_stack(trees: Sequence[Any]) -> Any:
 
 def tree_to(tree: Any, device: torch.device) -> Any:
     """Move the tensors of a tree; what isn't a tensor stays."""
-    return tree_map(
-        lambda leaf: leaf.to(device, non_blocking=True) if isinstance(leaf, Tensor) else leaf, tree
-    )
+    return tree_map(lambda leaf: leaf.to(device, non_blocking=True) if isinstance(leaf, Tensor) else leaf, tree)

@@ -76,10 +76,10 @@ class Depthwise(nn.Module):
             nn.GroupNorm(4, channels),
             nn.PReLU(),
             nn.Conv2d(channels, 2 * channels, 1, padding_mode="circular"),
-            nn.AdaptiveAvgPool2d(1),
+            nn.AdaptiveAvgPool2d(2),
             nn.Flatten(),
         )
-        self.head = nn.Linear(2 * channels, 10)
+        self.head = nn.Linear(8 * channels, 10)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.body(x))

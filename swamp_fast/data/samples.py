@@ -76,9 +76,7 @@ def collected(source: Samples, device: torch.device) -> tuple[Source, str]:
         first, again = ([samples[i, seed] for i in probed] for seed in (0, 1))
         for sample in first:
             if not isinstance(sample, tuple) or len(sample) != 2:
-                raise TypeError(
-                    f"{source.name}: a sample must be a pair (input, target), got {type(sample).__name__}."
-                )
+                raise TypeError(f"{source.name}: a sample must be a pair (input, target), got {type(sample).__name__}.")
             if isinstance(sample[0], Tensor) and sample[0].dtype == torch.uint8 and not is_picture(sample[0]):
                 raise ValueError(
                     f"{source.name}: uint8 samples must be pictures, got shape {list(sample[0].shape)}. Give other "

@@ -11,7 +11,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler, TensorDataset
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    TensorDataset,
+)
 from torch.utils.data.dataloader import default_collate
 
 from swamp_fast.data.streams import split_order
@@ -66,7 +73,7 @@ class Opened:
 
 
 def open_source(given: object, argument: str, data_dir: str | None) -> Opened:
-    """Open what was given as `argument` ("train", "test" or "val"): a name, a path, tensors, a Dataset, a DataLoader."""
+    """Open what was given as `argument` (train, test or val): a name, a path, tensors, a Dataset or a DataLoader."""
     if isinstance(given, str) and given in NAMED:
         train, test = _named(given, data_dir)
         return Opened(train, test)
@@ -101,7 +108,10 @@ def _subset(source: Source, index: Tensor, prefix: str) -> Source:
     if isinstance(source, Samples):
         return replace(source, name=name, dataset=torch.utils.data.Subset(source.dataset, index.tolist()))
     return replace(
-        source, name=name, inputs=tree_map(lambda leaf: leaf[index], source.inputs), targets=source.targets[index]
+        source,
+        name=name,
+        inputs=tree_map(lambda leaf: leaf[index], source.inputs),
+        targets=source.targets[index],
     )
 
 
@@ -174,7 +184,9 @@ def _from_path(given: str | Path, argument: str) -> Opened:
             f'"{given}" (known: {", ".join(NAMED)}).'
         )
     if path.suffix != ".npz":
-        raise ValueError(f"`{argument}`: {path} must be an .npz file or a folder of images; got a file {path.suffix!r}.")
+        raise ValueError(
+            f"`{argument}`: {path} must be an .npz file or a folder of images; got a file {path.suffix!r}."
+        )
     try:
         file = np.load(path, allow_pickle=False)
         arrays = {key: file[key] for key in file.files}
@@ -219,7 +231,8 @@ def _from_pair(inputs: object, targets: object, argument: str) -> Source:
     targets = torch.from_numpy(np.ascontiguousarray(targets)) if isinstance(targets, np.ndarray) else targets
     last = isinstance(inputs, np.ndarray)
     inputs = tree_map(
-        lambda leaf: torch.from_numpy(np.ascontiguousarray(leaf)) if isinstance(leaf, np.ndarray) else leaf, inputs
+        lambda leaf: torch.from_numpy(np.ascontiguousarray(leaf)) if isinstance(leaf, np.ndarray) else leaf,
+        inputs,
     )
     if not isinstance(targets, Tensor) or not tensors(inputs):
         raise TypeError(
@@ -261,10 +274,10 @@ def _pictures(images: Tensor, argument: str) -> Tensor:
 def _from_dataset(dataset: Dataset[Any], argument: str) -> Source:
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
         raise TypeError(
-            f"`{argument}`: an IterableDataset has no order to shuffle; a Dataset with __len__ and __getitem__ is needed."
+            f"`{argument}`: an IterableDataset has no order to shuffle; pass a Dataset with __len__ and __getitem__."
         )
     if isinstance(dataset, TensorDataset) and len(dataset.tensors) == 2:
-        return replace(_from_pair(*dataset.tensors, argument), name=type(dataset).__name__)  # type: ignore[call-arg]
+        return replace(_from_pair(*dataset.tensors, argument), name=type(dataset).__name__)
     return Samples(type(dataset).__name__, dataset)
 
 

@@ -51,7 +51,12 @@ class Stored:
     stacked = True
 
     def __init__(
-        self, source: Arrays, device: torch.device, dtype: torch.dtype, standardise: Standardise | None, crop_flip: bool
+        self,
+        source: Arrays,
+        device: torch.device,
+        dtype: torch.dtype,
+        standardise: Standardise | None,
+        crop_flip: bool,
     ) -> None:
         self.name, self.length, self.crop_flip, self.device = source.name, len(source), crop_flip, device
         self.table = standardise.table(dtype, device) if standardise is not None else None
@@ -100,7 +105,12 @@ class Streamed:
     streamed = True
 
     def __init__(
-        self, source: Samples, device: torch.device, dtype: torch.dtype, standardise: Standardise | None, crop_flip: bool
+        self,
+        source: Samples,
+        device: torch.device,
+        dtype: torch.dtype,
+        standardise: Standardise | None,
+        crop_flip: bool,
     ) -> None:
         self.name, self.length, self.crop_flip, self.device = source.name, len(source), crop_flip, device
         self.source, self.dtype = source, dtype
@@ -123,7 +133,7 @@ class Streamed:
         plan = [[(i, seeds[number % lanes][i]) for i in picked.tolist()] for number, picked in enumerate(wanted)]
         loader: DataLoader[Any] = DataLoader(
             SeededSamples(self.source.dataset),
-            batch_sampler=plan,  # type: ignore[arg-type]
+            batch_sampler=plan,
             num_workers=self.source.workers,
             collate_fn=self.source.collate,
             pin_memory=self.device.type == "cuda",
@@ -175,7 +185,8 @@ class Streamed:
 
     def _typed(self, tree: Any) -> Any:
         return tree_map(
-            lambda leaf: leaf.to(self.dtype) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf, tree
+            lambda leaf: leaf.to(self.dtype) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf,
+            tree,
         )
 
 
@@ -192,7 +203,12 @@ class Built:
 
 
 def build(
-    source: Source, device: torch.device, dtype: torch.dtype, *, augment: str = "none", like: Built | None = None
+    source: Source,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    augment: str = "none",
+    like: Built | None = None,
 ) -> Built:
     """Put a split on the device if it fits, else stream it.
 

@@ -87,8 +87,10 @@ def generators_left_alone() -> Iterator[None]:
 
 def generators_state() -> tuple[object, ...]:
     """A comparable picture of the global generators: did a call draw from them?"""
-    cuda = tuple(state.numpy().tobytes() for state in torch.cuda.get_rng_state_all()) if (
-        torch.cuda.is_available() and torch.cuda.is_initialized()
-    ) else ()
+    cuda = (
+        tuple(state.numpy().tobytes() for state in torch.cuda.get_rng_state_all())
+        if (torch.cuda.is_available() and torch.cuda.is_initialized())
+        else ()
+    )
     legacy = np.random.get_state(legacy=False)  # noqa: NPY002
     return torch.get_rng_state().numpy().tobytes(), random.getstate(), repr(legacy), cuda

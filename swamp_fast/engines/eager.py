@@ -26,6 +26,7 @@ Way = LaneByLane | Folded
 ROUNDS = 5  # of timing
 TIMING_SECONDS = 3.0  # after which no further round is begun
 WORTH = 0.97  # a way must take less than this share of the one before it in the list to be preferred
+LOST = 2.0  # a way whose first step takes so many times the first way's is not timed again
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,8 @@ class EagerEngine:
 
     def train(self, bank: ParticleBank, training: Training, on_step: Callable[[int], None]) -> Tensor:
         """Train all lanes through a schedule; returns each lane's mean loss over the last epoch, [L]."""
-        assert self.trainer is not None and self.trainer.bank is bank
+        assert self.trainer is not None
+        assert self.trainer.bank is bank
         return self.trainer.train(training, on_step)
 
     def side_by_side(self, weights: Tensor, buffers: dict[str, Tensor]) -> Way:
@@ -84,7 +86,12 @@ class EagerEngine:
     def describe(self) -> dict[str, Any]:
         """What ran, how, and why."""
         why_not = self.trainer.not_captured if self.trainer is not None else "nothing was trained"
-        return {"engine": self.name, **asdict(self.choice), "cuda_graph": why_not is None, "no_cuda_graph": why_not}
+        return {
+            "engine": self.name,
+            **asdict(self.choice),
+            "cuda_graph": why_not is None,
+            "no_cuda_graph": why_not,
+        }
 
 
 def make_way(problem: Problem, choice: Choice, weights: Tensor, grads: Tensor | None) -> Way:
@@ -110,7 +117,7 @@ class _Trainer:
         self.epoch_keys, self.step_keys = self.bank.keys.clone(), self.bank.keys.clone()
         self.lr = torch.zeros(lanes, dtype=torch.float64, device=device)
         self.swa_weight = torch.zeros_like(self.lr)
-        self.loss_sum = torch.zeros(lanes, dtype=problem.dtype, device=device)
+        self.loss_sum = torch.zeros(lanes, dtype=torch.float64, device=device)
         self.graphs: dict[int, tuple[Tensor, torch.cuda.CUDAGraph]] = {}
         self.not_captured = _why_not_captured(problem)
 
@@ -203,7 +210,7 @@ def _why_not_captured(problem: Problem) -> str | None:
 
 def choose(problem: Problem, particles: int) -> Choice:
     """Prove which ways can run the model, time them on its own data, and take the fastest."""
-    lanes = min(particles, 4)
+    lanes = min(particles, 2 if problem.device.type == "cpu" else 8)
     pictures = _has_pictures(problem)
     milliseconds: dict[str, float] = {}
     first = [Choice("lanes", last, "", {}) for last in ((False, True) if pictures else (False,))]
@@ -238,13 +245,16 @@ def _fastest(problem: Problem, choices: list[Choice], lanes: int, milliseconds: 
             module.train()
         handle = _timed_handle(problem, trainer.bank)
         steps.append(lambda trainer=trainer, handle=handle: trainer.step(handle))
-    times: list[list[float]] = [[] for _ in steps]
-    for step in steps:
-        _seconds(step, problem.device)
+    times = [[_seconds(step, problem.device)] for step in steps]
+    lost = [taken[0] > LOST * times[0][0] for taken in times]
+    for taken, is_lost in zip(times, lost, strict=True):
+        if not is_lost:
+            taken.clear()  # the first step warms up
     began = time.perf_counter()
     for _ in range(ROUNDS):
-        for step, taken in zip(steps, times, strict=True):
-            taken.append(_seconds(step, problem.device))
+        for step, taken, is_lost in zip(steps, times, lost, strict=True):
+            if not is_lost:
+                taken.append(_seconds(step, problem.device))
         if time.perf_counter() - began > TIMING_SECONDS:
             break
     best, least = choices[0], statistics.median(times[0])

@@ -7,6 +7,7 @@ stacked ones that see [L, B, ...]. Wrong for models that mix the batch axis, so 
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +23,9 @@ from swamp_fast.engines.lanes import channels_last as to_channels_last
 from swamp_fast.layout import Layout
 from swamp_fast.problem import Problem
 from swamp_fast.tree import tree_map
+
+# The leaves are rows of a bank, apart by P: autograd need not tell every user that they aren't dense.
+warnings.filterwarnings("ignore", message="grad and param do not obey the gradient layout contract")
 
 
 class CannotFold(Exception):
@@ -49,13 +53,14 @@ class Folded:
                 outputs = self.problem.forward(self.module, inputs)
                 losses = self._losses(outputs, batch.targets)
             stream.backward = True
-            losses.sum().backward()  # type: ignore[no-untyped-call]
+            losses.sum().backward()
         return losses.detach()
 
     def outputs(self, inputs: Any) -> list[Any]:
         """As LaneByLane.outputs."""
         folded = tree_map(
-            lambda leaf: leaf.expand(self.lanes, *leaf.shape).flatten(0, 1) if isinstance(leaf, Tensor) else leaf, inputs
+            lambda leaf: leaf.expand(self.lanes, *leaf.shape).flatten(0, 1) if isinstance(leaf, Tensor) else leaf,
+            inputs,
         )
         with self.problem.autocast():
             outputs = self.problem.forward(self.module, self._formatted(folded))
@@ -65,7 +70,9 @@ class Folded:
         """As LaneByLane.set_buffers; a buffer that all lanes share must be the same in each."""
         for name, buffer in self.module.named_buffers():
             if name in buffers:
-                buffer.copy_(buffers[name].view_as(buffer) if buffer.numel() == buffers[name].numel() else buffers[name][0])
+                buffer.copy_(
+                    buffers[name].view_as(buffer) if buffer.numel() == buffers[name].numel() else buffers[name][0]
+                )
 
     def buffers(self) -> dict[str, Tensor]:
         """As LaneByLane.buffers."""
@@ -80,9 +87,7 @@ class Folded:
     def _transformed(self, batch: Batch, step_keys: Tensor) -> Any:
         if self.problem.transform is None:
             return self._formatted(tree_map(lambda leaf: leaf.flatten(0, 1), batch.inputs))
-        each = [
-            self.problem.transformed(batch.lane(lane)[0], step_keys[lane : lane + 1]) for lane in range(self.lanes)
-        ]
+        each = [self.problem.transformed(batch.lane(lane)[0], step_keys[lane : lane + 1]) for lane in range(self.lanes)]
         return self._formatted(tree_map(lambda *leaves: torch.cat(leaves), *each))
 
     def _formatted(self, inputs: Any) -> Any:
@@ -90,7 +95,8 @@ class Folded:
 
     def _lane(self, outputs: Any, lane: int) -> Any:
         return tree_map(
-            lambda leaf: leaf.unflatten(0, (self.lanes, -1))[lane] if isinstance(leaf, Tensor) else leaf, outputs
+            lambda leaf: leaf.unflatten(0, (self.lanes, -1))[lane] if isinstance(leaf, Tensor) else leaf,
+            outputs,
         )
 
     def _losses(self, outputs: Any, targets: Any) -> Tensor:
@@ -125,7 +131,12 @@ def fold(template: nn.Module, layout: Layout, weights: Tensor, grads: Tensor | N
         return stacked[id(parameter)]
 
     def replaced(path: str, module: nn.Module) -> nn.Module:
-        hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+        hooks = (
+            module._forward_hooks,
+            module._forward_pre_hooks,
+            module._backward_hooks,
+            module._backward_pre_hooks,
+        )
         if any(hooks):
             raise CannotFold(f"{path or 'the model'} has hooks")
         make = _STACKED.get(type(module))
@@ -193,7 +204,7 @@ class _StackedConv(_Stacked):
         if not self.grouped:
             biases = self.bias.unbind() if self.bias is not None else [None] * self.lanes
             lanes = zip(self.split(x).unbind(), self.weight.unbind(), biases, strict=True)
-            return torch.cat([module._conv_forward(each, weight, bias) for each, weight, bias in lanes])  # type: ignore
+            return torch.cat([module._conv_forward(each, weight, bias) for each, weight, bias in lanes])
         conv = (F.conv1d, F.conv2d, F.conv3d)[x.dim() - 3]
         wide = self.split(x).transpose(0, 1).flatten(1, 2)  # [B, L*C, ...]
         if module.padding_mode != "zeros":
@@ -205,9 +216,9 @@ class _StackedConv(_Stacked):
             wide,
             self.weight.flatten(0, 1),
             self.bias.flatten() if self.bias is not None else None,
-            module.stride,  # type: ignore[arg-type]
+            module.stride,
             padding,
-            module.dilation,  # type: ignore[arg-type]
+            module.dilation,
             module.groups * self.lanes,
         )
         return out.unflatten(1, (self.lanes, -1)).transpose(0, 1).flatten(0, 1)
@@ -232,7 +243,7 @@ class _StackedBatchNorm(_BatchNorm):
         self.train(module.training)
 
     def _check_input_dim(self, input: Tensor) -> None:
-        self.kind._check_input_dim(self, input)  # type: ignore[arg-type]
+        self.kind._check_input_dim(self, input)
 
     def forward(self, x: Tensor) -> Tensor:
         self._check_input_dim(x)

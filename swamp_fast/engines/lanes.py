@@ -36,7 +36,7 @@ class LaneByLane:
                 with self.problem.autocast():
                     loss = self.problem.losses(self.problem.forward(module, inputs), targets).mean()
                 stream.backward = True
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()
             losses.append(loss.detach())
         return torch.stack(losses)
 
@@ -74,8 +74,8 @@ def bind(module: nn.Module, layout: Layout, vector: Tensor, grads: Tensor | None
 def channels_last(inputs: Any) -> Any:
     """Pictures [B, C, H, W] with their channels last in memory; anything else as it is."""
     return tree_map(
-        lambda leaf: leaf.contiguous(memory_format=torch.channels_last)
-        if isinstance(leaf, Tensor) and leaf.dim() == 4
-        else leaf,
+        lambda leaf: (
+            leaf.contiguous(memory_format=torch.channels_last) if isinstance(leaf, Tensor) and leaf.dim() == 4 else leaf
+        ),
         inputs,
     )

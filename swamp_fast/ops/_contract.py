@@ -101,9 +101,7 @@ class Contract:
                 self.sizes.setdefault(letter, (have, name))
 
 
-def register(
-    schema: str, *, cpu: Callable[..., Any], cuda: Callable[..., Any], fake: Callable[..., Any]
-) -> None:
+def register(schema: str, *, cpu: Callable[..., Any], cuda: Callable[..., Any], fake: Callable[..., Any]) -> None:
     """Register one op as torch.ops.swamp_fast.<name>: C++ on CPU, Triton on CUDA, shapes for torch.compile."""
     name = schema.split("(")[0]
     LIBRARY.define(schema)
@@ -115,7 +113,7 @@ def register(
 def native() -> ModuleType:
     """The C++ kernels; raises if the extension was not built."""
     try:
-        from swamp_fast import _C
+        import swamp_fast._C as _C
     except ImportError as error:
         raise ImportError(
             "swamp_fast's CPU kernels (swamp_fast._C) are not built here: reinstall with "

@@ -47,7 +47,12 @@ def masked_sgd_(
     c.tensor("momentum_buffer", momentum_buffer, "L P", [weights.dtype], rows=True)
     c.tensor("run_of_lane", run_of_lane, "L", [torch.int64])
     c.tensor(
-        "masks", masks, "R Q", [torch.bool], rows=True, advice="Lanes of a run share one mask; pass one row a run."
+        "masks",
+        masks,
+        "R Q",
+        [torch.bool],
+        rows=True,
+        advice="Lanes of a run share one mask; pass one row a run.",
     )
     for name, rate in (("lr", lr), ("momentum", momentum), ("weight_decay", weight_decay)):
         c.tensor(name, rate, "L", [torch.float64], advice="Rates are per lane.")
@@ -60,7 +65,17 @@ def masked_sgd_(
         raise c.fail(f"`masks` covers Q = {c.size('Q')} weights, more than the P = {c.size('P')} there are.")
     c.in_range("run_of_lane", run_of_lane, c.size("R"), "R")
     torch.ops.swamp_fast.masked_sgd_(
-        weights, grads, momentum_buffer, masks, run_of_lane, lr, momentum, weight_decay, nesterov, swa, swa_weight
+        weights,
+        grads,
+        momentum_buffer,
+        masks,
+        run_of_lane,
+        lr,
+        momentum,
+        weight_decay,
+        nesterov,
+        swa,
+        swa_weight,
     )
 
 

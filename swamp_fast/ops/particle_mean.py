@@ -50,6 +50,4 @@ def _fake(weights: Tensor, run_of_lane: Tensor, runs: int) -> Tensor:
     return weights.new_empty((runs, weights.shape[1]))
 
 
-register(
-    "particle_mean(Tensor weights, Tensor run_of_lane, int runs) -> Tensor", cpu=_cpu, cuda=_cuda, fake=_fake
-)
+register("particle_mean(Tensor weights, Tensor run_of_lane, int runs) -> Tensor", cpu=_cpu, cuda=_cuda, fake=_fake)

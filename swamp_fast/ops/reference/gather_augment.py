@@ -21,7 +21,9 @@ def gather_augment(
 ) -> Tensor:
     """Gather each lane's pictures; the contract is in swamp_fast/ops/gather_augment.py."""
     _, height, width, channels = images.shape
-    words = philox_blocks(keys[:, None, :], CROP_FLIP, index if samples is None else samples).long() & 0xFFFFFFFF  # [L, B, 4]
+    words = (
+        philox_blocks(keys[:, None, :], CROP_FLIP, index if samples is None else samples).long() & 0xFFFFFFFF
+    )  # [L, B, 4]
     dy, dx = ((words[..., :2] * (2 * pad + 1) >> 32) - pad).unbind(-1)
     mirrored = (words[..., 2] >> 31).bool() & flip
 

@@ -31,5 +31,3 @@ def masked_sgd_(
         w[:prunable].masked_fill_(pruned, 0)
         if swa is not None and swa_weight is not None and swa_weight[lane] != 0:
             swa[lane].add_(w - swa[lane], alpha=swa_weight[lane].item())
-
-

@@ -15,9 +15,7 @@ def philox(keys: Tensor, purpose: int, count: int) -> Tensor:
 def philox_blocks(keys: Tensor, purpose: int, blocks: Tensor) -> Tensor:
     """Block numbers [..., n] of the streams with keys [..., 1, 3] -> their words [..., n, 4] int32."""
     seed, stream, time = keys.unbind(-1)
-    c0, c1, c2, c3 = torch.broadcast_tensors(
-        blocks & LOW, time & LOW, stream & LOW, torch.full_like(blocks, purpose)
-    )
+    c0, c1, c2, c3 = torch.broadcast_tensors(blocks & LOW, time & LOW, stream & LOW, torch.full_like(blocks, purpose))
     k0, k1 = seed & LOW, (seed >> 32) & LOW
     for _ in range(10):
         # int64 products wrap as unsigned ones do, so their halves are those of the 64-bit product.

@@ -1,0 +1,36 @@
+# make demo and make test are all the set-up: each makes .venv with what pyproject.toml declares, and runs.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test test-slow lint format bench clean
+
+demo: .venv/.installed
+	$(BIN)/swamp-fast demo --out swamp_demo
+
+test: .venv/.installed
+	$(BIN)/python -m pytest
+
+test-slow: .venv/.installed
+	$(BIN)/python -m pytest --slow
+
+lint: .venv/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/mypy --config-file= --ignore-missing-imports kernels
+
+format: .venv/.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: .venv/.installed
+	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-columns=min,median,max,rounds
+	$(BIN)/python -m benchmarks.cpu
+
+.venv/.installed: pyproject.toml setup.py MANIFEST.in $(wildcard csrc/cpu/*)
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --editable ".[data,report,dev]"
+	touch $@
+
+clean:
+	rm -rf .venv build dist *.egg-info swamp_fast/*.so

@@ -1,0 +1,163 @@
+"""The command line: swamp-fast demo, run, show, backends."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from swamp_fast.backends import backends
+from swamp_fast.config import CHOICES, SwampConfig
+from swamp_fast.data.samples import one_input
+from swamp_fast.data.sources import Arrays, Source, open_source
+from swamp_fast.driver import fast_swamp
+from swamp_fast.models import MODELS, SmallCNN, build_model
+from swamp_fast.report.figures import accuracy_over_sparsity
+from swamp_fast.report.table import history_table
+from swamp_fast.result import SwampResult
+from swamp_fast.version import __version__
+
+DEMO = SwampConfig(particles=4, cycles=14, epochs=12, ticket_epochs=4, batch_size=64)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command; 0 if it went well, 2 for a mistake in what was asked, 130 when interrupted."""
+    parser = _parser()
+    given = parser.parse_args(arguments)
+    try:
+        given.command(given)
+    except (
+        ValueError,
+        TypeError,
+        FileNotFoundError,
+        FileExistsError,
+        ImportError,
+        FloatingPointError,
+    ) as error:
+        print(f"swamp-fast: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("swamp-fast: interrupted; a run with --out goes on after its last finished cycle", file=sys.stderr)
+        return 130
+    return 0
+
+
+def demo(given: argparse.Namespace) -> None:
+    """Four particles of a small network on scikit-learn's digits, pruned through 14 cycles."""
+    out = Path(given.out)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(DEMO.seed)
+        model = SmallCNN(1, 10)
+    settings = {} if given.epochs is None else {"epochs": given.epochs}
+    result = fast_swamp(model, "digits", config=DEMO, run_dir=out / "run", progress=not given.quiet, **settings)
+    _report(result, out, "SWAMP, a small CNN on digits, 4 particles")
+    print(f"\nThe same in a script:\n  result = fast_swamp(model, train, test)\nThe run is in {out / 'run'}.")
+
+
+def run(given: argparse.Namespace) -> None:
+    """A network by name or factory on any data, with every setting as a flag or from TOML."""
+    chosen = {name: getattr(given, name) for name in SETTINGS if hasattr(given, name)}
+    base = SwampConfig.from_toml(Path(given.config)) if given.config is not None else None
+    config = SwampConfig.of(base, {**chosen, "run_dir": given.out} if given.out is not None else chosen)
+    shape = _shape(open_source(given.data, "train", config.data_dir).source)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        model = build_model(given.model, *shape)
+    result = fast_swamp(model, given.data, given.test, val=given.val, config=config)
+    _report(result, None if given.out is None else Path(given.out), f"SWAMP, {given.model} on {given.data}")
+
+
+def show(given: argparse.Namespace) -> None:
+    """What a run's folder holds."""
+    result = SwampResult.load(given.directory)
+    print(result.config.to_toml())
+    engine = {name: value for name, value in result.engine.items() if value not in (None, {})}
+    print("engine: " + ", ".join(f"{name} = {value}" for name, value in engine.items()) + "\n")
+    print(history_table(result.history))
+    left = result.config.cycles + 1 - len(result.history)
+    if left:
+        print(f"\n{left} of {result.config.cycles + 1} trainings are still to come; call it again with --out to go on.")
+
+
+def show_backends(given: argparse.Namespace) -> None:
+    """What is active here, what is missing, and why."""
+    for name, found in backends().items():
+        details = ", ".join(f"{key} {value}" for key, value in found.items() if key not in ("active", "why"))
+        state = "active " if found["active"] else "missing"
+        print(f"{name:<7} {state}  {found['why']}" + (f" ({details})" if details else ""))
+
+
+def _report(result: SwampResult, out: Path | None, title: str) -> None:
+    print(history_table(result.history))
+    if out is not None and result.history[-1]["accuracy"] is not None:
+        try:
+            print(f"\nfigure: {accuracy_over_sparsity(result.history, out / 'accuracy.png', title)}")
+        except ImportError as error:
+            print(f"\nno figure: {error}")
+
+
+def _shape(source: Source) -> tuple[int, int, int, int]:
+    """Channels, height, width and classes of pictures, for the networks that are known by name."""
+    if isinstance(source, Arrays):
+        sample, classes = source.inputs[0], int(source.targets.max()) + 1
+    else:
+        sample, classes = one_input(source), len(getattr(source.dataset, "classes", ())) or 10
+    height, width, channels = sample.shape
+    return channels, height, width, classes
+
+
+SETTINGS = {field.name: field for field in dataclasses.fields(SwampConfig) if field.name != "run_dir"}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="swamp-fast", description="SWAMP: prune with averaged particles, fast.")
+    parser.add_argument("--version", action="version", version=f"swamp_fast {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="demo | run | show | backends")
+
+    each = commands.add_parser("demo", help=demo.__doc__, description=demo.__doc__)
+    each.add_argument("--out", default="swamp_demo", metavar="DIR", help="where the run and the figure go")
+    each.add_argument("--epochs", type=int, help="of a training, instead of 12")
+    each.add_argument("--quiet", action="store_true", help="no progress")
+    each.set_defaults(command=demo)
+
+    each = commands.add_parser("run", help=run.__doc__, description=run.__doc__)
+    each.add_argument("--model", required=True, help=f"{', '.join(MODELS)}, or package.module:factory")
+    each.add_argument("--data", required=True, help="a named data set, an .npz, or a folder of images")
+    each.add_argument("--test", metavar="DATA", help="test data, if --data brings none")
+    each.add_argument("--val", type=float, metavar="FRACTION", help="of the training data to hold out")
+    each.add_argument("--out", metavar="DIR", help="the run's folder; started again with it, the run goes on")
+    each.add_argument("--config", metavar="FILE.toml", help="settings; flags take precedence")
+    settings = each.add_argument_group("settings", "the fields of SwampConfig, see its docs")
+    for name, field in SETTINGS.items():
+        _add_setting(settings, name, field)
+    each.set_defaults(command=run)
+
+    each = commands.add_parser("show", help=show.__doc__, description=show.__doc__)
+    each.add_argument("directory", metavar="DIR")
+    each.set_defaults(command=show)
+
+    each = commands.add_parser("backends", help=show_backends.__doc__, description=show_backends.__doc__)
+    each.set_defaults(command=show_backends)
+    return parser
+
+
+def _add_setting(group: Any, name: str, field: dataclasses.Field[Any]) -> None:
+    """A flag for a field of SwampConfig; one that isn't given leaves no trace."""
+    flag, shown = f"--{name.replace('_', '-')}", f"default {field.default}"
+    common: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "help": shown}
+    if isinstance(field.default, bool):
+        group.add_argument(flag, action=argparse.BooleanOptionalAction, **common)
+    elif name == "particles":
+        group.add_argument(flag, type=_particles, metavar="N | N,N,…", **common)
+    else:
+        kind = {"int": int, "float": float, "float | None": float}.get(str(field.type), str)
+        group.add_argument(flag, type=kind, choices=CHOICES.get(name), **common)
+
+
+def _particles(text: str) -> int | list[int]:
+    numbers = [int(part) for part in text.split(",")]
+    return numbers if "," in text else numbers[0]

@@ -1,0 +1,187 @@
+"""The networks of the protocol, by name, for the command line, the demo and the benchmarks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from itertools import pairwise
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+VGG_WIDTHS: dict[str, list[int | str]] = {  # channels, "M" halves the picture
+    "vgg13": [64, 64, "M", 128, 128, "M", 256, 256, "M", 512, 512, "M", 512, 512, "M"],
+    "vgg16": [64, 64, "M", 128, 128, "M", *[256] * 3, "M", *[512] * 3, "M", *[512] * 3, "M"],
+    "vgg19": [64, 64, "M", 128, 128, "M", *[256] * 4, "M", *[512] * 4, "M", *[512] * 4, "M"],
+}
+
+
+class ResNetBlock(nn.Module):
+    """Two 3x3 convolutions around a shortcut, a 1x1 convolution where the shape changes."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.norm1 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.norm2 = nn.BatchNorm2d(outputs)
+        self.shortcut = nn.Sequential()
+        if stride != 1 or inputs != outputs:
+            self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, inputs, H, W] -> [B, outputs, H / stride, W / stride]."""
+        y = F.relu(self.norm1(self.conv1(x)))
+        return F.relu(self.norm2(self.conv2(y)) + self.shortcut(x))
+
+
+class ResNet(nn.Module):
+    """The CIFAR ResNet of depth 6 blocks + 2: He et al. 2016, arXiv 1512.03385, section 4.2."""
+
+    def __init__(self, blocks: int, channels: int, classes: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, 16, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(16)
+        stages: list[nn.Module] = []
+        width = 16
+        for stage, outputs in enumerate((16, 32, 64)):
+            for block in range(blocks):
+                stages.append(ResNetBlock(width, outputs, 2 if stage > 0 and block == 0 else 1))
+                width = outputs
+        self.blocks = nn.Sequential(*stages)
+        self.head = nn.Linear(width, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, channels, H, W] -> logits [B, classes]."""
+        x = self.blocks(F.relu(self.norm(self.conv(x))))
+        return self.head(x.mean((2, 3)))
+
+
+class WideBlock(nn.Module):
+    """Norm and ReLU before each convolution."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.norm1 = nn.BatchNorm2d(inputs)
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.norm2 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.shortcut = nn.Conv2d(inputs, outputs, 1, stride, bias=False) if inputs != outputs else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, inputs, H, W] -> [B, outputs, H / stride, W / stride]."""
+        y = F.relu(self.norm1(x))
+        shortcut = x if self.shortcut is None else self.shortcut(y)
+        return self.conv2(F.relu(self.norm2(self.conv1(y)))) + shortcut
+
+
+class WideResNet(nn.Module):
+    """WRN-depth-width, without dropout: Zagoruyko and Komodakis 2016, arXiv 1605.07146."""
+
+    def __init__(self, depth: int, width: int, channels: int, classes: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, 16, 3, padding=1, bias=False)
+        blocks: list[nn.Module] = []
+        inputs = 16
+        for stage in range(3):
+            outputs = 16 * width << stage
+            for block in range((depth - 4) // 6):
+                blocks.append(WideBlock(inputs, outputs, 2 if stage > 0 and block == 0 else 1))
+                inputs = outputs
+        self.blocks = nn.Sequential(*blocks)
+        self.norm = nn.BatchNorm2d(inputs)
+        self.head = nn.Linear(inputs, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, channels, H, W] -> logits [B, classes]."""
+        x = F.relu(self.norm(self.blocks(self.conv(x))))
+        return self.head(x.mean((2, 3)))
+
+
+class VGG(nn.Module):
+    """VGG with BatchNorm and one linear layer: Simonyan and Zisserman 2015, arXiv 1409.1556, as used on CIFAR."""
+
+    def __init__(self, widths: list[int | str], channels: int, classes: int) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for width in widths:
+            if isinstance(width, str):
+                layers.append(nn.MaxPool2d(2, ceil_mode=True))
+            else:
+                layers += [
+                    nn.Conv2d(channels, width, 3, padding=1, bias=False),
+                    nn.BatchNorm2d(width),
+                    nn.ReLU(),
+                ]
+                channels = width
+        self.features = nn.Sequential(*layers)
+        self.head = nn.Linear(channels, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, channels, H, W] -> logits [B, classes]."""
+        return self.head(self.features(x).mean((2, 3)))
+
+
+class SmallCNN(nn.Module):
+    """The demo's network for pictures of 8 x 8: three 3x3 convolutions with BatchNorm."""
+
+    def __init__(self, channels: int, classes: int, width: int = 32) -> None:
+        super().__init__()
+        widths = [channels, width, width, 2 * width]
+        self.convs = nn.ModuleList(nn.Conv2d(i, o, 3, padding=1, bias=False) for i, o in pairwise(widths))
+        self.norms = nn.ModuleList(nn.BatchNorm2d(width) for width in widths[1:])
+        self.head = nn.Linear(widths[-1], classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, channels, H, W] -> logits [B, classes]."""
+        for conv, norm, pool in zip(self.convs, self.norms, (1, 2, 2), strict=True):
+            x = F.relu(norm(conv(x)))
+            x = F.max_pool2d(x, pool) if pool > 1 else x
+        return self.head(x.mean((2, 3)))
+
+
+class MLP(nn.Module):
+    """Two hidden layers."""
+
+    def __init__(self, inputs: int, classes: int, width: int = 1024) -> None:
+        super().__init__()
+        self.hidden = nn.ModuleList([nn.Linear(inputs, width), nn.Linear(width, width)])
+        self.head = nn.Linear(width, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, ...] -> logits [B, classes]."""
+        x = x.flatten(1)
+        for layer in self.hidden:
+            x = F.relu(layer(x))
+        return self.head(x)
+
+
+# name -> (channels, height, width, classes) -> network
+MODELS: dict[str, Callable[[int, int, int, int], nn.Module]] = {
+    "resnet20": lambda channels, height, width, classes: ResNet(3, channels, classes),
+    "resnet32": lambda channels, height, width, classes: ResNet(5, channels, classes),
+    "resnet56": lambda channels, height, width, classes: ResNet(9, channels, classes),
+    "wrn28_2": lambda channels, height, width, classes: WideResNet(28, 2, channels, classes),
+    "vgg13": lambda channels, height, width, classes: VGG(VGG_WIDTHS["vgg13"], channels, classes),
+    "vgg16": lambda channels, height, width, classes: VGG(VGG_WIDTHS["vgg16"], channels, classes),
+    "vgg19": lambda channels, height, width, classes: VGG(VGG_WIDTHS["vgg19"], channels, classes),
+    "small_cnn": lambda channels, height, width, classes: SmallCNN(channels, classes),
+    "mlp": lambda channels, height, width, classes: MLP(channels * height * width, classes),
+}
+
+
+def build_model(name: str, channels: int, height: int, width: int, classes: int) -> nn.Module:
+    """A network by name, or by "package.module:factory", called without arguments."""
+    if name in MODELS:
+        return MODELS[name](channels, height, width, classes)
+    package, colon, factory = name.partition(":")
+    if not colon:
+        raise ValueError(f'`--model` must be one of {", ".join(MODELS)}, or package.module:factory; got "{name}".')
+    try:
+        make = getattr(import_module(package), factory)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f'`--model`: "{name}" can\'t be imported: {error}') from error
+    model = make()
+    if not isinstance(model, nn.Module):
+        raise TypeError(f'`--model`: "{name}" must return an nn.Module, got {type(model).__name__}.')
+    return model

@@ -1,0 +1,33 @@
+"""The history as a table of text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from swamp_fast.report.console import duration, percent
+
+COLUMNS = ("cycle", "density", "kept", "average", "particles", "ensemble", "MFLOP", "training", "cycle took")
+
+
+def history_table(history: list[dict[str, Any]]) -> str:
+    """A row a cycle: density, weights kept, accuracies on test, FLOPs of a sample's forward, and times."""
+    rows = [COLUMNS, *(_cells(row) for row in history)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS))]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join(lines)
+
+
+def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+    each = row["particle_accuracy"]
+    return (
+        str(row["cycle"]),
+        percent(row["density"]),
+        f"{row['kept']:,}",
+        percent(row["accuracy"]),
+        f"{min(each) * 100:.2f} … {max(each) * 100:.2f} %" if each else "–",
+        percent(row["ensemble_accuracy"]),
+        f"{row['flops'] / 1e6:.2f}",
+        duration(row["train_seconds"]),
+        duration(row["seconds"]),
+    )

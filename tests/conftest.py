@@ -1,0 +1,111 @@
+"""Without a GPU the Triton kernels run in Triton's interpreter, which has to be told before Triton is imported."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+HAS_GPU = torch.cuda.is_available()
+if not HAS_GPU:
+    os.environ["TRITON_INTERPRET"] = "1"
+sys.path.insert(0, str(Path(__file__).parent))  # importlib mode finds no neighbours: networks, tolerances
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="run the slow tier too")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("slow") and not config.getoption("--slow"):
+            item.add_marker(pytest.mark.skip(reason="slow tier: run with --slow"))
+        if item.get_closest_marker("gpu") and not HAS_GPU:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    skipped = terminalreporter.stats.get("skipped", [])
+    gpu = sum("needs a CUDA device" in str(report.longrepr) for report in skipped)
+    slow = sum("slow tier" in str(report.longrepr) for report in skipped)
+    terminalreporter.write_line(f"not run: {gpu} tests need a GPU, {slow} are in the slow tier")
+
+
+@pytest.fixture(autouse=True)
+def _same_start() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def digits() -> tuple[tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
+    """A few of scikit-learn's digits, uint8 [n, 1, 8, 8]: 160 to train with, 64 to test on."""
+    from swamp_fast.data.sources import open_source
+
+    opened = open_source("digits", "train", None)
+    train, test = opened.source, opened.test
+    return tuple(  # type: ignore[return-value]
+        (split.inputs[:n].permute(0, 3, 1, 2).contiguous(), split.targets[:n])  # type: ignore[union-attr]
+        for split, n in ((train, 160), (test, 64))
+    )
+
+
+class Implementation:
+    """One way an op can run: "generic", "avx2", "avx512" (C++), "triton" (in the interpreter) or "cuda"."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.device = torch.device("cuda" if name == "cuda" else "cpu")
+
+    def __call__(self, op: str, *args: object, **kwargs: object) -> object:
+        """Run an op as its contract has it; in the interpreter its launcher is called, which checks nothing."""
+        import swamp_fast._C as _C
+        from swamp_fast import ops
+
+        if self.name == "triton":
+            return _launch(op, *args, **kwargs)
+        if self.name != "cuda":
+            assert _C.active() == self.name
+        return getattr(ops, op)(*args, **kwargs)
+
+
+def _launch(op: str, *args: object, **kwargs: object) -> object:
+    from importlib import import_module
+
+    launcher = getattr(import_module(f"swamp_fast.kernels.{op.rstrip('_')}"), op)
+    if op == "masked_sgd_":
+        rates = [kwargs[name] for name in ("lr", "momentum", "weight_decay")]
+        rest = [kwargs.get("nesterov", False), kwargs.get("swa"), kwargs.get("swa_weight")]
+        return launcher(*args, *rates, *rest)
+    if op == "gather_augment":
+        images, table, index, keys = args
+        samples = kwargs.get("samples", index)
+        rest = [kwargs.get(name, default) for name, default in (("pad", 0), ("flip", False), ("channels_last", False))]
+        return launcher(images, table, index, samples, keys, *rest)
+    if op == "global_threshold":
+        return launcher(*args)[:2]
+    return launcher(*args, **kwargs)
+
+
+IMPLEMENTATIONS = ["generic", "avx2", "avx512", "triton", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.fixture(params=IMPLEMENTATIONS)
+def implementation(request: pytest.FixtureRequest) -> object:
+    """Each way an op can run here; what it allocates is filled with NaN first."""
+    import swamp_fast._C as _C
+
+    name = request.param
+    if name in ("generic", "avx2", "avx512"):
+        if name not in _C.available():
+            pytest.skip(f"this processor has no {name}")
+        _C.use(name)
+    elif name == "triton" and HAS_GPU:
+        pytest.skip("with a GPU the kernels are compiled: see the cuda tests")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield Implementation(name)
+    torch.use_deterministic_algorithms(False)
+    _C.use(_C.available()[-1])
