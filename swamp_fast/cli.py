@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -147,7 +148,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_setting(group: Any, name: str, field: dataclasses.Field[Any]) -> None:
     """A flag for a field of SwampConfig; one that isn't given leaves no trace."""
-    flag, shown = f"--{name.replace('_', '-')}", f"default {field.default}"
+    flag, shown = f"--{name.replace('_', '-')}", f"{_meaning(name)} Default: {field.default}"
     common: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "help": shown}
     if isinstance(field.default, bool):
         group.add_argument(flag, action=argparse.BooleanOptionalAction, **common)
@@ -156,6 +157,12 @@ def _add_setting(group: Any, name: str, field: dataclasses.Field[Any]) -> None:
     else:
         kind = {"int": int, "float": float, "float | None": float}.get(str(field.type), str)
         group.add_argument(flag, type=kind, choices=CHOICES.get(name), **common)
+
+
+def _meaning(name: str) -> str:
+    """A setting's line in the docs of SwampConfig."""
+    found = re.search(rf"^        {name}: (.*?)(?=^        \w+: |^    Raises)", SwampConfig.__doc__ or "", re.M | re.S)
+    return " ".join(found[1].split()).replace("%", "%%") if found else ""
 
 
 def _particles(text: str) -> int | list[int]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from torch import Tensor
 
 from swamp_fast import ops
-from swamp_fast.layout import Layout
 
 
 def kept_after(kept: int, prune: float) -> int:
@@ -30,8 +29,3 @@ def pruned(average: Tensor, masks: Tensor, prune: float) -> Tensor:
     """The masks [R, Q] that keep the largest of the averages [R, P], by one global threshold a run."""
     keep = [kept_after(kept, prune) for kept in masks.sum(1).tolist()]
     return ops.global_threshold(average[:, : masks.shape[1]], masks, keep)[1]
-
-
-def emptied_layers(layout: Layout, mask: Tensor) -> list[str]:
-    """The prunable parameters of which a mask [Q] keeps nothing."""
-    return [name for name, view in layout.mask_views(mask).items() if not bool(view.any())]

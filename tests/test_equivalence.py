@@ -33,9 +33,9 @@ def settings(name: str) -> dict[str, object]:
     return {
         "particles": 3,
         "cycles": 3,
-        "epochs": 4 if big else 6,
-        "ticket_epochs": 2,
-        "batch_size": 8 if big else 32,
+        "epochs": 3 if big else 6,
+        "ticket_epochs": 1 if big else 2,
+        "batch_size": 16 if big else 32,
         "lr": 0.01 if big else 0.1,
         "swa_lr": 0.005 if big else 0.05,
         "precision": "float64",
@@ -46,7 +46,7 @@ def settings(name: str) -> dict[str, object]:
 
 def data_for(name: str, digits):
     (inputs, targets), test = digits
-    few = 32 if name == "resnet18" else 160
+    few = 48 if name == "resnet18" else 160
     return (inputs[:few], targets[:few]), test
 
 

@@ -13,7 +13,9 @@ from swamp_fast.ops import reference
 SIZES = [(1, 1, 1), (1, 5, 5), (3, 17, 9), (2, 4096, 4096), (4, 5001, 4100), (5, 9000, 0), (2, 0, 0)]
 
 
-def arguments(lanes: int, parameters: int, prunable: int, dtype: torch.dtype, device: torch.device) -> dict[str, object]:
+def arguments(
+    lanes: int, parameters: int, prunable: int, dtype: torch.dtype, device: torch.device
+) -> dict[str, object]:
     """A bank of two runs, with rows that are not adjacent, and rates that differ by lane."""
     runs = min(2, lanes)
 
@@ -135,7 +137,10 @@ BAD = {
     "momentum_buffer": (lambda t: t.double(), "`momentum_buffer` must be float32, got float64"),
     "lr": (lambda t: t[:2], r"`lr` must have shape \[L\] = \[4\], got \[2\]. Rates are per lane"),
     "run_of_lane": (lambda t: t + 2, r"`run_of_lane` must lie in \[0, R\) = \[0, 2\), got 2 … 3"),
-    "weights": (lambda t: torch.randn(24, 4).T, r"rows of `weights` must be contiguous, .* Pass weights.contiguous\(\)"),
+    "weights": (
+        lambda t: torch.randn(24, 4).T,
+        r"rows of `weights` must be contiguous, .* Pass weights.contiguous\(\)",
+    ),
     "swa": (lambda t: None, "`swa` and `swa_weight` go together"),
 }
 
@@ -155,4 +160,6 @@ def test_refuses_more_mask_than_parameters():
     given["masks"] = torch.ones(1, 25, dtype=torch.bool)
     positional = [given.pop(each) for each in ("weights", "grads", "momentum_buffer", "masks")]
     with pytest.raises(ValueError, match="Q = 25 weights, more than the P = 24"):
-        ops.masked_sgd_(*positional, torch.zeros(2, dtype=torch.int64), **{k: v for k, v in given.items() if k != "run_of_lane"})
+        ops.masked_sgd_(
+            *positional, torch.zeros(2, dtype=torch.int64), **{k: v for k, v in given.items() if k != "run_of_lane"}
+        )

@@ -1,0 +1,105 @@
+"""SwampConfig: what is refused, what is derived, and the way to TOML and back."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from swamp_fast import SwampConfig
+
+BAD = [
+    ({"particle": 3}, TypeError, r"unknown setting `particle`. Did you mean `particles`\?"),
+    ({"zzz": 3}, TypeError, "unknown setting `zzz`. Known: particles, cycles"),
+    ({"particles": 0}, ValueError, "`particles` must be at least 1"),
+    ({"particles": [4, 0], "cycles": 1}, ValueError, "`particles` must be at least 1"),
+    ({"particles": [4, 4], "cycles": 3}, ValueError, r"one number a training, cycles \+ 1 = 4; got 2"),
+    ({"particles": 2.5}, TypeError, "`particles` must be int | a list of ints, got 2.5"),
+    ({"cycles": -1}, ValueError, "`cycles` must be at least 0"),
+    ({"prune": 0.0}, ValueError, "`prune` must lie strictly between 0 and 1"),
+    ({"prune": 1.0}, ValueError, "`prune` must lie strictly between 0 and 1"),
+    ({"epochs": 0}, ValueError, "`epochs` must be at least 1"),
+    ({"ticket_epochs": -1}, ValueError, "`ticket_epochs` must be at least 0"),
+    ({"batch_size": 0}, ValueError, "`batch_size` must be at least 1"),
+    ({"lr": float("nan")}, ValueError, "`lr` must be at least 0 and finite, got nan"),
+    ({"lr": -0.1}, ValueError, "`lr` must be at least 0 and finite, got -0.1"),
+    ({"swa_lr": -0.1}, ValueError, "`swa_lr` must be at least 0"),
+    ({"weight_decay": float("inf")}, ValueError, "`weight_decay` must be at least 0 and finite, got inf"),
+    ({"momentum": 1.0}, ValueError, r"`momentum` must lie in \[0, 1\)"),
+    ({"nesterov": True, "momentum": 0.0}, ValueError, "`nesterov` needs momentum"),
+    ({"swa_start": 1.0}, ValueError, r"`swa_start` must lie in \[0, 1\)"),
+    ({"swa_start": -0.1}, ValueError, r"`swa_start` must lie in \[0, 1\)"),
+    ({"swa_lr": 0.2}, ValueError, "`swa_lr` must be at most `lr`, got swa_lr = 0.2 and lr = 0.1"),
+    ({"target_density": 0.05, "cycles": 3}, ValueError, "0.05 takes 14 cycles at prune = 0.2, got cycles = 3 too"),
+    ({"target_density": 1.0}, ValueError, "`target_density` must lie strictly between 0 and 1"),
+    ({"engine": "quick"}, ValueError, '`engine` must be one of "auto", "eager", "fused"; got "quick"'),
+    ({"precision": "float16"}, ValueError, "`precision` must be one of"),
+    ({"rewind": "zero"}, ValueError, "`rewind` must be one of"),
+    ({"augment": "flip"}, ValueError, "`augment` must be one of"),
+    ({"seed": True}, TypeError, "`seed` must be int, got True"),
+    ({"seed": 1 << 63}, ValueError, "`seed` must fit 64 bits"),
+    ({"lr": "fast"}, TypeError, "`lr` must be float, got 'fast'"),
+    ({"swa": 1}, TypeError, "`swa` must be bool, got 1"),
+]
+
+
+@pytest.mark.parametrize(("settings", "kind", "text"), BAD)
+def test_refuses(settings, kind, text):
+    with pytest.raises(kind, match=text):
+        SwampConfig.of(None, settings)
+
+
+def test_defaults_are_those_of_the_method():
+    config = SwampConfig()
+    assert config == SwampConfig.paper()
+    assert (config.particles, config.cycles, config.prune, config.epochs, config.ticket_epochs) == (4, 14, 0.2, 150, 10)
+    assert (config.lr, config.swa_lr, config.swa_start, config.momentum) == (0.1, 0.05, 0.75, 0.9)
+    assert (config.weight_decay, config.batch_size) == (5e-4, 128)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.lr = 1.0  # type: ignore[misc]
+
+
+def test_every_field_is_documented():
+    for field in dataclasses.fields(SwampConfig):
+        assert f"        {field.name}: " in SwampConfig.__doc__, field.name
+
+
+@pytest.mark.parametrize(
+    ("target", "prune", "cycles"), [(0.8, 0.2, 1), (0.512, 0.2, 3), (0.05, 0.2, 14), (0.0115, 0.2, 21), (0.25, 0.5, 2)]
+)
+def test_target_density_stands_for_cycles(target, prune, cycles):
+    config = SwampConfig(target_density=target, prune=prune)
+    assert config.cycles == cycles
+    assert (1 - prune) ** cycles <= target * (1 + 1e-9)
+    assert config.replace(cycles=2).target_density is None
+    assert config.replace(target_density=0.5, prune=0.2).cycles == 4
+
+
+def test_to_toml_and_back(tmp_path):
+    configs = [
+        SwampConfig(),
+        SwampConfig.quick(particles=(1, 1, 4), cycles=2, run_dir='a "b" \\ ü', lr=1e-5, swa_lr=1e-7),
+        SwampConfig(target_density=0.1, seed=-5, swa=False, lr=0.01),
+    ]
+    for config in configs:
+        assert SwampConfig.from_toml(config.to_toml()) == config
+        (tmp_path / "settings.toml").write_text(config.to_toml())
+        assert SwampConfig.from_toml(tmp_path / "settings.toml") == config
+    with pytest.raises(ValueError, match="not valid TOML"):
+        SwampConfig.from_toml("lr = = 1")
+    with pytest.raises(TypeError, match="unknown setting `learning_rate`"):
+        SwampConfig.from_toml("learning_rate = 0.1")
+
+
+def test_settings_take_precedence_over_config():
+    config = SwampConfig(epochs=3)
+    assert SwampConfig.of(config, {"seed": 5}) == SwampConfig(epochs=3, seed=5)
+    with pytest.raises(TypeError, match="`config` must be a SwampConfig, got dict"):
+        SwampConfig.of({"epochs": 3}, {})
+
+
+def test_numpy_numbers_are_numbers():
+    import numpy as np
+
+    config = SwampConfig(seed=np.int64(3), lr=np.float32(0.5), particles=np.int32(2))
+    assert (type(config.seed), type(config.lr), type(config.particles)) == (int, float, int)
