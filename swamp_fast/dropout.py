@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -25,14 +26,13 @@ class DropoutStream(TorchFunctionMode):
 
     keys  [L, 3]  int64: seed, stream, step. With L > 1 the first axis of what is dropped holds the lanes.
 
-    Backward belongs inside too: a dropout that runs there (activation checkpointing draws a second time) is refused.
+    Backward runs outside: torch's autograd engine knows no modes. What drops there is refused by `refused_in_backward`.
     """
 
     def __init__(self, keys: Tensor) -> None:
         super().__init__()
         self.keys = keys
         self.calls = 0
-        self.backward = False
 
     def __torch_function__(
         self,
@@ -49,17 +49,12 @@ class DropoutStream(TorchFunctionMode):
 
     def __enter__(self) -> DropoutStream:
         """Start a step: the first dropout call is number 0."""
-        self.calls, self.backward = 0, False
+        self.calls = 0
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def keep(self, input: Tensor, shape: tuple[int, ...], p: float) -> Tensor:
         """Which units stay: a bool mask of `shape`, whose first axis holds the lanes."""
-        if self.backward:
-            raise RuntimeError(
-                "a dropout ran during backward, as activation checkpointing makes it: it would draw other numbers "
-                "than in the forward. Turn checkpointing off, or dropout."
-            )
         lanes, count = self.keys.shape[0], math.prod(shape)
         if lanes > 1 and (not shape or shape[0] % lanes):
             raise RuntimeError(f"dropout over {list(input.shape)}: the first axis does not hold {lanes} lanes.")
@@ -145,6 +140,32 @@ class DropoutStream(TorchFunctionMode):
         scale = ((1 - p) * (1 + p * SATURATION**2)) ** -0.5 if p < 1 else 0.0
         shift = (1 - keep) * (SATURATION * scale) - scale * SATURATION * p
         return input.mul_(keep * scale).add_(shift) if inplace else input * (keep * scale) + shift
+
+
+@contextmanager
+def refused_in_backward() -> Iterator[None]:
+    """Raise where a backward runs dropout again, as activation checkpointing does: it would draw other numbers."""
+
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        raise ValueError(
+            "a dropout ran during backward, as activation checkpointing makes it: it would draw other numbers than in "
+            "the forward. Turn checkpointing off, or dropout."
+        )
+
+    theirs = [(module, name, getattr(module, name)) for module, name in _DRAWING]
+    for module, name, _ in theirs:
+        setattr(module, name, refuse)
+    try:
+        yield
+    finally:
+        for module, name, function in theirs:
+            setattr(module, name, function)
+
+
+_DRAWING = [
+    *((F, name) for name in ("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout")),
+    *((F, "feature_alpha_dropout"), (torch, "dropout"), (torch, "feature_dropout"), (torch, "alpha_dropout")),
+]
 
 
 def _channels(input: Tensor) -> tuple[int, ...]:

@@ -69,7 +69,7 @@ class Layout:
 
     def view(self, vectors: Tensor, entry: Entry) -> Tensor:
         """One parameter [..., *shape] of vectors [..., P] (or masks [..., Q]), sharing their memory."""
-        return vectors[..., entry.begin : entry.end].view(*vectors.shape[:-1], *entry.shape)
+        return vectors[..., entry.begin : entry.end].view((*vectors.shape[:-1], *entry.shape))
 
     def views(self, vectors: Tensor) -> dict[str, Tensor]:
         """All parameters [..., *shape] of vectors [..., P], by name."""

@@ -155,11 +155,9 @@ def train_particle(problem: Problem, run: Run, model: nn.Module, masks: State, c
             inputs = problem.transformed(inputs, key)
             problem.seeded(key)
             optimizer.zero_grad()
-            with DropoutStream(key) as stream:
-                with problem.autocast():
-                    loss = problem.losses(problem.forward(model, inputs), targets).mean()
-                stream.backward = True
-                loss.backward()
+            with DropoutStream(key), problem.autocast():
+                loss = problem.losses(problem.forward(model, inputs), targets).mean()
+            loss.backward()
             for parameter in parameters.values():
                 if parameter.grad is None:  # not used in this step: it decays all the same
                     parameter.grad = torch.zeros_like(parameter)

@@ -17,7 +17,7 @@ from swamp_fast.checks import copy_of
 from swamp_fast.config import SwampConfig
 from swamp_fast.data.store import Data
 from swamp_fast.data.streams import generators_left_alone, generators_state, lane_keys, stream_of
-from swamp_fast.dropout import DropoutStream
+from swamp_fast.dropout import DropoutStream, refused_in_backward
 from swamp_fast.tree import tree_map
 
 Forward = Callable[[nn.Module, Any], Any]
@@ -119,9 +119,9 @@ def _probe(model: nn.Module, run: Callable[[nn.Module], tuple[Any, Tensor]], key
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
     with generators_left_alone():
         state = generators_state()
-        with DropoutStream(keys) as stream:
+        with DropoutStream(keys):
             outputs, loss = run(model)
-            stream.backward = True
+        with refused_in_backward():
             loss.backward(retain_graph=True)
         draws_elsewhere = state != generators_state()
         changed = tuple(

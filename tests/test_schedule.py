@@ -12,7 +12,8 @@ from swamp_fast.schedule import cycle_training, swa_first_epoch, ticket_training
 
 
 @pytest.mark.parametrize(
-    ("epochs", "start", "first"), [(150, 0.75, 112), (4, 0.75, 3), (1, 0.75, 0), (10, 0.0, 0), (3, 0.99, 2), (2, 0.5, 1)]
+    ("epochs", "start", "first"),
+    [(150, 0.75, 112), (4, 0.75, 3), (1, 0.75, 0), (10, 0.0, 0), (3, 0.99, 2), (2, 0.5, 1)],
 )
 def test_the_window(epochs, start, first):
     config = SwampConfig(epochs=epochs, swa_start=start)

@@ -48,12 +48,9 @@ class Folded:
     def backward(self, batch: Batch, step_keys: Tensor) -> Tensor:
         """As LaneByLane.backward."""
         inputs = self._transformed(batch, step_keys)
-        with DropoutStream(step_keys) as stream:
-            with self.problem.autocast():
-                outputs = self.problem.forward(self.module, inputs)
-                losses = self._losses(outputs, batch.targets)
-            stream.backward = True
-            losses.sum().backward()
+        with DropoutStream(step_keys), self.problem.autocast():
+            losses = self._losses(self.problem.forward(self.module, inputs), batch.targets)
+        losses.sum().backward()
         return losses.detach()
 
     def outputs(self, inputs: Any) -> list[Any]:

@@ -32,11 +32,9 @@ class LaneByLane:
             inputs, targets = batch.lane(lane)
             inputs = self._formatted(self.problem.transformed(inputs, key))
             self.problem.seeded(key)
-            with DropoutStream(key) as stream:
-                with self.problem.autocast():
-                    loss = self.problem.losses(self.problem.forward(module, inputs), targets).mean()
-                stream.backward = True
-                loss.backward()
+            with DropoutStream(key), self.problem.autocast():
+                loss = self.problem.losses(self.problem.forward(module, inputs), targets).mean()
+            loss.backward()
             losses.append(loss.detach())
         return torch.stack(losses)
 
