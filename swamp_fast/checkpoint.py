@@ -168,7 +168,8 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             names = file.keys()
-            return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
+            # Copies: a tensor that maps the file would die with it.
+            return {name: file.get_tensor(name).clone() for name in names}, file.metadata() or {}
     except (safetensors.SafetensorError, OSError, ValueError) as error:
         raise ValueError(
             f"{path} is damaged or no safetensors file ({error}). Delete it to go on from the cycle before it."

@@ -21,6 +21,8 @@ def check_model(model: object) -> None:
     named = [*model.named_parameters(), *model.named_buffers()]
     if not any(True for _ in model.parameters()):
         raise ValueError("`model` has no parameters.")
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError("the model has nothing to prune: all its parameters are frozen (requires_grad=False).")
     for name, tensor in named:
         if isinstance(tensor, nn.parameter.UninitializedParameter | nn.parameter.UninitializedBuffer):
             raise ValueError(f"`model`: {name} has no shape yet; run one batch through the lazy module first.")

@@ -88,6 +88,10 @@ def look_at(template: nn.Module, data: Data, forward: Forward, loss: Loss, confi
             and outputs.shape[1] > 1
             and 0 <= int(targets.min()) <= int(targets.max()) < outputs.shape[1]
         )
+        if torch.is_grad_enabled() and not each.requires_grad:
+            raise ValueError(
+                "the loss does not depend on any trained parameter; is something detached, or run under no_grad?"
+            )
         return outputs, each.sum()
 
     return _probe(copy_of(template), run, keys, batch), classifies

@@ -1,0 +1,295 @@
+"""The driver: the laws of the method over whole runs, what is evaluated, and what the user is told."""
+
+from __future__ import annotations
+
+import networks
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from swamp_fast import SwampConfig, fast_swamp, naive_swamp
+from swamp_fast.prune import kept_after
+
+SETTINGS = {"batch_size": 32, "cycles": 4, "epochs": 2, "ticket_epochs": 1, "particles": 2, "progress": False}
+
+
+def test_a_run_obeys_the_laws_of_pruning(digits):
+    result = fast_swamp(networks.build("residual"), *digits, **SETTINGS)
+    kept, before = 648, None
+    for cycle, row in enumerate(result.history):
+        model, masks = result.at(cycle)
+        assert row["cycle"] == cycle
+        assert row["kept"] == kept == sum(int(mask.sum()) for mask in masks.values())
+        assert row["density"] == kept / 648
+        state = model.state_dict()
+        for name, mask in masks.items():
+            assert state[name][~mask].eq(0).all()
+            assert before is None or not bool((mask & ~before[name]).any())
+        assert not model.training
+        kept, before = kept_after(kept, 0.2), masks
+    assert [row["flops"] for row in result.history] == sorted((row["flops"] for row in result.history), reverse=True)
+
+
+def test_what_is_reported_is_what_the_model_does(digits):
+    """The row's accuracy and loss are those of .at(cycle) on the test data, standardised as the result says."""
+    result = fast_swamp(networks.build("residual"), *digits, **SETTINGS)
+    images, targets = digits[1]
+    mean, std = (torch.tensor(result.standardise[name]).view(1, -1, 1, 1) for name in ("mean", "std"))
+    inputs = ((images.double() / 255 - mean) / std).float()
+    for cycle, row in enumerate(result.history):
+        with torch.no_grad():
+            outputs = result.at(cycle)[0](inputs)
+        assert row["accuracy"] == float((outputs.argmax(1) == targets).double().mean())
+        assert row["loss"] == pytest.approx(float(F.cross_entropy(outputs, targets)), rel=1e-5)
+
+
+def test_batchnorm_is_reestimated_over_the_training_data(digits):
+    """The average's statistics are the mean over batches of its own, weighted by samples, not a particle's."""
+    result = fast_swamp(networks.build("residual"), *digits, **SETTINGS | {"precision": "float64", "batch_size": 48})
+    images, _ = digits[0]
+    mean, std = (torch.tensor(result.standardise[name]).view(1, -1, 1, 1) for name in ("mean", "std"))
+    inputs = (images.double() / 255 - mean) / std
+    model = result.model
+    with torch.no_grad():
+        batches = [model.stem(batch) for batch in inputs.split(48)]
+    weights = torch.tensor([len(batch) / len(inputs) for batch in batches]).double()
+    means = torch.stack([batch.mean((0, 2, 3)) for batch in batches])
+    variances = torch.stack([batch.var((0, 2, 3)) for batch in batches])
+    assert torch.allclose(model.norm1.running_mean, weights @ means, atol=1e-10)
+    assert torch.allclose(model.norm1.running_var, weights @ variances, atol=1e-10)
+
+
+def test_one_particle_without_swa_is_magnitude_pruning_with_rewinding(digits):
+    """N = 1 with plain SGD is IMP, written here in a few lines and without any of the package."""
+    inputs, targets = torch.randn(160, 1, 8, 8, dtype=torch.float64), digits[0][1]
+    settings = SETTINGS | {"particles": 1, "swa": False, "ticket_epochs": 0, "precision": "float64", "batch_size": 160}
+    model = networks.build("tied")
+    result = fast_swamp(model, (inputs, targets), **settings)
+    names = list(result.masks)
+    masks = {name: torch.ones_like(mask) for name, mask in result.masks.items()}
+    for cycle in range(5):
+        ours = networks.build("tied").double()
+        parameters = dict(ours.named_parameters())
+        optimizer = torch.optim.SGD(ours.parameters(), 0.1, 0.9, weight_decay=5e-4)
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 2)
+        for name in names:
+            parameters[name].data *= masks[name]
+        for _ in range(2):  # one batch an epoch
+            optimizer.zero_grad()
+            F.cross_entropy(ours(inputs), targets).backward()
+            for name in names:
+                parameters[name].grad *= masks[name]
+            optimizer.step()
+            scheduler.step()
+        found = result.at(cycle)
+        for name, parameter in parameters.items():
+            assert torch.allclose(dict(found[0].named_parameters())[name], parameter, atol=1e-12)
+        scores = torch.cat([parameters[name].abs().flatten() for name in names])
+        kept = torch.cat([masks[name].flatten() for name in names])
+        keep = round(0.8 * int(kept.sum()))
+        threshold = scores[kept].sort(descending=True).values[keep - 1]
+        masks = {name: (parameters[name].abs() >= threshold) & masks[name] for name in names}
+
+
+def test_a_schedule_of_particles_a_target_and_none_at_all(digits):
+    result = fast_swamp(networks.build("tied"), *digits, **SETTINGS | {"particles": (1, 3, 1), "cycles": 2})
+    assert [row["particles"] for row in result.history] == [1, 3, 1]
+    assert [len(row["particle_accuracy"]) for row in result.history] == [1, 3, 1]
+    assert result.history[0]["accuracy"] == result.history[0]["particle_accuracy"][0]
+    changed = {name: value for name, value in SETTINGS.items() if name != "cycles"}
+    result = fast_swamp(networks.build("tied"), *digits, **changed, target_density=0.7)
+    assert len(result.history) == 3
+    assert result.history[-1]["density"] <= 0.7
+    result = fast_swamp(networks.build("tied"), *digits, **SETTINGS | {"cycles": 0})
+    assert len(result.history) == 1
+    assert all(bool(mask.all()) for mask in result.masks.values())
+
+
+def test_the_ticket(digits):
+    """Every cycle starts from it; with ticket_epochs = 0 it is the model as given."""
+    model = networks.build("tied")
+    given = fast_swamp(model, *digits, **SETTINGS | {"ticket_epochs": 0})
+    assert all(torch.equal(given.ticket[name], value) for name, value in model.named_parameters())
+    trained = fast_swamp(model, *digits, **SETTINGS)
+    assert not torch.equal(trained.ticket["head.weight"], model.head.weight)
+    frozen = fast_swamp(model, *digits, **SETTINGS | {"lr": 0.0, "swa_lr": 0.0, "weight_decay": 0.0})
+    for name, mask in frozen.masks.items():  # nothing moves: the last average is the ticket under the mask
+        assert torch.allclose(frozen.state_dict[name], frozen.ticket[name] * mask, atol=1e-7)
+
+
+def test_initial_masks_hold_from_the_first_cycle_on(digits):
+    mask = torch.rand(32, 32) < 0.3
+    result = fast_swamp(networks.build("tied"), *digits, initial_masks={"middle.weight": mask}, **SETTINGS)
+    assert torch.equal(result.at(0)[1]["middle.weight"], mask)
+    assert bool(result.at(0)[1]["first.weight"].all())
+    assert result.history[0]["kept"] == 2048 + int(mask.sum())
+    assert result.ticket["middle.weight"][~mask].ne(0).any()  # the ticket itself is dense
+
+
+def test_frozen_parameters_stay(digits):
+    for name in ("residual", "vit"):
+        model = networks.build(name)
+        frozen = next(iter(dict(model.named_parameters())))
+        model.get_parameter(frozen).requires_grad_(False)
+        result = fast_swamp(model, *digits, **SETTINGS)
+        assert torch.equal(result.model.get_parameter(frozen), model.get_parameter(frozen))
+        assert frozen not in result.masks
+
+
+class Counting(networks.Tied):
+    """Has a buffer that its forward changes, and one that it doesn't."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("sum", torch.zeros(3))
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("fixed", torch.tensor([2.0]), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.sum += x.detach().mean() * torch.arange(3, device=x.device)
+            self.calls += 1
+        return super().forward(x * self.fixed)
+
+
+def test_buffers_of_the_model_are_averaged_like_the_naive_loops(digits):
+    settings = SETTINGS | {"precision": "float64", "rewind": "average"}
+    fast, naive = (function(Counting(), *digits, **settings) for function in (fast_swamp, naive_swamp))
+    assert fast.engine["why"] == "it can't be folded, its forward changes buffers: sum, calls"
+    for cycle in range(5):
+        states = [result._snapshot(cycle).state for result in (fast, naive)]
+        for name in ("sum", "calls", "fixed"):
+            assert torch.allclose(states[0][name], states[1][name], atol=1e-9), name
+    assert int(fast.state_dict["calls"]) > 0
+
+
+class Noisy(networks.Tied):
+    """Draws from torch's generator in its forward."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x + 0.1 * torch.randn_like(x) if self.training else x)
+
+
+def test_other_randomness_runs_under_a_seed_per_lane(digits):
+    settings = SETTINGS | {"precision": "float64"}
+    fast = fast_swamp(Noisy(), *digits, **settings)
+    assert fast.engine["why"] == "it can't be folded, it draws random numbers besides dropout"
+    torch.manual_seed(0)
+    model = Noisy()
+    results = []
+    for function, noise in ((fast_swamp, 1), (fast_swamp, 2), (naive_swamp, 3)):
+        torch.manual_seed(noise)  # the user's own generator must not matter
+        results.append(function(model, *digits, **settings))
+    for other in results[1:]:
+        assert all(torch.equal(results[0].masks[name], other.masks[name]) for name in other.masks)
+        assert all(torch.allclose(results[0].state_dict[n], v, atol=1e-9) for n, v in other.state_dict.items())
+
+
+def test_a_transform_of_the_users(digits):
+    def jitter(inputs: Tensor) -> Tensor:
+        assert inputs.dim() == 4
+        return inputs + 0.1 * torch.randn(len(inputs), 1, 1, 1, dtype=inputs.dtype)
+
+    settings = SETTINGS | {"precision": "float64"}
+    fast, naive = (
+        function(networks.build("residual"), *digits, transform=jitter, **settings)
+        for function in (fast_swamp, naive_swamp)
+    )
+    assert all(torch.allclose(fast.state_dict[n], v, atol=1e-9) for n, v in naive.state_dict.items())
+    plain = fast_swamp(networks.build("residual"), *digits, **settings)
+    assert not torch.allclose(plain.state_dict["head.weight"], fast.state_dict["head.weight"])
+
+
+def test_crop_and_flip_are_for_training_alone(digits):
+    settings = SETTINGS | {"precision": "float64", "augment": "crop_flip"}
+    fast, naive = (function(networks.build("residual"), *digits, **settings) for function in (fast_swamp, naive_swamp))
+    assert all(torch.allclose(fast.state_dict[n], v, atol=1e-9) for n, v in naive.state_dict.items())
+    plain = fast_swamp(networks.build("residual"), *digits, **SETTINGS | {"precision": "float64"})
+    assert not torch.allclose(plain.state_dict["head.weight"], fast.state_dict["head.weight"])
+
+
+def test_bfloat16_trains_float32_weights(digits):
+    fast, naive = (
+        function(networks.build("residual"), *digits, **SETTINGS | {"precision": "bfloat16"})
+        for function in (fast_swamp, naive_swamp)
+    )
+    assert all(value.dtype == torch.float32 for value in dict(fast.model.named_parameters()).values())
+    for cycle in range(5):
+        assert fast.history[cycle]["loss"] == pytest.approx(naive.history[cycle]["loss"], rel=0.2)
+
+
+def test_selection_is_on_validation_data(digits):
+    without = fast_swamp(networks.build("tied"), *digits, **SETTINGS)
+    assert all(row["best_accuracy"] is None and row["val_accuracy"] is None for row in without.history)
+    result = fast_swamp(networks.build("tied"), *digits, val=0.25, **SETTINGS | {"particles": 4})
+    for row in result.history:
+        assert row["best_accuracy"] in row["particle_accuracy"]
+        assert row["mean_accuracy"] == pytest.approx(sum(row["particle_accuracy"]) / 4)
+        assert 0 <= row["val_accuracy"] <= 1
+        assert 0 <= row["ensemble_accuracy"] <= 1
+    bare = fast_swamp(networks.build("tied"), digits[0], **SETTINGS)
+    assert all(row[key] is None for row in bare.history for key in row if key.endswith("accuracy") or key == "loss")
+
+
+def test_on_cycle_sees_every_row(digits):
+    rows = []
+    result = fast_swamp(networks.build("tied"), *digits, on_cycle=rows.append, **SETTINGS)
+    assert rows == result.history
+    assert set(rows[0]) == {
+        *("cycle", "particles", "density", "kept", "accuracy", "loss", "particle_accuracy", "best_accuracy"),
+        *("mean_accuracy", "ensemble_accuracy", "val_accuracy", "flops", "train_loss", "train_seconds", "seconds"),
+        *("peak_memory", "warnings"),
+    }
+    assert rows[1]["seconds"] >= rows[1]["train_seconds"] > 0
+    assert rows[1]["peak_memory"] > 10**7
+
+
+class Narrow(nn.Module):
+    """One layer is so small that it is pruned away whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.tiny, self.head = nn.Linear(64, 32), nn.Linear(32, 4), nn.Linear(36, 10)
+        self.tiny.weight.data.mul_(1e-4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.first(x.flatten(1)))
+        return self.head(torch.cat([x, self.tiny(x)], 1))
+
+
+@pytest.mark.parametrize("function", [fast_swamp, naive_swamp])
+def test_an_emptied_layer_is_announced_once(function, digits):
+    settings = SETTINGS | {"lr": 1e-4, "swa_lr": 1e-4, "prune": 0.3}
+    with pytest.warns(UserWarning, match="cycle 1: nothing of tiny.weight is left") as caught:
+        result = function(Narrow(), *digits, **settings)
+    assert len([each for each in caught if "tiny.weight" in str(each.message)]) == 1
+    assert "nothing of tiny.weight is left" in result.history[1]["warnings"][0]
+    assert result.history[2]["warnings"] == []
+
+
+@pytest.mark.parametrize(("average", "announced"), [(0.80, True), (0.849, True), (0.86, False), (0.95, False)])
+def test_an_average_far_below_its_particles_is_announced(average, announced, digits, monkeypatch, recwarn):
+    """Particles that did not share a basin: five points below their mean is told, less isn't."""
+    import swamp_fast.driver as driver
+
+    scored = driver.score_row
+    monkeypatch.setattr(driver, "score_row", lambda *a: {**scored(*a), "accuracy": average, "mean_accuracy": 0.9})
+    result = fast_swamp(networks.build("tied"), *digits, **SETTINGS | {"cycles": 0})
+    texts = [str(each.message) for each in recwarn if "one basin" in str(each.message)]
+    assert bool(texts) == bool(result.history[0]["warnings"]) == announced
+    if announced:
+        assert texts == result.history[0]["warnings"]
+        assert f"the average has {average * 100:.2f} % accuracy, its particles 90.00 % in the mean" in texts[0]
+
+
+@pytest.mark.parametrize("function", [fast_swamp, naive_swamp])
+def test_divergence_is_an_error_that_names_the_particle(function, digits):
+    settings = SETTINGS | {"lr": 1e9, "swa_lr": 1e9}
+    with pytest.raises(FloatingPointError, match="diverged to NaN or infinite weights. Lower lr and swa_lr"):
+        function(networks.build("tied"), *digits, **settings)
+
+
+def test_quick_settings_run(digits):
+    config = SwampConfig.quick(cycles=1, epochs=1, particles=2, progress=False)
+    assert len(fast_swamp(networks.build("tied"), *digits, config=config).history) == 2
