@@ -7,21 +7,20 @@ from pathlib import Path
 from pybind11.setup_helpers import Pybind11Extension, build_ext
 from setuptools import setup
 
+if sys.platform == "win32":
+    sys.exit("swamp_fast builds with GCC or Clang, on Linux and macOS; on Windows install it in WSL")
+
 CPU = Path("csrc/cpu")
 X86 = platform.machine().lower() in ("x86_64", "amd64")
-WINDOWS = sys.platform == "win32"
-COMMON = ["/O2"] if WINDOWS else ["-O3", "-fno-math-errno", "-ffp-contract=off", "-fvisibility=hidden"]
-OPENMP = {"win32": ["/openmp"], "darwin": []}.get(sys.platform, ["-fopenmp"])
+COMMON = ["-O3", "-fno-math-errno", "-ffp-contract=off", "-fvisibility=hidden"]
+OPENMP = [] if sys.platform == "darwin" else ["-fopenmp"]
 
 # kernels.cpp is compiled once an instruction set; module.cpp picks one at run time.
 INSTRUCTION_SETS = {"generic": []}
 if X86:
-    INSTRUCTION_SETS["avx2"] = ["/arch:AVX2"] if WINDOWS else ["-mavx2", "-mfma"]
-    INSTRUCTION_SETS["avx512"] = (
-        ["/arch:AVX512"]
-        if WINDOWS
-        else ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"]
-    )
+    INSTRUCTION_SETS["avx2"] = ["-mavx2", "-mfma"]
+    INSTRUCTION_SETS["avx512"] = [f"-mavx512{each}" for each in ("f", "bw", "dq", "vl")]
+    INSTRUCTION_SETS["avx512"] += ["-mfma", "-mprefer-vector-width=512"]
 
 
 class BuildKernels(build_ext):
@@ -29,13 +28,12 @@ class BuildKernels(build_ext):
 
     def build_extension(self, ext):
         """Build one extension module with its per-instruction-set objects."""
-        self.build_temp = str(Path(self.build_temp))
         for name, flags in INSTRUCTION_SETS.items():
             ext.extra_objects += self.compiler.compile(
                 [str(CPU / "kernels.cpp")],
                 output_dir=str(Path(self.build_temp) / name),
                 macros=[("SWAMP_ISA", name)],
-                extra_postargs=[*COMMON, *OPENMP, *flags, "/std:c++17" if WINDOWS else "-std=c++17"],
+                extra_postargs=["-std=c++17", *COMMON, *OPENMP, *flags],
                 depends=ext.depends,
             )
         super().build_extension(ext)
@@ -49,7 +47,7 @@ setup(
             depends=[str(path) for path in CPU.glob("*")],
             define_macros=[("SWAMP_X86", "1")] if X86 else [],
             extra_compile_args=[*COMMON, *OPENMP],
-            extra_link_args=[] if WINDOWS else OPENMP,
+            extra_link_args=OPENMP,
             cxx_std=17,
         )
     ],

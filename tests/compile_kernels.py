@@ -16,11 +16,10 @@ from pathlib import Path
 
 import torch
 import triton
+from swamp_fast.kernels import gather_augment, global_threshold, masked_sgd, particle_mean, philox
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
-
-from swamp_fast.kernels import gather_augment, global_threshold, masked_sgd, particle_mean, philox
 
 
 class NamedTarget:

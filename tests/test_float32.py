@@ -148,7 +148,11 @@ def pruned(function, seed: int, threads: int) -> SwampResult:
     try:
         return function(
             *(model, "digits"),
-            **{"particles": 3, "cycles": 6, "epochs": 4, "ticket_epochs": 2, "batch_size": 64},
+            particles=3,
+            cycles=6,
+            epochs=4,
+            ticket_epochs=2,
+            batch_size=64,
             seed=seed,
             progress=False,
         )

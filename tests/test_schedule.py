@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -35,7 +36,7 @@ def test_the_rate_with_swa():
     config, steps = SwampConfig(epochs=8, lr=0.1, swa_lr=0.05), 5
     rates = [cycle_training(config, steps).lr(step) for step in range(8 * steps)]
     assert rates[0] == 0.1
-    assert all(a > b for a, b in zip(rates[:30], rates[1:31], strict=True))  # it moves every step
+    assert all(a > b for a, b in pairwise(rates[:31]))  # it moves every step
     assert rates[15] == pytest.approx(0.075)  # half-way to the window's start
     assert rates[30:] == [0.05] * 10
 

@@ -20,6 +20,7 @@ struct Radix<double> {
 };
 
 constexpr int kBins = 2048;    // no digit is wider than 11 bits
+constexpr int kStride = kBins + 128;  // between tables: bins near each other fall into other lines of a page
 constexpr int kChunk = 1024;
 
 struct Span {
@@ -37,14 +38,15 @@ template <typename T, bool first>
 bool count_digit(const T* weights, const uint8_t* mask, Span span, int shift, int above,
                  typename Radix<T>::Bits prefix, uint32_t* histogram) {
   using Bits = typename Radix<T>::Bits;
-  uint32_t counts[2][kBins];  // neighbours often share a digit: two tables keep the additions apart
+  constexpr int kTables = 8;  // neighbours often share a digit: tables of their own keep the additions apart
+  uint32_t counts[kTables][kStride];  // bin kBins takes what is pruned already
   __builtin_memset(counts, 0, sizeof counts);
   const Bits digit_mask = first ? ~Bits(0) : (Bits(1) << (above - shift)) - 1;
   bool nan = false;
   for (int64_t begin = span.begin; begin < span.end; begin += kChunk) {
     const int64_t count = begin + kChunk < span.end ? kChunk : span.end - begin;
     const uint8_t* m = mask + begin;
-    Bits bits[kChunk + 1];
+    Bits bits[kChunk];
     __builtin_memcpy(bits, weights + begin, count * sizeof(T));
     if constexpr (first) {
       Bits bad = 0;
@@ -53,23 +55,35 @@ bool count_digit(const T* weights, const uint8_t* mask, Span span, int shift, in
         bad |= Bits(m[i] != 0) & Bits(bits[i] > Radix<T>::infinity);
       }
       nan |= bad != 0;
-      int64_t i = 0;
-      for (; i + 1 < count; i += 2) {
-        counts[0][bits[i] >> shift] += m[i];
-        counts[1][bits[i + 1] >> shift] += m[i + 1];
-      }
-      if (i < count) counts[0][bits[i] >> shift] += m[i];
+      uint16_t digits[kChunk];
+      for (int64_t i = 0; i < count; ++i) digits[i] = m[i] ? uint16_t(bits[i] >> shift) : uint16_t(kBins);
+      for (int64_t i = count; i % kTables; ++i) digits[i] = kBins;
+      for (int64_t i = 0; i < count; i += kTables)
+        for (int table = 0; table < kTables; ++table) ++counts[table][digits[i + table]];
     } else {
-      int64_t found = 0;
-      for (int64_t i = 0; i < count; ++i) {
-        const Bits magnitude = bits[i] & Radix<T>::magnitude;
-        bits[found] = magnitude;
-        found += (magnitude >> above) == prefix && m[i];
+      // Few weights share the prefix: list the groups of eight that hold one, without a branch to mispredict.
+      alignas(8) uint8_t match[kChunk] = {};
+      for (int64_t i = 0; i < count; ++i) match[i] = m[i] & uint8_t(((bits[i] & Radix<T>::magnitude) >> above) == prefix);
+      uint64_t groups[kChunk / 8];
+      uint16_t listed[kChunk / 8];
+      __builtin_memcpy(groups, match, sizeof groups);
+      int found = 0;
+      for (int group = 0; group < kChunk / 8; ++group) {
+        listed[found] = uint16_t(group);
+        found += groups[group] != 0;
       }
-      for (int64_t i = 0; i < found; ++i) ++counts[i % 2][(bits[i] >> shift) & digit_mask];
+      for (int k = 0; k < found; ++k) {
+        for (uint64_t any = groups[listed[k]]; any; any &= any - 1) {
+          const int64_t i = listed[k] * 8 + __builtin_ctzll(any) / 8;
+          ++counts[0][(bits[i] >> shift) & digit_mask];
+        }
+      }
     }
   }
-  for (int bin = 0; bin < kBins; ++bin) histogram[bin] = counts[0][bin] + counts[1][bin];
+  for (int bin = 0; bin < kBins; ++bin) {
+    histogram[bin] = 0;
+    for (const auto& table : counts) histogram[bin] += table[bin];
+  }
   return nan;
 }
 

@@ -130,8 +130,7 @@ def triton_kernels(name: str) -> ModuleType:
         import triton  # noqa: F401
     except ImportError as error:
         raise ImportError(
-            f"`{name}` on a GPU needs Triton, which is not installed here: `pip install triton` "
-            "(Linux; on Windows the package is triton-windows)."
+            f"`{name}` on a GPU needs Triton, which is not installed here: `pip install triton` (Linux)."
         ) from error
     from importlib import import_module
 

@@ -1,0 +1,1 @@
+"""What swamp_fast costs, beside what it replaces; see cpu.py."""

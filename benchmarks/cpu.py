@@ -1,0 +1,170 @@
+"""The measures of the eager path on this CPU: python -m benchmarks.cpu [--only NAME …].
+
+Each writes benchmarks/results/NAME.json and NAME.md. Nothing else may run meanwhile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import resource
+import subprocess
+import sys
+
+import numpy as np
+import torch
+
+from benchmarks.timing import header, interleaved, write
+from swamp_fast import naive, ops
+from swamp_fast.bank import Solution
+from swamp_fast.engines.eager import EagerEngine, choose
+from swamp_fast.models import build_model
+from swamp_fast.ops import reference
+from swamp_fast.problem import Problem, prepare
+from swamp_fast.run import Run
+from swamp_fast.schedule import cycle_training
+
+
+def global_threshold(rounds: int = 9) -> None:
+    """20 million float32: against kthvalue on |w|, numpy.partition on a ready-made |w|, and a sort."""
+    count, keep = 20_000_000, 16_000_000
+    weights, mask = torch.randn(1, count), torch.ones(1, count, dtype=torch.bool)
+    magnitude = weights[0].abs()
+    small = weights[:, :100_000].contiguous(), mask[:, :100_000].contiguous(), torch.tensor([70_000])
+    for found, expected in zip(ops.global_threshold(*small), reference.global_threshold(*small), strict=True):
+        if not torch.equal(found, expected):
+            raise SystemExit("global_threshold disagrees with its reference: no timing")
+    times = interleaved(
+        {
+            "ops.global_threshold": lambda: ops.global_threshold(weights, mask, [keep]),
+            "torch.kthvalue(w.abs())": lambda: torch.kthvalue(weights[0].abs(), count - keep + 1),
+            "numpy.partition(|w|)": lambda: np.partition(magnitude.numpy(), count - keep),
+            "torch.sort(w.abs())": lambda: torch.sort(weights[0].abs()),
+        },
+        rounds,
+    )
+    ours = times["ops.global_threshold"]["median"]
+    about = header(rounds) | {"weights": count, "extra_memory_KB": extra_memory(count, keep)}
+    table = [{"": name, **milliseconds(t), "times ours": round(t["median"] / ours, 1)} for name, t in times.items()]
+    write("global_threshold", about, table)
+
+
+def extra_memory(count: int, keep: int) -> int:
+    """KB that a call adds to the peak of a fresh process that has held a second mask before."""
+    code = f"""
+import resource, torch
+from swamp_fast import ops
+weights, mask = torch.randn(1, {count}), torch.ones(1, {count}, dtype=torch.bool)
+ops.global_threshold(weights[:, :5000], mask[:, :5000], [10])
+torch.empty({count}, dtype=torch.bool).fill_(True)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+ops.global_threshold(weights, mask, [{keep}])
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    return int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+
+
+def masked_sgd(rounds: int = 15) -> None:
+    """[4, 5 million] float32 with SWA: bytes a second against those of a copy in the same rounds."""
+    lanes, parameters = 4, 5_000_000
+    weights, grads, momentum, swa, other = torch.randn(5, lanes, parameters).unbind()
+    masks, run_of_lane = torch.rand(1, parameters) < 0.3, torch.zeros(lanes, dtype=torch.int64)
+    rates = [torch.full((lanes,), value, dtype=torch.float64) for value in (1e-3, 0.9, 5e-4, 0.5)]
+
+    def step(average: bool) -> None:
+        ops.masked_sgd_(
+            *(weights, grads, momentum, masks, run_of_lane),
+            **dict(zip(("lr", "momentum", "weight_decay"), rates[:3], strict=True)),
+            **({"swa": swa, "swa_weight": rates[3]} if average else {}),
+        )
+
+    times = interleaved(
+        {
+            "copy": lambda: other.copy_(grads),
+            "masked_sgd_ with SWA": lambda: step(True),
+            "masked_sgd_": lambda: step(False),
+        },
+        rounds,
+    )
+    size = lanes * parameters * 4
+    moved = {"copy": 2 * size, "masked_sgd_ with SWA": 7 * size + parameters, "masked_sgd_": 5 * size + parameters}
+    rate = {name: moved[name] / t["median"] / 1e9 for name, t in times.items()}
+    table = [
+        {"": name, **milliseconds(t), "GB/s": round(rate[name], 1), "share of copy": f"{rate[name] / rate['copy']:.0%}"}
+        for name, t in times.items()
+    ]
+    write("masked_sgd", header(rounds) | {"lanes": lanes, "parameters": parameters}, table)
+
+
+def eager(rounds: int = 7, steps: int = 4) -> None:
+    """ResNet-20, batch 128, 4 particles: trainings of a few steps by the eager engine and by the naive loop."""
+    problem = resnet20(128 * steps)
+    last = dataclasses.replace(problem, template=problem.template.to(memory_format=torch.channels_last))
+    problem = resnet20(128 * steps)  # `to` changed the first one's template in place
+    choice = choose(problem, 4)
+    engine, start = EagerEngine(problem, choice), ticket(problem)
+    training = cycle_training(problem.config, steps)
+
+    def by_engine() -> None:
+        bank = engine.spawn(start, problem.mask, 4, 1)
+        engine.train(bank, training, lambda step: None)
+
+    def by_naive(problem: Problem) -> None:
+        run = Run(problem, "naive_swamp")
+        masks = problem.layout.mask_views(problem.mask)
+        for particle in range(4):
+            model = naive.load(problem, {**dict(problem.template.named_parameters()), **start.buffers})
+            naive.train_particle(problem, run, model, masks, 1, particle)
+
+    times = interleaved(
+        {
+            f"fast_swamp, {choice.way}, channels {'last' if choice.channels_last else 'first'}": by_engine,
+            "naive_swamp, channels first": lambda: by_naive(problem),
+            "naive_swamp, channels last": lambda: by_naive(last),
+        },
+        rounds,
+    )
+    ours = next(iter(times.values()))["median"]
+    table = [
+        {"": name, **milliseconds(t, 4 * steps), "times ours": round(t["median"] / ours, 3)}
+        for name, t in times.items()
+    ]
+    write("eager", header(rounds) | {"unit": "a step of one particle", "steps": steps, "batch": 128}, table)
+
+
+def resnet20(samples: int) -> Problem:
+    """ResNet-20 on pictures of CIFAR's size; which, is no matter for time."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        images, labels = torch.randint(0, 256, (samples, 3, 32, 32), dtype=torch.uint8), torch.arange(samples) % 10
+        model = build_model("resnet20", 3, 32, 32, 10)
+    settings = {"particles": 4, "epochs": 1, "batch_size": 128, "augment": "crop_flip", "progress": False}
+    return prepare(model, (images, labels), settings=settings)
+
+
+def ticket(problem: Problem) -> Solution:
+    """The initial weights."""
+    weights = problem.layout.flat(dict(problem.template.named_parameters()), problem.dtype, problem.device)
+    return Solution(weights, {name: buffer.clone() for name, buffer in problem.template.named_buffers()})
+
+
+def milliseconds(times: dict[str, float], share: int = 1) -> dict[str, float]:
+    """Seconds as milliseconds for one of `share`."""
+    return {f"{name}, ms": round(value / share * 1e3, 3) for name, value in times.items()}
+
+
+BENCHMARKS = {"global_threshold": global_threshold, "masked_sgd": masked_sgd, "eager": eager}
+
+
+def main() -> None:
+    """Run the benchmarks that are named, or all."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", nargs="+", choices=BENCHMARKS, default=list(BENCHMARKS))
+    for name in parser.parse_args().only:
+        BENCHMARKS[name]()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(f"peak memory of this process {peak:.1f} GB")
+
+
+if __name__ == "__main__":
+    main()

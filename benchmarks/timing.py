@@ -1,0 +1,76 @@
+"""Interleaved timing, and reports that say where, with what and when they were measured."""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from swamp_fast import __version__, backends
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def interleaved(contenders: dict[str, Callable[[], object]], rounds: int) -> dict[str, dict[str, float]]:
+    """Seconds of each contender: median, p20, p80 over rounds in which all take turns, after one round to warm up."""
+    taken: dict[str, list[float]] = {name: [] for name in contenders}
+    for round in range(rounds + 1):
+        for name, run in contenders.items():
+            began = time.perf_counter()
+            run()
+            if round:
+                taken[name].append(time.perf_counter() - began)
+    return {name: summary(seconds) for name, seconds in taken.items()}
+
+
+def summary(values: list[float]) -> dict[str, float]:
+    """Median and the quantiles at 20 and 80 %."""
+    fifths = statistics.quantiles(values, n=5) if len(values) > 1 else [values[0]] * 4
+    return {"median": statistics.median(values), "p20": fifths[0], "p80": fifths[3]}
+
+
+def header(rounds: int) -> dict[str, Any]:
+    """What a figure means nothing without."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    changed = subprocess.run(
+        ["git", "status", "--porcelain", "swamp_fast", "csrc", "kernels"], capture_output=True, text=True
+    )
+    return {
+        "date": date.today().isoformat(),
+        "device": processor(),
+        "threads": torch.get_num_threads(),
+        "instruction_set": backends()["cpp"]["instruction_set"],
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "swamp_fast": __version__,
+        "commit": commit + (" and uncommitted changes" if changed.stdout.strip() else ""),
+        "rounds": rounds,
+    }
+
+
+def processor() -> str:
+    """The processor's name and how many of its cores are ours."""
+    info = Path("/proc/cpuinfo")
+    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+    return f"{names[0] if names else platform.processor()}, {len(names)} cores"
+
+
+def write(name: str, about: dict[str, Any], table: list[dict[str, Any]]) -> None:
+    """Write one benchmark as JSON and Markdown under benchmarks/results, and print it."""
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps({**about, "table": table}, indent=1) + "\n")
+    columns = list(table[0])
+    lines = ["| " + " | ".join(columns) + " |", "|" + "|".join("---" for _ in columns) + "|"]
+    lines += ["| " + " | ".join(str(row[column]) for column in columns) + " |" for row in table]
+    told = ", ".join(f"{key} {value}" for key, value in about.items())
+    text = "\n".join([f"`python -m benchmarks.cpu --only {name}`: {told}", "", *lines, ""])
+    (RESULTS / f"{name}.md").write_text(text)
+    print(f"\n{name}\n{text}", flush=True)

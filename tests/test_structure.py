@@ -1,0 +1,145 @@
+"""The order of the house: arrows point one way, and what must stand alone does."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import swamp_fast
+
+ROOT = Path(__file__).parent.parent
+# From the top to the bottom; a module may import what stands in a later line, or beside it.
+LAYERS = [
+    ["__main__"],
+    ["cli"],
+    ["__init__"],
+    ["driver", "naive", "models"],
+    ["engines"],
+    ["evaluate", "batchnorm", "bank"],
+    ["run"],
+    ["result", "checkpoint"],
+    ["problem"],
+    ["probe", "prunable", "prune", "fingerprint"],
+    ["checks", "dropout", "data", "memory"],
+    ["layout", "schedule", "report"],
+    ["config"],
+    ["tree", "backends"],
+    ["ops"],
+    ["kernels", "version", "_C"],
+]
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+
+
+def imports(path: Path) -> set[str]:
+    """The modules of the package that a file imports, as dotted paths below it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "swamp_fast":
+            inner = node.module.split(".")[1:]
+            found |= {".".join(inner)} if inner else {alias.name for alias in node.names}
+        if isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[2] for alias in node.names if alias.name.startswith("swamp_fast")}
+    return found
+
+
+def files(folder: str) -> list[Path]:
+    return sorted((ROOT / folder).rglob("*.py"))
+
+
+def test_arrows_point_one_way():
+    for path in files("swamp_fast"):
+        place = path.relative_to(ROOT / "swamp_fast").with_suffix("").parts[0]
+        for target in imports(path):
+            name = target.split(".")[0]
+            assert name in LEVEL, f"{path.name} imports {name}: give it a layer"
+            assert LEVEL[place] <= LEVEL[name], f"{path} imports {target}, which stands above it"
+
+
+def test_no_circles():
+    """Modules beside each other in a layer don't import each other in a circle."""
+    graph = {}
+    for path in files("swamp_fast"):
+        parts = path.relative_to(ROOT / "swamp_fast").with_suffix("").parts
+        graph[".".join(part for part in parts if part != "__init__")] = imports(path)
+
+    def reaches(start: str, goal: str, seen: set[str]) -> bool:
+        for target in graph.get(start, ()):
+            if target == goal or (target not in seen and reaches(target, goal, seen | {target})):
+                return True
+        return False
+
+    assert not [name for name in graph if name and reaches(name, name, set())]
+
+
+def test_kernels_and_references_stand_alone():
+    assert not [path for path in files("kernels") if imports(path)]
+    for path in files("swamp_fast/ops/reference"):
+        assert all(target.startswith("ops.reference") for target in imports(path)), path
+    naive = imports(ROOT / "swamp_fast" / "naive.py")  # the oracle shares nothing of how the engines work
+    assert not {name for name in naive if name.split(".")[0] in ("ops", "engines", "bank", "batchnorm", "prune")}
+
+
+def test_an_op_has_one_name_everywhere():
+    for path in files("swamp_fast/ops"):
+        name = path.stem
+        if name.startswith("_") or "reference" in path.parts:
+            continue
+        assert (ROOT / "swamp_fast" / "ops" / "reference" / path.name).exists()
+        assert (ROOT / "kernels" / path.name).exists()
+        assert (ROOT / "csrc" / "cpu" / f"{name}.h").exists()
+        assert (ROOT / "tests" / f"test_{name}.py").exists()
+
+
+def test_kernels_are_imported_once():
+    code = """
+import sys
+sys.path.insert(0, "tests")
+import swamp_fast.kernels.philox
+print([name for name in sys.modules if name.split(".")[0] == "kernels"], swamp_fast.kernels.__file__)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.startswith("[] ")
+    assert done.stdout.strip().endswith(str(Path("kernels") / "__init__.py"))
+
+
+def test_what_the_package_promises_is_there():
+    assert {"fast_swamp", "naive_swamp", "SwampConfig", "SwampResult", "backends", "ops"} <= set(swamp_fast.__all__)
+    for name in swamp_fast.__all__:
+        assert getattr(swamp_fast, name) is not None
+    text = (ROOT / "pyproject.toml").read_text()
+    assert f'version = "{swamp_fast.__version__}"' in text
+
+
+def test_importing_needs_none_of_the_extras():
+    """The core runs without torchvision, scikit-learn and matplotlib; what needs one says which extra brings it."""
+    code = """
+import sys
+for name in ("torchvision", "sklearn", "matplotlib", "PIL"):
+    sys.modules[name] = None
+import swamp_fast, swamp_fast.cli, torch
+result = swamp_fast.fast_swamp(torch.nn.Sequential(torch.nn.Linear(4, 20), torch.nn.Linear(20, 2)),
+    (torch.randn(64, 4), torch.arange(64) % 2), cycles=1, epochs=1, batch_size=16, progress=False)
+for call in (lambda: swamp_fast.fast_swamp(result.model, "digits"), lambda: swamp_fast.fast_swamp(result.model, "svhn"),
+             lambda: swamp_fast.fast_swamp(result.model, sys.argv[1])):
+    try:
+        call()
+    except ImportError as error:
+        assert "swamp-fast[data]" in str(error), error
+    else:
+        raise SystemExit("no error")
+"""
+    subprocess.run([sys.executable, "-c", code, str(ROOT / "tests")], check=True, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("pattern", [r"\bassert\b.*,\s*[\"']", r"except( Exception)?:\s*pass", r"(?<!\w)print\("])
+def test_habits(pattern):
+    """User errors are never asserts, nothing is swallowed, and only the console and the command line print."""
+    for path in files("swamp_fast"):
+        if "print" in pattern and path.name in ("cli.py", "console.py"):
+            continue
+        assert not re.search(pattern, path.read_text()), path
