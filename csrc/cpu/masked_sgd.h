@@ -11,6 +11,18 @@ inline T multiply_add(T a, T b, T c) {
 #endif
 }
 
+// The value, or 0 where the mask is: by its bits, since a branch would keep the loop from being vectorised and a
+// product would let NaN through.
+template <typename T>
+inline T keep_if(uint8_t kept, T value) {
+  using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
+  Bits bits;
+  __builtin_memcpy(&bits, &value, sizeof(T));
+  bits &= Bits(0) - Bits(kept);
+  __builtin_memcpy(&value, &bits, sizeof(T));
+  return value;
+}
+
 // `masked` is false behind the prunable parameters (biases, norms), which have no mask.
 template <typename T, bool masked, bool nesterov, bool average>
 void masked_sgd_span(T* __restrict w, const T* __restrict g, T* __restrict m, T* __restrict s,
@@ -22,8 +34,8 @@ void masked_sgd_span(T* __restrict w, const T* __restrict g, T* __restrict m, T*
     const T step = nesterov ? multiply_add(buffer, momentum, d) : buffer;
     T weight = multiply_add(step, -lr, w[i]);
     if constexpr (masked) {
-      buffer = mask[i] ? buffer : T(0);
-      weight = mask[i] ? weight : T(0);
+      buffer = keep_if(mask[i], buffer);
+      weight = keep_if(mask[i], weight);
     }
     m[i] = buffer;
     w[i] = weight;
