@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import torch
+from packaging.version import Version
 
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
@@ -31,7 +33,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     skipped = terminalreporter.stats.get("skipped", [])
     gpu = sum("needs a CUDA device" in str(report.longrepr) for report in skipped)
     slow = sum("slow tier" in str(report.longrepr) for report in skipped)
-    terminalreporter.write_line(f"not run: {gpu} tests need a GPU, {slow} are in the slow tier")
+    told = f"not run: {gpu} tests need a GPU, {slow} are in the slow tier, {len(skipped) - gpu - slow} for other reasons"
+    terminalreporter.write_line(told)
 
 
 @pytest.fixture(autouse=True)
@@ -104,6 +107,8 @@ def implementation(request: pytest.FixtureRequest) -> object:
         _C.use(name)
     elif name == "triton" and HAS_GPU:
         pytest.skip("with a GPU the kernels are compiled: see the cuda tests")
+    elif name == "triton" and Version(version("triton")) < Version("3.9") and Version(version("numpy")) >= Version("2.4"):
+        pytest.skip("the interpreter of Triton before 3.9 needs NumPy before 2.4")
     torch.use_deterministic_algorithms(True, warn_only=True)
     assert torch.utils.deterministic.fill_uninitialized_memory
     yield Implementation(name)
