@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import inspect
 import re
 import sys
 from pathlib import Path
@@ -161,7 +162,7 @@ def _add_setting(group: Any, name: str, field: dataclasses.Field[Any]) -> None:
 
 def _meaning(name: str) -> str:
     """A setting's line in the docs of SwampConfig."""
-    found = re.search(rf"^        {name}: (.*?)(?=^        \w+: |^    Raises)", SwampConfig.__doc__ or "", re.M | re.S)
+    found = re.search(rf"^    {name}: (.*?)(?=^    \w+: |^Raises)", inspect.getdoc(SwampConfig) or "", re.M | re.S)
     return " ".join(found[1].split()).replace("%", "%%") if found else ""
 
 

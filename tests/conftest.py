@@ -33,8 +33,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     skipped = terminalreporter.stats.get("skipped", [])
     gpu = sum("needs a CUDA device" in str(report.longrepr) for report in skipped)
     slow = sum("slow tier" in str(report.longrepr) for report in skipped)
-    told = f"not run: {gpu} tests need a GPU, {slow} are in the slow tier, {len(skipped) - gpu - slow} for other reasons"
-    terminalreporter.write_line(told)
+    others = len(skipped) - gpu - slow
+    terminalreporter.write_line(
+        f"not run: {gpu} tests need a GPU, {slow} are in the slow tier, {others} for other reasons"
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -92,6 +94,10 @@ def _launch(op: str, *args: object, **kwargs: object) -> object:
     return launcher(*args, **kwargs)
 
 
+def _interprets() -> bool:
+    return Version(version("triton")) >= Version("3.9") or Version(version("numpy")) < Version("2.4")
+
+
 IMPLEMENTATIONS = ["generic", "avx2", "avx512", "triton", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
@@ -107,7 +113,7 @@ def implementation(request: pytest.FixtureRequest) -> object:
         _C.use(name)
     elif name == "triton" and HAS_GPU:
         pytest.skip("with a GPU the kernels are compiled: see the cuda tests")
-    elif name == "triton" and Version(version("triton")) < Version("3.9") and Version(version("numpy")) >= Version("2.4"):
+    elif name == "triton" and not _interprets():
         pytest.skip("the interpreter of Triton before 3.9 needs NumPy before 2.4")
     torch.use_deterministic_algorithms(True, warn_only=True)
     assert torch.utils.deterministic.fill_uninitialized_memory

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 
 import pytest
 
@@ -61,7 +62,7 @@ def test_defaults_are_those_of_the_method():
 
 def test_every_field_is_documented():
     for field in dataclasses.fields(SwampConfig):
-        assert f"        {field.name}: " in SwampConfig.__doc__, field.name
+        assert f"\n    {field.name}: " in inspect.getdoc(SwampConfig), field.name
 
 
 @pytest.mark.parametrize(
