@@ -26,6 +26,7 @@ format: .venv/.installed
 bench: .venv/.installed
 	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-columns=min,median,max,rounds
 	$(BIN)/python -m benchmarks.cpu
+	$(BIN)/python -m benchmarks.agreement
 
 .venv/.installed: pyproject.toml setup.py MANIFEST.in $(wildcard csrc/cpu/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

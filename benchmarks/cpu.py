@@ -24,6 +24,8 @@ from swamp_fast.problem import Problem, prepare
 from swamp_fast.run import Run
 from swamp_fast.schedule import cycle_training
 
+COMMAND = "python -m benchmarks.cpu --only"
+
 
 def global_threshold(rounds: int = 9) -> None:
     """20 million float32: against kthvalue on |w|, numpy.partition on a ready-made |w|, and a sort."""
@@ -46,7 +48,7 @@ def global_threshold(rounds: int = 9) -> None:
     ours = times["ops.global_threshold"]["median"]
     about = header(rounds) | {"weights": count, "extra_memory_KB": extra_memory(count, keep)}
     table = [{"": name, **milliseconds(t), "times ours": round(t["median"] / ours, 1)} for name, t in times.items()]
-    write("global_threshold", about, table)
+    write("global_threshold", f"{COMMAND} global_threshold", about, table)
 
 
 def extra_memory(count: int, keep: int) -> int:
@@ -93,7 +95,7 @@ def masked_sgd(rounds: int = 15) -> None:
         {"": name, **milliseconds(t), "GB/s": round(rate[name], 1), "share of copy": f"{rate[name] / rate['copy']:.0%}"}
         for name, t in times.items()
     ]
-    write("masked_sgd", header(rounds) | {"lanes": lanes, "parameters": parameters}, table)
+    write("masked_sgd", f"{COMMAND} masked_sgd", header(rounds) | {"lanes": lanes, "parameters": parameters}, table)
 
 
 def eager(rounds: int = 7, steps: int = 4) -> None:
@@ -129,7 +131,12 @@ def eager(rounds: int = 7, steps: int = 4) -> None:
         {"": name, **milliseconds(t, 4 * steps), "times ours": round(t["median"] / ours, 3)}
         for name, t in times.items()
     ]
-    write("eager", header(rounds) | {"unit": "a step of one particle", "steps": steps, "batch": 128}, table)
+    write(
+        "eager",
+        f"{COMMAND} eager",
+        header(rounds) | {"unit": "a step of one particle", "steps": steps, "batch": 128},
+        table,
+    )
 
 
 def resnet20(samples: int) -> Problem:

@@ -63,7 +63,7 @@ def processor() -> str:
     return f"{names[0] if names else platform.processor()}, {len(names)} cores"
 
 
-def write(name: str, about: dict[str, Any], table: list[dict[str, Any]]) -> None:
+def write(name: str, command: str, about: dict[str, Any], table: list[dict[str, Any]]) -> None:
     """Write one benchmark as JSON and Markdown under benchmarks/results, and print it."""
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps({**about, "table": table}, indent=1) + "\n")
@@ -71,6 +71,6 @@ def write(name: str, about: dict[str, Any], table: list[dict[str, Any]]) -> None
     lines = ["| " + " | ".join(columns) + " |", "|" + "|".join("---" for _ in columns) + "|"]
     lines += ["| " + " | ".join(str(row[column]) for column in columns) + " |" for row in table]
     told = ", ".join(f"{key} {value}" for key, value in about.items())
-    text = "\n".join([f"`python -m benchmarks.cpu --only {name}`: {told}", "", *lines, ""])
+    text = "\n".join([f"`{command}`: {told}", "", *lines, ""])
     (RESULTS / f"{name}.md").write_text(text)
     print(f"\n{name}\n{text}", flush=True)

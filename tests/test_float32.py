@@ -13,13 +13,12 @@ import pytest
 import torch
 from test_equivalence import CASES, force
 
+from benchmarks.agreement import agreement, agreements, pruned
 from swamp_fast import fast_swamp, naive_swamp
 from swamp_fast.data.streams import at_time, epoch_order, lane_keys, stream_of
 from swamp_fast.dropout import DropoutStream
 from swamp_fast.engines.eager import Choice, _Trainer
-from swamp_fast.models import SmallCNN
 from swamp_fast.problem import Problem, prepare
-from swamp_fast.result import SwampResult
 
 STATES = (0, 4, 11)  # steps of the trajectory whose states are compared
 LR, MOMENTUM, DECAY = 0.05, 0.9, 5e-4
@@ -121,6 +120,7 @@ def test_one_step_errs_at_most_twice_as_much(name, way, channels_last, digits):
     trainer.step(batches[0].expand(len(states), -1))
 
     key = at_time(keys, 50)
+    worst = 0.0
     for lane, (weights, momentum) in enumerate(states):
         references = []
         for problem in (single, double):
@@ -131,33 +131,9 @@ def test_one_step_errs_at_most_twice_as_much(name, way, channels_last, digits):
         found = trainer.grads[lane], bank.weights[lane], bank.momentum_buffer[lane]
         for what, mine, theirs, exact in zip(("gradient", "weights", "momentum"), found, *references, strict=True):
             assert error(mine, exact) <= 2 * error(theirs, exact), (what, lane)
+            worst = max(worst, error(mine, exact) / error(theirs, exact))
         assert error(references[0][0], references[1][0]) > 0  # there is rounding to compare
-
-
-def agreement(one: SwampResult, other: SwampResult) -> float:
-    """The share of the kept weights that two results have in common."""
-    both = sum(int((one.masks[name] & other.masks[name]).sum()) for name in one.masks)
-    return both / one.history[-1]["kept"]
-
-
-def pruned(function, seed: int, threads: int) -> SwampResult:
-    torch.manual_seed(seed)
-    model = SmallCNN(1, 10, 16)
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        return function(
-            *(model, "digits"),
-            particles=3,
-            cycles=6,
-            epochs=4,
-            ticket_epochs=2,
-            batch_size=64,
-            seed=seed,
-            progress=False,
-        )
-    finally:
-        torch.set_num_threads(before)
+    print(f"{name}, {way}, channels {'last' if channels_last else 'first'}: {worst:.2f} of the naive loop's error")
 
 
 def test_lane_by_lane_has_the_bits_of_the_naive_loop(monkeypatch):
@@ -171,13 +147,8 @@ def test_lane_by_lane_has_the_bits_of_the_naive_loop(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("way", "channels_last"), [("lanes", True), ("fold", False), ("fold grouped", False)])
-def test_masks_agree_as_two_naive_runs_do(way, channels_last, monkeypatch):
+def test_masks_agree_as_two_naive_runs_do(way, channels_last):
     """Over seeds, the final masks agree with the naive loop's at least as well as its own at another thread count."""
-    force(monkeypatch, way, channels_last)
-    ours, theirs = [], []
-    for seed in range(6):
-        naive = pruned(naive_swamp, seed, 2)
-        ours.append(agreement(pruned(fast_swamp, seed, 2), naive))
-        theirs.append(agreement(pruned(naive_swamp, seed, 1), naive))
-    spread = (statistics.variance(ours) / 6 + statistics.variance(theirs) / 6) ** 0.5
+    ours, theirs = agreements(way, channels_last)
+    spread = (statistics.variance(ours) / len(ours) + statistics.variance(theirs) / len(theirs)) ** 0.5
     assert statistics.mean(ours) >= statistics.mean(theirs) - 2 * spread, (ours, theirs)

@@ -1,0 +1,41 @@
+"""The demo's run as a result: scikit-learn's digits, 4 particles, 14 cycles. python -m benchmarks.digits"""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from benchmarks.timing import RESULTS, header, write
+from swamp_fast import fast_swamp
+from swamp_fast.cli import DEMO
+from swamp_fast.models import SmallCNN
+from swamp_fast.report.console import percent
+from swamp_fast.report.figures import accuracy_over_sparsity
+
+
+def main() -> None:
+    """Run it and write benchmarks/results/digits."""
+    torch.manual_seed(DEMO.seed)
+    began = time.perf_counter()
+    result = fast_swamp(SmallCNN(1, 10), "digits", config=DEMO, progress=False)
+    seconds = time.perf_counter() - began
+    table = [
+        {
+            "cycle": row["cycle"],
+            "density": percent(row["density"]),
+            "average": percent(row["accuracy"]),
+            "particles": " ".join(f"{accuracy * 100:.2f}" for accuracy in row["particle_accuracy"]),
+            "their ensemble": percent(row["ensemble_accuracy"]),
+            "kFLOP a picture": round(row["flops"] / 1e3),
+        }
+        for row in result.history
+    ]
+    engine = f"{result.engine['engine']}, {result.engine['way']}"
+    about = header(1) | {"seconds": round(seconds), "engine": engine, "test_pictures": 359}
+    write("digits", "python -m benchmarks.digits", about, table)
+    accuracy_over_sparsity(result.history, RESULTS / "digits.svg", "SWAMP on digits, a small CNN, 4 particles")
+
+
+if __name__ == "__main__":
+    main()
