@@ -30,6 +30,9 @@ FORMAT = "swamp_fast 1"
 UNBEGUN = ("config.toml", "config.toml.part", "run.json.part")  # what a run that was killed at once may leave
 
 
+Packed = tuple[dict[str, Tensor], dict[str, str]]  # the tensors and the metadata of a cycle's file
+
+
 @dataclass(frozen=True)
 class Snapshot:
     """One cycle's average, its masks and its row of the history."""
@@ -38,16 +41,16 @@ class Snapshot:
     masks: dict[str, Tensor]  # bool, of the prunable parameters
     row: dict[str, Any]
 
-    def packed(self) -> tuple[dict[str, Tensor], dict[str, str]]:
+    def packed(self) -> Packed:
         """The compact tensors and the metadata of its file."""
         tensors: dict[str, Tensor] = {}
         for name, tensor in self.state.items():
             if name in self.masks:
                 mask = self.masks[name].cpu()
-                tensors[f"values/{name}"] = tensor.cpu()[mask]
+                tensors[f"values/{name}"] = tensor.detach().cpu()[mask]
                 tensors[f"mask/{name}"] = torch.from_numpy(np.packbits(mask.numpy()))
             else:
-                tensors[f"state/{name}"] = tensor.cpu()
+                tensors[f"state/{name}"] = tensor.detach().cpu().clone()
         shapes = {name: list(mask.shape) for name, mask in self.masks.items()}
         order = list(self.state)
         return tensors, {

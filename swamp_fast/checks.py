@@ -42,9 +42,12 @@ def check_model(model: object) -> None:
         raise ValueError(f"`model` must be on one device, got {', '.join(devices)}; call model.to(...) first.")
 
 
-def choose_device(wanted: str) -> torch.device:
-    """The device that a setting names; "auto" is CUDA where there is one."""
+def choose_device(wanted: str, model: nn.Module) -> torch.device:
+    """The device that a setting names; "auto" is the model's own GPU, else the current one, else the CPU."""
     if wanted == "auto":
+        own = next(model.parameters()).device
+        if own.type == "cuda":
+            return own
         return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     try:
         device = torch.device(wanted)

@@ -24,6 +24,7 @@ from swamp_fast.probe import Forward, Loss
 from swamp_fast.problem import OnCycle, Problem, prepare
 from swamp_fast.prunable import Prunable
 from swamp_fast.prune import pruned
+from swamp_fast.report.console import percent
 from swamp_fast.result import SwampResult
 from swamp_fast.run import Run
 from swamp_fast.schedule import cycle_training, ticket_training
@@ -133,8 +134,11 @@ def train_particles(problem: Problem, engine: Engine, run: Run, bank: ParticleBa
     """Train the particles of a cycle; what the row says of it."""
     config, steps = problem.config, len(problem.bounds)
 
+    density = int(bank.masks.sum()) / problem.layout.weights
+    where = f"cycle {cycle}/{config.cycles}, density {percent(density)}, {bank.lanes} particles"
+
     def on_step(step: int) -> None:
-        run.step(bank.lanes, f"cycle {cycle}/{config.cycles}, epoch {step // steps + 1}/{config.epochs}")
+        run.step(bank.lanes, f"{where}, epoch {step // steps + 1}/{config.epochs}")
 
     began = time.perf_counter()
     losses = engine.train(bank, cycle_training(config, steps), on_step).tolist()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
 import torch
@@ -44,7 +45,7 @@ class Layout:
     P: int
 
     @classmethod
-    def of(cls, parameters: Iterable[tuple[str, nn.Parameter]], prunable: set[str]) -> Layout:
+    def of(cls, parameters: Iterable[tuple[str, nn.Parameter]], prunable: AbstractSet[str]) -> Layout:
         """Lay named parameters out; those in `prunable` come first, otherwise in the given order."""
         entries: list[Entry] = []
         position = Q = 0

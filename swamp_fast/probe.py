@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ from swamp_fast.config import SwampConfig
 from swamp_fast.data.store import Data
 from swamp_fast.data.streams import generators_left_alone, generators_state, lane_keys, stream_of
 from swamp_fast.dropout import DropoutStream, refused_in_backward
+from swamp_fast.prunable import Prunable, select_prunable
 from swamp_fast.tree import tree_map
 
 Forward = Callable[[nn.Module, Any], Any]
@@ -30,8 +32,9 @@ PROBED_SAMPLES = 8
 class Probe:
     """What one forward and backward of the model showed."""
 
-    outputs: Any  # of the training forward, with their graph
-    model: nn.Module  # the copy that was run
+    prunable: frozenset[str]  # names of parameters
+    classes: int | None  # the second axis of outputs that are a tensor [B, classes, ...]
+    classifies: bool  # the targets are labels of those classes: accuracies make sense
     draws_elsewhere: bool  # random numbers that are not dropout's: from torch's, Python's or NumPy's generators
     changed_buffers: tuple[str, ...]  # besides the running statistics of norms
     dense_flops: int  # of one sample's forward, 2 a multiply-add, matrix products and convolutions
@@ -43,8 +46,10 @@ class Probe:
         return round(self.dense_flops - saved)
 
 
-def look_at(template: nn.Module, data: Data, forward: Forward, loss: Loss, config: SwampConfig) -> tuple[Probe, bool]:
-    """Look at the model on the first few samples; also whether accuracies make sense."""
+def look_at(
+    template: nn.Module, data: Data, forward: Forward, loss: Loss, prunable: Prunable, config: SwampConfig
+) -> Probe:
+    """Look at the model on the first few samples."""
     batch = min(PROBED_SAMPLES, data.length, config.batch_size)
     keys = lane_keys([config.seed], [stream_of(None, 0)], data.device)
     order = torch.arange(batch, device=data.device)[None]
@@ -94,7 +99,8 @@ def look_at(template: nn.Module, data: Data, forward: Forward, loss: Loss, confi
             )
         return outputs, each.sum()
 
-    return _probe(copy_of(template), run, keys, batch), classifies
+    found = _probe(copy_of(template), run, keys, batch, prunable)
+    return dataclasses.replace(found, classifies=classifies)
 
 
 def call(model: nn.Module, inputs: Any) -> Any:
@@ -107,7 +113,9 @@ def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(outputs, targets, reduction="none")
 
 
-def _probe(model: nn.Module, run: Callable[[nn.Module], tuple[Any, Tensor]], keys: Tensor, batch: int) -> Probe:
+def _probe(
+    model: nn.Module, run: Callable[[nn.Module], tuple[Any, Tensor]], keys: Tensor, batch: int, prunable: Prunable
+) -> Probe:
     """Run `run(model) -> (outputs, loss)` on a model that may be changed, forward and backward, in train mode.
 
     keys   [1, 3]  of the dropout stream
@@ -146,7 +154,9 @@ def _probe(model: nn.Module, run: Callable[[nn.Module], tuple[Any, Tensor]], key
         for handle in handles:
             handle.remove()
     model.zero_grad()
-    return Probe(outputs, model, draws_elsewhere, changed, counter.get_total_flops() // batch, uses)
+    classes = outputs.shape[1] if isinstance(outputs, Tensor) and outputs.dim() >= 2 else None
+    chosen = frozenset(select_prunable(model, prunable, outputs))
+    return Probe(chosen, classes, False, draws_elsewhere, changed, counter.get_total_flops() // batch, uses)
 
 
 def _uses_of(count: Callable[[Tensor | None, float], None]) -> Callable[..., None]:

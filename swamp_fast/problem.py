@@ -18,7 +18,7 @@ from swamp_fast.data.streams import LANE_SEED, seed_generators, seeds_for
 from swamp_fast.fingerprint import callable_fingerprint, model_fingerprint, tensor_fingerprint
 from swamp_fast.layout import Layout
 from swamp_fast.probe import Forward, Loss, Probe, call, cross_entropy, look_at
-from swamp_fast.prunable import Prunable, select_prunable
+from swamp_fast.prunable import Prunable
 from swamp_fast.prune import check_cycles
 
 OnCycle = Callable[[dict[str, Any]], object]
@@ -43,7 +43,6 @@ class Problem:
     loss: Loss
     transform: Callable[[Any], Any] | None
     on_cycle: OnCycle | None
-    classifies: bool  # outputs [B, C, ...] and integer targets: accuracies make sense
     drop_last: bool
     probe: Probe
     lines: tuple[str, ...]  # what to tell the user about it
@@ -58,6 +57,11 @@ class Problem:
     def dtype(self) -> torch.dtype:
         """Of the weights."""
         return weight_dtype(self.config)
+
+    @property
+    def classifies(self) -> bool:
+        """Whether accuracies make sense."""
+        return self.probe.classifies
 
     @property
     def bounds(self) -> list[tuple[int, int]]:
@@ -124,7 +128,7 @@ def prepare(
         if function is not None and not callable(function):
             raise TypeError(f"`{name}` must be callable, got {type(function).__name__}.")
     check_model(model)
-    device, dtype = choose_device(config.device), weight_dtype(config)
+    device, dtype = choose_device(config.device, model), weight_dtype(config)
 
     opened = open_source(train, "train", config.data_dir)
     config = _with_loader(config, opened, settings)
@@ -137,13 +141,13 @@ def prepare(
     template = copy_of(model).to(device, dtype)
     for buffer in template.buffers():
         buffer.requires_grad_(False)
-    found, classifies = look_at(template, train_data, forward, loss, config)
+    found = look_at(template, train_data, forward, loss, prunable, config)
     for data in (train_data, val_data, test_data):
-        if data is not None and loss is cross_entropy:
-            data.check_labels(found.outputs.shape[1])
+        if data is not None and loss is cross_entropy and found.classes is not None:
+            data.check_labels(found.classes)
 
-    names = select_prunable(found.model, prunable, found.outputs)
-    layout = Layout.of(((n, p) for n, p in template.named_parameters() if p.requires_grad), names)
+    trained = ((name, p) for name, p in template.named_parameters() if p.requires_grad)
+    layout = Layout.of(trained, found.prunable)
     mask = layout.full_mask(device)
     if initial_masks is not None:
         put_in(layout, mask, initial_masks)
@@ -163,7 +167,6 @@ def prepare(
         loss=loss,
         transform=transform,
         on_cycle=on_cycle,
-        classifies=classifies,
         drop_last=opened.drop_last,
         probe=found,
         lines=(_model_line(template, layout), *(f"data     {each.line}" for each in (built, *others) if each)),
@@ -178,7 +181,7 @@ def prepare(
                 name: callable_fingerprint(function)
                 for name, function in (("forward", forward), ("loss", loss), ("transform", transform))
             },
-            "prunable": sorted(names),
+            "prunable": sorted(found.prunable),
             "drop_last": opened.drop_last,
         },
     )

@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from swamp_fast.checkpoint import RunDirectory, Snapshot, load_tensors, read_snapshot, save_tensors
+from swamp_fast.checkpoint import Packed, RunDirectory, Snapshot, load_tensors, read_snapshot, save_tensors
 from swamp_fast.config import SwampConfig
 
 
@@ -38,11 +39,11 @@ class SwampResult:
     engine: dict[str, Any]
     config: SwampConfig
     standardise: dict[str, list[float]] | None
-    snapshots: list[Snapshot | Path] = field(repr=False)  # in memory, or where they are
+    snapshots: list[Packed | Path] = field(repr=False)  # each cycle's average, compact in memory or where its file is
     about: dict[str, Any] = field(repr=False)
     template: nn.Module | None = field(repr=False, default=None)
 
-    @property
+    @cached_property
     def model(self) -> nn.Module:
         """The last cycle's average as a plain module: BatchNorm re-estimated, exact zeros where pruned, eval mode."""
         return self.at(len(self.snapshots) - 1)[0]
@@ -99,7 +100,7 @@ class SwampResult:
         done = folder.cycles_done()
         if done == 0:
             raise ValueError(f"{folder.path}: no cycle of this run was finished; there is no model yet.")
-        paths: list[Snapshot | Path] = [folder.cycle_path(cycle) for cycle in range(done)]
+        paths: list[Packed | Path] = [folder.cycle_path(cycle) for cycle in range(done)]
         particles = folder.path / "particles.safetensors"
         result = cls(
             history=[folder.cycle(cycle).row for cycle in range(done)],
@@ -122,9 +123,9 @@ class SwampResult:
         return snapshot_of(self.snapshots[cycle])
 
 
-def snapshot_of(kept: Snapshot | Path) -> Snapshot:
+def snapshot_of(kept: Packed | Path) -> Snapshot:
     """A cycle's average that is kept in memory or in a file."""
-    return read_snapshot(kept) if isinstance(kept, Path) else kept
+    return read_snapshot(kept) if isinstance(kept, Path) else Snapshot.unpacked(*kept)
 
 
 def module_of(template: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from swamp_fast.checkpoint import RunDirectory, Snapshot, load_tensors, save_tensors
+from swamp_fast.checkpoint import Packed, RunDirectory, Snapshot, load_tensors, save_tensors
 from swamp_fast.config import NOT_IDENTITY
 from swamp_fast.data.streams import generators_left_alone
 from swamp_fast.problem import Problem
@@ -32,7 +32,7 @@ class Run:
     """The record of a run. As a context it leaves the user's random generators as they were.
 
     rows       the history so far
-    snapshots  each cycle's average, in memory, or where its file is
+    snapshots  each cycle's average, compact in memory, or where its file is
     ticket     the ticket's parameters and buffers, once there is one
     """
 
@@ -40,7 +40,7 @@ class Run:
         self.problem, self.config = problem, problem.config
         self.console = Console(self.config.progress)
         self.rows: list[dict[str, Any]] = []
-        self.snapshots: list[Snapshot | Path] = []
+        self.snapshots: list[Packed | Path] = []
         self.ticket: State | None = None
         self.particles: State | None = None
         self.engine: dict[str, Any] = {}
@@ -94,16 +94,12 @@ class Run:
         """Record a cycle: its average, masks and row; tell the user, on the console and by on_cycle."""
         self._warn(masks, row)
         self.rows.append(row)
-        snapshot = Snapshot(
-            {n: t.detach().cpu().clone() for n, t in state.items()},
-            {n: t.cpu() for n, t in masks.items()},
-            row,
-        )
+        snapshot = Snapshot(state, masks, row)
         if self.folder is not None:
             self.folder.write_cycle(row["cycle"], snapshot, self.rows)
             self.snapshots.append(self.folder.cycle_path(row["cycle"]))
         else:
-            self.snapshots.append(snapshot)
+            self.snapshots.append(snapshot.packed())
         self.console.line(self._cycle_line(row))
         if self.problem.on_cycle is not None:
             self.problem.on_cycle(dict(row))

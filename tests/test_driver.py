@@ -293,3 +293,76 @@ def test_divergence_is_an_error_that_names_the_particle(function, digits):
 def test_quick_settings_run(digits):
     config = SwampConfig.quick(cycles=1, epochs=1, particles=2, progress=False)
     assert len(fast_swamp(networks.build("tied"), *digits, config=config).history) == 2
+
+
+class Sentences(nn.Module):
+    """Takes and gives dicts: token ids with a mask of what is padding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(20, 8)
+        self.lstm = nn.LSTM(8, 8, batch_first=True)
+        self.mix, self.head = nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        states = self.lstm(self.embed(ids))[0] * mask[..., None]
+        return {"logits": self.head(torch.tanh(self.mix(states.sum(1) / mask.sum(1, keepdim=True))))}
+
+
+class Tokens(torch.utils.data.Dataset):
+    """Sequences of different lengths."""
+
+    def __len__(self) -> int:
+        return 60
+
+    def __getitem__(self, index: int):
+        return torch.arange(1 + index % 7) * 3 % 20, index % 3
+
+
+def padded(items):
+    longest = max(len(ids) for ids, _ in items)
+    ids = torch.stack([F.pad(ids, (0, longest - len(ids))) for ids, _ in items])
+    mask = torch.stack([(torch.arange(longest) < len(ids)).double() for ids, _ in items])
+    return {"ids": ids, "mask": mask}, torch.tensor([target for _, target in items])
+
+
+def test_dicts_collate_functions_and_recurrent_networks(digits):
+    loader = torch.utils.data.DataLoader(Tokens(), batch_size=16, shuffle=True, collate_fn=padded)
+    settings = {name: value for name, value in SETTINGS.items() if name != "batch_size"} | {"precision": "float64"}
+    model = Sentences()
+    fast, naive = (
+        function(
+            *(model, loader, loader),
+            forward=lambda module, inputs: module(**inputs)["logits"],
+            prunable=["mix", "lstm.weight_*"],
+            **settings,
+        )
+        for function in (fast_swamp, naive_swamp)
+    )
+    assert "collate function" in fast.engine["why"]
+    assert set(fast.masks) == {"mix.weight", "lstm.weight_ih_l0", "lstm.weight_hh_l0"}
+    for name, value in naive.state_dict.items():
+        assert torch.allclose(fast.state_dict[name], value, atol=1e-9), name
+    assert fast.history[-1]["accuracy"] == naive.history[-1]["accuracy"]
+
+
+@pytest.mark.parametrize("norm", [nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.spectral_norm])
+def test_parametrised_modules(norm, digits):
+    """Their inner tensors are trained; what is pruned is what is plain."""
+    model = networks.build("tied")
+    norm(model.first)
+    settings = SETTINGS | {"precision": "float64"}
+    fast, naive = (function(model, *digits, **settings) for function in (fast_swamp, naive_swamp))
+    assert set(fast.masks) == {"middle.weight"}
+    for name, value in naive.state_dict.items():
+        assert torch.allclose(fast.state_dict[name], value, atol=1e-9), name
+
+
+def test_a_float64_model_and_a_float32_run(digits):
+    """The result has the run's precision, and the model keeps its own."""
+    model = networks.build("residual").double()
+    result = fast_swamp(model, *digits, **SETTINGS)
+    assert {value.dtype for value in result.model.state_dict().values()} == {torch.float32, torch.int64}
+    assert model.stem.weight.dtype == torch.float64
+    assert result.model is result.model
+    result.model(torch.randn(2, 1, 8, 8))

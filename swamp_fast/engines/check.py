@@ -19,7 +19,7 @@ from swamp_fast.problem import Problem
 from swamp_fast.tree import tensors, tree_map
 
 LANES = 2
-MOST_SAMPLES = 16
+MOST_SAMPLES = 8
 TOLERANCE = 1e-9  # of float64 results, relative to the largest; rounding stays below 1e-12
 READS = {
     *(torch.Tensor.__bool__, torch.Tensor.__int__, torch.Tensor.__float__, torch.Tensor.__index__),
