@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from swamp_fast.data.store import Data, pass_in_stored_order
+from swamp_fast.data.streams import evaluation_time
 
 
 def norms_of(modules: Iterable[nn.Module]) -> list[Any]:
@@ -27,15 +28,15 @@ def reset_running_stats(modules: Iterable[nn.Module]) -> None:
 @torch.no_grad()
 def reestimate(
     modules: list[nn.Module],
-    run: Callable[[Any], object],
+    run: Callable[[Any, int], object],
     data: Data,
     batch_size: int,
     channels_last: bool = False,
 ) -> None:
     """Set the running statistics to the mean over the batches of a pass in stored order, weighted by samples.
 
-    run(inputs [B, ...]) runs all modules on one batch. Only norms are in train mode: dropout stays off. Leaves the
-    modules in eval mode.
+    run(inputs [B, ...], time) runs all modules on one batch. Only norms are in train mode: dropout stays off.
+    Leaves the modules in eval mode.
     """
     norms = norms_of(modules)
     momenta = [norm.momentum for norm in norms]
@@ -47,11 +48,11 @@ def reestimate(
         norm.reset_running_stats()
         norm.train()
     seen = 0
-    for inputs, _, count in pass_in_stored_order(data, batch_size, channels_last):
+    for number, (inputs, _, count) in enumerate(pass_in_stored_order(data, batch_size, channels_last)):
         seen += count
         for norm in norms:
             norm.momentum = count / seen
-        run(inputs)
+        run(inputs, evaluation_time(0, number))
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
         norm.eval()

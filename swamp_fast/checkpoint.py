@@ -13,6 +13,7 @@ particles.safetensors   the particles of the last cycle, [N, ...], if they are k
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -26,7 +27,10 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from swamp_fast.config import NOT_IDENTITY
+
 FORMAT = "swamp_fast 1"
+ABOUT = ("driver", "config", "fingerprints", "engine", "standardise")  # what run.json must tell
 UNBEGUN = ("config.toml", "config.toml.part", "run.json.part")  # what a run that was killed at once may leave
 
 
@@ -82,10 +86,15 @@ class RunDirectory:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path).expanduser()
+        self.run = ""  # which run's files these are, once it is known
 
     def create(self, about: dict[str, Any], settings: str) -> None:
         """Make the folder and say what the run is; `settings` is TOML."""
-        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"run_dir {self.path} can't be made ({error}); name a folder that can.") from error
+        self.run = run_id(about)
         write(self.path / "config.toml", settings.encode())
         self.write_about(about)
 
@@ -108,6 +117,8 @@ class RunDirectory:
             )
         try:
             about: dict[str, Any] = json.loads(path.read_text())
+            if not isinstance(about, dict):
+                raise ValueError(f"it holds a {type(about).__name__}")
         except ValueError as error:
             raise ValueError(f"{path} is damaged ({error}); move the folder away to start afresh.") from error
         if about.get("format") != FORMAT:
@@ -115,20 +126,29 @@ class RunDirectory:
                 f'{path} has the format "{about.get("format")}", this version reads "{FORMAT}"; read it with the '
                 f"version that wrote it ({about.get('version', 'unknown')})."
             )
+        missing = [name for name in ABOUT if name not in about]
+        if missing:
+            raise ValueError(f"{path} is damaged, it lacks {', '.join(missing)}; move the folder away to start afresh.")
+        self.run = run_id(about)
         return about
 
     def write_ticket(self, state: Mapping[str, Tensor]) -> None:
         """Write the ticket."""
-        save_tensors(self.path / "ticket.safetensors", state)
+        save_tensors(self.path / "ticket.safetensors", state, {"run": self.run})
 
     def ticket(self) -> dict[str, Tensor] | None:
         """The ticket, if it was reached."""
         path = self.path / "ticket.safetensors"
-        return load_tensors(path)[0] if path.exists() else None
+        return self._own(path)[0] if path.exists() else None
 
     def write_cycle(self, cycle: int, snapshot: Snapshot, rows: list[dict[str, Any]]) -> None:
         """Write a cycle's average, and the history up to it."""
-        save_tensors(self.cycle_path(cycle), *snapshot.packed())
+        tensors, metadata = snapshot.packed()
+        save_tensors(self.cycle_path(cycle), tensors, {**metadata, "run": self.run})
+        self.write_history(rows)
+
+    def write_history(self, rows: list[dict[str, Any]]) -> None:
+        """Write history.jsonl."""
         write(self.path / "history.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
 
     def cycle_path(self, cycle: int) -> Path:
@@ -137,7 +157,22 @@ class RunDirectory:
 
     def cycle(self, cycle: int) -> Snapshot:
         """A cycle's average."""
-        return read_snapshot(self.cycle_path(cycle))
+        path = self.cycle_path(cycle)
+        self._own(path)
+        snapshot = read_snapshot(path)
+        if snapshot.row["cycle"] != cycle:
+            raise ValueError(f"{path} holds cycle {snapshot.row['cycle']}: it was renamed. Delete it to train it anew.")
+        return snapshot
+
+    def _own(self, path: Path) -> Packed:
+        """A file of this run; another run's is refused."""
+        tensors, metadata = load_tensors(path)
+        if metadata.get("run") != self.run:
+            raise ValueError(
+                f"{path} is no file of this run: it was written by another, or by another program. Delete it to go on "
+                "from the cycle before it."
+            )
+        return tensors, metadata
 
     def cycles_done(self) -> int:
         """How many cycles are there, from 0 on without a gap."""
@@ -145,6 +180,13 @@ class RunDirectory:
         while self.cycle_path(done).exists():
             done += 1
         return done
+
+
+def run_id(about: Mapping[str, Any]) -> str:
+    """A hash of all that decides a run's results."""
+    settings = {name: value for name, value in about["config"].items() if name not in NOT_IDENTITY}
+    what = json.dumps([about["driver"], settings, about["fingerprints"]], sort_keys=True)
+    return hashlib.blake2b(what.encode(), digest_size=16).hexdigest()
 
 
 def read_snapshot(path: Path) -> Snapshot:

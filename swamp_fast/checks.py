@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from swamp_fast.data.store import Data
 from swamp_fast.layout import Layout
+from swamp_fast.tree import tree_map
 
 
 def check_model(model: object) -> None:
@@ -20,7 +23,7 @@ def check_model(model: object) -> None:
         raise TypeError(f"`model` must be the plain module, got a {type(model).__name__}; pass model.module.")
     named = [*model.named_parameters(), *model.named_buffers()]
     if not any(True for _ in model.parameters()):
-        raise ValueError("`model` has no parameters.")
+        raise ValueError("`model` has no parameters, so nothing to train or prune; pass the network itself.")
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError("the model has nothing to prune: all its parameters are frozen (requires_grad=False).")
     for name, tensor in named:
@@ -60,7 +63,9 @@ def choose_device(wanted: str, model: nn.Module) -> torch.device:
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     index = device.index if device.index is not None else torch.cuda.current_device() if count else 0
     if index >= count:
-        raise ValueError(f'`device`: "{wanted}" can\'t be had, this machine offers torch {count} CUDA devices.')
+        raise ValueError(
+            f'`device`: "{wanted}" can\'t be had, this machine offers torch {count} CUDA devices; use "auto" or "cpu".'
+        )
     return torch.device("cuda", index)
 
 
@@ -88,6 +93,29 @@ def check_batches(samples: int, batch: int, drop_last: bool, model: nn.Module) -
         )
 
 
+def check_split(name: str, data: Data, train: Data) -> None:
+    """Refuse a split whose samples are not of the training samples' kind, before hours are spent on those."""
+    if not (data.stacked and train.stacked):
+        return  # the user's collate function decides
+    kinds = [_sample_kind(split) for split in (data, train)]
+    if kinds[0] != kinds[1]:
+        raise ValueError(
+            f"`{name}` must hold samples like those of `train`, (input, target) of {kinds[1]}; got {kinds[0]}. Give "
+            "both in the same shape and type (uint8 pictures are standardised here, float ones are taken as they are)."
+        )
+
+
+def _sample_kind(data: Data) -> tuple[str, str]:
+    """Shape and type of one sample and its target, and whether it is standardised here."""
+    first, no_keys = (torch.zeros(1, size, dtype=torch.int64, device=data.device) for size in (1, 3))
+    inputs, targets = data.fetch(next(iter(data.batches(first, no_keys, [(0, 1)]))), None).lane(0)
+    return ("uint8 pictures " if data.table is not None else "") + str(_kinds(inputs)), str(_kinds(targets))
+
+
+def _kinds(tree: Any) -> Any:
+    return tree_map(lambda leaf: f"{list(leaf.shape[1:])} {_dtype(leaf)}" if isinstance(leaf, Tensor) else "?", tree)
+
+
 def put_in(layout: Layout, mask: Tensor, initial: Mapping[str, Tensor]) -> None:
     """Write the masks that were given into the first mask [Q]."""
     views = layout.mask_views(mask)
@@ -103,7 +131,9 @@ def put_in(layout: Layout, mask: Tensor, initial: Mapping[str, Tensor]) -> None:
             )
         views[name].copy_(given)
     if not bool(mask.any()):
-        raise ValueError("`initial_masks` keep no weight at all.")
+        raise ValueError(
+            f"`initial_masks` keep none of the {layout.weights:,} prunable weights; at least some must be True."
+        )
 
 
 def _dtype(tensor: Tensor) -> str:

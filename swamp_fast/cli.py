@@ -35,8 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (
         ValueError,
         TypeError,
-        FileNotFoundError,
-        FileExistsError,
+        OSError,
         ImportError,
         FloatingPointError,
     ) as error:

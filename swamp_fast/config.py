@@ -159,11 +159,15 @@ class SwampConfig:
     def of(cls, config: SwampConfig | None, settings: Mapping[str, Any]) -> SwampConfig:
         """`config` (or the defaults) with `settings` put in; unknown names are refused."""
         _refuse_unknown(settings)
-        if config is None:
-            return cls(**settings)
-        if not isinstance(config, SwampConfig):
+        if config is not None and not isinstance(config, SwampConfig):
             raise TypeError(f"`config` must be a SwampConfig, got {type(config).__name__}.")
-        return config.replace(**settings)
+        made = cls(**settings) if config is None else config.replace(**settings)
+        if settings.get("target_density") is not None and settings.get("cycles", made.cycles) != made.cycles:
+            raise ValueError(
+                f"`target_density` stands instead of `cycles`: {made.target_density} takes {made.cycles} cycles at "
+                f"prune = {made.prune}, got cycles = {settings['cycles']} too. Give one of them."
+            )
+        return made
 
     def replace(self, **changes: Any) -> SwampConfig:
         """A copy with some settings changed; a new `cycles` or `target_density` replaces the other."""

@@ -17,6 +17,7 @@ from swamp_fast import ops
 from swamp_fast.bank import ParticleBank, Solution
 from swamp_fast.batchnorm import reestimate
 from swamp_fast.config import SwampConfig
+from swamp_fast.data.streams import at_time
 from swamp_fast.engines import Engine, start_engine
 from swamp_fast.evaluate import score, score_row
 from swamp_fast.memory import peak_memory
@@ -26,10 +27,11 @@ from swamp_fast.prunable import Prunable
 from swamp_fast.prune import pruned
 from swamp_fast.report.console import percent
 from swamp_fast.result import SwampResult
-from swamp_fast.run import Run
+from swamp_fast.run import Run, one_at_a_time
 from swamp_fast.schedule import cycle_training, ticket_training
 
 
+@one_at_a_time
 def fast_swamp(
     model: nn.Module,
     train: object,
@@ -92,13 +94,13 @@ def fast_swamp(
             start = ticket if problem.config.rewind == "ticket" or cycle == 0 else average
             bank = engine.spawn(start, mask, problem.config.particles_at(cycle), cycle)
             trained = train_particles(problem, engine, run, bank, cycle)
-            average, scores = average_particles(problem, engine, bank)
+            average, particles, scores = average_particles(problem, engine, bank)
             row = {**about_cycle(problem, bank, mask, cycle), **scores, **trained}
             if problem.config.keep_particles and cycle == problem.config.cycles:
-                run.keep_particles(particle_states(problem, bank))
+                run.keep_particles([named(problem, particle) for particle in particles])
             row["seconds"], row["peak_memory"] = time.perf_counter() - began, peak_memory(problem.device)
+            run.keep_engine(engine.describe())
             run.keep_cycle(named(problem, average), problem.layout.mask_views(mask), row)
-        run.keep_engine(engine.describe())
         return run.result()
 
 
@@ -111,7 +113,7 @@ def train_ticket(problem: Problem, engine: Engine, run: Run) -> Solution:
         if problem.config.ticket_epochs > 0:
             full = problem.layout.full_mask(problem.device)
             bank = engine.spawn(start, full, 1, None)
-            engine.train(bank, ticket_training(problem.config), lambda step: run.step(1, "ticket"))
+            engine.train(bank, ticket_training(problem.config), lambda step: run.step(1, "ticket"), watch("the ticket"))
             refuse_divergence(bank.weights, "the ticket's training")
             start = Solution(bank.weights[0].clone(), {name: each[0] for name, each in bank.buffers.items()})
         run.keep_ticket(named(problem, start))
@@ -141,25 +143,33 @@ def train_particles(problem: Problem, engine: Engine, run: Run, bank: ParticleBa
         run.step(bank.lanes, f"{where}, epoch {step // steps + 1}/{config.epochs}")
 
     began = time.perf_counter()
-    losses = engine.train(bank, cycle_training(config, steps), on_step).tolist()
+    losses = engine.train(bank, cycle_training(config, steps), on_step, watch(f"cycle {cycle}")).tolist()
     seconds = time.perf_counter() - began
     refuse_divergence(bank.solutions(config.swa), f"cycle {cycle}")
     return {"train_loss": losses, "train_seconds": seconds}
 
 
-def average_particles(problem: Problem, engine: Engine, bank: ParticleBank) -> tuple[Solution, dict[str, Any]]:
-    """The mean over particles with its BatchNorm re-estimated, and its scores beside theirs."""
+def average_particles(
+    problem: Problem, engine: Engine, bank: ParticleBank
+) -> tuple[Solution, list[Solution], dict[str, Any]]:
+    """The mean over particles and the particles themselves, their BatchNorm re-estimated, and their scores."""
     particles = bank.solutions(problem.config.swa)
     mean = ops.particle_mean(particles, bank.run_of_lane, 1)
     buffers = {name: torch.cat([each, mean_buffer(each)[None]]) for name, each in bank.buffers.items()}
+    keys = torch.cat([bank.keys, bank.keys[-1:] + bank.keys.new_tensor([0, 1, 0])])  # the average's is the next stream
     models = engine.side_by_side(torch.cat([particles, mean]), buffers)
-    reestimate(models.modules, models.outputs, problem.train, problem.config.batch_size, models.channels_last)
+
+    def run(inputs: Any, time: int) -> list[Any]:
+        return models.outputs(inputs, at_time(keys, time))
+
+    reestimate(models.modules, run, problem.train, problem.config.batch_size, models.channels_last)
     test, val = (
-        None if data is None else score(problem, models.outputs, data, models.channels_last)
-        for data in (problem.test, problem.val)
+        None if data is None else score(problem, run, data, which, models.channels_last)
+        for which, data in ((1, problem.test), (2, problem.val))
     )
-    average = Solution(mean[0], {name: each[-1] for name, each in models.buffers().items()})
-    return average, score_row(test, val)
+    weights, after = models.weights.clone(), models.buffers()
+    *each, average = (Solution(w, {name: buffer[i] for name, buffer in after.items()}) for i, w in enumerate(weights))
+    return average, each, score_row(test, val)
 
 
 def about_cycle(problem: Problem, bank: ParticleBank, mask: Tensor, cycle: int) -> dict[str, Any]:
@@ -179,21 +189,19 @@ def mean_buffer(each: Tensor) -> Tensor:
     return each.double().mean(0).to(each.dtype) if each.is_floating_point() else each[0]
 
 
-def refuse_divergence(weights: Tensor, where: str) -> None:
-    """Raise if a particle's weights [L, P] are not finite."""
-    bad = [lane for lane, row in enumerate(weights) if not bool(torch.isfinite(row).all())]
+def watch(where: str) -> Callable[[int, Tensor], None]:
+    """What is called after each epoch with its number and the particles' mean losses [L]: raise if one diverged."""
+    return lambda epoch, losses: refuse_divergence(losses[:, None], f"{where}, epoch {epoch + 1}")
+
+
+def refuse_divergence(values: Tensor, where: str) -> None:
+    """Raise if a particle's weights or loss [L, …] are not finite."""
+    bad = [lane for lane, row in enumerate(values) if not bool(torch.isfinite(row).all())]
     if bad:
         raise FloatingPointError(
-            f"{where}: particle{'s' if len(bad) > 1 else ''} {', '.join(map(str, bad))} diverged to NaN or infinite "
-            "weights. Lower lr and swa_lr, or check the data's scale."
+            f"{where}: particle{'s' if len(bad) > 1 else ''} {', '.join(map(str, bad))} diverged to NaN or infinity. "
+            "Lower lr and swa_lr, or check the data's scale."
         )
-
-
-def particle_states(problem: Problem, bank: ParticleBank) -> list[dict[str, Tensor]]:
-    """The particles' parameters (their SWA means) and buffers, by name."""
-    weights = bank.solutions(problem.config.swa)
-    lanes = range(bank.lanes)
-    return [named(problem, Solution(weights[i], {name: each[i] for name, each in bank.buffers.items()})) for i in lanes]
 
 
 def solution(problem: Problem, state: Mapping[str, Tensor]) -> Solution:

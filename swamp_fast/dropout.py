@@ -25,13 +25,14 @@ class DropoutStream(TorchFunctionMode):
     is dropped if word e of that lane's stream, purpose DROPOUT + 256 c, is below p.
 
     keys  [L, 3]  int64: seed, stream, step. With L > 1 the first axis of what is dropped holds the lanes.
+    rows          L times the samples of a lane, if L > 1; the first axis of what is dropped must be a multiple
 
     Backward runs outside: torch's autograd engine knows no modes. What drops there is refused by `refused_in_backward`.
     """
 
-    def __init__(self, keys: Tensor) -> None:
+    def __init__(self, keys: Tensor, rows: int | None = None) -> None:
         super().__init__()
-        self.keys = keys
+        self.keys, self.rows = keys, rows or len(keys)
         self.calls = 0
 
     def __torch_function__(
@@ -56,7 +57,7 @@ class DropoutStream(TorchFunctionMode):
     def keep(self, input: Tensor, shape: tuple[int, ...], p: float) -> Tensor:
         """Which units stay: a bool mask of `shape`, whose first axis holds the lanes."""
         lanes, count = self.keys.shape[0], math.prod(shape)
-        if lanes > 1 and (not shape or shape[0] % lanes):
+        if lanes > 1 and (not shape or shape[0] % self.rows):
             raise RuntimeError(f"dropout over {list(input.shape)}: the first axis does not hold {lanes} lanes.")
         words = ops.philox(self.keys, DROPOUT + (self.calls << 8), count // lanes)
         self.calls += 1
@@ -152,9 +153,13 @@ def refused_in_backward() -> Iterator[None]:
             "the forward. Turn checkpointing off, or dropout."
         )
 
+    def refuse_weights(*args: Any, **kwargs: Any) -> Any:
+        drops = kwargs.get("dropout_p", args[4] if len(args) > 4 else 0.0)
+        return refuse() if drops else _ATTENTION(*args, **kwargs)
+
     theirs = [(module, name, getattr(module, name)) for module, name in _DRAWING]
     for module, name, _ in theirs:
-        setattr(module, name, refuse)
+        setattr(module, name, refuse_weights if name == "scaled_dot_product_attention" else refuse)
     try:
         yield
     finally:
@@ -164,6 +169,7 @@ def refused_in_backward() -> Iterator[None]:
 
 _DRAWING = [
     *((F, name) for name in ("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout")),
+    (F, "scaled_dot_product_attention"),
     *((F, "feature_alpha_dropout"), (torch, "dropout"), (torch, "feature_dropout"), (torch, "alpha_dropout")),
 ]
 

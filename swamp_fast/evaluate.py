@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from swamp_fast.data.store import Data, pass_in_stored_order
+from swamp_fast.data.streams import evaluation_time
 from swamp_fast.problem import Problem
 
 
@@ -29,12 +30,18 @@ class Scores:
 
 
 @torch.no_grad()
-def score(problem: Problem, run: Callable[[Any], list[Any]], data: Data, channels_last: bool = False) -> Scores:
-    """Scores on a split. run(inputs [B, ...]) gives the outputs of the particles, and of their average last."""
+def score(
+    problem: Problem, run: Callable[[Any, int], list[Any]], data: Data, which: int, channels_last: bool = False
+) -> Scores:
+    """Scores on a split, test (which = 1) or val (2).
+
+    run(inputs [B, ...], time) gives the outputs of the particles, and of their average last.
+    """
     total, entries, ensemble = 0.0, 0, 0
     correct: Tensor | int = 0
-    for inputs, targets, count in pass_in_stored_order(data, problem.config.batch_size, channels_last):
-        *particles, average = run(inputs)
+    batches = pass_in_stored_order(data, problem.config.batch_size, channels_last)
+    for number, (inputs, targets, count) in enumerate(batches):
+        *particles, average = run(inputs, evaluation_time(which, number))
         total += float(problem.losses(average, targets).double().mean()) * count
         if problem.classifies:
             entries += targets.numel()
@@ -59,6 +66,7 @@ def score_row(test: Scores | None, val: Scores | None) -> dict[str, Any]:
             "mean_accuracy",
             "ensemble_accuracy",
             "val_accuracy",
+            "val_mean_accuracy",
         ]
     )
     if test is not None:
@@ -72,6 +80,8 @@ def score_row(test: Scores | None, val: Scores | None) -> dict[str, Any]:
             row["mean_accuracy"] = sum(test.particle_accuracy) / len(test.particle_accuracy)
     if val is not None:
         row["val_accuracy"] = val.accuracy
+        if val.particle_accuracy is not None:
+            row["val_mean_accuracy"] = sum(val.particle_accuracy) / len(val.particle_accuracy)
         if val.particle_accuracy is not None and test is not None and test.particle_accuracy is not None:
             best = max(range(len(val.particle_accuracy)), key=val.particle_accuracy.__getitem__)
             row["best_accuracy"] = test.particle_accuracy[best]

@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import hashlib
 import inspect
+import sysconfig
 from collections.abc import Callable
+from types import CodeType
 from typing import Any
 
 import torch
@@ -13,11 +15,27 @@ from torch import Tensor, nn
 
 
 def model_fingerprint(model: nn.Module) -> str:
-    """Of the structure (as printed), every parameter and buffer, and what is frozen."""
+    """Of the structure (as printed), the code and plain attributes of every module, every parameter and buffer, and
+    what is frozen.
+    """
     digest = hashlib.blake2b(f"{type(model).__qualname__}\n{model}".encode(), digest_size=16)
+    for kind in sorted({type(module) for module in model.modules()}, key=lambda kind: kind.__qualname__):
+        if not kind.__module__.startswith("torch."):
+            digest.update(_source(kind))
+    digest.update(state_fingerprint(model).encode())
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         digest.update(f"{name}{tensor.requires_grad}".encode())
         digest.update(_tensor_bytes(tensor))
+    return digest.hexdigest()
+
+
+def state_fingerprint(model: nn.Module) -> str:
+    """Of the attributes of every module that are neither parameters nor buffers nor nn.Module's own."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, module in model.named_modules():
+        for key, value in vars(module).items():
+            if key not in _MODULES_OWN:
+                digest.update(name.encode() + key.encode() + _bytes(value, 3))
     return digest.hexdigest()
 
 
@@ -29,6 +47,9 @@ def tensor_fingerprint(tensor: Tensor) -> str:
 def callable_fingerprint(function: Callable[..., Any] | None) -> str | None:
     """Of a callable's code, defaults and what it closes over, as far as that can be seen."""
     return None if function is None else hashlib.blake2b(_bytes(function, 0), digest_size=16).hexdigest()
+
+
+_MODULES_OWN = {*vars(nn.Module()), "training"}
 
 
 def _tensor_bytes(tensor: Tensor) -> bytes:
@@ -57,8 +78,10 @@ def _bytes(thing: Any, depth: int) -> bytes:
     if inspect.ismethod(thing):
         return name + _bytes((thing.__func__, thing.__self__), depth + 1)
     if inspect.isfunction(thing):
-        closed = inspect.getclosurevars(thing).nonlocals
-        return name + thing.__qualname__.encode() + _source(thing) + _bytes((thing.__defaults__, closed), depth + 1)
+        seen = inspect.getclosurevars(thing)
+        theirs = {key: value for key, value in seen.globals.items() if _is_the_users(value)}
+        around = (thing.__defaults__, thing.__kwdefaults__, seen.nonlocals, theirs)
+        return name + thing.__qualname__.encode() + _source(thing) + _code(thing) + _bytes(around, depth + 1)
     if inspect.isclass(thing) or inspect.isbuiltin(thing):
         return name + thing.__qualname__.encode()
     return name + _source(type(thing)) + _bytes(getattr(thing, "__dict__", None), depth + 1)
@@ -68,5 +91,25 @@ def _source(thing: Any) -> bytes:
     try:
         return inspect.getsource(thing).encode()
     except (OSError, TypeError):
-        code = getattr(thing, "__code__", None)
-        return b"" if code is None else code.co_code + repr(code.co_names).encode() + repr(code.co_consts).encode()
+        return b""
+
+
+def _code(function: Any) -> bytes:
+    """The bytecode, which tells two lambdas of one line apart; a function inside it is a constant with an address."""
+    code: CodeType = function.__code__
+    plain = [each for each in code.co_consts if not inspect.iscode(each)]
+    return code.co_code + repr((code.co_names, plain)).encode()
+
+
+def _is_the_users(value: Any) -> bool:
+    """Whether a global that a function reads is told by its content: plain values, and functions of the user's own.
+
+    A library is told by its version, and other objects may change while they are used.
+    """
+    if inspect.isfunction(value) or inspect.isclass(value):
+        file = getattr(inspect.getmodule(value), "__file__", None) or ""
+        return not ("site-packages" in file or file.startswith(_STANDARD_LIBRARY))
+    return value is None or isinstance(value, Tensor | bool | int | float | str | bytes | tuple | list | dict)
+
+
+_STANDARD_LIBRARY = sysconfig.get_paths()["stdlib"]

@@ -18,18 +18,19 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from swamp_fast.config import SwampConfig
 from swamp_fast.data.store import Data, pass_in_stored_order
-from swamp_fast.data.streams import at_time, epoch_order, lane_keys, stream_of
+from swamp_fast.data.streams import at_time, epoch_order, evaluation_time, lane_keys, stream_of
 from swamp_fast.dropout import DropoutStream
 from swamp_fast.memory import peak_memory
 from swamp_fast.probe import Forward, Loss
 from swamp_fast.problem import OnCycle, Problem, prepare
 from swamp_fast.prunable import Prunable
 from swamp_fast.result import SwampResult
-from swamp_fast.run import Run
+from swamp_fast.run import Run, one_at_a_time
 
 State = dict[str, Tensor]
 
 
+@one_at_a_time
 def naive_swamp(
     model: nn.Module,
     train: object,
@@ -45,7 +46,9 @@ def naive_swamp(
     config: SwampConfig | None = None,
     **settings: Any,
 ) -> SwampResult:
-    """Prune a model with SWAMP, particle by particle. Arguments, result and errors are fast_swamp's."""
+    """Prune a model with SWAMP, particle by particle. Arguments, result and errors are fast_swamp's; there is but one
+    way to run it, whatever `engine` says.
+    """
     problem = prepare(
         *(model, train, test),
         val=val,
@@ -59,8 +62,6 @@ def naive_swamp(
         settings=settings,
     )
     config = problem.config
-    if config.engine != "auto":
-        raise ValueError(f'naive_swamp is its own engine; engine="{config.engine}" is for fast_swamp.')
     with Run(problem, "naive_swamp") as run:
         run.keep_engine({"engine": "naive", "why": "plain PyTorch, one particle after the other"})
         if run.ticket is None:
@@ -90,8 +91,9 @@ def naive_swamp(
             train_seconds = time.perf_counter() - trained
 
             average = mean_of(particles)
-            for each in (*particles, average):
-                reestimate_batchnorm(problem, each)
+            models = [*particles, average]
+            for number, each in enumerate(models):
+                reestimate_batchnorm(problem, each, evaluation_keys(problem, cycle, number))
             kept = sum(int(mask.sum()) for mask in masks.values())
             row = {
                 "cycle": cycle,
@@ -102,7 +104,7 @@ def naive_swamp(
                     {name: int(mask.sum()) for name, mask in masks.items()},
                     {name: mask.numel() for name, mask in masks.items()},
                 ),
-                **scores(problem, particles, average),
+                **scores(problem, particles, average, cycle),
                 "train_loss": losses,
                 "train_seconds": train_seconds,
                 "seconds": time.perf_counter() - began,
@@ -130,7 +132,7 @@ def train_particle(problem: Problem, run: Run, model: nn.Module, masks: State, c
     for name, mask in masks.items():
         parameters[name].data.mul_(mask)
     for module in model.modules():
-        if isinstance(module, _NormBase):
+        if isinstance(module, _NormBase) and module.running_mean is not None:
             module.reset_running_stats()
     model.train()
     optimizer = torch.optim.SGD(
@@ -170,6 +172,11 @@ def train_particle(problem: Problem, run: Run, model: nn.Module, masks: State, c
             run.step(1, f"{where}, epoch {epoch + 1}/{epochs}")
             step += 1
         last_losses = float(epoch_loss) / len(problem.bounds)
+        if not math.isfinite(last_losses):
+            raise FloatingPointError(
+                f"{where}, epoch {epoch + 1}: the loss is {last_losses}, the particle diverged. Lower lr and swa_lr, "
+                "or check the data."
+            )
         if epoch >= swa_start:
             samples = epoch - swa_start + 1
             for name, parameter in parameters.items():
@@ -215,7 +222,7 @@ def prune(average: nn.Module, masks: State, fraction: float) -> State:
 
 
 @torch.no_grad()
-def reestimate_batchnorm(problem: Problem, model: nn.Module) -> None:
+def reestimate_batchnorm(problem: Problem, model: nn.Module, keys: Tensor) -> None:
     """Running statistics as the mean over a pass through the training data, weighted by samples; eval mode after."""
     model.eval()
     norms = [m for m in model.modules() if isinstance(m, _NormBase) and m.running_mean is not None]
@@ -224,18 +231,30 @@ def reestimate_batchnorm(problem: Problem, model: nn.Module) -> None:
         norm.reset_running_stats()
         norm.train()
     seen = 0
-    for inputs, _, count in pass_in_stored_order(problem.train, problem.config.batch_size) if norms else ():
+    batches = pass_in_stored_order(problem.train, problem.config.batch_size) if norms else ()
+    for number, (inputs, _, count) in enumerate(batches):
         seen += count
         for norm in norms:
             norm.momentum = count / seen
-        with problem.autocast():
-            problem.forward(model, inputs)
+        outputs_of(problem, model, inputs, at_time(keys, evaluation_time(0, number)))
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
         norm.eval()
 
 
-def scores(problem: Problem, particles: list[nn.Module], average: nn.Module) -> dict[str, Any]:
+def evaluation_keys(problem: Problem, cycle: int, number: int) -> Tensor:
+    """What a model draws with outside training; the average comes after the particles."""
+    return lane_keys([problem.config.seed], [stream_of(cycle, number)], problem.device)
+
+
+def outputs_of(problem: Problem, model: nn.Module, inputs: Any, key: Tensor) -> Any:
+    """A forward outside training."""
+    problem.seeded(key)
+    with DropoutStream(key), problem.autocast():
+        return problem.forward(model, inputs)
+
+
+def scores(problem: Problem, particles: list[nn.Module], average: nn.Module, cycle: int) -> dict[str, Any]:
     """A cycle's scores: of the average, of every particle, and of their ensemble."""
     row: dict[str, Any] = dict.fromkeys(
         [
@@ -246,32 +265,40 @@ def scores(problem: Problem, particles: list[nn.Module], average: nn.Module) -> 
             "mean_accuracy",
             "ensemble_accuracy",
             "val_accuracy",
+            "val_mean_accuracy",
         ]
     )
     test, val = problem.test, problem.val
+    keys = [evaluation_keys(problem, cycle, number) for number in range(len(particles) + 1)]
     if test is not None:
-        row["loss"], row["accuracy"], _ = evaluate(problem, average, test)
+        row["loss"], row["accuracy"], _ = evaluate(problem, average, test, keys[-1], 1)
         if problem.classifies:
-            each = [evaluate(problem, particle, test) for particle in particles]
+            each = [evaluate(problem, particle, test, key, 1) for particle, key in zip(particles, keys, strict=False)]
             row["particle_accuracy"] = [accuracy for _, accuracy, _ in each]
             row["mean_accuracy"] = sum(row["particle_accuracy"]) / len(each)
             together = torch.stack([softmax for _, _, softmax in each if softmax is not None]).mean(0)
             row["ensemble_accuracy"] = float((together.argmax(1) == targets_of(problem, test)).double().mean())
     if val is not None:
-        row["val_accuracy"] = evaluate(problem, average, val)[1]
-        if row["particle_accuracy"] is not None:
-            on_val = [evaluate(problem, particle, val)[1] for particle in particles]
-            row["best_accuracy"] = row["particle_accuracy"][on_val.index(max(on_val))]  # type: ignore[type-var]
+        row["val_accuracy"] = evaluate(problem, average, val, keys[-1], 2)[1]
+        if problem.classifies:
+            on_val = [
+                evaluate(problem, particle, val, key, 2)[1] or 0.0
+                for particle, key in zip(particles, keys, strict=False)
+            ]
+            row["val_mean_accuracy"] = sum(on_val) / len(on_val)
+            if test is not None:
+                row["best_accuracy"] = row["particle_accuracy"][on_val.index(max(on_val))]
     return row
 
 
 @torch.no_grad()
-def evaluate(problem: Problem, model: nn.Module, data: Data) -> tuple[float, float | None, Tensor | None]:
+def evaluate(
+    problem: Problem, model: nn.Module, data: Data, keys: Tensor, which: int
+) -> tuple[float, float | None, Tensor | None]:
     """Mean loss, accuracy, and the softmax of every sample; the last two None where there are no classes."""
     loss, outputs = 0.0, []
-    for inputs, targets, count in pass_in_stored_order(data, problem.config.batch_size):
-        with problem.autocast():
-            output = problem.forward(model, inputs)
+    for number, (inputs, targets, count) in enumerate(pass_in_stored_order(data, problem.config.batch_size)):
+        output = outputs_of(problem, model, inputs, at_time(keys, evaluation_time(which, number)))
         loss += float(problem.losses(output, targets).double().mean()) * count
         outputs.append(output)
     if not problem.classifies:

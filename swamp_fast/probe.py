@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from swamp_fast.checks import copy_of
@@ -19,13 +21,18 @@ from swamp_fast.config import SwampConfig
 from swamp_fast.data.store import Data
 from swamp_fast.data.streams import generators_left_alone, generators_state, lane_keys, stream_of
 from swamp_fast.dropout import DropoutStream, refused_in_backward
+from swamp_fast.fingerprint import state_fingerprint
 from swamp_fast.prunable import Prunable, select_prunable
-from swamp_fast.tree import tree_map
+from swamp_fast.tree import tensors, tree_map
 
 Forward = Callable[[nn.Module, Any], Any]
 Loss = Callable[[Any, Any], Tensor]
 
 PROBED_SAMPLES = 8
+SAME = 1e-4  # two forwards of the same may differ by so much, relatively: GPU kernels needn't repeat their bits
+# What looks at values, or makes shapes depend on them: as torch's dispatcher sees it, and what passes it by.
+READS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "unique", "_unique2", "_to_sparse")
+PYTHON_READS = {Tensor.numpy, Tensor.__array__, Tensor.tolist, Tensor.data_ptr}
 
 
 @dataclass(frozen=True)
@@ -36,7 +43,9 @@ class Probe:
     classes: int | None  # the second axis of outputs that are a tensor [B, classes, ...]
     classifies: bool  # the targets are labels of those classes: accuracies make sense
     draws_elsewhere: bool  # random numbers that are not dropout's: from torch's, Python's or NumPy's generators
-    changed_buffers: tuple[str, ...]  # besides the running statistics of norms
+    changed: tuple[str, ...]  # buffers that a forward changes, besides the running statistics of norms, and weights
+    keeps_state: bool  # plain attributes that a forward changes, or generators of its own
+    reads_values: str | None  # by which function the forward looks at values, and may branch on them
     dense_flops: int  # of one sample's forward, 2 a multiply-add, matrix products and convolutions
     uses: dict[str, float]  # multiply-adds of one sample per weight of a parameter
 
@@ -47,7 +56,13 @@ class Probe:
 
 
 def look_at(
-    template: nn.Module, data: Data, forward: Forward, loss: Loss, prunable: Prunable, config: SwampConfig
+    template: nn.Module,
+    data: Data,
+    forward: Forward,
+    loss: Loss,
+    transform: Callable[[Any], Any] | None,
+    prunable: Prunable,
+    config: SwampConfig,
 ) -> Probe:
     """Look at the model on the first few samples."""
     batch = min(PROBED_SAMPLES, data.length, config.batch_size)
@@ -55,12 +70,15 @@ def look_at(
     order = torch.arange(batch, device=data.device)[None]
     handle = next(iter(data.batches(order, keys, [(0, batch)])))
     inputs, targets = data.fetch(handle, None).lane(0)
-    classifies = False
+    if transform is not None:
+        inputs = _transformed(transform, inputs)
+    classifies, reads = False, _Reads()
 
     def run(model: nn.Module) -> tuple[Any, Tensor]:
         nonlocal classifies
         try:
-            outputs = forward(model, inputs)
+            with reads:
+                outputs = forward(model, inputs)
         except (RuntimeError, TypeError, ValueError, IndexError, AttributeError, KeyError) as error:
             raise ValueError(
                 f"the model can't run on a batch of inputs {_shapes(inputs)}: {error}\nCheck the data's shape, or pass "
@@ -75,7 +93,8 @@ def look_at(
                 )
             data.check_labels(outputs.shape[1])
         try:
-            each = loss(outputs, targets)
+            with reads:
+                each = loss(outputs, targets)
         except (RuntimeError, TypeError, ValueError, IndexError, AttributeError, KeyError) as error:
             raise ValueError(
                 f"the loss can't take outputs {_shapes(outputs)} with targets {_shapes(targets)}: {error}"
@@ -100,7 +119,19 @@ def look_at(
         return outputs, each.sum()
 
     found = _probe(copy_of(template), run, keys, batch, prunable)
-    return dataclasses.replace(found, classifies=classifies)
+    return dataclasses.replace(found, classifies=classifies, reads_values=reads.found)
+
+
+def _transformed(transform: Callable[[Any], Any], inputs: Any) -> Any:
+    """What the user's augmentation makes of a batch [B, ...]; refused if that is no batch of as many samples."""
+    with generators_left_alone():
+        out = transform(inputs)
+    wanted, found = ({len(leaf) for leaf in tensors(tree) if leaf.dim()} for tree in (inputs, out))
+    if found != wanted:
+        raise ValueError(
+            f"`transform(inputs)` must return inputs of as many samples, got {_shapes(out)} from {_shapes(inputs)}."
+        )
+    return out
 
 
 def call(model: nn.Module, inputs: Any) -> Any:
@@ -130,9 +161,13 @@ def _probe(
     }
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
     with generators_left_alone():
-        state = generators_state()
+        state, own_state = generators_state(), state_fingerprint(model)
+        weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+        with generators_left_alone(), DropoutStream(keys):
+            again, _ = run(model)
         with DropoutStream(keys):
             outputs, loss = run(model)
+        keeps_state = own_state != state_fingerprint(model) or not _same(again, outputs)
         with refused_in_backward():
             loss.backward(retain_graph=True)
         draws_elsewhere = state != generators_state()
@@ -141,6 +176,7 @@ def _probe(
             for name, buffer in model.named_buffers()
             if name not in norms and not torch.equal(buffer, before[name])
         )
+        changed += tuple(name for name, p in model.named_parameters() if not torch.equal(p, weights[name]))
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         uses = dict.fromkeys(names.values(), 0.0)
 
@@ -156,7 +192,60 @@ def _probe(
     model.zero_grad()
     classes = outputs.shape[1] if isinstance(outputs, Tensor) and outputs.dim() >= 2 else None
     chosen = frozenset(select_prunable(model, prunable, outputs))
-    return Probe(chosen, classes, False, draws_elsewhere, changed, counter.get_total_flops() // batch, uses)
+    return Probe(
+        prunable=chosen,
+        classes=classes,
+        classifies=False,
+        draws_elsewhere=draws_elsewhere,
+        changed=changed,
+        keeps_state=keeps_state and not changed,
+        reads_values=None,
+        dense_flops=counter.get_total_flops() // batch,
+        uses=uses,
+    )
+
+
+class _Reads(TorchFunctionMode):
+    """Notes by which function values are looked at."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: str | None = None
+        self.below = _DispatchedReads(self)
+
+    def __enter__(self) -> _Reads:
+        super().__enter__()  # type: ignore[no-untyped-call]
+        self.below.__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.below.__exit__(*error)  # type: ignore[no-untyped-call]
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in PYTHON_READS:
+            self.found = getattr(func, "__name__", str(func))
+        return func(*args, **(kwargs or {}))
+
+
+class _DispatchedReads(TorchDispatchMode):
+    def __init__(self, reads: _Reads) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.reads = reads
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name.removeprefix("aten::")
+        by_mask = name in ("index", "index_put", "index_put_") and any(
+            isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8) for index in args[1]
+        )
+        if name in READS or by_mask:
+            self.reads.found = "a boolean index" if by_mask else name
+        return func(*args, **(kwargs or {}))
+
+
+def _same(found: Any, expected: Any) -> bool:
+    pairs = list(zip(tensors(found), tensors(expected), strict=True))
+    return all(a.shape == b.shape and torch.allclose(a, b, SAME, SAME, equal_nan=True) for a, b in pairs)
 
 
 def _uses_of(count: Callable[[Tensor | None, float], None]) -> Callable[..., None]:

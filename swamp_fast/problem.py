@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from swamp_fast.checks import check_batches, check_model, choose_device, copy_of, put_in
+from swamp_fast.checks import check_batches, check_model, check_split, choose_device, copy_of, put_in
 from swamp_fast.config import SwampConfig
 from swamp_fast.data.sources import Opened, Source, hold_out, open_source
 from swamp_fast.data.standardise import Standardise
@@ -63,7 +64,7 @@ class Problem:
         """Whether accuracies make sense."""
         return self.probe.classifies
 
-    @property
+    @cached_property
     def bounds(self) -> list[tuple[int, int]]:
         """Where the batches of an epoch begin and end."""
         return batch_bounds(self.train.length, self.config.batch_size, self.drop_last)
@@ -141,10 +142,18 @@ def prepare(
     template = copy_of(model).to(device, dtype)
     for buffer in template.buffers():
         buffer.requires_grad_(False)
-    found = look_at(template, train_data, forward, loss, prunable, config)
+    found = look_at(template, train_data, forward, loss, transform, prunable, config)
+    for name, data in (("val", val_data), ("test", test_data)):
+        if data is not None:
+            check_split(name, data, train_data)
     for data in (train_data, val_data, test_data):
         if data is not None and loss is cross_entropy and found.classes is not None:
             data.check_labels(found.classes)
+
+    if val_data is not None and val_data.fingerprint() == train_data.fingerprint():
+        raise ValueError(
+            "`val` is the training data, on which nothing can be selected; pass other data, or a fraction."
+        )
 
     trained = ((name, p) for name, p in template.named_parameters() if p.requires_grad)
     layout = Layout.of(trained, found.prunable)

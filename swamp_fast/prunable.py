@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from collections.abc import Set as AbstractSet
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -58,10 +59,27 @@ def _default_candidates(model: nn.Module) -> set[int]:
 
 
 def _output_weights(outputs: Any, candidates: set[int]) -> set[int]:
-    """The ids of the weights met first on the way back from the outputs through the autograd graph."""
+    """The ids of the weights met first on the way back from the outputs through the autograd graph.
+
+    One that another of them builds upon (hidden features among the outputs, or added to them) is no output layer's.
+    """
+    start = [output.grad_fn for output in tensors(outputs) if output.grad_fn is not None]
+    found, below = _met_first(start, candidates)
+    built_upon: set[int] = set()
+    while below:
+        weights, below = _met_first(below, candidates, built_upon)
+        built_upon |= weights
+    return found - built_upon or found
+
+
+def _met_first(
+    start: list[Any], candidates: set[int], known: AbstractSet[int] = frozenset()
+) -> tuple[set[int], list[Any]]:
+    """The candidates met first on the way back from some nodes, and what the layers that they belong to take in."""
     found: set[int] = set()
+    below: list[Any] = []
     seen: set[Any] = set()
-    todo = [output.grad_fn for output in tensors(outputs) if output.grad_fn is not None]
+    todo = list(start)
     while todo:
         node = todo.pop()
         if node in seen:
@@ -72,7 +90,9 @@ def _output_weights(outputs: Any, candidates: set[int]) -> set[int]:
         found |= weights
         if not weights:
             todo += inputs
-    return found
+        elif not weights <= known:
+            below += [each for each in inputs if _bare_weight(each) is None]
+    return found, below
 
 
 def _bare_weight(node: Any) -> Tensor | None:

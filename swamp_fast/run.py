@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import platform
-import sys
+import threading
 import time
 import warnings
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,6 +29,25 @@ FAR_BELOW = 0.05  # an average that much less accurate than its particles' mean 
 FIRST_ESTIMATE_SECONDS = 1.5  # of training, before the time left is first told
 
 State = dict[str, Tensor]
+
+
+Arguments = ParamSpec("Arguments")
+Returned = TypeVar("Returned")
+RUNNING = threading.RLock()
+
+
+def one_at_a_time(driver: Callable[Arguments, Returned]) -> Callable[Arguments, Returned]:
+    """A driver that waits for another thread's: random generators and torch.nn.functional are the whole process's.
+
+    Gradients are recorded even where the caller has turned that off.
+    """
+
+    @functools.wraps(driver)
+    def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Returned:
+        with RUNNING, torch.inference_mode(False), torch.enable_grad():
+            return driver(*args, **kwargs)
+
+    return call
 
 
 class Run:
@@ -58,17 +80,17 @@ class Run:
         self.steps_done = self.steps_left = 0  # of particles; done in this process
         self.began: float | None = None
         self.told_estimate = False
-        self._guard = generators_left_alone()
+        self._context = ExitStack()
 
     def __enter__(self) -> Run:
         """Open the folder, and say what this will cost."""
-        self._guard.__enter__()
-        try:
+        with ExitStack() as stack:
+            stack.enter_context(generators_left_alone())
+            if self.problem.device.type == "cuda":
+                stack.enter_context(torch.cuda.device(self.problem.device))  # streams and graphs are made on it
             self._resume()
             self._introduce()
-        except BaseException:
-            self._guard.__exit__(*sys.exc_info())
-            raise
+            self._context = stack.pop_all()
         return self
 
     def __exit__(
@@ -76,7 +98,7 @@ class Run:
     ) -> None:
         """Give the terminal and the random generators back."""
         self.console.close()
-        self._guard.__exit__(kind, error, trace)
+        self._context.__exit__(kind, error, trace)
 
     def keep_ticket(self, state: State) -> None:
         """Record the ticket."""
@@ -135,10 +157,11 @@ class Run:
     def step(self, particles: int, where: str) -> None:
         """Count a training step of so many particles, and show how long it will still take."""
         now = time.perf_counter()
-        if self.began is None:
-            self.began = now
-        self.steps_done += particles
         self.steps_left -= particles
+        if self.began is None:  # the first step warms up, and is no measure of the pace
+            self.began = now
+            return
+        self.steps_done += particles
         left = (now - self.began) / self.steps_done * self.steps_left
         if not self.told_estimate and now - self.began > FIRST_ESTIMATE_SECONDS:
             self.told_estimate = True
@@ -185,9 +208,16 @@ class Run:
         self.ticket = folder.ticket()
         done = min(folder.cycles_done(), self.config.cycles + 1)
         self.rows = [folder.cycle(cycle).row for cycle in range(done)]
+        folder.write_history(self.rows)  # a run that was killed may have written a cycle and not its line
         self.snapshots = [folder.cycle_path(cycle) for cycle in range(done)]
         if done == self.config.cycles + 1 and self.config.keep_particles:
-            self.particles = load_tensors(folder.path / "particles.safetensors")[0]
+            path = folder.path / "particles.safetensors"
+            if not path.exists():
+                raise FileNotFoundError(
+                    f"{path}, the particles of the finished run, is missing. Delete {folder.cycle_path(done - 1)} to "
+                    "train its cycle again."
+                )
+            self.particles = load_tensors(path)[0]
 
     def _introduce(self) -> None:
         config, line = self.config, self.console.line
@@ -215,15 +245,22 @@ class Run:
             for name, mask in masks.items()
             if not bool(mask.any()) and (name not in before or bool(before[name].any()))
         ]
-        mean, accuracy = row["mean_accuracy"], row["accuracy"]
+        held_out = row["val_mean_accuracy"] is not None
+        mean, accuracy = (row[f"{'val_' if held_out else ''}{name}"] for name in ("mean_accuracy", "accuracy"))
         if mean is not None and accuracy < mean - FAR_BELOW:
+            advice = (
+                "Take a later ticket (more ticket_epochs)."
+                if held_out
+                else "Whether a later ticket is better is to be seen on validation data: pass `val`, such as 0.1."
+            )
             found.append(
-                f"cycle {row['cycle']}: the average has {percent(accuracy)} accuracy, its particles {percent(mean)} in "
-                "the mean: they did not train into one basin. Take a later ticket (more ticket_epochs)."
+                f"cycle {row['cycle']}: the average has {percent(accuracy)} accuracy on "
+                f"{'val' if held_out else 'test'}, its particles {percent(mean)} in the mean: they did not train into "
+                f"one basin. {advice}"
             )
         row["warnings"] = found
         for text in found:
-            warnings.warn(text, UserWarning, stacklevel=4)
+            warnings.warn(text, UserWarning, stacklevel=5)
 
     def _cycle_line(self, row: dict[str, Any]) -> str:
         text = f"cycle {row['cycle']:>2}/{self.config.cycles}  density {percent(row['density']):>8}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -12,7 +13,10 @@ from torch import Tensor
 def tree_map(function: Callable[..., Any], first: Any, *others: Any) -> Any:
     """Apply `function` to the leaves of trees of one shape."""
     if isinstance(first, dict):
-        return {key: tree_map(function, value, *(other[key] for other in others)) for key, value in first.items()}
+        out = {} if type(first) is dict else copy.copy(first)  # a subclass of the user's stays one
+        for key, value in first.items():
+            out[key] = tree_map(function, value, *(other[key] for other in others))
+        return out
     if isinstance(first, tuple) and hasattr(first, "_fields"):
         return type(first)(*(tree_map(function, *each) for each in zip(first, *others, strict=True)))
     if isinstance(first, list | tuple):

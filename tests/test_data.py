@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import random
 import struct
 
 import numpy as np
@@ -150,6 +151,27 @@ def test_random_samples_are_streamed_and_repeat(workers):
         assert torch.equal(a.inputs[0], c.inputs[0])
     drawn = torch.cat([batch.inputs.flatten(0, 1) % 1 for batch in (*first, *later)])
     assert len({tuple(row.tolist()) for row in drawn}) == len(drawn)
+
+
+class FlipsRarely(Dataset):
+    """One sample in a thousand differs; the draw itself is what shows it."""
+
+    def __len__(self):
+        return 40
+
+    def __getitem__(self, index):
+        flip = random.random() < 0.001
+        return torch.full((4,), -1.0 if flip else 1.0), index % 3
+
+
+class TargetsInDicts(FlipsRarely):
+    def __getitem__(self, index):
+        return torch.ones(4), {"label": index % 3}
+
+
+def test_datasets_that_are_no_fixed_arrays_are_streamed():
+    assert ready(FlipsRarely()).data.streamed
+    assert ready(TargetsInDicts()).data.streamed
 
 
 def ragged(items):

@@ -19,7 +19,7 @@ REASONS = {
     "vit": r"the model \(VisionTransformer\) has parameters of its own: token, positions",
     "vit_dropout": r"the model \(VisionTransformer\) has parameters of its own",
     "sequence_first": r"encoder.layers.0.self_attn \(MultiheadAttention\) has parameters of its own: in_proj_weight",
-    "branching": "its forward looks at values \\(__bool__\\), so lanes would share one decision",
+    "branching": "its forward looks at values \\(_local_scalar_dense\\), so lanes would share one decision",
 }
 
 
@@ -60,7 +60,7 @@ MIXES = {
     "a NaN that is hidden": (lambda m, x: x + 0 * x.sum(), "NaN in one lane reaches the"),
     "a value that is read": (lambda m, x: x * (2 if x.sum().item() > 0 else 1), "looks at values"),
     "noise": (lambda m, x: x + torch.randn_like(x), "it draws random numbers besides dropout"),
-    "a buffer": (counted, "its forward changes buffers: steps"),
+    "a buffer": (counted, "its forward changes buffers or weights: steps"),
     "a fixed batch": (lambda m, x: x.view(min(8, len(x)), 16) if m.training else x, "folded it raises RuntimeError"),
 }
 

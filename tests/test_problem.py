@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from swamp_fast import SwampConfig, fast_swamp, naive_swamp
+from swamp_fast import SwampConfig, fast_swamp
 from swamp_fast.fingerprint import callable_fingerprint, model_fingerprint
 from swamp_fast.problem import prepare
 
@@ -160,7 +160,7 @@ def test_refuses_settings_and_callables(digits):
         (
             {"initial_masks": {"middle.weight": ~masks["middle.weight"], "first.weight": torch.zeros(32, 64).bool()}},
             ValueError,
-            "keep no weight at all",
+            "keep none of the 3,072 prunable weights",
         ),
         ({"config": 3}, TypeError, "`config` must be a SwampConfig, got int"),
         ({"epoch": 3}, TypeError, "unknown setting `epoch`. Did you mean `epochs`"),
@@ -169,8 +169,52 @@ def test_refuses_settings_and_callables(digits):
         train = change.pop("train", digits[0])
         with pytest.raises(kind, match=text):
             fast_swamp(model, train, **{**SETTINGS, **change})
-    with pytest.raises(ValueError, match="naive_swamp is its own engine"):
-        naive_swamp(model, digits[0], **SETTINGS, engine="eager")
+
+
+def test_refuses_splits_of_another_kind_before_training(digits):
+    """An hour's training must not end in an evaluation that can't be had."""
+    train, test = digits
+    steps = []
+    for other, text in (
+        ((test[0][:, :, :6, :6], test[1]), r"`test` must hold samples like those of `train`.*got"),
+        ((test[0].float(), test[1]), "uint8 pictures are standardised here, float ones are taken as they are"),
+        ((test[0], test[1][:, None]), "`test` must hold samples like those of `train`"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            fast_swamp(networks.build("tied"), train, other, **SETTINGS, on_cycle=steps.append)
+    with pytest.raises(ValueError, match="`val` must hold"):
+        fast_swamp(networks.build("tied"), train, val=(test[0][:, :, :6], test[1]), **SETTINGS, on_cycle=steps.append)
+    with pytest.raises(ValueError, match="`val` is the training data"):
+        fast_swamp(networks.build("tied"), train, val=train, **SETTINGS)
+    with pytest.raises(ValueError, match=r"`transform\(inputs\)` must return inputs of as many samples"):
+        fast_swamp(networks.build("tied"), train, transform=lambda x: None, **SETTINGS)
+    assert not steps
+
+
+def test_hidden_features_among_the_outputs_are_pruned(digits):
+    """Only the layer that nothing else builds upon is the output's."""
+
+    class Features(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.head = nn.Linear(64, 8), nn.Linear(8, 8), nn.Linear(8, 10)
+
+        def forward(self, x):
+            h = torch.relu(self.first(x.flatten(1)))
+            k = h + self.second(h)
+            return {"logits": self.head(k), "hidden": (h, k)}
+
+    problem = prepare(
+        Features(), *digits, loss=lambda o, t: torch.nn.functional.cross_entropy(o["logits"], t, reduction="none"),
+        settings=SETTINGS,
+    )  # fmt: skip
+    assert problem.probe.prunable == {"first.weight", "second.weight"}
+
+
+def test_contradictory_settings():
+    with pytest.raises(ValueError, match="stands instead of `cycles`"):
+        SwampConfig.of(None, {"cycles": 14, "target_density": 0.5})
+    assert SwampConfig.of(None, {"cycles": 4, "target_density": 0.5}).cycles == 4
 
 
 def test_a_loader_decides_batches(digits):

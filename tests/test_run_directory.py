@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -229,11 +230,48 @@ def test_a_truncated_checkpoint_is_an_error_that_says_what_to_do(share, digits, 
 def test_a_foreign_checkpoint_is_refused(digits, tmp_path):
     fast_swamp(networks.build("tied"), *digits, **SETTINGS, run_dir=str(tmp_path))
     safetensors.torch.save_file({"weight": torch.zeros(3)}, tmp_path / "cycle_03.safetensors")
-    with pytest.raises(ValueError, match="cycle_03.safetensors is no checkpoint of a cycle"):
+    with pytest.raises(ValueError, match="cycle_03.safetensors is no file of this run"):
         SwampResult.load(tmp_path)
+    shutil.copy(tmp_path / "cycle_02.safetensors", tmp_path / "cycle_03.safetensors")
+    with pytest.raises(ValueError, match="cycle_03.safetensors holds cycle 2: it was renamed"):
+        SwampResult.load(tmp_path)
+    fast_swamp(networks.build("tied"), *digits, **SETTINGS | {"seed": 1}, run_dir=str(tmp_path / "other"))
+    for name in ("cycle_03.safetensors", "ticket.safetensors"):
+        shutil.copy(tmp_path / "other" / name, tmp_path / name)
+        with pytest.raises(ValueError, match=f"{name} is no file of this run"):
+            fast_swamp(networks.build("tied"), *digits, **SETTINGS, run_dir=str(tmp_path))
     torch.save({"weight": torch.zeros(3)}, tmp_path / "cycle_03.safetensors")  # a pickle
     with pytest.raises(ValueError, match="damaged or no safetensors file"):
         SwampResult.load(tmp_path)
+
+
+def test_a_missing_line_of_the_history_is_written_again(digits, tmp_path):
+    settings = SETTINGS | {"run_dir": str(tmp_path)}
+    first = fast_swamp(networks.build("tied"), *digits, **settings)
+    history = tmp_path / "history.jsonl"
+    lines = history.read_text().splitlines()
+    history.write_text("\n".join(lines[:-1]) + "\n")
+    again = fast_swamp(networks.build("tied"), *digits, **settings)
+    assert history.read_text().splitlines() == lines
+    assert again.engine == first.engine  # what ran is not overwritten by a call that ran nothing
+
+
+def test_files_that_lack_something_say_so(digits, tmp_path):
+    settings = SETTINGS | {"run_dir": str(tmp_path), "keep_particles": True}
+    fast_swamp(networks.build("tied"), *digits, **settings)
+    about = json.loads((tmp_path / "run.json").read_text())
+    for content, text in (
+        ([], "run.json is damaged .it holds a list"),
+        ({"format": about["format"]}, "run.json is damaged, it lacks driver, config, fingerprints"),
+        ({**about, "engine": {"way": "lanes"}}, "its engine lacks channels_last, why, milliseconds"),
+    ):
+        (tmp_path / "run.json").write_text(json.dumps(content))
+        with pytest.raises(ValueError, match=text):
+            fast_swamp(networks.build("tied"), *digits, **settings)
+    (tmp_path / "run.json").write_text(json.dumps(about))
+    (tmp_path / "particles.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"is missing. Delete .*cycle_03.safetensors to train its cycle again"):
+        fast_swamp(networks.build("tied"), *digits, **settings)
 
 
 def test_a_file_is_there_whole_or_not_at_all(tmp_path, monkeypatch):

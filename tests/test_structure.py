@@ -24,11 +24,11 @@ LAYERS = [
     ["run"],
     ["result", "checkpoint"],
     ["problem"],
-    ["probe", "prunable", "prune", "fingerprint"],
+    ["probe", "prunable", "prune"],
     ["checks", "dropout", "data", "memory"],
     ["layout", "schedule", "report"],
     ["config"],
-    ["tree", "backends"],
+    ["tree", "backends", "fingerprint"],
     ["ops"],
     ["kernels", "version", "_C"],
 ]

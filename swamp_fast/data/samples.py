@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from torch.utils.data.dataloader import default_collate
 
 from swamp_fast.data.sources import Arrays, Samples, Source
-from swamp_fast.data.streams import generators_left_alone, seed_generators
+from swamp_fast.data.streams import generators_left_alone, generators_state, seed_generators
 from swamp_fast.tree import tensors, tree_leaves, tree_map, tree_stack
 
 PROBED = 32  # samples that are read twice, to see whether a Dataset draws at random
@@ -74,6 +74,9 @@ def collected(source: Samples, device: torch.device) -> tuple[Source, str]:
     probed = range(0, len(source), max(1, len(source) // PROBED))
     with generators_left_alone():
         first, again = ([samples[i, seed] for i in probed] for seed in (0, 1))
+        seed_generators(0)
+        untouched = generators_state()
+        draws = any(samples[i, 0] is None or generators_state() != untouched for i in probed)
         for sample in first:
             if not isinstance(sample, tuple) or len(sample) != 2:
                 raise TypeError(f"{source.name}: a sample must be a pair (input, target), got {type(sample).__name__}.")
@@ -82,13 +85,15 @@ def collected(source: Samples, device: torch.device) -> tuple[Source, str]:
                     f"{source.name}: uint8 samples must be pictures, got shape {list(sample[0].shape)}. Give other "
                     "inputs as floating-point tensors."
                 )
-        if not all(_same(a, b) for a, b in zip(tree_leaves(first), tree_leaves(again), strict=True)):
+        if draws or not all(_same(a, b) for a, b in zip(tree_leaves(first), tree_leaves(again), strict=True)):
             return source, "its samples are random, drawn anew each epoch"
         if len({str([leaf.shape for leaf in tensors(sample)]) for sample in first}) > 1:
             raise ValueError(
                 f"{source.name}: its samples differ in shape and don't stack to a batch. Resize them in the "
                 "Dataset's transform, or pass a DataLoader with a collate_fn."
             )
+        if not all(isinstance(target, Tensor) for _, target in first):
+            return source, "its targets are not plain numbers or tensors"
         size = sum(leaf.numel() * leaf.element_size() for leaf in tensors(first[0])) * len(source)
         if not fits(size, device):
             return source, f"{size / 1e9:.1f} GB don't fit {device}"

@@ -243,7 +243,7 @@ def _from_pair(inputs: object, targets: object, argument: str) -> Source:
     if lengths != {len(targets) if targets.dim() else 0}:
         raise ValueError(
             f"`{argument}`: inputs and targets must have the same length, got {sorted(lengths)} inputs and "
-            f"{list(targets.shape)} targets."
+            f"{list(targets.shape)} targets; give one target a sample."
         )
     if isinstance(inputs, Tensor) and inputs.dtype == torch.uint8:
         inputs = _pictures(inputs if last or inputs.dim() == 3 else _channels_last(inputs, argument), argument)

@@ -23,6 +23,7 @@ from swamp_fast.data.samples import ArraySamples, SeededSamples
 from swamp_fast.data.sources import Arrays, Samples, Source
 from swamp_fast.data.standardise import Standardise
 from swamp_fast.data.streams import SAMPLE_SEED, seeds_for
+from swamp_fast.fingerprint import callable_fingerprint
 from swamp_fast.tree import tensors, tree_leaves, tree_map, tree_stack, tree_to
 
 CROP_PAD = 4  # pixels
@@ -174,8 +175,9 @@ class Streamed:
         return Batch(pictures, self._typed(tree_stack(targets)))
 
     def fingerprint(self) -> str:
-        """A hash of the length and of a few samples: a stream is not read through for this."""
+        """A hash of the length, the collate function and a few samples: a stream is not read through for this."""
         digest = hashlib.blake2b(f"{self.length}{type(self.source.dataset).__qualname__}".encode(), digest_size=16)
+        digest.update(str(callable_fingerprint(self.source.collate)).encode())
         samples = SeededSamples(self.source.dataset)
         for index in range(0, self.length, max(1, self.length // 16)):
             for leaf in tree_leaves(samples[index, 0]):
@@ -273,7 +275,10 @@ def check_inputs(name: str, inputs: Any) -> None:
     for leaf in tensors(inputs):
         if leaf.is_floating_point() and not bool(torch.isfinite(leaf).all()):
             bad = int((~torch.isfinite(leaf)).sum())
-            raise ValueError(f"{name}: inputs must be finite, got {bad} NaN or infinite numbers of {leaf.numel()}.")
+            raise ValueError(
+                f"{name}: inputs must be finite, got {bad} NaN or infinite numbers of {leaf.numel()}; drop or "
+                "mend those samples."
+            )
 
 
 def check_labels(name: str, targets: Any, classes: int) -> None:
@@ -287,7 +292,8 @@ def check_labels(name: str, targets: Any, classes: int) -> None:
     low, high = (int(bound) for bound in targets.aminmax())
     if low < 0 or high >= classes:
         raise ValueError(
-            f"{name}: labels must lie in [0, {classes}), as the model has {classes} outputs; got {low} … {high}."
+            f"{name}: labels must lie in [0, {classes}), as the model has {classes} outputs; got {low} … {high}. "
+            "Number the classes from 0, or give the model as many outputs."
         )
 
 

@@ -42,6 +42,11 @@ def at_time(keys: Tensor, time: int) -> Tensor:
     return keys
 
 
+def evaluation_time(which: int, batch: int) -> int:
+    """The time of a draw outside training, which no step reaches: in re-estimation (0), on test (1), on val (2)."""
+    return 1 << 31 | which << 24 | batch
+
+
 def epoch_order(keys: Tensor, samples: int) -> Tensor:
     """Each lane's order of the samples in the epoch that the keys name: [L, samples] int64.
 
@@ -75,6 +80,7 @@ def generators_left_alone() -> Iterator[None]:
     """Give the user's global generators back as they were."""
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()  # noqa: NPY002
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
+    seed = torch.initial_seed()
     try:
         yield
     finally:
@@ -83,6 +89,8 @@ def generators_left_alone() -> Iterator[None]:
         np.random.set_state(states[2])  # noqa: NPY002
         if cuda is not None:
             torch.cuda.set_rng_state_all(cuda)
+        else:
+            torch.cuda.manual_seed_all(seed)  # what a CUDA that was not yet in use would have begun with
 
 
 def generators_state() -> tuple[object, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -9,13 +10,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from swamp_fast import ops
 from swamp_fast.bank import ParticleBank, Solution
 from swamp_fast.batchnorm import reset_running_stats
 from swamp_fast.data.streams import at_time, epoch_order
-from swamp_fast.engines.check import why_not_fold
+from swamp_fast.engines.check import differs_at_full_size, roughly, why_not_fold
 from swamp_fast.engines.fold import Folded
 from swamp_fast.engines.lanes import LaneByLane
 from swamp_fast.problem import Problem
@@ -58,30 +59,47 @@ class EagerEngine:
 
     def spawn(self, start: Solution, mask: Tensor, particles: int, cycle: int | None) -> ParticleBank:
         """The bank with `particles` lanes at `start` under a mask [Q]; its memory is used again each cycle."""
-        if self.trainer is None or self.trainer.bank.lanes != particles:
+        if self.trainer is None or self.trainer.bank.lanes != particles or self.problem.probe.keeps_state:
             self.trainer = None  # frees the old bank before the new one is made
             self.trainer = _Trainer(self.problem, self.choice, particles)
         self.trainer.bank.rewind_(start, mask, cycle)
         return self.trainer.bank
 
-    def train(self, bank: ParticleBank, training: Training, on_step: Callable[[int], None]) -> Tensor:
-        """Train all lanes through a schedule; returns each lane's mean loss over the last epoch, [L]."""
+    def train(
+        self,
+        bank: ParticleBank,
+        training: Training,
+        on_step: Callable[[int], None],
+        on_epoch: Callable[[int, Tensor], None],
+    ) -> Tensor:
+        """Train all lanes through a schedule; returns each lane's mean loss over the last epoch, [L].
+
+        on_step(step) is called after each step, on_epoch(epoch, mean losses [L]) after each epoch.
+        """
         assert self.trainer is not None
         assert self.trainer.bank is bank
-        return self.trainer.train(training, on_step)
+        return self.trainer.train(training, on_step, on_epoch)
 
     def side_by_side(self, weights: Tensor, buffers: dict[str, Tensor]) -> Way:
         """Models of weights [M, P] and buffers [M, ...], in eval mode, to be run on the same inputs."""
-        if self.evaluated is None or self.evaluated[0].shape != weights.shape:
+        fits = self.evaluated is not None and self.evaluated[0].shape == weights.shape
+        if not fits or self.problem.probe.keeps_state:
             self.evaluated = None
             mine = weights.clone()
-            self.evaluated = (mine, make_way(self.problem, self.choice, mine, None))
+            self.evaluated = (mine, make_way(self.problem, self.choice, mine, None, self._templates()))
+        assert self.evaluated is not None
         mine, way = self.evaluated
         mine.copy_(weights)
         way.set_buffers(buffers)
         for module in way.modules:
             module.eval()
         return way
+
+    def _templates(self) -> list[nn.Module] | None:
+        """What models that keep state of their own are copies of: the trained particles, the average of the first."""
+        if not self.problem.probe.keeps_state or self.trainer is None:
+            return None
+        return [*self.trainer.way.modules, self.trainer.way.modules[0]]
 
     def describe(self) -> dict[str, Any]:
         """What ran, how, and why."""
@@ -94,10 +112,16 @@ class EagerEngine:
         }
 
 
-def make_way(problem: Problem, choice: Choice, weights: Tensor, grads: Tensor | None) -> Way:
-    """Lanes over weights [L, P] as chosen."""
+def make_way(
+    problem: Problem,
+    choice: Choice,
+    weights: Tensor,
+    grads: Tensor | None,
+    templates: list[nn.Module] | None = None,
+) -> Way:
+    """Lanes over weights [L, P] as chosen; lane by lane they may be copies of `templates`."""
     if choice.way == "lanes":
-        return LaneByLane(problem, weights, grads, choice.channels_last)
+        return LaneByLane(problem, weights, grads, choice.channels_last, templates)
     return Folded(problem, weights, grads, choice.channels_last, choice.way == "fold grouped")
 
 
@@ -121,7 +145,9 @@ class _Trainer:
         self.graphs: dict[int, tuple[Tensor, torch.cuda.CUDAGraph]] = {}
         self.not_captured = _why_not_captured(problem)
 
-    def train(self, training: Training, on_step: Callable[[int], None]) -> Tensor:
+    def train(
+        self, training: Training, on_step: Callable[[int], None], on_epoch: Callable[[int, Tensor], None]
+    ) -> Tensor:
         """All epochs of one training; the bank's buffers end as the modules'."""
         problem, bank = self.problem, self.bank
         self.way.set_buffers(bank.buffers)
@@ -142,6 +168,7 @@ class _Trainer:
                 self.step(handle)
                 on_step(step)
                 step += 1
+            on_epoch(epoch, self.loss_sum / len(problem.bounds))
         bank.buffers = self.way.buffers()
         return self.loss_sum / len(problem.bounds)
 
@@ -205,6 +232,10 @@ def _why_not_captured(problem: Problem) -> str | None:
         return "the data are streamed"
     if problem.probe.draws_elsewhere or problem.transform is not None:
         return "the model or the transform may draw from torch's generators"
+    if problem.probe.keeps_state or problem.probe.changed:
+        return "the model's forward changes buffers or attributes of its own, which a graph would not replay"
+    if problem.probe.reads_values is not None:
+        return f"the model's forward looks at values ({problem.probe.reads_values})"
     return None
 
 
@@ -218,7 +249,13 @@ def choose(problem: Problem, particles: int) -> Choice:
     why_not = {way: why_not_fold(problem, way == "fold grouped") for way in ("fold", "fold grouped")}
     folds = [Choice(way, best.channels_last, "", {}) for way, reason in why_not.items() if reason is None]
     if folds and lanes > 1:
-        best = _fastest(problem, [best, *folds], lanes, milliseconds)
+        alone = best
+        best = _fastest(problem, [alone, *folds], lanes, milliseconds)
+        if best.way != "lanes":
+            folded = best
+            reason = differs_at_full_size(problem, lambda w, g: make_way(problem, folded, w, g), particles)
+            if reason is not None:
+                why_not["fold"], best = f"folded, {reason}", alone
     if why_not["fold"] is not None:
         why = f"it can't be folded, {why_not['fold']}"
     elif lanes == 1:
@@ -236,7 +273,7 @@ def _fastest(problem: Problem, choices: list[Choice], lanes: int, milliseconds: 
         problem.layout.flat(dict(problem.template.named_parameters()), problem.dtype, problem.device),
         {name: buffer.detach().clone() for name, buffer in problem.template.named_buffers()},
     )
-    steps = []
+    trainers, steps = [], []
     for choice in choices:
         trainer = _Trainer(problem, choice, lanes)
         trainer.bank.rewind_(start, problem.mask, None)
@@ -244,9 +281,20 @@ def _fastest(problem: Problem, choices: list[Choice], lanes: int, milliseconds: 
         for module in trainer.way.modules:
             module.train()
         handle = _timed_handle(problem, trainer.bank)
+        trainer.lr.fill_(problem.config.lr)
+        trainers.append(trainer)
         steps.append(lambda trainer=trainer, handle=handle: trainer.step(handle))
-    times = [[_seconds(step, problem.device)] for step in steps]
-    lost = [taken[0] > LOST * times[0][0] for taken in times]
+    before = trainers[0].bank.weights.clone()
+    times, lost = [[_seconds(steps[0], problem.device)]], [False]
+    moved = trainers[0].bank.weights - before
+    for trainer, step in zip(trainers[1:], steps[1:], strict=True):
+        try:
+            times.append([_seconds(step, problem.device)])
+            same = roughly(problem, trainer.bank.weights - before, moved)
+        except Exception:  # of a view that channels last doesn't have, for one
+            times.append([math.inf])
+            same = False
+        lost.append(not same or times[-1][0] > LOST * times[0][0])
     for taken, is_lost in zip(times, lost, strict=True):
         if not is_lost:
             taken.clear()  # the first step warms up
@@ -258,11 +306,11 @@ def _fastest(problem: Problem, choices: list[Choice], lanes: int, milliseconds: 
         if time.perf_counter() - began > TIMING_SECONDS:
             break
     best, least = choices[0], statistics.median(times[0])
-    for choice, taken in zip(choices, times, strict=True):
+    for choice, taken, is_lost in zip(choices, times, lost, strict=True):
         median = statistics.median(taken)
         name = f"{choice.way}, channels {'last' if choice.channels_last else 'first'}, {lanes} at a time"
         milliseconds[name] = round(median / lanes * 1e3, 4)
-        if median < WORTH * least:
+        if not is_lost and median < WORTH * least:
             best, least = choice, median
     return best
 

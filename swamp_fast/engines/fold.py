@@ -22,7 +22,7 @@ from swamp_fast.dropout import DropoutStream
 from swamp_fast.engines.lanes import channels_last as to_channels_last
 from swamp_fast.layout import Layout
 from swamp_fast.problem import Problem
-from swamp_fast.tree import tree_map
+from swamp_fast.tree import tensors, tree_map
 
 # The leaves are rows of a bank, apart by P: autograd need not tell every user that they aren't dense.
 warnings.filterwarnings("ignore", message="grad and param do not obey the gradient layout contract")
@@ -41,25 +41,25 @@ class Folded:
     def __init__(
         self, problem: Problem, weights: Tensor, grads: Tensor | None, channels_last: bool, grouped: bool
     ) -> None:
-        self.problem, self.channels_last, self.lanes = problem, channels_last, len(weights)
+        self.problem, self.weights, self.channels_last, self.lanes = problem, weights, channels_last, len(weights)
         self.module = fold(problem.template, problem.layout, weights, grads, grouped)
         self.modules = [self.module]
 
     def backward(self, batch: Batch, step_keys: Tensor) -> Tensor:
         """As LaneByLane.backward."""
         inputs = self._transformed(batch, step_keys)
-        with DropoutStream(step_keys), self.problem.autocast():
+        with DropoutStream(step_keys, _rows(inputs)), self.problem.autocast():
             losses = self._losses(self.problem.forward(self.module, inputs), batch.targets)
         losses.sum().backward()
         return losses.detach()
 
-    def outputs(self, inputs: Any) -> list[Any]:
+    def outputs(self, inputs: Any, keys: Tensor) -> list[Any]:
         """As LaneByLane.outputs."""
         folded = tree_map(
-            lambda leaf: leaf.expand(self.lanes, *leaf.shape).flatten(0, 1) if isinstance(leaf, Tensor) else leaf,
+            lambda leaf: leaf.repeat(self.lanes, *(1,) * (leaf.dim() - 1)) if isinstance(leaf, Tensor) else leaf,
             inputs,
         )
-        with self.problem.autocast():
+        with DropoutStream(keys, _rows(folded)), self.problem.autocast():
             outputs = self.problem.forward(self.module, self._formatted(folded))
         return [self._lane(outputs, lane) for lane in range(self.lanes)]
 
@@ -104,6 +104,11 @@ class Folded:
         return torch.stack(lanes)
 
 
+def _rows(inputs: Any) -> int | None:
+    """L times the samples of a lane."""
+    return next((len(leaf) for leaf in tensors(inputs) if leaf.dim()), None)
+
+
 def fold(template: nn.Module, layout: Layout, weights: Tensor, grads: Tensor | None, grouped: bool) -> nn.Module:
     """A copy of the model with stacked modules on views of weights [L, P]. Raises CannotFold."""
     model = copy.deepcopy(template)
@@ -112,6 +117,7 @@ def fold(template: nn.Module, layout: Layout, weights: Tensor, grads: Tensor | N
     views = layout.views(weights)
     grad_views = {} if grads is None else layout.views(grads)
     stacked: dict[int, Tensor] = {}
+    done: dict[nn.Module, nn.Module] = {}
 
     def stack(parameter: nn.Parameter | None) -> Tensor | None:
         """The leaf [L, *shape] for a parameter, one for all places that share it."""
@@ -146,8 +152,11 @@ def fold(template: nn.Module, layout: Layout, weights: Tensor, grads: Tensor | N
             )
         if isinstance(module, nn.modules.batchnorm._NormBase):
             raise CannotFold(f"{path} ({type(module).__name__}) has no stacked form")
-        for name, child in module.named_children():
-            setattr(module, name, replaced(f"{path}.{name}" if path else name, child))
+        for name, child in module._modules.items():  # named_children would leave out one that stands at two places
+            if child is not None:
+                if child not in done:
+                    done[child] = replaced(f"{path}.{name}" if path else name, child)
+                setattr(module, name, done[child])
         return module
 
     return replaced("", model)
@@ -161,8 +170,18 @@ class _Stacked(nn.Module):
 
     def __init__(self, module: Any, lanes: int, grouped: bool, stack: Stack) -> None:
         super().__init__()
-        self.plain, self.lanes, self.grouped = [module], lanes, grouped  # in a list: not a child
+        self.lanes, self.grouped = lanes, grouped
         self.weight, self.bias = stack(module.weight), stack(getattr(module, "bias", None))
+        self.plain = [module]  # in a list: not a child
+
+    def __getattr__(self, name: str) -> Any:
+        """What the user's forward asks of the module it was (in_features and the like)."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "plain" not in self.__dict__:
+                raise
+            return getattr(self.plain[0], name)
 
     def split(self, x: Tensor) -> Tensor:
         """[L*B, ...] -> [L, B, ...]."""

@@ -18,31 +18,49 @@ from swamp_fast.tree import tree_map
 class LaneByLane:
     """L copies of the model whose parameters are views of weights [L, P], and their gradients of grads [L, P]."""
 
-    def __init__(self, problem: Problem, weights: Tensor, grads: Tensor | None, channels_last: bool) -> None:
-        self.problem, self.channels_last = problem, channels_last
-        self.modules: list[nn.Module] = [copy.deepcopy(problem.template) for _ in range(len(weights))]
-        for lane, module in enumerate(self.modules):
-            bind(module, problem.layout, weights[lane], None if grads is None else grads[lane])
+    def __init__(
+        self,
+        problem: Problem,
+        weights: Tensor,
+        grads: Tensor | None,
+        channels_last: bool,
+        templates: list[nn.Module] | None = None,
+    ) -> None:
+        self.problem, self.weights, self.channels_last = problem, weights, channels_last
+        self.modules: list[nn.Module] = [copy.deepcopy(each) for each in templates or [problem.template] * len(weights)]
+        self.bound = [
+            Bound(module, problem.layout, weights[lane], None if grads is None else grads[lane])
+            for lane, module in enumerate(self.modules)
+        ]
 
     def backward(self, batch: Batch, step_keys: Tensor) -> Tensor:
         """Add each lane's gradient of its mean loss to grads; returns the losses [L]."""
         losses = []
         for lane, module in enumerate(self.modules):
-            key = step_keys[lane : lane + 1]
+            key, bound = step_keys[lane : lane + 1], self.bound[lane]
+            bound.hold()
             inputs, targets = batch.lane(lane)
             inputs = self._formatted(self.problem.transformed(inputs, key))
             self.problem.seeded(key)
             with DropoutStream(key), self.problem.autocast():
                 loss = self.problem.losses(self.problem.forward(module, inputs), targets).mean()
             loss.backward()
+            bound.take_back()
             losses.append(loss.detach())
         return torch.stack(losses)
 
-    def outputs(self, inputs: Any) -> list[Any]:
-        """Each lane's outputs on the same inputs [B, ...]."""
-        inputs = self._formatted(inputs)
-        with self.problem.autocast():
-            return [self.problem.forward(module, inputs) for module in self.modules]
+    def outputs(self, inputs: Any, keys: Tensor) -> list[Any]:
+        """Each lane's outputs on the same inputs [B, ...]; what it draws, it draws with keys [L, 3]."""
+        outputs = []
+        for lane, module in enumerate(self.modules):
+            own = self._formatted(tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, inputs))
+            key, bound = keys[lane : lane + 1], self.bound[lane]
+            bound.hold()
+            self.problem.seeded(key)
+            with DropoutStream(key), self.problem.autocast():
+                outputs.append(self.problem.forward(module, own))
+            bound.take_back()
+        return outputs
 
     def set_buffers(self, buffers: dict[str, Tensor]) -> None:
         """Write buffers [L, ...] into the modules."""
@@ -59,14 +77,27 @@ class LaneByLane:
         return channels_last(inputs) if self.channels_last else inputs
 
 
-def bind(module: nn.Module, layout: Layout, vector: Tensor, grads: Tensor | None) -> None:
-    """Make a module's trained parameters views of a vector [P], and their gradients of grads [P]."""
-    views = layout.views(vector)
-    grad_views = {} if grads is None else layout.views(grads)
-    for name, parameter in module.named_parameters():
-        if name in views:
-            parameter.data = views[name]
-            parameter.grad = grad_views.get(name)
+class Bound:
+    """A module whose trained parameters are views of a vector [P], and their gradients of grads [P]."""
+
+    def __init__(self, module: nn.Module, layout: Layout, vector: Tensor, grads: Tensor | None) -> None:
+        views = layout.views(vector)
+        grad_views = {} if grads is None else layout.views(grads)
+        named = [(name, parameter) for name, parameter in module.named_parameters() if name in views]
+        self.parameters = [(parameter, views[name], grad_views.get(name)) for name, parameter in named]
+
+    def hold(self) -> None:
+        """Set the views, whatever a forward before put in their place."""
+        for parameter, view, grad in self.parameters:
+            parameter.data, parameter.grad = view, grad
+
+    def take_back(self) -> None:
+        """Copy what a forward put in the views' place (weight.data = …, zero_grad()) into them."""
+        for parameter, view, grad in self.parameters:
+            if parameter.data_ptr() != view.data_ptr():
+                view.copy_(parameter.data)
+            if grad is not None and parameter.grad is not grad:
+                grad.zero_() if parameter.grad is None else grad.copy_(parameter.grad)
 
 
 def channels_last(inputs: Any) -> Any:

@@ -59,6 +59,11 @@ class Contract:
                     f"{self.op}: the rows of `{name}` must be contiguous, got strides {tuple(value.stride())}. "
                     f"Pass {name}.contiguous()."
                 )
+            if value.dim() > 1 and value.shape[0] > 1 and value.stride(0) < value.shape[-1]:
+                raise ValueError(
+                    f"{self.op}: the rows of `{name}` must not overlap, got strides {tuple(value.stride())}. "
+                    f"Pass {name}.contiguous()."
+                )
         elif not value.is_contiguous():
             raise ValueError(
                 f"{self.op}: `{name}` must be contiguous, got strides {tuple(value.stride())}. "

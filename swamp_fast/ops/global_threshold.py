@@ -32,13 +32,15 @@ def global_threshold(weights: Tensor, masks: Tensor, keep: Tensor | Sequence[int
     if keep.device.type == "cpu" and bool((keep < 0).any()):
         raise c.fail(f"`keep` must be at least 0, got {keep.tolist()}.")
     thresholds, new_masks, verdict = torch.ops.swamp_fast.global_threshold(weights, masks, keep)
-    for run, (nans, kept) in enumerate(verdict.tolist()):
+    for run, (nans, kept, wanted) in enumerate(torch.cat([verdict, keep[:, None]], 1).tolist()):
+        if wanted < 0:
+            raise c.fail(f"`keep` must be at least 0, got {wanted} for run {run}.")
         if nans:
             raise c.fail(
                 f"run {run} has NaN among the weights its mask keeps. The particles diverged: lower the learning rate."
             )
-        if kept < int(keep[run]):
-            raise c.fail(f"run {run} is to keep {int(keep[run])} weights, but its mask keeps only {kept}.")
+        if kept < wanted:
+            raise c.fail(f"run {run} is to keep {wanted} weights, but its mask keeps only {kept}.")
     return thresholds, new_masks
 
 
