@@ -109,7 +109,7 @@ def eager(rounds: int = 7, steps: int = 4) -> None:
 
     def by_engine() -> None:
         bank = engine.spawn(start, problem.mask, 4, 1)
-        engine.train(bank, training, lambda step: None)
+        engine.train(bank, training, lambda *_: None, lambda *_: None)
 
     def by_naive(problem: Problem) -> None:
         run = Run(problem, "naive_swamp")
