@@ -112,7 +112,20 @@ class Plan:
 KINDS = {  # as csrc/cpu/fused/fused.h numbers them
     name: number
     for number, name in enumerate(
-        ["copy", "relu", "leaky_relu", "elu", "gelu", "gelu_tanh", "silu", "tanh", "sigmoid", "softplus", "hardswish", "mish"]
+        [
+            "copy",
+            "relu",
+            "leaky_relu",
+            "elu",
+            "gelu",
+            "gelu_tanh",
+            "silu",
+            "tanh",
+            "sigmoid",
+            "softplus",
+            "hardswish",
+            "mish",
+        ]
     )
 }
 
@@ -128,6 +141,8 @@ def plan_of(model: nn.Module, forward: Callable[[nn.Module, Any], Any], inputs: 
     graphs = [_trace(called.train()), _trace(called.eval())]
     if _text(graphs[0]) != _text(graphs[1]):
         raise NotCovered("its forward differs between training and evaluation")
+    if any(node.target in _FUNCTIONAL_DROPOUTS and _dropout_arguments(node)[1] for node in graphs[1].nodes):
+        raise NotCovered("its dropout stays on in evaluation")
     return _Reader(called, graphs[0], inputs).plan()
 
 
@@ -154,16 +169,16 @@ def _text(graph: fx.Graph) -> list[str]:
     """The nodes but for dropout's `training`, which alone may tell training from evaluation."""
     lines = []
     for node in graph.nodes:
-        args, kwargs = node.args, dict(node.kwargs)
         if node.target in _FUNCTIONAL_DROPOUTS:
-            p, training, inplace = _dropout_arguments(node)
-            args, kwargs = (node.args[0], p, inplace), {}
-        lines.append(f"{node.op} {node.target} {args} {kwargs}")
+            p, _, inplace = _dropout_arguments(node)
+            lines.append(f"{node.op} {node.target} {_source(node)} {p} {inplace}")
+            continue
+        lines.append(f"{node.op} {node.target} {node.args} {node.kwargs}")
     return lines
 
 
 def _dropout_arguments(node: fx.Node) -> tuple[float, bool, bool]:
-    given = dict(zip(("p", "training", "inplace"), node.args[1:], strict=False)) | dict(node.kwargs)
+    given = _given(node, "p", "training", "inplace")
     return given.get("p", 0.5), given.get("training", True), given.get("inplace", False)
 
 
@@ -203,7 +218,7 @@ class _Reader:
             if node.op == "placeholder":
                 self.numbers[node] = self.value(node)
             elif node.op == "output":
-                output = self.read(node.args[0], node)
+                output = self.read(_source(node), node)
             elif isinstance(self.values[node], Tensor):
                 self.numbers[node] = self.translate(node)
             elif node.op == "call_module" or isinstance(self.values[node], list | dict):
@@ -225,7 +240,9 @@ class _Reader:
         """A new value of a node's shape."""
         tensor = self.values[node]
         if tensor.dim() not in (2, 4) or len(tensor) != self.batch:
-            raise NotCovered(f"{self.place(node)} gives a tensor {list(tensor.shape)}, not [B, C, H, W] or [B, features]")
+            raise NotCovered(
+                f"{self.place(node)} gives a tensor {list(tensor.shape)}, not [B, C, H, W] or [B, features]"
+            )
         self.shapes.append(tuple(tensor.shape[1:]))
         return len(self.shapes) - 1
 
@@ -264,7 +281,7 @@ class _Reader:
 
     def refuse_later_readers(self, node: fx.Node) -> None:
         """An operation in place is one of its own unless its input is read again."""
-        source = node.args[0]
+        source = _source(node)
         if isinstance(source, fx.Node) and any(self.order[user] > self.order[node] for user in source.users):
             raise NotCovered(f"{self.place(node)} changes in place what is read again")
 
@@ -288,7 +305,7 @@ class _Reader:
         if module.stride[0] != module.stride[1]:
             raise NotCovered(f"{self.place(node)} has unequal strides")
         return self.append(
-            *(node, Convolution, node.args[0]),
+            *(node, Convolution, _source(node)),
             weight=self.names[id(module.weight)],
             bias=None if module.bias is None else self.names[id(module.bias)],
             stride=module.stride[0],
@@ -301,7 +318,7 @@ class _Reader:
         if self.values[node].dim() != 2:
             raise NotCovered(f"{self.place(node)} has an input that is not [B, features]")
         bias = None if module.bias is None else self.names[id(module.bias)]
-        return self.append(node, Convolution, node.args[0], weight=self.names[id(module.weight)], bias=bias)
+        return self.append(node, Convolution, _source(node), weight=self.names[id(module.weight)], bias=bias)
 
     def norm(self, node: fx.Node, module: Any) -> int:
         if module.momentum is None or module.running_mean is None or not module.track_running_stats:
@@ -310,7 +327,7 @@ class _Reader:
         if path in self.norms.values():
             raise NotCovered(f"{self.place(node)} is used twice")
         weight, bias = (None if p is None else self.names[id(p)] for p in (module.weight, module.bias))
-        output = self.append(node, Norm, node.args[0], weight=weight, bias=bias, eps=module.eps)
+        output = self.append(node, Norm, _source(node), weight=weight, bias=bias, eps=module.eps)
         self.norms[output] = path
         return output
 
@@ -327,26 +344,25 @@ class _Reader:
         stride = size if stride is None or stride == () else stride
         if _pair(given.get("dilation", 1)) != (1, 1) or given.get("return_indices", False):
             raise NotCovered(f"{self.place(node)} is dilated or returns indices")
-        source = node.args[0]
+        source = _source(node)
         inside, outside = self.values[source].shape[2:], self.values[node].shape[2:]
         spans = [  # before clipping
-            [(i * stride[axis] - padding[axis], i * stride[axis] - padding[axis] + size[axis]) for i in range(outside[axis])]
+            [
+                (i * stride[axis] - padding[axis], i * stride[axis] - padding[axis] + size[axis])
+                for i in range(outside[axis])
+            ]
             for axis in (0, 1)
         ]
-        clipped = [
-            tuple((max(begin, 0), min(end, inside[axis])) for begin, end in spans[axis]) for axis in (0, 1)
-        ]
+        clipped = [tuple((max(begin, 0), min(end, inside[axis])) for begin, end in spans[axis]) for axis in (0, 1)]
         if not average:
-            return self.pool(node, source, *clipped, None)
+            return self.pool(node, source, clipped[0], clipped[1], None)
         fixed = given.get("divisor_override")
         if given.get("count_include_pad", True):
-            counts = [
-                [min(end, inside[axis] + padding[axis]) - begin for begin, end in spans[axis]] for axis in (0, 1)
-            ]
+            counts = [[min(end, inside[axis] + padding[axis]) - begin for begin, end in spans[axis]] for axis in (0, 1)]
         else:
             counts = [[end - begin for begin, end in clipped[axis]] for axis in (0, 1)]
         divisors = tuple(tuple(float(fixed or h * w) for w in counts[1]) for h in counts[0])
-        return self.pool(node, source, *clipped, divisors)
+        return self.pool(node, source, clipped[0], clipped[1], divisors)
 
     def adaptive(self, node: fx.Node, source: fx.Node, outside: Any) -> int:
         """Average pooling to a given size."""
@@ -356,11 +372,11 @@ class _Reader:
             for have, want in zip(inside, outside, strict=True)
         ]
         divisors = tuple(tuple(float((b - a) * (d - c)) for c, d in spans[1]) for a, b in spans[0])
-        return self.pool(node, source, *spans, divisors)
+        return self.pool(node, source, spans[0], spans[1], divisors)
 
     def mean(self, node: fx.Node) -> int:
         """The mean over the picture, with or without its axes kept."""
-        source, axes = node.args[0], node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
+        source, axes = _source(node), _given(node, "dim").get("dim")
         shape = self.values[source].shape
         axes = [axes] if isinstance(axes, int) else axes
         if len(shape) != 4 or axes is None or sorted(axis % 4 for axis in axes) != [2, 3]:
@@ -378,7 +394,7 @@ class _Reader:
 
     def flatten(self, node: fx.Node) -> int:
         """Anything that makes [B, C, H, W] (or [B, features]) a row of features in the same order."""
-        source = node.args[0]
+        source = _source(node)
         before, after = self.values[source], self.values[node]
         if after.shape == before.shape:
             return self.read(source, node)
@@ -387,7 +403,7 @@ class _Reader:
         return self.append(node, Flatten, source)
 
     def activation(self, node: fx.Node, kind: str, parameter: float = 0.0) -> int:
-        return self.append(node, Pointwise, node.args[0], kind=kind, parameter=parameter)
+        return self.append(node, Pointwise, _source(node), kind=kind, parameter=parameter)
 
     def add(self, node: fx.Node) -> int:
         if node.kwargs.get("alpha", 1) != 1 or len(node.args) != 2:
@@ -398,20 +414,20 @@ class _Reader:
         return self.append(node, Add, *node.args)
 
     def concatenate(self, node: fx.Node) -> int:
-        tensors, axis = node.args[0], node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+        tensors, axis = _source(node), _given(node, "dim").get("dim", 0)
         if axis % self.values[node].dim() != 1:
             raise NotCovered(f"{self.place(node)} is not along the channels")
         return self.append(node, Concatenate, *tensors)
 
     def dropout(self, node: fx.Node, p: float, channels: bool) -> int:
         if p == 0:
-            return self.read(node.args[0], node)
-        return self.append(node, Dropout, node.args[0], p=p, channels=channels)
+            return self.read(_source(node), node)
+        return self.append(node, Dropout, _source(node), p=p, channels=channels)
 
     def functional_dropout(self, node: fx.Node, channels: bool) -> int:
         p, training, inplace = _dropout_arguments(node)
         if not training:
-            return self.read(node.args[0], node)
+            return self.read(_source(node), node)
         if inplace:
             self.refuse_later_readers(node)
         return self.dropout(node, p, channels)
@@ -451,6 +467,11 @@ def _pair(value: Any) -> Any:
     return (value, value) if isinstance(value, int) else value if value is None else tuple(value)
 
 
+def _source(node: fx.Node) -> Any:
+    """A node's first argument."""
+    return node.args[0]
+
+
 def _given(node: fx.Node, *names: str) -> dict[str, Any]:
     """The arguments behind the input, by name."""
     return dict(zip(names, node.args[1:], strict=False)) | dict(node.kwargs)
@@ -473,7 +494,7 @@ _MODULES: dict[type[nn.Module], Callable[[_Reader, fx.Node, Any], int]] = {
     nn.Linear: _Reader.linear,
     nn.BatchNorm1d: _Reader.norm,
     nn.BatchNorm2d: _Reader.norm,
-    nn.Identity: lambda r, node, m: r.read(node.args[0], node),
+    nn.Identity: lambda r, node, m: r.read(_source(node), node),
     nn.ReLU: lambda r, node, m: r.activation(node, "relu"),
     nn.LeakyReLU: lambda r, node, m: r.activation(node, "leaky_relu", m.negative_slope),
     nn.ELU: lambda r, node, m: r.activation(node, "elu", m.alpha),
@@ -485,7 +506,7 @@ _MODULES: dict[type[nn.Module], Callable[[_Reader, fx.Node, Any], int]] = {
     nn.Mish: lambda r, node, m: r.activation(node, "mish"),
     nn.MaxPool2d: lambda r, node, m: r.windows(node, _settings(m, *_MAX), False),
     nn.AvgPool2d: lambda r, node, m: r.windows(node, _settings(m, *_AVERAGE), True),
-    nn.AdaptiveAvgPool2d: lambda r, node, m: r.adaptive(node, node.args[0], r.values[node].shape[2:]),
+    nn.AdaptiveAvgPool2d: lambda r, node, m: r.adaptive(node, _source(node), r.values[node].shape[2:]),
     nn.Flatten: lambda r, node, m: r.flatten(node),
     nn.Dropout: lambda r, node, m: r.dropout(node, m.p, False),
     nn.Dropout2d: lambda r, node, m: r.dropout(node, m.p, True),
@@ -508,7 +529,7 @@ _FUNCTIONS: dict[Any, Callable[[_Reader, fx.Node], int]] = {
     **dict.fromkeys((torch.cat, torch.concat), _Reader.concatenate),
     F.max_pool2d: lambda r, node: r.windows(node, _given(node, *_MAX), False),
     F.avg_pool2d: lambda r, node: r.windows(node, _given(node, *_AVERAGE), True),
-    F.adaptive_avg_pool2d: lambda r, node: r.adaptive(node, node.args[0], r.values[node].shape[2:]),
+    F.adaptive_avg_pool2d: lambda r, node: r.adaptive(node, _source(node), r.values[node].shape[2:]),
     torch.flatten: _Reader.flatten,
     torch.mean: _Reader.mean,
     F.dropout: lambda r, node: r.functional_dropout(node, False),

@@ -12,15 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from swamp_fast import ops
 from swamp_fast.bank import ParticleBank, Solution
-from swamp_fast.batchnorm import reset_running_stats
-from swamp_fast.data.streams import at_time, epoch_order
 from swamp_fast.engines.check import differs_at_full_size, roughly, why_not_fold
 from swamp_fast.engines.fold import Folded
 from swamp_fast.engines.lanes import LaneByLane
+from swamp_fast.engines.trainer import Trainer, Way, first_handle
 from swamp_fast.problem import Problem
-from swamp_fast.engines.trainer import Trainer, Way
 from swamp_fast.schedule import Training
 
 ROUNDS = 5  # of timing
@@ -51,8 +48,9 @@ class EagerEngine:
 
     name = "eager"
 
-    def __init__(self, problem: Problem, choice: Choice) -> None:
-        self.problem, self.choice = problem, choice
+    def __init__(self, problem: Problem, choice: Choice, why_not_fused: str | None = None) -> None:
+        self.problem, self.choice, self.why_not_fused = problem, choice, why_not_fused
+        self.why = f"{choice}" + (f"; not the fused engine: {why_not_fused}" if why_not_fused else "")
         self.trainer: Trainer | None = None
         self.evaluated: tuple[Tensor, Way] | None = None
 
@@ -106,6 +104,7 @@ class EagerEngine:
         return {
             "engine": self.name,
             **asdict(self.choice),
+            "why_not_fused": self.why_not_fused,
             "cuda_graph": why_not is None,
             "no_cuda_graph": why_not,
         }
@@ -171,7 +170,7 @@ def _fastest(problem: Problem, choices: list[Choice], lanes: int, milliseconds: 
         trainer.way.set_buffers(trainer.bank.buffers)
         for module in trainer.way.modules:
             module.train()
-        handle = _timed_handle(problem, trainer.bank)
+        handle = first_handle(problem, trainer.bank)
         trainer.lr.fill_(problem.config.lr)
         trainers.append(trainer)
         steps.append(lambda trainer=trainer, handle=handle: trainer.step(handle))
@@ -204,11 +203,6 @@ def _fastest(problem: Problem, choices: list[Choice], lanes: int, milliseconds: 
         if not is_lost and median < WORTH * least:
             best, least = choice, median
     return best
-
-
-def _timed_handle(problem: Problem, bank: ParticleBank) -> Any:
-    order = epoch_order(bank.keys, problem.train.length)
-    return next(iter(problem.train.batches(order, bank.keys, problem.bounds[:1])))
 
 
 def _seconds(step: Callable[[], None], device: torch.device) -> float:

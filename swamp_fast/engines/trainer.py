@@ -151,3 +151,9 @@ def _why_not_captured(problem: Problem) -> str | None:
     if problem.probe.reads_values is not None:
         return f"the model's forward looks at values ({problem.probe.reads_values})"
     return None
+
+
+def first_handle(problem: Problem, bank: ParticleBank) -> Any:
+    """The first batch of the first epoch, to time a step on."""
+    order = epoch_order(bank.keys, problem.train.length)
+    return next(iter(problem.train.batches(order, bank.keys, problem.bounds[:1])))

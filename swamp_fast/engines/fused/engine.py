@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -14,10 +15,12 @@ from swamp_fast.batchnorm import norms_of
 from swamp_fast.data.store import Batch
 from swamp_fast.engines.fused.compact import Compact, CompactBank
 from swamp_fast.engines.fused.program import Program, Rows
-from swamp_fast.engines.trainer import Trainer
+from swamp_fast.engines.trainer import Trainer, first_handle
 from swamp_fast.plan import Convolution, NotCovered, Plan, plan_of
 from swamp_fast.problem import Problem
 from swamp_fast.schedule import Training
+
+STEPS = 3  # that are timed
 
 
 class FusedEngine:
@@ -71,6 +74,26 @@ class FusedEngine:
     def describe(self) -> dict[str, Any]:
         """What ran, how, and why."""
         return {"engine": self.name, "why": self.why, "operations": self.plan.count(), "rows": self.rows}
+
+
+def seconds_of_steps(engine: Any, problem: Problem, mask: Tensor) -> float:
+    """The least time of a step of one particle under a mask, after one to warm up."""
+    start = Solution(
+        problem.layout.flat(dict(problem.template.named_parameters()), problem.dtype, problem.device),
+        {name: buffer.detach().clone() for name, buffer in problem.template.named_buffers()},
+    )
+    bank = engine.spawn(start, mask, 1, None)
+    trainer = engine.trainer
+    trainer.way.set_buffers(bank.buffers)
+    for module in trainer.way.modules:
+        module.train()
+    handle = first_handle(problem, bank)
+    times = []
+    for _ in range(1 + STEPS):
+        began = time.perf_counter()
+        trainer.step(handle)
+        times.append(time.perf_counter() - began)
+    return min(times[1:])
 
 
 class Programs:

@@ -1,4 +1,4 @@
-"""A Plan under a mask, for batches of one size: buffers that are planned once, and the kernel calls over them in order."""
+"""A Plan under a mask, for batches of one size: buffers planned once, and the kernel calls over them in order."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ class Program:
                 self._give_back(op.output)
 
     def run(self, inputs: Tensor, weights: Tensor, batch_statistics: bool, key: Tensor | None) -> Tensor:
-        """Outputs [B, ...] of one lane with compact weights [P']; dropout draws with `key` [1, 3], without it is off."""
+        """Outputs [B, ...] of one lane with compact weights [P']; dropout draws with `key` [1, 3], or is off."""
         self.weights.copy_(weights)
         for norm in self.norms.values():
             norm.batch = batch_statistics
@@ -177,7 +177,8 @@ class Program:
             inside = self.plan.shapes[op.inputs[0]]
             if isinstance(op, Convolution) and len(inside) == 3:
                 height, width = self.masks[op.output].kept.shape[2:]
-                forward, backward = pads(op, (height, width), inside[1:], self.plan.shapes[op.output][1:])
+                sizes = inside[1:], self.plan.shapes[op.output][1:]
+                forward, backward = pads(op, (height, width), *sizes)
                 values[op.inputs[0]] = max(values[op.inputs[0]], forward)
                 grads[op.output] = backward
         return values, grads
@@ -243,7 +244,7 @@ class Program:
         self.gather_calls += gathers
         return call
 
-    def convolution(self, op: Convolution) -> tuple[list[Call], list[Call]]:
+    def _convolution(self, op: Convolution) -> tuple[list[Call], list[Call]]:
         source, target = self.values[op.inputs[0]], self.values[op.output]
         bias = self._parameter(self.weights, op.bias)
 
@@ -255,12 +256,12 @@ class Program:
         calls = [self._fastest(op, FORWARD, lambda rows: (mask.forward_taps(rows, source.geometry), call_of))]
         return calls, calls
 
-    def convolution_backward(self, op: Convolution) -> list[Call]:
+    def _convolution_backward(self, op: Convolution) -> list[Call]:
         source, out_grad, mask = self.values[op.inputs[0]], self.grad_maps[op.output], self.masks[op.output]
         bias_grad = self._parameter(self.grads, op.bias)
 
         def by_weights(taps: Taps) -> Call:
-            parts = max(1, min(PARTS, out_grad.blocks, PARTIAL_SUMS // max(1, taps.count)))
+            parts = max(1, min(PARTS, out_grad.blocks, PARTIAL_SUMS // max(1, int(mask.kept.sum()))))
             size = max(1, taps.largest_chunk)
             if self.scratch.numel() < size * self.threads * SAMPLES:
                 self.scratch = torch.zeros(size * self.threads * SAMPLES, dtype=self.dtype)
@@ -283,9 +284,12 @@ class Program:
             argument = (out_grad.handle(), in_grad.handle(), self._taps(taps), 0, 1, op.stride, accumulate)
             return self._call("convolve", self.kernels.Convolve(*argument))
 
-        return [*calls, self._fastest(op, BY_INPUT, lambda rows: (mask.backward_taps(rows, out_grad.geometry), by_input))]
+        return [
+            *calls,
+            self._fastest(op, BY_INPUT, lambda rows: (mask.backward_taps(rows, out_grad.geometry), by_input)),
+        ]
 
-    def norm(self, op: Norm) -> tuple[list[Call], list[Call]]:
+    def _norm(self, op: Norm) -> tuple[list[Call], list[Call]]:
         source, target = self.values[op.inputs[0]], self.values[op.output]
         residual = self.values[op.inputs[-1]].handle(nothing=len(op.inputs) == 1)
         begin = self.first_channel[op.output]
@@ -299,7 +303,7 @@ class Program:
         calls = [self._call("norm", self.norms[op.output])]
         return calls, calls
 
-    def norm_backward(self, op: Norm) -> list[Call]:
+    def _norm_backward(self, op: Norm) -> list[Call]:
         out_grad = self.grad_maps[op.output]
         needed = op.inputs[0] in self.needed
         in_grad, accumulate = self._grad(op.inputs[0]) if needed else (out_grad, False)
@@ -311,13 +315,13 @@ class Program:
         )
         return [self._call("norm_grad", argument)]
 
-    def pointwise(self, op: Pointwise) -> tuple[list[Call], list[Call]]:
+    def _pointwise(self, op: Pointwise) -> tuple[list[Call], list[Call]]:
         source, target = self.values[op.inputs[0]].handle(), self.values[op.output].handle()
         argument = self.kernels.Pointwise(source, target, source, target, KINDS[op.kind], op.parameter, False)
         calls = [self._call("pointwise", argument)]
         return calls, calls
 
-    def pointwise_backward(self, op: Pointwise) -> list[Call]:
+    def _pointwise_backward(self, op: Pointwise) -> list[Call]:
         in_grad, accumulate = self._grad(op.inputs[0])
         argument = self.kernels.Pointwise(
             *(self.values[op.inputs[0]].handle(), self.values[op.output].handle()),
@@ -329,7 +333,7 @@ class Program:
         argument = self.kernels.Channels(source.handle(), target.handle(), from_, to, count, accumulate)
         return self._call("channels", argument)
 
-    def add(self, op: Add) -> tuple[list[Call], list[Call]]:
+    def _add(self, op: Add) -> tuple[list[Call], list[Call]]:
         target = self.values[op.output]
         calls = [
             self._move(self.values[number], target, 0, 0, target.channels, place > 0)
@@ -337,12 +341,12 @@ class Program:
         ]
         return calls, calls
 
-    def add_backward(self, op: Add) -> list[Call]:
+    def _add_backward(self, op: Add) -> list[Call]:
         out_grad = self.grad_maps[op.output]
         grads = [self._grad(number) for number in op.inputs]
         return [self._move(out_grad, in_grad, 0, 0, out_grad.channels, accumulate) for in_grad, accumulate in grads]
 
-    def concatenate(self, op: Concatenate) -> tuple[list[Call], list[Call]]:
+    def _concatenate(self, op: Concatenate) -> tuple[list[Call], list[Call]]:
         calls, begin = [], 0
         for number in op.inputs:
             source = self.values[number]
@@ -350,17 +354,15 @@ class Program:
             begin += source.channels
         return calls, calls
 
-    def concatenate_backward(self, op: Concatenate) -> list[Call]:
+    def _concatenate_backward(self, op: Concatenate) -> list[Call]:
         calls, begin = [], 0
         for number in op.inputs:
             in_grad, accumulate = self._grad(number)
-            calls.append(
-                self._move(self.grad_maps[op.output], in_grad, begin, 0, in_grad.channels, accumulate)
-            )
+            calls.append(self._move(self.grad_maps[op.output], in_grad, begin, 0, in_grad.channels, accumulate))
             begin += in_grad.channels
         return calls
 
-    def _pool(self, op: Pool, in_grad: Map, out_grad: Map, accumulate: bool) -> Any:
+    def _pool_argument(self, op: Pool, in_grad: Map, out_grad: Map, accumulate: bool) -> Any:
         divisors = 0 if op.divisors is None else self._own(torch.tensor(op.divisors, dtype=torch.float64))
         return self.kernels.Pool(
             *(self.values[op.inputs[0]].handle(), self.values[op.output].handle()),
@@ -368,33 +370,33 @@ class Program:
             *(self._own(torch.tensor(op.columns)), divisors, accumulate),
         )
 
-    def pool(self, op: Pool) -> tuple[list[Call], list[Call]]:
+    def _pool(self, op: Pool) -> tuple[list[Call], list[Call]]:
         source, target = self.values[op.inputs[0]], self.values[op.output]
-        calls = [self._call("pool", self._pool(op, source, target, False))]
+        calls = [self._call("pool", self._pool_argument(op, source, target, False))]
         return calls, calls
 
-    def pool_backward(self, op: Pool) -> list[Call]:
+    def _pool_backward(self, op: Pool) -> list[Call]:
         in_grad, accumulate = self._grad(op.inputs[0])
-        return [self._call("pool_grad", self._pool(op, in_grad, self.grad_maps[op.output], accumulate))]
+        return [self._call("pool_grad", self._pool_argument(op, in_grad, self.grad_maps[op.output], accumulate))]
 
-    def flatten(self, op: Flatten) -> tuple[list[Call], list[Call]]:
+    def _flatten(self, op: Flatten) -> tuple[list[Call], list[Call]]:
         source, target = self.values[op.inputs[0]].handle(), self.values[op.output].handle()
         calls = [self._call("flatten", self.kernels.Flatten(source, target, False, False))]
         return calls, calls
 
-    def flatten_backward(self, op: Flatten) -> list[Call]:
+    def _flatten_backward(self, op: Flatten) -> list[Call]:
         in_grad, accumulate = self._grad(op.inputs[0])
         argument = (in_grad.handle(), self.grad_maps[op.output].handle(), True, accumulate)
         return [self._call("flatten", self.kernels.Flatten(*argument))]
 
-    def dropout(self, op: Dropout) -> tuple[list[Call], list[Call]]:
+    def _dropout(self, op: Dropout) -> tuple[list[Call], list[Call]]:
         source, target = self.values[op.inputs[0]], self.values[op.output]
         factor = Map.of(self.plan.shapes[op.output], self.samples, 0, self.storage)
         self.factors.append((op, factor))
         argument = self.kernels.Multiply(source.handle(), factor.handle(), target.handle(), False)
         return [self._call("multiply", argument)], [self._move(source, target, 0, 0, target.channels, False)]
 
-    def dropout_backward(self, op: Dropout) -> list[Call]:
+    def _dropout_backward(self, op: Dropout) -> list[Call]:
         factor = next(factor for each, factor in self.factors if each is op)
         in_grad, accumulate = self._grad(op.inputs[0])
         out_grad = self.grad_maps[op.output].handle()
@@ -422,22 +424,22 @@ def _seconds(call: Call) -> float:
 
 # The calls of an operation: in training, in evaluation, and backward.
 _FORWARD: dict[type[Op], Callable[[Program, Any], tuple[list[Call], list[Call]]]] = {
-    Convolution: Program.convolution,
-    Norm: Program.norm,
-    Pointwise: Program.pointwise,
-    Add: Program.add,
-    Concatenate: Program.concatenate,
-    Pool: Program.pool,
-    Flatten: Program.flatten,
-    Dropout: Program.dropout,
+    Convolution: Program._convolution,
+    Norm: Program._norm,
+    Pointwise: Program._pointwise,
+    Add: Program._add,
+    Concatenate: Program._concatenate,
+    Pool: Program._pool,
+    Flatten: Program._flatten,
+    Dropout: Program._dropout,
 }
 _BACKWARD: dict[type[Op], Callable[[Program, Any], list[Call]]] = {
-    Convolution: Program.convolution_backward,
-    Norm: Program.norm_backward,
-    Pointwise: Program.pointwise_backward,
-    Add: Program.add_backward,
-    Concatenate: Program.concatenate_backward,
-    Pool: Program.pool_backward,
-    Flatten: Program.flatten_backward,
-    Dropout: Program.dropout_backward,
+    Convolution: Program._convolution_backward,
+    Norm: Program._norm_backward,
+    Pointwise: Program._pointwise_backward,
+    Add: Program._add_backward,
+    Concatenate: Program._concatenate_backward,
+    Pool: Program._pool_backward,
+    Flatten: Program._flatten_backward,
+    Dropout: Program._dropout_backward,
 }

@@ -37,7 +37,7 @@ class Taps:
 
     @property
     def count(self) -> int:
-        """taps * rows."""
+        """Taps * rows."""
         return self.index.numel()
 
     @property
@@ -72,8 +72,8 @@ class ConvolutionMask:
 
     def forward_taps(self, rows: int, source: Geometry) -> Taps:
         """For out = weight * in; offsets from the input place of an output's pixel (stride times it)."""
-        op, (O, I, H, W) = self.op, self.kept.shape
-        channel = torch.arange(O)[:, None] // (O // op.groups) * I + torch.arange(I)
+        op, (outputs, inputs, H, W) = self.op, self.kept.shape
+        channel = torch.arange(outputs)[:, None] // (outputs // op.groups) * inputs + torch.arange(inputs)
         y = torch.arange(H) * op.dilation[0] - op.padding[0]
         x = torch.arange(W) * op.dilation[1] - op.padding[1]
         offsets = _offsets(channel, y, x, source)
@@ -81,9 +81,10 @@ class ConvolutionMask:
 
     def backward_taps(self, rows: int, out_grad: Geometry) -> Taps:
         """For in_grad = weight * out_grad, in stride * stride phases of the input's pixels."""
-        op, (O, I, H, W) = self.op, self.kept.shape
+        op, (outputs, inputs, H, W) = self.op, self.kept.shape
+        own = outputs // op.groups
         kept, where = (_transposed(each, op.groups) for each in (self.kept, self.where))
-        channel = torch.arange(I * op.groups)[:, None] // I * (O // op.groups) + torch.arange(O // op.groups)
+        channel = torch.arange(inputs * op.groups)[:, None] // inputs * own + torch.arange(own)
         phases = []
         for phase in range(op.stride**2):
             y = phase // op.stride + op.padding[0] - torch.arange(H) * op.dilation[0]
@@ -95,17 +96,21 @@ class ConvolutionMask:
 
     def most_rows(self, backward: bool) -> int:
         """How many outputs may share loads: those of one group of channels."""
-        O, I = self.kept.shape[:2]
-        own = (I if backward else O // self.op.groups) if self.op.groups > 1 else 4
+        outputs, inputs = self.kept.shape[:2]
+        own = (inputs if backward else outputs // self.op.groups) if self.op.groups > 1 else 4
         return 4 if own % 4 == 0 else 2 if own % 2 == 0 else 1
 
 
-def pads(op: Convolution, kernel: tuple[int, int], inside: tuple[int, int], outside: tuple[int, int]) -> tuple[int, int]:
+def pads(
+    op: Convolution, kernel: tuple[int, int], inside: tuple[int, int], outside: tuple[int, int]
+) -> tuple[int, int]:
     """How wide a border of zeros the input needs, and the output's gradient."""
     forward = backward = 0
     for axis in (0, 1):
         reach = (kernel[axis] - 1) * op.dilation[axis]
-        forward = max(forward, op.padding[axis], (outside[axis] - 1) * op.stride + reach - op.padding[axis] - inside[axis] + 1)
+        forward = max(
+            forward, op.padding[axis], (outside[axis] - 1) * op.stride + reach - op.padding[axis] - inside[axis] + 1
+        )
         for pixel in (*range(op.stride), *range(max(0, inside[axis] - op.stride), inside[axis])):
             for tap in range(kernel[axis]):
                 place = pixel + op.padding[axis] - tap * op.dilation[axis]
@@ -116,8 +121,9 @@ def pads(op: Convolution, kernel: tuple[int, int], inside: tuple[int, int], outs
 
 def _transposed(weights: Tensor, groups: int) -> Tensor:
     """[O, I / groups, K, K] -> [I, O / groups, K, K]."""
-    O, I, H, W = weights.shape
-    return weights.view(groups, O // groups, I, H, W).transpose(1, 2).reshape(groups * I, O // groups, H, W)
+    outputs, inputs, H, W = weights.shape
+    split = weights.view(groups, outputs // groups, inputs, H, W)
+    return split.transpose(1, 2).reshape(groups * inputs, outputs // groups, H, W)
 
 
 def _offsets(channel: Tensor, y: Tensor, x: Tensor, map_: Geometry) -> Tensor:
