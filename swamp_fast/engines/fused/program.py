@@ -14,7 +14,7 @@ from torch import Tensor
 from swamp_fast import ops
 from swamp_fast.data.streams import DROPOUT
 from swamp_fast.engines.fused.compact import Compact
-from swamp_fast.engines.fused.taps import SAMPLES, ConvolutionMask, Geometry, Taps, pads
+from swamp_fast.engines.fused.taps import CHUNK, SAMPLES, ConvolutionMask, Geometry, Taps, pads
 from swamp_fast.ops._contract import native
 from swamp_fast.plan import KINDS, Add, Concatenate, Convolution, Dropout, Flatten, Norm, Op, Plan, Pointwise, Pool
 
@@ -24,8 +24,7 @@ FORWARD, BY_INPUT, BY_WEIGHTS = range(3)
 
 MOST_WASTE = 2.5  # sharing loads is not tried where it makes so many products of one
 TIMINGS = 3
-PARTS = 8  # of the blocks in a weight gradient: each is summed by itself, then the parts in order
-PARTIAL_SUMS = 1 << 21  # numbers; beyond them there are fewer parts
+TASKS = 16  # that a weight gradient is split into at least, if it can be
 
 
 @dataclass(frozen=True)
@@ -178,7 +177,7 @@ class Program:
             if isinstance(op, Convolution) and len(inside) == 3:
                 height, width = self.masks[op.output].kept.shape[2:]
                 sizes = inside[1:], self.plan.shapes[op.output][1:]
-                forward, backward = pads(op, (height, width), *sizes)
+                forward, backward = pads(op, (height, width), sizes[0], sizes[1])
                 values[op.inputs[0]] = max(values[op.inputs[0]], forward)
                 grads[op.output] = backward
         return values, grads
@@ -261,7 +260,7 @@ class Program:
         bias_grad = self._parameter(self.grads, op.bias)
 
         def by_weights(taps: Taps) -> Call:
-            parts = max(1, min(PARTS, out_grad.blocks, PARTIAL_SUMS // max(1, int(mask.kept.sum()))))
+            parts = min(_parts(int(mask.kept.sum())), out_grad.blocks)
             size = max(1, taps.largest_chunk)
             if self.scratch.numel() < size * self.threads * SAMPLES:
                 self.scratch = torch.zeros(size * self.threads * SAMPLES, dtype=self.dtype)
@@ -401,6 +400,14 @@ class Program:
         in_grad, accumulate = self._grad(op.inputs[0])
         out_grad = self.grad_maps[op.output].handle()
         return [self._call("multiply", self.kernels.Multiply(out_grad, factor.handle(), in_grad.handle(), accumulate))]
+
+
+def _parts(kept: int) -> int:
+    """How many parts the blocks of a weight gradient are summed in; by the mask alone, so that bits are too."""
+    parts = 1
+    while parts * max(1, kept // CHUNK) < TASKS:
+        parts *= 2
+    return parts
 
 
 def _needed(plan: Plan) -> set[int]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from swamp_fast.plan import Convolution
 
 SAMPLES = 16  # of a vector
-CHUNK = 2048  # taps * rows that one task of a weight gradient holds sums of: 128 KB of float32
+CHUNK = 4096  # taps * rows that one task of a weight gradient holds sums of: 256 KB of float32
 
 
 @dataclass(frozen=True)
