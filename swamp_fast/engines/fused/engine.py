@@ -16,9 +16,10 @@ from swamp_fast.data.store import Batch
 from swamp_fast.engines.fused.compact import Compact, CompactBank
 from swamp_fast.engines.fused.program import Program, Rows
 from swamp_fast.engines.trainer import Trainer, first_handle
-from swamp_fast.plan import Convolution, NotCovered, Plan, plan_of
+from swamp_fast.plan import Convolution, Plan
 from swamp_fast.problem import Problem
 from swamp_fast.schedule import Training
+from swamp_fast.trace import NotCovered, plan_of
 
 STEPS = 3  # that are timed
 
