@@ -168,7 +168,8 @@ def step(model: str, precision: str, rounds: int, compiled: bool) -> None:
     table = [
         {"": name, "density": 1.0, "FLOP density": 1.0, "ms a particle-step": round(times[name]["median"] * 1e3, 2),
          "p20": round(times[name]["p20"] * 1e3, 2), "p80": round(times[name]["p80"] * 1e3, 2),
-         "best dense / this": round(best / times[name]["median"], 2), "plain loop / this": round(plain / times[name]["median"], 2),
+         "best dense / this": round(best / times[name]["median"], 2),
+         "plain loop / this": round(plain / times[name]["median"], 2),
          "state, MB": ""}
         for name in dense
     ]  # fmt: skip
@@ -209,7 +210,8 @@ def run(model: str, data: str, samples: int, particles: int, precision: str) -> 
         table.append(
             {"": name, "seconds": round(time.perf_counter() - began, 1),
              "training steps alone": round(sum(row["train_seconds"] for row in result.history), 1),
-             "accuracy at the end": last["accuracy"], "density": round(last["density"], 4), "engine": result.engine["engine"]}
+             "accuracy at the end": last["accuracy"], "density": round(last["density"], 4),
+             "engine": result.engine["engine"]}
         )  # fmt: skip
         (RESULTS / f"fused_run_{precision}_{function.__name__}.json").write_text(json.dumps(result.history) + "\n")
     for row in table:

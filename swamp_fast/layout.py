@@ -18,10 +18,14 @@ class Extent(Protocol):
     """How long a vector of parameters is, P, and its prunable part, Q, which comes first."""
 
     @property
-    def P(self) -> int: ...
+    def P(self) -> int:
+        """All of it."""
+        ...
 
     @property
-    def Q(self) -> int: ...
+    def Q(self) -> int:
+        """The prunable part."""
+        ...
 
 
 @dataclass(frozen=True)

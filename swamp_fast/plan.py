@@ -1,4 +1,4 @@
-"""Plan: a model as a list of operations that the fused engine runs without autograd; swamp_fast/trace.py reads it off."""
+"""Plan: a model as a list of operations that the fused engine runs without autograd; trace.py reads it off."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ class EagerEngine:
         """The bank with `particles` lanes at `start` under a mask [Q]; its memory is used again each cycle."""
         if self.trainer is None or self.trainer.bank.lanes != particles or self.problem.probe.keeps_state:
             self.trainer = None  # frees the old bank before the new one is made
-            self.trainer = _trainer(self.problem, self.choice, particles)
+            self.trainer = eager_trainer(self.problem, self.choice, particles)
         self.trainer.bank.rewind_(start, mask, cycle)
         return self.trainer.bank
 
@@ -123,7 +123,8 @@ def make_way(
     return Folded(problem, weights, grads, choice.channels_last, choice.way == "fold grouped")
 
 
-def _trainer(problem: Problem, choice: Choice, lanes: int) -> Trainer:
+def eager_trainer(problem: Problem, choice: Choice, lanes: int) -> Trainer:
+    """A bank of so many lanes, and the step over it."""
     bank = ParticleBank(problem.layout, problem.config, lanes, problem.dtype, problem.device)
     grads = torch.zeros_like(bank.weights)
     return Trainer(problem, bank, grads, make_way(problem, choice, bank.weights, grads))
@@ -165,7 +166,7 @@ def _fastest(problem: Problem, choices: list[Choice], lanes: int, milliseconds: 
     )
     trainers, steps = [], []
     for choice in choices:
-        trainer = _trainer(problem, choice, lanes)
+        trainer = eager_trainer(problem, choice, lanes)
         trainer.bank.rewind_(start, problem.mask, None)
         trainer.way.set_buffers(trainer.bank.buffers)
         for module in trainer.way.modules:

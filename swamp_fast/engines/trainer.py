@@ -20,15 +20,15 @@ from swamp_fast.schedule import Training
 class Way(Protocol):
     """How lanes run: folded, lane by lane, or fused.
 
-    modules        hold the buffers, and whether they train
-    weights        [L, P] in full
+    modules  hold the buffers, and whether they train
     """
 
     modules: list[nn.Module]
     channels_last: bool
 
     @property
-    def weights(self) -> Tensor: ...
+    def weights(self) -> Tensor:
+        """[L, P] in full."""
 
     def backward(self, batch: Batch, step_keys: Tensor) -> Tensor:
         """Add each lane's gradient of its mean loss to its row of the gradients; returns the losses [L]."""

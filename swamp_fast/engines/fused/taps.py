@@ -102,7 +102,7 @@ class ConvolutionMask:
 
 
 def pads(
-    op: Convolution, kernel: tuple[int, int], inside: tuple[int, int], outside: tuple[int, int]
+    op: Convolution, kernel: tuple[int, ...], inside: tuple[int, ...], outside: tuple[int, ...]
 ) -> tuple[int, int]:
     """How wide a border of zeros the input needs, and the output's gradient."""
     forward = backward = 0
