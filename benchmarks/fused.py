@@ -3,6 +3,7 @@
     python -m benchmarks.fused masks --data cifar10.npz   records the masks (benchmarks/results/masks_*.npz)
     python -m benchmarks.fused step                        a training step at every density, all contenders
     python -m benchmarks.fused run --data cifar10.npz      a whole run, by fast_swamp and by the naive loop
+    python -m benchmarks.fused figure                      time over density, from the results of `step`
 
 The contenders of `step` get their batch for nothing; the fused engine gathers and augments its own.
 """
@@ -220,10 +221,42 @@ def run(model: str, data: str, samples: int, particles: int, precision: str) -> 
     write(f"fused_run_{precision}", f"python -m benchmarks.fused run --precision {precision}", about, table)
 
 
+def figure() -> None:
+    """Time of a step over density, all contenders, as an SVG."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    import matplotlib.pyplot as plt
+
+    drawing, axes = plt.subplots(figsize=(7, 4))
+    for precision, style in (("float32", "-"), ("bfloat16", "--")):
+        path = RESULTS / f"fused_step_resnet20_{precision}.json"
+        if not path.exists():
+            continue
+        table = json.loads(path.read_text())["table"]
+        ours = [row for row in table if row[""] == "fused"]
+        axes.plot(
+            *([row["density"] for row in ours], [row["ms a particle-step"] for row in ours]),
+            f"o{style}",
+            label=f"fused, {precision}",
+        )
+        for number, row in enumerate(row for row in table if row[""] != "fused"):
+            axes.axhline(
+                row["ms a particle-step"], ls=style, lw=1, color=f"C{number + 2}", label=f"{row['']}, {precision}"
+            )
+    axes.set(
+        xscale="log", ylim=(0, None), xlabel="density", ylabel="ms a step of one particle", title="ResNet-20, batch 128"
+    )
+    axes.invert_xaxis()
+    axes.legend(fontsize=7)
+    drawing.tight_layout()
+    drawing.savefig(RESULTS / "fused_step.svg", metadata={"Date": None})
+
+
 def main() -> None:
     """Run what is asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["masks", "step", "run"])
+    parser.add_argument("what", choices=["masks", "step", "run", "figure"])
     parser.add_argument("--model", default="resnet20", choices=SHAPES)
     parser.add_argument("--precision", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--data", type=Path, default=Path("cifar10.npz"), help="CIFAR-10 as an .npz")
@@ -235,6 +268,8 @@ def main() -> None:
     given = parser.parse_args()
     if given.what == "masks":
         masks(given.model, given.data, given.samples, given.epochs, max(DENSITIES[given.model]))
+    elif given.what == "figure":
+        figure()
     elif given.what == "step":
         step(given.model, given.precision, given.rounds, not given.no_compile)
     else:

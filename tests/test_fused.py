@@ -113,17 +113,10 @@ NETS = {
     ),
     "added twice": lambda: Net(lambda m, x: (y := m["a"](x)) + y, 4 * 81, a=nn.Conv2d(3, 4, 3, padding=1)),
     "dropout": lambda: Net(
-        lambda m, x: m["d"](F.dropout(m["a"](x), 0.3, m["d"].training)), 4 * 81, a=nn.Conv2d(3, 4, 3, padding=1),
-        d=nn.Dropout2d(0.4),
+        lambda m, x: m["e"](m["d"](m["a"](x))), 4 * 81, a=nn.Conv2d(3, 4, 3, padding=1), d=nn.Dropout2d(0.4),
+        e=nn.Dropout(0.3),
     ),
 }  # fmt: skip
-NETS["dropout"] = lambda: Net(
-    lambda m, x: m["e"](m["d"](m["a"](x))),
-    4 * 81,
-    a=nn.Conv2d(3, 4, 3, padding=1),
-    d=nn.Dropout2d(0.4),
-    e=nn.Dropout(0.3),
-)
 SETTINGS = {"cycles": 1, "epochs": 1, "ticket_epochs": 0, "progress": False}
 
 
@@ -210,7 +203,9 @@ def test_batch_sizes_and_empty_layers(batch, density):
             continue
         problem = problem_of(seeded(NETS[name]), batch)
         mask = masked(problem, density)
-        assert max(error(step(problem, "fused", mask), step(problem, "autograd", mask)).values()) <= 1e-11
+        # Behind an empty layer a channel is constant: rounding, 1e-16, is divided by sqrt(eps), 3e-3, forward and back.
+        bound = 1e-10 if density == 0 else 1e-12
+        assert max(error(step(problem, "fused", mask), step(problem, "autograd", mask)).values()) <= bound
 
 
 def test_channels_without_a_weight():
@@ -297,6 +292,21 @@ def test_resumed_is_uninterrupted_and_particles_are_themselves(digits, tmp_path)
 def after(layer: nn.Module):
     """A layer behind a convolution of four channels."""
     return lambda: Net(lambda m, x: m["n"](m["a"](x)), 324, a=nn.Conv2d(3, 4, 3, padding=1), n=layer)
+
+
+def test_a_transform_of_the_users(digits):
+    (inputs, targets), test = digits
+    train = inputs[:160], targets[:160]
+    settings = RUN | {"precision": "float64", "keep_particles": True}
+    model = models.SmallCNN(1, 10)
+
+    def noisy(x):
+        return (x + 0.1 * torch.randn_like(x)).float()
+
+    fast = fast_swamp(model, train, test, transform=noisy, engine="fused", **settings)
+    same(fast, naive_swamp(model, train, test, transform=lambda x: noisy(x).double(), **settings))
+    with pytest.raises(ValueError, match="the transform changes the shape"):
+        fast_swamp(model, train, test, transform=lambda x: x[..., 1:], engine="fused", **settings)
 
 
 REFUSED = {

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from swamp_fast.bank import ParticleBank, Solution
 from swamp_fast.batchnorm import norms_of
 from swamp_fast.data.store import Batch
+from swamp_fast.data.streams import generators_left_alone
 from swamp_fast.engines.fused.compact import Compact, CompactBank
 from swamp_fast.engines.fused.program import Program, Rows
 from swamp_fast.engines.trainer import Trainer, first_handle
@@ -191,6 +192,10 @@ def why_not_fused(problem: Problem) -> str | Plan:
     keys = torch.zeros(1, 3, dtype=torch.int64)
     handle = next(iter(problem.train.batches(torch.arange(problem.train.length)[None], keys, [problem.bounds[0]])))
     inputs, _ = problem.train.fetch(handle, None).lane(0)
+    if problem.transform is not None and isinstance(inputs, Tensor):
+        with generators_left_alone():
+            if problem.transform(inputs.clone()).shape != inputs.shape:
+                return "the transform changes the shape of its inputs"
     try:
         plan = plan_of(problem.template, problem.forward, inputs)
     except NotCovered as reason:

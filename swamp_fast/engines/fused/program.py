@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,7 +25,23 @@ FORWARD, BY_INPUT, BY_WEIGHTS = range(3)
 
 MOST_WASTE = 2.5  # sharing loads is not tried where it makes so many products of one
 TIMINGS = 3
+HUGE_PAGE = 2 << 20  # bytes
 TASKS = 16  # that a weight gradient is split into at least, if it can be
+
+
+def zeros(size: int, dtype: torch.dtype) -> Tensor:
+    """Zeroed memory [size], on huge pages where it is large and the system has them.
+
+    A tile of a convolution touches a page a channel and row; with 4 KB pages they outnumber the processor's table.
+    """
+    length = size * dtype.itemsize
+    if length < HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.zeros(size, dtype=dtype)
+    memory = mmap.mmap(-1, length + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    whole = torch.frombuffer(memory, dtype=torch.uint8)
+    begin = -whole.data_ptr() % HUGE_PAGE
+    return whole[begin : begin + length].view(dtype)
 
 
 @dataclass(frozen=True)
@@ -48,7 +65,7 @@ class Map:
         channels, height, width = (shape[0], 1, blocks) if flat else shape
         blocks = 1 if flat else blocks
         size = blocks * channels * (height + 2 * pad) * (width + 2 * pad) * SAMPLES
-        return cls(torch.zeros(size, dtype=dtype), blocks, channels, height, width, pad, samples, flat)
+        return cls(zeros(size, dtype), blocks, channels, height, width, pad, samples, flat)
 
     @property
     def geometry(self) -> Geometry:
@@ -123,6 +140,13 @@ class Program:
 
     def run(self, inputs: Tensor, weights: Tensor, batch_statistics: bool, key: Tensor | None) -> Tensor:
         """Outputs [B, ...] of one lane with compact weights [P']; dropout draws with `key` [1, 3], or is off."""
+        wanted = (self.samples, *self.plan.shapes[self.plan.input])
+        if inputs.shape != wanted:
+            raise ValueError(
+                f"the fused engine was made for inputs {list(wanted)}, got {list(inputs.shape)}; a `transform` must "
+                'keep the shape, or pass engine="eager".'
+            )
+        inputs = inputs.to(self.dtype)
         self.weights.copy_(weights)
         for norm in self.norms.values():
             norm.batch = batch_statistics
