@@ -49,7 +49,8 @@ void convolve_tile(const ConvolveTile<S>& t) {
       for (int i = 0; i < height; ++i)
         for (int j = 0; j < width; ++j) {
           S* place = to + i * a.out_step * t.out.pitch + j * a.out_step * kSamples;
-          store(place, a.accumulate ? load<S>(place) + sums[row][i][j] : sums[row][i][j]);
+          if (a.accumulate) store(place, load<S>(place) + sums[row][i][j]);
+          else stream(place, sums[row][i][j]);
         }
     }
   }

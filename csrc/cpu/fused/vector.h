@@ -52,6 +52,18 @@ inline void store(S* to, Vector<Compute<S>> value) {
   }
 }
 
+// As store, without reading the line first: for lines that are written whole, more of them than the caches hold.
+template <typename S>
+inline void stream(S* to, Vector<Compute<S>> value) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(S) == 4) {
+    _mm512_stream_ps(reinterpret_cast<float*>(to), (__m512)value);
+    return;
+  }
+#endif
+  store(to, value);
+}
+
 template <typename T>
 inline Vector<T> splat(T value) {
   return value - Vector<T>{};
