@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from benchmarks.cpu import ticket
 from benchmarks.timing import RESULTS, header, interleaved, write
 from swamp_fast import fast_swamp, naive_swamp
-from swamp_fast.engines.fused.engine import FusedEngine, why_not_fused
+from swamp_fast.engines.fused.engine import FusedEngine, fused_plan
 from swamp_fast.engines.trainer import first_handle
 from swamp_fast.models import build_model
 from swamp_fast.plan import Plan
@@ -130,7 +130,7 @@ def built_like(problem: Problem) -> nn.Module:
 
 def fused_step(problem: Problem, mask: Tensor) -> tuple[Callable[[], None], int]:
     """A step of all lanes by the fused engine, and the bytes of its weights, momentum and SWA means."""
-    plan = why_not_fused(problem)
+    plan = fused_plan(problem)
     assert isinstance(plan, Plan), plan
     engine = FusedEngine(problem, plan, "benchmark", {})
     bank = engine.spawn(ticket(problem), mask, LANES, 1)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from swamp_fast import _C, fast_swamp, models, naive_swamp
 from swamp_fast.data.streams import lane_keys, stream_of
 from swamp_fast.engines.fused.compact import Compact
-from swamp_fast.engines.fused.engine import Fused, Programs, why_not_fused
+from swamp_fast.engines.fused.engine import Fused, Programs, fused_plan
 from swamp_fast.engines.lanes import LaneByLane
 from swamp_fast.plan import Plan
 from swamp_fast.problem import prepare
@@ -141,7 +141,7 @@ def step(problem, kind: str, mask: Tensor, lanes: int = 2, rows=None, dtype=None
     order = torch.stack([torch.arange(problem.train.length).roll(-3 * lane) for lane in range(lanes)])
     batch = problem.train.fetch(next(iter(problem.train.batches(order, keys, problem.bounds[:1]))), None)
     if kind == "fused":
-        plan = why_not_fused(problem)
+        plan = fused_plan(problem)
         assert isinstance(plan, Plan), plan
         grads = torch.zeros(lanes, compact.P, dtype=problem.dtype)
         way = Fused(
@@ -217,8 +217,13 @@ def test_channels_without_a_weight():
     assert max(error(step(problem, "fused", mask), step(problem, "autograd", mask)).values()) <= 1e-12
 
 
-@pytest.mark.parametrize("name", ["residual", "dropout", "resnet18"])
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+# ResNet-18 in float32 only: torch's own bfloat16 weight gradient of a 3x3 convolution on maps of 1 or 2 pixels is now
+# and then NaN (2.15, CPU).
+@pytest.mark.parametrize(
+    ("name", "precision"),
+    [(name, precision) for precision in ("float32", "bfloat16") for name in ("residual", "dropout")]
+    + [("resnet18", "float32")],
+)
 def test_as_exact_as_autograd(name, precision, instruction_set):
     """In float32 and with bfloat16 activations: the error against float64 is at most twice that of autograd."""
     if name == "resnet18" and instruction_set == "generic":
@@ -238,13 +243,13 @@ def test_bits_depend_on_nothing_but_the_lane():
     problem = problem_of(models.SmallCNN(3, 5), 50, "float32")
     mask = masked(problem, 0.4)
     reference = step(problem, "fused", mask, lanes=3)
-    places = list(why_not_fused(problem).count())
+    places = list(fused_plan(problem).count())
     assert "Convolution" in places
     threads = torch.get_num_threads()
     try:
         for rows in (1, 2, 4):
             torch.set_num_threads(rows)
-            names = [op.place for op in why_not_fused(problem).ops if type(op).__name__ == "Convolution"]
+            names = [op.place for op in fused_plan(problem).ops if type(op).__name__ == "Convolution"]
             found = step(problem, "fused", mask, lanes=2, rows={name: [rows] * 3 for name in names[:-1]})
             for what, each in found.items():
                 assert torch.equal(each, reference[what][:2]), (what, rows)
@@ -301,10 +306,10 @@ def test_a_transform_of_the_users(digits):
     model = models.SmallCNN(1, 10)
 
     def noisy(x):
-        return (x + 0.1 * torch.randn_like(x)).float()
+        return x + 0.1 * torch.randn_like(x)
 
     fast = fast_swamp(model, train, test, transform=noisy, engine="fused", **settings)
-    same(fast, naive_swamp(model, train, test, transform=lambda x: noisy(x).double(), **settings))
+    same(fast, naive_swamp(model, train, test, transform=noisy, **settings))
     with pytest.raises(ValueError, match="the transform changes the shape"):
         fast_swamp(model, train, test, transform=lambda x: x[..., 1:], engine="fused", **settings)
 
@@ -325,7 +330,7 @@ REFUSED = {
 def test_what_is_not_covered_is_named(name):
     make, text = REFUSED[name]
     problem = problem_of(seeded(make), 20)
-    reason = why_not_fused(problem)
+    reason = fused_plan(problem)
     assert isinstance(reason, str)
     import re
 

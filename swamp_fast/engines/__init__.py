@@ -12,7 +12,7 @@ from torch import Tensor
 
 from swamp_fast.engines.eager import Choice, EagerEngine, choose
 from swamp_fast.engines.fused.check import differs_from_autograd
-from swamp_fast.engines.fused.engine import FusedEngine, seconds_of_steps, why_not_fused
+from swamp_fast.engines.fused.engine import FusedEngine, fused_plan, seconds_of_steps
 from swamp_fast.plan import Plan
 from swamp_fast.problem import Problem
 from swamp_fast.run import Run
@@ -80,7 +80,7 @@ def _recorded(problem: Problem, run: Run) -> Engine:
 
 def _proven_plan(problem: Problem) -> Plan | str:
     """The plan of the fused engine, checked against autograd; or why there is none."""
-    plan = why_not_fused(problem)
+    plan = fused_plan(problem)
     if isinstance(plan, Plan):
         return differs_from_autograd(problem, plan) or plan
     return plan

@@ -180,7 +180,7 @@ class Fused:
         return outputs
 
 
-def why_not_fused(problem: Problem) -> str | Plan:
+def fused_plan(problem: Problem) -> Plan | str:
     """The plan by which the fused engine can run the model, or why it can't."""
     if problem.device.type != "cpu":
         return "it runs on CPU only, so far"
