@@ -12,10 +12,15 @@ if sys.platform == "win32":
 
 CPU = Path("csrc/cpu")
 X86 = platform.machine().lower() in ("x86_64", "amd64")
-COMMON = ["-O3", "-fno-math-errno", "-ffp-contract=off", "-fvisibility=hidden"]
+COMMON = ["-O3", "-fno-math-errno", "-fvisibility=hidden"]
 OPENMP = [] if sys.platform == "darwin" else ["-fopenmp"]
 
-# kernels.cpp is compiled once an instruction set; module.cpp picks one at run time.
+# These are compiled once an instruction set; module.cpp picks one at run time. What promises the bits of torch rounds
+# each product by itself.
+PER_INSTRUCTION_SET = {
+    CPU / "kernels.cpp": ["-ffp-contract=off"],
+    CPU / "fused" / "fused.cpp": ["-ffp-contract=fast", "-Wno-psabi"],
+}
 INSTRUCTION_SETS = {"generic": []}
 if X86:
     INSTRUCTION_SETS["avx2"] = ["-mavx2", "-mfma"]
@@ -24,18 +29,19 @@ if X86:
 
 
 class BuildKernels(build_ext):
-    """Compile kernels.cpp for every instruction set, then the module that chooses among them."""
+    """Compile the kernels for every instruction set, then the module that chooses among them."""
 
     def build_extension(self, ext):
         """Build one extension module with its per-instruction-set objects."""
         for name, flags in INSTRUCTION_SETS.items():
-            ext.extra_objects += self.compiler.compile(
-                [str(CPU / "kernels.cpp")],
-                output_dir=str(Path(self.build_temp) / name),
-                macros=[("SWAMP_ISA", name)],
-                extra_postargs=["-std=c++17", *COMMON, *OPENMP, *flags],
-                depends=ext.depends,
-            )
+            for source, rounding in PER_INSTRUCTION_SET.items():
+                ext.extra_objects += self.compiler.compile(
+                    [str(source)],
+                    output_dir=str(Path(self.build_temp) / name),
+                    macros=[("SWAMP_ISA", name)],
+                    extra_postargs=["-std=c++17", *COMMON, *OPENMP, *rounding, *flags],
+                    depends=ext.depends,
+                )
         super().build_extension(ext)
 
 
@@ -43,8 +49,8 @@ setup(
     ext_modules=[
         Pybind11Extension(
             "swamp_fast._C",
-            [str(CPU / "module.cpp")],
-            depends=[str(path) for path in CPU.glob("*")],
+            [str(CPU / "module.cpp"), str(CPU / "fused" / "bind.cpp")],
+            depends=[str(path) for path in CPU.rglob("*.*")],
             define_macros=[("SWAMP_X86", "1")] if X86 else [],
             extra_compile_args=[*COMMON, *OPENMP],
             extra_link_args=OPENMP,

@@ -31,7 +31,7 @@ def main() -> None:
         }
         for row in result.history
     ]
-    engine = f"{result.engine['engine']}, {result.engine['way']}"
+    engine = f"{result.engine['engine']}; {result.engine['why']}"
     about = header(1) | {"seconds": round(seconds), "engine": engine, "test_pictures": 359}
     write("digits", "python -m benchmarks.digits", about, table)
     accuracy_over_sparsity(result.history, RESULTS / "digits.svg", "SWAMP on digits, a small CNN, 4 particles")

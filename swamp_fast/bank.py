@@ -9,7 +9,7 @@ from torch import Tensor
 
 from swamp_fast.config import SwampConfig
 from swamp_fast.data.streams import lane_keys, stream_of
-from swamp_fast.layout import Layout
+from swamp_fast.layout import Extent
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class ParticleBank:
     """
 
     def __init__(
-        self, layout: Layout, config: SwampConfig, lanes: int, dtype: torch.dtype, device: torch.device
+        self, layout: Extent, config: SwampConfig, lanes: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         self.layout, self.config = layout, config
         self.weights, self.momentum_buffer, self.swa = (

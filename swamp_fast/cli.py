@@ -76,7 +76,7 @@ def show(given: argparse.Namespace) -> None:
     """What a run's folder holds."""
     result = SwampResult.load(given.directory)
     print(result.config.to_toml())
-    engine = {name: value for name, value in result.engine.items() if value not in (None, {})}
+    engine = {name: value for name, value in result.engine.items() if value not in (None, {}) and name != "rows"}
     print("engine: " + ", ".join(f"{name} = {value}" for name, value in engine.items()) + "\n")
     print(history_table(result.history))
     left = result.config.cycles + 1 - len(result.history)

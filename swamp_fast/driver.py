@@ -115,7 +115,9 @@ def train_ticket(problem: Problem, engine: Engine, run: Run) -> Solution:
             bank = engine.spawn(start, full, 1, None)
             engine.train(bank, ticket_training(problem.config), lambda step: run.step(1, "ticket"), watch("the ticket"))
             refuse_divergence(bank.weights, "the ticket's training")
-            start = Solution(bank.weights[0].clone(), {name: each[0] for name, each in bank.buffers.items()})
+            start = Solution(
+                bank.solutions(averaged=False)[0].clone(), {name: each[0] for name, each in bank.buffers.items()}
+            )
         run.keep_ticket(named(problem, start))
     assert run.ticket is not None
     return solution(problem, run.ticket)

@@ -6,11 +6,26 @@ import math
 from collections.abc import Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 ALIGNMENT = 16  # elements: 64 bytes of float32
+
+
+class Extent(Protocol):
+    """How long a vector of parameters is, P, and its prunable part, Q, which comes first."""
+
+    @property
+    def P(self) -> int:
+        """All of it."""
+        ...
+
+    @property
+    def Q(self) -> int:
+        """The prunable part."""
+        ...
 
 
 @dataclass(frozen=True)

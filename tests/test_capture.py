@@ -11,10 +11,18 @@ import pytest
 import torch
 
 from swamp_fast import fast_swamp, naive_swamp
-from swamp_fast.engines import eager
+from swamp_fast.engines import trainer
 from swamp_fast.engines.eager import Choice
 
-SETTINGS = {"batch_size": 48, "cycles": 2, "epochs": 3, "ticket_epochs": 1, "particles": 3, "progress": False}
+SETTINGS = {
+    "engine": "eager",
+    "batch_size": 48,
+    "cycles": 2,
+    "epochs": 3,
+    "ticket_epochs": 1,
+    "particles": 3,
+    "progress": False,
+}
 WAYS = ["lanes", "fold", "fold grouped"]
 
 
@@ -47,15 +55,15 @@ def graphs(monkeypatch):
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Replayed)
     monkeypatch.setattr(torch.cuda, "graph", capture)
-    monkeypatch.setattr(eager, "_why_not_captured", lambda problem: None)
-    step = eager._Trainer._step
+    monkeypatch.setattr(trainer, "_why_not_captured", lambda problem: None)
+    step = trainer.Trainer._step
 
     def remembered(self, handle):
         step(self, handle)
         if captures and captures[-1].step is None:
             captures[-1].step = lambda: step(self, handle)
 
-    monkeypatch.setattr(eager._Trainer, "_step", remembered)
+    monkeypatch.setattr(trainer.Trainer, "_step", remembered)
     return captures
 
 

@@ -11,7 +11,15 @@ from torch import Tensor, nn
 from swamp_fast import SwampConfig, fast_swamp, naive_swamp
 from swamp_fast.prune import kept_after
 
-SETTINGS = {"batch_size": 32, "cycles": 4, "epochs": 2, "ticket_epochs": 1, "particles": 2, "progress": False}
+SETTINGS = {
+    "engine": "eager",
+    "batch_size": 32,
+    "cycles": 4,
+    "epochs": 2,
+    "ticket_epochs": 1,
+    "particles": 2,
+    "progress": False,
+}
 
 
 def test_a_run_obeys_the_laws_of_pruning(digits):

@@ -31,6 +31,7 @@ def settings(name: str) -> dict[str, object]:
     """3 particles, 3 cycles, at most 60 steps a cycle."""
     big = name == "resnet18"
     return {
+        "engine": "eager",
         "particles": 3,
         "cycles": 3,
         "epochs": 3 if big else 6,

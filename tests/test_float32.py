@@ -17,7 +17,7 @@ from benchmarks.agreement import agreement, agreements, pruned
 from swamp_fast import fast_swamp, naive_swamp
 from swamp_fast.data.streams import at_time, epoch_order, lane_keys, stream_of
 from swamp_fast.dropout import DropoutStream
-from swamp_fast.engines.eager import Choice, _Trainer
+from swamp_fast.engines.eager import Choice, eager_trainer
 from swamp_fast.problem import Problem, prepare
 
 STATES = (0, 4, 11)  # steps of the trajectory whose states are compared
@@ -106,7 +106,7 @@ def test_one_step_errs_at_most_twice_as_much(name, way, channels_last, digits):
             states.append(naive.state())
         naive.step(batches[step % len(batches)], at_time(keys, step))
 
-    trainer = _Trainer(single, Choice(way, channels_last, "forced", {}), len(states))
+    trainer = eager_trainer(single, Choice(way, channels_last, "forced", {}), len(states))
     bank = trainer.bank
     bank.masks.copy_(single.mask)
     bank.keys.copy_(keys.expand(len(states), -1))

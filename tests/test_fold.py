@@ -14,7 +14,7 @@ from swamp_fast.engines.check import why_not_fold
 from swamp_fast.engines.eager import choose
 from swamp_fast.problem import prepare
 
-SETTINGS = {"batch_size": 32, "progress": False}
+SETTINGS = {"engine": "eager", "batch_size": 32, "progress": False}
 REASONS = {
     "vit": r"the model \(VisionTransformer\) has parameters of its own: token, positions",
     "vit_dropout": r"the model \(VisionTransformer\) has parameters of its own",

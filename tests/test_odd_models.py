@@ -17,6 +17,7 @@ from swamp_fast.engines.eager import Choice, choose
 from swamp_fast.problem import prepare
 
 SETTINGS = {
+    "engine": "eager",
     "particles": 3,
     "cycles": 2,
     "epochs": 2,

@@ -20,7 +20,15 @@ from swamp_fast import SwampConfig, SwampResult, fast_swamp, naive_swamp
 from swamp_fast.checkpoint import Snapshot, load_tensors, write
 from swamp_fast.engines.eager import Choice
 
-SETTINGS = {"batch_size": 32, "cycles": 3, "epochs": 2, "ticket_epochs": 1, "particles": 2, "progress": False}
+SETTINGS = {
+    "engine": "eager",
+    "batch_size": 32,
+    "cycles": 3,
+    "epochs": 2,
+    "ticket_epochs": 1,
+    "particles": 2,
+    "progress": False,
+}
 
 
 class Interrupted(Exception):
@@ -294,8 +302,8 @@ from swamp_fast.engines.eager import Choice
 import swamp_fast.engines as engines
 engines.choose = lambda *_: Choice("lanes", False, "forced", {})
 from swamp_fast import fast_swamp
-fast_swamp(networks.build("dropout"), "digits", run_dir=sys.argv[1], batch_size=64, cycles=4, epochs=2, particles=2,
-           ticket_epochs=1, on_cycle=lambda row: print(row["cycle"], flush=True), progress=False)
+fast_swamp(networks.build("dropout"), "digits", run_dir=sys.argv[1], engine="eager", batch_size=64, cycles=4, epochs=2,
+           particles=2, ticket_epochs=1, on_cycle=lambda row: print(row["cycle"], flush=True), progress=False)
 """
     command = [sys.executable, "-c", code]
     environment = {**os.environ, "PYTHONPATH": str(Path(networks.__file__).parent)}

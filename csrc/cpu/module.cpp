@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "fused/bind.h"
 #include "kernels.h"
 
 namespace py = pybind11;
@@ -36,9 +37,10 @@ void use(const std::string& name) {
   for (const auto& each : available()) known = known || each == name;
   if (!known) throw std::invalid_argument("this processor has no kernels named " + name);
   active = &kernels_generic();
+  use_fused(fused_generic());
 #if defined(SWAMP_X86) && defined(__GNUC__)
-  if (name == "avx2") active = &kernels_avx2();
-  if (name == "avx512") active = &kernels_avx512();
+  if (name == "avx2") active = &kernels_avx2(), use_fused(fused_avx2());
+  if (name == "avx512") active = &kernels_avx512(), use_fused(fused_avx512());
 #endif
   active_name = name;
 }
@@ -110,4 +112,5 @@ PYBIND11_MODULE(_C, m) {
   });
   bind<float>(m, "float32");
   bind<double>(m, "float64");
+  bind_fused(m);
 }

@@ -1,12 +1,23 @@
-"""The engines: eager (any model, any device). Each trains a bank of particles, and runs models side by side."""
+"""The engines: eager (any model, any device), fused (a traced model on this project's kernels).
+
+Each trains a bank of particles, and runs models side by side.
+"""
 
 from __future__ import annotations
 
+import statistics
+
+import torch
+from torch import Tensor
+
 from swamp_fast.engines.eager import Choice, EagerEngine, choose
+from swamp_fast.engines.fused.check import differs_from_autograd
+from swamp_fast.engines.fused.engine import FusedEngine, fused_plan, seconds_of_steps
+from swamp_fast.plan import Plan
 from swamp_fast.problem import Problem
 from swamp_fast.run import Run
 
-Engine = EagerEngine
+Engine = EagerEngine | FusedEngine
 
 
 def start_engine(problem: Problem, run: Run) -> Engine:
@@ -14,29 +25,69 @@ def start_engine(problem: Problem, run: Run) -> Engine:
 
     Raises ValueError for an engine that can't be had.
     """
-    if problem.config.engine == "fused":
-        raise ValueError('engine="fused" can\'t be had: this version has no fused engine yet; use "auto" or "eager".')
-    if "way" in run.engine:
-        missing = [name for name in Choice.__dataclass_fields__ if name not in run.engine]
-        if missing:
-            raise ValueError(
-                f"the run's run.json is damaged: its engine lacks {', '.join(missing)}. Name another run_dir to start "
-                "afresh."
-            )
-        choice = Choice(**{name: run.engine[name] for name in Choice.__dataclass_fields__})
-    else:
-        most = max(problem.config.particles_at(cycle) for cycle in range(problem.config.cycles + 1))
-        run.console.status("trying how the particles run fastest")
-        choice = choose(problem, most)
-    engine = EagerEngine(problem, choice)
+    run.console.status("trying how the particles run fastest")
+    engine = _recorded(problem, run) if run.engine else _chosen(problem)
     if not run.engine:
         run.keep_engine(engine.describe())
-    threads = f", {_threads()} threads" if problem.device.type == "cpu" else ""
-    run.console.line(f"engine   eager on {problem.device}{threads}, {problem.config.precision}; {choice}")
+    threads = f", {torch.get_num_threads()} threads" if problem.device.type == "cpu" else ""
+    run.console.line(f"engine   {engine.name} on {problem.device}{threads}, {problem.config.precision}; {engine.why}")
     return engine
 
 
-def _threads() -> int:
-    import torch
+def _chosen(problem: Problem) -> Engine:
+    """The fastest that can run the model, or the one that is asked for."""
+    wanted = problem.config.engine
+    plan = "eager was asked for" if wanted == "eager" else _proven_plan(problem)
+    if wanted == "fused":
+        if isinstance(plan, str):
+            raise ValueError(f'engine="fused" can\'t be had: {plan}. Use "auto" or "eager".')
+        return FusedEngine(problem, plan, "asked for", {})
+    most = max(problem.config.particles_at(cycle) for cycle in range(problem.config.cycles + 1))
+    choice = choose(problem, most)
+    if isinstance(plan, str):
+        return EagerEngine(problem, choice, None if wanted == "eager" else plan)
+    eager = EagerEngine(problem, choice, None)
+    times = [
+        statistics.mean(
+            seconds_of_steps(FusedEngine(problem, plan, "", {}), problem, mask) for mask in _first_and_last(problem)
+        ),
+        seconds_of_steps(eager, problem, problem.mask),
+    ]
+    figures = " against ".join(f"{seconds * 1e3:.1f}" for seconds in times)
+    if times[0] < times[1]:
+        why = f"the fastest measured: a step takes {figures} ms of the eager engine, over a run's densities"
+        return FusedEngine(problem, plan, why, {})
+    return EagerEngine(problem, choice, f"it was slower, {figures} ms a step")
 
-    return torch.get_num_threads()
+
+def _recorded(problem: Problem, run: Run) -> Engine:
+    """The engine of a run that goes on."""
+    there = run.engine
+    if there.get("engine") == "fused":
+        plan = _proven_plan(problem)
+        if isinstance(plan, str):
+            raise ValueError(f"the run was begun by the fused engine, which can't be had here: {plan}.")
+        return FusedEngine(problem, plan, there.get("why", ""), there.get("rows", {}))
+    missing = [name for name in Choice.__dataclass_fields__ if name not in there]
+    if missing:
+        raise ValueError(
+            f"the run's run.json is damaged: its engine lacks {', '.join(missing)}. Name another run_dir to start "
+            "afresh."
+        )
+    choice = Choice(**{name: there[name] for name in Choice.__dataclass_fields__})
+    return EagerEngine(problem, choice, there.get("why_not_fused"))
+
+
+def _proven_plan(problem: Problem) -> Plan | str:
+    """The plan of the fused engine, checked against autograd; or why there is none."""
+    plan = fused_plan(problem)
+    if isinstance(plan, Plan):
+        return differs_from_autograd(problem, plan) or plan
+    return plan
+
+
+def _first_and_last(problem: Problem) -> list[Tensor]:
+    """The first mask, and one with as many weights as the last, at random."""
+    share = (1 - problem.config.prune) ** problem.config.cycles
+    drawn = torch.rand(problem.mask.shape, generator=torch.Generator().manual_seed(0))
+    return [problem.mask, problem.mask & (drawn < share).to(problem.mask.device)]

@@ -35,7 +35,7 @@ def why_not_fold(problem: Problem, grouped: bool) -> str | None:
         return f"its forward changes buffers or weights: {', '.join(problem.probe.changed)}"
     if not problem.train.stacked:
         return "the batches come from a collate function of the user's, and need not stack"
-    problem = _in_float64(problem)
+    problem = in_float64(problem)
     try:
         with generators_left_alone():
             return _difference(problem, grouped)
@@ -47,8 +47,8 @@ def why_not_fold(problem: Problem, grouped: bool) -> str | None:
 
 def _difference(problem: Problem, grouped: bool) -> str | None:
     keys = lane_keys([problem.config.seed] * LANES, [stream_of(None, lane) for lane in range(LANES)], problem.device)
-    batch = _batch(problem, keys)
-    weights = _different_weights(problem)
+    batch = few_samples(problem, keys)
+    weights = different_weights(problem)
     alone = _run(problem, lambda w, g: LaneByLane(problem, w, g, False), weights, batch, keys)
     folded = _run(problem, lambda w, g: Folded(problem, w, g, False, grouped), weights, batch, keys)
     for what, expected in alone.items():
@@ -113,17 +113,19 @@ def _run(
     }
 
 
-def _batch(problem: Problem, keys: Tensor) -> Batch:
-    data = problem.train
-    size = max(1, min(MOST_SAMPLES, problem.config.batch_size, data.length // LANES))
+def few_samples(problem: Problem, keys: Tensor) -> Batch:
+    """A batch of few samples for as many lanes as there are keys, other ones for each, in float64."""
+    data, lanes = problem.train, len(keys)
+    size = max(1, min(MOST_SAMPLES, problem.config.batch_size, data.length // lanes))
     order = torch.arange(data.length, device=problem.device)
-    order = torch.stack([order.roll(-lane * size) for lane in range(LANES)])
+    order = torch.stack([order.roll(-lane * size) for lane in range(lanes)])
     handle = next(iter(data.batches(order, keys, [(0, size)])))
     batch = data.fetch(handle, None)
     return Batch(_double(batch.inputs), _double(batch.targets))
 
 
-def _different_weights(problem: Problem) -> Tensor:
+def different_weights(problem: Problem) -> Tensor:
+    """Three lanes' weights [3, P] in float64: the model's own, and others."""
     weights = problem.layout.flat(dict(problem.template.named_parameters()), torch.float64, problem.device)
     noise = torch.randn(len(weights), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     scale = weights.abs().mean()
@@ -131,7 +133,8 @@ def _different_weights(problem: Problem) -> Tensor:
     return torch.stack([weights, 0.8 * weights + noise, 1.1 * weights - noise])
 
 
-def _in_float64(problem: Problem) -> Problem:
+def in_float64(problem: Problem) -> Problem:
+    """The same problem, computed in float64."""
     config = dataclasses.replace(problem.config, precision="float64")
     return dataclasses.replace(problem, config=config, template=copy.deepcopy(problem.template).double())
 

@@ -12,17 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from swamp_fast import ops
 from swamp_fast.bank import ParticleBank, Solution
-from swamp_fast.batchnorm import reset_running_stats
-from swamp_fast.data.streams import at_time, epoch_order
 from swamp_fast.engines.check import differs_at_full_size, roughly, why_not_fold
 from swamp_fast.engines.fold import Folded
 from swamp_fast.engines.lanes import LaneByLane
+from swamp_fast.engines.trainer import Trainer, Way, first_handle
 from swamp_fast.problem import Problem
 from swamp_fast.schedule import Training
-
-Way = LaneByLane | Folded
 
 ROUNDS = 5  # of timing
 TIMING_SECONDS = 3.0  # after which no further round is begun
@@ -52,16 +48,17 @@ class EagerEngine:
 
     name = "eager"
 
-    def __init__(self, problem: Problem, choice: Choice) -> None:
-        self.problem, self.choice = problem, choice
-        self.trainer: _Trainer | None = None
+    def __init__(self, problem: Problem, choice: Choice, why_not_fused: str | None = None) -> None:
+        self.problem, self.choice, self.why_not_fused = problem, choice, why_not_fused
+        self.why = f"{choice}" + (f"; not the fused engine: {why_not_fused}" if why_not_fused else "")
+        self.trainer: Trainer | None = None
         self.evaluated: tuple[Tensor, Way] | None = None
 
     def spawn(self, start: Solution, mask: Tensor, particles: int, cycle: int | None) -> ParticleBank:
         """The bank with `particles` lanes at `start` under a mask [Q]; its memory is used again each cycle."""
         if self.trainer is None or self.trainer.bank.lanes != particles or self.problem.probe.keeps_state:
             self.trainer = None  # frees the old bank before the new one is made
-            self.trainer = _Trainer(self.problem, self.choice, particles)
+            self.trainer = eager_trainer(self.problem, self.choice, particles)
         self.trainer.bank.rewind_(start, mask, cycle)
         return self.trainer.bank
 
@@ -107,6 +104,7 @@ class EagerEngine:
         return {
             "engine": self.name,
             **asdict(self.choice),
+            "why_not_fused": self.why_not_fused,
             "cuda_graph": why_not is None,
             "no_cuda_graph": why_not,
         }
@@ -118,125 +116,18 @@ def make_way(
     weights: Tensor,
     grads: Tensor | None,
     templates: list[nn.Module] | None = None,
-) -> Way:
+) -> LaneByLane | Folded:
     """Lanes over weights [L, P] as chosen; lane by lane they may be copies of `templates`."""
     if choice.way == "lanes":
         return LaneByLane(problem, weights, grads, choice.channels_last, templates)
     return Folded(problem, weights, grads, choice.channels_last, choice.way == "fold grouped")
 
 
-class _Trainer:
-    """A bank, its gradients, and the step over them; on CUDA the step is captured in a graph and replayed.
-
-    Everything a step reads stands at a fixed address: index [L, B], keys [L, 3] at the epoch and at the step,
-    rates [L], and the share of an SWA sample [L], 0 for none.
-    """
-
-    def __init__(self, problem: Problem, choice: Choice, lanes: int) -> None:
-        self.problem, self.choice = problem, choice
-        device = problem.device
-        self.bank = ParticleBank(problem.layout, problem.config, lanes, problem.dtype, device)
-        self.grads = torch.zeros_like(self.bank.weights)
-        self.way = make_way(problem, choice, self.bank.weights, self.grads)
-        self.epoch_keys, self.step_keys = self.bank.keys.clone(), self.bank.keys.clone()
-        self.lr = torch.zeros(lanes, dtype=torch.float64, device=device)
-        self.swa_weight = torch.zeros_like(self.lr)
-        self.loss_sum = torch.zeros(lanes, dtype=torch.float64, device=device)
-        self.graphs: dict[int, tuple[Tensor, torch.cuda.CUDAGraph]] = {}
-        self.not_captured = _why_not_captured(problem)
-
-    def train(
-        self, training: Training, on_step: Callable[[int], None], on_epoch: Callable[[int, Tensor], None]
-    ) -> Tensor:
-        """All epochs of one training; the bank's buffers end as the modules'."""
-        problem, bank = self.problem, self.bank
-        self.way.set_buffers(bank.buffers)
-        reset_running_stats(self.way.modules)
-        for module in self.way.modules:
-            module.train()
-        step = 0
-        for epoch in range(training.epochs):
-            self.loss_sum.zero_()
-            self.epoch_keys.copy_(at_time(bank.keys, epoch))
-            order = epoch_order(self.epoch_keys, problem.train.length)
-            handles = problem.train.batches(order, self.epoch_keys, problem.bounds)
-            for batch, handle in enumerate(handles):
-                last = batch == len(problem.bounds) - 1
-                self.lr.fill_(training.lr(step))
-                self.swa_weight.fill_(training.swa_weight(epoch) if last else 0.0)
-                self.step_keys.copy_(at_time(bank.keys, step))
-                self.step(handle)
-                on_step(step)
-                step += 1
-            on_epoch(epoch, self.loss_sum / len(problem.bounds))
-        bank.buffers = self.way.buffers()
-        return self.loss_sum / len(problem.bounds)
-
-    def step(self, handle: Any) -> None:
-        """One step of every lane."""
-        if self.not_captured is None:
-            size = handle.shape[1]
-            if size not in self.graphs:
-                self._capture(handle.clone(memory_format=torch.contiguous_format))
-        if self.not_captured is None:
-            index, graph = self.graphs[size]
-            index.copy_(handle)
-            graph.replay()
-        else:
-            self._step(handle)
-
-    def _step(self, handle: Any) -> None:
-        bank = self.bank
-        self.grads.zero_()
-        batch = self.problem.train.fetch(handle, self.epoch_keys, self.choice.channels_last)
-        losses = self.way.backward(batch, self.step_keys)
-        self.loss_sum.add_(losses)
-        ops.masked_sgd_(
-            *(bank.weights, self.grads, bank.momentum_buffer, bank.masks, bank.run_of_lane),
-            lr=self.lr,
-            momentum=bank.momentum,
-            weight_decay=bank.weight_decay,
-            nesterov=bank.config.nesterov,
-            swa=bank.swa,
-            swa_weight=self.swa_weight,
-        )
-
-    def _capture(self, index: Tensor) -> None:
-        """Record a step over `index` [L, B]; what the warm-up changed is put back."""
-        state = [self.bank.weights, self.bank.momentum_buffer, self.bank.swa, self.loss_sum]
-        state += [buffer for module in self.way.modules for buffer in module.buffers()]
-        saved = [tensor.clone() for tensor in state]
-        try:
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                for _ in range(3):
-                    self._step(index)
-            torch.cuda.current_stream().wait_stream(side)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                self._step(index)
-            self.graphs[index.shape[1]] = index, graph
-        except RuntimeError as error:
-            self.not_captured = f"capture failed: {str(error).splitlines()[0]}"
-        finally:
-            for tensor, value in zip(state, saved, strict=True):
-                tensor.copy_(value)
-
-
-def _why_not_captured(problem: Problem) -> str | None:
-    """Why the step can't be a CUDA graph; None if it may."""
-    if problem.device.type != "cuda":
-        return "not on CUDA"
-    if problem.train.streamed:
-        return "the data are streamed"
-    if problem.probe.draws_elsewhere or problem.transform is not None:
-        return "the model or the transform may draw from torch's generators"
-    if problem.probe.keeps_state or problem.probe.changed:
-        return "the model's forward changes buffers or attributes of its own, which a graph would not replay"
-    if problem.probe.reads_values is not None:
-        return f"the model's forward looks at values ({problem.probe.reads_values})"
-    return None
+def eager_trainer(problem: Problem, choice: Choice, lanes: int) -> Trainer:
+    """A bank of so many lanes, and the step over it."""
+    bank = ParticleBank(problem.layout, problem.config, lanes, problem.dtype, problem.device)
+    grads = torch.zeros_like(bank.weights)
+    return Trainer(problem, bank, grads, make_way(problem, choice, bank.weights, grads))
 
 
 def choose(problem: Problem, particles: int) -> Choice:
@@ -275,12 +166,12 @@ def _fastest(problem: Problem, choices: list[Choice], lanes: int, milliseconds: 
     )
     trainers, steps = [], []
     for choice in choices:
-        trainer = _Trainer(problem, choice, lanes)
+        trainer = eager_trainer(problem, choice, lanes)
         trainer.bank.rewind_(start, problem.mask, None)
         trainer.way.set_buffers(trainer.bank.buffers)
         for module in trainer.way.modules:
             module.train()
-        handle = _timed_handle(problem, trainer.bank)
+        handle = first_handle(problem, trainer.bank)
         trainer.lr.fill_(problem.config.lr)
         trainers.append(trainer)
         steps.append(lambda trainer=trainer, handle=handle: trainer.step(handle))
@@ -313,11 +204,6 @@ def _fastest(problem: Problem, choices: list[Choice], lanes: int, milliseconds: 
         if not is_lost and median < WORTH * least:
             best, least = choice, median
     return best
-
-
-def _timed_handle(problem: Problem, bank: ParticleBank) -> Any:
-    order = epoch_order(bank.keys, problem.train.length)
-    return next(iter(problem.train.batches(order, bank.keys, problem.bounds[:1])))
 
 
 def _seconds(step: Callable[[], None], device: torch.device) -> float:

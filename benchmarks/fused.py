@@ -1,0 +1,280 @@
+"""The fused engine on CPU against the dense loops, on masks of a real run.
+
+    python -m benchmarks.fused masks --data cifar10.npz   records the masks (benchmarks/results/masks_*.npz)
+    python -m benchmarks.fused step                        a training step at every density, all contenders
+    python -m benchmarks.fused run --data cifar10.npz      a whole run, by fast_swamp and by the naive loop
+    python -m benchmarks.fused figure                      time over density, from the results of `step`
+
+The contenders of `step` get their batch for nothing; the fused engine gathers and augments its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.cpu import ticket
+from benchmarks.timing import RESULTS, header, interleaved, write
+from swamp_fast import fast_swamp, naive_swamp
+from swamp_fast.engines.fused.engine import FusedEngine, fused_plan
+from swamp_fast.engines.trainer import first_handle
+from swamp_fast.models import build_model
+from swamp_fast.plan import Plan
+from swamp_fast.problem import Problem, prepare
+
+LANES, BATCH = 4, 128
+SHAPES = {"resnet20": (3, 32, 32), "vgg13": (3, 32, 32), "mlp": (1, 28, 28)}
+DENSITIES = {"resnet20": (0, 6, 10, 14, 18), "vgg13": (0, 14), "mlp": (0, 13)}  # cycles: 0.8 ** cycle
+
+
+def masks(model: str, data: str, samples: int, epochs: int, cycles: int) -> None:
+    """Record the masks of a run of the project's own driver, one particle, at the densities that are measured."""
+    loaded = np.load(data)
+    train = (
+        torch.from_numpy(loaded["train_images"][:samples]).movedim(-1, 1),
+        torch.from_numpy(loaded["train_labels"][:samples]),
+    )
+    result = fast_swamp(
+        built(model), train, particles=1, cycles=cycles, epochs=epochs, ticket_epochs=1, batch_size=BATCH,
+        augment="crop_flip", engine="fused",
+    )  # fmt: skip
+    kept = {}
+    for cycle in DENSITIES[model]:
+        for name, mask in result.at(cycle)[1].items():
+            kept[f"{cycle}/{name}"] = np.packbits(mask.numpy())
+    RESULTS.mkdir(exist_ok=True)
+    np.savez_compressed(RESULTS / f"masks_{model}.npz", **kept)
+    steps = epochs * -(-samples // BATCH)
+    print(f"masks of {model}: {steps} steps a cycle, {[round(row['density'], 4) for row in result.history]}")
+
+
+def built(model: str) -> nn.Module:
+    """A network with weights that are the same each time."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return build_model(model, *SHAPES[model], 10)
+
+
+def problem_of(model: str, precision: str) -> Problem:
+    """A network on random pictures; which, is no matter for time."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (4 * BATCH, *SHAPES[model]), dtype=torch.uint8, generator=generator)
+    return prepare(
+        built(model), (images, torch.arange(len(images)) % 10),
+        settings={"particles": LANES, "batch_size": BATCH, "precision": precision, "progress": False,
+                  "augment": "crop_flip" if model != "mlp" else "none"},
+    )  # fmt: skip
+
+
+def recorded(problem: Problem, model: str, cycle: int) -> Tensor:
+    """A mask [Q] of the recorded run; without one, uniform at random of the same density."""
+    mask = problem.mask.clone()
+    path = RESULTS / f"masks_{model}.npz"
+    if not path.exists():
+        return mask & (torch.rand(mask.shape, generator=torch.Generator().manual_seed(0)) < 0.8**cycle)
+    bits = np.load(path)
+    for name, view in problem.layout.mask_views(mask).items():
+        view.copy_(
+            torch.from_numpy(np.unpackbits(bits[f"{cycle}/{name}"], count=view.numel()).astype(bool)).view(view.shape)
+        )
+    return mask
+
+
+def dense_step(problem: Problem, mask: Tensor, last: bool, bfloat16: bool, compiled: bool) -> Callable[[], None]:
+    """A step of a dense loop on one particle: autograd, torch.optim.SGD, masked gradients and weights."""
+    model = built_like(problem)
+    keys = torch.zeros(1, 3, dtype=torch.int64)
+    handle = next(iter(problem.train.batches(torch.arange(problem.train.length)[None], keys, problem.bounds[:1])))
+    inputs, targets = problem.train.fetch(handle, keys).lane(0)
+    if last:
+        model, inputs = (
+            model.to(memory_format=torch.channels_last),
+            inputs.contiguous(memory_format=torch.channels_last),
+        )
+    masks = problem.layout.mask_views(mask)
+    parameters = dict(model.named_parameters())
+    for name, each in masks.items():
+        parameters[name].data.mul_(each)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, weight_decay=5e-4)
+    run = torch.compile(model) if compiled else model
+
+    def step() -> None:
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+            loss = F.cross_entropy(run(inputs), targets)
+        loss.backward()
+        for name, each in masks.items():
+            parameters[name].grad.mul_(each)  # type: ignore[union-attr]
+        optimizer.step()
+        for name, each in masks.items():
+            parameters[name].data.mul_(each)
+
+    return step
+
+
+def built_like(problem: Problem) -> nn.Module:
+    """The problem's network, to be trained by a loop."""
+    import copy
+
+    return copy.deepcopy(problem.original).to(problem.dtype).train()
+
+
+def fused_step(problem: Problem, mask: Tensor) -> tuple[Callable[[], None], int]:
+    """A step of all lanes by the fused engine, and the bytes of its weights, momentum and SWA means."""
+    plan = fused_plan(problem)
+    assert isinstance(plan, Plan), plan
+    engine = FusedEngine(problem, plan, "benchmark", {})
+    bank = engine.spawn(ticket(problem), mask, LANES, 1)
+    trainer = engine.trainer
+    assert trainer is not None
+    trainer.way.set_buffers(bank.buffers)
+    trainer.lr.fill_(1e-3)
+    for module in trainer.way.modules:
+        module.train()
+    handle = first_handle(problem, bank)
+    size = sum(tensor.numel() * tensor.element_size() for tensor in (bank.weights, bank.momentum_buffer, bank.swa))
+    return lambda: trainer.step(handle), size
+
+
+def step(model: str, precision: str, rounds: int, compiled: bool) -> None:
+    """A step of one of 4 particles at every density, all contenders in turn."""
+    problem = problem_of(model, precision)
+    low = precision == "bfloat16"
+    dense: dict[str, Callable[[], None]] = {
+        "naive, channels first": dense_step(problem, problem.mask, False, low, False),
+        "naive, channels last": dense_step(problem, problem.mask, True, low, False),
+    }
+    if compiled:
+        dense["torch.compile, channels last"] = dense_step(problem, problem.mask, True, low, True)
+    state: dict[int, int] = {}
+    shares: dict[int, tuple[float, float]] = {}
+    contenders = dict(dense)
+    for cycle in DENSITIES[model]:
+        mask = recorded(problem, model, cycle)
+        run, state[cycle] = fused_step(problem, mask)
+        shares[cycle] = int(mask.sum()) / problem.layout.weights, problem.flops(mask) / problem.flops(problem.mask)
+        contenders[f"fused {cycle}"] = run
+    times = interleaved(contenders, rounds)
+    best = min(times[name]["median"] for name in dense)
+    plain = times["naive, channels first"]["median"]
+    table = [
+        {"": name, "density": 1.0, "FLOP density": 1.0, "ms a particle-step": round(times[name]["median"] * 1e3, 2),
+         "p20": round(times[name]["p20"] * 1e3, 2), "p80": round(times[name]["p80"] * 1e3, 2),
+         "best dense / this": round(best / times[name]["median"], 2),
+         "plain loop / this": round(plain / times[name]["median"], 2),
+         "state, MB": ""}
+        for name in dense
+    ]  # fmt: skip
+    for cycle in DENSITIES[model]:
+        taken = {name: value / LANES for name, value in times[f"fused {cycle}"].items()}
+        table.append(
+            {"": "fused", "density": round(shares[cycle][0], 4), "FLOP density": round(shares[cycle][1], 4),
+             "ms a particle-step": round(taken["median"] * 1e3, 2), "p20": round(taken["p20"] * 1e3, 2),
+             "p80": round(taken["p80"] * 1e3, 2), "best dense / this": round(best / taken["median"], 2),
+             "plain loop / this": round(plain / taken["median"], 2), "state, MB": round(state[cycle] / 1e6, 2)}
+        )  # fmt: skip
+    about = header(rounds) | {"model": model, "precision": precision, "lanes": LANES, "batch": BATCH}
+    about["masks"] = "of a recorded run" if (RESULTS / f"masks_{model}.npz").exists() else "uniform at random"
+    command = f"python -m benchmarks.fused step --model {model} --precision {precision}"
+    write(f"fused_step_{model}_{precision}", command + ("" if compiled else " --no-compile"), about, table)
+
+
+def run(model: str, data: str, samples: int, particles: int, precision: str) -> None:
+    """A whole run of 14 cycles, by fast_swamp and by the naive loop in its faster memory format."""
+    loaded = np.load(data)
+    train, test = (
+        (
+            torch.from_numpy(loaded[f"{split}_images"][:count]).movedim(-1, 1),
+            torch.from_numpy(loaded[f"{split}_labels"][:count]),
+        )
+        for split, count in (("train", samples), ("test", 1000))
+    )
+    settings: dict[str, Any] = {"particles": particles, "cycles": 14, "epochs": 1, "ticket_epochs": 1, "swa_start": 0.0}
+    settings |= {"batch_size": BATCH, "augment": "crop_flip", "precision": precision, "seed": 0}
+    table = []
+    for name, function, network in (
+        ("fast_swamp", fast_swamp, built(model)),
+        ("naive_swamp, channels last", naive_swamp, built(model).to(memory_format=torch.channels_last)),
+    ):
+        began = time.perf_counter()
+        result = function(network, train, test, **settings)
+        last = result.history[-1]
+        table.append(
+            {"": name, "seconds": round(time.perf_counter() - began, 1),
+             "training steps alone": round(sum(row["train_seconds"] for row in result.history), 1),
+             "accuracy at the end": last["accuracy"], "density": round(last["density"], 4),
+             "engine": result.engine["engine"]}
+        )  # fmt: skip
+        (RESULTS / f"fused_run_{precision}_{function.__name__}.json").write_text(json.dumps(result.history) + "\n")
+    for row in table:
+        row["naive / this"] = round(table[-1]["seconds"] / row["seconds"], 2)
+    about = header(1) | {"model": model, "steps a cycle": -(-samples // BATCH), **settings, "test pictures": 1000}
+    write(f"fused_run_{precision}", f"python -m benchmarks.fused run --precision {precision}", about, table)
+
+
+def figure() -> None:
+    """Time of a step over density, all contenders, as an SVG."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    import matplotlib.pyplot as plt
+
+    drawing, axes = plt.subplots(figsize=(7, 4))
+    for precision, style in (("float32", "-"), ("bfloat16", "--")):
+        path = RESULTS / f"fused_step_resnet20_{precision}.json"
+        if not path.exists():
+            continue
+        table = json.loads(path.read_text())["table"]
+        ours = [row for row in table if row[""] == "fused"]
+        axes.plot(
+            *([row["density"] for row in ours], [row["ms a particle-step"] for row in ours]),
+            f"o{style}",
+            label=f"fused, {precision}",
+        )
+        for number, row in enumerate(row for row in table if row[""] != "fused"):
+            axes.axhline(
+                row["ms a particle-step"], ls=style, lw=1, color=f"C{number + 2}", label=f"{row['']}, {precision}"
+            )
+    axes.set(
+        xscale="log", ylim=(0, None), xlabel="density", ylabel="ms a step of one particle", title="ResNet-20, batch 128"
+    )
+    axes.invert_xaxis()
+    axes.legend(fontsize=7)
+    drawing.tight_layout()
+    drawing.savefig(RESULTS / "fused_step.svg", metadata={"Date": None})
+
+
+def main() -> None:
+    """Run what is asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["masks", "step", "run", "figure"])
+    parser.add_argument("--model", default="resnet20", choices=SHAPES)
+    parser.add_argument("--precision", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--data", type=Path, default=Path("cifar10.npz"), help="CIFAR-10 as an .npz")
+    parser.add_argument("--samples", type=int, default=25600)
+    parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--particles", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    given = parser.parse_args()
+    if given.what == "masks":
+        masks(given.model, given.data, given.samples, given.epochs, max(DENSITIES[given.model]))
+    elif given.what == "figure":
+        figure()
+    elif given.what == "step":
+        step(given.model, given.precision, given.rounds, not given.no_compile)
+    else:
+        run(given.model, given.data, given.samples, given.particles, given.precision)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+// Maximum and average over windows, given as ranges of rows and of columns.
+
+template <typename S>
+void pool(const Pool& a, int threads) {
+  using T = Compute<S>;
+  const View<S> in(a.in), out(a.out);
+  each_plane(a.out, threads, [&](int64_t block, int64_t channel, int64_t row) {
+    for (int64_t column = 0; column < a.out.width; ++column) {
+      const int64_t *ys = a.rows + 2 * row, *xs = a.columns + 2 * column;
+      Vector<T> value{};
+      if (a.divisors) {
+        for (int64_t y = ys[0]; y < ys[1]; ++y)
+          for (int64_t x = xs[0]; x < xs[1]; ++x) value += load(in.at(block, channel, y, x));
+        value /= splat<T>(T(a.divisors[row * a.out.width + column]));
+      } else {
+        value = load(in.at(block, channel, ys[0], xs[0]));
+        for (int64_t y = ys[0]; y < ys[1]; ++y)
+          for (int64_t x = xs[0]; x < xs[1]; ++x) {
+            const Vector<T> each = load(in.at(block, channel, y, x));
+            value = (each > value) | (each != each) ? each : value;
+          }
+      }
+      store(out.at(block, channel, row, column), value);
+    }
+  });
+}
+
+template <typename S>
+void pool_grad(const Pool& a, int threads) {
+  using T = Compute<S>;
+  const View<S> in(a.in), out(a.out), in_grad(a.in_grad), out_grad(a.out_grad);
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t task = 0; task < a.in.blocks * a.in.channels; ++task) {
+    const int64_t block = task / a.in.channels, channel = task % a.in.channels;
+    if (!a.accumulate)
+      for (int64_t y = 0; y < a.in.height; ++y)
+        for (int64_t x = 0; x < a.in.width; ++x) store(in_grad.at(block, channel, y, x), Vector<T>{});
+    for (int64_t row = 0; row < a.out.height; ++row)
+      for (int64_t column = 0; column < a.out.width; ++column) {
+        const int64_t *ys = a.rows + 2 * row, *xs = a.columns + 2 * column;
+        Vector<T> gradient = load(out_grad.at(block, channel, row, column));
+        const Vector<T> most = load(out.at(block, channel, row, column));
+        if (a.divisors) gradient /= splat<T>(T(a.divisors[row * a.out.width + column]));
+        for (int64_t y = ys[0]; y < ys[1]; ++y)
+          for (int64_t x = xs[0]; x < xs[1]; ++x) {
+            S* to = in_grad.at(block, channel, y, x);
+            if (a.divisors) {
+              store(to, load(to) + gradient);
+            } else {  // all of it to the first place that holds the maximum
+              const auto found = load(in.at(block, channel, y, x)) == most;
+              store(to, load(to) + (found ? gradient : Vector<T>{}));
+              gradient = found ? Vector<T>{} : gradient;
+            }
+          }
+      }
+  }
+}

@@ -1,0 +1,59 @@
+"""The compact form of a bank: the kept weights alone, then what isn't pruned."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from swamp_fast.bank import ParticleBank, Solution
+from swamp_fast.config import SwampConfig
+from swamp_fast.layout import ALIGNMENT, Layout
+
+
+class Compact:
+    """Vectors [..., P] of a layout under a mask [Q], and their compact form [..., P'].
+
+    kept   [kept]  int64: where in the full vector each kept weight stands
+    where  [P]     int64: where in the compact vector each number stands, -1 where there is none
+    Q, P           of the compact vector; the kept weights are padded to a 64-byte boundary
+    """
+
+    def __init__(self, layout: Layout, mask: Tensor) -> None:
+        self.layout, self.mask = layout, mask.clone()
+        self.kept = mask.nonzero().flatten()
+        self.Q = -(-len(self.kept) // ALIGNMENT) * ALIGNMENT
+        self.P = self.Q + layout.P - layout.Q
+        self.where = torch.full((layout.P,), -1, dtype=torch.int64)
+        self.where[self.kept] = torch.arange(len(self.kept))
+        self.where[layout.Q :] = torch.arange(self.Q, self.P)
+
+    def compact(self, vectors: Tensor) -> Tensor:
+        """[..., P] -> [..., P']; what the mask prunes is left out."""
+        out = vectors.new_zeros((*vectors.shape[:-1], self.P))
+        out[..., : len(self.kept)] = vectors[..., self.kept]
+        out[..., self.Q :] = vectors[..., self.layout.Q :]
+        return out
+
+    def expand(self, vectors: Tensor) -> Tensor:
+        """[..., P'] -> [..., P]; what the mask prunes is 0."""
+        out = vectors.new_zeros((*vectors.shape[:-1], self.layout.P))
+        out[..., self.kept] = vectors[..., : len(self.kept)]
+        out[..., self.layout.Q :] = vectors[..., self.Q :]
+        return out
+
+
+class CompactBank(ParticleBank):
+    """A bank whose weights, momentum and SWA means are compact, [L, P']; its mask keeps all of them but the padding."""
+
+    def __init__(self, compact: Compact, config: SwampConfig, lanes: int, dtype: torch.dtype) -> None:
+        super().__init__(compact, config, lanes, dtype, compact.mask.device)
+        self.compact = compact
+
+    def rewind_(self, start: Solution, mask: Tensor, cycle: int | None) -> None:
+        """As ParticleBank.rewind_, with a full solution; the mask is the one that the bank was made for."""
+        own = torch.arange(self.compact.Q) < len(self.compact.kept)
+        super().rewind_(Solution(self.compact.compact(start.weights), start.buffers), own, cycle)
+
+    def solutions(self, averaged: bool) -> Tensor:
+        """As ParticleBank.solutions, in full."""
+        return self.compact.expand(super().solutions(averaged))

@@ -1,0 +1,159 @@
+"""A step of all lanes, and a training of many: what every engine does around its forward and backward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from swamp_fast import ops
+from swamp_fast.bank import ParticleBank
+from swamp_fast.batchnorm import reset_running_stats
+from swamp_fast.data.store import Batch
+from swamp_fast.data.streams import at_time, epoch_order
+from swamp_fast.problem import Problem
+from swamp_fast.schedule import Training
+
+
+class Way(Protocol):
+    """How lanes run: folded, lane by lane, or fused.
+
+    modules  hold the buffers, and whether they train
+    """
+
+    modules: list[nn.Module]
+    channels_last: bool
+
+    @property
+    def weights(self) -> Tensor:
+        """[L, P] in full."""
+
+    def backward(self, batch: Batch, step_keys: Tensor) -> Tensor:
+        """Add each lane's gradient of its mean loss to its row of the gradients; returns the losses [L]."""
+
+    def outputs(self, inputs: Any, keys: Tensor) -> list[Any]:
+        """Each lane's outputs on the same inputs [B, ...]; what it draws, it draws with keys [L, 3]."""
+
+    def set_buffers(self, buffers: dict[str, Tensor]) -> None:
+        """Write buffers [L, ...] into the modules."""
+
+    def buffers(self) -> dict[str, Tensor]:
+        """The modules' buffers as they are now, [L, ...]."""
+
+
+class Trainer:
+    """A bank, its gradients, and the step over them; on CUDA the step is captured in a graph and replayed.
+
+    Everything a step reads stands at a fixed address: index [L, B], keys [L, 3] at the epoch and at the step,
+    rates [L], and the share of an SWA sample [L], 0 for none.
+    """
+
+    def __init__(self, problem: Problem, bank: ParticleBank, grads: Tensor, way: Way) -> None:
+        self.problem, self.bank, self.grads, self.way = problem, bank, grads, way
+        self.epoch_keys, self.step_keys = self.bank.keys.clone(), self.bank.keys.clone()
+        self.lr = torch.zeros(bank.lanes, dtype=torch.float64, device=problem.device)
+        self.swa_weight = torch.zeros_like(self.lr)
+        self.loss_sum = torch.zeros(bank.lanes, dtype=torch.float64, device=problem.device)
+        self.graphs: dict[int, tuple[Tensor, torch.cuda.CUDAGraph]] = {}
+        self.not_captured = _why_not_captured(problem)
+
+    def train(
+        self, training: Training, on_step: Callable[[int], None], on_epoch: Callable[[int, Tensor], None]
+    ) -> Tensor:
+        """All epochs of one training; the bank's buffers end as the modules'."""
+        problem, bank = self.problem, self.bank
+        self.way.set_buffers(bank.buffers)
+        reset_running_stats(self.way.modules)
+        for module in self.way.modules:
+            module.train()
+        step = 0
+        for epoch in range(training.epochs):
+            self.loss_sum.zero_()
+            self.epoch_keys.copy_(at_time(bank.keys, epoch))
+            order = epoch_order(self.epoch_keys, problem.train.length)
+            handles = problem.train.batches(order, self.epoch_keys, problem.bounds)
+            for batch, handle in enumerate(handles):
+                last = batch == len(problem.bounds) - 1
+                self.lr.fill_(training.lr(step))
+                self.swa_weight.fill_(training.swa_weight(epoch) if last else 0.0)
+                self.step_keys.copy_(at_time(bank.keys, step))
+                self.step(handle)
+                on_step(step)
+                step += 1
+            on_epoch(epoch, self.loss_sum / len(problem.bounds))
+        bank.buffers = self.way.buffers()
+        return self.loss_sum / len(problem.bounds)
+
+    def step(self, handle: Any) -> None:
+        """One step of every lane."""
+        if self.not_captured is None:
+            size = handle.shape[1]
+            if size not in self.graphs:
+                self._capture(handle.clone(memory_format=torch.contiguous_format))
+        if self.not_captured is None:
+            index, graph = self.graphs[size]
+            index.copy_(handle)
+            graph.replay()
+        else:
+            self._step(handle)
+
+    def _step(self, handle: Any) -> None:
+        bank = self.bank
+        self.grads.zero_()
+        batch = self.problem.train.fetch(handle, self.epoch_keys, self.way.channels_last)
+        losses = self.way.backward(batch, self.step_keys)
+        self.loss_sum.add_(losses)
+        ops.masked_sgd_(
+            *(bank.weights, self.grads, bank.momentum_buffer, bank.masks, bank.run_of_lane),
+            lr=self.lr,
+            momentum=bank.momentum,
+            weight_decay=bank.weight_decay,
+            nesterov=bank.config.nesterov,
+            swa=bank.swa,
+            swa_weight=self.swa_weight,
+        )
+
+    def _capture(self, index: Tensor) -> None:
+        """Record a step over `index` [L, B]; what the warm-up changed is put back."""
+        state = [self.bank.weights, self.bank.momentum_buffer, self.bank.swa, self.loss_sum]
+        state += [buffer for module in self.way.modules for buffer in module.buffers()]
+        saved = [tensor.clone() for tensor in state]
+        try:
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(3):
+                    self._step(index)
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                self._step(index)
+            self.graphs[index.shape[1]] = index, graph
+        except RuntimeError as error:
+            self.not_captured = f"capture failed: {str(error).splitlines()[0]}"
+        finally:
+            for tensor, value in zip(state, saved, strict=True):
+                tensor.copy_(value)
+
+
+def _why_not_captured(problem: Problem) -> str | None:
+    """Why the step can't be a CUDA graph; None if it may."""
+    if problem.device.type != "cuda":
+        return "not on CUDA"
+    if problem.train.streamed:
+        return "the data are streamed"
+    if problem.probe.draws_elsewhere or problem.transform is not None:
+        return "the model or the transform may draw from torch's generators"
+    if problem.probe.keeps_state or problem.probe.changed:
+        return "the model's forward changes buffers or attributes of its own, which a graph would not replay"
+    if problem.probe.reads_values is not None:
+        return f"the model's forward looks at values ({problem.probe.reads_values})"
+    return None
+
+
+def first_handle(problem: Problem, bank: ParticleBank) -> Any:
+    """The first batch of the first epoch, to time a step on."""
+    order = epoch_order(bank.keys, problem.train.length)
+    return next(iter(problem.train.batches(order, bank.keys, problem.bounds[:1])))
