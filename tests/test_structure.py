@@ -6,6 +6,7 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -113,6 +114,13 @@ def test_what_the_package_promises_is_there():
         assert getattr(swamp_fast, name) is not None
     text = (ROOT / "pyproject.toml").read_text()
     assert f'version = "{swamp_fast.__version__}"' in text
+
+
+def test_every_package_is_installed():
+    """An editable install finds what a wheel would lack."""
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    folders = {path.parent.relative_to(ROOT) for path in (ROOT / "swamp_fast").rglob("__init__.py")}
+    assert set(listed) == {".".join(folder.parts) for folder in folders} | {"swamp_fast.kernels"}
 
 
 def test_importing_needs_none_of_the_extras():
