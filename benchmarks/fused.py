@@ -3,6 +3,7 @@
     python -m benchmarks.fused masks --data cifar10.npz   records the masks (benchmarks/results/masks_*.npz)
     python -m benchmarks.fused step                        a training step at every density, all contenders
     python -m benchmarks.fused run --data cifar10.npz      a whole run, by fast_swamp and by the naive loop
+    python -m benchmarks.fused seeds                       accuracy over seeds on digits, fused, eager and naive
     python -m benchmarks.fused figure                      time over density, from the results of `step`
 
 The contenders of `step` get their batch for nothing; the fused engine gathers and augments its own.
@@ -221,6 +222,29 @@ def run(model: str, data: str, samples: int, particles: int, precision: str) -> 
     write(f"fused_run_{precision}", f"python -m benchmarks.fused run --precision {precision}", about, table)
 
 
+def seeds(count: int = 5) -> None:
+    """Accuracy of the average over seeds, a small CNN on digits: mean and standard deviation."""
+    settings: dict[str, Any] = {"particles": 2, "cycles": 14, "epochs": 4, "ticket_epochs": 2, "batch_size": 64}
+    table = []
+    for name, function, engine, precision in (
+        ("naive_swamp", naive_swamp, "auto", "float32"),
+        ("eager", fast_swamp, "eager", "float32"),
+        ("fused", fast_swamp, "fused", "float32"),
+        ("fused, bfloat16", fast_swamp, "fused", "bfloat16"),
+    ):
+        accuracies = []
+        for seed in range(count):
+            with torch.random.fork_rng():
+                torch.manual_seed(seed)
+                model = build_model("small_cnn", 1, 8, 8, 10)
+            own = {**settings, "engine": engine, "precision": precision, "seed": seed, "progress": False}
+            accuracies.append([row["accuracy"] for row in function(model, "digits", **own).history])
+        found = torch.tensor(accuracies, dtype=torch.float64)
+        cycles = {f"cycle {c}": f"{found[:, c].mean():.2%} +- {found[:, c].std():.2%}" for c in (0, 7, 14)}
+        table.append({"": name, **cycles})
+    write("fused_seeds", "python -m benchmarks.fused seeds", header(1) | {"seeds": count, **settings}, table)
+
+
 def figure() -> None:
     """Time of a step over density, all contenders, as an SVG."""
     import matplotlib
@@ -256,7 +280,7 @@ def figure() -> None:
 def main() -> None:
     """Run what is asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["masks", "step", "run", "figure"])
+    parser.add_argument("what", choices=["masks", "step", "run", "seeds", "figure"])
     parser.add_argument("--model", default="resnet20", choices=SHAPES)
     parser.add_argument("--precision", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--data", type=Path, default=Path("cifar10.npz"), help="CIFAR-10 as an .npz")
@@ -268,6 +292,8 @@ def main() -> None:
     given = parser.parse_args()
     if given.what == "masks":
         masks(given.model, given.data, given.samples, given.epochs, max(DENSITIES[given.model]))
+    elif given.what == "seeds":
+        seeds()
     elif given.what == "figure":
         figure()
     elif given.what == "step":
