@@ -64,17 +64,27 @@ class LaneByLane:
 
     def set_buffers(self, buffers: dict[str, Tensor]) -> None:
         """Write buffers [L, ...] into the modules."""
-        for lane, module in enumerate(self.modules):
-            for name, buffer in module.named_buffers():
-                buffer.copy_(buffers[name][lane])
+        write_buffers(self.modules, buffers)
 
     def buffers(self) -> dict[str, Tensor]:
         """The modules' buffers as they are now, [L, ...]."""
-        each = [dict(module.named_buffers()) for module in self.modules]
-        return {name: torch.stack([buffers[name] for buffers in each]) for name in each[0]}
+        return read_buffers(self.modules)
 
     def _formatted(self, inputs: Any) -> Any:
         return channels_last(inputs) if self.channels_last else inputs
+
+
+def write_buffers(modules: list[nn.Module], buffers: dict[str, Tensor]) -> None:
+    """Write buffers [L, ...] into L modules."""
+    for lane, module in enumerate(modules):
+        for name, buffer in module.named_buffers():
+            buffer.copy_(buffers[name][lane])
+
+
+def read_buffers(modules: list[nn.Module]) -> dict[str, Tensor]:
+    """The buffers of L modules, [L, ...]."""
+    each = [dict(module.named_buffers()) for module in modules]
+    return {name: torch.stack([buffers[name] for buffers in each]) for name in each[0]}
 
 
 class Bound:

@@ -16,6 +16,7 @@ from swamp_fast.data.store import Batch
 from swamp_fast.data.streams import generators_left_alone
 from swamp_fast.engines.fused.compact import Compact, CompactBank
 from swamp_fast.engines.fused.program import Program, Rows
+from swamp_fast.engines.lanes import read_buffers, write_buffers
 from swamp_fast.engines.trainer import Trainer, first_handle
 from swamp_fast.plan import Convolution, Plan
 from swamp_fast.problem import Problem
@@ -155,14 +156,11 @@ class Fused:
 
     def set_buffers(self, buffers: dict[str, Tensor]) -> None:
         """As LaneByLane.set_buffers."""
-        for lane, module in enumerate(self.modules):
-            for name, buffer in module.named_buffers():
-                buffer.copy_(buffers[name][lane])
+        write_buffers(self.modules, buffers)
 
     def buffers(self) -> dict[str, Tensor]:
         """As LaneByLane.buffers."""
-        each = [dict(module.named_buffers()) for module in self.modules]
-        return {name: torch.stack([buffers[name] for buffers in each]) for name in each[0]}
+        return read_buffers(self.modules)
 
     def _run(self, program: Program, lane: int, inputs: Tensor, key: Tensor | None) -> Tensor:
         """Outputs of a lane; running statistics move where the norms train."""
