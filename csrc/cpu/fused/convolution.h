@@ -76,29 +76,61 @@ constexpr int kTile = 4, kTileOfFour = 2;
 template <int rows>
 constexpr int kWidth = rows == 4 ? kTileOfFour : kTile;
 
+// Rows [first, last) of every phase's grid.
+template <typename S, int rows>
+void convolve_band(ConvolveTile<S> t, int64_t first, int64_t last) {
+  const Convolve& a = t.a;
+  constexpr int width = kWidth<rows>;
+  for (t.phase = 0; t.phase < a.out_step * a.out_step; ++t.phase) {
+    const int64_t H = (a.out.height - t.phase / a.out_step + a.out_step - 1) / a.out_step;
+    const int64_t W = (a.out.width - t.phase % a.out_step + a.out_step - 1) / a.out_step;
+    const int64_t end = last < H ? last : H;
+    for (t.row = first; t.row < end;) {
+      // Narrow maps take two or four rows at once.
+      const int tall = 2 * W <= width && t.row + 1 < end ? 2 : 1;
+      for (t.column = 0; t.column < W; t.column += tall == 2 ? width / 2 : width) {
+        if (tall == 2) convolve_width<S, rows, 2, width / 2>(t, W - t.column);
+        else convolve_width<S, rows, 1, width>(t, W - t.column);
+      }
+      t.row += tall;
+    }
+  }
+}
+
+// The input of a band of rows, if it is a norm's output that isn't in memory yet.
+template <typename S>
+View<S> normed_input(const Convolve& a, int64_t block, int64_t first, int64_t last) {
+  const Norm& n = a.norm;
+  if (!n.in.data) return View<S>(a.in);
+  const int64_t own = first * a.in_step, own_last = last == a.out.height ? a.in.height : last * a.in_step;
+  int64_t begin = own - a.band.above, end = (last - 1) * a.in_step + a.band.below + 1;
+  if (begin < -a.in.pad) begin = -a.in.pad;
+  if (begin > own) begin = own;
+  if (end < own_last) end = own_last;
+  if (end > a.in.height + a.in.pad) end = a.in.height + a.in.pad;
+  const View<S> view = band_view<S>(a.in, a.band, block, begin);
+  const bool residual = n.residual.data != nullptr;
+  if (n.relu) (residual ? norm_band<S, true, true> : norm_band<S, true, false>)(n, view, block, begin, end, own, own_last);
+  else (residual ? norm_band<S, false, true> : norm_band<S, false, false>)(n, view, block, begin, end, own, own_last);
+  return view;
+}
+
 template <typename S, int rows>
 void convolve_rows(const Convolve& a, int threads) {
-  constexpr int64_t kGroups = rows == 4 ? 8 : rows == 2 ? 16 : 32;  // of a task, so that few channels are many tasks
-  constexpr int width = kWidth<rows>;
-  const int64_t parts = (a.taps.groups + kGroups - 1) / kGroups;
+  // Few channels are many tasks, of groups or of rows.
+  constexpr int64_t kGroups = rows == 4 ? 8 : rows == 2 ? 16 : 32;
+  const bool normed = a.norm.in.data != nullptr;
+  const int64_t parts = normed ? 1 : (a.taps.groups + kGroups - 1) / kGroups;
+  const int64_t H = (a.out.height + a.out_step - 1) / a.out_step, height = normed ? a.band.height : H;
+  const int64_t bands = (H + height - 1) / height;
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
-  for (int64_t task = 0; task < a.out.blocks * parts; ++task) {
-    const int64_t part = task % parts, end = (part + 1) * kGroups;
-    ConvolveTile<S> t{a, View<S>(a.in), View<S>(a.out), task / parts, 0, 0, 0, part * kGroups,
-                      end < a.taps.groups ? end : a.taps.groups};
-    for (t.phase = 0; t.phase < a.out_step * a.out_step; ++t.phase) {
-      const int64_t H = (a.out.height - t.phase / a.out_step + a.out_step - 1) / a.out_step;
-      const int64_t W = (a.out.width - t.phase % a.out_step + a.out_step - 1) / a.out_step;
-      for (t.row = 0; t.row < H;) {
-        // Narrow maps take two or four rows at once.
-        const int tall = 2 * W <= width && t.row + 1 < H ? 2 : 1;
-        for (t.column = 0; t.column < W; t.column += tall == 2 ? width / 2 : width) {
-          if (tall == 2) convolve_width<S, rows, 2, width / 2>(t, W - t.column);
-          else convolve_width<S, rows, 1, width>(t, W - t.column);
-        }
-        t.row += tall;
-      }
-    }
+  for (int64_t task = 0; task < a.out.blocks * bands * parts; ++task) {
+    const int64_t part = task % parts, band = task / parts % bands, block = task / parts / bands;
+    const int64_t first = band * height, last = first + height < H ? first + height : H;
+    const int64_t end = normed ? a.taps.groups : (part + 1) * kGroups;
+    convolve_band<S, rows>({a, normed_input<S>(a, block, first, last), View<S>(a.out), block, 0, 0, 0, part * kGroups,
+                            end < a.taps.groups ? end : a.taps.groups},
+                           first, last);
   }
 }
 

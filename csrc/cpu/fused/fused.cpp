@@ -27,8 +27,9 @@ inline int this_thread() {
 
 #include "vector.h"
 
-#include "convolution.h"
 #include "norm.h"
+
+#include "convolution.h"
 #include "pointwise.h"
 #include "pooling.h"
 #include "reorder.h"

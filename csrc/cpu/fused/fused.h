@@ -25,6 +25,26 @@ struct Taps {
   int64_t groups, rows;    // rows is 1, 2 or 4
 };
 
+// out = relu?((in - mean) * rstd * weight + bias + residual?), channel by channel.
+struct Norm {
+  Map in, out, residual;  // residual.data is null without one
+  const void* weight;     // [C]
+  const void* bias;       // [C]
+  void* mean;             // [C] of the batch if `batch`, else given
+  void* variance;         // [C] biased, likewise
+  double eps;
+  bool batch, relu;
+  bool apply;  // or the statistics alone: who reads the output computes it
+};
+
+// What a task computes for itself instead of reading it from memory: the rows of a map that `height` rows of a convolution
+// read, `above` and `below` them too.
+struct Band {
+  int64_t height, above, below;
+  void* scratch;         // [threads, scratch_size]
+  int64_t scratch_size;  // as many elements as a block of the map
+};
+
 // out(y * out_step + phase) = sum over taps of value * in(y * in_step + offset): a convolution with in_step = stride,
 // or its gradient by the input, with out_step = stride and a phase for each place in it.
 struct Convolve {
@@ -33,6 +53,8 @@ struct Convolve {
   const void* bias;  // [outputs], or null
   int64_t in_step, out_step;
   bool accumulate;  // add to out
+  Norm norm;        // its output is `in`, which is written here; norm.in.data is null where `in` is there already
+  Band band;        // of `in`, with a norm
 };
 
 // grads[index] = sum over samples and pixels of out_grad * in, for every tap.
@@ -49,17 +71,6 @@ struct WeightGrad {
   int64_t scratch_size;   // the most taps * rows of a chunk
   void* grads;
   void* bias_grad;        // [outputs], or null
-};
-
-// out = relu?((in - mean) * rstd * weight + bias + residual?), channel by channel.
-struct Norm {
-  Map in, out, residual;  // residual.data is null without one
-  const void* weight;     // [C]
-  const void* bias;       // [C]
-  void* mean;             // [C] of the batch if `batch`, else given
-  void* variance;         // [C] biased, likewise
-  double eps;
-  bool batch, relu;
 };
 
 struct NormGrad {
