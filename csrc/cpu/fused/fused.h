@@ -35,6 +35,8 @@ struct Norm {
   double eps;
   bool batch, relu;
   bool apply;  // or the statistics alone: who reads the output computes it
+  const void* partial;  // the batch's statistics by the convolution that wrote `in`, or null; see Convolve
+  int64_t band_height;
 };
 
 // What a task computes for itself instead of reading it from memory: the rows of a map that `height` rows of a convolution
@@ -54,7 +56,9 @@ struct Convolve {
   int64_t in_step, out_step;
   bool accumulate;  // add to out
   Norm norm;        // its output is `in`, which is written here; norm.in.data is null where `in` is there already
-  Band band;        // of `in`, with a norm
+  Band band;        // how many rows a task takes; of `in`, with a norm
+  void* statistics;  // [blocks * bands, channels, 3, 16] of what a task writes of a channel: a number of it, the sum of the
+                     // differences from that, and of their squares; or null
 };
 
 // grads[index] = sum over samples and pixels of out_grad * in, for every tap.

@@ -62,6 +62,33 @@ void batch_statistics(const Norm& a, int64_t channel, double& mean, double& vari
   variance = total / count - drift * drift;
 }
 
+// The same from what the convolution's tasks have summed, all in double and in one order.
+template <typename S, typename T = Compute<S>>
+void merged_statistics(const Norm& a, int64_t channel, double& mean, double& variance) {
+  const Map& m = a.in;
+  const int64_t bands = (m.height + a.band_height - 1) / a.band_height;
+  // visit(numbers, the number that differences are from, their sum, that of their squares), for every sample of a task
+  const auto each = [&](auto visit) {
+    const Vector<T>* from = static_cast<const Vector<T>*>(a.partial) + channel * 3;
+    for (int64_t task = 0; task < m.blocks * bands; ++task, from += m.channels * 3) {
+      const int64_t first = task % bands * a.band_height;
+      const int64_t rows = first + a.band_height < m.height ? a.band_height : m.height - first;
+      for (int64_t i = 0; i < valid(m, task / bands, 0); ++i)
+        visit(double(rows * m.width), double(from[0][i]), double(from[1][i]), double(from[2][i]));
+    }
+  };
+  const double count = double(m.samples) * m.height * m.width;
+  double total = 0;
+  each([&](double n, double start, double sum, double) { total += n * start + sum; });
+  mean = total / count;
+  total = 0;
+  each([&](double n, double start, double sum, double squares) {
+    const double drift = start + sum / n - mean;
+    total += squares - sum * sum / n + n * drift * drift;
+  });
+  variance = total / count;
+}
+
 template <typename S, typename T = Compute<S>>
 ChannelNorm<T> channel_norm(const Norm& a, int64_t channel) {
   const T* weight = static_cast<const T*>(a.weight);
@@ -146,7 +173,7 @@ void norm(const Norm& a, int threads) {
   for (int64_t channel = 0; channel < a.in.channels; ++channel) {
     if (a.batch) {
       double mean, variance;
-      batch_statistics<S>(a, channel, mean, variance);
+      a.partial ? merged_statistics<S>(a, channel, mean, variance) : batch_statistics<S>(a, channel, mean, variance);
       static_cast<T*>(a.mean)[channel] = T(mean);
       static_cast<T*>(a.variance)[channel] = T(variance);
     }

@@ -116,6 +116,7 @@ class Program:
         self.unbiased = torch.ones(channels, dtype=dtype)  # n / (n - 1), n numbers in a batch's statistics
         self.norms: dict[int, Any] = {}
         self.readers = _first_readers(plan)
+        self.statistics: dict[int, tuple[int, int]] = {}  # of a convolution's output, by its tasks; and their rows
         self.factors: list[tuple[Dropout, Map]] = []
         self.owned: list[Tensor] = []  # what calls point into
         self.scratch = self.partial = torch.zeros(0, dtype=dtype)
@@ -273,19 +274,37 @@ class Program:
     def _convolution(self, op: Convolution) -> tuple[list[Call], list[Call]]:
         source, target = self.values[op.inputs[0]], self.values[op.output]
         bias = self._parameter(self.weights, op.bias)
+        mask = self.masks[op.output]
+        norm, band, statistics = self._unapplied(op), None, 0
+        if not source.flat:
+            band = self._band(op, source, mask.kept.shape[2])
+            if isinstance(self.readers.get(op.output), Norm):
+                tasks = source.blocks * -(-target.height // band.height)
+                statistics = self._own(torch.zeros(tasks * target.channels * 3 * SAMPLES, dtype=self.dtype))
+                self.statistics[op.output] = statistics, band.height
 
         def call_of(taps: Taps) -> Call:
             handle = self.kernels.Convolve(
                 *(source.handle(), target.handle(), self._taps(taps), bias, op.stride, 1, False)
             )
-            if op.inputs[0] in self.norms and not self.norms[op.inputs[0]].apply and self.readers[op.inputs[0]] is op:
-                handle.norm = self.norms[op.inputs[0]]
-                handle.band = self._band(op, source, mask.kept.shape[2])
+            if band is not None:
+                handle.band, handle.statistics = band, statistics
+            if norm is not None:
+                handle.norm = norm
             return self._call("convolve", handle)
 
-        mask = self.masks[op.output]
         calls = [self._fastest(op, FORWARD, lambda rows: (mask.forward_taps(rows, source.geometry), call_of))]
         return calls, calls
+
+    def _unapplied(self, reader: Convolution) -> Any:
+        """The norm whose output this convolution is the first to read, and computes."""
+        value = reader.inputs[0]
+        return self.norms[value] if value in self.norms and self._applies(value) is reader else None
+
+    def _applies(self, value: int) -> Convolution | None:
+        """The convolution that computes a norm's output for itself and for later ones; None where the norm does."""
+        first = self.readers.get(value)
+        return first if isinstance(first, Convolution) and not self.values[value].flat else None
 
     def _band(self, op: Convolution, source: Map, kernel_height: int) -> Any:
         """As many rows of a map as fit the second-level cache, in a scratch of each thread."""
@@ -343,10 +362,10 @@ class Program:
         self.norms[op.output] = self.kernels.Norm(
             *(source.handle(), target.handle(), residual),
             *(self._parameter(self.weights, op.weight), self._parameter(self.weights, op.bias)),
-            *(self.mean[begin:].data_ptr(), self.variance[begin:].data_ptr(), op.eps, True, op.relu),
+            *(self.mean[begin:].data_ptr(), self.variance[begin:].data_ptr(), op.eps, op.relu),
+            *self.statistics.get(op.inputs[0], (0, 0)),
         )
-        reader = self.readers.get(op.output)
-        self.norms[op.output].apply = source.flat or not isinstance(reader, Convolution)
+        self.norms[op.output].apply = self._applies(op.output) is None
         calls = [self._call("norm", self.norms[op.output])]
         return calls, calls
 
