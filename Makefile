@@ -23,10 +23,19 @@ format: .venv/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# With CIFAR10=cifar10.npz, whole runs too.
 bench: .venv/.installed
 	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-columns=min,median,max,rounds
 	$(BIN)/python -m benchmarks.cpu
 	$(BIN)/python -m benchmarks.agreement
+	$(BIN)/python -m benchmarks.layer
+	$(BIN)/python -m benchmarks.fused step
+	$(BIN)/python -m benchmarks.fused step --precision bfloat16
+	$(BIN)/python -m benchmarks.fused step --model vgg13 --no-compile --no-vmap
+	$(BIN)/python -m benchmarks.fused step --model mlp
+	$(BIN)/python -m benchmarks.fused figure
+	$(if $(CIFAR10),$(BIN)/python -m benchmarks.fused run --data $(CIFAR10))
+	$(if $(CIFAR10),$(BIN)/python -m benchmarks.fused run --data $(CIFAR10) --precision bfloat16)
 
 .venv/.installed: pyproject.toml setup.py MANIFEST.in $(wildcard csrc/cpu/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

@@ -3,7 +3,7 @@
     python -m benchmarks.fused masks --data cifar10.npz   records the masks (benchmarks/results/masks_*.npz)
     python -m benchmarks.fused step                        a training step at every density, all contenders
     python -m benchmarks.fused run --data cifar10.npz      a whole run, by fast_swamp and by the naive loop
-    python -m benchmarks.fused seeds                       accuracy over seeds on digits, fused, eager and naive
+    python -m benchmarks.fused seeds                       accuracy over seeds by engine, on digits; with --data, CIFAR-10
     python -m benchmarks.fused figure                      time over density, from the results of `step`
 
 The contenders of `step` get their batch for nothing; the fused engine gathers and augments its own.
@@ -37,17 +37,11 @@ SHAPES = {"resnet20": (3, 32, 32), "vgg13": (3, 32, 32), "mlp": (1, 28, 28)}
 DENSITIES = {"resnet20": (0, 6, 10, 14, 18), "vgg13": (0, 14), "mlp": (0, 13)}  # cycles: 0.8 ** cycle
 
 
-def masks(model: str, data: str, samples: int, epochs: int, cycles: int) -> None:
+def masks(model: str, data: Path, samples: int, epochs: int, cycles: int) -> None:
     """Record the masks of a run of the project's own driver, one particle, at the densities that are measured."""
-    loaded = np.load(data)
-    train = (
-        torch.from_numpy(loaded["train_images"][:samples]).movedim(-1, 1),
-        torch.from_numpy(loaded["train_labels"][:samples]),
-    )
-    result = fast_swamp(
-        built(model), train, particles=1, cycles=cycles, epochs=epochs, ticket_epochs=1, batch_size=BATCH,
-        augment="crop_flip", engine="fused",
-    )  # fmt: skip
+    settings: dict[str, Any] = {"particles": 1, "cycles": cycles, "epochs": epochs, "ticket_epochs": 1}
+    settings |= {"batch_size": BATCH, "augment": "crop_flip", "engine": "fused"}
+    result = fast_swamp(built(model), pictures(data, "train", samples), **settings)
     kept = {}
     for cycle in DENSITIES[model]:
         for name, mask in result.at(cycle)[1].items():
@@ -122,6 +116,34 @@ def dense_step(problem: Problem, mask: Tensor, last: bool, bfloat16: bool, compi
     return step
 
 
+def stacked_step(problem: Problem) -> Callable[[], None]:
+    """A step of all particles at once by stacked parameters and vmap: autograd's gradients, momentum by hand.
+
+    Norms use the batch's statistics and keep no running ones, which vmap can't write in place. Without masks.
+    """
+    models = [torch.func.replace_all_batch_norm_modules_(built_like(problem)) for _ in range(LANES)]
+    weights, buffers = torch.func.stack_module_state(models)
+    momenta = {name: torch.zeros_like(each) for name, each in weights.items()}
+    keys = torch.zeros(1, 3, dtype=torch.int64)
+    handle = next(iter(problem.train.batches(torch.arange(problem.train.length)[None], keys, problem.bounds[:1])))
+    inputs, targets = problem.train.fetch(handle, keys).lane(0)
+    inputs, targets = inputs.expand(LANES, *inputs.shape), targets.expand(LANES, *targets.shape)
+
+    def loss(weights: dict[str, Tensor], buffers: dict[str, Tensor], inputs: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(torch.func.functional_call(models[0], (weights, buffers), (inputs,)), targets)
+
+    gradient = torch.func.vmap(torch.func.grad(loss), randomness="different")
+
+    def step() -> None:
+        found = gradient(weights, buffers, inputs, targets)
+        with torch.no_grad():
+            for name, each in weights.items():
+                momenta[name].mul_(0.9).add_(found[name]).add_(each, alpha=5e-4)
+                each.sub_(momenta[name], alpha=1e-3)
+
+    return step
+
+
 def built_like(problem: Problem) -> nn.Module:
     """The problem's network, to be trained by a loop."""
     import copy
@@ -146,7 +168,7 @@ def fused_step(problem: Problem, mask: Tensor) -> tuple[Callable[[], None], int]
     return lambda: trainer.step(handle), size
 
 
-def step(model: str, precision: str, rounds: int, compiled: bool) -> None:
+def step(model: str, precision: str, rounds: int, compiled: bool, stacked: bool) -> None:
     """A step of one of 4 particles at every density, all contenders in turn."""
     problem = problem_of(model, precision)
     low = precision == "bfloat16"
@@ -156,6 +178,8 @@ def step(model: str, precision: str, rounds: int, compiled: bool) -> None:
     }
     if compiled:
         dense["torch.compile, channels last"] = dense_step(problem, problem.mask, True, low, True)
+    if stacked:
+        dense["stacked, vmap"] = stacked_step(problem)
     state: dict[int, int] = {}
     shares: dict[int, tuple[float, float]] = {}
     contenders = dict(dense)
@@ -165,6 +189,8 @@ def step(model: str, precision: str, rounds: int, compiled: bool) -> None:
         shares[cycle] = int(mask.sum()) / problem.layout.weights, problem.flops(mask) / problem.flops(problem.mask)
         contenders[f"fused {cycle}"] = run
     times = interleaved(contenders, rounds)
+    if stacked:
+        times["stacked, vmap"] = {name: each / LANES for name, each in times["stacked, vmap"].items()}
     best = min(times[name]["median"] for name in dense)
     plain = times["naive, channels first"]["median"]
     table = [
@@ -186,19 +212,13 @@ def step(model: str, precision: str, rounds: int, compiled: bool) -> None:
     about = header(rounds) | {"model": model, "precision": precision, "lanes": LANES, "batch": BATCH}
     about["masks"] = "of a recorded run" if (RESULTS / f"masks_{model}.npz").exists() else "uniform at random"
     command = f"python -m benchmarks.fused step --model {model} --precision {precision}"
-    write(f"fused_step_{model}_{precision}", command + ("" if compiled else " --no-compile"), about, table)
+    left_out = ("" if compiled else " --no-compile") + ("" if stacked else " --no-vmap")
+    write(f"fused_step_{model}_{precision}", command + left_out, about, table)
 
 
-def run(model: str, data: str, samples: int, particles: int, precision: str) -> None:
+def run(model: str, data: Path, samples: int, particles: int, precision: str) -> None:
     """A whole run of 14 cycles, by fast_swamp and by the naive loop in its faster memory format."""
-    loaded = np.load(data)
-    train, test = (
-        (
-            torch.from_numpy(loaded[f"{split}_images"][:count]).movedim(-1, 1),
-            torch.from_numpy(loaded[f"{split}_labels"][:count]),
-        )
-        for split, count in (("train", samples), ("test", 1000))
-    )
+    train, test = pictures(data, "train", samples), pictures(data, "test", 1000)
     settings: dict[str, Any] = {"particles": particles, "cycles": 14, "epochs": 1, "ticket_epochs": 1, "swa_start": 0.0}
     settings |= {"batch_size": BATCH, "augment": "crop_flip", "precision": precision, "seed": 0}
     table = []
@@ -222,9 +242,17 @@ def run(model: str, data: str, samples: int, particles: int, precision: str) -> 
     write(f"fused_run_{precision}", f"python -m benchmarks.fused run --precision {precision}", about, table)
 
 
-def seeds(count: int = 5) -> None:
-    """Accuracy of the average over seeds, a small CNN on digits: mean and standard deviation."""
-    settings: dict[str, Any] = {"particles": 2, "cycles": 14, "epochs": 4, "ticket_epochs": 2, "batch_size": 64}
+def seeds(data: Path | None, count: int = 5) -> None:
+    """Accuracy of the average over seeds, by engine: a small CNN on digits, or ResNet-20 on a subset of CIFAR-10."""
+    train: Any = "digits"
+    test: Any = None
+    settings: dict[str, Any]
+    if data is None:
+        settings = {"particles": 2, "cycles": 14, "epochs": 4, "ticket_epochs": 2, "batch_size": 64}
+    else:
+        train, test = pictures(data, "train", 2048), pictures(data, "test", 1000)
+        settings = {"particles": 2, "cycles": 4, "prune": 0.5, "epochs": 2, "ticket_epochs": 1, "batch_size": BATCH}
+        settings["augment"] = "crop_flip"
     table = []
     for name, function, engine, precision in (
         ("naive_swamp", naive_swamp, "auto", "float32"),
@@ -232,17 +260,36 @@ def seeds(count: int = 5) -> None:
         ("fused", fast_swamp, "fused", "float32"),
         ("fused, bfloat16", fast_swamp, "fused", "bfloat16"),
     ):
+        if data is not None and engine == "eager":
+            continue  # tests/test_driver.py holds it to the naive loop; its time is the naive loop's
         accuracies = []
         for seed in range(count):
             with torch.random.fork_rng():
                 torch.manual_seed(seed)
-                model = build_model("small_cnn", 1, 8, 8, 10)
+                model = (
+                    build_model("small_cnn", 1, 8, 8, 10) if data is None else build_model("resnet20", 3, 32, 32, 10)
+                )
+            if data is not None and function is naive_swamp:
+                model = model.to(memory_format=torch.channels_last)
             own = {**settings, "engine": engine, "precision": precision, "seed": seed, "progress": False}
-            accuracies.append([row["accuracy"] for row in function(model, "digits", **own).history])
+            accuracies.append([row["accuracy"] for row in function(model, train, test, **own).history])
         found = torch.tensor(accuracies, dtype=torch.float64)
-        cycles = {f"cycle {c}": f"{found[:, c].mean():.2%} +- {found[:, c].std():.2%}" for c in (0, 7, 14)}
+        last = settings["cycles"]
+        cycles = {f"cycle {c}": f"{found[:, c].mean():.2%} +- {found[:, c].std():.2%}" for c in (0, last // 2, last)}
         table.append({"": name, **cycles})
-    write("fused_seeds", "python -m benchmarks.fused seeds", header(1) | {"seeds": count, **settings}, table)
+    about = header(1) | {"seeds": count, **settings}
+    if data is None:
+        write("fused_seeds", "python -m benchmarks.fused seeds", about, table)
+    else:
+        about |= {"data": "2,048 training and 1,000 test pictures of a JPEG copy of CIFAR-10"}
+        write("fused_seeds_cifar", "python -m benchmarks.fused seeds --data cifar10.npz", about, table)
+
+
+def pictures(data: Path, split: str, count: int) -> tuple[Tensor, Tensor]:
+    """The first so many pictures of CIFAR-10 as an .npz, uint8 [B, 3, 32, 32], and their labels."""
+    loaded = np.load(data)
+    images = torch.from_numpy(loaded[f"{split}_images"][:count]).movedim(-1, 1)
+    return images, torch.from_numpy(loaded[f"{split}_labels"][:count])
 
 
 def figure() -> None:
@@ -283,21 +330,30 @@ def main() -> None:
     parser.add_argument("what", choices=["masks", "step", "run", "seeds", "figure"])
     parser.add_argument("--model", default="resnet20", choices=SHAPES)
     parser.add_argument("--precision", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--data", type=Path, default=Path("cifar10.npz"), help="CIFAR-10 as an .npz")
+    parser.add_argument("--data", type=Path, help="CIFAR-10 as an .npz; `masks` and `run` need it")
     parser.add_argument("--samples", type=int, default=25600)
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--particles", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument("--no-vmap", action="store_true", help="leave stack-and-vmap out; it is timed in float32 only")
     given = parser.parse_args()
+    if given.what in ("masks", "run") and given.data is None:
+        parser.error(f"{given.what} needs --data")
     if given.what == "masks":
         masks(given.model, given.data, given.samples, given.epochs, max(DENSITIES[given.model]))
     elif given.what == "seeds":
-        seeds()
+        seeds(given.data)
     elif given.what == "figure":
         figure()
     elif given.what == "step":
-        step(given.model, given.precision, given.rounds, not given.no_compile)
+        step(
+            given.model,
+            given.precision,
+            given.rounds,
+            not given.no_compile,
+            not given.no_vmap and given.precision == "float32",
+        )
     else:
         run(given.model, given.data, given.samples, given.particles, given.precision)
 

@@ -1,15 +1,16 @@
-"""The engines: eager (any model, any device), fused (a traced model on this project's kernels).
+"""The engines: eager (any model, any device), fused (a traced model on this project's kernels), by density (both).
 
 Each trains a bank of particles, and runs models side by side.
 """
 
 from __future__ import annotations
 
-import statistics
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from swamp_fast.engines.by_density import EngineByDensity
 from swamp_fast.engines.eager import Choice, EagerEngine, choose
 from swamp_fast.engines.fused.check import differs_from_autograd
 from swamp_fast.engines.fused.engine import FusedEngine, fused_plan, seconds_of_steps
@@ -17,7 +18,7 @@ from swamp_fast.plan import Plan
 from swamp_fast.problem import Problem
 from swamp_fast.run import Run
 
-Engine = EagerEngine | FusedEngine
+Engine = EagerEngine | FusedEngine | EngineByDensity
 
 
 def start_engine(problem: Problem, run: Run) -> Engine:
@@ -47,27 +48,40 @@ def _chosen(problem: Problem) -> Engine:
     if isinstance(plan, str):
         return EagerEngine(problem, choice, None if wanted == "eager" else plan)
     eager = EagerEngine(problem, choice, None)
-    times = [
-        statistics.mean(
-            seconds_of_steps(FusedEngine(problem, plan, "", {}), problem, mask) for mask in _first_and_last(problem)
-        ),
-        seconds_of_steps(eager, problem, problem.mask),
-    ]
-    figures = " against ".join(f"{seconds * 1e3:.1f}" for seconds in times)
-    if times[0] < times[1]:
-        why = f"the fastest measured: a step takes {figures} ms of the eager engine, over a run's densities"
-        return FusedEngine(problem, plan, why, {})
-    return EagerEngine(problem, choice, f"it was slower, {figures} ms a step")
+    eager_seconds = seconds_of_steps(eager, problem, problem.mask)
+    first, last = (
+        seconds_of_steps(FusedEngine(problem, plan, "", {}), problem, mask) for mask in _first_and_last(problem)
+    )
+    figures = (
+        f"a step takes {first * 1e3:.1f} ms at first and {last * 1e3:.1f} at last, against {eager_seconds * 1e3:.1f}"
+    )
+    if first < eager_seconds:
+        return FusedEngine(problem, plan, f"the fastest measured: {figures} of the eager engine", {})
+    if last < eager_seconds:
+        why = f"the fused engine from the density on where it is faster: {figures} of the eager engine"
+        return EngineByDensity(FusedEngine(problem, plan, "", {}), eager, eager_seconds, {}, why)
+    return EagerEngine(problem, choice, f"it was slower: {figures}")
 
 
 def _recorded(problem: Problem, run: Run) -> Engine:
     """The engine of a run that goes on."""
     there = run.engine
-    if there.get("engine") == "fused":
-        plan = _proven_plan(problem)
-        if isinstance(plan, str):
-            raise ValueError(f"the run was begun by the fused engine, which can't be had here: {plan}.")
-        return FusedEngine(problem, plan, there.get("why", ""), there.get("rows", {}))
+    if there.get("engine") == EngineByDensity.name:
+        fused, eager = _recorded_fused(problem, there["fused"]), _recorded_eager(problem, there["eager"])
+        return EngineByDensity(fused, eager, there["eager_seconds"], there["engines"], there["why"])
+    if there.get("engine") == FusedEngine.name:
+        return _recorded_fused(problem, there)
+    return _recorded_eager(problem, there)
+
+
+def _recorded_fused(problem: Problem, there: dict[str, Any]) -> FusedEngine:
+    plan = _proven_plan(problem)
+    if isinstance(plan, str):
+        raise ValueError(f"the run was begun by the fused engine, which can't be had here: {plan}.")
+    return FusedEngine(problem, plan, there.get("why", ""), there.get("rows", {}))
+
+
+def _recorded_eager(problem: Problem, there: dict[str, Any]) -> EagerEngine:
     missing = [name for name in Choice.__dataclass_fields__ if name not in there]
     if missing:
         raise ValueError(

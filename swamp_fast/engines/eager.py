@@ -62,6 +62,10 @@ class EagerEngine:
         self.trainer.bank.rewind_(start, mask, cycle)
         return self.trainer.bank
 
+    def release(self) -> None:
+        """Give the memory of training and evaluation back."""
+        self.trainer = self.evaluated = None
+
     def train(
         self,
         bank: ParticleBank,

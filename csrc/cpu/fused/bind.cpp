@@ -43,27 +43,10 @@ void bind_fused(py::module_& parent) {
       py::init([](uintptr_t starts, uintptr_t offsets, uintptr_t values, int64_t groups, int64_t rows) {
         return Taps{at<int32_t>(starts), at<int32_t>(offsets), at<void>(values), groups, rows};
       }));
-  py::class_<Norm>(m, "Norm")
-      .def(py::init([](Map in, Map out, Map residual, uintptr_t weight, uintptr_t bias, uintptr_t mean, uintptr_t variance,
-                       double eps, bool relu, uintptr_t partial, int64_t band_height) {
-        return Norm{in,  out,  residual, at<void>(weight), at<void>(bias), at<void>(mean), at<void>(variance),
-                    eps, true, relu,     true,             at<void>(partial), band_height};
-      }))
-      .def_readwrite("batch", &Norm::batch)
-      .def_readwrite("apply", &Norm::apply);
-  py::class_<Band>(m, "Band").def(
-      py::init([](int64_t height, int64_t above, int64_t below, uintptr_t scratch, int64_t scratch_size) {
-        return Band{height, above, below, at<void>(scratch), scratch_size};
-      }))
-      .def_readonly("height", &Band::height);
   py::class_<Convolve>(m, "Convolve")
       .def(py::init([](Map in, Map out, Taps taps, uintptr_t bias, int64_t in_step, int64_t out_step, bool accumulate) {
-        return Convolve{in, out, taps, at<void>(bias), in_step, out_step, accumulate, Norm{}, Band{}, nullptr};
-      }))
-      .def_readwrite("norm", &Convolve::norm)
-      .def_readwrite("band", &Convolve::band)
-      .def_property("statistics", nullptr,
-                    [](Convolve& convolve, uintptr_t address) { convolve.statistics = at<void>(address); });
+        return Convolve{in, out, taps, at<void>(bias), in_step, out_step, accumulate};
+      }));
   py::class_<WeightGrad>(m, "WeightGrad")
       .def(py::init([](Map in, Map out_grad, Taps taps, uintptr_t chunks, int64_t chunk_count, int64_t parts, int64_t in_step,
                        uintptr_t index, uintptr_t partial, uintptr_t scratch, int64_t scratch_size, uintptr_t grads,
@@ -71,6 +54,12 @@ void bind_fused(py::module_& parent) {
         return WeightGrad{in, out_grad, taps, at<int64_t>(chunks), chunk_count, parts, in_step, at<int32_t>(index),
                           at<void>(partial), at<void>(scratch), scratch_size, at<void>(grads), at<void>(bias_grad)};
       }));
+  py::class_<Norm>(m, "Norm")
+      .def(py::init([](Map in, Map out, Map residual, uintptr_t weight, uintptr_t bias, uintptr_t mean, uintptr_t variance,
+                       double eps, bool batch, bool relu) {
+        return Norm{in, out, residual, at<void>(weight), at<void>(bias), at<void>(mean), at<void>(variance), eps, batch, relu};
+      }))
+      .def_readwrite("batch", &Norm::batch);
   py::class_<NormGrad>(m, "NormGrad")
       .def(py::init([](Norm norm, Map in_grad, Map out_grad, Map residual_grad, uintptr_t weight_grad, uintptr_t bias_grad,
                        bool accumulate, bool accumulate_residual) {

@@ -21,28 +21,7 @@ struct ConvolveTile {
   View<S> in, out;
   int64_t block, phase, row, column;  // of the phase's own grid
   int64_t begin_group, end_group;
-  Vector<Compute<S>>* statistics;  // [channels, 3] of the task, or null
-  bool fresh;                      // the task's first tile
 };
-
-// Of one channel's pixels of a tile.
-template <typename S, int height, int width, typename T = Compute<S>>
-inline void add_statistics(Vector<T>* to, const Vector<T> (&values)[height][width], bool fresh) {
-  if (fresh) {
-    to[0] = stored<S>(values[0][0]);
-    to[1] = to[2] = Vector<T>{};
-  }
-  const Vector<T> start = to[0];
-  Vector<T> sum{}, squares{};
-  for (int i = 0; i < height; ++i)
-    for (int j = 0; j < width; ++j) {
-      const Vector<T> difference = stored<S>(values[i][j]) - start;
-      sum += difference;
-      squares += difference * difference;
-    }
-  to[1] += sum;
-  to[2] += squares;
-}
 
 template <typename S, int rows, int height, int width, bool unit_step>
 void convolve_tile(const ConvolveTile<S>& t) {
@@ -73,7 +52,6 @@ void convolve_tile(const ConvolveTile<S>& t) {
           if (a.accumulate) store(place, load<S>(place) + sums[row][i][j]);
           else stream(place, sums[row][i][j]);
         }
-      if (t.statistics) add_statistics<S>(t.statistics + 3 * (first + row), sums[row], t.fresh);
     }
   }
 }
@@ -90,74 +68,37 @@ void convolve_width(const ConvolveTile<S>& t, int64_t left) {
 
 // Pixels of a tile: as many accumulators as the registers hold.
 #if defined(__AVX512F__)
-constexpr int kTile = 8, kTileOfFour = 4, kGradTile = 16;
+constexpr int kTile = 8, kTileOfFour = 4;
 #else
-constexpr int kTile = 4, kTileOfFour = 2, kGradTile = 8;
+constexpr int kTile = 4, kTileOfFour = 2;
 #endif
 
 template <int rows>
 constexpr int kWidth = rows == 4 ? kTileOfFour : kTile;
-template <int rows>
-constexpr int kGradWidth = kGradTile / rows;
-
-// Rows [first, last) of every phase's grid.
-template <typename S, int rows>
-void convolve_band(ConvolveTile<S> t, int64_t first, int64_t last) {
-  const Convolve& a = t.a;
-  constexpr int width = kWidth<rows>;
-  for (t.phase = 0; t.phase < a.out_step * a.out_step; ++t.phase) {
-    const int64_t H = (a.out.height - t.phase / a.out_step + a.out_step - 1) / a.out_step;
-    const int64_t W = (a.out.width - t.phase % a.out_step + a.out_step - 1) / a.out_step;
-    const int64_t end = last < H ? last : H;
-    for (t.row = first; t.row < end;) {
-      // Narrow maps take two or four rows at once.
-      const int tall = 2 * W <= width && t.row + 1 < end ? 2 : 1;
-      for (t.column = 0; t.column < W; t.column += tall == 2 ? width / 2 : width) {
-        if (tall == 2) convolve_width<S, rows, 2, width / 2>(t, W - t.column);
-        else convolve_width<S, rows, 1, width>(t, W - t.column);
-        t.fresh = false;
-      }
-      t.row += tall;
-    }
-  }
-}
-
-// The input of a band of rows, if it is a norm's output that isn't in memory yet.
-template <typename S>
-View<S> normed_input(const Convolve& a, int64_t block, int64_t first, int64_t last) {
-  const Norm& n = a.norm;
-  if (!n.in.data) return View<S>(a.in);
-  const int64_t own = first * a.in_step, own_last = last == a.out.height ? a.in.height : last * a.in_step;
-  int64_t begin = own - a.band.above, end = (last - 1) * a.in_step + a.band.below + 1;
-  if (begin < -a.in.pad) begin = -a.in.pad;
-  if (begin > own) begin = own;
-  if (end < own_last) end = own_last;
-  if (end > a.in.height + a.in.pad) end = a.in.height + a.in.pad;
-  const View<S> view = band_view<S>(a.in, a.band, block, begin);
-  const bool residual = n.residual.data != nullptr;
-  if (n.relu) (residual ? norm_band<S, true, true> : norm_band<S, true, false>)(n, view, block, begin, end, own, own_last);
-  else (residual ? norm_band<S, false, true> : norm_band<S, false, false>)(n, view, block, begin, end, own, own_last);
-  return view;
-}
 
 template <typename S, int rows>
 void convolve_rows(const Convolve& a, int threads) {
-  // Few channels are many tasks, of groups or of rows.
-  constexpr int64_t kGroups = rows == 4 ? 8 : rows == 2 ? 16 : 32;
-  const bool normed = a.norm.in.data != nullptr;
-  const int64_t parts = normed ? 1 : (a.taps.groups + kGroups - 1) / kGroups;
-  const int64_t H = (a.out.height + a.out_step - 1) / a.out_step, height = a.band.height ? a.band.height : H;
-  const int64_t bands = (H + height - 1) / height;
-  auto* const statistics = static_cast<Vector<Compute<S>>*>(a.statistics);
+  constexpr int64_t kGroups = rows == 4 ? 8 : rows == 2 ? 16 : 32;  // of a task, so that few channels are many tasks
+  constexpr int width = kWidth<rows>;
+  const int64_t parts = (a.taps.groups + kGroups - 1) / kGroups;
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
-  for (int64_t task = 0; task < a.out.blocks * bands * parts; ++task) {
-    const int64_t part = task % parts, place = task / parts, block = place / bands;
-    const int64_t first = place % bands * height, last = first + height < H ? first + height : H;
-    const int64_t end = normed ? a.taps.groups : (part + 1) * kGroups;
-    convolve_band<S, rows>({a, normed_input<S>(a, block, first, last), View<S>(a.out), block, 0, 0, 0, part * kGroups,
-                            end < a.taps.groups ? end : a.taps.groups,
-                            statistics ? statistics + place * a.out.channels * 3 : nullptr, true},
-                           first, last);
+  for (int64_t task = 0; task < a.out.blocks * parts; ++task) {
+    const int64_t part = task % parts, end = (part + 1) * kGroups;
+    ConvolveTile<S> t{a, View<S>(a.in), View<S>(a.out), task / parts, 0, 0, 0, part * kGroups,
+                      end < a.taps.groups ? end : a.taps.groups};
+    for (t.phase = 0; t.phase < a.out_step * a.out_step; ++t.phase) {
+      const int64_t H = (a.out.height - t.phase / a.out_step + a.out_step - 1) / a.out_step;
+      const int64_t W = (a.out.width - t.phase % a.out_step + a.out_step - 1) / a.out_step;
+      for (t.row = 0; t.row < H;) {
+        // Narrow maps take two or four rows at once.
+        const int tall = 2 * W <= width && t.row + 1 < H ? 2 : 1;
+        for (t.column = 0; t.column < W; t.column += tall == 2 ? width / 2 : width) {
+          if (tall == 2) convolve_width<S, rows, 2, width / 2>(t, W - t.column);
+          else convolve_width<S, rows, 1, width>(t, W - t.column);
+        }
+        t.row += tall;
+      }
+    }
   }
 }
 
@@ -225,7 +166,7 @@ void weight_grad_groups(const WeightGradTile<S>& t, int64_t left) {
 template <typename S, int rows>
 void weight_grad_rows(const WeightGrad& a, int threads) {
   using T = Compute<S>;
-  constexpr int width = kGradWidth<rows>;
+  constexpr int width = kWidth<rows>;
   const int64_t taps = a.taps.starts[a.taps.groups], H = a.out_grad.height, W = a.out_grad.width;
   T* const partial = static_cast<T*>(a.partial);
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
@@ -238,7 +179,7 @@ void weight_grad_rows(const WeightGrad& a, int threads) {
     const int64_t last = (part + 1) * a.out_grad.blocks / a.parts;
     for (t.block = part * a.out_grad.blocks / a.parts; t.block < last; ++t.block)
       for (t.row = 0; t.row < H;) {
-        const int tall = t.row + 1 < H ? 2 : 1;
+        const int tall = 2 * W <= width && t.row + 1 < H ? 2 : 1;
         for (t.column = 0; t.column < W; t.column += tall == 2 ? width / 2 : width) {
           if (tall == 2) weight_grad_groups<S, rows, 2, width / 2>(t, W - t.column);
           else weight_grad_groups<S, rows, 1, width>(t, W - t.column);

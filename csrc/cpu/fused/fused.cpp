@@ -27,9 +27,8 @@ inline int this_thread() {
 
 #include "vector.h"
 
-#include "norm.h"
-
 #include "convolution.h"
+#include "norm.h"
 #include "pointwise.h"
 #include "pooling.h"
 #include "reorder.h"

@@ -25,28 +25,6 @@ struct Taps {
   int64_t groups, rows;    // rows is 1, 2 or 4
 };
 
-// out = relu?((in - mean) * rstd * weight + bias + residual?), channel by channel.
-struct Norm {
-  Map in, out, residual;  // residual.data is null without one
-  const void* weight;     // [C]
-  const void* bias;       // [C]
-  void* mean;             // [C] of the batch if `batch`, else given
-  void* variance;         // [C] biased, likewise
-  double eps;
-  bool batch, relu;
-  bool apply;  // or the statistics alone: who reads the output computes it
-  const void* partial;  // the batch's statistics by the convolution that wrote `in`, or null; see Convolve
-  int64_t band_height;
-};
-
-// What a task computes for itself instead of reading it from memory: the rows of a map that `height` rows of a convolution
-// read, `above` and `below` them too.
-struct Band {
-  int64_t height, above, below;
-  void* scratch;         // [threads, scratch_size]
-  int64_t scratch_size;  // as many elements as a block of the map
-};
-
 // out(y * out_step + phase) = sum over taps of value * in(y * in_step + offset): a convolution with in_step = stride,
 // or its gradient by the input, with out_step = stride and a phase for each place in it.
 struct Convolve {
@@ -55,10 +33,6 @@ struct Convolve {
   const void* bias;  // [outputs], or null
   int64_t in_step, out_step;
   bool accumulate;  // add to out
-  Norm norm;        // its output is `in`, which is written here; norm.in.data is null where `in` is there already
-  Band band;        // how many rows a task takes; of `in`, with a norm
-  void* statistics;  // [blocks * bands, channels, 3, 16] of what a task writes of a channel: a number of it, the sum of the
-                     // differences from that, and of their squares; or null
 };
 
 // grads[index] = sum over samples and pixels of out_grad * in, for every tap.
@@ -75,6 +49,17 @@ struct WeightGrad {
   int64_t scratch_size;   // the most taps * rows of a chunk
   void* grads;
   void* bias_grad;        // [outputs], or null
+};
+
+// out = relu?((in - mean) * rstd * weight + bias + residual?), channel by channel.
+struct Norm {
+  Map in, out, residual;  // residual.data is null without one
+  const void* weight;     // [C]
+  const void* bias;       // [C]
+  void* mean;             // [C] of the batch if `batch`, else given
+  void* variance;         // [C] biased, likewise
+  double eps;
+  bool batch, relu;
 };
 
 struct NormGrad {

@@ -62,33 +62,6 @@ void batch_statistics(const Norm& a, int64_t channel, double& mean, double& vari
   variance = total / count - drift * drift;
 }
 
-// The same from what the convolution's tasks have summed, all in double and in one order.
-template <typename S, typename T = Compute<S>>
-void merged_statistics(const Norm& a, int64_t channel, double& mean, double& variance) {
-  const Map& m = a.in;
-  const int64_t bands = (m.height + a.band_height - 1) / a.band_height;
-  // visit(numbers, the number that differences are from, their sum, that of their squares), for every sample of a task
-  const auto each = [&](auto visit) {
-    const Vector<T>* from = static_cast<const Vector<T>*>(a.partial) + channel * 3;
-    for (int64_t task = 0; task < m.blocks * bands; ++task, from += m.channels * 3) {
-      const int64_t first = task % bands * a.band_height;
-      const int64_t rows = first + a.band_height < m.height ? a.band_height : m.height - first;
-      for (int64_t i = 0; i < valid(m, task / bands, 0); ++i)
-        visit(double(rows * m.width), double(from[0][i]), double(from[1][i]), double(from[2][i]));
-    }
-  };
-  const double count = double(m.samples) * m.height * m.width;
-  double total = 0;
-  each([&](double n, double start, double sum, double) { total += n * start + sum; });
-  mean = total / count;
-  total = 0;
-  each([&](double n, double start, double sum, double squares) {
-    const double drift = start + sum / n - mean;
-    total += squares - sum * sum / n + n * drift * drift;
-  });
-  variance = total / count;
-}
-
 template <typename S, typename T = Compute<S>>
 ChannelNorm<T> channel_norm(const Norm& a, int64_t channel) {
   const T* weight = static_cast<const T*>(a.weight);
@@ -98,72 +71,21 @@ ChannelNorm<T> channel_norm(const Norm& a, int64_t channel) {
           splat<T>(bias ? bias[channel] : T(0))};
 }
 
-// One row of one channel; put(x, value) stores it.
-template <typename S, bool relu, bool residual, typename F, typename T = Compute<S>>
-inline void norm_row(const ChannelNorm<T>& n, const S* from, const S* more, int64_t width, F put) {
-  for (int64_t x = 0; x < width * kSamples; x += kSamples) {
-    Vector<T> value = (load(from + x) - n.mean) * n.scale + n.shift;
-    if constexpr (residual) value += load(more + x);
-    if constexpr (relu) value = value < Vector<T>{} ? Vector<T>{} : value;
-    put(x, value);
-  }
-}
-
-template <typename S, bool relu, bool residual>
+template <typename S, bool relu, bool residual, typename T = Compute<S>>
 void norm_apply(const Norm& a, int64_t channel) {
   const View<S> in(a.in), out(a.out), add(residual ? a.residual : a.in);
-  const auto n = channel_norm<S>(a, channel);
+  const ChannelNorm<T> n = channel_norm<S>(a, channel);
   each_row(a.in, [&](int64_t block, int64_t row, int64_t) {
+    const S* from = in.at(block, channel, row, 0);
+    const S* more = add.at(block, channel, row, 0);
     S* to = out.at(block, channel, row, 0);
-    norm_row<S, relu, residual>(n, in.at(block, channel, row, 0), add.at(block, channel, row, 0), a.in.width,
-                                [&](int64_t x, auto value) { store(to + x, value); });
-  });
-}
-
-// The rows [first, last) of a map for one task, its border with them, where the task finds them by the map's own steps.
-template <typename S>
-View<S> band_view(const Map& m, const Band& band, int64_t block, int64_t first) {
-  View<S> view(m);
-  S* const scratch = static_cast<S*>(band.scratch) + this_thread() * band.scratch_size;
-  view.data = scratch - block * view.block - view.origin - first * view.pitch + m.pad * kSamples;
-  return view;
-}
-
-// What `fill` makes of the rows that are in the map, and zeros around them.
-template <typename S, typename F>
-void fill_band(const Map& m, const View<S>& view, int64_t block, int64_t channel, int64_t first, int64_t last, F fill) {
-  const auto clear = [](S* begin, int64_t count) { __builtin_memset(begin, 0, count * kSamples * sizeof(S)); };
-  for (int64_t row = first; row < last; ++row) {
-    S* to = view.at(block, channel, row, 0);
-    if (row < 0 || row >= m.height) {
-      clear(to - m.pad * kSamples, m.width + 2 * m.pad);
-    } else {
-      clear(to - m.pad * kSamples, m.pad);
-      clear(to + m.width * kSamples, m.pad);
-      fill(row, to);
+    for (int64_t x = 0; x < a.in.width * kSamples; x += kSamples) {
+      Vector<T> value = (load(from + x) - n.mean) * n.scale + n.shift;
+      if constexpr (residual) value += load(more + x);
+      if constexpr (relu) value = value < Vector<T>{} ? Vector<T>{} : value;
+      store(to + x, value);
     }
-  }
-}
-
-// Rows of a norm's output, for the convolution that reads them; those of [own, own_last) go to memory too.
-template <typename S, bool relu, bool residual>
-void norm_band(const Norm& a, const View<S>& view, int64_t block, int64_t first, int64_t last, int64_t own, int64_t own_last) {
-  const View<S> in(a.in), out(a.out), add(residual ? a.residual : a.in);
-  for (int64_t channel = 0; channel < a.in.channels; ++channel) {
-    const auto n = channel_norm<S>(a, channel);
-    fill_band<S>(a.out, view, block, channel, first, last, [&](int64_t row, S* to) {
-      const S* from = in.at(block, channel, row, 0);
-      const S* more = add.at(block, channel, row, 0);
-      S* keep = out.at(block, channel, row, 0);
-      if (row >= own && row < own_last)
-        norm_row<S, relu, residual>(n, from, more, a.in.width, [&](int64_t x, auto value) {
-          store(to + x, value);
-          stream(keep + x, value);
-        });
-      else
-        norm_row<S, relu, residual>(n, from, more, a.in.width, [&](int64_t x, auto value) { store(to + x, value); });
-    });
-  }
+  });
 }
 
 template <typename S>
@@ -173,11 +95,10 @@ void norm(const Norm& a, int threads) {
   for (int64_t channel = 0; channel < a.in.channels; ++channel) {
     if (a.batch) {
       double mean, variance;
-      a.partial ? merged_statistics<S>(a, channel, mean, variance) : batch_statistics<S>(a, channel, mean, variance);
+      batch_statistics<S>(a, channel, mean, variance);
       static_cast<T*>(a.mean)[channel] = T(mean);
       static_cast<T*>(a.variance)[channel] = T(variance);
     }
-    if (!a.apply) continue;
     const bool residual = a.residual.data != nullptr;
     if (a.relu) residual ? norm_apply<S, true, true>(a, channel) : norm_apply<S, true, false>(a, channel);
     else residual ? norm_apply<S, false, true>(a, channel) : norm_apply<S, false, false>(a, channel);

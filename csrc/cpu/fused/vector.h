@@ -39,22 +39,13 @@ inline Vector<Compute<S>> load(const S* from) {
   }
 }
 
-// What is left of a value in storage: bfloat16 is rounded to nearest, ties to even.
-template <typename S>
-inline Vector<Compute<S>> stored(Vector<Compute<S>> value) {
-  if constexpr (sizeof(S) == 2) {
-    Words words = (Words)value;
-    words += 0x7fff + ((words >> 16) & 1);
-    return (Vector<float>)(words & 0xffff0000);
-  } else {
-    return value;
-  }
-}
-
+// bfloat16 is rounded to nearest, ties to even.
 template <typename S>
 inline void store(S* to, Vector<Compute<S>> value) {
   if constexpr (sizeof(S) == 2) {
-    const Halves halves = __builtin_convertvector((Words)stored<S>(value) >> 16, Halves);
+    Words words = (Words)value;
+    words += 0x7fff + ((words >> 16) & 1);
+    const Halves halves = __builtin_convertvector(words >> 16, Halves);
     __builtin_memcpy(__builtin_assume_aligned(to, 32), &halves, sizeof(halves));
   } else {
     *reinterpret_cast<Vector<S>*>(to) = value;

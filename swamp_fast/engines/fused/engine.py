@@ -42,7 +42,7 @@ class FusedEngine:
 
     def spawn(self, start: Solution, mask: Tensor, particles: int, cycle: int | None) -> ParticleBank:
         """The bank with `particles` lanes at `start` under a mask [Q]; it and its program are made for the mask."""
-        self.programs = self.trainer = None  # frees the old memory before the new is taken
+        self.release()  # before new memory is taken
         compact = Compact(self.problem.layout, mask)
         rows = self.rows.setdefault("ticket" if cycle is None else str(cycle), {})
         self.programs = Programs(self.problem, self.plan, compact, rows)
@@ -52,6 +52,10 @@ class FusedEngine:
         self.programs.of(self.problem.bounds[0][1], trains=True)  # measures now what is recorded before the first step
         self.trainer = Trainer(self.problem, bank, grads, Fused(self.problem, self.programs, bank.weights, grads))
         return bank
+
+    def release(self) -> None:
+        """Give the memory of training and evaluation back."""
+        self.programs = self.trainer = None
 
     def train(
         self,

@@ -26,7 +26,6 @@ FORWARD, BY_INPUT, BY_WEIGHTS = range(3)
 MOST_WASTE = 2.5  # sharing loads is not tried where it makes so many products of one
 TIMINGS = 3
 HUGE_PAGE = 2 << 20  # bytes
-BAND = 512 << 10  # bytes of a map's rows that a task computes for itself
 TASKS = 16  # that a weight gradient is split into at least, if it can be
 
 
@@ -115,12 +114,9 @@ class Program:
         self.mean, self.variance = torch.zeros(2, channels, dtype=dtype)
         self.unbiased = torch.ones(channels, dtype=dtype)  # n / (n - 1), n numbers in a batch's statistics
         self.norms: dict[int, Any] = {}
-        self.readers = _first_readers(plan)
-        self.statistics: dict[int, tuple[int, int]] = {}  # of a convolution's output, by its tasks; and their rows
         self.factors: list[tuple[Dropout, Map]] = []
         self.owned: list[Tensor] = []  # what calls point into
         self.scratch = self.partial = torch.zeros(0, dtype=dtype)
-        self.band_scratch = torch.zeros(0, dtype=storage)
         self.gather_calls: list[Call] = []
         self.training_calls: list[Call] = []
         self.evaluation_calls: list[Call] = []  # without dropout
@@ -274,51 +270,14 @@ class Program:
     def _convolution(self, op: Convolution) -> tuple[list[Call], list[Call]]:
         source, target = self.values[op.inputs[0]], self.values[op.output]
         bias = self._parameter(self.weights, op.bias)
-        mask = self.masks[op.output]
-        norm, band, statistics = self._unapplied(op), None, 0
-        if not source.flat:
-            band = self._band(op, source, mask.kept.shape[2])
-            if isinstance(self.readers.get(op.output), Norm):
-                tasks = source.blocks * -(-target.height // band.height)
-                statistics = self._own(torch.zeros(tasks * target.channels * 3 * SAMPLES, dtype=self.dtype))
-                self.statistics[op.output] = statistics, band.height
 
         def call_of(taps: Taps) -> Call:
-            handle = self.kernels.Convolve(
-                *(source.handle(), target.handle(), self._taps(taps), bias, op.stride, 1, False)
-            )
-            if band is not None:
-                handle.band, handle.statistics = band, statistics
-            if norm is not None:
-                handle.norm = norm
-            return self._call("convolve", handle)
+            argument = (source.handle(), target.handle(), self._taps(taps), bias, op.stride, 1, False)
+            return self._call("convolve", self.kernels.Convolve(*argument))
 
+        mask = self.masks[op.output]
         calls = [self._fastest(op, FORWARD, lambda rows: (mask.forward_taps(rows, source.geometry), call_of))]
         return calls, calls
-
-    def _unapplied(self, reader: Convolution) -> Any:
-        """The norm whose output this convolution is the first to read, and computes."""
-        value = reader.inputs[0]
-        return self.norms[value] if value in self.norms and self._applies(value) is reader else None
-
-    def _applies(self, value: int) -> Convolution | None:
-        """The convolution that computes a norm's output for itself and for later ones; None where the norm does."""
-        first = self.readers.get(value)
-        return first if isinstance(first, Convolution) and not self.values[value].flat else None
-
-    def _band(self, op: Convolution, source: Map, kernel_height: int) -> Any:
-        """As many rows of a map as fit the second-level cache, in a scratch of each thread."""
-        outside = self.values[op.output].height
-        row = source.channels * (source.width + 2 * source.pad) * SAMPLES * self.storage.itemsize
-        below = (kernel_height - 1) * op.dilation[0] - op.padding[0]
-        height = (BAND // row - op.padding[0] - max(below, 0) - 1) // op.stride + 1
-        tasks = -(-TASKS // source.blocks)
-        height = max(1, min(height, -(-outside // tasks)))
-        height = -(-outside // -(-outside // height))
-        size = source.channels * source.geometry.plane
-        if self.band_scratch.numel() < size * self.threads:
-            self.band_scratch = zeros(size * self.threads, self.storage)
-        return self.kernels.Band(height, op.padding[0], below, self._own(self.band_scratch), size)
 
     def _convolution_backward(self, op: Convolution) -> list[Call]:
         source, out_grad, mask = self.values[op.inputs[0]], self.grad_maps[op.output], self.masks[op.output]
@@ -362,10 +321,8 @@ class Program:
         self.norms[op.output] = self.kernels.Norm(
             *(source.handle(), target.handle(), residual),
             *(self._parameter(self.weights, op.weight), self._parameter(self.weights, op.bias)),
-            *(self.mean[begin:].data_ptr(), self.variance[begin:].data_ptr(), op.eps, op.relu),
-            *self.statistics.get(op.inputs[0], (0, 0)),
+            *(self.mean[begin:].data_ptr(), self.variance[begin:].data_ptr(), op.eps, True, op.relu),
         )
-        self.norms[op.output].apply = self._applies(op.output) is None
         calls = [self._call("norm", self.norms[op.output])]
         return calls, calls
 
@@ -475,15 +432,6 @@ def _parts(kept: int) -> int:
     while parts * max(1, kept // CHUNK) < TASKS:
         parts *= 2
     return parts
-
-
-def _first_readers(plan: Plan) -> dict[int, Op]:
-    """The first operation that reads each value."""
-    readers: dict[int, Op] = {}
-    for op in plan.ops:
-        for value in op.inputs:
-            readers.setdefault(value, op)
-    return readers
 
 
 def _needed(plan: Plan) -> set[int]:

@@ -1,0 +1,74 @@
+"""The eager engine for the dense cycles, and the fused one from the first cycle on in which it is faster."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from swamp_fast.bank import ParticleBank, Solution
+from swamp_fast.engines.eager import EagerEngine
+from swamp_fast.engines.fused.engine import Fused, FusedEngine, seconds_of_steps
+from swamp_fast.engines.trainer import Way
+from swamp_fast.problem import Problem
+from swamp_fast.schedule import Training
+
+
+class EngineByDensity:
+    """Runs each cycle on one of two engines; all that a cycle takes from the one before it is a mask and the ticket.
+
+    eager_seconds  of a step of one particle: what the fused engine is measured against, before a cycle, until it wins
+    engines        the name of each cycle's engine ("ticket" for the ticket's); part of a run's state, so that resuming
+                   replays it
+    """
+
+    name = "by density"
+
+    def __init__(
+        self, fused: FusedEngine, eager: EagerEngine, eager_seconds: float, engines: dict[str, str], why: str
+    ) -> None:
+        self.fused, self.eager, self.eager_seconds, self.engines, self.why = fused, eager, eager_seconds, engines, why
+        self.now: FusedEngine | EagerEngine = eager
+
+    def spawn(self, start: Solution, mask: Tensor, particles: int, cycle: int | None) -> ParticleBank:
+        """As EagerEngine.spawn."""
+        key = "ticket" if cycle is None else str(cycle)
+        if key not in self.engines:
+            self.engines[key] = self._faster(mask)
+        fused = self.engines[key] == self.fused.name
+        (self.eager if fused else self.fused).release()
+        self.now = self.fused if fused else self.eager
+        return self.now.spawn(start, mask, particles, cycle)
+
+    def train(
+        self,
+        bank: ParticleBank,
+        training: Training,
+        on_step: Callable[[int], None],
+        on_epoch: Callable[[int, Tensor], None],
+    ) -> Tensor:
+        """As EagerEngine.train."""
+        return self.now.train(bank, training, on_step, on_epoch)
+
+    def side_by_side(self, weights: Tensor, buffers: dict[str, Tensor]) -> Way | Fused:
+        """As EagerEngine.side_by_side."""
+        return self.now.side_by_side(weights, buffers)
+
+    def describe(self) -> dict[str, Any]:
+        """What ran, how, and why."""
+        return {
+            "engine": self.name,
+            "why": self.why,
+            "engines": self.engines,
+            "eager_seconds": self.eager_seconds,
+            "fused": self.fused.describe(),
+            "eager": self.eager.describe(),
+        }
+
+    def _faster(self, mask: Tensor) -> str:
+        problem: Problem = self.fused.problem
+        if self.fused.name in self.engines.values():
+            return self.fused.name
+        trial = FusedEngine(problem, self.fused.plan, "", {})
+        return self.fused.name if seconds_of_steps(trial, problem, mask) < self.eager_seconds else self.eager.name
