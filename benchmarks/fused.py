@@ -3,7 +3,7 @@
     python -m benchmarks.fused masks --data cifar10.npz   records the masks (benchmarks/results/masks_*.npz)
     python -m benchmarks.fused step                        a training step at every density, all contenders
     python -m benchmarks.fused run --data cifar10.npz      a whole run, by fast_swamp and by the naive loop
-    python -m benchmarks.fused seeds                       accuracy over seeds by engine, on digits; with --data, CIFAR-10
+    python -m benchmarks.fused seeds                       accuracy over seeds by engine, on digits or (--data) CIFAR-10
     python -m benchmarks.fused figure                      time over density, from the results of `step`
 
 The contenders of `step` get their batch for nothing; the fused engine gathers and augments its own.
