@@ -49,7 +49,7 @@ class SwampConfig:
         rewind: what a cycle starts from: the ticket (SWAMP), or the last average (Sparse Model Soups, 2306.16788).
         seed: of the batch order, augmentation and dropout. The initial weights are those of the model.
         device: "auto" is CUDA where there is one, else the CPU; or any torch device.
-        engine: "auto" takes the fastest that can run the model and says why.
+        engine: "auto" takes the fastest that can run the model, cycle by cycle, and says why.
         precision: of activations and weights; "bfloat16" runs under autocast over float32 weights.
         keep_particles: keep the particles' SWA means of the last cycle in the result.
         run_dir: a folder that holds the run, from which it goes on when started again.

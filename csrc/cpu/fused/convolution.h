@@ -68,19 +68,31 @@ void convolve_width(const ConvolveTile<S>& t, int64_t left) {
 
 // Pixels of a tile: as many accumulators as the registers hold.
 #if defined(__AVX512F__)
-constexpr int kTile = 8, kTileOfFour = 4;
+constexpr int kTile = 8, kTileOfFour = 4, kGradTile = 16;
 #else
-constexpr int kTile = 4, kTileOfFour = 2;
+constexpr int kTile = 4, kTileOfFour = 2, kGradTile = 4;
 #endif
 
 template <int rows>
 constexpr int kWidth = rows == 4 ? kTileOfFour : kTile;
+template <int rows>
+constexpr int kGradWidth = rows == 1 ? kGradTile : kWidth<rows>;  // in two rows: more for each sum, which is in memory
+
+// The row of every channel that the next tile below reads first: more places than the processor foresees.
+template <typename S>
+inline void prefetch_below(const Convolve& a, const ConvolveTile<S>& t, int height, int width) {
+  for (int64_t channel = 0; channel < a.in.channels; ++channel) {
+    const S* row = t.in.at(t.block, channel, (t.row + height) * a.in_step + 1, t.column * a.in_step);
+    for (int64_t x = 0; x < width * a.in_step; ++x) __builtin_prefetch(row + x * kSamples, 0, 2);
+  }
+}
 
 template <typename S, int rows>
 void convolve_rows(const Convolve& a, int threads) {
   constexpr int64_t kGroups = rows == 4 ? 8 : rows == 2 ? 16 : 32;  // of a task, so that few channels are many tasks
   constexpr int width = kWidth<rows>;
   const int64_t parts = (a.taps.groups + kGroups - 1) / kGroups;
+  const bool prefetches = a.taps.starts[a.taps.groups] > 4 * a.in.channels;  // else a tile has less to do than that
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
   for (int64_t task = 0; task < a.out.blocks * parts; ++task) {
     const int64_t part = task % parts, end = (part + 1) * kGroups;
@@ -93,6 +105,7 @@ void convolve_rows(const Convolve& a, int threads) {
         // Narrow maps take two or four rows at once.
         const int tall = 2 * W <= width && t.row + 1 < H ? 2 : 1;
         for (t.column = 0; t.column < W; t.column += tall == 2 ? width / 2 : width) {
+          if (prefetches && t.phase == 0) prefetch_below(a, t, tall, width / tall);
           if (tall == 2) convolve_width<S, rows, 2, width / 2>(t, W - t.column);
           else convolve_width<S, rows, 1, width>(t, W - t.column);
         }
@@ -166,7 +179,7 @@ void weight_grad_groups(const WeightGradTile<S>& t, int64_t left) {
 template <typename S, int rows>
 void weight_grad_rows(const WeightGrad& a, int threads) {
   using T = Compute<S>;
-  constexpr int width = kWidth<rows>;
+  constexpr int width = kGradWidth<rows>;
   const int64_t taps = a.taps.starts[a.taps.groups], H = a.out_grad.height, W = a.out_grad.width;
   T* const partial = static_cast<T*>(a.partial);
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
@@ -179,7 +192,7 @@ void weight_grad_rows(const WeightGrad& a, int threads) {
     const int64_t last = (part + 1) * a.out_grad.blocks / a.parts;
     for (t.block = part * a.out_grad.blocks / a.parts; t.block < last; ++t.block)
       for (t.row = 0; t.row < H;) {
-        const int tall = 2 * W <= width && t.row + 1 < H ? 2 : 1;
+        const int tall = t.row + 1 < H ? 2 : 1;
         for (t.column = 0; t.column < W; t.column += tall == 2 ? width / 2 : width) {
           if (tall == 2) weight_grad_groups<S, rows, 2, width / 2>(t, W - t.column);
           else weight_grad_groups<S, rows, 1, width>(t, W - t.column);
