@@ -37,7 +37,7 @@ bench: .venv/.installed
 	$(if $(CIFAR10),$(BIN)/python -m benchmarks.fused run --data $(CIFAR10))
 	$(if $(CIFAR10),$(BIN)/python -m benchmarks.fused run --data $(CIFAR10) --precision bfloat16)
 
-.venv/.installed: pyproject.toml setup.py MANIFEST.in $(wildcard csrc/cpu/*)
+.venv/.installed: pyproject.toml setup.py MANIFEST.in $(wildcard csrc/cpu/* csrc/cpu/fused/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --editable ".[data,report,dev]"
 	touch $@

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from benchmarks.cpu import ticket
 from benchmarks.timing import RESULTS, header, interleaved, write
 from swamp_fast import fast_swamp, naive_swamp
+from swamp_fast.engines.fused.check import differs_from_autograd
 from swamp_fast.engines.fused.engine import FusedEngine, fused_plan
 from swamp_fast.engines.trainer import first_handle
 from swamp_fast.models import build_model
@@ -85,7 +86,7 @@ def recorded(problem: Problem, model: str, cycle: int) -> Tensor:
 
 
 def dense_step(problem: Problem, mask: Tensor, last: bool, bfloat16: bool, compiled: bool) -> Callable[[], None]:
-    """A step of a dense loop on one particle: autograd, torch.optim.SGD, masked gradients and weights."""
+    """A step of a dense loop on one particle: autograd, torch.optim.SGD, masked weights."""
     model = built_like(problem)
     keys = torch.zeros(1, 3, dtype=torch.int64)
     handle = next(iter(problem.train.batches(torch.arange(problem.train.length)[None], keys, problem.bounds[:1])))
@@ -95,11 +96,11 @@ def dense_step(problem: Problem, mask: Tensor, last: bool, bfloat16: bool, compi
             model.to(memory_format=torch.channels_last),
             inputs.contiguous(memory_format=torch.channels_last),
         )
-    masks = problem.layout.mask_views(mask)
+    masks = {name: each.to(problem.dtype) for name, each in problem.layout.mask_views(mask).items()}
     parameters = dict(model.named_parameters())
     for name, each in masks.items():
         parameters[name].data.mul_(each)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, weight_decay=5e-4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, weight_decay=5e-4, fused=True)
     run = torch.compile(model) if compiled else model
 
     def step() -> None:
@@ -107,8 +108,6 @@ def dense_step(problem: Problem, mask: Tensor, last: bool, bfloat16: bool, compi
         with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
             loss = F.cross_entropy(run(inputs), targets)
         loss.backward()
-        for name, each in masks.items():
-            parameters[name].grad.mul_(each)  # type: ignore[union-attr]
         optimizer.step()
         for name, each in masks.items():
             parameters[name].data.mul_(each)
@@ -180,11 +179,15 @@ def step(model: str, precision: str, rounds: int, compiled: bool, stacked: bool)
         dense["torch.compile, channels last"] = dense_step(problem, problem.mask, True, low, True)
     if stacked:
         dense["stacked, vmap"] = stacked_step(problem)
+    plan = fused_plan(problem)
+    assert isinstance(plan, Plan), plan
     state: dict[int, int] = {}
     shares: dict[int, tuple[float, float]] = {}
     contenders = dict(dense)
     for cycle in DENSITIES[model]:
         mask = recorded(problem, model, cycle)
+        difference = differs_from_autograd(problem, plan, mask)
+        assert difference is None, difference
         run, state[cycle] = fused_step(problem, mask)
         shares[cycle] = int(mask.sum()) / problem.layout.weights, problem.flops(mask) / problem.flops(problem.mask)
         contenders[f"fused {cycle}"] = run

@@ -98,7 +98,6 @@ KINDS = {  # as csrc/cpu/fused/fused.h numbers them
     name: number
     for number, name in enumerate(
         [
-            "copy",
             "relu",
             "leaky_relu",
             "elu",

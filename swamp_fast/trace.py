@@ -100,6 +100,12 @@ class _Reader:
             values.run(inputs.clone())
         self.values = values.found
         self.batch = len(inputs)
+        for node in graph.nodes:  # sizes and numbers that the forward computes are known: they become plain arguments
+            node.args, node.kwargs = fx.node.map_arg((node.args, node.kwargs), self._known)
+
+    def _known(self, node: fx.Node) -> Any:
+        value = self.values[node]
+        return node if _holds_tensors(value) or node.op == "output" else value
 
     def plan(self) -> Plan:
         output = -1
@@ -109,15 +115,23 @@ class _Reader:
             elif node.op == "output":
                 output = self.read(_source(node), node)
             elif isinstance(self.values[node], Tensor):
-                self.numbers[node] = self.translate(node)
-            elif node.op == "call_module" or isinstance(self.values[node], list | dict):
+                try:
+                    self.numbers[node] = self.translate(node)
+                except NotCovered:
+                    raise
+                except Exception as error:
+                    raise NotCovered(f"{self.place(node)} can't be read ({type(error).__name__}: {error})") from error
+            elif node.op == "call_module" or _holds_tensors(self.values[node]):
                 raise NotCovered(f"{self.place(node)} does not give a tensor")
         if not any(isinstance(op, Convolution) for op in self.ops):
             raise NotCovered("it has neither convolutions nor linear layers")
-        weights = [op.weight for op in self.ops if isinstance(op, Convolution)]
+        taken: set[str] = set()
         for op in self.ops:
-            if isinstance(op, Convolution) and weights.count(op.weight) > 1:
-                raise NotCovered(f"{op.place} shares its weight with another layer")
+            for what in ("weight", "bias"):
+                name = getattr(op, what, None)
+                if name in taken:
+                    raise NotCovered(f"{op.place} shares its {what} with another layer")
+                taken |= {name} if name else set()
         read = {output} | {number for op in self.ops for number in op.inputs}
         for op in self.ops:
             if op.output not in read:
@@ -143,7 +157,7 @@ class _Reader:
     def place(self, node: fx.Node) -> str:
         """Where in the model a node is."""
         if node.op == "call_module":
-            path = str(node.target).removeprefix("model.").removeprefix("model")
+            path = "" if node.target == "model" else str(node.target).removeprefix("model.")
             return f"{path or 'the model'} ({type(self.modules[str(node.target)]).__name__})"
         name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
         inside = [path for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
@@ -171,7 +185,9 @@ class _Reader:
     def refuse_later_readers(self, node: fx.Node) -> None:
         """An operation in place is one of its own unless its input is read again."""
         source = _source(node)
-        if isinstance(source, fx.Node) and any(self.order[user] > self.order[node] for user in source.users):
+        number = self.numbers.get(source)
+        alike = [each for each, other in self.numbers.items() if other == number]
+        if any(self.order[user] > self.order[node] for each in alike for user in each.users):
             raise NotCovered(f"{self.place(node)} changes in place what is read again")
 
     def append(self, node: fx.Node, make: Callable[..., Op], *inputs: Any, **attributes: Any) -> int:
@@ -253,15 +269,16 @@ class _Reader:
         divisors = tuple(tuple(float(fixed or h * w) for w in counts[1]) for h in counts[0])
         return self.pool(node, source, clipped[0], clipped[1], divisors)
 
-    def adaptive(self, node: fx.Node, source: fx.Node, outside: Any) -> int:
-        """Average pooling to a given size."""
+    def adaptive(self, node: fx.Node, average: bool) -> int:
+        """Pooling to a given size."""
+        source, outside = _source(node), self.values[node].shape[2:]
         inside = self.values[source].shape[2:]
         spans = [
             tuple((i * have // want, -(-(i + 1) * have // want)) for i in range(want))
             for have, want in zip(inside, outside, strict=True)
         ]
         divisors = tuple(tuple(float((b - a) * (d - c)) for c, d in spans[1]) for a, b in spans[0])
-        return self.pool(node, source, spans[0], spans[1], divisors)
+        return self.pool(node, source, spans[0], spans[1], divisors if average else None)
 
     def mean(self, node: fx.Node) -> int:
         """The mean over the picture, with or without its axes kept."""
@@ -293,6 +310,11 @@ class _Reader:
 
     def activation(self, node: fx.Node, kind: str, parameter: float = 0.0) -> int:
         return self.append(node, Pointwise, _source(node), kind=kind, parameter=parameter)
+
+    def softplus(self, node: fx.Node, given: dict[str, Any]) -> int:
+        if given.get("beta", 1) != 1 or given.get("threshold", 20) != 20:
+            raise NotCovered(f"{self.place(node)} has a beta or a threshold of its own")
+        return self.activation(node, "softplus")
 
     def add(self, node: fx.Node) -> int:
         if node.kwargs.get("alpha", 1) != 1 or len(node.args) != 2:
@@ -353,12 +375,19 @@ def _fused(ops: list[Op], norms: dict[int, str], output: int) -> tuple[list[Op],
 
 
 def _pair(value: Any) -> Any:
-    return (value, value) if isinstance(value, int) else value if value is None else tuple(value)
+    if value is None:
+        return None
+    pair = tuple(int(each) for each in (value if isinstance(value, list | tuple) else (value,)))
+    return pair * 2 if len(pair) == 1 else pair
+
+
+def _holds_tensors(value: Any) -> bool:
+    return isinstance(value, Tensor | dict | list) or (isinstance(value, tuple) and any(map(_holds_tensors, value)))
 
 
 def _source(node: fx.Node) -> Any:
     """A node's first argument."""
-    return node.args[0]
+    return node.args[0] if node.args else node.kwargs["tensors" if "tensors" in node.kwargs else "input"]
 
 
 def _given(node: fx.Node, *names: str) -> dict[str, Any]:
@@ -392,10 +421,12 @@ _MODULES: dict[type[nn.Module], Callable[[_Reader, fx.Node, Any], int]] = {
     nn.Tanh: lambda r, node, m: r.activation(node, "tanh"),
     nn.Sigmoid: lambda r, node, m: r.activation(node, "sigmoid"),
     nn.Hardswish: lambda r, node, m: r.activation(node, "hardswish"),
+    nn.Softplus: lambda r, node, m: r.softplus(node, _settings(m, "beta", "threshold")),
     nn.Mish: lambda r, node, m: r.activation(node, "mish"),
     nn.MaxPool2d: lambda r, node, m: r.windows(node, _settings(m, *_MAX), False),
     nn.AvgPool2d: lambda r, node, m: r.windows(node, _settings(m, *_AVERAGE), True),
-    nn.AdaptiveAvgPool2d: lambda r, node, m: r.adaptive(node, _source(node), r.values[node].shape[2:]),
+    nn.AdaptiveAvgPool2d: lambda r, node, m: r.adaptive(node, True),
+    nn.AdaptiveMaxPool2d: lambda r, node, m: r.adaptive(node, False),
     nn.Flatten: lambda r, node, m: r.flatten(node),
     nn.Dropout: lambda r, node, m: r.dropout(node, m.p, False),
     nn.Dropout2d: lambda r, node, m: r.dropout(node, m.p, True),
@@ -413,13 +444,15 @@ _FUNCTIONS: dict[Any, Callable[[_Reader, fx.Node], int]] = {
     **dict.fromkeys((F.tanh, torch.tanh), lambda r, node: r.activation(node, "tanh")),
     **dict.fromkeys((F.sigmoid, torch.sigmoid), lambda r, node: r.activation(node, "sigmoid")),
     F.hardswish: lambda r, node: r.activation(node, "hardswish"),
+    F.softplus: lambda r, node: r.softplus(node, _given(node, "beta", "threshold")),
     F.mish: lambda r, node: r.activation(node, "mish"),
     **dict.fromkeys((operator.add, operator.iadd, torch.add), _Reader.add),
     **dict.fromkeys((torch.cat, torch.concat), _Reader.concatenate),
     F.max_pool2d: lambda r, node: r.windows(node, _given(node, *_MAX), False),
     F.avg_pool2d: lambda r, node: r.windows(node, _given(node, *_AVERAGE), True),
-    F.adaptive_avg_pool2d: lambda r, node: r.adaptive(node, _source(node), r.values[node].shape[2:]),
-    torch.flatten: _Reader.flatten,
+    F.adaptive_avg_pool2d: lambda r, node: r.adaptive(node, True),
+    F.adaptive_max_pool2d: lambda r, node: r.adaptive(node, False),
+    **dict.fromkeys((torch.flatten, torch.squeeze), _Reader.flatten),
     torch.mean: _Reader.mean,
     F.dropout: lambda r, node: r.functional_dropout(node, False),
     F.dropout2d: lambda r, node: r.functional_dropout(node, True),
@@ -430,6 +463,6 @@ _METHODS: dict[str, Callable[[_Reader, fx.Node], int]] = {
     "tanh": lambda r, node: r.activation(node, "tanh"),
     "sigmoid": lambda r, node: r.activation(node, "sigmoid"),
     **dict.fromkeys(("add", "add_", "__add__"), _Reader.add),
-    **dict.fromkeys(("flatten", "view", "reshape", "contiguous"), _Reader.flatten),
+    **dict.fromkeys(("flatten", "view", "reshape", "squeeze", "contiguous"), _Reader.flatten),
     "mean": _Reader.mean,
 }

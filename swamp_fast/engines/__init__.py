@@ -27,7 +27,7 @@ def start_engine(problem: Problem, run: Run) -> Engine:
     Raises ValueError for an engine that can't be had.
     """
     run.console.status("trying how the particles run fastest")
-    engine = _recorded(problem, run) if run.engine else _chosen(problem)
+    engine = _recorded(problem, run) if run.engine else _chosen(problem, run)
     if not run.engine:
         run.keep_engine(engine.describe())
     threads = f", {torch.get_num_threads()} threads" if problem.device.type == "cpu" else ""
@@ -35,7 +35,7 @@ def start_engine(problem: Problem, run: Run) -> Engine:
     return engine
 
 
-def _chosen(problem: Problem) -> Engine:
+def _chosen(problem: Problem, run: Run) -> Engine:
     """The fastest that can run the model, or the one that is asked for."""
     wanted = problem.config.engine
     plan = "eager was asked for" if wanted == "eager" else _proven_plan(problem)
@@ -59,7 +59,7 @@ def _chosen(problem: Problem) -> Engine:
         return FusedEngine(problem, plan, f"the fastest measured: {figures} of the eager engine", {})
     if last < eager_seconds:
         why = f"the fused engine from the density on where it is faster: {figures} of the eager engine"
-        return EngineByDensity(FusedEngine(problem, plan, "", {}), eager, eager_seconds, {}, why)
+        return EngineByDensity(FusedEngine(problem, plan, "", {}), eager, eager_seconds, {}, why, run.console.line)
     return EagerEngine(problem, choice, f"it was slower: {figures}")
 
 
@@ -68,7 +68,8 @@ def _recorded(problem: Problem, run: Run) -> Engine:
     there = run.engine
     if there.get("engine") == EngineByDensity.name:
         fused, eager = _recorded_fused(problem, there["fused"]), _recorded_eager(problem, there["eager"])
-        return EngineByDensity(fused, eager, there["eager_seconds"], there["engines"], there["why"])
+        figures = there["eager_seconds"], there["engines"], there["why"]
+        return EngineByDensity(fused, eager, *figures, run.console.line)
     if there.get("engine") == FusedEngine.name:
         return _recorded_fused(problem, there)
     return _recorded_eager(problem, there)

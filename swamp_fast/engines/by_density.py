@@ -21,14 +21,22 @@ class EngineByDensity:
     eager_seconds  of a step of one particle: what the fused engine is measured against, before a cycle, until it wins
     engines        the name of each cycle's engine ("ticket" for the ticket's); part of a run's state, so that resuming
                    replays it
+    say            prints a line
     """
 
     name = "by density"
 
     def __init__(
-        self, fused: FusedEngine, eager: EagerEngine, eager_seconds: float, engines: dict[str, str], why: str
+        self,
+        fused: FusedEngine,
+        eager: EagerEngine,
+        eager_seconds: float,
+        engines: dict[str, str],
+        why: str,
+        say: Callable[[str], None],
     ) -> None:
-        self.fused, self.eager, self.eager_seconds, self.engines, self.why = fused, eager, eager_seconds, engines, why
+        self.fused, self.eager, self.eager_seconds, self.engines = fused, eager, eager_seconds, engines
+        self.why, self.say = why, say
         self.now: FusedEngine | EagerEngine = eager
 
     def spawn(self, start: Solution, mask: Tensor, particles: int, cycle: int | None) -> ParticleBank:
@@ -70,5 +78,9 @@ class EngineByDensity:
         problem: Problem = self.fused.problem
         if self.fused.name in self.engines.values():
             return self.fused.name
-        trial = FusedEngine(problem, self.fused.plan, "", {})
-        return self.fused.name if seconds_of_steps(trial, problem, mask) < self.eager_seconds else self.eager.name
+        seconds = seconds_of_steps(FusedEngine(problem, self.fused.plan, "", {}), problem, mask)
+        if seconds >= self.eager_seconds:
+            return self.eager.name
+        figures = f"{seconds * 1e3:.1f} against {self.eager_seconds * 1e3:.1f} ms a step of one particle"
+        self.say(f"engine   fused from here on: {figures}")
+        return self.fused.name

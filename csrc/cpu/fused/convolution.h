@@ -68,15 +68,13 @@ void convolve_width(const ConvolveTile<S>& t, int64_t left) {
 
 // Pixels of a tile: as many accumulators as the registers hold.
 #if defined(__AVX512F__)
-constexpr int kTile = 8, kTileOfFour = 4, kGradTile = 16;
+constexpr int kTile = 8, kTileOfFour = 4;
 #else
-constexpr int kTile = 4, kTileOfFour = 2, kGradTile = 4;
+constexpr int kTile = 4, kTileOfFour = 2;
 #endif
 
 template <int rows>
 constexpr int kWidth = rows == 4 ? kTileOfFour : kTile;
-template <int rows>
-constexpr int kGradWidth = rows == 1 ? kGradTile : kWidth<rows>;  // in two rows: more for each sum, which is in memory
 
 // The row of every channel that the next tile below reads first: more places than the processor foresees.
 template <typename S>
@@ -102,7 +100,7 @@ void convolve_rows(const Convolve& a, int threads) {
       const int64_t H = (a.out.height - t.phase / a.out_step + a.out_step - 1) / a.out_step;
       const int64_t W = (a.out.width - t.phase % a.out_step + a.out_step - 1) / a.out_step;
       for (t.row = 0; t.row < H;) {
-        // Narrow maps take two or four rows at once.
+        // Narrow maps take two rows at once.
         const int tall = 2 * W <= width && t.row + 1 < H ? 2 : 1;
         for (t.column = 0; t.column < W; t.column += tall == 2 ? width / 2 : width) {
           if (prefetches && t.phase == 0) prefetch_below(a, t, tall, width / tall);
@@ -179,7 +177,7 @@ void weight_grad_groups(const WeightGradTile<S>& t, int64_t left) {
 template <typename S, int rows>
 void weight_grad_rows(const WeightGrad& a, int threads) {
   using T = Compute<S>;
-  constexpr int width = kGradWidth<rows>;
+  constexpr int width = kWidth<rows>;
   const int64_t taps = a.taps.starts[a.taps.groups], H = a.out_grad.height, W = a.out_grad.width;
   T* const partial = static_cast<T*>(a.partial);
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
@@ -192,7 +190,7 @@ void weight_grad_rows(const WeightGrad& a, int threads) {
     const int64_t last = (part + 1) * a.out_grad.blocks / a.parts;
     for (t.block = part * a.out_grad.blocks / a.parts; t.block < last; ++t.block)
       for (t.row = 0; t.row < H;) {
-        const int tall = t.row + 1 < H ? 2 : 1;
+        const int tall = 2 * W <= width && t.row + 1 < H ? 2 : 1;
         for (t.column = 0; t.column < W; t.column += tall == 2 ? width / 2 : width) {
           if (tall == 2) weight_grad_groups<S, rows, 2, width / 2>(t, W - t.column);
           else weight_grad_groups<S, rows, 1, width>(t, W - t.column);

@@ -78,7 +78,7 @@ struct Pointwise {
   bool accumulate;
 };
 
-enum PointwiseKind : int64_t { kCopy, kRelu, kLeakyRelu, kElu, kGelu, kGeluTanh, kSilu, kTanh, kSigmoid, kSoftplus, kHardswish, kMish };
+enum PointwiseKind : int64_t { kRelu, kLeakyRelu, kElu, kGelu, kGeluTanh, kSilu, kTanh, kSigmoid, kSoftplus, kHardswish, kMish };
 
 // Some channels of one map to some of another: a sum of branches, a concatenation, and their gradients.
 struct Channels {

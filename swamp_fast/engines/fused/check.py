@@ -17,14 +17,23 @@ KEPT = 0.5  # of the weights, at random, besides a mask of all
 TOLERANCE = 1e-9
 
 
-def differs_from_autograd(problem: Problem, plan: Plan) -> str | None:
-    """Where a plan's results differ from the model's own, on a few samples in float64; None if nowhere."""
-    problem = in_float64(problem)
+def differs_from_autograd(problem: Problem, plan: Plan, mask: Tensor | None = None) -> str | None:
+    """Where a plan's results differ from the model's own, on a few samples in float64; None if nowhere.
+
+    Under a mask [Q], or one at random.
+    """
+    try:
+        return _difference(in_float64(problem), plan, mask)
+    except Exception as error:
+        return f"the check of it raises {type(error).__name__}: {(str(error).splitlines() or ['no reason given'])[0]}"
+
+
+def _difference(problem: Problem, plan: Plan, mask: Tensor | None) -> str | None:
     lanes = 2
     keys = lane_keys([problem.config.seed] * lanes, [stream_of(None, lane) for lane in range(lanes)], problem.device)
     batch = few_samples(problem, keys)
-    drawn = torch.rand(problem.mask.shape, generator=torch.Generator().manual_seed(0))
-    mask = problem.mask & (drawn < KEPT)
+    if mask is None:
+        mask = problem.mask & (torch.rand(problem.mask.shape, generator=torch.Generator().manual_seed(0)) < KEPT)
     compact = Compact(problem.layout, mask)
     weights = compact.expand(compact.compact(different_weights(problem)[:lanes]))
     results = []

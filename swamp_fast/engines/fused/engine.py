@@ -147,7 +147,7 @@ class Fused:
             inputs = self.problem.transformed(inputs, key)
             program = self.programs.of(len(inputs), trains=True)
             outputs = self._run(program, lane, inputs, key).requires_grad_()
-            loss = self.problem.losses(outputs, targets).mean()
+            loss = self.problem.losses(outputs.clone(), targets).mean()  # a loss may change what it is given
             (out_grad,) = torch.autograd.grad(loss, outputs)
             self.grads[lane].add_(program.backward(out_grad.to(self.grads.dtype)))
             losses.append(loss.detach())
@@ -189,8 +189,14 @@ def fused_plan(problem: Problem) -> Plan | str:
     if not problem.train.stacked:
         return "the batches come from a collate function of the user's"
     probe = problem.probe
-    if probe.draws_elsewhere or probe.keeps_state or probe.changed or probe.reads_values is not None:
-        return "its forward draws, keeps state, changes weights or looks at values"
+    if probe.draws_elsewhere:
+        return "its forward draws random numbers that are not dropout's"
+    if probe.keeps_state:
+        return "its forward keeps state of its own"
+    if probe.changed:
+        return f"its forward changes {probe.changed[0]}"
+    if probe.reads_values is not None:
+        return f"its forward looks at values ({probe.reads_values})"
     keys = torch.zeros(1, 3, dtype=torch.int64)
     handle = next(iter(problem.train.batches(torch.arange(problem.train.length)[None], keys, [problem.bounds[0]])))
     inputs, _ = problem.train.fetch(handle, None).lane(0)
@@ -211,8 +217,11 @@ def fused_plan(problem: Problem) -> Plan | str:
         return f"{frozen[0]} is frozen"
     template = copy.deepcopy(problem.template).train()
     norms = norms_of([template])
-    if not all(norm.training for norm in norms) or len({norm.momentum for norm in norms}) > 1:
-        return "some of its norms don't train, or their momenta differ"
+    for path, module in template.named_modules():
+        if module in norms and not module.training:
+            return f"{path} ({type(module).__name__}) doesn't train"
+        if module in norms and module.momentum != norms[0].momentum:
+            return f"{path} ({type(module).__name__}) has another momentum than the first norm"
     if len(norms) != len(plan.norms):
         return "it has norms that its forward doesn't use"
     return plan

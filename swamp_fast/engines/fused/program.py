@@ -20,7 +20,7 @@ from swamp_fast.ops._contract import native
 from swamp_fast.plan import KINDS, Add, Concatenate, Convolution, Dropout, Flatten, Norm, Op, Plan, Pointwise, Pool
 
 Call = Callable[[], None]
-Rows = dict[str, list[int]]  # of each convolution: how many outputs share loads in each of the three passes
+Rows = dict[str, list[int]]  # by a convolution's weight: how many outputs share loads in each of its passes
 FORWARD, BY_INPUT, BY_WEIGHTS = range(3)
 
 MOST_WASTE = 2.5  # sharing loads is not tried where it makes so many products of one
@@ -249,7 +249,7 @@ class Program:
 
     def _fastest(self, op: Convolution, which: int, make: Callable[[int], tuple[Taps, Callable[[Taps], Call]]]) -> Call:
         """One pass of a convolution, with as many outputs sharing loads as is fastest, or as was recorded."""
-        recorded = self.rows.setdefault(op.place, [0, 0, 0])
+        recorded = self.rows.setdefault(op.weight, [0, 0, 0])
         tried: list[tuple[int, Call, list[Call]]] = []
         for rows in [recorded[which]] if recorded[which] else [1, 2, 4]:
             if rows > self.masks[op.output].most_rows(which == BY_INPUT):
@@ -329,8 +329,9 @@ class Program:
     def _norm_backward(self, op: Norm) -> list[Call]:
         out_grad = self.grad_maps[op.output]
         needed = op.inputs[0] in self.needed
-        in_grad, accumulate = self._grad(op.inputs[0]) if needed else (out_grad, False)
+        # The residual's first: it is written first, which tells where both inputs are one value.
         side, accumulate_side = self._grad(op.inputs[1]) if len(op.inputs) > 1 else (out_grad, False)
+        in_grad, accumulate = self._grad(op.inputs[0]) if needed else (out_grad, False)
         argument = self.kernels.NormGrad(
             *(self.norms[op.output], in_grad.handle(nothing=not needed), out_grad.handle(), side.handle()),
             *(self._parameter(self.grads, op.weight), self._parameter(self.grads, op.bias)),
