@@ -71,11 +71,11 @@ def problem_of(model: str, precision: str) -> Problem:
     )  # fmt: skip
 
 
-def recorded(problem: Problem, model: str, cycle: int) -> Tensor:
-    """A mask [Q] of the recorded run; without one, uniform at random of the same density."""
+def recorded(problem: Problem, model: str, cycle: int, uniform: bool = False) -> Tensor:
+    """A mask [Q] of the recorded run; without one, or if asked for, uniform at random of the same density."""
     mask = problem.mask.clone()
     path = RESULTS / f"masks_{model}.npz"
-    if not path.exists():
+    if uniform or not path.exists():
         return mask & (torch.rand(mask.shape, generator=torch.Generator().manual_seed(0)) < 0.8**cycle)
     bits = np.load(path)
     for name, view in problem.layout.mask_views(mask).items():
@@ -167,7 +167,7 @@ def fused_step(problem: Problem, mask: Tensor) -> tuple[Callable[[], None], int]
     return lambda: trainer.step(handle), size
 
 
-def step(model: str, precision: str, rounds: int, compiled: bool, stacked: bool) -> None:
+def step(model: str, precision: str, rounds: int, compiled: bool, stacked: bool, uniform: bool) -> None:
     """A step of one of 4 particles at every density, all contenders in turn."""
     problem = problem_of(model, precision)
     low = precision == "bfloat16"
@@ -184,8 +184,9 @@ def step(model: str, precision: str, rounds: int, compiled: bool, stacked: bool)
     state: dict[int, int] = {}
     shares: dict[int, tuple[float, float]] = {}
     contenders = dict(dense)
-    for cycle in DENSITIES[model]:
-        mask = recorded(problem, model, cycle)
+    cycles = (0, 6, 10, 14) if uniform else DENSITIES[model]
+    for cycle in cycles:
+        mask = recorded(problem, model, cycle, uniform)
         difference = differs_from_autograd(problem, plan, mask)
         assert difference is None, difference
         run, state[cycle] = fused_step(problem, mask)
@@ -204,7 +205,7 @@ def step(model: str, precision: str, rounds: int, compiled: bool, stacked: bool)
          "state, MB": ""}
         for name in dense
     ]  # fmt: skip
-    for cycle in DENSITIES[model]:
+    for cycle in cycles:
         taken = {name: value / LANES for name, value in times[f"fused {cycle}"].items()}
         table.append(
             {"": "fused", "density": round(shares[cycle][0], 4), "FLOP density": round(shares[cycle][1], 4),
@@ -213,10 +214,11 @@ def step(model: str, precision: str, rounds: int, compiled: bool, stacked: bool)
              "plain loop / this": round(plain / taken["median"], 2), "state, MB": round(state[cycle] / 1e6, 2)}
         )  # fmt: skip
     about = header(rounds) | {"model": model, "precision": precision, "lanes": LANES, "batch": BATCH}
-    about["masks"] = "of a recorded run" if (RESULTS / f"masks_{model}.npz").exists() else "uniform at random"
+    from_run = not uniform and (RESULTS / f"masks_{model}.npz").exists()
+    about["masks"] = "of a recorded run" if from_run else "uniform at random"
     command = f"python -m benchmarks.fused step --model {model} --precision {precision}"
-    left_out = ("" if compiled else " --no-compile") + ("" if stacked else " --no-vmap")
-    write(f"fused_step_{model}_{precision}", command + left_out, about, table)
+    left_out = ("" if compiled else " --no-compile") + ("" if stacked else " --no-vmap") + uniform * " --uniform"
+    write(f"fused_step_{model}_{precision}" + uniform * "_uniform", command + left_out, about, table)
 
 
 def run(model: str, data: Path, samples: int, particles: int, precision: str) -> None:
@@ -319,7 +321,7 @@ def figure() -> None:
                 row["ms a particle-step"], ls=style, lw=1, color=f"C{number + 2}", label=f"{row['']}, {precision}"
             )
     axes.set(
-        xscale="log", ylim=(0, None), xlabel="density", ylabel="ms a step of one particle", title="ResNet-20, batch 128"
+        xscale="log", yscale="log", xlabel="density", ylabel="ms a step of one particle", title="ResNet-20, batch 128"
     )
     axes.invert_xaxis()
     axes.legend(fontsize=7)
@@ -340,6 +342,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--no-vmap", action="store_true", help="leave stack-and-vmap out; it is timed in float32 only")
+    parser.add_argument("--uniform", action="store_true", help="masks uniform at random, not those of a run")
     given = parser.parse_args()
     if given.what in ("masks", "run") and given.data is None:
         parser.error(f"{given.what} needs --data")
@@ -350,13 +353,8 @@ def main() -> None:
     elif given.what == "figure":
         figure()
     elif given.what == "step":
-        step(
-            given.model,
-            given.precision,
-            given.rounds,
-            not given.no_compile,
-            not given.no_vmap and given.precision == "float32",
-        )
+        stacked = not given.no_vmap and given.precision == "float32"
+        step(given.model, given.precision, given.rounds, not given.no_compile, stacked, given.uniform)
     else:
         run(given.model, given.data, given.samples, given.particles, given.precision)
 
