@@ -67,6 +67,7 @@ def _recorded(problem: Problem, run: Run) -> Engine:
     """The engine of a run that goes on."""
     there = run.engine
     if there.get("engine") == EngineByDensity.name:
+        _must_have(there, "fused", "eager", "eager_seconds", "engines", "why")
         fused, eager = _recorded_fused(problem, there["fused"]), _recorded_eager(problem, there["eager"])
         figures = there["eager_seconds"], there["engines"], there["why"]
         return EngineByDensity(fused, eager, *figures, run.console.line)
@@ -83,14 +84,18 @@ def _recorded_fused(problem: Problem, there: dict[str, Any]) -> FusedEngine:
 
 
 def _recorded_eager(problem: Problem, there: dict[str, Any]) -> EagerEngine:
-    missing = [name for name in Choice.__dataclass_fields__ if name not in there]
+    _must_have(there, *Choice.__dataclass_fields__)
+    choice = Choice(**{name: there[name] for name in Choice.__dataclass_fields__})
+    return EagerEngine(problem, choice, there.get("why_not_fused"))
+
+
+def _must_have(there: dict[str, Any], *names: str) -> None:
+    missing = [name for name in names if name not in there]
     if missing:
         raise ValueError(
             f"the run's run.json is damaged: its engine lacks {', '.join(missing)}. Name another run_dir to start "
             "afresh."
         )
-    choice = Choice(**{name: there[name] for name in Choice.__dataclass_fields__})
-    return EagerEngine(problem, choice, there.get("why_not_fused"))
 
 
 def _proven_plan(problem: Problem) -> Plan | str:
