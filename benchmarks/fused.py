@@ -244,7 +244,8 @@ def run(model: str, data: Path, samples: int, particles: int, precision: str) ->
     for row in table:
         row["naive / this"] = round(table[-1]["seconds"] / row["seconds"], 2)
     about = header(1) | {"model": model, "steps a cycle": -(-samples // BATCH), **settings, "test pictures": 1000}
-    write(f"fused_run_{precision}", f"python -m benchmarks.fused run --precision {precision}", about, table)
+    command = f"python -m benchmarks.fused run --data cifar10.npz --samples {samples} --particles {particles}"
+    write(f"fused_run_{precision}", f"{command} --precision {precision}", about, table)
 
 
 def seeds(data: Path | None, count: int = 5) -> None:
@@ -266,7 +267,7 @@ def seeds(data: Path | None, count: int = 5) -> None:
         ("fused, bfloat16", fast_swamp, "fused", "bfloat16"),
     ):
         if data is not None and engine == "eager":
-            continue  # tests/test_driver.py holds it to the naive loop; its time is the naive loop's
+            continue  # tests/test_equivalence.py holds it to the naive loop, whose time it takes
         accuracies = []
         for seed in range(count):
             with torch.random.fork_rng():

@@ -9,6 +9,7 @@ where it is installed, in both of its modes.
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import importlib.util
 from collections.abc import Callable
 from typing import Any
@@ -115,6 +116,8 @@ def main() -> None:
         row["SparseProp / fused"] = round(min(sparse) / times["fused"], 1) if sparse else None
         table.append(row | {"dense / fused": round(dense / times["fused"], 1)})
     about = header(given.rounds) | {"batch": BATCH, "density": given.density, "masks": "uniform at random"}
+    if importlib.util.find_spec("sparseprop"):
+        about["SparseProp"] = importlib.metadata.version("sparseprop")
     write("layer", f"python -m benchmarks.layer --density {given.density}", about, table)
 
 

@@ -16,6 +16,7 @@ from swamp_fast.engines.fused.engine import Fused, Programs, fused_plan
 from swamp_fast.engines.lanes import LaneByLane
 from swamp_fast.plan import Plan
 from swamp_fast.problem import prepare
+from swamp_fast.trace import plan_of
 
 
 class Net(nn.Module):
@@ -380,6 +381,15 @@ def test_a_loss_that_changes_the_outputs(digits):
         fast_swamp(model, train, loss=loss, engine="fused", **settings),
         naive_swamp(model, train, loss=loss, **settings),
     )
+
+
+def test_places_are_told_apart():
+    """A name that begins like the tracer's own is left as it is."""
+    model = nn.Sequential()
+    for name in ("_stem", "model_stem", "model"):
+        model.add_module(name, nn.Conv2d(3, 3, 3, padding=1))
+    places = [op.place for op in plan_of(model, lambda module, x: module(x), torch.randn(2, 3, 5, 5)).ops]
+    assert places == ["_stem (Conv2d)", "model_stem (Conv2d)", "model (Conv2d)"]
 
 
 def test_what_the_check_cannot_run_is_no_plan():

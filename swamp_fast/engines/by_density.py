@@ -11,7 +11,6 @@ from swamp_fast.bank import ParticleBank, Solution
 from swamp_fast.engines.eager import EagerEngine
 from swamp_fast.engines.fused.engine import Fused, FusedEngine, seconds_of_steps
 from swamp_fast.engines.trainer import Way
-from swamp_fast.problem import Problem
 from swamp_fast.schedule import Training
 
 
@@ -75,9 +74,9 @@ class EngineByDensity:
         }
 
     def _faster(self, mask: Tensor) -> str:
-        problem: Problem = self.fused.problem
         if self.fused.name in self.engines.values():
             return self.fused.name
+        problem = self.fused.problem
         seconds = seconds_of_steps(FusedEngine(problem, self.fused.plan, "", {}), problem, mask)
         if seconds >= self.eager_seconds:
             return self.eager.name
