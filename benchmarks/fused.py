@@ -115,23 +115,31 @@ def dense_step(problem: Problem, mask: Tensor, last: bool, bfloat16: bool, compi
     return step
 
 
-def stacked_step(problem: Problem) -> Callable[[], None]:
-    """A step of all particles at once by stacked parameters and vmap: autograd's gradients, momentum by hand.
+def stacked_step(problem: Problem, compiled: bool = False) -> Callable[[], None]:
+    """A step of LANES particles at once by stacked parameters and vmap: autograd's gradients, momentum by hand.
 
     Norms use the batch's statistics and keep no running ones, which vmap can't write in place. Without masks.
     """
     models = [torch.func.replace_all_batch_norm_modules_(built_like(problem)) for _ in range(LANES)]
     weights, buffers = torch.func.stack_module_state(models)
     momenta = {name: torch.zeros_like(each) for name, each in weights.items()}
-    keys = torch.zeros(1, 3, dtype=torch.int64)
-    handle = next(iter(problem.train.batches(torch.arange(problem.train.length)[None], keys, problem.bounds[:1])))
+    keys = torch.zeros(1, 3, dtype=torch.int64, device=problem.device)
+    order = torch.arange(problem.train.length, device=problem.device)[None]
+    handle = next(iter(problem.train.batches(order, keys, problem.bounds[:1])))
     inputs, targets = problem.train.fetch(handle, keys).lane(0)
     inputs, targets = inputs.expand(LANES, *inputs.shape), targets.expand(LANES, *targets.shape)
 
-    def loss(weights: dict[str, Tensor], buffers: dict[str, Tensor], inputs: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(torch.func.functional_call(models[0], (weights, buffers), (inputs,)), targets)
+    low = problem.config.precision == "bfloat16"
 
-    gradient = torch.func.vmap(torch.func.grad(loss), randomness="different")
+    def loss(weights: dict[str, Tensor], buffers: dict[str, Tensor], inputs: Tensor, targets: Tensor) -> Tensor:
+        if low:  # by hand: under vmap autocast's gradients come in another type than their weights
+            weights, inputs = {name: each.bfloat16() for name, each in weights.items()}, inputs.bfloat16()
+        outputs = torch.func.functional_call(models[0], (weights, buffers), (inputs,))
+        return F.cross_entropy(outputs.float(), targets)
+
+    gradient: Any = torch.func.vmap(torch.func.grad(loss), randomness="different")
+    if compiled:
+        gradient = torch.compile(gradient)
 
     def step() -> None:
         found = gradient(weights, buffers, inputs, targets)
@@ -147,7 +155,7 @@ def built_like(problem: Problem) -> nn.Module:
     """The problem's network, to be trained by a loop."""
     import copy
 
-    return copy.deepcopy(problem.original).to(problem.dtype).train()
+    return copy.deepcopy(problem.original).to(problem.device, problem.dtype).train()
 
 
 def fused_step(problem: Problem, mask: Tensor) -> tuple[Callable[[], None], int]:

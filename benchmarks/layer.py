@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from benchmarks.timing import header, interleaved, write
 from swamp_fast.engines.fused.compact import Compact
-from swamp_fast.engines.fused.program import Program
+from swamp_fast.engines.fused.cpu.program import Program
 from swamp_fast.layout import Layout
 from swamp_fast.trace import plan_of
 

@@ -1,10 +1,11 @@
-"""The command line: swamp-fast demo, run, show, backends."""
+"""The command line: swamp-fast demo, run, show, plan, backends, kernels."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
 import inspect
+import json
 import re
 import sys
 from pathlib import Path
@@ -17,10 +18,13 @@ from swamp_fast.config import CHOICES, SwampConfig
 from swamp_fast.data.samples import one_input
 from swamp_fast.data.sources import Arrays, Source, open_source
 from swamp_fast.driver import fast_swamp
+from swamp_fast.estimate import estimate, free_memory, measured_ceilings
+from swamp_fast.machine_code import compiled
 from swamp_fast.models import MODELS, SmallCNN, build_model
 from swamp_fast.report.figures import accuracy_over_sparsity
 from swamp_fast.report.table import history_table
 from swamp_fast.result import SwampResult
+from swamp_fast.trace import NotCovered
 from swamp_fast.version import __version__
 
 DEMO = SwampConfig(particles=4, cycles=14, epochs=12, ticket_epochs=4, batch_size=64)
@@ -37,6 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
         TypeError,
         OSError,
         ImportError,
+        RuntimeError,
         FloatingPointError,
     ) as error:
         print(f"swamp-fast: {error}", file=sys.stderr)
@@ -92,6 +97,45 @@ def show_backends(given: argparse.Namespace) -> None:
         print(f"{name:<7} {state}  {found['why']}" + (f" ({details})" if details else ""))
 
 
+def plan(given: argparse.Namespace) -> None:
+    """What a step of the fused engine costs on this device, and how many particles fit; nothing is trained."""
+    device = torch.device(given.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    channels, height, width = given.shape
+    model = build_model(given.model, channels, height, width, given.classes)
+    inputs = torch.zeros(given.batch_size, channels, height, width)
+    try:
+        found, cost = estimate(model, inputs, given.precision)
+    except NotCovered as reason:
+        raise ValueError(f"the fused engine doesn't cover {given.model}: {reason}; the eager engine runs it.") from None
+    ceilings = measured_ceilings(device, given.precision)
+    free, seconds = free_memory(device), cost.seconds(ceilings)
+    print(", ".join(f"{count} {kind}" for kind, count in found.count().items()))
+    print(
+        f"a particle-step   {cost.flops / 1e9:.3g} GFLOP, {cost.moved / 1e9:.3g} GB through memory, at density 1\n"
+        f"this device       {device}: copies {ceilings.bytes / 1e9:,.0f} GB/s, multiplies "
+        f"{ceilings.flops / 1e12:.3g} TFLOP/s in {given.precision}, measured now\n"
+        f"time              about {seconds * 1e3:.3g} ms a particle-step at best, "
+        f"{seconds * given.particles * 1e3:.3g} ms a step of {given.particles}\n"
+        f"memory            {(cost.state + cost.maps) / 1e6:,.0f} MB a particle, of them {cost.state / 1e6:,.0f} of "
+        f"state; {free / 1e9:,.1f} GB are free: {cost.particles(free):,} particles fit at once"
+    )
+
+
+def show_kernels(given: argparse.Namespace) -> None:
+    """What the GPU kernels compile to: registers, spills, shared memory, instructions. Needs no GPU."""
+    found = compiled(given.arch)
+    if given.json:
+        print(json.dumps([dataclasses.asdict(each) for each in found], indent=1))
+        return
+    columns = {"registers": 11, "spills": 8, "shared_bytes": 14, "instructions": 14}
+    columns |= {"instructions_per_pixel": 24, "slots_per_pixel": 17}
+    print(f"{'kernel':<28}" + "".join(f"{name:>{width}}" for name, width in columns.items()) + "  config")
+    for each in found:
+        cells = [(getattr(each, name), width) for name, width in columns.items()]
+        row = "".join(f"{'' if number is None else number:>{width}}" for number, width in cells)
+        print(f"{each.name:<28}{row}  {each.config}")
+
+
 def _report(result: SwampResult, out: Path | None, title: str) -> None:
     print(history_table(result.history))
     if out is not None and result.history[-1]["accuracy"] is not None:
@@ -117,7 +161,7 @@ SETTINGS = {field.name: field for field in dataclasses.fields(SwampConfig) if fi
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="swamp-fast", description="SWAMP: prune with averaged particles, fast.")
     parser.add_argument("--version", action="version", version=f"swamp_fast {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="demo | run | show | backends")
+    commands = parser.add_subparsers(required=True, metavar="demo | run | show | plan | backends | kernels")
 
     each = commands.add_parser("demo", help=demo.__doc__, description=demo.__doc__)
     each.add_argument("--out", default="swamp_demo", metavar="DIR", help="where the run and the figure go")
@@ -141,8 +185,25 @@ def _parser() -> argparse.ArgumentParser:
     each.add_argument("directory", metavar="DIR")
     each.set_defaults(command=show)
 
+    each = commands.add_parser("plan", help=plan.__doc__, description=plan.__doc__)
+    each.add_argument("--model", required=True, help=f"{', '.join(MODELS)}, or package.module:factory")
+    each.add_argument("--particles", type=int, default=4, metavar="N")
+    each.add_argument("--batch-size", type=int, default=128, metavar="B")
+    each.add_argument(
+        "--shape", type=_three, default=(3, 32, 32), metavar="C,H,W", help="of a picture; default 3,32,32"
+    )
+    each.add_argument("--classes", type=int, default=10)
+    each.add_argument("--precision", choices=CHOICES["precision"], default="float32")
+    each.add_argument("--device", help="cpu, cuda, cuda:1, …; by default a GPU if there is one")
+    each.set_defaults(command=plan)
+
     each = commands.add_parser("backends", help=show_backends.__doc__, description=show_backends.__doc__)
     each.set_defaults(command=show_backends)
+
+    each = commands.add_parser("kernels", help=show_kernels.__doc__, description=show_kernels.__doc__)
+    each.add_argument("--arch", default="sm_90", help="sm_80, sm_90, …, or gfx942 for Triton's alone; default sm_90")
+    each.add_argument("--json", action="store_true", help="a list, for programs")
+    each.set_defaults(command=show_kernels)
     return parser
 
 
@@ -163,6 +224,11 @@ def _meaning(name: str) -> str:
     """A setting's line in the docs of SwampConfig."""
     found = re.search(rf"^    {name}: (.*?)(?=^    \w+: |^Raises)", inspect.getdoc(SwampConfig) or "", re.M | re.S)
     return " ".join(found[1].split()).replace("%", "%%") if found else ""
+
+
+def _three(text: str) -> tuple[int, int, int]:
+    channels, height, width = (int(part) for part in text.split(","))
+    return channels, height, width
 
 
 def _particles(text: str) -> int | list[int]:

@@ -93,6 +93,14 @@ class Plan:
         kinds = [type(op).__name__ for op in self.ops]
         return {kind: kinds.count(kind) for kind in sorted(set(kinds))}
 
+    def needs_gradient(self) -> set[int]:
+        """The values that depend on a parameter."""
+        needed: set[int] = set()
+        for op in self.ops:
+            if isinstance(op, Convolution | Norm) or needed.intersection(op.inputs):
+                needed.add(op.output)
+        return needed
+
 
 KINDS = {  # as csrc/cpu/fused/fused.h numbers them
     name: number

@@ -44,6 +44,23 @@ def _same_start() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _interpreter_rounds() -> None:
+    """Triton's interpreter truncates to bfloat16, where a GPU rounds to the nearest."""
+    if HAS_GPU:
+        return
+    from triton.runtime import interpreter
+
+    convert = interpreter._convert_float
+
+    def nearest(data: object, source: object, target: object, rounding_mode: object) -> object:
+        if str(source) == "fp32" and str(target) == "bf16":
+            return torch.as_tensor(data).bfloat16().view(torch.int16).numpy().view("uint16")
+        return convert(data, source, target, rounding_mode)
+
+    interpreter._convert_float = nearest
+
+
 @pytest.fixture(scope="session")
 def digits() -> tuple[tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
     """A few of scikit-learn's digits, uint8 [n, 1, 8, 8]: 160 to train with, 64 to test on."""

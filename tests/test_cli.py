@@ -136,3 +136,12 @@ def test_the_demo_reaches_98_percent_at_4_4_percent_density_in_under_two_minutes
     rows = [json.loads(line) for line in (tmp_path / "run" / "history.jsonl").read_text().splitlines()]
     assert rows[-1]["density"] < 0.0441
     assert rows[-1]["accuracy"] >= 0.98
+
+
+def test_plan_tells_what_a_step_costs(capsys):
+    assert main(["plan", "--model", "small_cnn", "--shape", "1,8,8", "--particles", "3", "--batch-size", "16"]) == 0
+    said = capsys.readouterr().out
+    for word in ("Convolution", "GFLOP", "measured now", "a step of 3", "particles fit at once"):
+        assert word in said
+    assert main(["plan", "--model", "networks:Depthwise", "--shape", "1,8,8"]) == 2
+    assert "doesn't cover networks:Depthwise" in capsys.readouterr().err

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from swamp_fast import _C, fast_swamp, models, naive_swamp
 from swamp_fast.data.streams import lane_keys, stream_of
 from swamp_fast.engines.fused.compact import Compact
-from swamp_fast.engines.fused.engine import Fused, Programs, fused_plan
+from swamp_fast.engines.fused.cpu.lanes import CpuPrograms
+from swamp_fast.engines.fused.cuda.lanes import CudaPrograms
+from swamp_fast.engines.fused.engine import fused_plan
 from swamp_fast.engines.lanes import LaneByLane
 from swamp_fast.plan import Plan
 from swamp_fast.problem import prepare
@@ -142,7 +144,10 @@ def masked(problem, density: float) -> Tensor:
 
 
 def step(problem, kind: str, mask: Tensor, lanes: int = 2, rows=None, dtype=None) -> dict[str, Tensor]:
-    """Losses, gradients (of what is kept), statistics and evaluated outputs of a step of lanes of other weights."""
+    """Losses, gradients (of what is kept), statistics and evaluated outputs of a step of lanes of other weights.
+
+    kind  "autograd", "fused" (the C++ kernels) or "triton" (in the interpreter, without a GPU)
+    """
     compact = Compact(problem.layout, mask)
     own = problem.layout.flat(dict(problem.template.named_parameters()), problem.dtype, problem.device)
     weights = torch.stack([own * (1 - 0.1 * lane) for lane in range(lanes)])
@@ -150,19 +155,20 @@ def step(problem, kind: str, mask: Tensor, lanes: int = 2, rows=None, dtype=None
     keys = lane_keys([0] * lanes, [stream_of(0, lane) for lane in range(lanes)], problem.device)
     order = torch.stack([torch.arange(problem.train.length).roll(-3 * lane) for lane in range(lanes)])
     batch = problem.train.fetch(next(iter(problem.train.batches(order, keys, problem.bounds[:1]))), None)
-    if kind == "fused":
+    if kind != "autograd":
         plan = fused_plan(problem)
         assert isinstance(plan, Plan), plan
         grads = torch.zeros(lanes, compact.P, dtype=problem.dtype)
-        way = Fused(
-            problem, Programs(problem, plan, compact, rows if rows is not None else {}), compact.compact(weights), grads
+        programs = (CpuPrograms if kind == "fused" else CudaPrograms)(
+            problem, plan, compact, rows if rows is not None else {}
         )
+        way = programs.lanes(compact.compact(weights), grads)
     else:
         grads = torch.zeros_like(weights)
         way = LaneByLane(problem, weights, grads, False)
     for module in way.modules:
         module.train()
-    found = {"losses": way.backward(batch, keys), "gradients": grads if kind == "fused" else compact.compact(grads)}
+    found = {"losses": way.backward(batch, keys), "gradients": compact.compact(grads) if kind == "autograd" else grads}
     found |= {name: buffer.clone() for name, buffer in way.buffers().items()}
     for module in way.modules:
         module.eval()

@@ -20,6 +20,7 @@ LAYERS = [
     ["cli"],
     ["__init__"],
     ["driver", "naive", "models"],
+    ["machine_code", "estimate"],
     ["engines"],
     ["evaluate", "batchnorm", "bank"],
     ["run"],
@@ -29,7 +30,7 @@ LAYERS = [
     ["checks", "dropout", "data", "memory"],
     ["layout", "schedule", "report"],
     ["config", "plan"],
-    ["tree", "backends", "fingerprint"],
+    ["tree", "backends", "fingerprint", "nvrtc"],
     ["ops"],
     ["kernels", "version", "_C"],
 ]
@@ -120,7 +121,10 @@ def test_every_package_is_installed():
     """An editable install finds what a wheel would lack."""
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
     folders = {path.parent.relative_to(ROOT) for path in (ROOT / "swamp_fast").rglob("__init__.py")}
-    assert set(listed) == {".".join(folder.parts) for folder in folders} | {"swamp_fast.kernels"}
+    assert set(listed) == {".".join(folder.parts) for folder in folders} | {
+        "swamp_fast.kernels",
+        "swamp_fast.cuda_sources",
+    }
 
 
 def test_importing_needs_none_of_the_extras():

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from swamp_fast.bank import ParticleBank, Solution
 from swamp_fast.engines.eager import EagerEngine
-from swamp_fast.engines.fused.engine import Fused, FusedEngine, seconds_of_steps
+from swamp_fast.engines.fused.engine import FusedEngine, seconds_of_steps
 from swamp_fast.engines.trainer import Way
 from swamp_fast.schedule import Training
 
@@ -58,7 +58,7 @@ class EngineByDensity:
         """As EagerEngine.train."""
         return self.now.train(bank, training, on_step, on_epoch)
 
-    def side_by_side(self, weights: Tensor, buffers: dict[str, Tensor]) -> Way | Fused:
+    def side_by_side(self, weights: Tensor, buffers: dict[str, Tensor]) -> Way:
         """As EagerEngine.side_by_side."""
         return self.now.side_by_side(weights, buffers)
 

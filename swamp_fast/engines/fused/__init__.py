@@ -1,1 +1,1 @@
-"""The fused engine on CPU: a Plan on the kernels of csrc/cpu/fused, without autograd, over the kept weights only."""
+"""The fused engine: a Plan on this project's own kernels, without autograd, over the kept weights only."""

@@ -8,7 +8,9 @@ from torch import Tensor
 from swamp_fast.data.streams import generators_left_alone, lane_keys, stream_of
 from swamp_fast.engines.check import close, different_weights, few_samples, in_float64
 from swamp_fast.engines.fused.compact import Compact
-from swamp_fast.engines.fused.engine import Fused, Programs
+from swamp_fast.engines.fused.cpu.lanes import CpuLanes
+from swamp_fast.engines.fused.cuda.lanes import CudaLanes
+from swamp_fast.engines.fused.engine import programs_of
 from swamp_fast.engines.lanes import LaneByLane
 from swamp_fast.plan import Plan
 from swamp_fast.problem import Problem
@@ -33,16 +35,18 @@ def _difference(problem: Problem, plan: Plan, mask: Tensor | None) -> str | None
     keys = lane_keys([problem.config.seed] * lanes, [stream_of(None, lane) for lane in range(lanes)], problem.device)
     batch = few_samples(problem, keys)
     if mask is None:
-        mask = problem.mask & (torch.rand(problem.mask.shape, generator=torch.Generator().manual_seed(0)) < KEPT)
+        drawn = torch.rand(problem.mask.shape, generator=torch.Generator().manual_seed(0))
+        mask = problem.mask & (drawn < KEPT).to(problem.device)
     compact = Compact(problem.layout, mask)
     weights = compact.expand(compact.compact(different_weights(problem)[:lanes]))
     results = []
     with generators_left_alone():
         for fused in (False, True):
-            grads = torch.zeros(lanes, compact.P if fused else problem.layout.P, dtype=torch.float64)
-            way: Fused | LaneByLane
+            size = compact.P if fused else problem.layout.P
+            grads = torch.zeros(lanes, size, dtype=torch.float64, device=problem.device)
+            way: CpuLanes | CudaLanes | LaneByLane
             if fused:
-                way = Fused(problem, Programs(problem, plan, compact, {}), compact.compact(weights), grads)
+                way = programs_of(problem, plan, compact, {}).lanes(compact.compact(weights), grads)
             else:
                 way = LaneByLane(problem, weights.clone(), grads, False)
             for module in way.modules:

@@ -23,9 +23,9 @@ class Compact:
         self.kept = mask.nonzero().flatten()
         self.Q = -(-len(self.kept) // ALIGNMENT) * ALIGNMENT
         self.P = self.Q + layout.P - layout.Q
-        self.where = torch.full((layout.P,), -1, dtype=torch.int64)
-        self.where[self.kept] = torch.arange(len(self.kept))
-        self.where[layout.Q :] = torch.arange(self.Q, self.P)
+        self.where = torch.full((layout.P,), -1, dtype=torch.int64, device=mask.device)
+        self.where[self.kept] = torch.arange(len(self.kept), device=mask.device)
+        self.where[layout.Q :] = torch.arange(self.Q, self.P, device=mask.device)
 
     def compact(self, vectors: Tensor) -> Tensor:
         """[..., P] -> [..., P']; what the mask prunes is left out."""
@@ -51,7 +51,7 @@ class CompactBank(ParticleBank):
 
     def rewind_(self, start: Solution, mask: Tensor, cycle: int | None) -> None:
         """As ParticleBank.rewind_, with a full solution; the mask is the one that the bank was made for."""
-        own = torch.arange(self.compact.Q) < len(self.compact.kept)
+        own = torch.arange(self.compact.Q, device=self.masks.device) < len(self.compact.kept)
         super().rewind_(Solution(self.compact.compact(start.weights), start.buffers), own, cycle)
 
     def solutions(self, averaged: bool) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 from swamp_fast import ops
 from swamp_fast.data.streams import DROPOUT
 from swamp_fast.engines.fused.compact import Compact
-from swamp_fast.engines.fused.taps import CHUNK, SAMPLES, ConvolutionMask, Geometry, Taps, pads
+from swamp_fast.engines.fused.cpu.taps import CHUNK, SAMPLES, ConvolutionMask, Geometry, Taps, pads
 from swamp_fast.ops._contract import native
 from swamp_fast.plan import KINDS, Add, Concatenate, Convolution, Dropout, Flatten, Norm, Op, Plan, Pointwise, Pool
 
@@ -131,7 +131,7 @@ class Program:
             self.evaluation_calls += evaluation
         if trains:
             self._take_grad(plan.output)
-            self.needed = _needed(plan)
+            self.needed = plan.needs_gradient()
             for op in reversed(plan.ops):
                 if op.output not in self.needed:
                     continue
@@ -433,15 +433,6 @@ def _parts(kept: int) -> int:
     while parts * max(1, kept // CHUNK) < TASKS:
         parts *= 2
     return parts
-
-
-def _needed(plan: Plan) -> set[int]:
-    """The values that depend on a parameter: what gradients are needed of."""
-    needed: set[int] = set()
-    for op in plan.ops:
-        if isinstance(op, Convolution | Norm) or needed.intersection(op.inputs):
-            needed.add(op.output)
-    return needed
 
 
 def _seconds(call: Call) -> float:

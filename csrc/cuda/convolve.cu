@@ -1,0 +1,193 @@
+// A 3x3 convolution, stride 1, border 1, of all lanes: halo tiles times weights on the tensor cores; with BatchNorm and
+// ReLU at the load, and the statistics of what it stores. By the input it is the same with the taps turned round.
+//
+// Compiled in: HEIGHT, WIDTH; IN, OUT channels; BLOCK_OUT of them by one block; CHUNK channels of the input at a time;
+// BY_INPUT, PROLOGUE, HAS_BIAS, ACCUMULATE, STATISTICS; TILES that a block takes one after another.
+// Grid: blocks, OUT / BLOCK_OUT, lanes.
+#include "tile.h"
+
+namespace {
+
+constexpr int kInPitch = CHUNK + kPad, kOutPitch = BLOCK_OUT + kPad;
+constexpr int kHalo = kHaloPixels * kInPitch, kWeights = kTaps * CHUNK * kOutPitch;  // numbers in shared memory
+constexpr int kFragments = 2, kColumns = BLOCK_OUT / 8;  // of 16 pixels, and of 8 channels, that a warp sums
+constexpr bool kOneChunk = CHUNK == IN;  // the weights then stay; else the output's tile takes their place
+constexpr int kRounded = kPixels * kOutPitch;
+constexpr int kNumbers = kOneChunk ? kWeights + kRounded : kWeights > kRounded ? kWeights : kRounded;
+
+__device__ void load_weights(bfloat16* to, const bfloat16* weights, int first_in, int first_out) {
+  constexpr int vectors = BLOCK_OUT / 8;
+#pragma unroll
+  for (int begin = 0; begin < kTaps * CHUNK * vectors; begin += kThreads) {
+    const int i = begin + threadIdx.x;
+    if (kTaps * CHUNK * vectors % kThreads && i >= kTaps * CHUNK * vectors) break;
+    const int row = i / vectors, tap = row / CHUNK, channel = first_in + row % CHUNK;
+    const int from = BY_INPUT ? kTaps - 1 - tap : tap;
+    *reinterpret_cast<uint4*>(to + row * kOutPitch + i % vectors * 8) =
+        read_only(weights + (from * IN + channel) * OUT + first_out + i % vectors * 8);
+  }
+}
+
+}  // namespace
+
+extern "C" __global__ void __launch_bounds__(256) convolve(
+    const bfloat16* source,   // [L, B, HEIGHT, WIDTH, IN]
+    const bfloat16* weights,  // [L, ...], this layer's [9, IN, OUT] (by the input too: as dense.py lays them out)
+    long long weights_stride,
+    const float* scale,       // [L, ...], this norm's IN channels, if PROLOGUE
+    const float* offset,
+    long long norm_stride,
+    const float* bias,        // [L, ...], this layer's OUT, if HAS_BIAS
+    long long bias_stride,
+    bfloat16* out,            // [L, B, HEIGHT, WIDTH, OUT]
+    float* means,             // [L, blocks, OUT], if STATISTICS
+    float* squares,           // [L, blocks, OUT] sums of squared differences from the means
+    int samples,
+    int tiles) {
+  extern __shared__ __align__(16) bfloat16 memory[];
+  bfloat16* const halo = memory;
+  bfloat16* const own_weights = halo + kHalo;
+  bfloat16* const rounded = kOneChunk ? own_weights + kWeights : own_weights;  // [256, kOutPitch]
+  float* const shift = reinterpret_cast<float*>(own_weights + kNumbers);       // [BLOCK_OUT]
+  float* const moments = shift + BLOCK_OUT;                                    // [2, warps, BLOCK_OUT]
+  const int lane = blockIdx.z, first_out = blockIdx.y * BLOCK_OUT;
+  const int warp = threadIdx.x / 32, thread = threadIdx.x % 32;
+  const long long lane_pixels = static_cast<long long>(samples) * HEIGHT * WIDTH;
+  source += lane * lane_pixels * IN;
+  out += lane * lane_pixels * OUT + first_out;
+  weights += lane * weights_stride;
+  scale += lane * norm_stride;
+  offset += lane * norm_stride;
+
+  int place[kFragments];  // of the row that this thread gives the address of
+  for (int f = 0; f < kFragments; ++f) place[f] = halo_place((warp * kFragments + f) * 16 + thread % 16);
+  // Sums over this thread's pixels of (value - shift) and its square. The shift is one of the block's own numbers, so
+  // that the variance is at least (mean - shift)^2 / n, and what cancels in the end is bounded.
+  float total[kColumns][2] = {}, square[kColumns][2] = {};
+  clear_halo<CHUNK>(halo);
+  Prologue prologue = prologue_of<CHUNK, PROLOGUE>(0, scale, offset);
+  if (kOneChunk) load_weights(own_weights, weights, 0, first_out);
+
+  const int begin = blockIdx.x * TILES, end = min(begin + TILES, tiles);
+  for (int number = begin; number < end; ++number) {
+    const Tile tile = tile_of(number);
+    float sums[kFragments][kColumns][4] = {};
+    for (int first_in = 0; first_in < IN; first_in += CHUNK) {
+      __syncthreads();
+      if (!kOneChunk) {
+        prologue = prologue_of<CHUNK, PROLOGUE>(first_in, scale, offset);
+        load_weights(own_weights, weights, first_in, first_out);
+      }
+      load_halo<CHUNK, PROLOGUE>(halo, source, tile, samples, IN, first_in, prologue);
+      __syncthreads();
+#pragma unroll
+      for (int tap = 0; tap < kTaps; ++tap)
+#pragma unroll
+        for (int k = 0; k < CHUNK; k += 16) {
+          unsigned a[kFragments][4];
+#pragma unroll
+          for (int f = 0; f < kFragments; ++f)
+            load_matrices(a[f], halo + (place[f] + tap / 3 * kHaloWidth + tap % 3) * kInPitch + k + thread / 16 * 8);
+#pragma unroll
+          for (int n = 0; n < kColumns; n += 2) {
+            unsigned b[4];
+            load_matrices_transposed(
+                b, own_weights + (tap * CHUNK + k + thread % 16) * kOutPitch + n * 8 + thread / 16 * 8);
+#pragma unroll
+            for (int f = 0; f < kFragments; ++f) {
+              multiply_add(sums[f][n], a[f], b[0], b[1]);
+              multiply_add(sums[f][n + 1], a[f], b[2], b[3]);
+            }
+          }
+        }
+    }
+
+    // Rounded into shared memory, then to the map in whole vectors. The statistics are those of the rounded numbers.
+    const int left = (samples - tile.picture) * (kRows * WIDTH);  // pixels of the tile that are real, if fewer than 256
+    if (!kOneChunk) __syncthreads();
+#pragma unroll
+    for (int n = 0; n < kColumns; ++n) {
+      const int column = n * 8 + thread % 4 * 2;
+      float add[2] = {0, 0};
+      if constexpr (HAS_BIAS)
+        for (int i = 0; i < 2; ++i) add[i] = bias[lane * bias_stride + first_out + column + i];
+#pragma unroll
+      for (int f = 0; f < kFragments; ++f)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int pixel = (warp * kFragments + f) * 16 + half * 8 + thread / 4;
+          *reinterpret_cast<unsigned*>(rounded + pixel * kOutPitch + column) =
+              pack(sums[f][n][2 * half] + add[0], sums[f][n][2 * half + 1] + add[1]);
+        }
+    }
+    __syncthreads();
+    if (STATISTICS && number == begin) {
+      if (threadIdx.x < BLOCK_OUT) shift[threadIdx.x] = low(reinterpret_cast<unsigned short*>(rounded)[threadIdx.x]);
+      __syncthreads();
+    }
+    if constexpr (STATISTICS)
+#pragma unroll
+      for (int n = 0; n < kColumns; ++n) {
+        const int column = n * 8 + thread % 4 * 2;
+        const float from[2] = {shift[column], shift[column + 1]};
+#pragma unroll
+        for (int f = 0; f < kFragments; ++f)
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            const int pixel = (warp * kFragments + f) * 16 + half * 8 + thread / 4;
+            const unsigned pair = *reinterpret_cast<const unsigned*>(rounded + pixel * kOutPitch + column);
+            if (kPictures == 1 || pixel < left) {
+              const float away[2] = {low(pair) - from[0], high(pair) - from[1]};
+              for (int i = 0; i < 2; ++i) total[n][i] += away[i], square[n][i] = fmaf(away[i], away[i], square[n][i]);
+            }
+          }
+      }
+    constexpr int vectors = BLOCK_OUT / 8;
+    static_assert(kPixels == kThreads);
+    const long long first_pixel = (static_cast<long long>(tile.picture) * HEIGHT + tile.row) * WIDTH;
+#pragma unroll
+    for (int i = 0; i < vectors; ++i) {
+      const int vector = i * kThreads + threadIdx.x, pixel = vector / vectors, channel = vector % vectors * 8;
+      if (kPictures > 1 && pixel >= left) continue;
+      uint4 v = *reinterpret_cast<const uint4*>(rounded + pixel * kOutPitch + channel);
+      uint4* const to = reinterpret_cast<uint4*>(out + (first_pixel + pixel) * OUT + channel);
+      if constexpr (ACCUMULATE) {
+        const uint4 there = *to;
+        v = {pack(low(v.x) + low(there.x), high(v.x) + high(there.x)),
+             pack(low(v.y) + low(there.y), high(v.y) + high(there.y)),
+             pack(low(v.z) + low(there.z), high(v.z) + high(there.z)),
+             pack(low(v.w) + low(there.w), high(v.w) + high(there.w))};
+      }
+      *to = v;
+    }
+  }
+
+  if constexpr (STATISTICS) {
+#pragma unroll
+    for (int n = 0; n < kColumns; ++n)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        for (int step = 4; step < 32; step *= 2) {
+          total[n][i] += __shfl_xor_sync(0xffffffffu, total[n][i], step);
+          square[n][i] += __shfl_xor_sync(0xffffffffu, square[n][i], step);
+        }
+        if (thread / 4 == 0) {
+          moments[warp * BLOCK_OUT + n * 8 + thread % 4 * 2 + i] = total[n][i];
+          moments[(kWarps + warp) * BLOCK_OUT + n * 8 + thread % 4 * 2 + i] = square[n][i];
+        }
+      }
+    __syncthreads();
+    if (threadIdx.x < BLOCK_OUT) {
+      const long long left = lane_pixels - static_cast<long long>(begin) * kPixels;
+      const float count = left < TILES * kPixels ? left : TILES * kPixels;
+      float away = 0, squared = 0;
+      for (int w = 0; w < kWarps; ++w) {
+        away += moments[w * BLOCK_OUT + threadIdx.x];
+        squared += moments[(kWarps + w) * BLOCK_OUT + threadIdx.x];
+      }
+      const long long at = (static_cast<long long>(lane) * gridDim.x + blockIdx.x) * OUT + first_out + threadIdx.x;
+      means[at] = shift[threadIdx.x] + away / count;
+      squares[at] = max(squared - away * away / count, 0.0f);
+    }
+  }
+}

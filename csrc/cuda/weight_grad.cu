@@ -1,0 +1,101 @@
+// The gradient by the weights of a 3x3 convolution, stride 1, border 1, of all lanes: for every tap the product of the
+// shifted input, transposed, with the output's gradient, over many tiles in registers; BatchNorm and ReLU at the load.
+//
+// Compiled in: HEIGHT, WIDTH; IN, OUT channels; BLOCK_IN, BLOCK_OUT of them by one block, (BLOCK_IN / 16) * (BLOCK_OUT / 16)
+// being 1, 2, 4 or 8; PROLOGUE.
+// Grid: parts, (IN / BLOCK_IN) * (OUT / BLOCK_OUT), lanes. A part takes tiles in order, so that bits don't depend on the
+// device.
+#include "tile.h"
+
+namespace {
+
+constexpr int kInPitch = BLOCK_IN + kPad, kOutPitch = BLOCK_OUT + kPad;
+constexpr int kHalo = kHaloPixels * kInPitch;  // numbers in shared memory
+constexpr int kQuadrants = (BLOCK_IN / 16) * (BLOCK_OUT / 16);  // of 16 by 16 weights, one a warp
+constexpr int kSharers = kWarps / kQuadrants;                   // warps that sum over different pixels of a quadrant
+
+__device__ void load_gradient(bfloat16* to, const bfloat16* lane, Tile tile, int samples, int first) {
+  constexpr int vectors = BLOCK_OUT / 8;
+  const long long begin = (static_cast<long long>(tile.picture) * HEIGHT + tile.row) * WIDTH;
+  const int left = (samples - tile.picture) * (kRows * WIDTH);
+  static_assert(kPixels == kThreads);
+#pragma unroll
+  for (int i = 0; i < vectors; ++i) {
+    const int vector = i * kThreads + threadIdx.x, pixel = vector / vectors, channel = vector % vectors * 8;
+    uint4 v{0, 0, 0, 0};
+    if (pixel < left) v = read_only(lane + (begin + pixel) * OUT + first + channel);
+    *reinterpret_cast<uint4*>(to + pixel * kOutPitch + channel) = v;
+  }
+}
+
+}  // namespace
+
+extern "C" __global__ void __launch_bounds__(256) weight_grad(
+    const bfloat16* source,    // [L, B, HEIGHT, WIDTH, IN]
+    const float* scale,        // [L, ...], this norm's IN channels, if PROLOGUE
+    const float* offset,
+    long long norm_stride,
+    const bfloat16* out_grad,  // [L, B, HEIGHT, WIDTH, OUT]
+    float* partial,            // [L, ...], this layer's [parts, size of a part] with [9, IN, OUT] in each
+    long long partial_stride,
+    int part_size,
+    int samples,
+    int tiles) {
+  extern __shared__ __align__(16) bfloat16 memory[];
+  bfloat16* const halo = memory;
+  bfloat16* const gradient = memory + kHalo;
+  const int lane = blockIdx.z, parts = gridDim.x;
+  const int first_in = blockIdx.y / (OUT / BLOCK_OUT) * BLOCK_IN, first_out = blockIdx.y % (OUT / BLOCK_OUT) * BLOCK_OUT;
+  const int warp = threadIdx.x / 32, thread = threadIdx.x % 32;
+  const int quadrant = warp % kQuadrants, sharer = warp / kQuadrants;
+  const int own_in = quadrant / (BLOCK_OUT / 16) * 16, own_out = quadrant % (BLOCK_OUT / 16) * 16;
+  const long long lane_pixels = static_cast<long long>(samples) * HEIGHT * WIDTH;
+  source += lane * lane_pixels * IN;
+  out_grad += lane * lane_pixels * OUT;
+
+  clear_halo<BLOCK_IN>(halo);
+  const Prologue prologue =
+      prologue_of<BLOCK_IN, PROLOGUE>(first_in, scale + lane * norm_stride, offset + lane * norm_stride);
+  float sums[kTaps][2][4] = {};
+  const int end = static_cast<int>(static_cast<long long>(blockIdx.x + 1) * tiles / parts);
+  for (int number = static_cast<int>(static_cast<long long>(blockIdx.x) * tiles / parts); number < end; ++number) {
+    const Tile tile = tile_of(number);
+    __syncthreads();
+    load_halo<BLOCK_IN, PROLOGUE>(halo, source, tile, samples, IN, first_in, prologue);
+    load_gradient(gradient, out_grad, tile, samples, first_out);
+    __syncthreads();
+    for (int f = sharer; f < kPixels / 16; f += kSharers) {
+      unsigned b[4];
+      load_matrices_transposed(b, gradient + (f * 16 + thread % 16) * kOutPitch + own_out + thread / 16 * 8);
+      const int pixel = f * 16 + thread % 8 + thread / 16 * 8;
+      const bfloat16* const from = halo + halo_place(pixel) * kInPitch + own_in + thread / 8 % 2 * 8;
+#pragma unroll
+      for (int tap = 0; tap < kTaps; ++tap) {
+        unsigned a[4];
+        load_matrices_transposed(a, from + (tap / 3 * kHaloWidth + tap % 3) * kInPitch);
+        multiply_add(sums[tap][0], a, b[0], b[1]);
+        multiply_add(sums[tap][1], a, b[2], b[3]);
+      }
+    }
+  }
+
+  // The sharers' sums in their order, tap by tap.
+  float* const shared = reinterpret_cast<float*>(memory);  // [warps, 16, 16]
+  partial += lane * partial_stride + static_cast<long long>(blockIdx.x) * part_size;
+#pragma unroll
+  for (int tap = 0; tap < kTaps; ++tap) {
+    __syncthreads();
+#pragma unroll
+    for (int n = 0; n < 2; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        shared[warp * 256 + (thread / 4 + i / 2 * 8) * 16 + n * 8 + thread % 4 * 2 + i % 2] = sums[tap][n][i];
+    __syncthreads();
+    for (int i = threadIdx.x; i < kQuadrants * 256; i += kThreads) {
+      float total = 0;
+      for (int s = 0; s < kSharers; ++s) total += shared[(s * kQuadrants) * 256 + i];
+      const int q = i / 256, in = q / (BLOCK_OUT / 16) * 16 + i % 256 / 16, out = q % (BLOCK_OUT / 16) * 16 + i % 16;
+      partial[(tap * IN + first_in + in) * OUT + first_out + out] = total;
+    }
+  }
+}

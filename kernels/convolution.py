@@ -1,0 +1,319 @@
+"""convolve and weight_grad: the convolutions of all lanes in one launch each, as matrix products over shifted pixels.
+
+Maps are [L, B, H, W, C]; a linear layer is a convolution over one pixel. Weights come dense, the type of the maps, as
+swamp_fast/engines/fused/cuda/dense.py lays them out: [groups, taps, in, out], one lane a row.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from triton.runtime.interpreter import InterpretedFunction
+
+PIXELS = {2: 128, 4: 128, 8: 32}  # of a tile, by the bytes of a number
+MOST_OUT = {2: 128, 4: 64, 8: 32}
+MOST_IN = {2: 32, 4: 32, 8: 16}
+LEAST = 16  # of any side of a matrix product
+SPLIT_PIXELS = 4096  # that one program of a weight gradient sums over, at least
+
+
+@triton.jit
+def shifted_pixels(
+    pixel,
+    tap,
+    end,
+    height,
+    width,
+    out_height,
+    out_width,
+    STEP: tl.constexpr,
+    PAD_Y: tl.constexpr,
+    PAD_X: tl.constexpr,
+    DILATION_Y: tl.constexpr,
+    DILATION_X: tl.constexpr,
+    KERNEL_X: tl.constexpr,
+    BY_INPUT: tl.constexpr,
+):
+    """Which pixel of the source a tap reads for each pixel of the output, and whether there is one.
+
+    By the input it is the other way round: the output's pixel is the convolution's input, the source its output.
+    """
+    x = pixel % out_width
+    y = pixel // out_width % out_height
+    sample = pixel // out_width // out_height
+    if BY_INPUT:
+        y = y + PAD_Y - tap // KERNEL_X * DILATION_Y
+        x = x + PAD_X - tap % KERNEL_X * DILATION_X
+        there = (y >= 0) & (x >= 0)
+        if STEP > 1:
+            there = there & (y % STEP == 0) & (x % STEP == 0)
+            y = y // STEP
+            x = x // STEP
+    else:
+        y = y * STEP + tap // KERNEL_X * DILATION_Y - PAD_Y
+        x = x * STEP + tap % KERNEL_X * DILATION_X - PAD_X
+        there = (y >= 0) & (x >= 0)
+    there = there & (pixel < end) & (y < height) & (x < width)
+    return (sample * height + y) * width + x, there
+
+
+@triton.jit
+def convolve_kernel(
+    source,  # [L, B, H, W, groups * IN]
+    weights,  # [L, ...], this layer's [groups, taps, IN, OUT] at `first`
+    bias,  # [L, ...], this layer's [groups * OUT] at `first_bias`, if HAS_BIAS
+    out,  # [L, B, OH, OW, groups * OUT]
+    means,  # [L, tiles, groups * OUT] of each tile's pixels, if STATISTICS
+    squares,  # [L, tiles, groups * OUT] sums of squared differences from them
+    weights_stride,
+    first,
+    bias_stride,
+    first_bias,
+    samples,
+    height,
+    width,
+    out_height,
+    out_width,
+    groups,
+    IN: tl.constexpr,
+    OUT: tl.constexpr,
+    TAPS: tl.constexpr,
+    KERNEL_X: tl.constexpr,
+    STEP: tl.constexpr,
+    PAD_Y: tl.constexpr,
+    PAD_X: tl.constexpr,
+    DILATION_Y: tl.constexpr,
+    DILATION_X: tl.constexpr,
+    BY_INPUT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
+    STATISTICS: tl.constexpr,
+    SUM: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+    BLOCK_PIXELS: tl.constexpr,
+    BLOCK_IN: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+):
+    lane = (tl.program_id(2) // groups).to(tl.int64)
+    group = tl.program_id(2) % groups
+    pixels = samples * out_height * out_width
+    pixel = tl.program_id(0) * BLOCK_PIXELS + tl.arange(0, BLOCK_PIXELS)
+    o = tl.program_id(1) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    i = tl.arange(0, BLOCK_IN)
+    source += lane * samples * height * width * groups * IN + group * IN
+    weights += lane * weights_stride + first + group * TAPS * IN * OUT
+    chunks: tl.constexpr = (IN + BLOCK_IN - 1) // BLOCK_IN
+    sums = tl.zeros((BLOCK_PIXELS, BLOCK_OUT), SUM)
+    for step in range(TAPS * chunks):
+        tap = step // chunks
+        channel = step % chunks * BLOCK_IN + i
+        place, there = shifted_pixels(
+            pixel, tap, pixels, height, width, out_height, out_width,
+            STEP, PAD_Y, PAD_X, DILATION_Y, DILATION_X, KERNEL_X, BY_INPUT,
+        )  # fmt: skip
+        a = tl.load(
+            source + place.to(tl.int64)[:, None] * (groups * IN) + channel[None, :],
+            mask=there[:, None] & (channel < IN)[None, :],
+            other=0.0,
+        )
+        w = tl.load(
+            weights + (tap * IN + channel)[:, None] * OUT + o[None, :],
+            mask=(channel < IN)[:, None] & (o < OUT)[None, :],
+            other=0.0,
+        )
+        if UPCAST:
+            a = a.to(tl.float32)
+            w = w.to(tl.float32)
+        sums = tl.dot(a, w, sums, input_precision=PRECISION, out_dtype=SUM)
+    inside = (pixel < pixels)[:, None] & (o < OUT)[None, :]
+    if HAS_BIAS:
+        b = tl.load(bias + lane * bias_stride + first_bias + group * OUT + o, mask=o < OUT, other=0.0)
+        sums += b[None, :].to(SUM)
+    place = (lane * pixels + pixel)[:, None] * (groups * OUT) + (group * OUT + o)[None, :]
+    if ACCUMULATE:
+        sums += tl.load(out + place, mask=inside, other=0.0).to(SUM)
+    rounded = sums.to(out.dtype.element_ty)
+    tl.store(out + place, rounded, mask=inside)
+    if STATISTICS:
+        value = tl.where(inside, rounded.to(SUM), 0.0)
+        count = tl.minimum(pixels - tl.program_id(0) * BLOCK_PIXELS, BLOCK_PIXELS).to(SUM)
+        mean = tl.sum(value, 0) / count
+        away = tl.where(inside, value - mean[None, :], 0.0)
+        at = (lane * tl.num_programs(0) + tl.program_id(0)) * groups * OUT + group * OUT + o
+        tl.store(means + at, mean, mask=o < OUT)
+        tl.store(squares + at, tl.sum(away * away, 0), mask=o < OUT)
+
+
+@triton.jit
+def weight_grad_kernel(
+    source,  # [L, B, H, W, groups * IN]
+    out_grad,  # [L, B, OH, OW, groups * OUT]
+    partial,  # [L, ...], this layer's [splits, groups, taps, IN, OUT] at `first`
+    partial_stride,
+    first,
+    samples,
+    height,
+    width,
+    out_height,
+    out_width,
+    groups,
+    splits,
+    split_pixels,
+    IN: tl.constexpr,
+    OUT: tl.constexpr,
+    TAPS: tl.constexpr,
+    KERNEL_X: tl.constexpr,
+    STEP: tl.constexpr,
+    PAD_Y: tl.constexpr,
+    PAD_X: tl.constexpr,
+    DILATION_Y: tl.constexpr,
+    DILATION_X: tl.constexpr,
+    SUM: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+    BLOCK_PIXELS: tl.constexpr,
+    BLOCK_IN: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+):
+    chunks: tl.constexpr = (IN + BLOCK_IN - 1) // BLOCK_IN
+    tap = tl.program_id(0) // chunks
+    i = tl.program_id(0) % chunks * BLOCK_IN + tl.arange(0, BLOCK_IN)
+    o = tl.program_id(1) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    split = tl.program_id(2) % splits
+    group = tl.program_id(2) // splits % groups
+    lane = (tl.program_id(2) // splits // groups).to(tl.int64)
+    pixels = samples * out_height * out_width
+    source += lane * samples * height * width * groups * IN + group * IN
+    out_grad += lane * pixels * groups * OUT + group * OUT
+    sums = tl.zeros((BLOCK_IN, BLOCK_OUT), SUM)
+    end = tl.minimum(pixels, (split + 1) * split_pixels)
+    for begin in range(split * split_pixels, end, BLOCK_PIXELS):
+        pixel = begin + tl.arange(0, BLOCK_PIXELS)
+        place, there = shifted_pixels(
+            pixel, tap, end, height, width, out_height, out_width,
+            STEP, PAD_Y, PAD_X, DILATION_Y, DILATION_X, KERNEL_X, False,
+        )  # fmt: skip
+        a = tl.load(
+            source + place.to(tl.int64)[:, None] * (groups * IN) + i[None, :],
+            mask=there[:, None] & (i < IN)[None, :],
+            other=0.0,
+        )
+        g = tl.load(
+            out_grad + pixel.to(tl.int64)[:, None] * (groups * OUT) + o[None, :],
+            mask=(pixel < end)[:, None] & (o < OUT)[None, :],
+            other=0.0,
+        )
+        if UPCAST:
+            a = a.to(tl.float32)
+            g = g.to(tl.float32)
+        sums = tl.dot(tl.trans(a), g, sums, input_precision=PRECISION, out_dtype=SUM)
+    at = ((split * groups + group) * TAPS + tap) * IN * OUT + i[:, None] * OUT + o[None, :]
+    tl.store(
+        partial + lane * partial_stride + first + at,
+        sums,
+        mask=(i < IN)[:, None] & (o < OUT)[None, :],
+    )
+
+
+def convolve(source, weights, first, bias, first_bias, out, window, by_input, accumulate, statistics, precision):
+    """Launch one convolution, or its gradient by the input: then `source` is the output's gradient, `out` the input's.
+
+    window      kernel, stride, padding, dilation, groups, in pairs but for stride and groups
+    bias        a bank [L, ...] with this layer's at `first_bias`, or None
+    statistics  (means, squares) [L, tiles, C], one row a tile of `tile_pixels` pixels, or None
+    precision   of products in float32: "ieee" or "tf32"
+    """
+    kernel, stride, padding, dilation, groups = window
+    lanes, samples, height, width, channels = source.shape
+    _, _, out_height, out_width, out_channels = out.shape
+    inner, outer, size = channels // groups, out_channels // groups, out.element_size()
+    block_out = _block(outer, MOST_OUT[size])
+    means, squares = statistics if statistics is not None else (out, out)
+    grid = (
+        triton.cdiv(samples * out_height * out_width, PIXELS[size]),
+        triton.cdiv(outer, block_out),
+        lanes * groups,
+    )
+    with torch.cuda.device_of(source):
+        convolve_kernel[grid](
+            *(source, weights, weights if bias is None else bias, out, means, squares),
+            *(weights.stride(0), first, 0 if bias is None else bias.stride(0), first_bias),
+            *(samples, height, width, out_height, out_width, groups),
+            IN=inner,
+            OUT=outer,
+            TAPS=kernel[0] * kernel[1],
+            KERNEL_X=kernel[1],
+            STEP=stride,
+            PAD_Y=padding[0],
+            PAD_X=padding[1],
+            DILATION_Y=dilation[0],
+            DILATION_X=dilation[1],
+            BY_INPUT=by_input,
+            HAS_BIAS=bias is not None,
+            ACCUMULATE=accumulate,
+            STATISTICS=statistics is not None,
+            SUM=_sum_type(out),
+            PRECISION=precision,
+            UPCAST=_upcasts(source),
+            BLOCK_PIXELS=PIXELS[size],
+            BLOCK_IN=_block(inner, MOST_IN[size]),
+            BLOCK_OUT=block_out,
+            enable_fp_fusion=True,
+            num_warps=8 if block_out >= 64 else 4,
+        )
+
+
+def weight_grad(source, out_grad, partial, first, splits, window, precision):
+    """Launch the gradient by the weights, in `splits` parts that are still to be summed: see weight_grad_splits."""
+    kernel, stride, padding, dilation, groups = window
+    lanes, samples, height, width, channels = source.shape
+    _, _, out_height, out_width, out_channels = out_grad.shape
+    inner, outer, size = channels // groups, out_channels // groups, source.element_size()
+    taps = kernel[0] * kernel[1]
+    block_in, block_out = _block(inner, MOST_IN[size]), _block(outer, min(64, MOST_OUT[size]))
+    pixels = samples * out_height * out_width
+    grid = (taps * triton.cdiv(inner, block_in), triton.cdiv(outer, block_out), lanes * groups * splits)
+    with torch.cuda.device_of(source):
+        weight_grad_kernel[grid](
+            *(source, out_grad, partial, partial.stride(0), first),
+            *(samples, height, width, out_height, out_width, groups, splits, triton.cdiv(pixels, splits)),
+            IN=inner,
+            OUT=outer,
+            TAPS=taps,
+            KERNEL_X=kernel[1],
+            STEP=stride,
+            PAD_Y=padding[0],
+            PAD_X=padding[1],
+            DILATION_Y=dilation[0],
+            DILATION_X=dilation[1],
+            SUM=_sum_type(source),
+            PRECISION=precision,
+            UPCAST=_upcasts(source),
+            BLOCK_PIXELS=PIXELS[size] // 2,
+            BLOCK_IN=block_in,
+            BLOCK_OUT=block_out,
+            enable_fp_fusion=True,
+        )
+
+
+def tiles(pixels, element_size):
+    """How many rows of statistics a launch of `convolve` leaves, and over how many pixels each."""
+    return triton.cdiv(pixels, PIXELS[element_size]), PIXELS[element_size]
+
+
+def weight_grad_splits(pixels):
+    """Parts of a weight gradient over so many pixels; by the sizes alone, so that bits are too."""
+    return max(1, min(64, pixels // SPLIT_PIXELS))
+
+
+def _block(size, most):
+    return max(LEAST, min(most, triton.next_power_of_2(size)))
+
+
+def _sum_type(tensor):
+    return tl.float64 if tensor.dtype == torch.float64 else tl.float32
+
+
+def _upcasts(tensor):
+    """In the interpreter products of bfloat16 are wrong without an error."""
+    return tensor.dtype == torch.bfloat16 and isinstance(convolve_kernel, InterpretedFunction)

@@ -1,0 +1,475 @@
+"""norm and norm_grad: BatchNorm of all lanes with the addition and the ReLU behind it, forward and backward.
+
+Maps are [L, B, H, W, C], seen as [L, pixels, C]. Sums go tile by tile, then over the tiles in float64, so that their
+order depends on the sizes alone; variances are merged as (mean, sum of squares about it), never as E[x^2] - E[x]^2.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+ELEMENTS = 8192  # of a tile of pixels and channels
+BLOCK = 1024
+TILES = 64  # merged at once
+
+
+@triton.jit
+def tile_statistics_kernel(
+    source,  # [L, pixels, C]
+    means,  # [L, tiles, C]
+    squares,  # [L, tiles, C]
+    pixels,
+    channels,
+    SUM: tl.constexpr,
+    BLOCK_PIXELS: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+):
+    lane = tl.program_id(2).to(tl.int64)
+    pixel = tl.program_id(0) * BLOCK_PIXELS + tl.arange(0, BLOCK_PIXELS)
+    c = tl.program_id(1) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
+    inside = (pixel < pixels)[:, None] & (c < channels)[None, :]
+    value = tl.load(source + (lane * pixels + pixel)[:, None] * channels + c[None, :], mask=inside, other=0.0).to(SUM)
+    count = tl.minimum(pixels - tl.program_id(0) * BLOCK_PIXELS, BLOCK_PIXELS).to(SUM)
+    mean = tl.sum(value, 0) / count
+    away = tl.where(inside, value - mean[None, :], 0.0)
+    at = (lane * tl.num_programs(0) + tl.program_id(0)) * channels + c
+    tl.store(means + at, mean, mask=c < channels)
+    tl.store(squares + at, tl.sum(away * away, 0), mask=c < channels)
+
+
+@triton.jit
+def merge_statistics_kernel(
+    means,  # [L, tiles, C]
+    squares,  # [L, tiles, C]
+    mean,  # [L, ...], this norm's channels at `first`
+    variance,  # likewise, biased
+    statistics_stride,
+    first,
+    tiles,
+    tile_pixels,
+    pixels,
+    channels,
+    BLOCK_TILES: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+):
+    lane = tl.program_id(1).to(tl.int64)
+    c = tl.program_id(0) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
+    means += lane * tiles * channels
+    squares += lane * tiles * channels
+    total = tl.zeros((BLOCK_CHANNELS,), tl.float64)
+    for begin in range(0, tiles, BLOCK_TILES):
+        tile = begin + tl.arange(0, BLOCK_TILES)
+        inside = (tile < tiles)[:, None] & (c < channels)[None, :]
+        count = tl.minimum(pixels - tile * tile_pixels, tile_pixels).to(tl.float64)
+        each = tl.load(means + tile[:, None] * channels + c[None, :], mask=inside, other=0.0).to(tl.float64)
+        total += tl.sum(tl.where(inside, each * count[:, None], 0.0), 0)
+    middle = total / pixels
+    total = tl.zeros((BLOCK_CHANNELS,), tl.float64)
+    for begin in range(0, tiles, BLOCK_TILES):
+        tile = begin + tl.arange(0, BLOCK_TILES)
+        inside = (tile < tiles)[:, None] & (c < channels)[None, :]
+        count = tl.minimum(pixels - tile * tile_pixels, tile_pixels).to(tl.float64)
+        each = tl.load(means + tile[:, None] * channels + c[None, :], mask=inside, other=0.0).to(tl.float64)
+        square = tl.load(squares + tile[:, None] * channels + c[None, :], mask=inside, other=0.0).to(tl.float64)
+        away = each - middle[None, :]
+        total += tl.sum(tl.where(inside, square + away * away * count[:, None], 0.0), 0)
+    at = lane * statistics_stride + first + c
+    tl.store(mean + at, middle.to(mean.dtype.element_ty), mask=c < channels)
+    tl.store(variance + at, (total / pixels).to(variance.dtype.element_ty), mask=c < channels)
+
+
+@triton.jit
+def scale_offset_kernel(
+    mean,  # [L, ...], this norm's channels at `first`, as the two below
+    variance,
+    scale,
+    offset,
+    weights,  # [L, ...], this norm's weight and bias at first_weight and first_bias
+    statistics_stride,
+    first,
+    weights_stride,
+    first_weight,
+    first_bias,
+    eps,
+    channels,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    lane = tl.program_id(0).to(tl.int64)
+    c = tl.arange(0, BLOCK)
+    at = lane * statistics_stride + first + c
+    own = lane * weights_stride + c
+    m, by, shift = channel_norm(
+        mean, variance, weights, at, own + first_weight, own + first_bias, eps, c < channels, HAS_WEIGHT, HAS_BIAS
+    )
+    tl.store(scale + at, by, mask=c < channels)
+    tl.store(offset + at, shift - m * by, mask=c < channels)
+
+
+@triton.jit
+def channel_norm(
+    mean, variance, weights, at, weight_at, bias_at, eps, there, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr
+):
+    """Each channel's mean, scale and shift: out = (in - mean) * scale + shift."""
+    m = tl.load(mean + at, mask=there, other=0.0)
+    v = tl.load(variance + at, mask=there, other=1.0)
+    rstd = (1.0 / tl.sqrt(v.to(tl.float64) + eps)).to(v.dtype)
+    scale = rstd
+    shift = tl.zeros_like(rstd)
+    if HAS_WEIGHT:
+        scale = rstd * tl.load(weights + weight_at, mask=there, other=0.0)
+    if HAS_BIAS:
+        shift = tl.load(weights + bias_at, mask=there, other=0.0)
+    return m, scale, shift
+
+
+@triton.jit
+def norm_kernel(
+    source,  # [L, pixels, C]
+    side,  # [L, pixels, C], added if HAS_SIDE
+    out,  # [L, pixels, C]
+    mean,  # [L, ...], this norm's channels at `first`
+    variance,  # likewise
+    weights,  # [L, ...], this norm's weight and bias at first_weight and first_bias
+    statistics_stride,
+    first,
+    weights_stride,
+    first_weight,
+    first_bias,
+    eps,
+    pixels,
+    channels,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_SIDE: tl.constexpr,
+    RELU: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    lane = tl.program_id(1).to(tl.int64)
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < pixels * channels
+    c = at % channels
+    own = lane * weights_stride + c
+    m, scale, shift = channel_norm(
+        mean, variance, weights, lane * statistics_stride + first + c, own + first_weight, own + first_bias,
+        eps, inside, HAS_WEIGHT, HAS_BIAS,
+    )  # fmt: skip
+    place = lane * pixels * channels + at
+    value = (tl.load(source + place, mask=inside, other=0.0).to(m.dtype) - m) * scale + shift
+    if HAS_SIDE:
+        value += tl.load(side + place, mask=inside, other=0.0).to(m.dtype)
+    if RELU:
+        value = tl.where(value < 0, 0.0, value)  # a NaN stays
+    tl.store(out + place, value.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def norm_grad_sums_kernel(
+    source,  # [L, pixels, C]
+    out,  # [L, pixels, C], read if RELU and HAS_OUT
+    out_grad,  # [L, pixels, C]
+    side_grad,  # [L, pixels, C], written if HAS_SIDE
+    mean,
+    scale,  # as mean; read if not HAS_OUT: where out = relu(source * scale + offset) was never written
+    offset,
+    totals,  # [2, L, tiles, C] sums of the gradient before ReLU, and of it times (in - mean)
+    statistics_stride,
+    first,
+    pixels,
+    channels,
+    lanes,
+    HAS_SIDE: tl.constexpr,
+    ADD_SIDE: tl.constexpr,
+    RELU: tl.constexpr,
+    HAS_OUT: tl.constexpr,
+    SUM: tl.constexpr,
+    BLOCK_PIXELS: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+):
+    lane = tl.program_id(2).to(tl.int64)
+    pixel = tl.program_id(0) * BLOCK_PIXELS + tl.arange(0, BLOCK_PIXELS)
+    c = tl.program_id(1) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
+    inside = (pixel < pixels)[:, None] & (c < channels)[None, :]
+    place = (lane * pixels + pixel)[:, None] * channels + c[None, :]
+    gradient = tl.load(out_grad + place, mask=inside, other=0.0).to(SUM)
+    value = tl.load(source + place, mask=inside, other=0.0).to(SUM)
+    if RELU:
+        if HAS_OUT:
+            above = tl.load(out + place, mask=inside, other=0.0) > 0
+        else:
+            by = tl.load(scale + lane * statistics_stride + first + c, mask=c < channels, other=0.0)
+            add = tl.load(offset + lane * statistics_stride + first + c, mask=c < channels, other=0.0)
+            above = value * by[None, :] + add[None, :] > 0
+        gradient = tl.where(above, gradient, 0.0)
+    if HAS_SIDE:
+        own = gradient
+        if ADD_SIDE:
+            own += tl.load(side_grad + place, mask=inside, other=0.0).to(SUM)
+        tl.store(side_grad + place, own.to(side_grad.dtype.element_ty), mask=inside)
+    m = tl.load(mean + lane * statistics_stride + first + c, mask=c < channels, other=0.0)
+    centred = tl.where(inside, value - m[None, :], 0.0)
+    at = (lane * tl.num_programs(0) + tl.program_id(0)) * channels + c
+    tl.store(totals + at, tl.sum(gradient, 0), mask=c < channels)
+    at += lanes.to(tl.int64) * tl.num_programs(0) * channels
+    tl.store(totals + at, tl.sum(gradient * centred, 0), mask=c < channels)
+
+
+@triton.jit
+def norm_grad_merge_kernel(
+    totals,  # [2, L, tiles, C]
+    merged,  # [2, L, C] the mean gradient, and the slope by (in - mean)
+    variance,
+    grads,  # [L, ...], this norm's weight and bias at first_weight and first_bias: added to
+    statistics_stride,
+    first,
+    grads_stride,
+    first_weight,
+    first_bias,
+    eps,
+    tiles,
+    pixels,
+    channels,
+    lanes,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BY_BATCH: tl.constexpr,
+    BLOCK_TILES: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+):
+    lane = tl.program_id(1).to(tl.int64)
+    c = tl.program_id(0) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
+    there = c < channels
+    total = tl.zeros((BLOCK_CHANNELS,), tl.float64)
+    centred = tl.zeros((BLOCK_CHANNELS,), tl.float64)
+    second = lanes.to(tl.int64) * tiles * channels
+    for begin in range(0, tiles, BLOCK_TILES):
+        tile = begin + tl.arange(0, BLOCK_TILES)
+        inside = (tile < tiles)[:, None] & there[None, :]
+        at = (lane * tiles + tile)[:, None] * channels + c[None, :]
+        total += tl.sum(tl.load(totals + at, mask=inside, other=0.0).to(tl.float64), 0)
+        centred += tl.sum(tl.load(totals + second + at, mask=inside, other=0.0).to(tl.float64), 0)
+    v = tl.load(variance + lane * statistics_stride + first + c, mask=there, other=1.0).to(tl.float64)
+    rstd = 1.0 / tl.sqrt(v + eps)
+    own = grads + lane * grads_stride + c
+    if HAS_WEIGHT:
+        before = tl.load(own + first_weight, mask=there, other=0.0)
+        tl.store(own + first_weight, before + (centred * rstd).to(before.dtype), mask=there)
+    if HAS_BIAS:
+        before = tl.load(own + first_bias, mask=there, other=0.0)
+        tl.store(own + first_bias, before + total.to(before.dtype), mask=there)
+    at = lane * channels + c
+    kind = merged.dtype.element_ty
+    if BY_BATCH:
+        tl.store(merged + at, (total / pixels).to(kind), mask=there)
+        tl.store(merged + lanes * channels + at, (centred / pixels * rstd * rstd).to(kind), mask=there)
+    else:
+        nothing = tl.zeros((BLOCK_CHANNELS,), kind)
+        tl.store(merged + at, nothing, mask=there)
+        tl.store(merged + lanes * channels + at, nothing, mask=there)
+
+
+@triton.jit
+def norm_grad_kernel(
+    source,  # [L, pixels, C]
+    out,  # [L, pixels, C], read if RELU and HAS_OUT
+    out_grad,  # [L, pixels, C]
+    in_grad,  # [L, pixels, C]
+    merged,  # [2, L, C]
+    mean,
+    variance,
+    scales,  # as mean; read if not HAS_OUT
+    offsets,
+    weights,
+    statistics_stride,
+    first,
+    weights_stride,
+    first_weight,
+    eps,
+    pixels,
+    channels,
+    lanes,
+    HAS_WEIGHT: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
+    RELU: tl.constexpr,
+    HAS_OUT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    lane = tl.program_id(1).to(tl.int64)
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < pixels * channels
+    c = at % channels
+    own = lane * weights_stride + c + first_weight
+    statistic = lane * statistics_stride + first + c
+    m, scale, _ = channel_norm(mean, variance, weights, statistic, own, own, eps, inside, HAS_WEIGHT, False)
+    place = lane * pixels * channels + at
+    gradient = tl.load(out_grad + place, mask=inside, other=0.0).to(m.dtype)
+    value = tl.load(source + place, mask=inside, other=0.0).to(m.dtype)
+    if RELU:
+        if HAS_OUT:
+            above = tl.load(out + place, mask=inside, other=0.0) > 0
+        else:
+            by = tl.load(scales + statistic, mask=inside, other=0.0)
+            above = value * by + tl.load(offsets + statistic, mask=inside, other=0.0) > 0
+        gradient = tl.where(above, gradient, 0.0)
+    centred = value - m
+    middle = tl.load(merged + lane * channels + c, mask=inside, other=0.0)
+    slope = tl.load(merged + (lanes + lane) * channels + c, mask=inside, other=0.0)
+    grad = (gradient - middle - centred * slope) * scale
+    if ACCUMULATE:
+        grad += tl.load(in_grad + place, mask=inside, other=0.0).to(m.dtype)
+    tl.store(in_grad + place, grad.to(in_grad.dtype.element_ty), mask=inside)
+
+
+def tile_statistics(source):
+    """Means and sums of squares about them, [L, tiles, C] each, and the pixels of a tile; as convolve leaves them."""
+    lanes, pixels, channels = _extents(source)
+    block = _block(channels)
+    per_tile = ELEMENTS // block
+    tiles = triton.cdiv(pixels, per_tile)
+    means, squares = torch.empty(2, lanes, tiles, channels, dtype=sum_dtype(source), device=source.device)
+    with torch.cuda.device_of(source):
+        tile_statistics_kernel[(tiles, triton.cdiv(channels, block), lanes)](
+            *(source, means, squares, pixels, channels),
+            SUM=_sum_type(source),
+            BLOCK_PIXELS=per_tile,
+            BLOCK_CHANNELS=block,
+            enable_fp_fusion=True,
+            num_warps=8,
+        )
+    return (means, squares), per_tile
+
+
+def merge_statistics(statistics, tile_pixels, pixels, mean, variance, first):
+    """Write each channel's mean and biased variance into mean, variance [L, ...], from `first` on."""
+    means, squares = statistics
+    lanes, tiles, channels = means.shape
+    block = min(32, _block(channels))
+    with torch.cuda.device_of(means):
+        merge_statistics_kernel[(triton.cdiv(channels, block), lanes)](
+            *(means, squares, mean, variance, mean.stride(0), first, tiles, tile_pixels, pixels, channels),
+            BLOCK_TILES=TILES,
+            BLOCK_CHANNELS=block,
+            enable_fp_fusion=True,
+        )
+
+
+def scale_offset(mean, variance, scale, offset, first, channels, weights, first_weight, first_bias, eps):
+    """Launch a norm as in * scale + offset: [L, ...] as mean and variance, from `first` on."""
+    with torch.cuda.device_of(mean):
+        scale_offset_kernel[(len(mean),)](
+            *(mean, variance, scale, offset, weights, mean.stride(0), first, weights.stride(0), first_weight),
+            *(first_bias, eps, channels),
+            HAS_WEIGHT=first_weight >= 0,
+            HAS_BIAS=first_bias >= 0,
+            BLOCK=triton.next_power_of_2(channels),
+            enable_fp_fusion=True,
+        )
+
+
+def norm(source, side, out, mean, variance, first, weights, first_weight, first_bias, eps, relu):
+    """Launch out = relu?((source - mean) * rstd * weight + bias + side?); -1 is no weight or bias, None no side."""
+    lanes, pixels, channels = _extents(source)
+    with torch.cuda.device_of(source):
+        norm_kernel[(triton.cdiv(pixels * channels, BLOCK), lanes)](
+            *(source, source if side is None else side, out, mean, variance, weights),
+            *(mean.stride(0), first, weights.stride(0), first_weight, first_bias, eps, pixels, channels),
+            HAS_WEIGHT=first_weight >= 0,
+            HAS_BIAS=first_bias >= 0,
+            HAS_SIDE=side is not None,
+            RELU=relu,
+            BLOCK=BLOCK,
+            enable_fp_fusion=True,
+        )
+
+
+def norm_grad(
+    source,
+    out,
+    out_grad,
+    in_grad,
+    side_grad,
+    accumulate,
+    accumulate_side,
+    mean,
+    variance,
+    scale_and_offset,
+    first,
+    weights,
+    grads,
+    first_weight,
+    first_bias,
+    eps,
+    relu,
+    by_batch,
+):
+    """Launch the gradients of `norm`.
+
+    out               None where it was never written; then relu's mask comes from scale_and_offset
+    in_grad           None where it isn't needed
+    side_grad         None where nothing was added
+    """
+    has_out = out is not None
+    out = out if has_out else source
+    scale, offset = (mean, mean) if has_out else scale_and_offset
+    lanes, pixels, channels = _extents(source)
+    block = _block(channels)
+    per_tile = ELEMENTS // block
+    tiles = triton.cdiv(pixels, per_tile)
+    totals = torch.empty(2, lanes, tiles, channels, dtype=mean.dtype, device=mean.device)
+    merged = torch.empty(2, lanes, channels, dtype=mean.dtype, device=mean.device)
+    with torch.cuda.device_of(source):
+        norm_grad_sums_kernel[(tiles, triton.cdiv(channels, block), lanes)](
+            *(source, out, out_grad, out if side_grad is None else side_grad, mean, scale, offset, totals),
+            *(mean.stride(0), first, pixels, channels, lanes),
+            HAS_SIDE=side_grad is not None,
+            ADD_SIDE=accumulate_side,
+            RELU=relu,
+            HAS_OUT=has_out,
+            SUM=_sum_type(source),
+            BLOCK_PIXELS=per_tile,
+            BLOCK_CHANNELS=block,
+            enable_fp_fusion=True,
+            num_warps=8,
+        )
+        few = min(32, block)
+        norm_grad_merge_kernel[(triton.cdiv(channels, few), lanes)](
+            *(totals, merged, variance, grads, variance.stride(0), first, grads.stride(0), first_weight, first_bias),
+            *(eps, tiles, pixels, channels, lanes),
+            HAS_WEIGHT=first_weight >= 0,
+            HAS_BIAS=first_bias >= 0,
+            BY_BATCH=by_batch,
+            BLOCK_TILES=TILES,
+            BLOCK_CHANNELS=few,
+            enable_fp_fusion=True,
+        )
+        if in_grad is None:
+            return
+        norm_grad_kernel[(triton.cdiv(pixels * channels, BLOCK), lanes)](
+            *(source, out, out_grad, in_grad, merged, mean, variance, scale, offset, weights),
+            *(mean.stride(0), first, weights.stride(0), first_weight, eps, pixels, channels, lanes),
+            HAS_WEIGHT=first_weight >= 0,
+            ACCUMULATE=accumulate,
+            RELU=relu,
+            HAS_OUT=has_out,
+            BLOCK=BLOCK,
+            enable_fp_fusion=True,
+        )
+
+
+def sum_dtype(tensor):
+    """What a map's sums are kept in."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def _extents(source):
+    lanes, channels = source.shape[0], source.shape[-1]
+    return lanes, source[0].numel() // channels, channels
+
+
+def _block(channels):
+    return max(16, min(64, triton.next_power_of_2(channels)))
+
+
+def _sum_type(tensor):
+    return tl.float64 if tensor.dtype == torch.float64 else tl.float32

@@ -1,0 +1,216 @@
+"""The 3x3 convolutions that csrc/cuda runs: which ones, with which constants, over which grid."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from swamp_fast.nvrtc import Launch
+from swamp_fast.plan import Convolution, Shape
+
+PIXELS = 256  # of a tile
+PAD = 8  # as csrc/cuda/tile.h
+TILES = 4  # that one block of a convolution takes
+PARTS = 64  # of a weight gradient, at most
+TILES_OF_PART = 4
+MOST_OUT = 64  # channels that a block of a convolution gives
+QUADRANTS = 8  # of 16 by 16 weights that a block of a weight gradient gives, at most
+MOST_SHARED = 99 * 1024  # bytes: what every GPU from sm_80 on has
+
+
+@dataclass(frozen=True)
+class Prologue:
+    """BatchNorm and ReLU at the load: scale and offset [L, channels of all norms], and the norm's first channel."""
+
+    scale: Tensor
+    offset: Tensor
+    first: int
+
+
+@dataclass(frozen=True)
+class Halo:
+    """A convolution of L lanes over pictures of one size, and its gradients. Its kernels are csrc/cuda's.
+
+    Maps are bfloat16 [L, B, H, W, C]; weights stand in dense rows as dense.py lays them out.
+    """
+
+    height: int
+    width: int
+    inputs: int
+    outputs: int
+
+    @classmethod
+    def of(cls, op: Convolution, kernel: tuple[int, int], source: Shape, out: Shape) -> Halo | None:
+        """The convolution of a plan, if the kernels cover it."""
+        if len(source) != 3 or kernel != (3, 3):
+            return None
+        channels, height, width = source
+        plain = (op.stride, op.padding, op.dilation, op.groups) == (1, (1, 1), (1, 1), 1)
+        whole = all(size & (size - 1) == 0 for size in (height, width)) and 2 <= width <= PIXELS and height >= 2
+        if not (plain and whole and channels % 16 == 0 and out[0] % 16 == 0):
+            return None
+        return cls(height, width, channels, out[0])
+
+    @property
+    def rows(self) -> int:
+        """Of a tile, in one picture."""
+        return self.height if self.height * self.width < PIXELS else PIXELS // self.width
+
+    @property
+    def pictures(self) -> int:
+        """Of a tile."""
+        return PIXELS // (self.rows * self.width)
+
+    def tiles(self, samples: int) -> int:
+        """Of a batch of one lane."""
+        return -(-samples // self.pictures) * (self.height // self.rows)
+
+    def blocks(self, samples: int) -> int:
+        """Of a convolution, each of which leaves a row of statistics over TILES * PIXELS pixels."""
+        return -(-self.tiles(samples) // TILES)
+
+    def parts(self, samples: int) -> int:
+        """Of a weight gradient; by the sizes alone, so that bits are too."""
+        return max(1, min(PARTS, self.tiles(samples) // TILES_OF_PART))
+
+    def convolve(
+        self,
+        launch: Launch,
+        source: Tensor,
+        prologue: Prologue | None,
+        weights: Tensor,
+        first: int,
+        bias: tuple[Tensor, int] | None,
+        out: Tensor,
+        by_input: bool,
+        accumulate: bool,
+        statistics: tuple[Tensor, Tensor] | None,
+    ) -> None:
+        """Convolve relu(source * scale + offset), or of the source; by the input, of the output's gradient.
+
+        weights     dense rows [L, T], this layer's at `first`
+        bias        a bank [L, P'] and where this layer's begins
+        statistics  means, and sums of squares about them, [L, blocks, outputs]
+        """
+        outputs = self.inputs if by_input else self.outputs
+        constants, shared = self.convolve_constants(
+            by_input, prologue is not None, bias is not None, accumulate, statistics is not None
+        )
+        lanes, samples = source.shape[:2]
+        means, squares = statistics if statistics is not None else (None, None)
+        launch(
+            "convolve",
+            constants,
+            (self.blocks(samples), outputs // constants["BLOCK_OUT"], lanes),
+            shared,
+            [
+                *(_address(source), _address(weights, first), _long(weights.stride(0))),
+                *_prologue(prologue),
+                *((_address(None), _long(0)) if bias is None else (_address(*bias), _long(bias[0].stride(0)))),
+                *(_address(out), _address(means), _address(squares), _int(samples), _int(self.tiles(samples))),
+            ],
+        )
+
+    def convolve_constants(
+        self, by_input: bool, prologue: bool, bias: bool, accumulate: bool, statistics: bool
+    ) -> tuple[dict[str, int], int]:
+        """What is compiled in, and the bytes of shared memory."""
+        inputs, outputs = (self.outputs, self.inputs) if by_input else (self.inputs, self.outputs)
+        block = max(size for size in range(16, MOST_OUT + 1, 16) if outputs % size == 0)
+        fitting = (size for size in (64, 32, 16) if inputs % size == 0)
+        chunk = next(size for size in fitting if self._shared(inputs, size, block) <= MOST_SHARED)
+        constants = {
+            "HEIGHT": self.height,
+            "WIDTH": self.width,
+            "IN": inputs,
+            "OUT": outputs,
+            "BLOCK_OUT": block,
+            "CHUNK": chunk,
+            "BY_INPUT": int(by_input),
+            "PROLOGUE": int(prologue),
+            "HAS_BIAS": int(bias),
+            "ACCUMULATE": int(accumulate),
+            "STATISTICS": int(statistics),
+            "TILES": TILES,
+        }
+        return constants, self._shared(inputs, chunk, block)
+
+    def weight_grad(
+        self,
+        launch: Launch,
+        source: Tensor,
+        prologue: Prologue | None,
+        out_grad: Tensor,
+        partial: Tensor,
+        first: int,
+    ) -> None:
+        """The gradient by the weights in parts: [parts, 9, inputs, outputs] at `first` of a row of partial [L, ...]."""
+        constants, shared = self.weight_grad_constants(prologue is not None)
+        lanes, samples = source.shape[:2]
+        blocks = (self.inputs // constants["BLOCK_IN"]) * (self.outputs // constants["BLOCK_OUT"])
+        launch(
+            "weight_grad",
+            constants,
+            (self.parts(samples), blocks, lanes),
+            shared,
+            [
+                *(_address(source), *_prologue(prologue), _address(out_grad)),
+                *(_address(partial, first), _long(partial.stride(0)), _int(9 * self.inputs * self.outputs)),
+                *(_int(samples), _int(self.tiles(samples))),
+            ],
+        )
+
+    def weight_grad_constants(self, prologue: bool) -> tuple[dict[str, int], int]:
+        """As convolve_constants."""
+        sizes = [
+            (block_in, block_out)
+            for block_in in (16, 32, 64, 128)
+            for block_out in (16, 32, 64, 128)
+            if self.inputs % block_in == 0 and self.outputs % block_out == 0
+            if block_in * block_out <= QUADRANTS * 256 and self._weight_grad_shared(block_in, block_out) <= MOST_SHARED
+        ]
+        block_in, block_out = max(sizes, key=lambda each: (each[0] * each[1], -each[0]))
+        constants = {
+            "HEIGHT": self.height,
+            "WIDTH": self.width,
+            "IN": self.inputs,
+            "OUT": self.outputs,
+            "BLOCK_IN": block_in,
+            "BLOCK_OUT": block_out,
+            "PROLOGUE": int(prologue),
+        }
+        return constants, self._weight_grad_shared(block_in, block_out)
+
+    @property
+    def _halo_pixels(self) -> int:
+        return self.pictures * (self.rows + 2) * (self.width + 2)
+
+    def _weight_grad_shared(self, block_in: int, block_out: int) -> int:
+        return max(2 * (self._halo_pixels * (block_in + PAD) + PIXELS * (block_out + PAD)), 8 * 256 * 4)
+
+    def _shared(self, inputs: int, chunk: int, block: int) -> int:
+        weights, rounded = 9 * chunk * (block + PAD), PIXELS * (block + PAD)
+        numbers = weights + rounded if chunk == inputs else max(weights, rounded)
+        return 2 * (self._halo_pixels * (chunk + PAD) + numbers) + 4 * 17 * block
+
+
+def _address(tensor: Tensor | None, first: int = 0) -> Any:
+    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr() + first * tensor.element_size())
+
+
+def _prologue(prologue: Prologue | None) -> tuple[Any, Any, Any]:
+    if prologue is None:
+        return _address(None), _address(None), _long(0)
+    first = prologue.first
+    return _address(prologue.scale, first), _address(prologue.offset, first), _long(prologue.scale.stride(0))
+
+
+def _long(value: int) -> Any:
+    return ctypes.c_longlong(value)
+
+
+def _int(value: int) -> Any:
+    return ctypes.c_int(value)

@@ -1,0 +1,143 @@
+"""Lanes side by side: every launch runs all of them, or as many as fit the memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from swamp_fast.data.store import Batch
+from swamp_fast.engines.fused.buffers import Buffers
+from swamp_fast.engines.fused.compact import Compact
+from swamp_fast.engines.fused.cuda.program import Pass, Program
+from swamp_fast.nvrtc import Launcher, why_missing
+from swamp_fast.plan import Plan
+from swamp_fast.probe import cross_entropy
+from swamp_fast.problem import Problem
+
+SHARE = 0.8  # of the free memory that lanes may take
+
+
+class CudaPrograms:
+    """The program under one mask.
+
+    at_once  how many lanes a launch runs at most; what a lane computes doesn't depend on it
+    """
+
+    def __init__(self, problem: Problem, plan: Plan, compact: Compact, rows: object = None) -> None:
+        self.problem, self.plan, self.compact = problem, plan, compact
+        storage = torch.bfloat16 if problem.config.precision == "bfloat16" else problem.dtype
+        tf32 = {True: torch.backends.cuda.matmul.allow_tf32, False: torch.backends.cudnn.allow_tf32}
+        launch = Launcher(problem.device) if problem.device.type == "cuda" and why_missing() is None else None
+        self.program = Program(plan, compact, problem.dtype, storage, tf32, launch)
+        self.at_once: int | None = None
+
+    def measure(self, lanes: int) -> None:
+        """Decide how many of so many lanes run at once, by the memory that is free. Raises MemoryError if none does."""
+        if self.problem.device.type != "cuda":
+            return
+        free, _ = torch.cuda.mem_get_info(self.problem.device)
+        free += torch.cuda.memory_reserved(self.problem.device) - torch.cuda.memory_allocated(self.problem.device)
+        each = self.program.bytes_of_lane(self.problem.bounds[0][1])
+        self.at_once = min(lanes, int(SHARE * free) // each)
+        if self.at_once == 0:
+            raise MemoryError(
+                f"a step of one particle takes about {each / 1e9:.2f} GB and {free / 1e9:.2f} GB are free on "
+                f"{self.problem.device}; use a smaller batch_size."
+            )
+
+    def lanes(self, weights: Tensor, grads: Tensor | None) -> CudaLanes:
+        """Lanes over compact weights [L, P'], whose gradients go to grads [L, P']."""
+        return CudaLanes(self.problem, self, weights, grads)
+
+
+class CudaLanes:
+    """Lanes over compact weights [L, P'], whose gradients go to grads [L, P']; the modules hold the buffers alone."""
+
+    channels_last = True
+
+    def __init__(self, problem: Problem, programs: CudaPrograms, weights: Tensor, grads: Tensor | None) -> None:
+        self.problem, self.programs, self.compact_weights, self.grads = problem, programs, weights, grads
+        self.running = Buffers(problem.template, programs.plan.norms, len(weights), problem.dtype)
+        self.modules = self.running.modules
+        self.mean, self.variance = torch.zeros_like(self.running.mean), torch.zeros_like(self.running.mean)
+
+    @property
+    def weights(self) -> Tensor:
+        """[L, P] in full."""
+        return self.programs.compact.expand(self.compact_weights)
+
+    def backward(self, batch: Batch, step_keys: Tensor) -> Tensor:
+        """As LaneByLane.backward."""
+        assert self.grads is not None
+        losses = []
+        for lanes in self._groups():
+            inputs, targets = self._inputs(batch, step_keys, lanes), batch.targets[lanes]
+            run, outputs = self._run(lanes, inputs, step_keys[lanes], keep=True)
+            outputs.requires_grad_()
+            each = self._losses(outputs, targets)
+            (out_grad,) = torch.autograd.grad(each.sum(), outputs)
+            with torch.no_grad():
+                run.backward(out_grad, self.grads[lanes])
+            losses.append(each.detach())
+        return torch.cat(losses)
+
+    def outputs(self, inputs: Any, keys: Tensor) -> list[Any]:
+        """As LaneByLane.outputs."""
+        outputs: list[Any] = []
+        for lanes in self._groups():
+            same = inputs.expand(lanes.stop - lanes.start, *inputs.shape)
+            outputs += self._run(lanes, same, None, keep=False)[1].unbind()
+        return outputs
+
+    def set_buffers(self, buffers: dict[str, Tensor]) -> None:
+        """As LaneByLane.set_buffers."""
+        self.running.write(buffers)
+
+    def buffers(self) -> dict[str, Tensor]:
+        """As LaneByLane.buffers."""
+        return self.running.read()
+
+    def _groups(self) -> list[slice]:
+        lanes = len(self.modules)
+        step = min(lanes, self.programs.at_once or lanes)
+        return [slice(begin, min(lanes, begin + step)) for begin in range(0, lanes, step)]
+
+    def _inputs(self, batch: Batch, step_keys: Tensor, lanes: slice) -> Tensor:
+        if self.problem.transform is None:
+            inputs: Tensor = batch.inputs[lanes]
+            return inputs
+        each = [
+            self.problem.transformed(batch.lane(lane)[0], step_keys[lane : lane + 1])
+            for lane in range(lanes.start, lanes.stop)
+        ]
+        return torch.stack(each)
+
+    def _run(self, lanes: slice, inputs: Tensor, keys: Tensor | None, keep: bool) -> tuple[Pass, Tensor]:
+        """A forward pass and its outputs; running statistics move where the norms train."""
+        wanted = self.programs.plan.shapes[self.programs.plan.input]
+        if inputs.shape[2:] != wanted:
+            raise ValueError(
+                f"the fused engine was made for inputs [B, {', '.join(map(str, wanted))}], got "
+                f'{list(inputs.shape[1:])}; a `transform` must keep the shape, or pass engine="eager".'
+            )
+        by_batch = self.running.by_batch
+        statistics = (self.mean, self.variance) if by_batch else (self.running.mean, self.running.variance)
+        mean, variance = (each[lanes] for each in statistics)
+        run = Pass(self.programs.program, self.compact_weights[lanes], mean, variance, by_batch, keys)
+        with torch.no_grad():
+            outputs = run.forward(inputs, keep).to(self.problem.dtype)
+            if by_batch:
+                self.running.move(lanes, mean, variance * self.programs.program.unbiased(inputs.shape[1]))
+        return run, outputs
+
+    def _losses(self, outputs: Tensor, targets: Any) -> Tensor:
+        """Each lane's mean loss; a loss of the user's runs lane by lane, as it may mix samples."""
+        if self.problem.loss is cross_entropy and outputs.dim() == 3:
+            return self.problem.losses(outputs.flatten(0, 1), targets.flatten(0, 1)).view(targets.shape).mean(1)
+        each = [
+            self.problem.losses(own.clone(), target).mean()  # a loss may change what it is given
+            for own, target in zip(outputs, targets, strict=True)
+        ]
+        return torch.stack(each)

@@ -1,0 +1,288 @@
+"""What the GPU kernels compile to, for a GPU that needn't be there: registers, spills, shared memory, instructions.
+
+The Triton launchers run on CPU tensors under a driver that only names the target: each kernel is compiled with the
+very specialisation of its launch, and not run. The kernels of csrc/cuda are compiled by NVRTC. Both are read by the
+disassemblers that Triton carries.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from swamp_fast import nvrtc
+from swamp_fast.engines.fused.cuda.halo import PIXELS, Halo
+
+WARPS = 8  # of a block of csrc/cuda
+SLOTS = 4  # instructions that an SM issues in a clock
+# Of one SM of an H200 and one clock (132 SMs at 1.755 GHz): bytes of memory, from 4.3 TB/s copied, and products of
+# mma.sync, from 490 TFLOP/s; DESIGN's ceilings, not measured by this project.
+BYTES, PRODUCTS = 18.6, 1057.0
+HALOS = {  # by what they stand in
+    "ResNet-20": [Halo(32, 32, 16, 16), Halo(16, 16, 32, 32), Halo(8, 8, 64, 64)],
+    "WRN-28-2": [Halo(32, 32, 32, 32), Halo(16, 16, 64, 64), Halo(8, 8, 128, 128)],
+    "VGG-19": [Halo(32, 32, 64, 64), Halo(4, 4, 256, 512), Halo(2, 2, 512, 512)],
+}
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One kernel in one configuration.
+
+    instructions            in its code
+    instructions_per_pixel  that warps issue for a pixel of the output in the kernel's main loop; None where unknown
+    slots_per_pixel         that an H200 has while memory or tensor cores are at work on it: with no more instructions
+                            than that, they don't decide
+    """
+
+    name: str
+    config: str
+    registers: int | None
+    spills: int | None
+    shared_bytes: int
+    instructions: int | None
+    instructions_per_pixel: float | None = None
+    slots_per_pixel: float | None = None
+
+
+def compiled(arch: str) -> list[Compiled]:
+    """Every kernel, in configurations that launchers choose, for "sm_90" or, of Triton alone, "gfx942".
+
+    Raises RuntimeError where Triton interprets: a process does one or the other.
+    """
+    return triton_kernels(arch) + (cuda_kernels(arch) if arch.startswith("sm_") else [])
+
+
+def cuda_kernels(arch: str) -> list[Compiled]:
+    """The kernels of csrc/cuda. Raises RuntimeError without NVRTC, or for what doesn't compile."""
+    reason = nvrtc.why_missing()
+    if reason is not None:
+        raise RuntimeError(f"the CUDA kernels can't be compiled here: {reason}.")
+    found = []
+    for network, halos in HALOS.items():
+        for halo in halos:
+            size = f"{network} {halo.inputs}-{halo.outputs} channels {halo.height}x{halo.width}"
+            for by_input, prologue, accumulate in ((0, 0, 0), (0, 1, 0), (1, 0, 0), (1, 0, 1)):
+                if network != "ResNet-20" and prologue + accumulate == 0:
+                    continue  # what does less of the same
+                constants, shared = halo.convolve_constants(
+                    bool(by_input), bool(prologue), False, bool(accumulate), not by_input
+                )
+                kind = ["forward", "by input"][by_input] + ", prologue" * prologue + ", adds" * accumulate
+                found.append(_cuda_kernel("convolve", f"{kind}, {size}", constants, shared, arch))
+            for prologue in (False, True) if network == "ResNet-20" else (True,):
+                constants, shared = halo.weight_grad_constants(prologue)
+                config = f"{'prologue, ' * prologue}{size}"
+                found.append(_cuda_kernel("weight_grad", config, constants, shared, arch))
+    return found
+
+
+def _cuda_kernel(name: str, config: str, constants: dict[str, int], shared: int, arch: str) -> Compiled:
+    cubin = nvrtc.compile_kernel(name, constants, arch)
+    instructions, loops = disassembled(cubin)
+    if name == "convolve":  # the loop over tiles, and in it that over chunks of channels
+        blocks, trips = constants["OUT"] // constants["BLOCK_OUT"], constants["IN"] // constants["CHUNK"]
+    else:  # and in it that over sixteen pixels a time
+        quadrants = constants["BLOCK_IN"] * constants["BLOCK_OUT"] // 256
+        blocks = constants["IN"] * constants["OUT"] // (256 * quadrants)
+        trips = PIXELS // 16 // (WARPS // quadrants)
+    main = [loop for loop in loops if any("HMMA" in each for each in instructions[loop[0] : loop[1] + 1])]
+    outer = max(main, key=lambda loop: loop[1] - loop[0])
+    inner = [loop for loop in main if loop != outer]
+    count = outer[1] - outer[0] + 1
+    if inner:
+        begin, end = max(inner, key=lambda loop: loop[1] - loop[0])
+        count += (trips - 1) * (end - begin + 1)
+    numbers = constants["IN"] + constants["OUT"] * (1 + constants.get("ACCUMULATE", 0))
+    clocks = max(2 * numbers / BYTES, 9 * constants["IN"] * constants["OUT"] / PRODUCTS)
+    return Compiled(
+        name, config, **_resources(cubin), shared_bytes=shared, instructions=len(instructions),
+        instructions_per_pixel=round(count * WARPS / PIXELS * blocks, 1), slots_per_pixel=round(clocks * SLOTS, 1),
+    )  # fmt: skip
+
+
+def triton_kernels(arch: str) -> list[Compiled]:
+    """The Triton kernels."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    from swamp_fast.kernels import masked_sgd
+
+    if not isinstance(masked_sgd.masked_sgd_kernel, JITFunction):
+        raise RuntimeError("TRITON_INTERPRET is set: unset it to compile the kernels.")
+    is_cuda = arch.startswith("sm_")
+    target = GPUTarget("cuda", int(arch[3:]), 32) if is_cuda else GPUTarget("hip", arch, 64)
+    before, run = driver._active, JITFunction.run
+    found: dict[str, Compiled] = {}
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        if kernel.hash not in found:
+            types = {str(each.dtype).removeprefix("torch.") for each in args if isinstance(each, torch.Tensor)}
+            constants = ", ".join(f"{name} = {value}" for name, value in kwargs.items() if name.isupper())
+            code = kernel.asm["cubin"] if is_cuda else None
+            about = {"registers": None, "spills": None} if code is None else _resources(code)
+            count = None if code is None else len(disassembled(code)[0])
+            config = f"{', '.join(sorted(types))}; {constants}"
+            found[kernel.hash] = Compiled(
+                self.__name__, config, **about, shared_bytes=kernel.metadata.shared, instructions=count
+            )
+        return kernel
+
+    driver.set_active(_NamedTarget(target))
+    JITFunction.run = compile_only
+    try:
+        _launch_bank_kernels()
+        for dtype in (torch.bfloat16, torch.float32, torch.float64):
+            _launch_fused_kernels(dtype)
+    finally:
+        JITFunction.run = run
+        driver._active = before
+    assert triton is not None
+    return list(found.values())
+
+
+class _NamedTarget:
+    """As much of a Triton driver as compiling asks for."""
+
+    def __init__(self, target: Any) -> None:
+        self.target = target
+
+    def get_current_target(self) -> Any:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+
+def _launch_bank_kernels() -> None:
+    """What every engine launches, with one lane (specialised to the constant) and with several."""
+    from swamp_fast.kernels import gather_augment, global_threshold, masked_sgd, particle_mean, philox
+
+    for lanes in (1, 3):
+        keys = torch.zeros(lanes, 3, dtype=torch.int64)
+        philox.philox(keys, 3, 1001)
+        rates = torch.zeros(4, lanes, dtype=torch.float64).unbind()
+        run_of_lane = torch.zeros(lanes, dtype=torch.int64)
+        for dtype in (torch.float32, torch.float64):
+            bank = torch.zeros(3, lanes, 4096, dtype=dtype)
+            masks = torch.zeros(1, 4000, dtype=torch.bool)
+            for nesterov in (False, True):
+                for swa, share in ((bank[2], rates[3]), (None, None)):
+                    state = (bank[0], bank[1], bank[2], masks, run_of_lane, *rates[:3])
+                    masked_sgd.masked_sgd_(*state, nesterov, swa, share)
+            particle_mean.particle_mean(bank[0], run_of_lane, 1)
+            keep = torch.ones(lanes, dtype=torch.int64)
+            global_threshold.global_threshold(bank[0][:, :4000], masks.expand(lanes, -1).contiguous(), keep)
+            for images in (torch.zeros(9, 32, 32, 3, dtype=torch.uint8), torch.zeros(9, 32, 32, 3, dtype=dtype)):
+                table = torch.zeros(3, 256, dtype=dtype) if images.dtype == torch.uint8 else None
+                index = torch.zeros(lanes, 8, dtype=torch.int64)
+                for pad, flip in ((0, False), (4, True)):
+                    for last in (False, True):
+                        gather_augment.gather_augment(images, table, index, index, keys, pad, flip, last)
+
+
+SAME = (3, 3), 1, (1, 1), (1, 1), 1  # kernel, stride, padding, dilation, groups
+HALVED = (3, 3), 2, (1, 1), (1, 1), 1
+LINEAR = (1, 1), 1, (0, 0), (1, 1), 1
+
+
+def _launch_fused_kernels(dtype: torch.dtype) -> None:
+    """What the fused engine launches for a residual network with the stem's three channels, a wide one and a head."""
+    from swamp_fast.kernels import compact, convolution, norm, pool
+
+    bank = torch.float64 if dtype == torch.float64 else torch.float32
+    lanes, samples = 2, 16
+    weights, dense = torch.zeros(lanes, 4096, dtype=bank), torch.zeros(lanes, 4096, dtype=dtype)
+    index = torch.zeros(4096, dtype=torch.int32)
+    compact.expand_weights(weights, index, dense)
+    compact.collect_gradients(weights, index, index, index, weights)
+    layers = [(3, 16, 32, SAME), (16, 16, 32, SAME), (16, 32, 32, HALVED), (64, 64, 8, SAME), (256, 512, 4, SAME)]
+    layers = layers if dtype == torch.bfloat16 else layers[:2] + layers[3:4] if dtype == torch.float32 else layers[1:2]
+    precision = "tf32" if dtype == torch.float32 else "ieee"
+    for inputs, outputs, size, window in [*layers, (64, 10, 1, LINEAR)]:
+        half = size // window[1]
+        source = torch.zeros(lanes, samples, size, size, inputs, dtype=dtype)
+        out = torch.zeros(lanes, samples, half, half, outputs, dtype=dtype)
+        tiles, _ = convolution.tiles(out[0].numel() // outputs, out.element_size())
+        statistics = torch.zeros(2, lanes, tiles, outputs, dtype=bank).unbind()
+        head = window == LINEAR
+        bias = (weights, 16) if head else (None, 0)
+        forward = (source, dense, 16, *bias, out, window)
+        convolution.convolve(*forward, False, False, None if head else statistics, precision)
+        if inputs > 3:
+            backward = (out, dense, 16, None, 0, source, window)
+            for accumulate in (False, True) if dtype == torch.bfloat16 else (True,):
+                convolution.convolve(*backward, True, accumulate, None, precision)
+        convolution.weight_grad(source, out, weights, 16, 2, window, precision)
+    a, b, c, d = torch.zeros(4, lanes, samples, 8, 8, 64, dtype=dtype)
+    mean, variance, scale, offset = torch.zeros(4, lanes, 80, dtype=bank)
+    statistics, tile_pixels = norm.tile_statistics(a)
+    norm.merge_statistics(statistics, tile_pixels, samples * 64, mean, variance, 16)
+    norm.scale_offset(mean, variance, scale, offset, 16, 64, weights, 16, 80, 1e-5)
+    for side in (None, d):
+        norm.norm(a, side, b, mean, variance, 16, weights, 16, 80, 1e-5, True)
+    for out, side in product((b, None), (None, d)):
+        if out is None and side is not None:
+            continue
+        maps = (a, out, c, b if out is None else a, side, False, side is not None)
+        norm.norm_grad(*maps, mean, variance, (scale, offset), 16, weights, weights, 16, 80, 1e-5, True, True)
+    for divisors in (None, ((4.0,) * 4,) * 4):
+        ranges = tuple((2 * each, 2 * each + 2) for each in range(4))
+        windows = pool.windows_of(ranges, ranges, divisors, 8, 8, a.device)
+        small = torch.zeros(lanes * samples, 4, 4, 64, dtype=dtype)
+        pool.pool(a.flatten(0, 1), small, windows)
+        pool.pool_grad(a.flatten(0, 1), small, b.flatten(0, 1), small, windows, False)
+
+
+def _tool(name: str) -> Path:
+    import triton
+
+    return Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+
+
+def _read(tool: str, *options: str, cubin: bytes) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run([_tool(tool), *options, file.name], capture_output=True, text=True, check=True).stdout
+
+
+def _resources(cubin: bytes) -> dict[str, int]:
+    """Registers of a thread, and bytes that it keeps in memory for lack of them."""
+    found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", _read("cuobjdump", "--dump-resource-usage", cubin=cubin)))
+    return {"registers": int(found["REG"]), "spills": int(found["STACK"]) + int(found["LOCAL"])}
+
+
+def disassembled(cubin: bytes) -> tuple[list[str], list[tuple[int, int]]]:
+    """A kernel's instructions in order, and its loops: the first and last instruction of each."""
+    instructions: list[str] = []
+    labels: dict[str, int] = {}
+    for line in _read("nvdisasm", "-c", cubin=cubin).splitlines():
+        label = re.match(r"\s*(\.L_\w+):", line)
+        found = re.search(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", line)
+        if label:
+            labels[label[1]] = len(instructions)
+        elif found:
+            instructions.append(found[1])
+    loops = []
+    for number, instruction in enumerate(instructions):
+        jump = re.search(r"BRA.*`\((\.L_\w+)\)", instruction)
+        if jump and labels.get(jump[1], number + 1) < number:
+            loops.append((labels[jump[1]], number))
+    return instructions, loops

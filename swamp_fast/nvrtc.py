@@ -1,0 +1,138 @@
+"""The kernels of csrc/cuda: compiled at run time by NVRTC, whose library comes with torch's wheel, and launched.
+
+Compiling needs no GPU; what was compiled is kept on disk, by a hash of all that went in.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+HEADERS = ("tile.h", "matrix.h")
+Constants = Mapping[str, int]
+Argument = Any  # a ctypes number, as the kernel's signature has it
+THREADS = 256
+
+
+class Launch(Protocol):
+    """Runs a kernel of csrc/cuda, compiled with its constants, over a grid of blocks."""
+
+    def __call__(
+        self,
+        name: str,
+        constants: Constants,
+        grid: tuple[int, int, int],
+        shared_bytes: int,
+        arguments: Sequence[Argument],
+    ) -> None:
+        """The kernel `name` of `name`.cu."""
+        ...
+
+
+def why_missing() -> str | None:
+    """Why kernels can't be compiled here; None if they can."""
+    try:
+        from cuda.bindings import nvrtc
+    except ImportError as error:
+        return f"cuda-bindings, which torch's CUDA builds bring, is missing ({error})"
+    try:
+        (error_code,) = nvrtc.nvrtcVersion()[:1]
+    except Exception as error:  # of a library that isn't found
+        return f"NVRTC doesn't load ({str(error).splitlines()[0]})"
+    return None if int(error_code) == 0 else f"NVRTC fails with {error_code}"
+
+
+def compile_kernel(name: str, constants: Constants, arch: str) -> bytes:
+    """Machine code of csrc/cuda/`name`.cu for an architecture ("sm_90"). Raises RuntimeError with NVRTC's log."""
+    from cuda.bindings import nvrtc
+
+    folder = files("swamp_fast.cuda_sources")
+    sources: dict[str, bytes] = {each: (folder / each).read_bytes() for each in (f"{name}.cu", *HEADERS)}
+    options = [f"--gpu-architecture={arch}", "--std=c++17", *(f"-D{key}={value}" for key, value in constants.items())]
+    _, *version = nvrtc.nvrtcVersion()
+    digest = hashlib.blake2b(digest_size=16)
+    for part in (*sources.values(), *(each.encode() for each in options), str(version).encode()):
+        digest.update(len(part).to_bytes(8, "little") + part)
+    kept = _cache() / f"{name}-{arch}-{digest.hexdigest()}.cubin"
+    if kept.exists():
+        return kept.read_bytes()
+    headers = [sources[each] for each in HEADERS]
+    program = _checked(
+        nvrtc.nvrtcCreateProgram(
+            sources[f"{name}.cu"], f"{name}.cu".encode(), len(headers), headers, [each.encode() for each in HEADERS]
+        )
+    )
+    (error,) = nvrtc.nvrtcCompileProgram(program, len(options), [each.encode() for each in options])
+    if int(error):
+        log = b" " * _checked(nvrtc.nvrtcGetProgramLogSize(program))
+        nvrtc.nvrtcGetProgramLog(program, log)
+        raise RuntimeError(f"{name}.cu doesn't compile for {arch} with {dict(constants)}:\n{log.decode()}")
+    code: bytes = b" " * _checked(nvrtc.nvrtcGetCUBINSize(program))
+    nvrtc.nvrtcGetCUBIN(program, code)
+    nvrtc.nvrtcDestroyProgram(program)
+    try:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        beside = kept.with_suffix(f".{os.getpid()}")
+        beside.write_bytes(code)
+        beside.replace(kept)
+    except OSError:
+        return code  # a cache that can't be written costs time, nothing else
+    return code
+
+
+class Launcher:
+    """Launches on a device's current stream."""
+
+    def __init__(self, device: torch.device) -> None:
+        major, minor = torch.cuda.get_device_capability(device)
+        self.device, self.arch = device, f"sm_{major}{minor}"
+        self.functions: dict[tuple[Any, ...], Any] = {}
+
+    def __call__(
+        self,
+        name: str,
+        constants: Constants,
+        grid: tuple[int, int, int],
+        shared_bytes: int,
+        arguments: Sequence[Argument],
+    ) -> None:
+        """As Launch."""
+        from cuda.bindings import driver
+
+        with torch.cuda.device(self.device):
+            key = (name, *constants.items())
+            if key not in self.functions:
+                module = _checked(driver.cuModuleLoadData(compile_kernel(name, constants, self.arch)))
+                function = _checked(driver.cuModuleGetFunction(module, name.encode()))
+                most = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+                _checked(driver.cuFuncSetAttribute(function, most, shared_bytes))
+                self.functions[key] = function
+            pointers = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(each) for each in arguments))
+            stream = torch.cuda.current_stream(self.device).cuda_stream
+            _checked(
+                driver.cuLaunchKernel(
+                    *(self.functions[key], *grid, THREADS, 1, 1, shared_bytes, stream),
+                    *(ctypes.addressof(pointers), 0),
+                )
+            )
+
+
+def _checked(result: Any) -> Any:
+    """The value of a call of cuda-bindings. Raises RuntimeError for what it reports."""
+    error, *values = result
+    if int(error):
+        raise RuntimeError(f"CUDA reports {error!r}")
+    return values[0] if values else None
+
+
+def _cache() -> Path:
+    """SWAMP_FAST_CACHE, or the user's cache folder."""
+    given = os.environ.get("SWAMP_FAST_CACHE")
+    return Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "swamp_fast"

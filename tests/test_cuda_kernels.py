@@ -1,0 +1,217 @@
+"""The kernels of csrc/cuda without a GPU: their arithmetic on a CPU, thread by thread, against float64; then in a plan.
+
+tests/host/matrix.h stands for the instructions, so what is proven is everything but the instructions themselves.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import itertools
+import subprocess
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import _interprets
+from swamp_fast.kernels import convolution
+from test_fused import error, masked, problem_of, step
+from torch import nn
+
+from swamp_fast.engines.fused.cuda import lanes as cuda_lanes
+from swamp_fast.engines.fused.cuda.halo import PIXELS, TILES, Halo, Prologue
+from swamp_fast.engines.fused.cuda.program import Program
+
+HOST = Path(__file__).parent / "host"
+
+
+@functools.cache
+def built(name: str, constants: tuple[tuple[str, int], ...]) -> ctypes.CDLL:
+    defines = [f"-D{key}={value}" for key, value in constants] + (["-DWEIGHT_GRAD"] if name == "weight_grad" else [])
+    digest = hashlib.blake2b(" ".join(defines).encode(), digest_size=8).hexdigest()
+    out = Path(folder()) / f"{digest}.so"
+    flags = ["-std=c++17", "-O2", "-shared", "-fPIC", "-Wall", "-Werror", "-Wno-unknown-pragmas"]
+    subprocess.run(["c++", *flags, f"-I{HOST}", *defines, HOST / "launch.cpp", "-o", out], check=True)
+    launch = ctypes.CDLL(str(out)).launch
+    launch.restype = ctypes.c_bool
+    return launch
+
+
+@functools.cache
+def folder() -> str:
+    return tempfile.mkdtemp()
+
+
+def launch_on_host(name, constants, grid, shared_bytes, arguments) -> None:
+    """As swamp_fast.nvrtc.Launcher."""
+    assert shared_bytes <= 99 * 1024
+    assert built(name, tuple(constants.items()))(*map(ctypes.c_int, grid), *arguments), "threads waited unequally often"
+
+
+def normal(*shape: int, dtype=torch.bfloat16) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(next(SEEDS))).to(dtype)
+
+
+SEEDS = itertools.count()
+HALOS = [
+    (Halo(32, 32, 16, 16), 2),
+    (Halo(16, 8, 32, 16), 3),
+    (Halo(8, 8, 64, 64), 5),
+    (Halo(4, 4, 16, 48), 17),
+    (Halo(2, 2, 32, 128), 70),
+    (Halo(8, 64, 16, 16), 1),
+    (Halo(2, 256, 16, 16), 2),
+]
+
+
+def prologue_of(lanes: int, channels: int) -> Prologue:
+    """In the middle of longer rows, as a plan's norms have them."""
+    scale, offset = (
+        normal(lanes, channels + 9, dtype=torch.float32).abs(),
+        normal(lanes, channels + 9, dtype=torch.float32),
+    )
+    return Prologue(scale, offset, 5)
+
+
+def after(source: torch.Tensor, prologue: Prologue | None) -> torch.Tensor:
+    """What the kernels multiply: rounded behind the prologue."""
+    if prologue is None:
+        return source.double()
+    channels = slice(prologue.first, prologue.first + source.shape[-1])
+    scale, offset = (each[:, None, None, None, channels].double() for each in (prologue.scale, prologue.offset))
+    return torch.relu(source.double() * scale + offset).bfloat16().double()
+
+
+def as_pictures(maps: torch.Tensor) -> torch.Tensor:
+    return maps.movedim(-1, 1)
+
+
+@pytest.mark.parametrize("with_prologue", [False, True])
+@pytest.mark.parametrize(("halo", "samples"), HALOS, ids=str)
+def test_convolve(halo, samples, with_prologue):
+    lanes, inputs, outputs = 2, halo.inputs, halo.outputs
+    source = normal(lanes, samples, halo.height, halo.width, inputs)
+    prologue = prologue_of(lanes, inputs) if with_prologue else None
+    weights = normal(lanes, 16 + 9 * inputs * outputs) / (3 * inputs**0.5)
+    bias = normal(lanes, 3 + outputs, dtype=torch.float32)
+    out = normal(lanes, samples, halo.height, halo.width, outputs)
+    means, squares = torch.full((2, lanes, halo.blocks(samples), outputs), torch.nan)
+    halo.convolve(launch_on_host, source, prologue, weights, 16, (bias, 3), out, False, False, (means, squares))
+    for lane in range(lanes):
+        kernel = weights[lane, 16:].double().view(3, 3, inputs, outputs).permute(3, 2, 0, 1)
+        exact = F.conv2d(as_pictures(after(source, prologue)[lane]), kernel, bias[lane, 3:].double(), padding=1)
+        torch.testing.assert_close(as_pictures(out[lane]).double(), exact, rtol=2**-8, atol=2**-8)
+        pixels = out[lane].double().reshape(-1, outputs)
+        for block, own in enumerate(pixels.split(TILES * PIXELS)):
+            torch.testing.assert_close(means[lane, block].double(), own.mean(0), rtol=1e-5, atol=1e-5)
+            square = (own - own.mean(0)).square().sum(0)
+            torch.testing.assert_close(squares[lane, block].double(), square, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("halo", "samples"), HALOS, ids=str)
+def test_convolve_by_input(halo, samples):
+    lanes, inputs, outputs = 2, halo.inputs, halo.outputs
+    out_grad = normal(lanes, samples, halo.height, halo.width, outputs)
+    weights = normal(lanes, 9 * inputs * outputs) / (3 * outputs**0.5)
+    in_grad = normal(lanes, samples, halo.height, halo.width, inputs)
+    before = in_grad.double()
+    halo.convolve(launch_on_host, out_grad, None, weights, 0, None, in_grad, True, True, None)
+    for lane in range(lanes):
+        kernel = weights[lane].double().view(3, 3, outputs, inputs).permute(2, 3, 0, 1)
+        exact = F.conv_transpose2d(as_pictures(out_grad[lane].double()), kernel, padding=1)
+        both = exact.bfloat16().double() + as_pictures(before[lane])
+        torch.testing.assert_close(as_pictures(in_grad[lane]).double(), both, rtol=2**-7, atol=2**-7)
+
+
+@pytest.mark.parametrize("with_prologue", [False, True])
+@pytest.mark.parametrize(("halo", "samples"), HALOS, ids=str)
+def test_weight_grad(halo, samples, with_prologue):
+    lanes, inputs, outputs, parts = 2, halo.inputs, halo.outputs, halo.parts(samples)
+    source = normal(lanes, samples, halo.height, halo.width, inputs)
+    prologue = prologue_of(lanes, inputs) if with_prologue else None
+    out_grad = normal(lanes, samples, halo.height, halo.width, outputs)
+    size = 9 * inputs * outputs
+    partial = torch.full((lanes, 7 + parts * size), torch.nan)
+    halo.weight_grad(launch_on_host, source, prologue, out_grad, partial, 7)
+    for lane in range(lanes):
+        own, grad = as_pictures(after(source, prologue)[lane]), as_pictures(out_grad[lane].double())
+        exact, sizes = (
+            torch.nn.grad.conv2d_weight(a, (outputs, inputs, 3, 3), g, padding=1)
+            for a, g in ((own, grad), (own.abs(), grad.abs()))
+        )
+        found = partial[lane, 7:].view(parts, 3, 3, inputs, outputs).double().sum(0).permute(3, 2, 0, 1)
+        pixels = samples * halo.height * halo.width  # each sum in float32 of so many may err by so many roundings
+        assert bool(((found - exact).abs() <= pixels * 2**-24 * sizes).all())
+
+
+def test_a_constant_channel_has_no_variance():
+    """Numbers of 4 whose differences are far below them: what E[x^2] - E[x]^2 would lose."""
+    halo, lanes, samples = Halo(16, 16, 16, 16), 1, 4
+    source = torch.zeros(lanes, samples, 16, 16, 16).bfloat16()
+    weights, bias = torch.zeros(lanes, 9 * 16 * 16).bfloat16(), torch.full((lanes, 16), 4.0)
+    out = torch.empty(lanes, samples, 16, 16, 16).bfloat16()
+    means, squares = torch.full((2, lanes, 1, 16), torch.nan)
+    halo.convolve(launch_on_host, source, None, weights, 0, (bias, 0), out, False, False, (means, squares))
+    assert torch.equal(means, torch.full_like(means, 4.0))
+    assert not squares.any()
+
+
+class Residual(nn.Module):
+    """A stem of three channels, a norm that one convolution reads, one with a branch added, and a stride."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.a = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1, bias=False)
+        self.b, self.c = nn.Conv2d(16, 32, 3, padding=1, bias=False), nn.Conv2d(32, 16, 3, 2, 1, bias=False)
+        self.n0, self.n1, self.n2 = nn.BatchNorm2d(16), nn.BatchNorm2d(16), nn.BatchNorm2d(32)
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x):
+        x = F.relu(self.n0(self.stem(x)))
+        x = F.relu(self.n1(self.a(x)) + x)
+        x = F.relu(self.n2(self.b(x)))
+        return self.head(F.relu(self.c(x)).mean((2, 3)))
+
+
+class Chain(nn.Module):
+    """Norms that convolutions alone read: none of them is written."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        sizes = [(3, 16), (16, 16), (16, 32), (32, 16)]
+        self.convolutions = nn.ModuleList(nn.Conv2d(*each, 3, padding=1, bias=False) for each in sizes)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(each) for _, each in sizes[:-1])
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x):
+        for convolution_, norm in zip(self.convolutions, self.norms, strict=False):
+            x = F.relu(norm(convolution_(x)))
+        return self.head(F.relu(self.convolutions[-1](x)).mean((2, 3)))
+
+
+@pytest.mark.skipif(not _interprets(), reason="the interpreter of Triton before 3.9 needs NumPy before 2.4")
+@pytest.mark.parametrize("network", [Residual, Chain])
+def test_in_a_plan(network, monkeypatch):
+    """The error against float64 is at most twice that of autograd under bfloat16 autocast."""
+    torch.manual_seed(0)
+    model = network()
+    programs = []
+
+    def with_host(*arguments):
+        programs.append(Program(*arguments[:5], launch_on_host))
+        return programs[-1]
+
+    monkeypatch.setattr(cuda_lanes, "Program", with_host)
+    monkeypatch.setitem(convolution.PIXELS, 2, 1024)
+    exact_problem, problem = (problem_of(model, 6, each, (3, 8, 8)) for each in ("float64", "bfloat16"))
+    mask = masked(problem, 0.5)
+    exact = step(exact_problem, "autograd", mask)
+    ours, theirs = (error(step(problem, kind, mask), exact) for kind in ("triton", "autograd"))
+    assert len(programs[0].halos) == (2 if network is Residual else 3)
+    assert len(programs[0].unwritten) == (0 if network is Residual else 3)
+    for what, bound in theirs.items():
+        print(network.__name__, what, f"ours {ours[what]:.1e}, autograd's {bound:.1e}")
+        assert ours[what] <= 2 * bound + 1e-3, what
