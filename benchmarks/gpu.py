@@ -30,7 +30,7 @@ from benchmarks.fused import LANES, pictures, stacked_step
 from swamp_fast import fast_swamp, naive_swamp, ops
 from swamp_fast.bank import Solution
 from swamp_fast.engines.eager import EagerEngine, choose
-from swamp_fast.engines.fused.check import differs_from_autograd
+from swamp_fast.engines.fused.check import differs_from_autograd, tensor_cores
 from swamp_fast.engines.fused.engine import FusedEngine, fused_plan
 from swamp_fast.engines.trainer import first_handle
 from swamp_fast.estimate import estimate, measured_ceilings
@@ -118,7 +118,11 @@ def fused(problem: Problem, particles: int) -> Callable[[], None]:
     assert isinstance(plan, Plan), plan
     difference = differs_from_autograd(problem, plan)
     assert difference is None, difference
-    return step_of(FusedEngine(problem, plan, "benchmark", {}), problem, particles)
+    launch = tensor_cores(problem, plan)
+    if isinstance(launch, str):
+        print(f"without the CUDA kernels: {launch}", flush=True)
+    engine = FusedEngine(problem, plan, "benchmark", {}, None if isinstance(launch, str) else launch)
+    return step_of(engine, problem, particles)
 
 
 class Loop:

@@ -41,14 +41,23 @@ def tile_statistics_kernel(
 def merge_statistics_kernel(
     means,  # [L, tiles, C]
     squares,  # [L, tiles, C]
-    mean,  # [L, ...], this norm's channels at `first`
-    variance,  # likewise, biased
+    mean,  # [L, ...], this norm's channels at `first`, as the three below
+    variance,  # biased
+    scale,  # of the norm as in * scale + offset, as scale_offset_kernel
+    offset,
+    weights,  # [L, ...], this norm's weight and bias at first_weight and first_bias
     statistics_stride,
     first,
+    weights_stride,
+    first_weight,
+    first_bias,
+    eps,
     tiles,
     tile_pixels,
     pixels,
     channels,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     BLOCK_TILES: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
 ):
@@ -74,8 +83,21 @@ def merge_statistics_kernel(
         away = each - middle[None, :]
         total += tl.sum(tl.where(inside, square + away * away * count[:, None], 0.0), 0)
     at = lane * statistics_stride + first + c
-    tl.store(mean + at, middle.to(mean.dtype.element_ty), mask=c < channels)
-    tl.store(variance + at, (total / pixels).to(variance.dtype.element_ty), mask=c < channels)
+    own = lane * weights_stride + c
+    kind = mean.dtype.element_ty
+    m = middle.to(kind)
+    v = (total / pixels).to(kind)
+    tl.store(mean + at, m, mask=c < channels)
+    tl.store(variance + at, v, mask=c < channels)
+    by = (1.0 / tl.sqrt(v.to(tl.float64) + eps)).to(kind)
+    add = -m * by
+    if HAS_WEIGHT:
+        by = by * tl.load(weights + own + first_weight, mask=c < channels, other=0.0)
+        add = -m * by
+    if HAS_BIAS:
+        add += tl.load(weights + own + first_bias, mask=c < channels, other=0.0)
+    tl.store(scale + at, by, mask=c < channels)
+    tl.store(offset + at, add, mask=c < channels)
 
 
 @triton.jit
@@ -340,14 +362,19 @@ def tile_statistics(source):
     return (means, squares), per_tile
 
 
-def merge_statistics(statistics, tile_pixels, pixels, mean, variance, first):
-    """Write each channel's mean and biased variance into mean, variance [L, ...], from `first` on."""
+def merge_statistics(
+    statistics, tile_pixels, pixels, mean, variance, scale, offset, first, weights, first_weight, first_bias, eps
+):
+    """Write each channel's mean and biased variance into [L, ...], from `first` on, and as scale_offset does."""
     means, squares = statistics
     lanes, tiles, channels = means.shape
     block = min(32, _block(channels))
     with torch.cuda.device_of(means):
         merge_statistics_kernel[(triton.cdiv(channels, block), lanes)](
-            *(means, squares, mean, variance, mean.stride(0), first, tiles, tile_pixels, pixels, channels),
+            *(means, squares, mean, variance, scale, offset, weights, mean.stride(0), first),
+            *(weights.stride(0), first_weight, first_bias, eps, tiles, tile_pixels, pixels, channels),
+            HAS_WEIGHT=first_weight >= 0,
+            HAS_BIAS=first_bias >= 0,
             BLOCK_TILES=TILES,
             BLOCK_CHANNELS=block,
             enable_fp_fusion=True,

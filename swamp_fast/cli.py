@@ -42,6 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
         OSError,
         ImportError,
         RuntimeError,
+        MemoryError,
         FloatingPointError,
     ) as error:
         print(f"swamp-fast: {error}", file=sys.stderr)

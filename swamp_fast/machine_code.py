@@ -20,6 +20,7 @@ import torch
 from swamp_fast import nvrtc
 from swamp_fast.engines.fused.cuda.halo import PIXELS, Halo
 
+BATCH = 128
 WARPS = 8  # of a block of csrc/cuda
 SLOTS = 4  # instructions that an SM issues in a clock
 # Of one SM of an H200 and one clock (132 SMs at 1.755 GHz): bytes of memory, from 4.3 TB/s copied, and products of
@@ -37,7 +38,7 @@ class Compiled:
     """One kernel in one configuration.
 
     instructions            in its code
-    instructions_per_pixel  that warps issue for a pixel of the output in the kernel's main loop; None where unknown
+    instructions_per_pixel  that warps issue for a pixel of the output, in a batch of 128; None where it isn't counted
     slots_per_pixel         that an H200 has while memory or tensor cores are at work on it: with no more instructions
                             than that, they don't decide
     """
@@ -100,6 +101,10 @@ def _cuda_kernel(name: str, config: str, constants: dict[str, int], shared: int,
     if inner:
         begin, end = max(inner, key=lambda loop: loop[1] - loop[0])
         count += (trips - 1) * (end - begin + 1)
+    rest = len(instructions) - (outer[1] - outer[0] + 1)  # what a block does once
+    halo = Halo(constants["HEIGHT"], constants["WIDTH"], constants["IN"], constants["OUT"])
+    tiles = halo.block_tiles(BATCH) if name == "convolve" else max(1, halo.tiles(BATCH) // halo.parts(BATCH))
+    count += rest // tiles
     numbers = constants["IN"] + constants["OUT"] * (1 + constants.get("ACCUMULATE", 0))
     clocks = max(2 * numbers / BYTES, 9 * constants["IN"] * constants["OUT"] / PRODUCTS)
     return Compiled(
@@ -233,8 +238,9 @@ def _launch_fused_kernels(dtype: torch.dtype) -> None:
     a, b, c, d = torch.zeros(4, lanes, samples, 8, 8, 64, dtype=dtype)
     mean, variance, scale, offset = torch.zeros(4, lanes, 80, dtype=bank)
     statistics, tile_pixels = norm.tile_statistics(a)
-    norm.merge_statistics(statistics, tile_pixels, samples * 64, mean, variance, 16)
-    norm.scale_offset(mean, variance, scale, offset, 16, 64, weights, 16, 80, 1e-5)
+    each = mean, variance, scale, offset, 16
+    norm.merge_statistics(statistics, tile_pixels, samples * 64, *each, weights, 16, 80, 1e-5)
+    norm.scale_offset(*each, 64, weights, 16, 80, 1e-5)
     for side in (None, d):
         norm.norm(a, side, b, mean, variance, 16, weights, 16, 80, 1e-5, True)
     for out, side in product((b, None), (None, d)):

@@ -6,6 +6,7 @@ Compiling needs no GPU; what was compiled is kept on disk, by a hash of all that
 from __future__ import annotations
 
 import ctypes
+import functools
 import hashlib
 import os
 from collections.abc import Mapping, Sequence
@@ -122,6 +123,12 @@ class Launcher:
                     *(ctypes.addressof(pointers), 0),
                 )
             )
+
+
+@functools.cache
+def launcher(device: torch.device) -> Launcher:
+    """The device's launcher, which keeps what it has loaded."""
+    return Launcher(device)
 
 
 def _checked(result: Any) -> Any:

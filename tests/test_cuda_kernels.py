@@ -1,6 +1,6 @@
-"""The kernels of csrc/cuda without a GPU: their arithmetic on a CPU, thread by thread, against float64; then in a plan.
+"""The kernels of csrc/cuda against float64, by themselves and in a plan: on a GPU, or on a CPU, thread by thread.
 
-tests/host/matrix.h stands for the instructions, so what is proven is everything but the instructions themselves.
+Without a GPU tests/host/matrix.h stands for its instructions: what is proven is everything but those themselves.
 """
 
 from __future__ import annotations
@@ -16,14 +16,18 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import _interprets
+from conftest import HAS_GPU, _interprets
 from swamp_fast.kernels import convolution
 from test_fused import error, masked, problem_of, step
 from torch import nn
 
-from swamp_fast.engines.fused.cuda import lanes as cuda_lanes
-from swamp_fast.engines.fused.cuda.halo import PIXELS, TILES, Halo, Prologue
-from swamp_fast.engines.fused.cuda.program import Program
+from swamp_fast.engines.fused.check import tensor_cores_differ
+from swamp_fast.engines.fused.compact import Compact
+from swamp_fast.engines.fused.cuda import halo as halo_module
+from swamp_fast.engines.fused.cuda.halo import PIXELS, Halo, Prologue
+from swamp_fast.engines.fused.cuda.lanes import CudaPrograms
+from swamp_fast.engines.fused.engine import fused_plan
+from swamp_fast.nvrtc import Launcher
 
 HOST = Path(__file__).parent / "host"
 
@@ -51,8 +55,12 @@ def launch_on_host(name, constants, grid, shared_bytes, arguments) -> None:
     assert built(name, tuple(constants.items()))(*map(ctypes.c_int, grid), *arguments), "threads waited unequally often"
 
 
+LAUNCH = Launcher(torch.device("cuda")) if HAS_GPU else launch_on_host
+DEVICE = "cuda" if HAS_GPU else "cpu"
+
+
 def normal(*shape: int, dtype=torch.bfloat16) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(next(SEEDS))).to(dtype)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(next(SEEDS))).to(DEVICE, dtype)
 
 
 SEEDS = itertools.count()
@@ -91,21 +99,22 @@ def as_pictures(maps: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("with_prologue", [False, True])
 @pytest.mark.parametrize(("halo", "samples"), HALOS, ids=str)
-def test_convolve(halo, samples, with_prologue):
+def test_convolve(halo, samples, with_prologue, monkeypatch):
+    monkeypatch.setattr(halo_module, "BLOCKS", 2)  # so that a block takes several tiles here too
     lanes, inputs, outputs = 2, halo.inputs, halo.outputs
     source = normal(lanes, samples, halo.height, halo.width, inputs)
     prologue = prologue_of(lanes, inputs) if with_prologue else None
     weights = normal(lanes, 16 + 9 * inputs * outputs) / (3 * inputs**0.5)
     bias = normal(lanes, 3 + outputs, dtype=torch.float32)
     out = normal(lanes, samples, halo.height, halo.width, outputs)
-    means, squares = torch.full((2, lanes, halo.blocks(samples), outputs), torch.nan)
-    halo.convolve(launch_on_host, source, prologue, weights, 16, (bias, 3), out, False, False, (means, squares))
+    means, squares = torch.full((2, lanes, halo.blocks(samples), outputs), torch.nan, device=DEVICE)
+    halo.convolve(LAUNCH, source, prologue, weights, 16, (bias, 3), out, False, False, (means, squares))
     for lane in range(lanes):
         kernel = weights[lane, 16:].double().view(3, 3, inputs, outputs).permute(3, 2, 0, 1)
         exact = F.conv2d(as_pictures(after(source, prologue)[lane]), kernel, bias[lane, 3:].double(), padding=1)
         torch.testing.assert_close(as_pictures(out[lane]).double(), exact, rtol=2**-8, atol=2**-8)
         pixels = out[lane].double().reshape(-1, outputs)
-        for block, own in enumerate(pixels.split(TILES * PIXELS)):
+        for block, own in enumerate(pixels.split(halo.block_tiles(samples) * PIXELS)):
             torch.testing.assert_close(means[lane, block].double(), own.mean(0), rtol=1e-5, atol=1e-5)
             square = (own - own.mean(0)).square().sum(0)
             torch.testing.assert_close(squares[lane, block].double(), square, rtol=1e-4, atol=1e-5)
@@ -118,7 +127,7 @@ def test_convolve_by_input(halo, samples):
     weights = normal(lanes, 9 * inputs * outputs) / (3 * outputs**0.5)
     in_grad = normal(lanes, samples, halo.height, halo.width, inputs)
     before = in_grad.double()
-    halo.convolve(launch_on_host, out_grad, None, weights, 0, None, in_grad, True, True, None)
+    halo.convolve(LAUNCH, out_grad, None, weights, 0, None, in_grad, True, True, None)
     for lane in range(lanes):
         kernel = weights[lane].double().view(3, 3, outputs, inputs).permute(2, 3, 0, 1)
         exact = F.conv_transpose2d(as_pictures(out_grad[lane].double()), kernel, padding=1)
@@ -134,8 +143,8 @@ def test_weight_grad(halo, samples, with_prologue):
     prologue = prologue_of(lanes, inputs) if with_prologue else None
     out_grad = normal(lanes, samples, halo.height, halo.width, outputs)
     size = 9 * inputs * outputs
-    partial = torch.full((lanes, 7 + parts * size), torch.nan)
-    halo.weight_grad(launch_on_host, source, prologue, out_grad, partial, 7)
+    partial = torch.full((lanes, 7 + parts * size), torch.nan, device=DEVICE)
+    halo.weight_grad(LAUNCH, source, prologue, out_grad, partial, 7)
     for lane in range(lanes):
         own, grad = as_pictures(after(source, prologue)[lane]), as_pictures(out_grad[lane].double())
         exact, sizes = (
@@ -150,13 +159,20 @@ def test_weight_grad(halo, samples, with_prologue):
 def test_a_constant_channel_has_no_variance():
     """Numbers of 4 whose differences are far below them: what E[x^2] - E[x]^2 would lose."""
     halo, lanes, samples = Halo(16, 16, 16, 16), 1, 4
-    source = torch.zeros(lanes, samples, 16, 16, 16).bfloat16()
-    weights, bias = torch.zeros(lanes, 9 * 16 * 16).bfloat16(), torch.full((lanes, 16), 4.0)
-    out = torch.empty(lanes, samples, 16, 16, 16).bfloat16()
-    means, squares = torch.full((2, lanes, 1, 16), torch.nan)
-    halo.convolve(launch_on_host, source, None, weights, 0, (bias, 0), out, False, False, (means, squares))
+    source = torch.zeros(lanes, samples, 16, 16, 16, device=DEVICE).bfloat16()
+    weights = torch.zeros(lanes, 9 * 16 * 16, device=DEVICE).bfloat16()
+    bias = torch.full((lanes, 16), 4.0, device=DEVICE)
+    out = torch.empty(lanes, samples, 16, 16, 16, device=DEVICE).bfloat16()
+    means, squares = torch.full((2, lanes, halo.blocks(samples), 16), torch.nan, device=DEVICE)
+    halo.convolve(LAUNCH, source, None, weights, 0, (bias, 0), out, False, False, (means, squares))
     assert torch.equal(means, torch.full_like(means, 4.0))
     assert not squares.any()
+
+
+def broken(name, constants, grid, shared_bytes, arguments) -> None:
+    """A launcher whose convolutions turn their taps round."""
+    LAUNCH(name, {**constants, "BY_INPUT": 1 - constants["BY_INPUT"]} if name == "convolve" else constants, grid,
+           shared_bytes, arguments)  # fmt: skip
 
 
 class Residual(nn.Module):
@@ -192,26 +208,25 @@ class Chain(nn.Module):
         return self.head(F.relu(self.convolutions[-1](x)).mean((2, 3)))
 
 
-@pytest.mark.skipif(not _interprets(), reason="the interpreter of Triton before 3.9 needs NumPy before 2.4")
+@pytest.mark.skipif(
+    not HAS_GPU and not _interprets(), reason="the interpreter of Triton before 3.9 needs NumPy before 2.4"
+)
 @pytest.mark.parametrize("network", [Residual, Chain])
 def test_in_a_plan(network, monkeypatch):
     """The error against float64 is at most twice that of autograd under bfloat16 autocast."""
     torch.manual_seed(0)
     model = network()
-    programs = []
-
-    def with_host(*arguments):
-        programs.append(Program(*arguments[:5], launch_on_host))
-        return programs[-1]
-
-    monkeypatch.setattr(cuda_lanes, "Program", with_host)
     monkeypatch.setitem(convolution.PIXELS, 2, 1024)
-    exact_problem, problem = (problem_of(model, 6, each, (3, 8, 8)) for each in ("float64", "bfloat16"))
+    exact_problem, problem = (problem_of(model, 6, each, (3, 8, 8), DEVICE) for each in ("float64", "bfloat16"))
     mask = masked(problem, 0.5)
     exact = step(exact_problem, "autograd", mask)
-    ours, theirs = (error(step(problem, kind, mask), exact) for kind in ("triton", "autograd"))
-    assert len(programs[0].halos) == (2 if network is Residual else 3)
-    assert len(programs[0].unwritten) == (0 if network is Residual else 3)
+    ours, theirs = (error(step(problem, kind, mask, launch=LAUNCH), exact) for kind in ("cuda", "autograd"))
+    plan = fused_plan(problem)
+    program = CudaPrograms(problem, plan, Compact(problem.layout, mask), LAUNCH).program
+    assert len(program.halos) == (2 if network is Residual else 3)
+    assert len(program.unwritten) == (0 if network is Residual else 3)
+    assert tensor_cores_differ(problem, plan, LAUNCH) is None
+    assert "away from that of the Triton kernels" in tensor_cores_differ(problem, plan, broken)
     for what, bound in theirs.items():
         print(network.__name__, what, f"ours {ours[what]:.1e}, autograd's {bound:.1e}")
         assert ours[what] <= 2 * bound + 1e-3, what

@@ -132,21 +132,21 @@ NETS = {
 SETTINGS = {"cycles": 1, "epochs": 1, "ticket_epochs": 0, "progress": False}
 
 
-def problem_of(model: nn.Module, batch: int, precision: str = "float64", shape=(3, 9, 9)):
+def problem_of(model: nn.Module, batch: int, precision: str = "float64", shape=(3, 9, 9), device: str = "cpu"):
     generator = torch.Generator().manual_seed(1)
     data = torch.randn(2 * batch + 3, *shape, generator=generator), torch.arange(2 * batch + 3) % 5
-    return prepare(model, data, settings={**SETTINGS, "batch_size": batch, "precision": precision})
+    return prepare(model, data, settings={**SETTINGS, "batch_size": batch, "precision": precision, "device": device})
 
 
 def masked(problem, density: float) -> Tensor:
     drawn = torch.rand(problem.mask.shape, generator=torch.Generator().manual_seed(2))
-    return problem.mask & (drawn < density)
+    return problem.mask & (drawn < density).to(problem.device)
 
 
-def step(problem, kind: str, mask: Tensor, lanes: int = 2, rows=None, dtype=None) -> dict[str, Tensor]:
+def step(problem, kind: str, mask: Tensor, lanes: int = 2, rows=None, launch=None) -> dict[str, Tensor]:
     """Losses, gradients (of what is kept), statistics and evaluated outputs of a step of lanes of other weights.
 
-    kind  "autograd", "fused" (the C++ kernels) or "triton" (in the interpreter, without a GPU)
+    kind  "autograd", "fused" (the C++ kernels) or "cuda" (the GPU's: in the interpreter, without one)
     """
     compact = Compact(problem.layout, mask)
     own = problem.layout.flat(dict(problem.template.named_parameters()), problem.dtype, problem.device)
@@ -154,14 +154,17 @@ def step(problem, kind: str, mask: Tensor, lanes: int = 2, rows=None, dtype=None
     weights = compact.expand(compact.compact(weights))
     keys = lane_keys([0] * lanes, [stream_of(0, lane) for lane in range(lanes)], problem.device)
     order = torch.stack([torch.arange(problem.train.length).roll(-3 * lane) for lane in range(lanes)])
+    order = order.to(problem.device)
     batch = problem.train.fetch(next(iter(problem.train.batches(order, keys, problem.bounds[:1]))), None)
     if kind != "autograd":
         plan = fused_plan(problem)
         assert isinstance(plan, Plan), plan
-        grads = torch.zeros(lanes, compact.P, dtype=problem.dtype)
-        programs = (CpuPrograms if kind == "fused" else CudaPrograms)(
-            problem, plan, compact, rows if rows is not None else {}
-        )
+        grads = torch.zeros(lanes, compact.P, dtype=problem.dtype, device=problem.device)
+        programs: CpuPrograms | CudaPrograms
+        if kind == "fused":
+            programs = CpuPrograms(problem, plan, compact, rows if rows is not None else {})
+        else:
+            programs = CudaPrograms(problem, plan, compact, launch)
         way = programs.lanes(compact.compact(weights), grads)
     else:
         grads = torch.zeros_like(weights)
@@ -180,7 +183,8 @@ def step(problem, kind: str, mask: Tensor, lanes: int = 2, rows=None, dtype=None
 def error(found: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, float]:
     """The largest difference, relative to the largest number."""
     return {
-        name: float((found[name].double() - each.double()).abs().max() / each.double().abs().max().clamp(min=1e-300))
+        name: float((found[name].double() - each.to(found[name].device).double()).abs().max())
+        / float(each.double().abs().max().clamp(min=1e-300))
         for name, each in exact.items()
     }
 

@@ -12,9 +12,12 @@ from test_odd_models import same
 
 from swamp_fast import fast_swamp, naive_swamp
 from swamp_fast.engines.fused import check, engine
-from swamp_fast.engines.fused.cuda.lanes import CudaPrograms
+from swamp_fast.engines.fused.cuda.lanes import CudaPrograms, lanes_that_fit
 
-pytestmark = pytest.mark.skipif(not _interprets(), reason="the interpreter of Triton before 3.9 needs NumPy before 2.4")
+DEVICE = "cuda" if HAS_GPU else "cpu"
+pytestmark = pytest.mark.skipif(
+    not HAS_GPU and not _interprets(), reason="the interpreter of Triton before 3.9 needs NumPy before 2.4"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -26,9 +29,9 @@ def _large_tiles(request, monkeypatch):
 
 
 def differs(name: str, batch: int, density: float) -> float:
-    problem = problem_of(seeded(NETS[name]), batch)
+    problem = problem_of(seeded(NETS[name]), batch, device=DEVICE)
     mask = masked(problem, density)
-    return max(error(step(problem, "triton", mask), step(problem, "autograd", mask)).values())
+    return max(error(step(problem, "cuda", mask), step(problem, "autograd", mask)).values())
 
 
 # What differs from another network in how its forward is written only, tests/test_fused.py has.
@@ -69,10 +72,12 @@ def test_batch_sizes_and_empty_layers(batch, density):
 def test_as_exact_as_autograd(name, precision):
     """As test_fused.py; bfloat16 is upcast before products here, so those are proven on a GPU only."""
     shape, few = (1, 8, 8), 6
-    exact_problem, problem = (problem_of(networks.build(name), few, each, shape) for each in ("float64", precision))
+    exact_problem, problem = (
+        problem_of(networks.build(name), few, each, shape, DEVICE) for each in ("float64", precision)
+    )
     mask = masked(problem, 0.3)
     exact = step(exact_problem, "autograd", mask)
-    ours, theirs = (error(step(problem, kind, mask), exact) for kind in ("triton", "autograd"))
+    ours, theirs = (error(step(problem, kind, mask), exact) for kind in ("cuda", "autograd"))
     for what in ("losses", "gradients", "outputs"):
         print(name, precision, what, f"ours {ours[what]:.1e}, autograd's {theirs[what]:.1e}")
         assert ours[what] <= 2 * theirs[what] + (1e-6 if precision == "float32" else 1e-3)
@@ -80,9 +85,9 @@ def test_as_exact_as_autograd(name, precision):
 
 def test_bits_depend_on_nothing_but_the_lane(monkeypatch):
     """Not on how many lanes there are, or run at once."""
-    problem = problem_of(seeded(NETS["branches"]), 3, "float32")
+    problem = problem_of(seeded(NETS["branches"]), 3, "float32", device=DEVICE)
     mask = masked(problem, 0.4)
-    reference = step(problem, "triton", mask, lanes=3)
+    reference = step(problem, "cuda", mask, lanes=3)
     original = CudaPrograms.__init__
 
     def two_at_once(self, *arguments):
@@ -91,19 +96,27 @@ def test_bits_depend_on_nothing_but_the_lane(monkeypatch):
 
     monkeypatch.setattr(CudaPrograms, "__init__", two_at_once)
     for lanes in (3, 1):
-        for what, each in step(problem, "triton", mask, lanes=lanes).items():
+        for what, each in step(problem, "cuda", mask, lanes=lanes).items():
             assert torch.equal(each, reference[what][:lanes]), (what, lanes)
+
+
+def test_lanes_are_split_by_the_memory_that_is_free():
+    assert lanes_that_fit(8, 10**9, 10**11) == 8
+    with pytest.warns(UserWarning, match="4 of 8 particles run at once: a step of one particle takes about 1.00 GB"):
+        assert lanes_that_fit(8, 10**9, 10**10) == 4
+    with pytest.raises(MemoryError, match="use a smaller batch_size"):
+        lanes_that_fit(8, 10**9, 10**9)
 
 
 @pytest.mark.parametrize("name", ["dropout", pytest.param("residual", marks=pytest.mark.slow)])
 def test_a_run_equals_the_naive_loops(name, digits, monkeypatch):
     for module in (engine, check):
-        monkeypatch.setattr(module, "programs_of", CudaPrograms)
+        monkeypatch.setattr(module, "programs_of", lambda *given: CudaPrograms(*given[:3], None))
     torch.manual_seed(0)
     model = networks.build(name)
     (inputs, targets), (test_inputs, test_targets) = digits
     settings = {"particles": 2, "cycles": 1, "epochs": 1, "ticket_epochs": 1, "batch_size": 6, "progress": False}
-    settings |= {"precision": "float64", "keep_particles": True}
+    settings |= {"precision": "float64", "keep_particles": True, "device": DEVICE}
     data = (inputs[:12], targets[:12]), (test_inputs[:4], test_targets[:4])
     fast = fast_swamp(model, *data, engine="fused", **settings)
     assert fast.engine["engine"] == "fused"

@@ -2,7 +2,7 @@
 // ReLU at the load, and the statistics of what it stores. By the input it is the same with the taps turned round.
 //
 // Compiled in: HEIGHT, WIDTH; IN, OUT channels; BLOCK_OUT of them by one block; CHUNK channels of the input at a time;
-// BY_INPUT, PROLOGUE, HAS_BIAS, ACCUMULATE, STATISTICS; TILES that a block takes one after another.
+// BY_INPUT, PROLOGUE, HAS_BIAS, ACCUMULATE, STATISTICS.
 // Grid: blocks, OUT / BLOCK_OUT, lanes.
 #include "tile.h"
 
@@ -43,7 +43,8 @@ extern "C" __global__ void __launch_bounds__(256) convolve(
     float* means,             // [L, blocks, OUT], if STATISTICS
     float* squares,           // [L, blocks, OUT] sums of squared differences from the means
     int samples,
-    int tiles) {
+    int tiles,                // of a lane
+    int block_tiles) {        // that a block takes one after another
   extern __shared__ __align__(16) bfloat16 memory[];
   bfloat16* const halo = memory;
   bfloat16* const own_weights = halo + kHalo;
@@ -68,7 +69,7 @@ extern "C" __global__ void __launch_bounds__(256) convolve(
   Prologue prologue = prologue_of<CHUNK, PROLOGUE>(0, scale, offset);
   if (kOneChunk) load_weights(own_weights, weights, 0, first_out);
 
-  const int begin = blockIdx.x * TILES, end = min(begin + TILES, tiles);
+  const int begin = blockIdx.x * block_tiles, end = min(begin + block_tiles, tiles);
   for (int number = begin; number < end; ++number) {
     const Tile tile = tile_of(number);
     float sums[kFragments][kColumns][4] = {};
@@ -179,7 +180,7 @@ extern "C" __global__ void __launch_bounds__(256) convolve(
     __syncthreads();
     if (threadIdx.x < BLOCK_OUT) {
       const long long left = lane_pixels - static_cast<long long>(begin) * kPixels;
-      const float count = left < TILES * kPixels ? left : TILES * kPixels;
+      const float count = left < block_tiles * kPixels ? left : block_tiles * kPixels;
       float away = 0, squared = 0;
       for (int w = 0; w < kWarps; ++w) {
         away += moments[w * BLOCK_OUT + threadIdx.x];

@@ -79,9 +79,19 @@ extern "C" __global__ void __launch_bounds__(256) weight_grad(
     }
   }
 
+  partial += lane * partial_stride + static_cast<long long>(blockIdx.x) * part_size;
+  if constexpr (kSharers == 1) {
+    float* const to = partial + (first_in + own_in + thread / 4) * OUT + first_out + own_out + thread % 4 * 2;
+#pragma unroll
+    for (int tap = 0; tap < kTaps; ++tap)
+#pragma unroll
+      for (int n = 0; n < 2; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) to[(tap * IN + i / 2 * 8) * OUT + n * 8 + i % 2] = sums[tap][n][i];
+    return;
+  }
   // The sharers' sums in their order, tap by tap.
   float* const shared = reinterpret_cast<float*>(memory);  // [warps, 16, 16]
-  partial += lane * partial_stride + static_cast<long long>(blockIdx.x) * part_size;
 #pragma unroll
   for (int tap = 0; tap < kTaps; ++tap) {
     __syncthreads();
@@ -93,7 +103,7 @@ extern "C" __global__ void __launch_bounds__(256) weight_grad(
     __syncthreads();
     for (int i = threadIdx.x; i < kQuadrants * 256; i += kThreads) {
       float total = 0;
-      for (int s = 0; s < kSharers; ++s) total += shared[(s * kQuadrants) * 256 + i];
+      for (int s = 0; s < kSharers; ++s) total += shared[s * kQuadrants * 256 + i];
       const int q = i / 256, in = q / (BLOCK_OUT / 16) * 16 + i % 256 / 16, out = q % (BLOCK_OUT / 16) * 16 + i % 16;
       partial[(tap * IN + first_in + in) * OUT + first_out + out] = total;
     }

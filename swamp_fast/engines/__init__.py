@@ -12,7 +12,8 @@ from torch import Tensor
 
 from swamp_fast.engines.by_density import EngineByDensity
 from swamp_fast.engines.eager import Choice, EagerEngine, choose
-from swamp_fast.engines.fused.check import differs_from_autograd
+from swamp_fast.engines.fused.check import differs_from_autograd, tensor_cores
+from swamp_fast.engines.fused.cpu.program import Rows
 from swamp_fast.engines.fused.engine import FusedEngine, fused_plan, seconds_of_steps
 from swamp_fast.plan import Plan
 from swamp_fast.problem import Problem
@@ -42,24 +43,22 @@ def _chosen(problem: Problem, run: Run) -> Engine:
     if wanted == "fused":
         if isinstance(plan, str):
             raise ValueError(f'engine="fused" can\'t be had: {plan}. Use "auto" or "eager".')
-        return FusedEngine(problem, plan, "asked for", {})
+        return _fused(problem, plan, "asked for", {})
     most = max(problem.config.particles_at(cycle) for cycle in range(problem.config.cycles + 1))
     choice = choose(problem, most)
     if isinstance(plan, str):
         return EagerEngine(problem, choice, None if wanted == "eager" else plan)
     eager = EagerEngine(problem, choice, None)
     eager_seconds = seconds_of_steps(eager, problem, problem.mask)
-    first, last = (
-        seconds_of_steps(FusedEngine(problem, plan, "", {}), problem, mask) for mask in _first_and_last(problem)
-    )
+    first, last = (seconds_of_steps(_fused(problem, plan, "", {}), problem, mask) for mask in _first_and_last(problem))
     figures = (
         f"a step takes {first * 1e3:.1f} ms at first and {last * 1e3:.1f} at last, against {eager_seconds * 1e3:.1f}"
     )
     if first < eager_seconds:
-        return FusedEngine(problem, plan, f"the fastest measured: {figures} of the eager engine", {})
+        return _fused(problem, plan, f"the fastest measured: {figures} of the eager engine", {})
     if last < eager_seconds:
         why = f"the fused engine from the density on where it is faster: {figures} of the eager engine"
-        return EngineByDensity(FusedEngine(problem, plan, "", {}), eager, eager_seconds, {}, why, run.console.line)
+        return EngineByDensity(_fused(problem, plan, "", {}), eager, eager_seconds, {}, why, run.console.line)
     return EagerEngine(problem, choice, f"it was slower: {figures}")
 
 
@@ -80,7 +79,19 @@ def _recorded_fused(problem: Problem, there: dict[str, Any]) -> FusedEngine:
     plan = _proven_plan(problem)
     if isinstance(plan, str):
         raise ValueError(f"the run was begun by the fused engine, which can't be had here: {plan}.")
-    return FusedEngine(problem, plan, there.get("why", ""), there.get("rows", {}))
+    return _fused(problem, plan, there.get("why", ""), there.get("rows", {}), there.get("tensor_cores", True))
+
+
+def _fused(
+    problem: Problem, plan: Plan, why: str, rows: dict[str, Rows], with_tensor_cores: bool = True
+) -> FusedEngine:
+    """The fused engine, on a GPU with the kernels of csrc/cuda where they can be had."""
+    launch = tensor_cores(problem, plan) if with_tensor_cores else "the run was begun without"
+    if isinstance(launch, str):
+        if problem.device.type == "cuda":
+            why = f"{why}; by Triton alone, without the CUDA kernels: {launch}"
+        return FusedEngine(problem, plan, why, rows)
+    return FusedEngine(problem, plan, why, rows, launch)
 
 
 def _recorded_eager(problem: Problem, there: dict[str, Any]) -> EagerEngine:

@@ -14,10 +14,11 @@ extern "C" bool launch(int x, int y, int z, const bfloat16* source, const float*
 #include "../../csrc/cuda/convolve.cu"
 extern "C" bool launch(int x, int y, int z, const bfloat16* source, const bfloat16* weights, long long weights_stride,
                        const float* scale, const float* offset, long long norm_stride, const float* bias,
-                       long long bias_stride, bfloat16* out, float* means, float* squares, int samples, int tiles) {
+                       long long bias_stride, bfloat16* out, float* means, float* squares, int samples, int tiles,
+                       int block_tiles) {
   return run({x, y, z}, [=] {
     convolve(source, weights, weights_stride, scale, offset, norm_stride, bias, bias_stride, out, means, squares, samples,
-             tiles);
+             tiles, block_tiles);
   });
 }
 #endif

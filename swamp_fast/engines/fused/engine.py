@@ -18,6 +18,7 @@ from swamp_fast.engines.fused.cpu.lanes import CpuLanes, CpuPrograms
 from swamp_fast.engines.fused.cpu.program import Rows
 from swamp_fast.engines.fused.cuda.lanes import CudaLanes, CudaPrograms
 from swamp_fast.engines.trainer import Trainer, first_handle
+from swamp_fast.nvrtc import Launch
 from swamp_fast.plan import Convolution, Plan
 from swamp_fast.problem import Problem
 from swamp_fast.schedule import Training
@@ -29,14 +30,17 @@ STEPS = 3  # that are timed
 class FusedEngine:
     """Trains a bank of particles and runs models side by side for evaluation, by this project's own kernels.
 
-    rows  of each cycle ("ticket" for the ticket's): how its convolutions share loads, by a stopwatch; part of a run's
-          state, so that resuming replays it
+    rows    of each cycle ("ticket" for the ticket's): how its convolutions share loads, by a stopwatch; part of a run's
+            state, so that resuming replays it
+    launch  of the kernels of csrc/cuda; None where Triton's run alone
     """
 
     name = "fused"
 
-    def __init__(self, problem: Problem, plan: Plan, why: str, rows: dict[str, Rows]) -> None:
-        self.problem, self.plan, self.why, self.rows = problem, plan, why, rows
+    def __init__(
+        self, problem: Problem, plan: Plan, why: str, rows: dict[str, Rows], launch: Launch | None = None
+    ) -> None:
+        self.problem, self.plan, self.why, self.rows, self.launch = problem, plan, why, rows, launch
         self.programs: CpuPrograms | CudaPrograms | None = None
         self.trainer: Trainer | None = None
 
@@ -45,7 +49,7 @@ class FusedEngine:
         self.release()  # before new memory is taken
         compact = Compact(self.problem.layout, mask)
         rows = self.rows.setdefault("ticket" if cycle is None else str(cycle), {})
-        self.programs = programs_of(self.problem, self.plan, compact, rows)
+        self.programs = programs_of(self.problem, self.plan, compact, rows, self.launch)
         bank = CompactBank(compact, self.problem.config, particles, self.problem.dtype)
         bank.rewind_(start, mask, cycle)
         grads = torch.zeros_like(bank.weights)
@@ -80,7 +84,13 @@ class FusedEngine:
 
     def describe(self) -> dict[str, Any]:
         """What ran, how, and why."""
-        return {"engine": self.name, "why": self.why, "operations": self.plan.count(), "rows": self.rows}
+        return {
+            "engine": self.name,
+            "why": self.why,
+            "operations": self.plan.count(),
+            "rows": self.rows,
+            "tensor_cores": self.launch is not None,
+        }
 
 
 def seconds_of_steps(engine: Any, problem: Problem, mask: Tensor) -> float:
@@ -105,9 +115,13 @@ def seconds_of_steps(engine: Any, problem: Problem, mask: Tensor) -> float:
     return min(times[1:])
 
 
-def programs_of(problem: Problem, plan: Plan, compact: Compact, rows: Rows) -> CpuPrograms | CudaPrograms:
+def programs_of(
+    problem: Problem, plan: Plan, compact: Compact, rows: Rows, launch: Launch | None = None
+) -> CpuPrograms | CudaPrograms:
     """What the device's kernels need under one mask."""
-    return (CpuPrograms if problem.device.type == "cpu" else CudaPrograms)(problem, plan, compact, rows)
+    if problem.device.type == "cpu":
+        return CpuPrograms(problem, plan, compact, rows)
+    return CudaPrograms(problem, plan, compact, launch)
 
 
 def fused_plan(problem: Problem) -> Plan | str:

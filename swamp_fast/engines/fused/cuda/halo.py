@@ -13,9 +13,11 @@ from swamp_fast.plan import Convolution, Shape
 
 PIXELS = 256  # of a tile
 PAD = 8  # as csrc/cuda/tile.h
-TILES = 4  # that one block of a convolution takes
-PARTS = 64  # of a weight gradient, at most
-TILES_OF_PART = 4
+BLOCKS = 64  # of a convolution of one lane, if there are as many tiles
+MOST_TILES = 8  # that a block takes
+PARTS = 32  # of a weight gradient, at most
+PART_TILES = 8
+LEAST_BLOCKS = 16  # of a weight gradient of one lane, if there are as many tiles
 MOST_OUT = 64  # channels that a block of a convolution gives
 QUADRANTS = 8  # of 16 by 16 weights that a block of a weight gradient gives, at most
 MOST_SHARED = 99 * 1024  # bytes: what every GPU from sm_80 on has
@@ -69,12 +71,18 @@ class Halo:
         return -(-samples // self.pictures) * (self.height // self.rows)
 
     def blocks(self, samples: int) -> int:
-        """Of a convolution, each of which leaves a row of statistics over TILES * PIXELS pixels."""
-        return -(-self.tiles(samples) // TILES)
+        """Of a convolution, each of which leaves a row of statistics over block_tiles * PIXELS pixels."""
+        return -(-self.tiles(samples) // self.block_tiles(samples))
+
+    def block_tiles(self, samples: int) -> int:
+        """That a block of a convolution takes; by the sizes alone, so that bits are too."""
+        return max(1, min(MOST_TILES, self.tiles(samples) // BLOCKS))
 
     def parts(self, samples: int) -> int:
         """Of a weight gradient; by the sizes alone, so that bits are too."""
-        return max(1, min(PARTS, self.tiles(samples) // TILES_OF_PART))
+        tiles, constants = self.tiles(samples), self.weight_grad_constants(False)[0]
+        blocks = self.inputs * self.outputs // (constants["BLOCK_IN"] * constants["BLOCK_OUT"])
+        return min(PARTS, tiles, max(tiles // PART_TILES, -(-LEAST_BLOCKS // blocks)))
 
     def convolve(
         self,
@@ -111,6 +119,7 @@ class Halo:
                 *_prologue(prologue),
                 *((_address(None), _long(0)) if bias is None else (_address(*bias), _long(bias[0].stride(0)))),
                 *(_address(out), _address(means), _address(squares), _int(samples), _int(self.tiles(samples))),
+                _int(self.block_tiles(samples)),
             ],
         )
 
@@ -134,7 +143,6 @@ class Halo:
             "HAS_BIAS": int(bias),
             "ACCUMULATE": int(accumulate),
             "STATISTICS": int(statistics),
-            "TILES": TILES,
         }
         return constants, self._shared(inputs, chunk, block)
 

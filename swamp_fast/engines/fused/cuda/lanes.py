@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -11,12 +12,12 @@ from swamp_fast.data.store import Batch
 from swamp_fast.engines.fused.buffers import Buffers
 from swamp_fast.engines.fused.compact import Compact
 from swamp_fast.engines.fused.cuda.program import Pass, Program
-from swamp_fast.nvrtc import Launcher, why_missing
+from swamp_fast.nvrtc import Launch
 from swamp_fast.plan import Plan
 from swamp_fast.probe import cross_entropy
 from swamp_fast.problem import Problem
 
-SHARE = 0.8  # of the free memory that lanes may take
+SHARE = 0.4  # of the free memory that a step may take: there are two sizes of batch, and evaluation
 
 
 class CudaPrograms:
@@ -25,11 +26,10 @@ class CudaPrograms:
     at_once  how many lanes a launch runs at most; what a lane computes doesn't depend on it
     """
 
-    def __init__(self, problem: Problem, plan: Plan, compact: Compact, rows: object = None) -> None:
+    def __init__(self, problem: Problem, plan: Plan, compact: Compact, launch: Launch | None) -> None:
         self.problem, self.plan, self.compact = problem, plan, compact
         storage = torch.bfloat16 if problem.config.precision == "bfloat16" else problem.dtype
         tf32 = {True: torch.backends.cuda.matmul.allow_tf32, False: torch.backends.cudnn.allow_tf32}
-        launch = Launcher(problem.device) if problem.device.type == "cuda" and why_missing() is None else None
         self.program = Program(plan, compact, problem.dtype, storage, tf32, launch)
         self.at_once: int | None = None
 
@@ -39,17 +39,22 @@ class CudaPrograms:
             return
         free, _ = torch.cuda.mem_get_info(self.problem.device)
         free += torch.cuda.memory_reserved(self.problem.device) - torch.cuda.memory_allocated(self.problem.device)
-        each = self.program.bytes_of_lane(self.problem.bounds[0][1])
-        self.at_once = min(lanes, int(SHARE * free) // each)
-        if self.at_once == 0:
-            raise MemoryError(
-                f"a step of one particle takes about {each / 1e9:.2f} GB and {free / 1e9:.2f} GB are free on "
-                f"{self.problem.device}; use a smaller batch_size."
-            )
+        self.at_once = lanes_that_fit(lanes, self.program.bytes_of_lane(self.problem.bounds[0][1]), free)
 
     def lanes(self, weights: Tensor, grads: Tensor | None) -> CudaLanes:
         """Lanes over compact weights [L, P'], whose gradients go to grads [L, P']."""
         return CudaLanes(self.problem, self, weights, grads)
+
+
+def lanes_that_fit(lanes: int, bytes_of_lane: int, free: int) -> int:
+    """How many of so many lanes a launch may run; says so if not all. Raises MemoryError if not even one fits."""
+    fitting = int(SHARE * free) // bytes_of_lane
+    told = f"a step of one particle takes about {bytes_of_lane / 1e9:.2f} GB, {SHARE:.0%} of {free / 1e9:.2f} GB"
+    if fitting == 0:
+        raise MemoryError(f"{told} that are free are less; use a smaller batch_size.")
+    if fitting < lanes:
+        warnings.warn(f"{fitting} of {lanes} particles run at once: {told} may be taken.", stacklevel=2)
+    return min(lanes, fitting)
 
 
 class CudaLanes:

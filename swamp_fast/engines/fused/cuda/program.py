@@ -19,7 +19,7 @@ from swamp_fast import ops
 from swamp_fast.data.streams import DROPOUT
 from swamp_fast.engines.fused.compact import Compact
 from swamp_fast.engines.fused.cuda.dense import DenseWeights, Gradients
-from swamp_fast.engines.fused.cuda.halo import PIXELS, TILES, Halo, Prologue
+from swamp_fast.engines.fused.cuda.halo import PIXELS, Halo, Prologue
 from swamp_fast.nvrtc import Launch
 from swamp_fast.ops._contract import triton_kernels
 from swamp_fast.plan import Add, Concatenate, Convolution, Dropout, Flatten, Norm, Op, Plan, Pointwise, Pool
@@ -238,7 +238,7 @@ class Pass:
             tiles, tile_pixels = (
                 kernels.tiles(out[0].numel() // out.shape[-1], out.element_size())
                 if halo is None
-                else (halo.blocks(self.samples), TILES * PIXELS)
+                else (halo.blocks(self.samples), halo.block_tiles(self.samples) * PIXELS)
             )
             both = torch.empty(
                 *(2, self.lanes, tiles, out.shape[-1]), dtype=self.weights.dtype, device=self.weights.device
@@ -287,16 +287,15 @@ class Pass:
     def _norm(self, op: Norm) -> None:
         kernels, source = self.program.kernels("norm"), self.values[op.inputs[0]]
         first, weight, bias = self._norm_arguments(op)
+        each = self.mean, self.variance, self.scale, self.offset, first
         if self.by_batch:
             found = self.statistics.pop(op.inputs[0], None)
             statistics, tile_pixels = kernels.tile_statistics(source) if found is None else found
             pixels = source[0].numel() // source.shape[-1]
-            kernels.merge_statistics(statistics, tile_pixels, pixels, self.mean, self.variance, first)
+            kernels.merge_statistics(statistics, tile_pixels, pixels, *each, self.weights, weight, bias, op.eps)
         if op.output in self.program.unwritten:
-            kernels.scale_offset(
-                *(self.mean, self.variance, self.scale, self.offset, first, source.shape[-1]),
-                *(self.weights, weight, bias, op.eps),
-            )
+            if not self.by_batch:
+                kernels.scale_offset(*each, source.shape[-1], self.weights, weight, bias, op.eps)
             self.prologues[op.output] = source, Prologue(self.scale, self.offset, first)
             return
         side = self.values[op.inputs[1]] if len(op.inputs) > 1 else None
