@@ -16,18 +16,33 @@ KERNELS = {line.split("(")[0].removeprefix("def ") for path in (ROOT / "kernels"
            for line in path.read_text().splitlines() if line.startswith("def ") and "_kernel(" in line}  # fmt: skip
 # A halo of four times the pixels, and two tiles a block: slower than it might be, and a small part of its network.
 KNOWN_SLOW = {"prologue, VGG-19 512-512 channels 2x2": 1.8}
+ARCHITECTURES = ["sm_80", "sm_90", "gfx942"]
 SHARED_BYTES = 99 * 1024  # what a block may have on every GPU from sm_80 on
 LDS_BYTES = 64 * 1024  # and on gfx942
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "gfx942"])
-def test_compiles(arch, tmp_path):
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "SWAMP_FAST_CACHE": str(tmp_path)}  # nothing from before counts
-    command = [sys.executable, "-m", "swamp_fast", "kernels", "--arch", arch, "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    compiled = json.loads(done.stdout)
+@pytest.fixture(scope="module")
+def compiling(tmp_path_factory):
+    """A process for each architecture, side by side."""
+    running = {}
+    for arch in ARCHITECTURES:
+        folder = str(tmp_path_factory.mktemp(arch))  # nothing compiled before counts
+        environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        environment |= {"TRITON_CACHE_DIR": folder, "SWAMP_FAST_CACHE": folder}
+        command = [sys.executable, "-m", "swamp_fast", "kernels", "--arch", arch, "--json"]
+        running[arch] = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+        )
+    yield running
+    for process in running.values():
+        process.kill()
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_compiles(arch, compiling):
+    said, errors = compiling[arch].communicate()
+    assert compiling[arch].returncode == 0, errors[-3000:]
+    compiled = json.loads(said)
     cuda = arch.startswith("sm_")
     sources = {path.stem for path in (ROOT / "csrc" / "cuda").glob("*.cu")} if cuda else set()
     assert {kernel["name"] for kernel in compiled} == KERNELS | sources

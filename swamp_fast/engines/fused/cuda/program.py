@@ -40,7 +40,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
 
 
 class Program:
-    """What is made once for a mask: dense weights' index, tables, where the norms' channels stand.
+    """What is made once for a mask: the index of dense weights, tables, where the norms' channels stand.
 
     dtype, storage  of weights and sums, and of maps
     tf32            whether products of float32 may be rounded to it: in linear layers, and in convolutions
@@ -206,6 +206,10 @@ class Pass:
         self.values[op.output] = self.program.map_of(op.output, self.lanes, self.samples)
         return self.values[op.output]
 
+    def _put(self, op: Op, value: Tensor) -> None:
+        """An operation's output from torch, as the kernels take it."""
+        self.values[op.output] = value.contiguous()
+
     def _grad(self, value: int) -> tuple[Tensor, bool]:
         """The gradient of a value, and whether something is in it already."""
         there = value in self.grads
@@ -331,8 +335,7 @@ class Pass:
         self.program.kernels("pool").pool_grad(*flat, self.program.windows[op.output], accumulate)
 
     def _pointwise(self, op: Pointwise) -> None:
-        with torch.no_grad():
-            self.values[op.output] = ACTIVATIONS[op.kind](self.values[op.inputs[0]], op.parameter)
+        self._put(op, ACTIVATIONS[op.kind](self.values[op.inputs[0]], op.parameter))
 
     def _pointwise_backward(self, op: Pointwise) -> None:
         source = self.values[op.inputs[0]].detach().requires_grad_()
@@ -343,14 +346,14 @@ class Pass:
 
     def _add(self, op: Add) -> None:
         first, second = (self.values[number] for number in op.inputs)
-        self.values[op.output] = first + second
+        self._put(op, first + second)
 
     def _add_backward(self, op: Add) -> None:
         for number in op.inputs:
             self._add_grad(number, self.grads[op.output])
 
     def _concatenate(self, op: Concatenate) -> None:
-        self.values[op.output] = torch.cat([self.values[number] for number in op.inputs], -1)
+        self._put(op, torch.cat([self.values[number] for number in op.inputs], -1))
 
     def _concatenate_backward(self, op: Concatenate) -> None:
         sizes = [self.plan.shapes[number][0] for number in op.inputs]
@@ -359,7 +362,7 @@ class Pass:
 
     def _flatten(self, op: Flatten) -> None:
         source = self.values[op.inputs[0]].movedim(-1, 2)
-        self.values[op.output] = source.reshape(self.lanes, self.samples, 1, 1, -1)
+        self._put(op, source.reshape(self.lanes, self.samples, 1, 1, -1))
 
     def _flatten_backward(self, op: Flatten) -> None:
         channels, height, width = self.plan.shapes[op.inputs[0]]
@@ -379,7 +382,7 @@ class Pass:
         kept = words >= round(op.p * 2**32) - 2**31 if op.p < 1 else torch.zeros_like(words)
         factor = (kept.to(self.weights.dtype) * (1 / (1 - op.p) if op.p < 1 else 0.0)).to(source.dtype)
         self.factors[op.output] = factor.movedim(2, -1)
-        self.values[op.output] = source * self.factors[op.output]
+        self._put(op, source * self.factors[op.output])
 
     def _dropout_backward(self, op: Dropout) -> None:
         self._add_grad(op.inputs[0], self.grads[op.output] * self.factors[op.output])
