@@ -109,6 +109,9 @@ def step_of(engine: FusedEngine | EagerEngine, problem: Problem, particles: int)
     for module in trainer.way.modules:
         module.train()
     handle = first_handle(problem, bank)
+    trainer.step(handle)
+    if problem.device.type == "cuda" and trainer.not_captured is not None:
+        raise RuntimeError(f"the step is no CUDA graph: {trainer.not_captured}")
     return lambda: trainer.step(handle)
 
 
@@ -143,7 +146,7 @@ class Loop:
     def step(self) -> None:
         """One step of one particle."""
         inputs, targets = self.problem.train.fetch(self.handle, self.keys, True).lane(0)
-        self.optimizer.zero_grad(set_to_none=False)
+        self.optimizer.zero_grad()
         with torch.autocast(self.problem.device.type, torch.bfloat16):
             loss = F.cross_entropy(self.run(inputs), targets)
         loss.backward()
@@ -155,13 +158,16 @@ class Loop:
 
 def tests(bench: Bench) -> None:
     """The tests that need a GPU, and those of the fused engine's kernels, which then run on it."""
-    commands = (["-m", "gpu"], ["tests/test_fused_cuda.py"])
+    commands = (["-m", "gpu"], ["tests/test_cuda_kernels.py", "tests/test_fused_cuda.py", "--slow"])
     rows = []
     for options in commands[: 0 if bench.rehearse else None]:
         done = subprocess.run([sys.executable, "-m", "pytest", "-q", *options], capture_output=True, text=True)
         print(done.stdout[-6000:], done.stderr[-1000:], flush=True)
-        rows.append({"tests": " ".join(options), "exit": done.returncode, "said": done.stdout.strip().splitlines()[-1]})
+        last = next(reversed(done.stdout.splitlines()), "")
+        rows.append({"tests": " ".join(options), "exit": done.returncode, "said": last})
     bench.write("tests", rows or [{"tests": "none without a GPU", "exit": 0, "said": ""}])
+    if any(row["exit"] for row in rows):
+        raise RuntimeError("tests failed")
 
 
 def ceilings(bench: Bench) -> None:
@@ -258,9 +264,11 @@ def _forked(problem: Problem, particles: int) -> Callable[[], None]:
             stream.wait_stream(current)
             with torch.cuda.stream(stream):
                 loop.step()
+        for stream in streams:
             current.wait_stream(stream)
 
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(3):
             fork()

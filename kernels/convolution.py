@@ -94,10 +94,12 @@ def convolve_kernel(
     BLOCK_IN: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
 ):
-    lane = (tl.program_id(2) // groups).to(tl.int64)
-    group = tl.program_id(2) % groups
     pixels = samples * out_height * out_width
-    pixel = tl.program_id(0) * BLOCK_PIXELS + tl.arange(0, BLOCK_PIXELS)
+    tiles = tl.cdiv(pixels, BLOCK_PIXELS)
+    tile = tl.program_id(0) % tiles
+    group = tl.program_id(0) // tiles % groups
+    lane = (tl.program_id(0) // tiles // groups).to(tl.int64)
+    pixel = tile * BLOCK_PIXELS + tl.arange(0, BLOCK_PIXELS)
     o = tl.program_id(1) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     i = tl.arange(0, BLOCK_IN)
     source += lane * samples * height * width * groups * IN + group * IN
@@ -136,10 +138,10 @@ def convolve_kernel(
     tl.store(out + place, rounded, mask=inside)
     if STATISTICS:
         value = tl.where(inside, rounded.to(SUM), 0.0)
-        count = tl.minimum(pixels - tl.program_id(0) * BLOCK_PIXELS, BLOCK_PIXELS).to(SUM)
+        count = tl.minimum(pixels - tile * BLOCK_PIXELS, BLOCK_PIXELS).to(SUM)
         mean = tl.sum(value, 0) / count
         away = tl.where(inside, value - mean[None, :], 0.0)
-        at = (lane * tl.num_programs(0) + tl.program_id(0)) * groups * OUT + group * OUT + o
+        at = (lane * tiles + tile) * groups * OUT + group * OUT + o
         tl.store(means + at, mean, mask=o < OUT)
         tl.store(squares + at, tl.sum(away * away, 0), mask=o < OUT)
 
@@ -176,12 +178,14 @@ def weight_grad_kernel(
     BLOCK_OUT: tl.constexpr,
 ):
     chunks: tl.constexpr = (IN + BLOCK_IN - 1) // BLOCK_IN
-    tap = tl.program_id(0) // chunks
-    i = tl.program_id(0) % chunks * BLOCK_IN + tl.arange(0, BLOCK_IN)
+    program = tl.program_id(0)
+    i = program % chunks * BLOCK_IN + tl.arange(0, BLOCK_IN)
+    tap = program // chunks % TAPS
+    program = program // (chunks * TAPS)
     o = tl.program_id(1) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
-    split = tl.program_id(2) % splits
-    group = tl.program_id(2) // splits % groups
-    lane = (tl.program_id(2) // splits // groups).to(tl.int64)
+    split = program % splits
+    group = program // splits % groups
+    lane = (program // splits // groups).to(tl.int64)
     pixels = samples * out_height * out_width
     source += lane * samples * height * width * groups * IN + group * IN
     out_grad += lane * pixels * groups * OUT + group * OUT
@@ -229,11 +233,8 @@ def convolve(source, weights, first, bias, first_bias, out, window, by_input, ac
     inner, outer, size = channels // groups, out_channels // groups, out.element_size()
     block_out = _block(outer, MOST_OUT[size])
     means, squares = statistics if statistics is not None else (out, out)
-    grid = (
-        triton.cdiv(samples * out_height * out_width, PIXELS[size]),
-        triton.cdiv(outer, block_out),
-        lanes * groups,
-    )
+    tiles = triton.cdiv(samples * out_height * out_width, PIXELS[size])
+    grid = (tiles * lanes * groups, triton.cdiv(outer, block_out))
     with torch.cuda.device_of(source):
         convolve_kernel[grid](
             *(source, weights, weights if bias is None else bias, out, means, squares),
@@ -259,7 +260,7 @@ def convolve(source, weights, first, bias, first_bias, out, window, by_input, ac
             BLOCK_IN=_block(inner, MOST_IN[size]),
             BLOCK_OUT=block_out,
             enable_fp_fusion=True,
-            num_warps=8 if block_out >= 64 else 4,
+            num_warps=8,
         )
 
 
@@ -272,7 +273,7 @@ def weight_grad(source, out_grad, partial, first, splits, window, precision):
     taps = kernel[0] * kernel[1]
     block_in, block_out = _block(inner, MOST_IN[size]), _block(outer, min(64, MOST_OUT[size]))
     pixels = samples * out_height * out_width
-    grid = (taps * triton.cdiv(inner, block_in), triton.cdiv(outer, block_out), lanes * groups * splits)
+    grid = (triton.cdiv(inner, block_in) * taps * splits * groups * lanes, triton.cdiv(outer, block_out))
     with torch.cuda.device_of(source):
         weight_grad_kernel[grid](
             *(source, out_grad, partial, partial.stride(0), first),

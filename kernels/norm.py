@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-ELEMENTS = 8192  # of a tile of pixels and channels
+ELEMENTS = 4096  # of a tile of pixels and channels
 BLOCK = 1024
 TILES = 64  # merged at once
 
@@ -38,6 +38,22 @@ def tile_statistics_kernel(
 
 
 @triton.jit
+def write_scale_offset(
+    m, v, scale, offset, weights, first_weight, first_bias, there, EPS: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
+):  # fmt: skip
+    """A norm of mean m and variance v as in * scale + offset; EPS is a constant so that float64 keeps all of it."""
+    by = (1.0 / tl.sqrt(v.to(tl.float64) + EPS)).to(m.dtype)
+    if HAS_WEIGHT:
+        by = by * tl.load(weights + first_weight, mask=there, other=0.0)
+    add = -m * by
+    if HAS_BIAS:
+        add += tl.load(weights + first_bias, mask=there, other=0.0)
+    tl.store(scale, by, mask=there)
+    tl.store(offset, add, mask=there)
+
+
+@triton.jit
 def merge_statistics_kernel(
     means,  # [L, tiles, C]
     squares,  # [L, tiles, C]
@@ -51,11 +67,11 @@ def merge_statistics_kernel(
     weights_stride,
     first_weight,
     first_bias,
-    eps,
     tiles,
     tile_pixels,
     pixels,
     channels,
+    EPS: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     BLOCK_TILES: tl.constexpr,
@@ -89,15 +105,9 @@ def merge_statistics_kernel(
     v = (total / pixels).to(kind)
     tl.store(mean + at, m, mask=c < channels)
     tl.store(variance + at, v, mask=c < channels)
-    by = (1.0 / tl.sqrt(v.to(tl.float64) + eps)).to(kind)
-    add = -m * by
-    if HAS_WEIGHT:
-        by = by * tl.load(weights + own + first_weight, mask=c < channels, other=0.0)
-        add = -m * by
-    if HAS_BIAS:
-        add += tl.load(weights + own + first_bias, mask=c < channels, other=0.0)
-    tl.store(scale + at, by, mask=c < channels)
-    tl.store(offset + at, add, mask=c < channels)
+    write_scale_offset(
+        m, v, scale + at, offset + at, weights + own, first_weight, first_bias, c < channels, EPS, HAS_WEIGHT, HAS_BIAS
+    )
 
 
 @triton.jit
@@ -112,8 +122,8 @@ def scale_offset_kernel(
     weights_stride,
     first_weight,
     first_bias,
-    eps,
     channels,
+    EPS: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -122,28 +132,11 @@ def scale_offset_kernel(
     c = tl.arange(0, BLOCK)
     at = lane * statistics_stride + first + c
     own = lane * weights_stride + c
-    m, by, shift = channel_norm(
-        mean, variance, weights, at, own + first_weight, own + first_bias, eps, c < channels, HAS_WEIGHT, HAS_BIAS
+    m = tl.load(mean + at, mask=c < channels, other=0.0)
+    v = tl.load(variance + at, mask=c < channels, other=1.0)
+    write_scale_offset(
+        m, v, scale + at, offset + at, weights + own, first_weight, first_bias, c < channels, EPS, HAS_WEIGHT, HAS_BIAS
     )
-    tl.store(scale + at, by, mask=c < channels)
-    tl.store(offset + at, shift - m * by, mask=c < channels)
-
-
-@triton.jit
-def channel_norm(
-    mean, variance, weights, at, weight_at, bias_at, eps, there, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr
-):
-    """Each channel's mean, scale and shift: out = (in - mean) * scale + shift."""
-    m = tl.load(mean + at, mask=there, other=0.0)
-    v = tl.load(variance + at, mask=there, other=1.0)
-    rstd = (1.0 / tl.sqrt(v.to(tl.float64) + eps)).to(v.dtype)
-    scale = rstd
-    shift = tl.zeros_like(rstd)
-    if HAS_WEIGHT:
-        scale = rstd * tl.load(weights + weight_at, mask=there, other=0.0)
-    if HAS_BIAS:
-        shift = tl.load(weights + bias_at, mask=there, other=0.0)
-    return m, scale, shift
 
 
 @triton.jit
@@ -152,33 +145,30 @@ def norm_kernel(
     side,  # [L, pixels, C], added if HAS_SIDE
     out,  # [L, pixels, C]
     mean,  # [L, ...], this norm's channels at `first`
-    variance,  # likewise
-    weights,  # [L, ...], this norm's weight and bias at first_weight and first_bias
+    scale,  # likewise
+    weights,  # [L, ...], this norm's bias at first_bias
     statistics_stride,
     first,
     weights_stride,
-    first_weight,
     first_bias,
-    eps,
     pixels,
     channels,
-    HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_SIDE: tl.constexpr,
     RELU: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     lane = tl.program_id(1).to(tl.int64)
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = at < pixels * channels
     c = at % channels
-    own = lane * weights_stride + c
-    m, scale, shift = channel_norm(
-        mean, variance, weights, lane * statistics_stride + first + c, own + first_weight, own + first_bias,
-        eps, inside, HAS_WEIGHT, HAS_BIAS,
-    )  # fmt: skip
+    statistic = lane * statistics_stride + first + c
+    m = tl.load(mean + statistic, mask=inside, other=0.0)
     place = lane * pixels * channels + at
-    value = (tl.load(source + place, mask=inside, other=0.0).to(m.dtype) - m) * scale + shift
+    value = tl.load(source + place, mask=inside, other=0.0).to(m.dtype) - m
+    value = value * tl.load(scale + statistic, mask=inside, other=0.0)
+    if HAS_BIAS:
+        value += tl.load(weights + lane * weights_stride + first_bias + c, mask=inside, other=0.0)
     if HAS_SIDE:
         value += tl.load(side + place, mask=inside, other=0.0).to(m.dtype)
     if RELU:
@@ -233,7 +223,7 @@ def norm_grad_sums_kernel(
     centred = tl.where(inside, value - m[None, :], 0.0)
     at = (lane * tl.num_programs(0) + tl.program_id(0)) * channels + c
     tl.store(totals + at, tl.sum(gradient, 0), mask=c < channels)
-    at += lanes.to(tl.int64) * tl.num_programs(0) * channels
+    at += tl.num_programs(2).to(tl.int64) * tl.num_programs(0) * channels
     tl.store(totals + at, tl.sum(gradient * centred, 0), mask=c < channels)
 
 
@@ -248,11 +238,11 @@ def norm_grad_merge_kernel(
     grads_stride,
     first_weight,
     first_bias,
-    eps,
     tiles,
     pixels,
     channels,
     lanes,
+    EPS: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     BY_BATCH: tl.constexpr,
@@ -264,7 +254,7 @@ def norm_grad_merge_kernel(
     there = c < channels
     total = tl.zeros((BLOCK_CHANNELS,), tl.float64)
     centred = tl.zeros((BLOCK_CHANNELS,), tl.float64)
-    second = lanes.to(tl.int64) * tiles * channels
+    second = tl.num_programs(1).to(tl.int64) * tiles * channels
     for begin in range(0, tiles, BLOCK_TILES):
         tile = begin + tl.arange(0, BLOCK_TILES)
         inside = (tile < tiles)[:, None] & there[None, :]
@@ -272,7 +262,7 @@ def norm_grad_merge_kernel(
         total += tl.sum(tl.load(totals + at, mask=inside, other=0.0).to(tl.float64), 0)
         centred += tl.sum(tl.load(totals + second + at, mask=inside, other=0.0).to(tl.float64), 0)
     v = tl.load(variance + lane * statistics_stride + first + c, mask=there, other=1.0).to(tl.float64)
-    rstd = 1.0 / tl.sqrt(v + eps)
+    rstd = 1.0 / tl.sqrt(v + EPS)
     own = grads + lane * grads_stride + c
     if HAS_WEIGHT:
         before = tl.load(own + first_weight, mask=there, other=0.0)
@@ -299,31 +289,25 @@ def norm_grad_kernel(
     in_grad,  # [L, pixels, C]
     merged,  # [2, L, C]
     mean,
-    variance,
-    scales,  # as mean; read if not HAS_OUT
-    offsets,
-    weights,
+    scale,  # as mean
+    offset,  # read if not HAS_OUT
     statistics_stride,
     first,
-    weights_stride,
-    first_weight,
-    eps,
     pixels,
     channels,
     lanes,
-    HAS_WEIGHT: tl.constexpr,
     ACCUMULATE: tl.constexpr,
     RELU: tl.constexpr,
     HAS_OUT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     lane = tl.program_id(1).to(tl.int64)
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = at < pixels * channels
     c = at % channels
-    own = lane * weights_stride + c + first_weight
     statistic = lane * statistics_stride + first + c
-    m, scale, _ = channel_norm(mean, variance, weights, statistic, own, own, eps, inside, HAS_WEIGHT, False)
+    m = tl.load(mean + statistic, mask=inside, other=0.0)
+    by = tl.load(scale + statistic, mask=inside, other=0.0)
     place = lane * pixels * channels + at
     gradient = tl.load(out_grad + place, mask=inside, other=0.0).to(m.dtype)
     value = tl.load(source + place, mask=inside, other=0.0).to(m.dtype)
@@ -331,13 +315,11 @@ def norm_grad_kernel(
         if HAS_OUT:
             above = tl.load(out + place, mask=inside, other=0.0) > 0
         else:
-            by = tl.load(scales + statistic, mask=inside, other=0.0)
-            above = value * by + tl.load(offsets + statistic, mask=inside, other=0.0) > 0
+            above = value * by + tl.load(offset + statistic, mask=inside, other=0.0) > 0
         gradient = tl.where(above, gradient, 0.0)
-    centred = value - m
     middle = tl.load(merged + lane * channels + c, mask=inside, other=0.0)
     slope = tl.load(merged + (lanes + lane) * channels + c, mask=inside, other=0.0)
-    grad = (gradient - middle - centred * slope) * scale
+    grad = (gradient - middle - (value - m) * slope) * by
     if ACCUMULATE:
         grad += tl.load(in_grad + place, mask=inside, other=0.0).to(m.dtype)
     tl.store(in_grad + place, grad.to(in_grad.dtype.element_ty), mask=inside)
@@ -372,7 +354,8 @@ def merge_statistics(
     with torch.cuda.device_of(means):
         merge_statistics_kernel[(triton.cdiv(channels, block), lanes)](
             *(means, squares, mean, variance, scale, offset, weights, mean.stride(0), first),
-            *(weights.stride(0), first_weight, first_bias, eps, tiles, tile_pixels, pixels, channels),
+            *(weights.stride(0), first_weight, first_bias, tiles, tile_pixels, pixels, channels),
+            EPS=eps,
             HAS_WEIGHT=first_weight >= 0,
             HAS_BIAS=first_bias >= 0,
             BLOCK_TILES=TILES,
@@ -386,7 +369,8 @@ def scale_offset(mean, variance, scale, offset, first, channels, weights, first_
     with torch.cuda.device_of(mean):
         scale_offset_kernel[(len(mean),)](
             *(mean, variance, scale, offset, weights, mean.stride(0), first, weights.stride(0), first_weight),
-            *(first_bias, eps, channels),
+            *(first_bias, channels),
+            EPS=eps,
             HAS_WEIGHT=first_weight >= 0,
             HAS_BIAS=first_bias >= 0,
             BLOCK=triton.next_power_of_2(channels),
@@ -394,14 +378,13 @@ def scale_offset(mean, variance, scale, offset, first, channels, weights, first_
         )
 
 
-def norm(source, side, out, mean, variance, first, weights, first_weight, first_bias, eps, relu):
-    """Launch out = relu?((source - mean) * rstd * weight + bias + side?); -1 is no weight or bias, None no side."""
+def norm(source, side, out, mean, scale, first, weights, first_bias, relu):
+    """Launch out = relu?((source - mean) * scale + bias + side?); -1 is no bias, None no side."""
     lanes, pixels, channels = _extents(source)
     with torch.cuda.device_of(source):
         norm_kernel[(triton.cdiv(pixels * channels, BLOCK), lanes)](
-            *(source, source if side is None else side, out, mean, variance, weights),
-            *(mean.stride(0), first, weights.stride(0), first_weight, first_bias, eps, pixels, channels),
-            HAS_WEIGHT=first_weight >= 0,
+            *(source, source if side is None else side, out, mean, scale, weights),
+            *(mean.stride(0), first, weights.stride(0), first_bias, pixels, channels),
             HAS_BIAS=first_bias >= 0,
             HAS_SIDE=side is not None,
             RELU=relu,
@@ -420,9 +403,9 @@ def norm_grad(
     accumulate_side,
     mean,
     variance,
-    scale_and_offset,
+    scale,
+    offset,
     first,
-    weights,
     grads,
     first_weight,
     first_bias,
@@ -432,13 +415,12 @@ def norm_grad(
 ):
     """Launch the gradients of `norm`.
 
-    out               None where it was never written; then relu's mask comes from scale_and_offset
+    out               None where it was never written; then relu's mask comes from scale and offset
     in_grad           None where it isn't needed
     side_grad         None where nothing was added
     """
     has_out = out is not None
     out = out if has_out else source
-    scale, offset = (mean, mean) if has_out else scale_and_offset
     lanes, pixels, channels = _extents(source)
     block = _block(channels)
     per_tile = ELEMENTS // block
@@ -462,7 +444,8 @@ def norm_grad(
         few = min(32, block)
         norm_grad_merge_kernel[(triton.cdiv(channels, few), lanes)](
             *(totals, merged, variance, grads, variance.stride(0), first, grads.stride(0), first_weight, first_bias),
-            *(eps, tiles, pixels, channels, lanes),
+            *(tiles, pixels, channels, lanes),
+            EPS=eps,
             HAS_WEIGHT=first_weight >= 0,
             HAS_BIAS=first_bias >= 0,
             BY_BATCH=by_batch,
@@ -473,9 +456,8 @@ def norm_grad(
         if in_grad is None:
             return
         norm_grad_kernel[(triton.cdiv(pixels * channels, BLOCK), lanes)](
-            *(source, out, out_grad, in_grad, merged, mean, variance, scale, offset, weights),
-            *(mean.stride(0), first, weights.stride(0), first_weight, eps, pixels, channels, lanes),
-            HAS_WEIGHT=first_weight >= 0,
+            *(source, out, out_grad, in_grad, merged, mean, scale, offset),
+            *(mean.stride(0), first, pixels, channels, lanes),
             ACCUMULATE=accumulate,
             RELU=relu,
             HAS_OUT=has_out,

@@ -209,7 +209,7 @@ LINEAR = (1, 1), 1, (0, 0), (1, 1), 1
 
 def _launch_fused_kernels(dtype: torch.dtype) -> None:
     """What the fused engine launches for a residual network with the stem's three channels, a wide one and a head."""
-    from swamp_fast.kernels import compact, convolution, norm, pool
+    from swamp_fast.kernels import compact, convolution, pool
 
     bank = torch.float64 if dtype == torch.float64 else torch.float32
     lanes, samples = 2, 16
@@ -235,6 +235,21 @@ def _launch_fused_kernels(dtype: torch.dtype) -> None:
             for accumulate in (False, True) if dtype == torch.bfloat16 else (True,):
                 convolution.convolve(*backward, True, accumulate, None, precision)
         convolution.weight_grad(source, out, weights, 16, 2, window, precision)
+    for count in (lanes, 1):  # one is specialised to the constant
+        _launch_norms(dtype, bank, count, samples)
+    a, b = torch.zeros(2, lanes, samples, 8, 8, 64, dtype=dtype)
+    for divisors in (None, ((4.0,) * 4,) * 4):
+        ranges = tuple((2 * each, 2 * each + 2) for each in range(4))
+        windows = pool.windows_of(ranges, ranges, divisors, 8, 8, a.device)
+        small = torch.zeros(lanes * samples, 4, 4, 64, dtype=dtype)
+        pool.pool(a.flatten(0, 1), small, windows)
+        pool.pool_grad(a.flatten(0, 1), small, b.flatten(0, 1), small, windows, False)
+
+
+def _launch_norms(dtype: torch.dtype, bank: torch.dtype, lanes: int, samples: int) -> None:
+    from swamp_fast.kernels import norm
+
+    weights = torch.zeros(lanes, 4096, dtype=bank)
     a, b, c, d = torch.zeros(4, lanes, samples, 8, 8, 64, dtype=dtype)
     mean, variance, scale, offset = torch.zeros(4, lanes, 80, dtype=bank)
     statistics, tile_pixels = norm.tile_statistics(a)
@@ -242,18 +257,12 @@ def _launch_fused_kernels(dtype: torch.dtype) -> None:
     norm.merge_statistics(statistics, tile_pixels, samples * 64, *each, weights, 16, 80, 1e-5)
     norm.scale_offset(*each, 64, weights, 16, 80, 1e-5)
     for side in (None, d):
-        norm.norm(a, side, b, mean, variance, 16, weights, 16, 80, 1e-5, True)
+        norm.norm(a, side, b, mean, scale, 16, weights, 80, True)
     for out, side in product((b, None), (None, d)):
         if out is None and side is not None:
             continue
         maps = (a, out, c, b if out is None else a, side, False, side is not None)
-        norm.norm_grad(*maps, mean, variance, (scale, offset), 16, weights, weights, 16, 80, 1e-5, True, True)
-    for divisors in (None, ((4.0,) * 4,) * 4):
-        ranges = tuple((2 * each, 2 * each + 2) for each in range(4))
-        windows = pool.windows_of(ranges, ranges, divisors, 8, 8, a.device)
-        small = torch.zeros(lanes * samples, 4, 4, 64, dtype=dtype)
-        pool.pool(a.flatten(0, 1), small, windows)
-        pool.pool_grad(a.flatten(0, 1), small, b.flatten(0, 1), small, windows, False)
+        norm.norm_grad(*maps, mean, variance, scale, offset, 16, weights, 16, 80, 1e-5, True, True)
 
 
 def _tool(name: str) -> Path:

@@ -57,6 +57,9 @@ def launch_on_host(name, constants, grid, shared_bytes, arguments) -> None:
 
 LAUNCH = Launcher(torch.device("cuda")) if HAS_GPU else launch_on_host
 DEVICE = "cuda" if HAS_GPU else "cpu"
+INTERPRETED = pytest.mark.skipif(
+    not HAS_GPU and not _interprets(), reason="the interpreter of Triton before 3.9 needs NumPy before 2.4"
+)
 
 
 def normal(*shape: int, dtype=torch.bfloat16) -> torch.Tensor:
@@ -208,15 +211,14 @@ class Chain(nn.Module):
         return self.head(F.relu(self.convolutions[-1](x)).mean((2, 3)))
 
 
-@pytest.mark.skipif(
-    not HAS_GPU and not _interprets(), reason="the interpreter of Triton before 3.9 needs NumPy before 2.4"
-)
+@INTERPRETED
 @pytest.mark.parametrize("network", [Residual, Chain])
 def test_in_a_plan(network, monkeypatch):
     """The error against float64 is at most twice that of autograd under bfloat16 autocast."""
     torch.manual_seed(0)
     model = network()
-    monkeypatch.setitem(convolution.PIXELS, 2, 1024)
+    if not HAS_GPU:
+        monkeypatch.setitem(convolution.PIXELS, 2, 1024)
     exact_problem, problem = (problem_of(model, 6, each, (3, 8, 8), DEVICE) for each in ("float64", "bfloat16"))
     mask = masked(problem, 0.5)
     exact = step(exact_problem, "autograd", mask)
@@ -225,8 +227,34 @@ def test_in_a_plan(network, monkeypatch):
     program = CudaPrograms(problem, plan, Compact(problem.layout, mask), LAUNCH).program
     assert len(program.halos) == (2 if network is Residual else 3)
     assert len(program.unwritten) == (0 if network is Residual else 3)
-    assert tensor_cores_differ(problem, plan, LAUNCH) is None
-    assert "away from that of the Triton kernels" in tensor_cores_differ(problem, plan, broken)
     for what, bound in theirs.items():
         print(network.__name__, what, f"ours {ours[what]:.1e}, autograd's {bound:.1e}")
         assert ours[what] <= 2 * bound + 1e-3, what
+
+
+@INTERPRETED
+def test_wrong_kernels_are_found(monkeypatch):
+    """What the engine does before it uses them."""
+    if not HAS_GPU:
+        monkeypatch.setitem(convolution.PIXELS, 2, 1024)
+    halos, device = [Halo(8, 8, 16, 32), Halo(8, 8, 16, 32), Halo(4, 4, 16, 16)], torch.device(DEVICE)
+    assert tensor_cores_differ(halos, LAUNCH, device) is None
+    assert tensor_cores_differ(halos, broken, device).startswith(
+        "their outputs differ from those of the Triton kernels"
+    )
+    assert tensor_cores_differ(halos, fails, device) == "they raise RuntimeError: no such device"
+
+
+def fails(*arguments) -> None:
+    raise RuntimeError("no such device")
+
+
+@pytest.mark.parametrize("size", [2, 4, 8, 16, 32, 64])
+def test_every_size_fits(size):
+    """Shared memory is within what the smallest GPU has, for every number of channels."""
+    for inputs in (16, 32, 48, 64, 128, 160, 512):
+        for outputs in (16, 32, 48, 64, 80, 512):
+            halo = Halo(size, size, inputs, outputs)
+            for by_input, statistics in ((True, False), (False, True)):
+                assert halo.convolve_constants(by_input, False, True, True, statistics)[1] <= 99 * 1024
+            assert halo.weight_grad_constants(True)[1] <= 99 * 1024

@@ -14,8 +14,8 @@ from test_structure import ROOT
 
 KERNELS = {line.split("(")[0].removeprefix("def ") for path in (ROOT / "kernels").glob("*.py")
            for line in path.read_text().splitlines() if line.startswith("def ") and "_kernel(" in line}  # fmt: skip
-# A halo of four times the pixels, and two tiles a block: slower than it might be, and a small part of its network.
-KNOWN_SLOW = {"prologue, VGG-19 512-512 channels 2x2": 1.8}
+# A halo of four times the pixels, and two tiles a block: over with the NVRTC of CUDA 13.0, a small part of its network.
+KNOWN_SLOW = {"prologue, VGG-19 512-512 channels 2x2": 1.2}
 ARCHITECTURES = ["sm_80", "sm_90", "gfx942"]
 SHARED_BYTES = 99 * 1024  # what a block may have on every GPU from sm_80 on
 LDS_BYTES = 64 * 1024  # and on gfx942

@@ -79,33 +79,27 @@ extern "C" __global__ void __launch_bounds__(256) weight_grad(
     }
   }
 
-  partial += lane * partial_stride + static_cast<long long>(blockIdx.x) * part_size;
-  if constexpr (kSharers == 1) {
-    float* const to = partial + (first_in + own_in + thread / 4) * OUT + first_out + own_out + thread % 4 * 2;
+  // The sharers' sums, added up in a tree: each thread to those of the same place in another warp.
+  float* const shared = reinterpret_cast<float*>(memory);  // [sharers / 2, quadrants, 9 * 8, 32]
 #pragma unroll
-    for (int tap = 0; tap < kTaps; ++tap)
-#pragma unroll
-      for (int n = 0; n < 2; ++n)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) to[(tap * IN + i / 2 * 8) * OUT + n * 8 + i % 2] = sums[tap][n][i];
-    return;
-  }
-  // The sharers' sums in their order, tap by tap.
-  float* const shared = reinterpret_cast<float*>(memory);  // [warps, 16, 16]
-#pragma unroll
-  for (int tap = 0; tap < kTaps; ++tap) {
+  for (int half = kSharers / 2; half > 0; half /= 2) {
+    float* const own = shared + (sharer % half * kQuadrants + quadrant) * kTaps * 8 * 32 + thread;
     __syncthreads();
+    if (sharer >= half && sharer < 2 * half)
+#pragma unroll
+      for (int i = 0; i < kTaps * 8; ++i) own[i * 32] = sums[i / 8][i / 4 % 2][i % 4];
+    __syncthreads();
+    if (sharer < half)
+#pragma unroll
+      for (int i = 0; i < kTaps * 8; ++i) sums[i / 8][i / 4 % 2][i % 4] += own[i * 32];
+  }
+  if (sharer > 0) return;
+  float* const to = partial + lane * partial_stride + static_cast<long long>(blockIdx.x) * part_size +
+                    (first_in + own_in + thread / 4) * OUT + first_out + own_out + thread % 4 * 2;
+#pragma unroll
+  for (int tap = 0; tap < kTaps; ++tap)
 #pragma unroll
     for (int n = 0; n < 2; ++n)
 #pragma unroll
-      for (int i = 0; i < 4; ++i)
-        shared[warp * 256 + (thread / 4 + i / 2 * 8) * 16 + n * 8 + thread % 4 * 2 + i % 2] = sums[tap][n][i];
-    __syncthreads();
-    for (int i = threadIdx.x; i < kQuadrants * 256; i += kThreads) {
-      float total = 0;
-      for (int s = 0; s < kSharers; ++s) total += shared[s * kQuadrants * 256 + i];
-      const int q = i / 256, in = q / (BLOCK_OUT / 16) * 16 + i % 256 / 16, out = q % (BLOCK_OUT / 16) * 16 + i % 16;
-      partial[(tap * IN + first_in + in) * OUT + first_out + out] = total;
-    }
-  }
+      for (int i = 0; i < 4; ++i) to[(tap * IN + i / 2 * 8) * OUT + n * 8 + i % 2] = sums[tap][n][i];
 }

@@ -19,6 +19,7 @@ PARTS = 32  # of a weight gradient, at most
 PART_TILES = 8
 LEAST_BLOCKS = 16  # of a weight gradient of one lane, if there are as many tiles
 MOST_OUT = 64  # channels that a block of a convolution gives
+MOST_OUT_STATISTICS = 32  # with statistics, whose sums take registers
 QUADRANTS = 8  # of 16 by 16 weights that a block of a weight gradient gives, at most
 MOST_SHARED = 99 * 1024  # bytes: what every GPU from sm_80 on has
 
@@ -128,9 +129,13 @@ class Halo:
     ) -> tuple[dict[str, int], int]:
         """What is compiled in, and the bytes of shared memory."""
         inputs, outputs = (self.outputs, self.inputs) if by_input else (self.inputs, self.outputs)
-        block = max(size for size in range(16, MOST_OUT + 1, 16) if outputs % size == 0)
-        fitting = (size for size in (64, 32, 16) if inputs % size == 0)
-        chunk = next(size for size in fitting if self._shared(inputs, size, block) <= MOST_SHARED)
+        most = MOST_OUT_STATISTICS if statistics else MOST_OUT
+        block, chunk = next(
+            (block, chunk)
+            for block in range(most, 0, -16)
+            for chunk in (64, 32, 16)
+            if outputs % block == 0 and inputs % chunk == 0 and self._shared(inputs, chunk, block) <= MOST_SHARED
+        )
         constants = {
             "HEIGHT": self.height,
             "WIDTH": self.width,
@@ -197,7 +202,8 @@ class Halo:
         return self.pictures * (self.rows + 2) * (self.width + 2)
 
     def _weight_grad_shared(self, block_in: int, block_out: int) -> int:
-        return max(2 * (self._halo_pixels * (block_in + PAD) + PIXELS * (block_out + PAD)), 8 * 256 * 4)
+        maps = 2 * (self._halo_pixels * (block_in + PAD) + PIXELS * (block_out + PAD))
+        return max(maps, 0 if block_in * block_out == QUADRANTS * 256 else QUADRANTS // 2 * 9 * 256 * 4)
 
     def _shared(self, inputs: int, chunk: int, block: int) -> int:
         weights, rounded = 9 * chunk * (block + PAD), PIXELS * (block + PAD)

@@ -76,17 +76,18 @@ class CudaLanes:
     def backward(self, batch: Batch, step_keys: Tensor) -> Tensor:
         """As LaneByLane.backward."""
         assert self.grads is not None
-        losses = []
-        for lanes in self._groups():
-            inputs, targets = self._inputs(batch, step_keys, lanes), batch.targets[lanes]
-            run, outputs = self._run(lanes, inputs, step_keys[lanes], keep=True)
-            outputs.requires_grad_()
-            each = self._losses(outputs, targets)
-            (out_grad,) = torch.autograd.grad(each.sum(), outputs)
-            with torch.no_grad():
-                run.backward(out_grad, self.grads[lanes])
-            losses.append(each.detach())
-        return torch.cat(losses)
+        return torch.cat([self._backward(batch, step_keys, lanes, self.grads[lanes]) for lanes in self._groups()])
+
+    def _backward(self, batch: Batch, step_keys: Tensor, lanes: slice, grads: Tensor) -> Tensor:
+        """One group; what it held is free again when this returns."""
+        inputs, targets = self._inputs(batch, step_keys, lanes), batch.targets[lanes]
+        run, outputs = self._run(lanes, inputs, step_keys[lanes], keep=True)
+        outputs.requires_grad_()
+        losses = self._losses(outputs, targets)
+        (out_grad,) = torch.autograd.grad(losses.sum(), outputs)
+        with torch.no_grad():
+            run.backward(out_grad, grads)
+        return losses.detach()
 
     def outputs(self, inputs: Any, keys: Tensor) -> list[Any]:
         """As LaneByLane.outputs."""
@@ -140,7 +141,8 @@ class CudaLanes:
     def _losses(self, outputs: Tensor, targets: Any) -> Tensor:
         """Each lane's mean loss; a loss of the user's runs lane by lane, as it may mix samples."""
         if self.problem.loss is cross_entropy and outputs.dim() == 3:
-            return self.problem.losses(outputs.flatten(0, 1), targets.flatten(0, 1)).view(targets.shape).mean(1)
+            every = self.problem.losses(outputs.flatten(0, 1), targets.flatten(0, 1)).view(targets.shape)
+            return torch.stack([own.mean() for own in every])  # torch's order of sums depends on how many there are
         each = [
             self.problem.losses(own.clone(), target).mean()  # a loss may change what it is given
             for own, target in zip(outputs, targets, strict=True)

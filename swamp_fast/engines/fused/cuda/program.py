@@ -272,8 +272,8 @@ class Pass:
             kernels.weight_grad(source, out_grad, self.partial, first, tables.splits[op.output], window, precision)
         if op.bias is not None:
             begin = self.program.begins[op.bias]
-            own = self.weight_grads[:, begin : begin + self.program.sizes[op.bias]]
-            own.add_(out_grad.sum((1, 2, 3), dtype=own.dtype))
+            for lane, own in enumerate(self.weight_grads[:, begin : begin + self.program.sizes[op.bias]]):
+                own.add_(out_grad[lane].sum((0, 1, 2), dtype=own.dtype))  # torch's order of sums depends on how many
         if op.inputs[0] in self.program.needed:
             in_grad, accumulate = self._grad(op.inputs[0])
             place = self.program.dense.places[op.output].by_input
@@ -297,15 +297,14 @@ class Pass:
             statistics, tile_pixels = kernels.tile_statistics(source) if found is None else found
             pixels = source[0].numel() // source.shape[-1]
             kernels.merge_statistics(statistics, tile_pixels, pixels, *each, self.weights, weight, bias, op.eps)
+        else:
+            kernels.scale_offset(*each, source.shape[-1], self.weights, weight, bias, op.eps)
         if op.output in self.program.unwritten:
-            if not self.by_batch:
-                kernels.scale_offset(*each, source.shape[-1], self.weights, weight, bias, op.eps)
             self.prologues[op.output] = source, Prologue(self.scale, self.offset, first)
             return
         side = self.values[op.inputs[1]] if len(op.inputs) > 1 else None
         kernels.norm(
-            *(source, side, self._out(op), self.mean, self.variance, first, self.weights, weight, bias),
-            *(op.eps, op.relu),
+            *(source, side, self._out(op), self.mean, self.scale, first, self.weights, bias, op.relu),
         )
 
     def _norm_backward(self, op: Norm) -> None:
@@ -318,8 +317,8 @@ class Pass:
         in_grad, accumulate = self._grad(op.inputs[0]) if op.inputs[0] in self.program.needed else (None, False)
         self.program.kernels("norm").norm_grad(
             *(self.values[op.inputs[0]], self.values.get(op.output), self.grads[op.output], in_grad, side),
-            *(accumulate, accumulate_side, self.mean, self.variance, (self.scale, self.offset), first),
-            *(self.weights, self.weight_grads, weight, bias, op.eps, op.relu, self.by_batch),
+            *(accumulate, accumulate_side, self.mean, self.variance, self.scale, self.offset, first),
+            *(self.weight_grads, weight, bias, op.eps, op.relu, self.by_batch),
         )
 
     def _pool(self, op: Pool) -> None:
