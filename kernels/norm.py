@@ -329,7 +329,7 @@ def tile_statistics(source):
     """Means and sums of squares about them, [L, tiles, C] each, and the pixels of a tile; as convolve leaves them."""
     lanes, pixels, channels = _extents(source)
     block = _block(channels)
-    per_tile = ELEMENTS // block
+    per_tile = ELEMENTS // block // (2 if source.dtype == torch.float64 else 1)
     tiles = triton.cdiv(pixels, per_tile)
     means, squares = torch.empty(2, lanes, tiles, channels, dtype=sum_dtype(source), device=source.device)
     with torch.cuda.device_of(source):
@@ -423,7 +423,7 @@ def norm_grad(
     out = out if has_out else source
     lanes, pixels, channels = _extents(source)
     block = _block(channels)
-    per_tile = ELEMENTS // block
+    per_tile = ELEMENTS // block // (2 if source.dtype == torch.float64 else 1)
     tiles = triton.cdiv(pixels, per_tile)
     totals = torch.empty(2, lanes, tiles, channels, dtype=mean.dtype, device=mean.device)
     merged = torch.empty(2, lanes, channels, dtype=mean.dtype, device=mean.device)
