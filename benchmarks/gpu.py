@@ -26,9 +26,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from benchmarks import timing
+from benchmarks.cpu import ticket
 from benchmarks.fused import LANES, pictures, stacked_step
 from swamp_fast import fast_swamp, naive_swamp, ops
-from swamp_fast.bank import Solution
 from swamp_fast.engines.eager import EagerEngine, choose
 from swamp_fast.engines.fused.check import differs_from_autograd, tensor_cores
 from swamp_fast.engines.fused.engine import FusedEngine, fused_plan
@@ -97,11 +97,7 @@ class Bench:
 
 def step_of(engine: FusedEngine | EagerEngine, problem: Problem, particles: int) -> Callable[[], None]:
     """A step of all particles, its data gathered and augmented on the device."""
-    start = Solution(
-        problem.layout.flat(dict(problem.template.named_parameters()), problem.dtype, problem.device),
-        {name: buffer.detach().clone() for name, buffer in problem.template.named_buffers()},
-    )
-    bank = engine.spawn(start, problem.mask, particles, 1)
+    bank = engine.spawn(ticket(problem), problem.mask, particles, 1)
     trainer = engine.trainer
     assert trainer is not None
     trainer.way.set_buffers(bank.buffers)

@@ -115,7 +115,6 @@ def _cuda_kernel(name: str, config: str, constants: dict[str, int], shared: int,
 
 def triton_kernels(arch: str) -> list[Compiled]:
     """The Triton kernels."""
-    import triton
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
@@ -152,7 +151,6 @@ def triton_kernels(arch: str) -> list[Compiled]:
     finally:
         JITFunction.run = run
         driver._active = before
-    assert triton is not None
     return list(found.values())
 
 
