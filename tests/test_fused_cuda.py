@@ -5,13 +5,15 @@ from __future__ import annotations
 import networks
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import HAS_GPU, _interprets
-from swamp_fast.kernels import convolution
+from swamp_fast.kernels import convolution, loss, norm
 from test_fused import NETS, error, masked, problem_of, seeded, step
 from test_odd_models import same
 
 from swamp_fast import fast_swamp, naive_swamp
 from swamp_fast.engines.fused import check, engine
+from swamp_fast.engines.fused.cuda.halo import Statistics
 from swamp_fast.engines.fused.cuda.lanes import CudaPrograms, lanes_that_fit
 
 DEVICE = "cuda" if HAS_GPU else "cpu"
@@ -82,6 +84,60 @@ def test_as_exact_as_autograd(name, precision, monkeypatch):
     for what in ("losses", "gradients", "outputs"):
         print(name, precision, what, f"ours {ours[what]:.1e}, autograd's {theirs[what]:.1e}")
         assert ours[what] <= 2 * theirs[what] + (1e-6 if precision == "float32" else 1e-3)
+
+
+@pytest.mark.as_launched
+def test_statistics_and_gradients_over_many_tiles(monkeypatch):
+    """More than the last program takes at once; on a GPU, programs that run at the same time, again and again."""
+    monkeypatch.setattr(norm, "ELEMENTS", 256)
+    monkeypatch.setattr(convolution, "BIAS_ELEMENTS", 64)
+    lanes, samples, channels, eps = 2, 64 if HAS_GPU else 9, 20, 1e-3
+    shape = (lanes, samples, 16, 16, channels)
+    source, out_grad, weights, grads = (
+        torch.randn(each, generator=torch.Generator().manual_seed(i), dtype=torch.float64).to(DEVICE)
+        for i, each in enumerate([shape, shape, (lanes, 2 * channels), (lanes, 3 * channels)])
+    )
+    each = torch.full((4, lanes, channels), torch.nan, dtype=torch.float64, device=DEVICE).unbind()
+    arrivals = torch.zeros(lanes, channels, dtype=torch.int32, device=DEVICE)
+    to = Statistics(*each, 0, weights, 0, channels, eps, arrivals)
+    leaf, parameters = source.clone().requires_grad_(), weights.clone().requires_grad_()
+    outs = [
+        F.batch_norm(own.movedim(-1, 1), None, None, *both.split(channels), True, 0.0, eps).movedim(1, -1)
+        for own, both in zip(leaf, parameters, strict=True)
+    ]
+    expected = torch.autograd.grad(torch.stack(outs), [leaf, parameters], out_grad)
+    for _ in range(20 if HAS_GPU else 1):
+        norm.statistics(source, to)
+        torch.testing.assert_close(to.mean, source.mean((1, 2, 3)), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(to.variance, source.var((1, 2, 3), unbiased=False), rtol=1e-12, atol=1e-12)
+        own, in_grad = grads.clone(), torch.empty_like(source)
+        maps = source, source, out_grad, in_grad, None, False, False
+        norm.norm_grad(*maps, *each, 0, own, 0, channels, eps, False, True, arrivals)
+        convolution.bias_grad(out_grad, own, 2 * channels, arrivals)
+        sums = torch.cat([expected[1], out_grad.sum((1, 2, 3))], 1)
+        torch.testing.assert_close(in_grad, expected[0], rtol=1e-11, atol=1e-11)
+        torch.testing.assert_close(own - grads, sums, rtol=1e-11, atol=1e-10)
+        assert not arrivals.any()
+
+
+@pytest.mark.parametrize(("classes", "dtype"), [(10, torch.float64), (100, torch.float32), (1000, torch.float64)])
+def test_cross_entropy(classes, dtype):
+    lanes, samples, exact = 3, 300 if classes == 10 else 7, 1e-12 if dtype == torch.float64 else 1e-5
+    generator = torch.Generator().manual_seed(0)
+    outputs = 5 * torch.randn(lanes, samples, classes, generator=generator, dtype=dtype).to(DEVICE)
+    targets = torch.randint(classes, (lanes, samples), generator=generator).to(DEVICE)
+    targets[0, 2] = loss.IGNORED
+    outputs[1, 1, 0] = 500.0
+    leaf = outputs.clone().requires_grad_()
+    each = F.cross_entropy(leaf.flatten(0, 1), targets.flatten(), reduction="none").view(lanes, samples).mean(1)
+    found, grad = loss.cross_entropy(outputs, targets)
+    torch.testing.assert_close(found, each.detach(), rtol=exact, atol=exact)
+    torch.testing.assert_close(grad, torch.autograd.grad(each.sum(), leaf)[0], rtol=exact, atol=exact)
+    alone = loss.cross_entropy(outputs[2:], targets[2:])
+    assert torch.equal(alone[0], found[2:])
+    assert torch.equal(alone[1], grad[2:])
+    targets[1, 3] = classes
+    assert loss.cross_entropy(outputs, targets)[0].isnan().tolist() == [False, True, False]
 
 
 def test_bits_depend_on_nothing_but_the_lane(monkeypatch):

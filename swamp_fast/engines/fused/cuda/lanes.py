@@ -13,6 +13,7 @@ from swamp_fast.engines.fused.buffers import Buffers
 from swamp_fast.engines.fused.compact import Compact
 from swamp_fast.engines.fused.cuda.program import Pass, Program
 from swamp_fast.nvrtc import Launch
+from swamp_fast.ops._contract import triton_kernels
 from swamp_fast.plan import Plan
 from swamp_fast.probe import cross_entropy
 from swamp_fast.problem import Problem
@@ -67,6 +68,8 @@ class CudaLanes:
         self.running = Buffers(problem.template, programs.plan.norms, len(weights), problem.dtype)
         self.modules = self.running.modules
         self.mean, self.variance = torch.zeros_like(self.running.mean), torch.zeros_like(self.running.mean)
+        most = max(shape[0] for shape in programs.plan.shapes)  # blocks of channels of one launch, at most
+        self.arrivals = torch.zeros(len(weights), most, dtype=torch.int32, device=weights.device)
 
     @property
     def weights(self) -> Tensor:
@@ -82,12 +85,10 @@ class CudaLanes:
         """One group; what it held is free again when this returns."""
         inputs, targets = self._inputs(batch, step_keys, lanes), batch.targets[lanes]
         run, outputs = self._run(lanes, inputs, step_keys[lanes], keep=True)
-        outputs.requires_grad_()
-        losses = self._losses(outputs, targets)
-        (out_grad,) = torch.autograd.grad(losses.sum(), outputs)
+        losses, out_grad = self._losses(outputs, targets)
         with torch.no_grad():
             run.backward(out_grad, grads)
-        return losses.detach()
+        return losses
 
     def outputs(self, inputs: Any, keys: Tensor) -> list[Any]:
         """As LaneByLane.outputs."""
@@ -131,20 +132,25 @@ class CudaLanes:
         by_batch = self.running.by_batch
         statistics = (self.mean, self.variance) if by_batch else (self.running.mean, self.running.variance)
         mean, variance = (each[lanes] for each in statistics)
-        run = Pass(self.programs.program, self.compact_weights[lanes], mean, variance, by_batch, keys)
+        weights, arrivals = self.compact_weights[lanes], self.arrivals[lanes]
+        run = Pass(self.programs.program, weights, mean, variance, by_batch, keys, arrivals)
         with torch.no_grad():
             outputs = run.forward(inputs, keep).to(self.problem.dtype)
             if by_batch:
                 self.running.move(lanes, mean, variance * self.programs.program.unbiased(inputs.shape[1]))
         return run, outputs
 
-    def _losses(self, outputs: Tensor, targets: Any) -> Tensor:
-        """Each lane's mean loss; a loss of the user's runs lane by lane, as it may mix samples."""
-        if self.problem.loss is cross_entropy and outputs.dim() == 3:
-            every = self.problem.losses(outputs.flatten(0, 1), targets.flatten(0, 1)).view(targets.shape)
-            return torch.stack([own.mean() for own in every])  # torch's order of sums depends on how many there are
+    def _losses(self, outputs: Tensor, targets: Any) -> tuple[Tensor, Tensor]:
+        """Each lane's mean loss, and its gradient; a loss of the user's runs lane by lane, as it may mix samples."""
+        if self.problem.loss is cross_entropy and outputs.dim() == 3 and targets.dtype == torch.int64:
+            kernels = triton_kernels("loss")
+            if outputs.shape[2] <= kernels.MOST_CLASSES:
+                found: tuple[Tensor, Tensor] = kernels.cross_entropy(outputs.contiguous(), targets.contiguous())
+                return found
+        outputs.requires_grad_()
         each = [
             self.problem.losses(own.clone(), target).mean()  # a loss may change what it is given
             for own, target in zip(outputs, targets, strict=True)
         ]
-        return torch.stack(each)
+        losses = torch.stack(each)
+        return losses.detach(), torch.autograd.grad(losses.sum(), outputs)[0]
