@@ -22,7 +22,6 @@ from test_fused import error, masked, problem_of, step
 from torch import nn
 
 from swamp_fast.engines.fused.check import tensor_cores_differ
-from swamp_fast.engines.fused.compact import Compact
 from swamp_fast.engines.fused.cuda import halo as halo_module
 from swamp_fast.engines.fused.cuda.halo import Halo, Prologue, Statistics
 from swamp_fast.engines.fused.cuda.lanes import CudaPrograms
@@ -237,7 +236,7 @@ def test_in_a_plan(network, monkeypatch):
     exact = step(exact_problem, "autograd", mask)
     ours, theirs = (error(step(problem, kind, mask, launch=LAUNCH), exact) for kind in ("cuda", "autograd"))
     plan = fused_plan(problem)
-    program = CudaPrograms(problem, plan, Compact(problem.layout, mask), LAUNCH).program
+    program = CudaPrograms(problem, plan, mask, LAUNCH).program
     assert len(program.halos) == (2 if network is Residual else 3)
     assert len(program.unwritten) == (0 if network is Residual else 3)
     for what, bound in theirs.items():

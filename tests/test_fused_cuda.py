@@ -10,11 +10,14 @@ from conftest import HAS_GPU, _interprets
 from swamp_fast.kernels import convolution, loss, norm
 from test_fused import NETS, error, masked, problem_of, seeded, step
 from test_odd_models import same
+from torch import nn
 
 from swamp_fast import fast_swamp, naive_swamp
 from swamp_fast.engines.fused import check, engine
 from swamp_fast.engines.fused.cuda.halo import Statistics
 from swamp_fast.engines.fused.cuda.lanes import CudaPrograms, lanes_that_fit
+from swamp_fast.engines.fused.cuda.narrow import narrow
+from swamp_fast.plan import Convolution
 
 DEVICE = "cuda" if HAS_GPU else "cpu"
 pytestmark = pytest.mark.skipif(
@@ -178,3 +181,81 @@ def test_a_run_equals_the_naive_loops(name, digits, monkeypatch):
     fast = fast_swamp(model, *data, engine="fused", **settings)
     assert fast.engine["engine"] == "fused"
     same(fast, naive_swamp(model, *data, **settings))
+
+
+class Wide(nn.Module):
+    """A chain that is wide enough for channels to be skipped, a branch that ties some, a norm that nothing follows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 48, 3, padding=1), nn.Conv2d(48, 32, 3, padding=1, bias=False)
+        self.c, self.d = nn.Conv2d(32, 48, 1, bias=False), nn.Conv2d(48, 32, 3, padding=1, bias=False)
+        self.n0, self.n1, self.n2, self.n3 = (nn.BatchNorm2d(each) for each in (48, 32, 48, 32))
+        self.head = nn.Linear(32, 5)
+
+    def forward(self, x):
+        x = F.relu(self.n0(self.a(x)))
+        x = F.relu(self.n1(self.b(x)))
+        x = F.relu(self.n3(self.d(F.relu(self.n2(self.c(x))))) + x)
+        return self.head(x.mean((2, 3)))
+
+
+def dead_channels(problem) -> torch.Tensor:
+    """A mask under which most of a's and c's channels lead nowhere: a's by way of those of b that none reads."""
+    mask = masked(problem, 0.5)
+    views = problem.layout.mask_views(mask)
+    views["b.weight"][:, 5:40] = False
+    views["b.weight"][3, 5] = True
+    views["d.weight"][:, 7:] = False
+    views["c.weight"][:, 3] = False
+    return mask
+
+
+@pytest.mark.parametrize("precision", ["float64", "float32"])
+def test_dead_channels_are_skipped(precision):
+    """Exactly: outputs, losses and gradients are those of the whole model, and the other channels' statistics."""
+    model = seeded(Wide)
+    problem = problem_of(model, 5, precision, (3, 5, 5), DEVICE)
+    mask = dead_channels(problem)
+    programs = CudaPrograms(problem, engine.fused_plan(problem), mask, None)
+    kept = programs.plan.shapes
+    convolutions = [op for op in programs.plan.ops if isinstance(op, Convolution)]
+    assert [kept[op.output][0] for op in convolutions] == [16, 32, 16, 32, 5]
+    assert programs.columns.tolist()[:5] == [0, 1, 2, 3, 4]
+    found, exact = step(problem, "cuda", mask), step(problem, "autograd", mask)
+    statistics = {name for name in exact if "running" in name}
+    bound = 1e-12 if precision == "float64" else 1e-5
+    errors = error(found, {name: each for name, each in exact.items() if name not in statistics})
+    assert max(errors.values()) <= bound, errors
+    dead = problem.layout.mask_views(mask)["d.weight"].flatten(2).any(2).any(0).logical_not()
+    assert dead.sum() == 41
+    for name in ("n2.running_mean", "n2.running_var"):
+        torch.testing.assert_close(found[name][:, ~dead], exact[name][:, ~dead], rtol=bound, atol=bound)
+        assert torch.equal(found[name][:, -1], torch.full_like(found[name][:, -1], float("var" in name)))
+
+
+class Mixed(nn.Module):
+    """Channels whose readers are no plain convolutions: by groups, concatenated, flattened."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 32, 3, padding=1), nn.Conv2d(32, 32, 3, padding=1, groups=2)
+        self.c, self.d = nn.Conv2d(32, 32, 1), nn.Conv2d(64, 32, 3, padding=1)
+        self.head = nn.Linear(32 * 25, 5)
+
+    def forward(self, x):
+        x = F.relu(self.b(F.relu(self.a(x))))
+        x = self.c(x)
+        x = torch.cat([x, F.relu(x)], 1)
+        return self.head(F.relu(self.d(x)).flatten(1))
+
+
+def test_what_is_mixed_stays_whole():
+    problem = problem_of(seeded(Mixed), 3, shape=(3, 5, 5), device=DEVICE)
+    mask = masked(problem, 0.5)
+    for name, view in problem.layout.mask_views(mask).items():
+        if not name.startswith("a."):
+            view[:, 1:] = False
+    plan = engine.fused_plan(problem)
+    assert narrow(plan, problem.layout, mask)[0] == plan
+    assert max(error(step(problem, "cuda", mask), step(problem, "autograd", mask)).values()) <= 1e-12

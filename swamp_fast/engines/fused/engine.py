@@ -13,7 +13,7 @@ from torch import Tensor
 from swamp_fast.bank import ParticleBank, Solution
 from swamp_fast.batchnorm import norms_of
 from swamp_fast.data.streams import generators_left_alone
-from swamp_fast.engines.fused.compact import Compact, CompactBank
+from swamp_fast.engines.fused.compact import CompactBank
 from swamp_fast.engines.fused.cpu.lanes import CpuLanes, CpuPrograms
 from swamp_fast.engines.fused.cpu.program import Rows
 from swamp_fast.engines.fused.cuda.lanes import CudaLanes, CudaPrograms
@@ -48,10 +48,9 @@ class FusedEngine:
     def spawn(self, start: Solution, mask: Tensor, particles: int, cycle: int | None) -> ParticleBank:
         """The bank with `particles` lanes at `start` under a mask [Q]; it and its program are made for the mask."""
         self.release()  # before new memory is taken
-        compact = Compact(self.problem.layout, mask)
         rows = self.rows.setdefault("ticket" if cycle is None else str(cycle), {})
-        self.programs = programs_of(self.problem, self.plan, compact, rows, self.launch)
-        bank = CompactBank(compact, self.problem.config, particles, self.problem.dtype)
+        self.programs = programs_of(self.problem, self.plan, mask, rows, self.launch)
+        bank = CompactBank(self.programs.compact, self.problem.config, particles, self.problem.dtype)
         bank.rewind_(start, mask, cycle)
         grads = torch.zeros_like(bank.weights)
         self.programs.measure(particles)
@@ -123,12 +122,12 @@ def seconds_of_steps(engine: Any, problem: Problem, mask: Tensor) -> float:
 
 
 def programs_of(
-    problem: Problem, plan: Plan, compact: Compact, rows: Rows, launch: Launch | None = None
+    problem: Problem, plan: Plan, mask: Tensor, rows: Rows, launch: Launch | None = None
 ) -> CpuPrograms | CudaPrograms:
-    """What the device's kernels need under one mask."""
+    """What the device's kernels need under one mask [Q]."""
     if problem.device.type == "cpu":
-        return CpuPrograms(problem, plan, compact, rows)
-    return CudaPrograms(problem, plan, compact, launch)
+        return CpuPrograms(problem, plan, mask, rows)
+    return CudaPrograms(problem, plan, mask, launch)
 
 
 def fused_plan(problem: Problem) -> Plan | str:

@@ -11,6 +11,7 @@ from torch import Tensor
 from swamp_fast.data.store import Batch
 from swamp_fast.engines.fused.buffers import Buffers
 from swamp_fast.engines.fused.compact import Compact
+from swamp_fast.engines.fused.cuda.narrow import narrow, norm_columns, per_channel
 from swamp_fast.engines.fused.cuda.program import Pass, Program
 from swamp_fast.nvrtc import Launch
 from swamp_fast.ops._contract import triton_kernels
@@ -24,14 +25,20 @@ SHARE = 0.4  # of the free memory that a step may take: there are two sizes of b
 class CudaPrograms:
     """The program under one mask.
 
+    plan     without dead channels
+    columns  [channels of its norms] int64: which of the model's those are; None where all are left
     at_once  how many lanes a launch runs at most; what a lane computes doesn't depend on it
     """
 
-    def __init__(self, problem: Problem, plan: Plan, compact: Compact, launch: Launch | None) -> None:
-        self.problem, self.plan, self.compact = problem, plan, compact
+    def __init__(self, problem: Problem, plan: Plan, mask: Tensor, launch: Launch | None) -> None:
+        self.problem = problem
+        self.plan, channels = narrow(plan, problem.layout, mask)
+        self.columns = norm_columns(plan, channels)
+        self.columns = None if self.columns is None else self.columns.to(mask.device)
+        self.compact = Compact(problem.layout, mask, per_channel(plan, channels))
         storage = torch.bfloat16 if problem.config.precision == "bfloat16" else problem.dtype
         tf32 = {True: torch.backends.cuda.matmul.allow_tf32, False: torch.backends.cudnn.allow_tf32}
-        self.program = Program(plan, compact, problem.dtype, storage, tf32, launch)
+        self.program = Program(self.plan, channels, self.compact, problem.dtype, storage, tf32, launch)
         self.at_once: int | None = None
 
     def measure(self, lanes: int) -> None:
@@ -67,7 +74,7 @@ class CudaLanes:
         self.problem, self.programs, self.compact_weights, self.grads = problem, programs, weights, grads
         self.running = Buffers(problem.template, programs.plan.norms, len(weights), problem.dtype)
         self.modules = self.running.modules
-        self.mean, self.variance = torch.zeros_like(self.running.mean), torch.zeros_like(self.running.mean)
+        self.mean, self.variance = (self._own(torch.zeros_like(self.running.mean)) for _ in range(2))
         most = max(shape[0] for shape in programs.plan.shapes)  # blocks of channels of one launch, at most
         self.arrivals = torch.zeros(len(weights), most, dtype=torch.int32, device=weights.device)
 
@@ -130,15 +137,22 @@ class CudaLanes:
                 f'{list(inputs.shape[1:])}; a `transform` must keep the shape, or pass engine="eager".'
             )
         by_batch = self.running.by_batch
-        statistics = (self.mean, self.variance) if by_batch else (self.running.mean, self.running.variance)
-        mean, variance = (each[lanes] for each in statistics)
+        if by_batch:
+            mean, variance = self.mean[lanes], self.variance[lanes]
+        else:
+            mean, variance = self._own(self.running.mean[lanes]), self._own(self.running.variance[lanes])
         weights, arrivals = self.compact_weights[lanes], self.arrivals[lanes]
         run = Pass(self.programs.program, weights, mean, variance, by_batch, keys, arrivals)
         with torch.no_grad():
             outputs = run.forward(inputs, keep).to(self.problem.dtype)
             if by_batch:
-                self.running.move(lanes, mean, variance * self.programs.program.unbiased(inputs.shape[1]))
+                unbiased = variance * self.programs.program.unbiased(inputs.shape[1])
+                self.running.move(lanes, mean, unbiased, self.programs.columns)
         return run, outputs
+
+    def _own(self, statistics: Tensor) -> Tensor:
+        """[L, channels of the model's norms] -> [L, channels of the plan's]."""
+        return statistics if self.programs.columns is None else statistics[:, self.programs.columns]
 
     def _losses(self, outputs: Tensor, targets: Any) -> tuple[Tensor, Tensor]:
         """Each lane's mean loss, and its gradient; a loss of the user's runs lane by lane, as it may mix samples."""

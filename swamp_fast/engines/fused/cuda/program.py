@@ -7,7 +7,7 @@ project's Triton kernels; what only moves or maps numbers is torch's.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -42,6 +42,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
 class Program:
     """What is made once for a mask: the index of dense weights, tables, where the norms' channels stand.
 
+    plan            without dead channels; `channels` of each value are left, by its number
     dtype, storage  of weights and sums, and of maps
     tf32            whether products of float32 may be rounded to it: in linear layers, and in convolutions
     launch          runs the kernels of csrc/cuda, if they can be had
@@ -54,6 +55,7 @@ class Program:
     def __init__(
         self,
         plan: Plan,
+        channels: Sequence[Tensor],
         compact: Compact,
         dtype: torch.dtype,
         storage: torch.dtype,
@@ -61,18 +63,20 @@ class Program:
         launch: Launch | None = None,
     ) -> None:
         self.plan, self.compact, self.dtype, self.storage = plan, compact, dtype, storage
-        self.dense = DenseWeights(plan, compact)
+        self.dense = DenseWeights(plan, compact, channels)
         self.launch = launch
         self.halos = self._halos() if launch is not None and storage == torch.bfloat16 else {}
         self.unwritten = self._unwritten()
         self.precision = {linear: "tf32" if allowed else "ieee" for linear, allowed in tf32.items()}
-        self.begins = {entry.name: int(compact.where[entry.begin]) for entry in compact.layout.entries}
+        self.begins = {
+            entry.name: int(compact.where[entry.begin : entry.end].min()) for entry in compact.layout.entries
+        }
         self.first_channel: dict[int, int] = {}
-        channels = 0
+        count = 0
         for op in plan.ops:
             if isinstance(op, Norm):
-                self.first_channel[op.output] = channels
-                channels += plan.shapes[op.output][0]
+                self.first_channel[op.output] = count
+                count += plan.shapes[op.output][0]
         convolved = {op.output for op in plan.ops if isinstance(op, Convolution)}
         self.norm_behind = {op.inputs[0]: op for op in plan.ops if isinstance(op, Norm) and op.inputs[0] in convolved}
         self.needed = plan.needs_gradient()
