@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
+from unittest import mock
+
 import networks
 import pytest
 import torch
@@ -15,7 +19,7 @@ from torch import nn
 from swamp_fast import fast_swamp, naive_swamp
 from swamp_fast.engines.fused import check, engine
 from swamp_fast.engines.fused.cuda.halo import Statistics
-from swamp_fast.engines.fused.cuda.lanes import CudaPrograms, lanes_that_fit
+from swamp_fast.engines.fused.cuda.lanes import CudaPrograms, lanes_in_cache, lanes_that_fit
 from swamp_fast.engines.fused.cuda.narrow import narrow
 from swamp_fast.plan import Convolution
 
@@ -143,21 +147,51 @@ def test_cross_entropy(classes, dtype):
     assert loss.cross_entropy(outputs, targets)[0].isnan().tolist() == [False, True, False]
 
 
-def test_bits_depend_on_nothing_but_the_lane(monkeypatch):
-    """Not on how many lanes there are, or run at once."""
+@pytest.mark.parametrize("groups", ["at_once", "branch"])
+def test_bits_depend_on_nothing_but_the_lane(groups, monkeypatch):
+    """Not on how many lanes there are, run at once, or beside each other."""
     problem = problem_of(seeded(NETS["branches"]), 3, "float32", device=DEVICE)
     mask = masked(problem, 0.4)
     reference = step(problem, "cuda", mask, lanes=3)
     original = CudaPrograms.__init__
 
-    def two_at_once(self, *arguments):
+    def in_twos(self, *arguments):
         original(self, *arguments)
-        self.at_once = 2
+        setattr(self, groups, 2)
 
-    monkeypatch.setattr(CudaPrograms, "__init__", two_at_once)
+    monkeypatch.setattr(CudaPrograms, "__init__", in_twos)
+    if not HAS_GPU:  # one stream is as good as another
+        monkeypatch.setattr(torch.cuda, "Stream", mock.MagicMock())
+        monkeypatch.setattr(torch.cuda, "current_stream", mock.MagicMock())
+        monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
     for lanes in (3, 1):
         for what, each in step(problem, "cuda", mask, lanes=lanes).items():
             assert torch.equal(each, reference[what][:lanes]), (what, lanes)
+
+
+@pytest.mark.gpu
+def test_groups_beside_each_other_give_the_same_bits():
+    """In a captured step too: branches of the graph."""
+    settings = {"particles": 5, "cycles": 1, "epochs": 2, "ticket_epochs": 1, "batch_size": 16, "progress": False}
+    settings |= {"keep_particles": True, "device": DEVICE, "engine": "fused"}
+    data = torch.randn(70, 3, 16, 16), torch.arange(70) % 5
+    results = []
+    for branch in (None, 2):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("swamp_fast.engines.faster_branch", lambda *given, branch=branch: branch)
+            results.append(fast_swamp(seeded(Wide), data, **settings))
+        assert results[-1].engine["branch"] == branch
+        assert results[-1].engine["cuda_graph"]
+    for name, each in results[0].particles.items():
+        assert torch.equal(each, results[1].particles[name]), name
+
+
+def test_lanes_in_cache():
+    """An input and an output of 3 lanes fill half of the cache."""
+    plan = engine.fused_plan(problem_of(networks.build("residual"), 4, "float32", (1, 8, 8)))
+    largest = max(math.prod(shape) for shape in plan.shapes)
+    assert lanes_in_cache(plan, 4, 2, 4 * largest * 4 * 2 * 3) == 3
+    assert lanes_in_cache(plan, 4, 2, 10) == 1
 
 
 def test_lanes_are_split_by_the_memory_that_is_free():

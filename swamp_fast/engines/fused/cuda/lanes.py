@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,10 +30,13 @@ class CudaPrograms:
     plan     without dead channels
     columns  [channels of its norms] int64: which of the model's those are; None where all are left
     at_once  how many lanes a launch runs at most; what a lane computes doesn't depend on it
+    branch   if not None, so many lanes run beside as many others, each group on a stream of its own
     """
 
-    def __init__(self, problem: Problem, plan: Plan, mask: Tensor, launch: Launch | None) -> None:
-        self.problem = problem
+    def __init__(
+        self, problem: Problem, plan: Plan, mask: Tensor, launch: Launch | None, branch: int | None = None
+    ) -> None:
+        self.problem, self.branch = problem, branch
         self.plan, channels = narrow(plan, problem.layout, mask)
         self.columns = norm_columns(plan, channels)
         self.columns = None if self.columns is None else self.columns.to(mask.device)
@@ -65,6 +70,12 @@ def lanes_that_fit(lanes: int, bytes_of_lane: int, free: int) -> int:
     return min(lanes, fitting)
 
 
+def lanes_in_cache(plan: Plan, samples: int, itemsize: int, cache: int) -> int:
+    """How many lanes' largest operation, its input and its output, fill half of a cache of so many bytes."""
+    largest = max(math.prod(shape) for shape in plan.shapes) * samples * itemsize
+    return max(1, cache // 2 // (2 * largest))
+
+
 class CudaLanes:
     """Lanes over compact weights [L, P'], whose gradients go to grads [L, P']; the modules hold the buffers alone."""
 
@@ -86,7 +97,30 @@ class CudaLanes:
     def backward(self, batch: Batch, step_keys: Tensor) -> Tensor:
         """As LaneByLane.backward."""
         assert self.grads is not None
-        return torch.cat([self._backward(batch, step_keys, lanes, self.grads[lanes]) for lanes in self._groups()])
+        grads = self.grads
+
+        def backward(lanes: slice) -> Tensor:
+            return self._backward(batch, step_keys, lanes, grads[lanes])
+
+        return torch.cat(self._in_branches(backward) if self._branches else [backward(each) for each in self._groups()])
+
+    @property
+    def _branches(self) -> bool:
+        """Whether groups run beside each other: if they fit the memory together."""
+        lanes, branch = len(self.modules), self.programs.branch
+        return branch is not None and branch < lanes <= (self.programs.at_once or lanes)
+
+    def _in_branches(self, backward: Callable[[slice], Tensor]) -> list[Tensor]:
+        """Each group on a stream that begins and ends with the current one: parallel branches, where it is captured."""
+        here, losses, streams = torch.cuda.current_stream(), [], []
+        for lanes in self._groups():
+            streams.append(torch.cuda.Stream())
+            streams[-1].wait_stream(here)
+            with torch.cuda.stream(streams[-1]):
+                losses.append(backward(lanes))
+        for stream in streams:
+            here.wait_stream(stream)
+        return losses
 
     def _backward(self, batch: Batch, step_keys: Tensor, lanes: slice, grads: Tensor) -> Tensor:
         """One group; what it held is free again when this returns."""
@@ -115,7 +149,8 @@ class CudaLanes:
 
     def _groups(self) -> list[slice]:
         lanes = len(self.modules)
-        step = min(lanes, self.programs.at_once or lanes)
+        step = self.programs.branch if self._branches else min(lanes, self.programs.at_once or lanes)
+        assert step is not None
         return [slice(begin, min(lanes, begin + step)) for begin in range(0, lanes, step)]
 
     def _inputs(self, batch: Batch, step_keys: Tensor, lanes: slice) -> Tensor:
