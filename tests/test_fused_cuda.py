@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import math
 from unittest import mock
@@ -15,12 +16,17 @@ from swamp_fast.kernels import convolution, loss, norm
 from test_fused import NETS, error, masked, problem_of, seeded, step
 from test_odd_models import same
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton.runtime.interpreter import InterpretedFunction
 
 from swamp_fast import fast_swamp, naive_swamp
 from swamp_fast.engines.fused import check, engine
+from swamp_fast.engines.fused.compact import CompactBank
 from swamp_fast.engines.fused.cuda.halo import Statistics
 from swamp_fast.engines.fused.cuda.lanes import CudaPrograms, lanes_in_cache, lanes_that_fit
 from swamp_fast.engines.fused.cuda.narrow import narrow
+from swamp_fast.engines.trainer import Trainer, first_handle
+from swamp_fast.models import MODELS
 from swamp_fast.plan import Convolution
 
 DEVICE = "cuda" if HAS_GPU else "cpu"
@@ -293,3 +299,39 @@ def test_what_is_mixed_stays_whole():
     plan = engine.fused_plan(problem)
     assert narrow(plan, problem.layout, mask)[0] == plan
     assert max(error(step(problem, "cuda", mask), step(problem, "autograd", mask)).values()) <= 1e-12
+
+
+@pytest.mark.skipif(HAS_GPU, reason="counts calls of the interpreter")
+def test_launches_of_a_step(monkeypatch):
+    """ResNet-20 with 8 lanes: one is about 3 us of a GPU's time at its beginning and end, whatever it does."""
+    launches: list[str] = []
+
+    def counted(self, grid):
+        return lambda *arguments, **constants: launches.append(self.fn.__name__)
+
+    class Counter(TorchDispatchMode):
+        def __torch_dispatch__(self, operation, types, arguments=(), keywords=None):
+            if not operation.is_view and not operation._schema.name.startswith("aten::empty"):
+                launches.append(operation._schema.name)
+            return operation(*arguments, **(keywords or {}))
+
+    def launch(name, *arguments):
+        launches.append(name)
+
+    monkeypatch.setattr(InterpretedFunction, "__getitem__", counted)
+    model = MODELS["resnet20"](channels=3, height=32, width=32, classes=10)
+    problem = problem_of(model, 4, "bfloat16", (3, 32, 32))
+    lanes = 8
+    programs = CudaPrograms(problem, engine.fused_plan(problem), problem.mask, launch)
+    bank = CompactBank(programs.compact, problem.config, lanes, problem.dtype)
+    grads = torch.zeros_like(bank.weights)
+    trainer = Trainer(problem, bank, grads, programs.lanes(bank.weights, grads))
+    for module in trainer.way.modules:
+        module.train()
+    handle = first_handle(problem, bank)
+    trainer.step(handle)  # tables are made
+    launches.clear()
+    with Counter():
+        trainer.step(handle)
+    assert collections.Counter(launches)["convolve"] == 32
+    assert len(launches) <= 144, collections.Counter(launches)
