@@ -47,10 +47,12 @@ def masked_sgd_kernel(
         w = tl.load(weights + columns, mask=inside)
         g = tl.load(grads + columns, mask=inside)
         buffer = tl.load(momentum_buffer + columns, mask=inside)
-        if SCALED:
-            g = g * tl.load(grad_scale + lane).to(w.dtype)
         mu = tl.load(momentum + lane).to(w.dtype)
-        step = g + w * tl.load(weight_decay + lane).to(w.dtype)
+        step = w * tl.load(weight_decay + lane).to(w.dtype)
+        if SCALED:
+            step += g * tl.load(grad_scale + lane).to(w.dtype)
+        else:
+            step += g
         buffer = tl.where(keep, buffer * mu + step, 0.0)
         if NESTEROV:
             step = step + buffer * mu

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -135,13 +135,7 @@ def train_particle(problem: Problem, run: Run, model: nn.Module, masks: State, c
         if isinstance(module, _NormBase) and module.running_mean is not None:
             module.reset_running_stats()
     model.train()
-    optimizer = torch.optim.SGD(
-        parameters.values(),
-        lr=config.lr,
-        momentum=config.momentum,
-        weight_decay=config.weight_decay,
-        nesterov=config.nesterov,
-    )
+    optimizer = optimizer_of(config, parameters.values())
     swa: dict[str, Tensor] = {}
     step, last_losses = 0, 0.0
     for epoch in range(epochs):
@@ -165,6 +159,8 @@ def train_particle(problem: Problem, run: Run, model: nn.Module, masks: State, c
                     parameter.grad = torch.zeros_like(parameter)
             for name, mask in masks.items():
                 parameters[name].grad.mul_(mask)  # type: ignore[union-attr]
+            if config.clip_norm is not None:
+                torch.nn.utils.clip_grad_norm_(parameters.values(), config.clip_norm)
             optimizer.step()
             for name, mask in masks.items():
                 parameters[name].data.mul_(mask)
@@ -189,6 +185,25 @@ def train_particle(problem: Problem, run: Run, model: nn.Module, masks: State, c
             f"{where}: the particle diverged to NaN or infinite weights. Lower lr and swa_lr, or check the data."
         )
     return last_losses
+
+
+def optimizer_of(config: SwampConfig, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    """The optimizer that the settings ask for."""
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(
+            parameters,
+            lr=config.lr,
+            betas=(config.beta1, config.beta2),
+            eps=config.adam_eps,
+            weight_decay=config.weight_decay,
+        )
+    return torch.optim.SGD(
+        parameters,
+        lr=config.lr,
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+        nesterov=config.nesterov,
+    )
 
 
 def learning_rate(config: SwampConfig, step: int, steps_per_epoch: int, swa_start: int) -> float:
