@@ -168,6 +168,7 @@ def train_particle(problem: Problem, run: Run, model: nn.Module, masks: State, c
             run.step(1, f"{where}, epoch {epoch + 1}/{epochs}")
             step += 1
         last_losses = float(epoch_loss) / len(problem.bounds)
+        run.keep_epoch(cycle, epoch, [last_losses], number)
         if not math.isfinite(last_losses):
             raise FloatingPointError(
                 f"{where}, epoch {epoch + 1}: the loss is {last_losses}, the particle diverged. Lower lr and swa_lr, "
@@ -276,6 +277,7 @@ def scores(problem: Problem, particles: list[nn.Module], average: nn.Module, cyc
             "accuracy",
             "loss",
             "particle_accuracy",
+            "particle_loss",
             "best_accuracy",
             "mean_accuracy",
             "ensemble_accuracy",
@@ -287,8 +289,9 @@ def scores(problem: Problem, particles: list[nn.Module], average: nn.Module, cyc
     keys = [evaluation_keys(problem, cycle, number) for number in range(len(particles) + 1)]
     if test is not None:
         row["loss"], row["accuracy"], _ = evaluate(problem, average, test, keys[-1], 1)
+        each = [evaluate(problem, particle, test, key, 1) for particle, key in zip(particles, keys, strict=False)]
+        row["particle_loss"] = [loss for loss, _, _ in each]
         if problem.classifies:
-            each = [evaluate(problem, particle, test, key, 1) for particle, key in zip(particles, keys, strict=False)]
             row["particle_accuracy"] = [accuracy for _, accuracy, _ in each]
             row["mean_accuracy"] = sum(row["particle_accuracy"]) / len(each)
             together = torch.stack([softmax for _, _, softmax in each if softmax is not None]).mean(0)
