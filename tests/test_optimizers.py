@@ -117,3 +117,13 @@ def test_a_gradient_that_is_not_finite_is_not_clipped_away(optimizer, digits, mo
     settings = SETTINGS | {"cycles": 0, "ticket_epochs": 0} | OPTIMIZERS[optimizer]
     with pytest.raises(FloatingPointError, match="particle 1 diverged"):
         fast_swamp(networks.build("tied"), *digits, loss=loss, engine="eager", **settings)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("optimizer", NEW)
+@pytest.mark.parametrize("engine", ["eager", "fused"])
+def test_on_a_gpu_equal_to_the_naive_loop(engine, optimizer, digits):
+    settings = SETTINGS | OPTIMIZERS[optimizer] | {"device": "cuda"}
+    fast = fast_swamp(networks.build("residual"), *digits, engine=engine, **settings)
+    assert fast.engine["cuda_graph"]
+    same(fast, naive_swamp(networks.build("residual"), *digits, **settings))

@@ -3,19 +3,28 @@
 
 constexpr int kAccumulators = 16;
 
-// Adds the squares of `count` numbers to the accumulators, in turn.
+// Adds the squares of `count` numbers to the accumulators, in turn: first a chunk's squares, which are independent,
+// then their sums, which are not, so that both loops are vectorised.
 template <typename T, bool masked>
 void add_squares(const T* g, const uint8_t* mask, int64_t count, double* sums) {
-  const int64_t whole = count / kAccumulators * kAccumulators;
-  const auto square = [&](int64_t i) {
-    const double value = double(masked ? keep_if(mask[i], g[i]) : g[i]);
-    return value * value;
-  };
-  for (int64_t i = 0; i < whole; i += kAccumulators) {
+  constexpr int64_t kSquares = 16 * kAccumulators;
+  double own[kAccumulators] = {};
+  for (int64_t begin = 0; begin < count; begin += kSquares) {
+    const int64_t here = begin + kSquares < count ? kSquares : count - begin;
+    double squares[kSquares];
+    if (here < kSquares) __builtin_memset(squares, 0, sizeof squares);
 #pragma omp simd
-    for (int j = 0; j < kAccumulators; ++j) sums[j] += square(i + j);
+    for (int64_t i = 0; i < here; ++i) {
+      T value = g[begin + i];
+      if constexpr (masked) value = keep_if(mask[begin + i], value);
+      squares[i] = double(value) * double(value);
+    }
+    for (int i = 0; i < kSquares; i += kAccumulators) {
+#pragma omp simd
+      for (int j = 0; j < kAccumulators; ++j) own[j] += squares[i + j];
+    }
   }
-  for (int64_t i = whole; i < count; ++i) sums[i - whole] += square(i);
+  for (int j = 0; j < kAccumulators; ++j) sums[j] += own[j];
 }
 
 template <typename T>
