@@ -30,7 +30,9 @@ def arguments(lanes: int, parameters: int, prunable: int, dtype: torch.dtype, de
 @pytest.mark.parametrize("size", [*SIZES, *MORE], ids=str)
 def test_against_reference(implementation, size, dtype):
     given = arguments(*size, dtype, implementation.device)
+    before = given[0].clone()
     found, expected = implementation("clip_scale", *given), reference.clip_scale(*given)
+    assert torch.equal(given[0], before)
     assert_as_good_as(found, expected, expected)
     if size[1] > 100:
         assert found[0] == 1

@@ -128,7 +128,7 @@ def test_every_package_is_installed():
 
 
 def test_importing_needs_none_of_the_extras():
-    """The core runs without torchvision, scikit-learn, matplotlib and tensorboard; what needs one says which extra brings it."""
+    """The core runs without them; what needs one says which extra brings it."""
     code = """
 import sys
 for name in ("torchvision", "sklearn", "matplotlib", "PIL", "tensorboard"):
