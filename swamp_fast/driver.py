@@ -113,7 +113,7 @@ def train_ticket(problem: Problem, engine: Engine, run: Run) -> Solution:
         if problem.config.ticket_epochs > 0:
             full = problem.layout.full_mask(problem.device)
             bank = engine.spawn(start, full, 1, None)
-            engine.train(bank, ticket_training(problem.config), lambda step: run.step(1, "ticket"), watch("the ticket"))
+            engine.train(bank, ticket_training(problem.config), lambda step: run.step(1, "ticket"), watch(run, None))
             refuse_divergence(bank.weights, "the ticket's training")
             start = Solution(
                 bank.solutions(averaged=False)[0].clone(), {name: each[0] for name, each in bank.buffers.items()}
@@ -145,7 +145,7 @@ def train_particles(problem: Problem, engine: Engine, run: Run, bank: ParticleBa
         run.step(bank.lanes, f"{where}, epoch {step // steps + 1}/{config.epochs}")
 
     began = time.perf_counter()
-    losses = engine.train(bank, cycle_training(config, steps), on_step, watch(f"cycle {cycle}")).tolist()
+    losses = engine.train(bank, cycle_training(config, steps), on_step, watch(run, cycle)).tolist()
     seconds = time.perf_counter() - began
     refuse_divergence(bank.solutions(config.swa), f"cycle {cycle}")
     return {"train_loss": losses, "train_seconds": seconds}
@@ -191,9 +191,15 @@ def mean_buffer(each: Tensor) -> Tensor:
     return each.double().mean(0).to(each.dtype) if each.is_floating_point() else each[0]
 
 
-def watch(where: str) -> Callable[[int, Tensor], None]:
+def watch(run: Run, cycle: int | None) -> Callable[[int, Tensor], None]:
     """What is called after each epoch with its number and the particles' mean losses [L]: raise if one diverged."""
-    return lambda epoch, losses: refuse_divergence(losses[:, None], f"{where}, epoch {epoch + 1}")
+    where = "the ticket" if cycle is None else f"cycle {cycle}"
+
+    def on_epoch(epoch: int, losses: Tensor) -> None:
+        run.keep_epoch(cycle, epoch, losses.tolist())
+        refuse_divergence(losses[:, None], f"{where}, epoch {epoch + 1}")
+
+    return on_epoch
 
 
 def refuse_divergence(values: Tensor, where: str) -> None:

@@ -176,7 +176,15 @@ class _NamedTarget:
 
 def _launch_bank_kernels() -> None:
     """What every engine launches, with one lane (specialised to the constant) and with several."""
-    from swamp_fast.kernels import gather_augment, global_threshold, masked_sgd, particle_mean, philox
+    from swamp_fast.kernels import (
+        clip_scale,
+        gather_augment,
+        global_threshold,
+        masked_adamw,
+        masked_sgd,
+        particle_mean,
+        philox,
+    )  # fmt: skip
 
     for lanes in (1, 3):
         keys = torch.zeros(lanes, 3, dtype=torch.int64)
@@ -186,10 +194,13 @@ def _launch_bank_kernels() -> None:
         for dtype in (torch.float32, torch.float64):
             bank = torch.zeros(3, lanes, 4096, dtype=dtype)
             masks = torch.zeros(1, 4000, dtype=torch.bool)
-            for nesterov in (False, True):
-                for swa, share in ((bank[2], rates[3]), (None, None)):
-                    state = (bank[0], bank[1], bank[2], masks, run_of_lane, *rates[:3])
-                    masked_sgd.masked_sgd_(*state, nesterov, swa, share)
+            for scale, (swa, share) in product((None, rates[3]), ((bank[2], rates[3]), (None, None))):
+                state = (bank[0], bank[1], bank[2])
+                for nesterov in (False, True):
+                    masked_sgd.masked_sgd_(*state, masks, run_of_lane, *rates[:3], nesterov, scale, swa, share)
+                adam = (*rates[:3], *rates[:3])
+                masked_adamw.masked_adamw_(*state, bank[2], masks, run_of_lane, *adam, scale, swa, share)
+            clip_scale.clip_scale(bank[0], masks, run_of_lane, rates[0])
             particle_mean.particle_mean(bank[0], run_of_lane, 1)
             keep = torch.ones(lanes, dtype=torch.int64)
             global_threshold.global_threshold(bank[0][:, :4000], masks.expand(lanes, -1).contiguous(), keep)

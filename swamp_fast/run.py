@@ -21,6 +21,7 @@ from swamp_fast.config import NOT_IDENTITY
 from swamp_fast.data.streams import generators_left_alone
 from swamp_fast.problem import Problem
 from swamp_fast.report.console import Console, duration, percent
+from swamp_fast.report.tensorboard import Events
 from swamp_fast.result import SwampResult, snapshot_of
 from swamp_fast.schedule import total_particle_epochs
 from swamp_fast.version import __version__
@@ -77,6 +78,11 @@ class Run:
             "where": f"{platform.platform()}, {problem.device}, torch {torch.__version__}",
         }
         self.folder = RunDirectory(self.config.run_dir) if self.config.run_dir is not None else None
+        self.events: Events | None = None
+        if self.config.tensorboard:
+            if self.folder is None:
+                raise ValueError("`tensorboard` writes into run_dir, got run_dir = None; name a folder.")
+            self.events = Events(self.folder.path / "tensorboard", self.config.ticket_epochs, self.config.epochs)
         self.steps_done = self.steps_left = 0  # of particles; done in this process
         self.began: float | None = None
         self.told_estimate = False
@@ -98,6 +104,8 @@ class Run:
     ) -> None:
         """Give the terminal and the random generators back."""
         self.console.close()
+        if self.events is not None:
+            self.events.close()
         self._context.__exit__(kind, error, trace)
 
     def keep_ticket(self, state: State) -> None:
@@ -112,11 +120,18 @@ class Run:
         if self.folder is not None:
             self.folder.write_about(self.about)
 
+    def keep_epoch(self, cycle: int | None, epoch: int, losses: list[float], first: int = 0) -> None:
+        """Show an epoch's mean losses, of particles from number `first` on, on TensorBoard; cycle None: the ticket."""
+        if self.events is not None:
+            self.events.epoch(cycle, epoch, losses, first)
+
     def keep_cycle(self, state: State, masks: State, row: dict[str, Any]) -> None:
         """Record a cycle: its average, masks and row; tell the user, on the console and by on_cycle."""
         self._warn(masks, row)
         self.rows.append(row)
         snapshot = Snapshot(state, masks, row)
+        if self.events is not None:  # before the cycle's file: a run killed in between writes them anew
+            self.events.cycle(row)
         if self.folder is not None:
             self.folder.write_cycle(row["cycle"], snapshot, self.rows)
             self.snapshots.append(self.folder.cycle_path(row["cycle"]))
@@ -180,6 +195,8 @@ class Run:
                 )
             else:
                 self._take_over(self.folder)
+        if self.events is not None:
+            self.events.resume(self.rows, self.ticket is not None)
         if self.ticket is not None:
             total -= self.config.ticket_epochs
         total -= sum(self.config.particles_at(row["cycle"]) for row in self.rows) * self.config.epochs

@@ -54,7 +54,7 @@ class Compact:
 
 
 class CompactBank(ParticleBank):
-    """A bank whose weights, momentum and SWA means are compact, [L, P']; its mask keeps all of them but the padding."""
+    """A bank whose weights, moments and SWA means are compact, [L, P']; its mask keeps all of them but the padding."""
 
     def __init__(self, compact: Compact, config: SwampConfig, lanes: int, dtype: torch.dtype) -> None:
         super().__init__(compact, config, lanes, dtype, compact.mask.device)
