@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -62,6 +63,33 @@ class ParticleBank:
         self.buffers = {
             name: buffer.expand(self.lanes, *buffer.shape).clone() for name, buffer in start.buffers.items()
         }
+
+    def moving(self) -> dict[str, Tensor]:
+        """What a step changes, by name, each [L, P]."""
+        return {"weights": self.weights, "momentum_buffer": self.momentum_buffer, "swa": self.swa}
+
+    def state(self) -> dict[str, Tensor]:
+        """What a step changes, on the CPU, without what is pruned: the kept of all lanes in a row, and the rest.
+
+        It is the same for every engine.
+        """
+        Q, kept = self.layout.Q, [self.masks[run] for run in self.run_of_lane.tolist()]
+        state = {}
+        for name, tensor in self.moving().items():
+            pairs = zip(tensor, kept, strict=True)
+            state[f"{name}/kept"] = torch.cat([lane[:Q].masked_select(mask).cpu() for lane, mask in pairs])
+            state[f"{name}/rest"] = tensor[:, Q:].cpu()
+        return state
+
+    def load_state_(self, state: Mapping[str, Tensor]) -> None:
+        """Put a `state` back, under the masks that it was taken under."""
+        Q, kept = self.layout.Q, [self.masks[run] for run in self.run_of_lane.tolist()]
+        counts = [int(mask.sum()) for mask in kept]
+        for name, tensor in self.moving().items():
+            values = state[f"{name}/kept"].to(tensor.device).split(counts)
+            for lane, mask, own in zip(tensor, kept, values, strict=True):
+                lane[:Q].masked_scatter_(mask, own)
+            tensor[:, Q:] = state[f"{name}/rest"].to(tensor.device)
 
     def solutions(self, averaged: bool) -> Tensor:
         """What the lanes trained to, [L, P]: their SWA means, or their last iterates."""
