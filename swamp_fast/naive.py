@@ -93,7 +93,7 @@ def naive_swamp(
                     if config.on_divergence == "stop" or len(dropped) + 1 == config.particles_at(cycle):
                         raise
                     dropped.append({"lane": number, "epoch": error.epoch})
-                    run.tell(f"{error} The cycle's average is of the others.")
+                    run.tell_dropped(cycle, number, error.epoch)
                     continue
                 particles[number] = particle
             train_seconds = time.perf_counter() - trained

@@ -163,10 +163,14 @@ class Run:
         kept = self.kept_of(cycle)
         return 0.0 if kept is None else kept.seconds
 
-    def tell(self, text: str) -> None:
+    def tell_dropped(self, cycle: int, lane: int, epoch: int) -> None:
+        """Say at once that a particle diverged and is dropped; the cycle's row will have it too."""
+        warnings.warn(dropped_text(cycle, lane, epoch), UserWarning, stacklevel=4)
+
+    def _tell(self, text: str) -> None:
         """A warning, which the next row of the history has too."""
         self.told.append(text)
-        warnings.warn(text, UserWarning, stacklevel=4)
+        warnings.warn(text, UserWarning, stacklevel=6)
 
     def keep_particles(self, states: list[State]) -> None:
         """Record the particles of the last cycle."""
@@ -276,11 +280,11 @@ class Run:
         self._read_cycles(folder)
         if len(self.rows) == self.config.cycles + 1 and self.config.keep_particles:
             self._read_particles(folder)
-        folder.write_history(self.rows)  # a run that was killed may have written a cycle and not its line
         self.snapshots = [folder.cycle_path(cycle) for cycle in range(len(self.rows))]
         if self.ticket is None or len(self.rows) <= self.config.cycles:
             self._read_training(folder)
             self._compare_places(folder, there)
+        folder.write_history(self.rows)  # a run that was killed may have written a cycle and not its line
 
     def _read_ticket(self, folder: RunDirectory) -> None:
         try:
@@ -326,7 +330,7 @@ class Run:
 
     def _aside(self, folder: RunDirectory, name: str, error: Damaged, then: str) -> None:
         to = folder.set_aside(folder.path / name)
-        self.tell(f"{error} It was renamed to {to.name}. {then}")
+        self._tell(f"{error} It was renamed to {to.name}. {then}")
 
     def _compare_places(self, folder: RunDirectory, there: dict[str, Any]) -> None:
         """Say what of the place differs from where the run was; what was measured on another device is not replayed."""
@@ -344,7 +348,7 @@ class Run:
         if before.get("device") != now["device"]:
             text += " What the stopwatch chose is measured anew."
             self.engine = self.about["engine"] = {}
-        self.tell(text)
+        self._tell(text)
         folder.write_about(self.about)
 
     def _introduce(self) -> None:
@@ -392,7 +396,8 @@ class Run:
                 f"{'val' if held_out else 'test'}, its particles {percent(mean)} in the mean: they did not train into "
                 f"one basin. {advice}"
             )
-        row["warnings"] = told + found
+        dropped = [dropped_text(row["cycle"], each["lane"], each["epoch"]) for each in row["dropped"]]
+        row["warnings"] = told + dropped + found
         for text in found:
             warnings.warn(text, UserWarning, stacklevel=5)
 
@@ -404,6 +409,13 @@ class Run:
         elif row["loss"] is not None:
             text += f"  loss {row['loss']:.4f}"
         return f"{text}  {duration(row['seconds'])}"
+
+
+def dropped_text(cycle: int, lane: int, epoch: int) -> str:
+    """What is said of a particle that is left out."""
+    return (
+        f"cycle {cycle}, epoch {epoch}: particle {lane} diverged to NaN or infinity and is in no average of the cycle."
+    )
 
 
 def place_of(device: torch.device) -> dict[str, Any]:

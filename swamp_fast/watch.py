@@ -58,9 +58,9 @@ class Watch:
         left = self.bank.lanes - len(self.dropped) - len(new)
         if self.run.config.on_divergence == "stop" or left == 0:
             self._stop(epoch, new)
-        self.dropped |= dict.fromkeys(new, epoch + 1)
-        each = f"{left} that are left" if left > 1 else "one that is left"
-        self.run.tell(f"{self._diverged(epoch, new)} The cycle's average is of the {each}.")
+        for lane in new:
+            self.dropped[lane] = epoch + 1
+            self.run.tell_dropped(self.cycle or 0, lane, epoch + 1)
 
     def state(self) -> Unfinished:
         """All that the training goes on from, between two steps."""
@@ -68,7 +68,11 @@ class Watch:
 
     def _stop(self, epoch: int, lanes: list[int]) -> None:
         keeps = self.run.folder is not None and not self.run.problem.probe.keeps_state
-        text = f"{self._diverged(epoch, lanes)} Lower lr and swa_lr, or check the data's scale."
+        where = "the ticket" if self.cycle is None else f"cycle {self.cycle}"
+        which = f"particle{'s' if len(lanes) > 1 else ''} {', '.join(map(str, lanes))}"
+        text = (
+            f"{where}, epoch {epoch + 1}: {which} diverged to NaN or infinity. Lower lr and swa_lr, or check the data."
+        )
         if keeps:
             self.run.keep_training(self.state())
             text += (
@@ -78,8 +82,3 @@ class Watch:
         if self.bank.lanes > 1 and self.run.config.on_divergence == "stop":
             text += ' on_divergence="drop" goes on without such particles.'
         raise FloatingPointError(text)
-
-    def _diverged(self, epoch: int, lanes: list[int]) -> str:
-        where = "the ticket" if self.cycle is None else f"cycle {self.cycle}"
-        which = f"particle{'s' if len(lanes) > 1 else ''} {', '.join(map(str, lanes))}"
-        return f"{where}, epoch {epoch + 1}: {which} diverged to NaN or infinity."
