@@ -51,7 +51,7 @@ class Small(nn.Sequential):
         )
 
 
-def small_run(engine: str, folder: str, device: str = "cpu", minutes: float = 5e-4) -> None:
+def small_run(engine: str, folder: str, device: str = "cpu", minutes: float = 2e-3) -> None:
     """A small run on one engine; what a stopwatch would choose, which two runs need not agree on, is fixed."""
     torch.set_num_threads(1)
     engines.choose = lambda *_: Choice("lanes", False, "so that runs are alike", {})
@@ -80,6 +80,9 @@ class Crashes:
 def crash(engine: str, folder: Path, times: int, seed: int, device: str = "cpu", by: int = signal.SIGKILL) -> Crashes:
     """Stop runs so many times in all, at random moments, starting each again until it is through."""
     context, chance, crashes = workers(), random.Random(seed), Crashes(engine)
+    ready = context.Process(target=time.sleep, args=(0,))  # what all are forked from is there when it ends
+    ready.start()
+    ready.join()
     whole, began = folder / "whole", time.perf_counter()
     ended(start(context, engine, whole, device))
     seconds = time.perf_counter() - began

@@ -134,6 +134,21 @@ class Counting(networks.Tied):
         return super().forward(x)
 
 
+@pytest.mark.gpu
+def test_on_a_gpu_too(on, digits, tmp_path):
+    settings = on("fused") | {"checkpoint_minutes": ALWAYS}
+    on_gpu = settings | {"device": "cuda"}
+    fast_swamp(networks.build("dropout"), *digits, **on_gpu, run_dir=tmp_path / "whole")
+    for name, begun in (("cut", on_gpu), ("moved", settings | {"device": "cpu"})):
+        with before_steps(stop_at(13)), pytest.raises(Interrupted):
+            fast_swamp(networks.build("dropout"), *digits, **begun, run_dir=tmp_path / name)
+    fast_swamp(networks.build("dropout"), *digits, **on_gpu, run_dir=tmp_path / "cut")
+    assert same_bits(tmp_path / "whole", tmp_path / "cut")
+    with pytest.warns(UserWarning, match="device was cpu, is cuda"):
+        moved = fast_swamp(networks.build("dropout"), *digits, **on_gpu, run_dir=tmp_path / "moved")
+    assert len(moved.history) == 2
+
+
 def seeded(model):
     with torch.random.fork_rng():
         torch.manual_seed(0)
