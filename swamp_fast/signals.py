@@ -8,6 +8,14 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any
 
+WORKER_SECONDS = 30  # that it may live on after SIGTERM
+
+
+def in_worker(number: int) -> None:
+    """For a process that reads data: where a signal goes to all processes, it serves the step under way."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(WORKER_SECONDS))
+
 
 class StopSignals:
     """While it is open in the main thread, the first Ctrl-C or SIGTERM is kept as a wish; a second stops at once.
@@ -43,12 +51,11 @@ class StopSignals:
         raise SystemExit(128 + signal.SIGTERM)
 
     def _notice(self, number: int, frame: FrameType | None) -> None:
-        if os.getpid() != self._process:  # a worker that reads data inherits this: it goes when it is told to
-            if number == signal.SIGTERM:
-                os._exit(128 + number)
-            return
         self._give_back()
-        self.asked = number
+        if os.getpid() == self._process:
+            self.asked = number
+        else:  # a child inherited this; it has nothing to stop in order
+            os.kill(os.getpid(), number)
 
     def _give_back(self) -> None:
         for number, before in self._before.items():

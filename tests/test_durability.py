@@ -14,19 +14,21 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
 import networks
 import pytest
 import torch
-from torch import Tensor
-from torch.utils.data import TensorDataset
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.durability import crash, same_bits
 from swamp_fast import SwampConfig, engines, fast_swamp, lock, naive_swamp
 from swamp_fast.bank import ParticleBank
 from swamp_fast.checkpoint import Damaged, RunDirectory, Unfinished, load_tensors, save_tensors, write
+from swamp_fast.data import samples
 from swamp_fast.engines import by_density
 from swamp_fast.engines.eager import Choice, EagerEngine
 from swamp_fast.engines.fused.compact import Compact, CompactBank
@@ -164,15 +166,15 @@ def seeded(model):
         (lambda: networks.build("residual"), "stored", {"augment": "crop_flip", "precision": "bfloat16"}),
     ],
 )
-def test_whatever_a_step_depends_on_is_kept(model, data, change, on, digits, tmp_path, monkeypatch):
+def test_whatever_a_step_depends_on_is_kept(model, data, change, on, digits, tmp_path, capsys):
     (inputs, targets), test = digits
     train = (inputs, targets)
     if data == "streamed":
-        monkeypatch.setattr("swamp_fast.data.samples.collected", lambda source, device: (source, "as it is"))
         train = Shaken(inputs.float() / 16, targets)
         test = test[0].float() / 16, test[1]
-    settings = on("lanes") | {"checkpoint_minutes": ALWAYS} | change
+    settings = on("lanes") | {"checkpoint_minutes": ALWAYS, "progress": True} | change
     fast_swamp(model(), train, test, **settings, run_dir=tmp_path / "whole")
+    assert ("streamed" in capsys.readouterr().err) == (data == "streamed")
     with before_steps(stop_at(14)), pytest.raises(Interrupted):
         fast_swamp(model(), train, test, **settings, run_dir=tmp_path / "cut")
     assert load_tensors(tmp_path / "cut" / "training.safetensors")[0]["done"] == 2
@@ -632,3 +634,38 @@ def test_the_settings():
         SwampConfig(checkpoint_minutes=-1)
     with pytest.raises(ValueError, match='`on_divergence` must be one of "stop", "drop"'):
         SwampConfig(on_divergence="ignore")
+
+
+class Slow(TensorDataset):
+    def __getitem__(self, index):
+        time.sleep(0.003)
+        return super().__getitem__(index)
+
+
+def with_workers(folder: str) -> None:
+    """A run whose data come from other processes."""
+    torch.set_num_threads(1)
+    os.setpgid(0, 0)
+    samples.collected = lambda source, device: (source, "as it is")
+    inputs = torch.randn(256, 8, generator=torch.Generator().manual_seed(0))
+    train = DataLoader(Slow(inputs, (inputs[:, 0] > 0).long()), batch_size=32, num_workers=2)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 2))
+    settings = {"cycles": 0, "epochs": 8, "ticket_epochs": 0, "particles": 2, "engine": "eager", "progress": False}
+    fast_swamp(model, train, **settings, run_dir=folder)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_all_processes_lets_the_step_end(number, tmp_path):
+    """As a terminal and a batch system send it: what reads the data gets it too."""
+    code = f"import test_durability; test_durability.with_workers({str(tmp_path)!r})"
+    paths = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    with subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=subprocess.PIPE) as process:
+        while not (tmp_path / "ticket.safetensors").exists() and process.poll() is None:
+            time.sleep(0.05)
+        time.sleep(1.0)
+        os.killpg(process.pid, number)
+        error = process.communicate()[1].decode()
+    assert process.returncode == (143 if number == signal.SIGTERM else -signal.SIGINT), error
+    assert (tmp_path / "training.safetensors").exists()
