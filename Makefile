@@ -34,6 +34,8 @@ bench: .venv/.installed
 	$(BIN)/python -m benchmarks.fused step --model vgg13 --no-compile --no-vmap
 	$(BIN)/python -m benchmarks.fused step --model mlp
 	$(BIN)/python -m benchmarks.fused figure
+	$(BIN)/python -m benchmarks.durability kills
+	$(BIN)/python -m benchmarks.durability cost
 	$(if $(CIFAR10),$(BIN)/python -m benchmarks.fused run --data $(CIFAR10))
 	$(if $(CIFAR10),$(BIN)/python -m benchmarks.fused run --data $(CIFAR10) --precision bfloat16)
 

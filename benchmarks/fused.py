@@ -171,7 +171,7 @@ def fused_step(problem: Problem, mask: Tensor) -> tuple[Callable[[], None], int]
     for module in trainer.way.modules:
         module.train()
     handle = first_handle(problem, bank)
-    size = sum(tensor.numel() * tensor.element_size() for tensor in bank.state())
+    size = sum(tensor.numel() * tensor.element_size() for tensor in bank.moving().values())
     return lambda: trainer.step(handle), size
 
 

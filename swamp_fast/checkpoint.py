@@ -1,5 +1,8 @@
 """A run on disk: a folder of plain files, each written beside, flushed and renamed; loading executes nothing.
 
+Every safetensors file has a checksum over its names, tensors and metadata. One that is damaged is moved aside, never
+deleted, and the run goes on from the last whole one.
+
 run.json                what the run is: settings, fingerprints, versions, the engine's choices
 config.toml             the settings alone, to start another run from
 history.jsonl           a line a cycle
@@ -9,6 +12,10 @@ cycle_00.safetensors …  each cycle's average, compact: values/NAME the kept we
 model.safetensors       the last average as a plain state dict, for load_state_dict
 masks.safetensors       its masks, bool
 particles.safetensors   the particles of the last cycle, [N, ...], if they are kept
+training.safetensors    the training under way, between two steps: what a step changes, without what is pruned
+                        (NAME/kept, NAME/rest), buffers/NAME, loss_sum, and how many steps are done; the one before it
+                        is training.previous.safetensors; both go when the training's own file is there
+lock                    while a process runs in the folder: which
 """
 
 from __future__ import annotations
@@ -16,10 +23,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import safetensors
@@ -27,14 +35,51 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from swamp_fast import lock
 from swamp_fast.config import NOT_IDENTITY
 
-FORMAT = "swamp_fast 1"
-ABOUT = ("driver", "config", "fingerprints", "engine", "standardise")  # what run.json must tell
-UNBEGUN = ("config.toml", "config.toml.part", "run.json.part")  # what a run that was killed at once may leave
+FORMAT = "swamp_fast 2"
+ABOUT = ("driver", "config", "fingerprints", "engine", "standardise", "place")  # what run.json must tell
+UNBEGUN = (
+    "config.toml",
+    "config.toml.part",
+    "run.json.part",
+    lock.NAME,
+)  # what a run that was killed at once may leave
 
 
-Packed = tuple[dict[str, Tensor], dict[str, str]]  # the tensors and the metadata of a cycle's file
+Packed = tuple[dict[str, Tensor], dict[str, str]]  # the tensors and the metadata of a file
+Content = TypeVar("Content")
+
+
+class Damaged(ValueError):
+    """A file that is not what was written."""
+
+
+@dataclass(frozen=True)
+class Unfinished:
+    """A training under way, between two steps."""
+
+    cycle: int | None  # None: the ticket's
+    dropped: dict[int, int]  # lane -> epoch, counted from 1, at whose end its particle had diverged
+    seconds: float  # that the cycle took so far
+    tensors: dict[str, Tensor]
+
+    @property
+    def steps(self) -> int:
+        """How many are done."""
+        return int(self.tensors["done"])
+
+    def packed(self) -> Packed:
+        """The tensors and the metadata of its file."""
+        about = {"cycle": self.cycle, "dropped": list(self.dropped.items()), "seconds": self.seconds}
+        return self.tensors, {"training": json.dumps(about)}
+
+    @classmethod
+    def unpacked(cls, tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> Unfinished:
+        """The inverse of `packed`."""
+        about = json.loads(metadata["training"])
+        return cls(about["cycle"], dict(about["dropped"]), about["seconds"], tensors)
 
 
 @dataclass(frozen=True)
@@ -90,13 +135,19 @@ class RunDirectory:
 
     def create(self, about: dict[str, Any], settings: str) -> None:
         """Make the folder and say what the run is; `settings` is TOML."""
+        self.make()
+        self.run = run_id(about)
+        write(self.path / "config.toml", settings.encode())
+        self.write_about(about)
+
+    def make(self) -> None:
+        """Make the folder, if there is none."""
+        if self.path.exists() and not self.path.is_dir():
+            raise ValueError(f"run_dir {self.path} must be a folder, but a file is there.")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ValueError(f"run_dir {self.path} can't be made ({error}); name a folder that can.") from error
-        self.run = run_id(about)
-        write(self.path / "config.toml", settings.encode())
-        self.write_about(about)
 
     def is_empty(self) -> bool:
         """Whether nothing is there yet; a half-written file of a run that never began counts as nothing."""
@@ -158,20 +209,48 @@ class RunDirectory:
     def cycle(self, cycle: int) -> Snapshot:
         """A cycle's average."""
         path = self.cycle_path(cycle)
-        self._own(path)
-        snapshot = read_snapshot(path)
+        snapshot = unpacked(Snapshot.unpacked, path, *self._own(path))
         if snapshot.row["cycle"] != cycle:
             raise ValueError(f"{path} holds cycle {snapshot.row['cycle']}: it was renamed. Delete it to train it anew.")
         return snapshot
+
+    def write_training(self, state: Unfinished) -> None:
+        """Write a training under way; the one written before is kept."""
+        tensors, metadata = state.packed()
+        newest, previous = self.training_paths()
+        save_tensors(newest, tensors, {**metadata, "run": self.run}, previous)
+
+    def training(self, path: Path) -> Unfinished:
+        """A training under way."""
+        return unpacked(Unfinished.unpacked, path, *self._own(path))
+
+    def training_paths(self) -> tuple[Path, Path]:
+        """Where trainings under way are, the newest first."""
+        return self.path / "training.safetensors", self.path / "training.previous.safetensors"
+
+    def forget_training(self) -> None:
+        """Delete what was kept of a training that is over."""
+        newest, previous = self.training_paths()
+        for path in (newest, previous, part_of(newest)):
+            path.unlink(missing_ok=True)
+
+    def set_aside(self, path: Path, why: str = "damaged") -> Path:
+        """Rename a file that can't be used; returns its new name."""
+        names = [f"{path.name}.{why}", *(f"{path.name}.{why}{number}" for number in range(2, 100))]
+        to = next(to for name in names if not (to := path.with_name(name)).exists())
+        os.replace(path, to)
+        return to
 
     def _own(self, path: Path) -> Packed:
         """A file of this run; another run's is refused."""
         tensors, metadata = load_tensors(path)
         if metadata.get("run") != self.run:
             raise ValueError(
-                f"{path} is no file of this run: it was written by another, or by another program. Delete it to go on "
-                "from the cycle before it."
+                f"{path} is no file of this run: it was written by another, or by another program. Move it away to go "
+                "on from what was before it."
             )
+        if "checksum" not in metadata:
+            raise Damaged(f"{path} is damaged (it lacks its checksum).")
         return tensors, metadata
 
     def cycles_done(self) -> int:
@@ -191,47 +270,100 @@ def run_id(about: Mapping[str, Any]) -> str:
 
 def read_snapshot(path: Path) -> Snapshot:
     """The average in a cycle's file."""
-    tensors, metadata = load_tensors(path)
+    return unpacked(Snapshot.unpacked, path, *load_tensors(path))
+
+
+def unpacked(
+    read: Callable[[dict[str, Tensor], dict[str, str]], Content],
+    path: Path,
+    tensors: dict[str, Tensor],
+    metadata: dict[str, str],
+) -> Content:
+    """What a file holds."""
     try:
-        return Snapshot.unpacked(tensors, metadata)
+        return read(tensors, metadata)
     except (KeyError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{path} is no checkpoint of a cycle ({type(error).__name__}: {error}).") from error
+        raise Damaged(f"{path} is no checkpoint of swamp_fast ({type(error).__name__}: {error}).") from error
 
 
-def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write named tensors as safetensors, atomically."""
+def save_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None, previous: Path | None = None
+) -> None:
+    """Write named tensors as safetensors, atomically, with a checksum; what was there may go to `previous`."""
     plain = {
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
     }
-    write(path, safetensors.torch.save(plain, metadata={"format": "pt", **(metadata or {})}))
+    told = {"format": "pt", **(metadata or {})}
+    write(path, safetensors.torch.save(plain, metadata={**told, "checksum": checksum(plain, told)}), previous)
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Named tensors and metadata of a safetensors file, on the CPU."""
+    """Named tensors and metadata of a safetensors file, on the CPU. Raises Damaged if it is not as it was written."""
     if not path.exists():
         raise FileNotFoundError(f"there is no {path}.")
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             names = file.keys()
             # Copies: a tensor that maps the file would die with it.
-            return {name: file.get_tensor(name).clone() for name in names}, file.metadata() or {}
-    except (safetensors.SafetensorError, OSError, ValueError) as error:
-        raise ValueError(
-            f"{path} is damaged or no safetensors file ({error}). Delete it to go on from the cycle before it."
-        ) from error
+            tensors, metadata = {name: file.get_tensor(name).clone() for name in names}, file.metadata() or {}
+    except (safetensors.SafetensorError, OSError, ValueError, OverflowError) as error:
+        raise Damaged(f"{path} is damaged or no safetensors file ({error}).") from error
+    written = metadata.pop("checksum", None)
+    if written is not None and written != checksum(tensors, metadata):
+        raise Damaged(f"{path} is damaged (its checksum differs).")
+    return tensors, metadata if written is None else {**metadata, "checksum": written}
 
 
-def write(path: Path, content: bytes) -> None:
-    """Write a file so that it is there whole or not at all: beside, flushed, renamed."""
-    part = path.with_name(path.name + ".part")
-    with open(part, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
-    if os.name == "posix":
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+def checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """A hash of all that a file holds."""
+    digest = hashlib.blake2b(json.dumps(dict(metadata), sort_keys=True).encode(), digest_size=16)
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def write(path: Path, content: bytes, previous: Path | None = None) -> None:
+    """Write a file so that it is there whole or not at all: beside, flushed, renamed.
+
+    With `previous` what was there before is kept under that name. Raises OSError if it can't be written; what was there
+    before is intact then.
+    """
+    part = part_of(path)
+    try:
+        with open(part, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        if previous is not None and path.exists():
+            os.replace(path, previous)
+        os.replace(part, path)
+        _flush_folder(path.parent)
+    except OSError as error:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+        raise refused(path, error) from error
+
+
+def part_of(path: Path) -> Path:
+    """Where a file is written before it is renamed."""
+    return path.with_name(path.name + ".part")
+
+
+def refused(path: Path, error: OSError) -> OSError:
+    """The error of a file that can't be written."""
+    return OSError(
+        error.errno,
+        f"{path} can't be written ({error}). What the folder held is intact: make room or make it writable, and start "
+        "the run again to go on from there. A folder that is only to be read is for SwampResult.load.",
+    )
+
+
+def _flush_folder(path: Path) -> None:
+    if os.name != "posix":
+        return
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)

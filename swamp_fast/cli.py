@@ -48,7 +48,9 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"swamp-fast: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("swamp-fast: interrupted; a run with --out goes on after its last finished cycle", file=sys.stderr)
+        print(
+            "swamp-fast: interrupted; started again, a run with --out goes on from its last checkpoint", file=sys.stderr
+        )
         return 130
     return 0
 

@@ -18,12 +18,17 @@ CHOICES = {
     "engine": ("auto", "eager", "fused"),
     "precision": ("float32", "float64", "bfloat16"),
     "optimizer": ("sgd", "adamw"),
+    "on_divergence": ("stop", "drop"),
 }
 # What belongs to one optimizer alone.
 OPTIMIZERS = {"momentum": "sgd", "nesterov": "sgd", "beta1": "adamw", "beta2": "adamw", "adam_eps": "adamw"}
 LEAST_EPS = 2.0**-126  # the smallest normal float32 number
-# They say where a run happens and what is shown of it, not what it computes.
-NOT_IDENTITY = ("device", "run_dir", "resume", "progress", "data_dir", "tensorboard")
+# They say where a run happens and what is kept and shown of it, not what it computes. A run that stopped because a
+# particle diverged may go on without it: until then both choices compute the same.
+NOT_IDENTITY = (
+    *("device", "run_dir", "resume", "progress", "data_dir", "tensorboard"),
+    *("checkpoint_minutes", "on_divergence"),
+)
 MOST_PARTICLES = 1 << 16  # a particle's number has 16 bits of its stream's word
 MOST_CYCLES = (1 << 16) - 2
 
@@ -62,7 +67,10 @@ class SwampConfig:
         engine: "auto" takes the fastest that can run the model, cycle by cycle, and says why.
         precision: of activations and weights; "bfloat16" runs under autocast over float32 weights.
         keep_particles: keep the particles' SWA means of the last cycle in the result.
+        on_divergence: when a particle's loss or weights are no longer finite at an epoch's end, "stop" ends the run
+            with an error, "drop" leaves the particle out of its cycle's average. No other particle is touched by it.
         run_dir: a folder that holds the run, from which it goes on when started again.
+        checkpoint_minutes: how often a checkpoint is written inside a training, besides one a cycle; 0: never.
         resume: go on from what run_dir holds; off: run_dir must be empty.
         progress: show progress on standard error.
         tensorboard: write TensorBoard events to run_dir/tensorboard, too; needs the extra "tensorboard".
@@ -97,7 +105,9 @@ class SwampConfig:
     engine: str = "auto"
     precision: str = "float32"
     keep_particles: bool = False
+    on_divergence: str = "stop"
     run_dir: str | None = None
+    checkpoint_minutes: float = 5.0
     resume: bool = True
     progress: bool = True
     tensorboard: bool = False
@@ -129,7 +139,7 @@ class SwampConfig:
         _in_range("epochs", self.epochs, 1, 1 << 31)
         _in_range("ticket_epochs", self.ticket_epochs, 0, 1 << 31)
         _in_range("batch_size", self.batch_size, 1, 1 << 31)
-        for name in ("lr", "swa_lr", "weight_decay"):
+        for name in ("lr", "swa_lr", "weight_decay", "checkpoint_minutes"):
             _in_range(name, getattr(self, name), 0.0, math.inf)
         for name in ("momentum", "beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:

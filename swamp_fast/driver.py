@@ -29,6 +29,7 @@ from swamp_fast.report.console import percent
 from swamp_fast.result import SwampResult
 from swamp_fast.run import Run, one_at_a_time
 from swamp_fast.schedule import cycle_training, ticket_training
+from swamp_fast.watch import Watch
 
 
 @one_at_a_time
@@ -67,7 +68,8 @@ def fast_swamp(
         config: the settings; `settings` are fields of SwampConfig and take precedence.
 
     Returns the result of all cycles. Raises ValueError, TypeError, FileNotFoundError or ImportError for an argument
-    that doesn't fit, before anything is trained; FloatingPointError if a particle diverges.
+    that doesn't fit, before anything is trained; FloatingPointError if a particle diverges (see `on_divergence`);
+    OSError if a checkpoint can't be written.
     Source: arXiv 2305.14852, algorithm 1; what is ours in it is marked in SwampConfig.
     """
     problem = prepare(
@@ -88,13 +90,14 @@ def fast_swamp(
         average, mask = resumed(problem, run, ticket)
 
         for cycle in range(len(run.rows), problem.config.cycles + 1):
-            began = time.perf_counter()
+            began = time.perf_counter() - run.seconds_of(cycle)
             if cycle > 0:
                 mask = pruned(average.weights[None], mask[None], problem.config.prune)[0]
             start = ticket if problem.config.rewind == "ticket" or cycle == 0 else average
             bank = engine.spawn(start, mask, problem.config.particles_at(cycle), cycle)
+            run.keep_engine(engine.describe())
             trained = train_particles(problem, engine, run, bank, cycle)
-            average, particles, scores = average_particles(problem, engine, bank)
+            average, particles, scores = average_particles(problem, engine, bank, remaining(bank, trained))
             row = {**about_cycle(problem, bank, mask, cycle), **scores, **trained}
             if problem.config.keep_particles and cycle == problem.config.cycles:
                 run.keep_particles([named(problem, particle) for particle in particles])
@@ -113,8 +116,8 @@ def train_ticket(problem: Problem, engine: Engine, run: Run) -> Solution:
         if problem.config.ticket_epochs > 0:
             full = problem.layout.full_mask(problem.device)
             bank = engine.spawn(start, full, 1, None)
-            engine.train(bank, ticket_training(problem.config), lambda step: run.step(1, "ticket"), watch(run, None))
-            refuse_divergence(bank.weights, "the ticket's training")
+            run.keep_engine(engine.describe())
+            Watch(engine, run, bank, None, "ticket").train(ticket_training(problem.config))
             start = Solution(
                 bank.solutions(averaged=False)[0].clone(), {name: each[0] for name, each in bank.buffers.items()}
             )
@@ -139,30 +142,35 @@ def train_particles(problem: Problem, engine: Engine, run: Run, bank: ParticleBa
     config, steps = problem.config, len(problem.bounds)
 
     density = int(bank.masks.sum()) / problem.layout.weights
-    where = f"cycle {cycle}/{config.cycles}, density {percent(density)}, {bank.lanes} particles"
+    shown = f"cycle {cycle}/{config.cycles}, density {percent(density)}, {bank.lanes} particles"
+    watch = Watch(engine, run, bank, cycle, shown)
+    losses = watch.train(cycle_training(config, steps)).tolist()
+    return {
+        "train_loss": [loss for lane, loss in enumerate(losses) if lane not in watch.dropped],
+        "train_seconds": watch.seconds,
+        "dropped": [{"lane": lane, "epoch": epoch} for lane, epoch in sorted(watch.dropped.items())],
+    }
 
-    def on_step(step: int) -> None:
-        run.step(bank.lanes, f"{where}, epoch {step // steps + 1}/{config.epochs}")
 
-    began = time.perf_counter()
-    losses = engine.train(bank, cycle_training(config, steps), on_step, watch(run, cycle)).tolist()
-    seconds = time.perf_counter() - began
-    refuse_divergence(bank.solutions(config.swa), f"cycle {cycle}")
-    return {"train_loss": losses, "train_seconds": seconds}
+def remaining(bank: ParticleBank, trained: dict[str, Any]) -> list[int]:
+    """The lanes that didn't diverge."""
+    dropped = {each["lane"] for each in trained["dropped"]}
+    return [lane for lane in range(bank.lanes) if lane not in dropped]
 
 
 def average_particles(
-    problem: Problem, engine: Engine, bank: ParticleBank
+    problem: Problem, engine: Engine, bank: ParticleBank, lanes: list[int]
 ) -> tuple[Solution, list[Solution], dict[str, Any]]:
-    """The mean over particles and the particles themselves, their BatchNorm re-estimated, and their scores."""
+    """The mean over the particles of `lanes` and these themselves, their BatchNorm re-estimated, and their scores."""
     particles = bank.solutions(problem.config.swa)
-    mean = ops.particle_mean(particles, bank.run_of_lane, 1)
-    buffers = {name: torch.cat([each, mean_buffer(each)[None]]) for name, each in bank.buffers.items()}
+    mean = ops.particle_mean(particles[lanes], bank.run_of_lane[lanes], 1)
+    buffers = {name: torch.cat([each, mean_buffer(each[lanes])[None]]) for name, each in bank.buffers.items()}
     keys = torch.cat([bank.keys, bank.keys[-1:] + bank.keys.new_tensor([0, 1, 0])])  # the average's is the next stream
     models = engine.side_by_side(torch.cat([particles, mean]), buffers)
 
     def run(inputs: Any, time: int) -> list[Any]:
-        return models.outputs(inputs, at_time(keys, time))
+        outputs = models.outputs(inputs, at_time(keys, time))
+        return [outputs[lane] for lane in (*lanes, -1)]
 
     reestimate(models.modules, run, problem.train, problem.config.batch_size, models.channels_last)
     test, val = (
@@ -170,7 +178,7 @@ def average_particles(
         for which, data in ((1, problem.test), (2, problem.val))
     )
     weights, after = models.weights.clone(), models.buffers()
-    *each, average = (Solution(w, {name: buffer[i] for name, buffer in after.items()}) for i, w in enumerate(weights))
+    *each, average = (Solution(weights[i], {name: buffer[i] for name, buffer in after.items()}) for i in (*lanes, -1))
     return average, each, score_row(test, val)
 
 
@@ -189,27 +197,6 @@ def about_cycle(problem: Problem, bank: ParticleBank, mask: Tensor, cycle: int) 
 def mean_buffer(each: Tensor) -> Tensor:
     """The average's buffer from the particles' [N, ...]: their mean, or the first of what is no number to average."""
     return each.double().mean(0).to(each.dtype) if each.is_floating_point() else each[0]
-
-
-def watch(run: Run, cycle: int | None) -> Callable[[int, Tensor], None]:
-    """What is called after each epoch with its number and the particles' mean losses [L]: raise if one diverged."""
-    where = "the ticket" if cycle is None else f"cycle {cycle}"
-
-    def on_epoch(epoch: int, losses: Tensor) -> None:
-        run.keep_epoch(cycle, epoch, losses.tolist())
-        refuse_divergence(losses[:, None], f"{where}, epoch {epoch + 1}")
-
-    return on_epoch
-
-
-def refuse_divergence(values: Tensor, where: str) -> None:
-    """Raise if a particle's weights or loss [L, …] are not finite."""
-    bad = [lane for lane, row in enumerate(values) if not bool(torch.isfinite(row).all())]
-    if bad:
-        raise FloatingPointError(
-            f"{where}: particle{'s' if len(bad) > 1 else ''} {', '.join(map(str, bad))} diverged to NaN or infinity. "
-            "Lower lr and swa_lr, or check the data's scale."
-        )
 
 
 def solution(problem: Problem, state: Mapping[str, Tensor]) -> Solution:

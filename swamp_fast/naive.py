@@ -82,38 +82,57 @@ def naive_swamp(
                 masks = prune(average, masks, config.prune)
             start = ticket if config.rewind == "ticket" or cycle == 0 else average
 
-            particles, losses = [], []
+            particles, losses = {}, []
+            dropped: list[dict[str, int]] = []
             trained = time.perf_counter()
             for number in range(config.particles_at(cycle)):
                 particle = copy.deepcopy(start)
-                losses.append(train_particle(problem, run, particle, masks, cycle, number))
-                particles.append(particle)
+                try:
+                    losses.append(train_particle(problem, run, particle, masks, cycle, number))
+                except Diverged as error:
+                    if config.on_divergence == "stop" or len(dropped) + 1 == config.particles_at(cycle):
+                        raise
+                    dropped.append({"lane": number, "epoch": error.epoch})
+                    run.tell_dropped(cycle, number, error.epoch)
+                    continue
+                particles[number] = particle
             train_seconds = time.perf_counter() - trained
 
-            average = mean_of(particles)
-            models = [*particles, average]
-            for number, each in enumerate(models):
+            average = mean_of(list(particles.values()))
+            models = {**particles, config.particles_at(cycle): average}  # the average's stream is the next
+            for number, each in models.items():
                 reestimate_batchnorm(problem, each, evaluation_keys(problem, cycle, number))
             kept = sum(int(mask.sum()) for mask in masks.values())
             row = {
                 "cycle": cycle,
-                "particles": len(particles),
+                "particles": config.particles_at(cycle),
                 "density": kept / sum(mask.numel() for mask in masks.values()),
                 "kept": kept,
                 "flops": problem.probe.flops(
                     {name: int(mask.sum()) for name, mask in masks.items()},
                     {name: mask.numel() for name, mask in masks.items()},
                 ),
-                **scores(problem, particles, average, cycle),
+                **scores(problem, models, cycle),
                 "train_loss": losses,
+                "dropped": dropped,
                 "train_seconds": train_seconds,
                 "seconds": time.perf_counter() - began,
                 "peak_memory": peak_memory(problem.device),
             }
             if config.keep_particles and cycle == config.cycles:
-                run.keep_particles([state_of(each) for each in particles])
+                run.keep_particles([state_of(each) for each in particles.values()])
             run.keep_cycle(state_of(average), masks, row)
         return run.result()
+
+
+class Diverged(FloatingPointError):
+    """A particle whose loss or weights are not finite, and the epoch, counted from 1, at whose end that was seen."""
+
+    def __init__(self, where: str, epoch: int) -> None:
+        super().__init__(
+            f"{where}, epoch {epoch}: the particle diverged to NaN or infinity. Lower lr and swa_lr, or check the data."
+        )
+        self.epoch = epoch
 
 
 def train_particle(problem: Problem, run: Run, model: nn.Module, masks: State, cycle: int | None, number: int) -> float:
@@ -169,11 +188,9 @@ def train_particle(problem: Problem, run: Run, model: nn.Module, masks: State, c
             step += 1
         last_losses = float(epoch_loss) / len(problem.bounds)
         run.keep_epoch(cycle, epoch, [last_losses], number)
-        if not math.isfinite(last_losses):
-            raise FloatingPointError(
-                f"{where}, epoch {epoch + 1}: the loss is {last_losses}, the particle diverged. Lower lr and swa_lr, "
-                "or check the data."
-            )
+        finite = all(bool(torch.isfinite(parameter).all()) for parameter in parameters.values())
+        if not math.isfinite(last_losses) or not finite:
+            raise Diverged(where, epoch + 1)
         if epoch >= swa_start:
             samples = epoch - swa_start + 1
             for name, parameter in parameters.items():
@@ -181,10 +198,6 @@ def train_particle(problem: Problem, run: Run, model: nn.Module, masks: State, c
                 mean += (parameter.detach() - mean) / samples
     for name, mean in swa.items():
         parameters[name].data.copy_(mean)
-    if not all(bool(torch.isfinite(parameter).all()) for parameter in parameters.values()):
-        raise FloatingPointError(
-            f"{where}: the particle diverged to NaN or infinite weights. Lower lr and swa_lr, or check the data."
-        )
     return last_losses
 
 
@@ -270,8 +283,8 @@ def outputs_of(problem: Problem, model: nn.Module, inputs: Any, key: Tensor) -> 
         return problem.forward(model, inputs)
 
 
-def scores(problem: Problem, particles: list[nn.Module], average: nn.Module, cycle: int) -> dict[str, Any]:
-    """A cycle's scores: of the average, of every particle, and of their ensemble."""
+def scores(problem: Problem, models: dict[int, nn.Module], cycle: int) -> dict[str, Any]:
+    """A cycle's scores: of the average, the last of the numbered models, of every particle, of their ensemble."""
     row: dict[str, Any] = dict.fromkeys(
         [
             "accuracy",
@@ -286,7 +299,8 @@ def scores(problem: Problem, particles: list[nn.Module], average: nn.Module, cyc
         ]
     )
     test, val = problem.test, problem.val
-    keys = [evaluation_keys(problem, cycle, number) for number in range(len(particles) + 1)]
+    keys = [evaluation_keys(problem, cycle, number) for number in models]
+    *particles, average = models.values()
     if test is not None:
         row["loss"], row["accuracy"], _ = evaluate(problem, average, test, keys[-1], 1)
         each = [evaluate(problem, particle, test, key, 1) for particle, key in zip(particles, keys, strict=False)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import platform
+import signal
 import threading
 import time
 import warnings
@@ -16,7 +17,9 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from swamp_fast.checkpoint import Packed, RunDirectory, Snapshot, load_tensors, save_tensors
+from swamp_fast import lock
+from swamp_fast.backends import backends
+from swamp_fast.checkpoint import Damaged, Packed, RunDirectory, Snapshot, Unfinished, load_tensors, save_tensors
 from swamp_fast.config import NOT_IDENTITY
 from swamp_fast.data.streams import generators_left_alone
 from swamp_fast.problem import Problem
@@ -24,6 +27,7 @@ from swamp_fast.report.console import Console, duration, percent
 from swamp_fast.report.tensorboard import Events
 from swamp_fast.result import SwampResult, snapshot_of
 from swamp_fast.schedule import total_particle_epochs
+from swamp_fast.signals import StopSignals
 from swamp_fast.version import __version__
 
 FAR_BELOW = 0.05  # an average that much less accurate than its particles' mean is not in their basin
@@ -57,6 +61,7 @@ class Run:
     rows       the history so far
     snapshots  each cycle's average, compact in memory, or where its file is
     ticket     the ticket's parameters and buffers, once there is one
+    unfinished the training that the folder holds the middle of, until it is over
     """
 
     def __init__(self, problem: Problem, driver: str) -> None:
@@ -76,7 +81,13 @@ class Run:
             "standardise": standardise,
             "engine": {},
             "where": f"{platform.platform()}, {problem.device}, torch {torch.__version__}",
+            "place": place_of(problem.device),
+            "moved": [],
         }
+        self.unfinished: Unfinished | None = None
+        self.told: list[str] = []  # what the next row's warnings begin with
+        self.signals = StopSignals()
+        self.kept_at = time.perf_counter()  # the newest checkpoint
         self.folder = RunDirectory(self.config.run_dir) if self.config.run_dir is not None else None
         self.events: Events | None = None
         if self.config.tensorboard:
@@ -94,7 +105,12 @@ class Run:
             stack.enter_context(generators_left_alone())
             if self.problem.device.type == "cuda":
                 stack.enter_context(torch.cuda.device(self.problem.device))  # streams and graphs are made on it
+            if self.folder is not None:
+                self.folder.make()
+                stack.enter_context(lock.locked(self.folder.path))
             self._resume()
+            if self.folder is not None:
+                stack.enter_context(self.signals)
             self._introduce()
             self._context = stack.pop_all()
         return self
@@ -102,17 +118,20 @@ class Run:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Give the terminal and the random generators back."""
+        """Give the terminal, the signals, the folder and the random generators back."""
         self.console.close()
         if self.events is not None:
             self.events.close()
         self._context.__exit__(kind, error, trace)
+        if kind is None and self.signals.asked is not None:
+            self.signals.stop()
 
     def keep_ticket(self, state: State) -> None:
         """Record the ticket."""
         self.ticket = {name: tensor.detach().cpu().clone() for name, tensor in state.items()}
         if self.folder is not None:
             self.folder.write_ticket(self.ticket)
+        self._training_is_over()
 
     def keep_engine(self, engine: dict[str, Any]) -> None:
         """Record what runs, so that resuming replays what was chosen by a stopwatch."""
@@ -137,9 +156,36 @@ class Run:
             self.snapshots.append(self.folder.cycle_path(row["cycle"]))
         else:
             self.snapshots.append(snapshot.packed())
+        self._training_is_over()
         self.console.line(self._cycle_line(row))
         if self.problem.on_cycle is not None:
             self.problem.on_cycle(dict(row))
+        self._stop_if_asked()
+
+    def keep_training(self, state: Unfinished) -> None:
+        """Record the training under way; nothing without a folder."""
+        if self.folder is not None:
+            self.folder.write_training(state)
+        self.kept_at = time.perf_counter()
+
+    def kept_of(self, cycle: int | None) -> Unfinished | None:
+        """The middle of this training, if the folder holds it."""
+        found = self.unfinished
+        return found if found is not None and found.cycle == cycle else None
+
+    def seconds_of(self, cycle: int | None) -> float:
+        """How long this training took before this process."""
+        kept = self.kept_of(cycle)
+        return 0.0 if kept is None else kept.seconds
+
+    def tell_dropped(self, cycle: int, lane: int, epoch: int) -> None:
+        """Say at once that a particle diverged and is dropped; the cycle's row will have it too."""
+        warnings.warn(dropped_text(cycle, lane, epoch), UserWarning, stacklevel=4)
+
+    def _tell(self, text: str) -> None:
+        """A warning, which the next row of the history has too."""
+        self.told.append(text)
+        warnings.warn(text, UserWarning, stacklevel=6)
 
     def keep_particles(self, states: list[State]) -> None:
         """Record the particles of the last cycle."""
@@ -169,8 +215,30 @@ class Run:
             result.write_final(self.folder)
         return result
 
-    def step(self, particles: int, where: str) -> None:
-        """Count a training step of so many particles, and show how long it will still take."""
+    def step(self, particles: int, where: str, state: Callable[[], Unfinished] | None = None) -> None:
+        """Count a training step of so many particles, and show how long it will still take.
+
+        Where a checkpoint is due, or a signal asks to stop, `state()` is kept.
+        """
+        self._show(particles, where)
+        asked, minutes = self.signals.asked is not None, self.config.checkpoint_minutes
+        due = minutes > 0 and time.perf_counter() - self.kept_at >= 60 * minutes
+        if (asked or due) and state is not None and self.folder is not None:
+            self.keep_training(state())
+        self._stop_if_asked()
+
+    def _stop_if_asked(self) -> None:
+        if self.signals.asked is not None:
+            name = "Ctrl-C" if self.signals.asked == signal.SIGINT else "SIGTERM"
+            self.console.line(f"stopped  by {name}; started again with run_dir {self.config.run_dir} the run goes on")
+            self.signals.stop()
+
+    def _training_is_over(self) -> None:
+        self.unfinished, self.kept_at = None, time.perf_counter()
+        if self.folder is not None:
+            self.folder.forget_training()
+
+    def _show(self, particles: int, where: str) -> None:
         now = time.perf_counter()
         self.steps_left -= particles
         if self.began is None:  # the first step warms up, and is no measure of the pace
@@ -196,11 +264,14 @@ class Run:
             else:
                 self._take_over(self.folder)
         if self.events is not None:
-            self.events.resume(self.rows, self.ticket is not None)
+            self.events.resume(self.rows)
         if self.ticket is not None:
             total -= self.config.ticket_epochs
         total -= sum(self.config.particles_at(row["cycle"]) for row in self.rows) * self.config.epochs
         self.steps_left = total * len(self.problem.bounds)
+        if self.unfinished is not None:
+            cycle = self.unfinished.cycle
+            self.steps_left -= self.unfinished.steps * (1 if cycle is None else self.config.particles_at(cycle))
 
     def _take_over(self, folder: RunDirectory) -> None:
         there = folder.about()
@@ -222,19 +293,80 @@ class Run:
                 "what began it."
             )
         self.engine = self.about["engine"] = there["engine"]
-        self.ticket = folder.ticket()
-        done = min(folder.cycles_done(), self.config.cycles + 1)
-        self.rows = [folder.cycle(cycle).row for cycle in range(done)]
+        self._read_ticket(folder)
+        self._read_cycles(folder)
+        if len(self.rows) == self.config.cycles + 1 and self.config.keep_particles:
+            self._read_particles(folder)
+        self.snapshots = [folder.cycle_path(cycle) for cycle in range(len(self.rows))]
+        if self.ticket is None or len(self.rows) <= self.config.cycles:
+            self._read_training(folder)
+            self._compare_places(folder, there)
         folder.write_history(self.rows)  # a run that was killed may have written a cycle and not its line
-        self.snapshots = [folder.cycle_path(cycle) for cycle in range(done)]
-        if done == self.config.cycles + 1 and self.config.keep_particles:
-            path = folder.path / "particles.safetensors"
-            if not path.exists():
-                raise FileNotFoundError(
-                    f"{path}, the particles of the finished run, is missing. Delete {folder.cycle_path(done - 1)} to "
-                    "train its cycle again."
-                )
+
+    def _read_ticket(self, folder: RunDirectory) -> None:
+        try:
+            self.ticket = folder.ticket()
+        except Damaged as error:
+            self._aside(folder, "ticket.safetensors", error, "The ticket is trained again.")
+
+    def _read_cycles(self, folder: RunDirectory) -> None:
+        done = min(folder.cycles_done(), self.config.cycles + 1)
+        for cycle in range(done):
+            try:
+                self.rows.append(folder.cycle(cycle).row)
+            except Damaged as error:
+                self._aside(folder, folder.cycle_path(cycle).name, error, f"The run goes on from cycle {cycle} on.")
+                for later in range(cycle + 1, done):
+                    folder.set_aside(folder.cycle_path(later), "unused")
+                return
+
+    def _read_particles(self, folder: RunDirectory) -> None:
+        last, path = folder.cycle_path(self.config.cycles), folder.path / "particles.safetensors"
+        if not path.exists():
+            raise FileNotFoundError(
+                f"{path}, the particles of the finished run, is missing. Move {last} away to train its cycle again."
+            )
+        try:
             self.particles = load_tensors(path)[0]
+        except Damaged as error:
+            self._aside(folder, path.name, error, "The last cycle is trained again.")
+            folder.set_aside(last, "unused")
+            self.rows.pop()
+
+    def _read_training(self, folder: RunDirectory) -> None:
+        wanted = None if self.ticket is None else len(self.rows)
+        for path in folder.training_paths():
+            try:
+                found = folder.training(path) if path.exists() else None
+            except Damaged as error:
+                self._aside(folder, path.name, error, "The run goes on from the last whole checkpoint before it.")
+                continue
+            if found is not None and found.cycle == wanted:
+                self.unfinished = found
+                return
+
+    def _aside(self, folder: RunDirectory, name: str, error: Damaged, then: str) -> None:
+        to = folder.set_aside(folder.path / name)
+        self._tell(f"{error} It was renamed to {to.name}. {then}")
+
+    def _compare_places(self, folder: RunDirectory, there: dict[str, Any]) -> None:
+        """Say what of the place differs from where the run was; what was measured on another device is not replayed."""
+        before, now = there["place"], self.about["place"]
+        self.about["moved"] = moved = there.get("moved", [])
+        if before == now:
+            return
+        differences = [
+            f"{name} was {before.get(name)}, is {now.get(name)}"
+            for name in {**before, **now}
+            if before.get(name) != now.get(name)
+        ]
+        moved.append({"cycle": len(self.rows), "from": before, "engine": there["engine"]})
+        text = f"the run goes on in another place: {'; '.join(differences)}. Bits may differ from here on."
+        if before.get("device") != now["device"]:
+            text += " What the stopwatch chose is measured anew."
+            self.engine = self.about["engine"] = {}
+        self._tell(text)
+        folder.write_about(self.about)
 
     def _introduce(self) -> None:
         config, line = self.config, self.console.line
@@ -251,12 +383,18 @@ class Run:
             f"{config.ticket_epochs} for the ticket: {total_particle_epochs(config):,} particle-epochs of "
             f"{len(self.problem.bounds)} steps, to density {percent((1 - config.prune) ** config.cycles)}"
         )
-        if self.rows:
+        if self.unfinished is not None:
+            where = "the ticket" if self.unfinished.cycle is None else f"cycle {self.unfinished.cycle}"
+            line(f"resumed  in {where} of {config.cycles}, after step {self.unfinished.steps}, from {config.run_dir}")
+        elif self.rows:
             line(f"resumed  after cycle {len(self.rows) - 1} of {config.cycles}, from {config.run_dir}")
+        if self.folder is not None and self.problem.probe.keeps_state:
+            line("files    a checkpoint a cycle alone: the model keeps state of its own")
 
     def _warn(self, masks: State, row: dict[str, Any]) -> None:
         """Say what the user should not overlook, and put it into the row."""
         before = self.last().masks if self.snapshots else {}
+        told, self.told = self.told, []
         found = [
             f"cycle {row['cycle']}: nothing of {name} is left; the layer is pruned away whole."
             for name, mask in masks.items()
@@ -275,7 +413,8 @@ class Run:
                 f"{'val' if held_out else 'test'}, its particles {percent(mean)} in the mean: they did not train into "
                 f"one basin. {advice}"
             )
-        row["warnings"] = found
+        dropped = [dropped_text(row["cycle"], each["lane"], each["epoch"]) for each in row["dropped"]]
+        row["warnings"] = told + dropped + found
         for text in found:
             warnings.warn(text, UserWarning, stacklevel=5)
 
@@ -287,6 +426,25 @@ class Run:
         elif row["loss"] is not None:
             text += f"  loss {row['loss']:.4f}"
         return f"{text}  {duration(row['seconds'])}"
+
+
+def dropped_text(cycle: int, lane: int, epoch: int) -> str:
+    """What is said of a particle that is left out."""
+    return (
+        f"cycle {cycle}, epoch {epoch}: particle {lane} diverged to NaN or infinity and is in no average of the cycle."
+    )
+
+
+def place_of(device: torch.device) -> dict[str, Any]:
+    """What the bits of a run depend on, besides the run itself."""
+    if device.type == "cuda":
+        return {"device": "cuda", "processor": torch.cuda.get_device_name(device), "torch": torch.__version__}
+    found = {
+        "device": device.type,
+        "processor": torch.backends.cpu.get_cpu_capability(),
+        "kernels": backends()["cpp"].get("instruction_set"),
+    }
+    return {**found, "threads": torch.get_num_threads(), "torch": torch.__version__}
 
 
 # How the fingerprints are called in a message.

@@ -88,7 +88,7 @@ def test_interrupting(monkeypatch, capsys):
 
     monkeypatch.setattr("swamp_fast.cli.fast_swamp", interrupt)
     assert main(["run", "--model", "mlp", "--data", "digits"]) == 130
-    assert "goes on after its last finished cycle" in capsys.readouterr().err
+    assert "goes on from its last checkpoint" in capsys.readouterr().err
 
 
 def test_backends_say_what_is_active(capsys):

@@ -258,7 +258,7 @@ def test_on_cycle_sees_every_row(digits):
             "best_accuracy",
         ),
         *("mean_accuracy", "ensemble_accuracy", "val_accuracy", "val_mean_accuracy", "flops", "train_loss"),
-        *("train_seconds", "seconds", "peak_memory", "warnings"),
+        *("train_seconds", "dropped", "seconds", "peak_memory", "warnings"),
     }
     assert rows[1]["seconds"] >= rows[1]["train_seconds"] > 0
     assert rows[1]["peak_memory"] > 10**7

@@ -87,7 +87,7 @@ def test_only_adamw_has_a_second_moment(digits):
     for optimizer in ("sgd", "adamw"):
         settings = {"optimizer": optimizer, "progress": False}
         problem = prepare(networks.build("residual"), *digits, settings=settings)
-        sizes[optimizer] = len(eager_trainer(problem, Choice("lanes", False, "forced", {}), 2).bank.state())
+        sizes[optimizer] = len(eager_trainer(problem, Choice("lanes", False, "forced", {}), 2).bank.moving())
     assert sizes == {"sgd": 3, "adamw": 4}
 
 

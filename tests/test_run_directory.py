@@ -205,8 +205,8 @@ def test_folders_that_are_no_runs(digits, tmp_path):
     about.write_text(text[:40])
     with pytest.raises(ValueError, match=r"run.json is damaged"):
         call(cycles=0)
-    about.write_text(text.replace("swamp_fast 1", "swamp_fast 9"))
-    with pytest.raises(ValueError, match='has the format "swamp_fast 9", this version reads "swamp_fast 1"'):
+    about.write_text(text.replace("swamp_fast 2", "swamp_fast 9"))
+    with pytest.raises(ValueError, match='has the format "swamp_fast 9", this version reads "swamp_fast 2"'):
         call(cycles=0)
     file = tmp_path / "file"
     file.write_text("x")
@@ -215,21 +215,20 @@ def test_folders_that_are_no_runs(digits, tmp_path):
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.99])
-def test_a_truncated_checkpoint_is_an_error_that_says_what_to_do(share, digits, tmp_path):
+def test_a_truncated_checkpoint_is_moved_aside_and_its_cycle_trained_again(share, digits, tmp_path):
     settings = SETTINGS | {"run_dir": str(tmp_path)}
     whole = fast_swamp(networks.build("tied"), *digits, **settings)
     snapshots = [whole._snapshot(cycle) for cycle in range(4)]
     path = tmp_path / "cycle_03.safetensors"
     content = path.read_bytes()
     path.write_bytes(content[: int(share * len(content))])
-    for call in (
-        lambda: fast_swamp(networks.build("tied"), *digits, **settings),
-        lambda: SwampResult.load(tmp_path),
-    ):
-        with pytest.raises(ValueError, match=r"cycle_03.safetensors is damaged .* Delete it to go on"):
-            call()
-    path.unlink()  # as the message says
-    again = fast_swamp(networks.build("tied"), *digits, **settings)
+    with pytest.raises(ValueError, match=r"cycle_03.safetensors is damaged"):
+        SwampResult.load(tmp_path)
+    assert path.exists()  # reading changes nothing
+    with pytest.warns(UserWarning, match=r"is damaged .* renamed to cycle_03.safetensors.damaged. .* from cycle 3 on"):
+        again = fast_swamp(networks.build("tied"), *digits, **settings)
+    assert (tmp_path / "cycle_03.safetensors.damaged").read_bytes() == content[: int(share * len(content))]
+    assert "renamed" in again.history[3]["warnings"][0]
     for cycle in range(4):
         for name, value in snapshots[cycle].state.items():
             assert torch.equal(again._snapshot(cycle).state[name], value)
@@ -278,7 +277,7 @@ def test_files_that_lack_something_say_so(digits, tmp_path):
             fast_swamp(networks.build("tied"), *digits, **settings)
     (tmp_path / "run.json").write_text(json.dumps(about))
     (tmp_path / "particles.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match=r"is missing. Delete .*cycle_03.safetensors to train its cycle again"):
+    with pytest.raises(FileNotFoundError, match=r"is missing. Move .*cycle_03.safetensors away to train its"):
         fast_swamp(networks.build("tied"), *digits, **settings)
 
 

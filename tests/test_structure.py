@@ -20,7 +20,7 @@ LAYERS = [
     ["cli"],
     ["__init__"],
     ["driver", "naive", "models"],
-    ["machine_code", "estimate"],
+    ["machine_code", "estimate", "watch"],
     ["engines"],
     ["evaluate", "batchnorm", "bank"],
     ["run"],
@@ -30,7 +30,7 @@ LAYERS = [
     ["checks", "dropout", "data", "memory"],
     ["layout", "schedule", "report"],
     ["config", "plan"],
-    ["tree", "backends", "fingerprint", "nvrtc"],
+    ["tree", "backends", "fingerprint", "nvrtc", "lock", "signals"],
     ["ops"],
     ["kernels", "version", "_C"],
 ]

@@ -276,7 +276,8 @@ def _from_dataset(dataset: Dataset[Any], argument: str) -> Source:
         raise TypeError(
             f"`{argument}`: an IterableDataset has no order to shuffle; pass a Dataset with __len__ and __getitem__."
         )
-    if isinstance(dataset, TensorDataset) and len(dataset.tensors) == 2:
+    as_stored = type(dataset).__getitem__ is TensorDataset.__getitem__  # and not the user's own
+    if isinstance(dataset, TensorDataset) and as_stored and len(dataset.tensors) == 2:
         return replace(_from_pair(*dataset.tensors, argument), name=type(dataset).__name__)
     return Samples(type(dataset).__name__, dataset)
 

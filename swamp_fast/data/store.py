@@ -24,6 +24,7 @@ from swamp_fast.data.sources import Arrays, Samples, Source
 from swamp_fast.data.standardise import Standardise
 from swamp_fast.data.streams import SAMPLE_SEED, seeds_for
 from swamp_fast.fingerprint import callable_fingerprint
+from swamp_fast.signals import in_worker
 from swamp_fast.tree import tensors, tree_leaves, tree_map, tree_stack, tree_to
 
 CROP_PAD = 4  # pixels
@@ -137,6 +138,7 @@ class Streamed:
             batch_sampler=plan,
             num_workers=self.source.workers,
             collate_fn=self.source.collate,
+            worker_init_fn=in_worker,
             pin_memory=self.device.type == "cuda",
         )
         handle: list[Any] = []

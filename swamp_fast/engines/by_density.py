@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -54,9 +54,14 @@ class EngineByDensity:
         training: Training,
         on_step: Callable[[int], None],
         on_epoch: Callable[[int, Tensor], None],
+        state: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
         """As EagerEngine.train."""
-        return self.now.train(bank, training, on_step, on_epoch)
+        return self.now.train(bank, training, on_step, on_epoch, state)
+
+    def state(self) -> dict[str, Tensor]:
+        """As EagerEngine.state."""
+        return self.now.state()
 
     def side_by_side(self, weights: Tensor, buffers: dict[str, Tensor]) -> Way:
         """As EagerEngine.side_by_side."""

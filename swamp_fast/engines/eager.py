@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -72,14 +72,21 @@ class EagerEngine:
         training: Training,
         on_step: Callable[[int], None],
         on_epoch: Callable[[int, Tensor], None],
+        state: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
         """Train all lanes through a schedule; returns each lane's mean loss over the last epoch, [L].
 
-        on_step(step) is called after each step, on_epoch(epoch, mean losses [L]) after each epoch.
+        on_step(step) is called after each step, on_epoch(epoch, mean losses [L]) before it after an epoch's last.
+        With a `state` of this training it goes on from there, to the same bits.
         """
         assert self.trainer is not None
         assert self.trainer.bank is bank
-        return self.trainer.train(training, on_step, on_epoch)
+        return self.trainer.train(training, on_step, on_epoch, state)
+
+    def state(self) -> dict[str, Tensor]:
+        """All that the training under way goes on from."""
+        assert self.trainer is not None
+        return self.trainer.state()
 
     def side_by_side(self, weights: Tensor, buffers: dict[str, Tensor]) -> Way:
         """Models of weights [M, P] and buffers [M, ...], in eval mode, to be run on the same inputs."""

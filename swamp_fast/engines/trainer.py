@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -48,6 +48,8 @@ class Trainer:
 
     Everything a step reads stands at a fixed address: index [L, B], keys [L, 3] at the epoch and at the step,
     rates [L], the step's number [L], 1 for the first, and the share of an SWA sample [L], 0 for none.
+
+    done  steps of the training under way
     """
 
     def __init__(self, problem: Problem, bank: ParticleBank, grads: Tensor, way: Way) -> None:
@@ -56,36 +58,59 @@ class Trainer:
         self.lr = torch.zeros(bank.lanes, dtype=torch.float64, device=problem.device)
         self.number, self.swa_weight = torch.ones_like(self.lr), torch.zeros_like(self.lr)
         self.loss_sum = torch.zeros(bank.lanes, dtype=torch.float64, device=problem.device)
+        self.done = 0
         self.graphs: dict[int, tuple[Tensor, torch.cuda.CUDAGraph]] = {}
         self.not_captured = _why_not_captured(problem)
 
     def train(
-        self, training: Training, on_step: Callable[[int], None], on_epoch: Callable[[int, Tensor], None]
+        self,
+        training: Training,
+        on_step: Callable[[int], None],
+        on_epoch: Callable[[int, Tensor], None],
+        state: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
-        """All epochs of one training; the bank's buffers end as the modules'."""
-        problem, bank = self.problem, self.bank
-        self.way.set_buffers(bank.buffers)
-        reset_running_stats(self.way.modules)
-        for module in self.way.modules:
-            module.train()
-        step = 0
-        for epoch in range(training.epochs):
-            self.loss_sum.zero_()
+        """All epochs of one training, from a `state` on if there is one; the bank's buffers end as the modules'."""
+        problem, bank, steps = self.problem, self.bank, len(self.problem.bounds)
+        self._begin(state)
+        if self.done and self.done % steps == 0:  # it may have stopped at what was seen then
+            on_epoch(self.done // steps - 1, self.loss_sum / steps)
+        for epoch in range(self.done // steps, training.epochs):
+            first = self.done % steps
+            if first == 0:
+                self.loss_sum.zero_()
             self.epoch_keys.copy_(at_time(bank.keys, epoch))
             order = epoch_order(self.epoch_keys, problem.train.length)
-            handles = problem.train.batches(order, self.epoch_keys, problem.bounds)
-            for batch, handle in enumerate(handles):
-                last = batch == len(problem.bounds) - 1
+            for handle in problem.train.batches(order, self.epoch_keys, problem.bounds[first:]):
+                step, last = self.done, self.done % steps == steps - 1
                 self.lr.fill_(training.lr(step))
                 self.number.fill_(step + 1)
                 self.swa_weight.fill_(training.swa_weight(epoch) if last else 0.0)
                 self.step_keys.copy_(at_time(bank.keys, step))
                 self.step(handle)
+                self.done += 1
+                if last:
+                    on_epoch(epoch, self.loss_sum / steps)
                 on_step(step)
-                step += 1
-            on_epoch(epoch, self.loss_sum / len(problem.bounds))
         bank.buffers = self.way.buffers()
-        return self.loss_sum / len(problem.bounds)
+        return self.loss_sum / steps
+
+    def state(self) -> dict[str, Tensor]:
+        """All that a training goes on from, between two steps; everything else follows from the keys."""
+        buffers = {f"buffers/{name}": buffer for name, buffer in self.way.buffers().items()}
+        return {"done": torch.tensor(self.done), "loss_sum": self.loss_sum, **self.bank.state(), **buffers}
+
+    def _begin(self, state: Mapping[str, Tensor] | None) -> None:
+        """Put the modules at the start of a training, or all at a `state` inside it."""
+        self.done = 0
+        self.way.set_buffers(self.bank.buffers)
+        reset_running_stats(self.way.modules)
+        for module in self.way.modules:
+            module.train()
+        if state is not None:
+            self.done = int(state["done"])
+            self.loss_sum.copy_(state["loss_sum"])
+            self.bank.load_state_(state)
+            self.way.set_buffers({name: state[f"buffers/{name}"] for name in self.bank.buffers})
 
     def step(self, handle: Any) -> None:
         """One step of every lane."""
@@ -115,7 +140,7 @@ class Trainer:
         common = {**bank.rates, "swa": bank.swa, "swa_weight": self.swa_weight}
         if bank.config.optimizer == "adamw":
             ops.masked_adamw_(
-                *(bank.weights, self.grads, bank.moments[0], bank.moments[1], bank.masks, bank.run_of_lane),
+                *(bank.weights, self.grads, *bank.moments.values(), bank.masks, bank.run_of_lane),
                 lr=self.lr,
                 step=self.number,
                 grad_scale=scale,
@@ -123,7 +148,7 @@ class Trainer:
             )
         else:
             ops.masked_sgd_(
-                *(bank.weights, self.grads, bank.moments[0], bank.masks, bank.run_of_lane),
+                *(bank.weights, self.grads, *bank.moments.values(), bank.masks, bank.run_of_lane),
                 lr=self.lr,
                 nesterov=bank.config.nesterov,
                 grad_scale=scale,
@@ -132,7 +157,7 @@ class Trainer:
 
     def _capture(self, index: Tensor) -> None:
         """Record a step over `index` [L, B]; what the warm-up changed is put back."""
-        state = [*self.bank.state(), self.loss_sum]
+        state = [*self.bank.moving().values(), self.loss_sum]
         state += [buffer for module in self.way.modules for buffer in module.buffers()]
         saved = [tensor.clone() for tensor in state]
         try:

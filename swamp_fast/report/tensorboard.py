@@ -38,15 +38,10 @@ class Events:
                 "`tensorboard` off."
             ) from error
         self.make, self.folder, self.ticket_epochs, self.epochs = SummaryWriter, folder, ticket_epochs, epochs
-        self.done = 0
         self.writer: SummaryWriter | None = None
 
-    def resume(self, rows: list[dict[str, Any]], has_ticket: bool) -> None:
-        """Go on after what a run has finished; what its folder holds of later epochs is no longer shown.
-
-        Where there are no events yet, the cycles' rows are written.
-        """
-        self.done = self.before(len(rows)) if has_ticket else 0
+    def resume(self, rows: list[dict[str, Any]]) -> None:
+        """Go on after the cycles that a run has finished; where there are no events of them yet, they are written."""
         if not self.folder.exists():
             for row in rows:
                 self.cycle(row)
@@ -81,6 +76,6 @@ class Events:
         return self.ticket_epochs + cycle * self.epochs
 
     def _write(self, tag: str, value: float, step: int) -> None:
-        if self.writer is None:  # a run that is only read writes nothing
-            self.writer = self.make(str(self.folder), purge_step=self.done + 1)
+        if self.writer is None:  # what a process that was killed had written from here on is no longer shown
+            self.writer = self.make(str(self.folder), purge_step=step)
         self.writer.add_scalar(tag, value, step)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -75,11 +75,17 @@ class FusedEngine:
         training: Training,
         on_step: Callable[[int], None],
         on_epoch: Callable[[int, Tensor], None],
+        state: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
         """As EagerEngine.train."""
         assert self.trainer is not None
         assert self.trainer.bank is bank
-        return self.trainer.train(training, on_step, on_epoch)
+        return self.trainer.train(training, on_step, on_epoch, state)
+
+    def state(self) -> dict[str, Tensor]:
+        """As EagerEngine.state."""
+        assert self.trainer is not None
+        return self.trainer.state()
 
     def side_by_side(self, weights: Tensor, buffers: dict[str, Tensor]) -> CpuLanes | CudaLanes:
         """As EagerEngine.side_by_side."""
