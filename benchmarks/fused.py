@@ -171,7 +171,7 @@ def fused_step(problem: Problem, mask: Tensor) -> tuple[Callable[[], None], int]
     for module in trainer.way.modules:
         module.train()
     handle = first_handle(problem, bank)
-    size = sum(tensor.numel() * tensor.element_size() for tensor in (bank.weights, bank.momentum_buffer, bank.swa))
+    size = sum(tensor.numel() * tensor.element_size() for tensor in bank.state())
     return lambda: trainer.step(handle), size
 
 

@@ -21,6 +21,26 @@ def test_masked_sgd(benchmark, swa):
     benchmark(lambda: ops.masked_sgd_(*arguments, lr=rate, momentum=rate, weight_decay=rate, **average))
 
 
+@pytest.mark.parametrize("swa", [False, True], ids=["plain", "with SWA"])
+def test_masked_adamw(benchmark, swa):
+    lanes, parameters = 4, 5 * MILLION
+    weights, grads, first, mean = torch.randn(4, lanes, parameters).unbind()
+    second = torch.rand(lanes, parameters)
+    masks, run_of_lane = torch.rand(1, parameters) < 0.3, torch.zeros(lanes, dtype=torch.int64)
+    rate = torch.full((lanes,), 1e-3, dtype=torch.float64)
+    rates = dict.fromkeys(("lr", "beta1", "beta2", "eps", "weight_decay", "step"), rate)
+    average = {"swa": mean, "swa_weight": rate} if swa else {}
+    arguments = (weights, grads, first, second, masks, run_of_lane)
+    benchmark(lambda: ops.masked_adamw_(*arguments, **rates, **average))
+
+
+def test_clip_scale(benchmark):
+    lanes, parameters = 4, 5 * MILLION
+    grads, masks = torch.randn(lanes, parameters), torch.rand(1, parameters) < 0.3
+    run_of_lane, bound = torch.zeros(lanes, dtype=torch.int64), torch.ones(lanes, dtype=torch.float64)
+    benchmark(ops.clip_scale, grads, masks, run_of_lane, bound)
+
+
 def test_particle_mean(benchmark):
     weights, run_of_lane = torch.randn(4, 5 * MILLION), torch.zeros(4, dtype=torch.int64)
     benchmark(ops.particle_mean, weights, run_of_lane, 1)

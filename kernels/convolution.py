@@ -9,10 +9,13 @@ import triton
 import triton.language as tl
 from triton.runtime.interpreter import InterpretedFunction
 
+from .norm import arrived_last, merge_arguments, merge_constants, merge_statistics
+
 PIXELS = {2: 128, 4: 128, 8: 32}  # of a tile, by the bytes of a number
 MOST_OUT = {2: 128, 4: 64, 8: 32}
 MOST_IN = {2: 32, 4: 32, 8: 16}
 LEAST = 16  # of any side of a matrix product
+BIAS_ELEMENTS = 2048  # of a tile of pixels and channels
 SPLIT_PIXELS = 4096  # that one program of a weight gradient sums over, at least
 
 
@@ -64,6 +67,18 @@ def convolve_kernel(
     out,  # [L, B, OH, OW, groups * OUT]
     means,  # [L, tiles, groups * OUT] of each tile's pixels, if STATISTICS
     squares,  # [L, tiles, groups * OUT] sums of squared differences from them
+    arrivals,  # [L, blocks of channels] zeros; if STATISTICS, as all up to arrivals_stride
+    mean,  # [L, ...] and so on, as merge_statistics
+    variance,
+    scale,
+    offset,
+    norm_weights,
+    statistics_stride,
+    first_channel,
+    norm_weights_stride,
+    first_norm_weight,
+    first_norm_bias,
+    arrivals_stride,
     weights_stride,
     first,
     bias_stride,
@@ -87,6 +102,9 @@ def convolve_kernel(
     HAS_BIAS: tl.constexpr,
     ACCUMULATE: tl.constexpr,
     STATISTICS: tl.constexpr,
+    EPS: tl.constexpr,
+    HAS_NORM_WEIGHT: tl.constexpr,
+    HAS_NORM_BIAS: tl.constexpr,
     SUM: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
@@ -139,11 +157,20 @@ def convolve_kernel(
     if STATISTICS:
         value = tl.where(inside, rounded.to(SUM), 0.0)
         count = tl.minimum(pixels - tile * BLOCK_PIXELS, BLOCK_PIXELS).to(SUM)
-        mean = tl.sum(value, 0) / count
-        away = tl.where(inside, value - mean[None, :], 0.0)
-        at = (lane * tiles + tile) * groups * OUT + group * OUT + o
-        tl.store(means + at, mean, mask=o < OUT)
-        tl.store(squares + at, tl.sum(away * away, 0), mask=o < OUT)
+        own = tl.sum(value, 0) / count
+        away = tl.where(inside, value - own[None, :], 0.0)
+        channels = groups * OUT
+        c = group * OUT + o
+        means += lane * tiles * channels
+        squares += lane * tiles * channels
+        tl.store(means + tile * channels + c, own, mask=o < OUT)
+        tl.store(squares + tile * channels + c, tl.sum(away * away, 0), mask=o < OUT)
+        if arrived_last(arrivals + lane * arrivals_stride + group * tl.num_programs(1) + tl.program_id(1), tiles):
+            merge_statistics(
+                means, squares, mean, variance, scale, offset, norm_weights, statistics_stride, first_channel,
+                norm_weights_stride, first_norm_weight, first_norm_bias, lane, c, o < OUT, tiles, BLOCK_PIXELS, pixels,
+                channels, EPS, HAS_NORM_WEIGHT, HAS_NORM_BIAS, BLOCK_OUT,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -219,12 +246,47 @@ def weight_grad_kernel(
     )
 
 
-def convolve(source, weights, first, bias, first_bias, out, window, by_input, accumulate, statistics, precision):
+@triton.jit
+def bias_grad_kernel(
+    out_grad,  # [L, pixels, C]
+    partial,  # [L, tiles, C]
+    arrivals,  # [L, blocks of channels] zeros
+    grads,  # [L, ...], this layer's bias at `first`: added to
+    arrivals_stride,
+    grads_stride,
+    first,
+    pixels,
+    channels,
+    SUM: tl.constexpr,
+    BLOCK_PIXELS: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+):
+    lane = tl.program_id(2).to(tl.int64)
+    tiles = tl.num_programs(0)
+    pixel = tl.program_id(0) * BLOCK_PIXELS + tl.arange(0, BLOCK_PIXELS)
+    c = tl.program_id(1) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
+    inside = (pixel < pixels)[:, None] & (c < channels)[None, :]
+    place = (lane * pixels + pixel)[:, None] * channels + c[None, :]
+    own = tl.sum(tl.load(out_grad + place, mask=inside, other=0.0).to(SUM), 0)
+    partial += lane * tiles * channels
+    tl.store(partial + tl.program_id(0) * channels + c, own, mask=c < channels)
+    if arrived_last(arrivals + lane * arrivals_stride + tl.program_id(1), tiles):
+        total = tl.zeros((BLOCK_PIXELS, BLOCK_CHANNELS), tl.float64)
+        for begin in range(0, tiles, BLOCK_PIXELS):
+            tile = begin + tl.arange(0, BLOCK_PIXELS)
+            real = (tile < tiles)[:, None] & (c < channels)[None, :]
+            total += tl.load(partial + tile[:, None] * channels + c[None, :], mask=real, other=0.0).to(tl.float64)
+        at = grads + lane * grads_stride + first + c
+        before = tl.load(at, mask=c < channels, other=0.0)
+        tl.store(at, before + tl.sum(total, 0).to(before.dtype), mask=c < channels)
+
+
+def convolve(source, weights, first, bias, first_bias, out, window, by_input, accumulate, to, precision):
     """Launch one convolution, or its gradient by the input: then `source` is the output's gradient, `out` the input's.
 
     window      kernel, stride, padding, dilation, groups, in pairs but for stride and groups
     bias        a bank [L, ...] with this layer's at `first_bias`, or None
-    statistics  (means, squares) [L, tiles, C], one row a tile of `tile_pixels` pixels, or None
+    to          where the statistics of `out` go, as norm.statistics has it, or None
     precision   of products in float32: "ieee" or "tf32"
     """
     kernel, stride, padding, dilation, groups = window
@@ -232,12 +294,16 @@ def convolve(source, weights, first, bias, first_bias, out, window, by_input, ac
     _, _, out_height, out_width, out_channels = out.shape
     inner, outer, size = channels // groups, out_channels // groups, out.element_size()
     block_out = _block(outer, MOST_OUT[size])
-    means, squares = statistics if statistics is not None else (out, out)
     tiles = triton.cdiv(samples * out_height * out_width, PIXELS[size])
+    if to is None:
+        merge, constants = (out,) * 8 + (0,) * 6, {"EPS": 0.0, "HAS_WEIGHT": False, "HAS_BIAS": False}
+    else:
+        each = torch.empty(2, lanes, tiles, out_channels, dtype=to.mean.dtype, device=source.device)
+        merge, constants = (*each, *merge_arguments(to)), merge_constants(to)
     grid = (tiles * lanes * groups, triton.cdiv(outer, block_out))
     with torch.cuda.device_of(source):
         convolve_kernel[grid](
-            *(source, weights, weights if bias is None else bias, out, means, squares),
+            *(source, weights, weights if bias is None else bias, out, *merge),
             *(weights.stride(0), first, 0 if bias is None else bias.stride(0), first_bias),
             *(samples, height, width, out_height, out_width, groups),
             IN=inner,
@@ -252,7 +318,10 @@ def convolve(source, weights, first, bias, first_bias, out, window, by_input, ac
             BY_INPUT=by_input,
             HAS_BIAS=bias is not None,
             ACCUMULATE=accumulate,
-            STATISTICS=statistics is not None,
+            STATISTICS=to is not None,
+            EPS=constants["EPS"],
+            HAS_NORM_WEIGHT=constants["HAS_WEIGHT"],
+            HAS_NORM_BIAS=constants["HAS_BIAS"],
             SUM=_sum_type(out),
             PRECISION=precision,
             UPCAST=_upcasts(source),
@@ -297,9 +366,22 @@ def weight_grad(source, out_grad, partial, first, splits, window, precision):
         )
 
 
-def tiles(pixels, element_size):
-    """How many rows of statistics a launch of `convolve` leaves, and over how many pixels each."""
-    return triton.cdiv(pixels, PIXELS[element_size]), PIXELS[element_size]
+def bias_grad(out_grad, grads, first, arrivals):
+    """Launch the gradient by the bias, added to grads [L, ...] from `first` on; arrivals as norm.statistics has it."""
+    lanes, channels = out_grad.shape[0], out_grad.shape[-1]
+    pixels = out_grad[0].numel() // channels
+    block = _block(channels, 64)
+    tiles = triton.cdiv(pixels, BIAS_ELEMENTS // block)
+    partial = torch.empty(lanes, tiles, channels, dtype=grads.dtype, device=grads.device)
+    with torch.cuda.device_of(out_grad):
+        bias_grad_kernel[(tiles, triton.cdiv(channels, block), lanes)](
+            *(out_grad, partial, arrivals, grads, arrivals.stride(0), grads.stride(0), first, pixels, channels),
+            SUM=_sum_type(out_grad),
+            BLOCK_PIXELS=BIAS_ELEMENTS // block,
+            BLOCK_CHANNELS=block,
+            enable_fp_fusion=True,
+            num_warps=8,
+        )
 
 
 def weight_grad_splits(pixels):

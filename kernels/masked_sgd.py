@@ -18,6 +18,7 @@ def masked_sgd_kernel(
     lr,  # [L] float64, as the rates below
     momentum,
     weight_decay,
+    grad_scale,  # [L], or lr again if not SCALED
     swa_weight,  # [L], or lr again if not AVERAGE
     weights_stride,
     grads_stride,
@@ -28,6 +29,7 @@ def masked_sgd_kernel(
     parameters,
     prunable,
     NESTEROV: tl.constexpr,
+    SCALED: tl.constexpr,
     AVERAGE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -46,7 +48,11 @@ def masked_sgd_kernel(
         g = tl.load(grads + columns, mask=inside)
         buffer = tl.load(momentum_buffer + columns, mask=inside)
         mu = tl.load(momentum + lane).to(w.dtype)
-        step = g + w * tl.load(weight_decay + lane).to(w.dtype)
+        step = w * tl.load(weight_decay + lane).to(w.dtype)
+        if SCALED:
+            step += g * tl.load(grad_scale + lane).to(w.dtype)
+        else:
+            step += g
         buffer = tl.where(keep, buffer * mu + step, 0.0)
         if NESTEROV:
             step = step + buffer * mu
@@ -67,19 +73,21 @@ def masked_sgd_kernel(
 
 
 def masked_sgd_(
-    weights, grads, momentum_buffer, masks, run_of_lane, lr, momentum, weight_decay, nesterov, swa, swa_weight
-):
+    weights, grads, momentum_buffer, masks, run_of_lane,
+    lr, momentum, weight_decay, nesterov, grad_scale, swa, swa_weight,
+):  # fmt: skip
     """Launch the step; arguments as in swamp_fast/ops/masked_sgd.py."""
     lanes, parameters = weights.shape
-    average = swa is not None
+    scaled, average = grad_scale is not None, swa is not None
     mean = swa if average else weights
     with torch.cuda.device_of(weights):
         masked_sgd_kernel[(triton.cdiv(parameters, BLOCK),)](
             *(weights, grads, momentum_buffer, mean, masks, run_of_lane),
-            *(lr, momentum, weight_decay, swa_weight if average else lr),
+            *(lr, momentum, weight_decay, grad_scale if scaled else lr, swa_weight if average else lr),
             *(weights.stride(0), grads.stride(0), momentum_buffer.stride(0), mean.stride(0), masks.stride(0)),
             *(lanes, parameters, masks.shape[1]),
             NESTEROV=nesterov,
+            SCALED=scaled,
             AVERAGE=average,
             BLOCK=BLOCK,
             enable_fp_fusion=True,

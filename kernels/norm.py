@@ -10,31 +10,7 @@ import triton.language as tl
 
 ELEMENTS = 4096  # of a tile of pixels and channels
 BLOCK = 1024
-TILES = 64  # merged at once
-
-
-@triton.jit
-def tile_statistics_kernel(
-    source,  # [L, pixels, C]
-    means,  # [L, tiles, C]
-    squares,  # [L, tiles, C]
-    pixels,
-    channels,
-    SUM: tl.constexpr,
-    BLOCK_PIXELS: tl.constexpr,
-    BLOCK_CHANNELS: tl.constexpr,
-):
-    lane = tl.program_id(2).to(tl.int64)
-    pixel = tl.program_id(0) * BLOCK_PIXELS + tl.arange(0, BLOCK_PIXELS)
-    c = tl.program_id(1) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
-    inside = (pixel < pixels)[:, None] & (c < channels)[None, :]
-    value = tl.load(source + (lane * pixels + pixel)[:, None] * channels + c[None, :], mask=inside, other=0.0).to(SUM)
-    count = tl.minimum(pixels - tl.program_id(0) * BLOCK_PIXELS, BLOCK_PIXELS).to(SUM)
-    mean = tl.sum(value, 0) / count
-    away = tl.where(inside, value - mean[None, :], 0.0)
-    at = (lane * tl.num_programs(0) + tl.program_id(0)) * channels + c
-    tl.store(means + at, mean, mask=c < channels)
-    tl.store(squares + at, tl.sum(away * away, 0), mask=c < channels)
+MERGED = tl.constexpr(2048)  # numbers that the last program takes at once
 
 
 @triton.jit
@@ -54,9 +30,19 @@ def write_scale_offset(
 
 
 @triton.jit
-def merge_statistics_kernel(
-    means,  # [L, tiles, C]
-    squares,  # [L, tiles, C]
+def arrived_last(arrivals, of):
+    """Whether this program is the last of so many to come; what the others stored is there then. Leaves zero."""
+    tl.debug_barrier()  # after the stores of all its threads
+    last = tl.atomic_add(arrivals, 1, sem="acq_rel") == of - 1
+    if last:
+        tl.store(arrivals, 0)
+    return last
+
+
+@triton.jit
+def merge_statistics(
+    means,  # [tiles, C] of this lane
+    squares,  # [tiles, C]
     mean,  # [L, ...], this norm's channels at `first`, as the three below
     variance,  # biased
     scale,  # of the norm as in * scale + offset, as scale_offset_kernel
@@ -67,6 +53,9 @@ def merge_statistics_kernel(
     weights_stride,
     first_weight,
     first_bias,
+    lane,
+    c,
+    there,
     tiles,
     tile_pixels,
     pixels,
@@ -74,17 +63,14 @@ def merge_statistics_kernel(
     EPS: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    BLOCK_TILES: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
 ):
-    lane = tl.program_id(1).to(tl.int64)
-    c = tl.program_id(0) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
-    means += lane * tiles * channels
-    squares += lane * tiles * channels
+    """The last program's: a lane's statistics over all tiles, of the channels c that are there."""
+    BLOCK_TILES: tl.constexpr = MERGED // BLOCK_CHANNELS
     total = tl.zeros((BLOCK_CHANNELS,), tl.float64)
     for begin in range(0, tiles, BLOCK_TILES):
         tile = begin + tl.arange(0, BLOCK_TILES)
-        inside = (tile < tiles)[:, None] & (c < channels)[None, :]
+        inside = (tile < tiles)[:, None] & there[None, :]
         count = tl.minimum(pixels - tile * tile_pixels, tile_pixels).to(tl.float64)
         each = tl.load(means + tile[:, None] * channels + c[None, :], mask=inside, other=0.0).to(tl.float64)
         total += tl.sum(tl.where(inside, each * count[:, None], 0.0), 0)
@@ -92,7 +78,7 @@ def merge_statistics_kernel(
     total = tl.zeros((BLOCK_CHANNELS,), tl.float64)
     for begin in range(0, tiles, BLOCK_TILES):
         tile = begin + tl.arange(0, BLOCK_TILES)
-        inside = (tile < tiles)[:, None] & (c < channels)[None, :]
+        inside = (tile < tiles)[:, None] & there[None, :]
         count = tl.minimum(pixels - tile * tile_pixels, tile_pixels).to(tl.float64)
         each = tl.load(means + tile[:, None] * channels + c[None, :], mask=inside, other=0.0).to(tl.float64)
         square = tl.load(squares + tile[:, None] * channels + c[None, :], mask=inside, other=0.0).to(tl.float64)
@@ -103,11 +89,59 @@ def merge_statistics_kernel(
     kind = mean.dtype.element_ty
     m = middle.to(kind)
     v = (total / pixels).to(kind)
-    tl.store(mean + at, m, mask=c < channels)
-    tl.store(variance + at, v, mask=c < channels)
+    tl.store(mean + at, m, mask=there)
+    tl.store(variance + at, v, mask=there)
     write_scale_offset(
-        m, v, scale + at, offset + at, weights + own, first_weight, first_bias, c < channels, EPS, HAS_WEIGHT, HAS_BIAS
+        m, v, scale + at, offset + at, weights + own, first_weight, first_bias, there, EPS, HAS_WEIGHT, HAS_BIAS
     )
+
+
+@triton.jit
+def statistics_kernel(
+    source,  # [L, pixels, C]
+    means,  # [L, tiles, C]
+    squares,  # [L, tiles, C]
+    arrivals,  # [L, blocks of channels] zeros
+    mean,  # [L, ...] and so on, as merge_statistics
+    variance,
+    scale,
+    offset,
+    weights,
+    statistics_stride,
+    first,
+    weights_stride,
+    first_weight,
+    first_bias,
+    arrivals_stride,
+    pixels,
+    channels,
+    EPS: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    SUM: tl.constexpr,
+    BLOCK_PIXELS: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+):
+    lane = tl.program_id(2).to(tl.int64)
+    tiles = tl.num_programs(0)
+    pixel = tl.program_id(0) * BLOCK_PIXELS + tl.arange(0, BLOCK_PIXELS)
+    c = tl.program_id(1) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
+    inside = (pixel < pixels)[:, None] & (c < channels)[None, :]
+    value = tl.load(source + (lane * pixels + pixel)[:, None] * channels + c[None, :], mask=inside, other=0.0).to(SUM)
+    count = tl.minimum(pixels - tl.program_id(0) * BLOCK_PIXELS, BLOCK_PIXELS).to(SUM)
+    own = tl.sum(value, 0) / count
+    away = tl.where(inside, value - own[None, :], 0.0)
+    means += lane * tiles * channels
+    squares += lane * tiles * channels
+    at = tl.program_id(0) * channels + c
+    tl.store(means + at, own, mask=c < channels)
+    tl.store(squares + at, tl.sum(away * away, 0), mask=c < channels)
+    if arrived_last(arrivals + lane * arrivals_stride + tl.program_id(1), tiles):
+        merge_statistics(
+            means, squares, mean, variance, scale, offset, weights, statistics_stride, first, weights_stride,
+            first_weight, first_bias, lane, c, c < channels, tiles, BLOCK_PIXELS, pixels, channels,
+            EPS, HAS_WEIGHT, HAS_BIAS, BLOCK_CHANNELS,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -186,11 +220,23 @@ def norm_grad_sums_kernel(
     scale,  # as mean; read if not HAS_OUT: where out = relu(source * scale + offset) was never written
     offset,
     totals,  # [2, L, tiles, C] sums of the gradient before ReLU, and of it times (in - mean)
+    arrivals,  # [L, blocks of channels] zeros
+    merged,  # [2, L, C] the mean gradient, and the slope by (in - mean)
+    variance,  # as mean
+    grads,  # [L, ...], this norm's weight and bias at first_weight and first_bias: added to
     statistics_stride,
     first,
+    grads_stride,
+    first_weight,
+    first_bias,
+    arrivals_stride,
     pixels,
     channels,
     lanes,
+    EPS: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BY_BATCH: tl.constexpr,
     HAS_SIDE: tl.constexpr,
     ADD_SIDE: tl.constexpr,
     RELU: tl.constexpr,
@@ -221,64 +267,38 @@ def norm_grad_sums_kernel(
         tl.store(side_grad + place, own.to(side_grad.dtype.element_ty), mask=inside)
     m = tl.load(mean + lane * statistics_stride + first + c, mask=c < channels, other=0.0)
     centred = tl.where(inside, value - m[None, :], 0.0)
-    at = (lane * tl.num_programs(0) + tl.program_id(0)) * channels + c
-    tl.store(totals + at, tl.sum(gradient, 0), mask=c < channels)
-    at += tl.num_programs(2).to(tl.int64) * tl.num_programs(0) * channels
-    tl.store(totals + at, tl.sum(gradient * centred, 0), mask=c < channels)
-
-
-@triton.jit
-def norm_grad_merge_kernel(
-    totals,  # [2, L, tiles, C]
-    merged,  # [2, L, C] the mean gradient, and the slope by (in - mean)
-    variance,
-    grads,  # [L, ...], this norm's weight and bias at first_weight and first_bias: added to
-    statistics_stride,
-    first,
-    grads_stride,
-    first_weight,
-    first_bias,
-    tiles,
-    pixels,
-    channels,
-    lanes,
-    EPS: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    BY_BATCH: tl.constexpr,
-    BLOCK_TILES: tl.constexpr,
-    BLOCK_CHANNELS: tl.constexpr,
-):
-    lane = tl.program_id(1).to(tl.int64)
-    c = tl.program_id(0) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
+    BLOCK_TILES: tl.constexpr = MERGED // BLOCK_CHANNELS
     there = c < channels
-    total = tl.zeros((BLOCK_CHANNELS,), tl.float64)
-    centred = tl.zeros((BLOCK_CHANNELS,), tl.float64)
-    second = tl.num_programs(1).to(tl.int64) * tiles * channels
-    for begin in range(0, tiles, BLOCK_TILES):
-        tile = begin + tl.arange(0, BLOCK_TILES)
-        inside = (tile < tiles)[:, None] & there[None, :]
-        at = (lane * tiles + tile)[:, None] * channels + c[None, :]
-        total += tl.sum(tl.load(totals + at, mask=inside, other=0.0).to(tl.float64), 0)
-        centred += tl.sum(tl.load(totals + second + at, mask=inside, other=0.0).to(tl.float64), 0)
-    v = tl.load(variance + lane * statistics_stride + first + c, mask=there, other=1.0).to(tl.float64)
-    rstd = 1.0 / tl.sqrt(v + EPS)
-    own = grads + lane * grads_stride + c
-    if HAS_WEIGHT:
-        before = tl.load(own + first_weight, mask=there, other=0.0)
-        tl.store(own + first_weight, before + (centred * rstd).to(before.dtype), mask=there)
-    if HAS_BIAS:
-        before = tl.load(own + first_bias, mask=there, other=0.0)
-        tl.store(own + first_bias, before + total.to(before.dtype), mask=there)
-    at = lane * channels + c
-    kind = merged.dtype.element_ty
-    if BY_BATCH:
-        tl.store(merged + at, (total / pixels).to(kind), mask=there)
-        tl.store(merged + lanes * channels + at, (centred / pixels * rstd * rstd).to(kind), mask=there)
-    else:
-        nothing = tl.zeros((BLOCK_CHANNELS,), kind)
-        tl.store(merged + at, nothing, mask=there)
-        tl.store(merged + lanes * channels + at, nothing, mask=there)
+    tiles = tl.num_programs(0)
+    second = totals + tl.num_programs(2).to(tl.int64) * tiles * channels
+    at = (lane * tiles + tl.program_id(0)) * channels + c
+    tl.store(totals + at, tl.sum(gradient, 0), mask=there)
+    tl.store(second + at, tl.sum(gradient * centred, 0), mask=there)
+    if arrived_last(arrivals + lane * arrivals_stride + tl.program_id(1), tiles):
+        sum_grad = tl.zeros((BLOCK_CHANNELS,), tl.float64)
+        sum_centred = tl.zeros((BLOCK_CHANNELS,), tl.float64)
+        for begin in range(0, tiles, BLOCK_TILES):
+            tile = begin + tl.arange(0, BLOCK_TILES)
+            real = (tile < tiles)[:, None] & there[None, :]
+            row = (lane * tiles + tile)[:, None] * channels + c[None, :]
+            sum_grad += tl.sum(tl.load(totals + row, mask=real, other=0.0).to(tl.float64), 0)
+            sum_centred += tl.sum(tl.load(second + row, mask=real, other=0.0).to(tl.float64), 0)
+        v = tl.load(variance + lane * statistics_stride + first + c, mask=there, other=1.0).to(tl.float64)
+        rstd = 1.0 / tl.sqrt(v + EPS)
+        own_grads = grads + lane * grads_stride + c
+        if HAS_WEIGHT:
+            before = tl.load(own_grads + first_weight, mask=there, other=0.0)
+            tl.store(own_grads + first_weight, before + (sum_centred * rstd).to(before.dtype), mask=there)
+        if HAS_BIAS:
+            before = tl.load(own_grads + first_bias, mask=there, other=0.0)
+            tl.store(own_grads + first_bias, before + sum_grad.to(before.dtype), mask=there)
+        if not BY_BATCH:
+            sum_grad = tl.zeros((BLOCK_CHANNELS,), tl.float64)
+            sum_centred = tl.zeros((BLOCK_CHANNELS,), tl.float64)
+        kind = merged.dtype.element_ty
+        at = lane * channels + c
+        tl.store(merged + at, (sum_grad / pixels).to(kind), mask=there)
+        tl.store(merged + lanes * channels + at, (sum_centred / pixels * rstd * rstd).to(kind), mask=there)
 
 
 @triton.jit
@@ -325,43 +345,38 @@ def norm_grad_kernel(
     tl.store(in_grad + place, grad.to(in_grad.dtype.element_ty), mask=inside)
 
 
-def tile_statistics(source):
-    """Means and sums of squares about them, [L, tiles, C] each, and the pixels of a tile; as convolve leaves them."""
+def statistics(source, to):
+    """Launch the mean and the biased variance of each channel, and what scale_offset makes of them.
+
+    to  where they go: mean, variance, scale, offset [L, ...] from `first` on; `weights` [L, ...] with the norm's weight
+        at first_weight and its bias at first_bias, -1 for none; eps; arrivals [L, ...] int32, zeros before and after
+    """
     lanes, pixels, channels = _extents(source)
     block = _block(channels)
     per_tile = ELEMENTS // block // (2 if source.dtype == torch.float64 else 1)
     tiles = triton.cdiv(pixels, per_tile)
-    means, squares = torch.empty(2, lanes, tiles, channels, dtype=sum_dtype(source), device=source.device)
+    means, squares = torch.empty(2, lanes, tiles, channels, dtype=to.mean.dtype, device=source.device)
     with torch.cuda.device_of(source):
-        tile_statistics_kernel[(tiles, triton.cdiv(channels, block), lanes)](
-            *(source, means, squares, pixels, channels),
+        statistics_kernel[(tiles, triton.cdiv(channels, block), lanes)](
+            *(source, means, squares, *merge_arguments(to), pixels, channels),
+            **merge_constants(to),
             SUM=_sum_type(source),
             BLOCK_PIXELS=per_tile,
             BLOCK_CHANNELS=block,
             enable_fp_fusion=True,
             num_warps=8,
         )
-    return (means, squares), per_tile
 
 
-def merge_statistics(
-    statistics, tile_pixels, pixels, mean, variance, scale, offset, first, weights, first_weight, first_bias, eps
-):
-    """Write each channel's mean and biased variance into [L, ...], from `first` on, and as scale_offset does."""
-    means, squares = statistics
-    lanes, tiles, channels = means.shape
-    block = min(32, _block(channels))
-    with torch.cuda.device_of(means):
-        merge_statistics_kernel[(triton.cdiv(channels, block), lanes)](
-            *(means, squares, mean, variance, scale, offset, weights, mean.stride(0), first),
-            *(weights.stride(0), first_weight, first_bias, tiles, tile_pixels, pixels, channels),
-            EPS=eps,
-            HAS_WEIGHT=first_weight >= 0,
-            HAS_BIAS=first_bias >= 0,
-            BLOCK_TILES=TILES,
-            BLOCK_CHANNELS=block,
-            enable_fp_fusion=True,
-        )
+def merge_arguments(to):
+    """What merge_statistics takes, as the kernels around it do: see `statistics`."""
+    strides = to.mean.stride(0), to.first, to.weights.stride(0), to.first_weight, to.first_bias, to.arrivals.stride(0)
+    return to.arrivals, to.mean, to.variance, to.scale, to.offset, to.weights, *strides
+
+
+def merge_constants(to):
+    """Likewise; eps is one so that float64 keeps all of it."""
+    return {"EPS": to.eps, "HAS_WEIGHT": to.first_weight >= 0, "HAS_BIAS": to.first_bias >= 0}
 
 
 def scale_offset(mean, variance, scale, offset, first, channels, weights, first_weight, first_bias, eps):
@@ -412,12 +427,14 @@ def norm_grad(
     eps,
     relu,
     by_batch,
+    arrivals,
 ):
     """Launch the gradients of `norm`.
 
     out               None where it was never written; then relu's mask comes from scale and offset
     in_grad           None where it isn't needed
     side_grad         None where nothing was added
+    arrivals          as `statistics`
     """
     has_out = out is not None
     out = out if has_out else source
@@ -430,7 +447,12 @@ def norm_grad(
     with torch.cuda.device_of(source):
         norm_grad_sums_kernel[(tiles, triton.cdiv(channels, block), lanes)](
             *(source, out, out_grad, out if side_grad is None else side_grad, mean, scale, offset, totals),
-            *(mean.stride(0), first, pixels, channels, lanes),
+            *(arrivals, merged, variance, grads, mean.stride(0), first, grads.stride(0), first_weight, first_bias),
+            *(arrivals.stride(0), pixels, channels, lanes),
+            EPS=eps,
+            HAS_WEIGHT=first_weight >= 0,
+            HAS_BIAS=first_bias >= 0,
+            BY_BATCH=by_batch,
             HAS_SIDE=side_grad is not None,
             ADD_SIDE=accumulate_side,
             RELU=relu,
@@ -440,18 +462,6 @@ def norm_grad(
             BLOCK_CHANNELS=block,
             enable_fp_fusion=True,
             num_warps=8,
-        )
-        few = min(32, block)
-        norm_grad_merge_kernel[(triton.cdiv(channels, few), lanes)](
-            *(totals, merged, variance, grads, variance.stride(0), first, grads.stride(0), first_weight, first_bias),
-            *(tiles, pixels, channels, lanes),
-            EPS=eps,
-            HAS_WEIGHT=first_weight >= 0,
-            HAS_BIAS=first_bias >= 0,
-            BY_BATCH=by_batch,
-            BLOCK_TILES=TILES,
-            BLOCK_CHANNELS=few,
-            enable_fp_fusion=True,
         )
         if in_grad is None:
             return
@@ -464,11 +474,6 @@ def norm_grad(
             BLOCK=BLOCK,
             enable_fp_fusion=True,
         )
-
-
-def sum_dtype(tensor):
-    """What a map's sums are kept in."""
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
 def _extents(source):

@@ -12,6 +12,12 @@ from swamp_fast.config import SwampConfig
 from swamp_fast.data.streams import lane_keys, stream_of
 from swamp_fast.layout import Extent
 
+MOMENTS = {"sgd": 1, "adamw": 2}
+RATES = {  # of an optimizer's op, and the settings that they are
+    "sgd": {"momentum": "momentum", "weight_decay": "weight_decay"},
+    "adamw": {"beta1": "beta1", "beta2": "beta2", "eps": "adam_eps", "weight_decay": "weight_decay"},
+}
+
 
 @dataclass(frozen=True)
 class Solution:
@@ -22,13 +28,15 @@ class Solution:
 
 
 class ParticleBank:
-    """L lanes of weights, their momentum and SWA means, and R masks; reused from cycle to cycle, never replaced.
+    """L lanes of weights, their moments and SWA means, and R masks; reused from cycle to cycle, never replaced.
 
-    weights, momentum_buffer, swa     [L, P]
+    weights, swa                      [L, P]
+    moments                           [L, P]  each: the momentum of SGD, or AdamW's first and second moment
     masks                             [R, Q]  bool, one row a run
     run_of_lane                       [L]     int64
     keys                              [L, 3]  int64: seed, stream, 0; what each lane draws with
-    momentum, weight_decay            [L]     float64
+    rates                             [L]     float64 each, by the names that the optimizer's op has for them
+    clip_norm                         [L]     float64, or None
     buffers                           what the lanes' modules start with; replaced by what they end with, [L, ...]
     """
 
@@ -36,14 +44,19 @@ class ParticleBank:
         self, layout: Extent, config: SwampConfig, lanes: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         self.layout, self.config = layout, config
-        self.weights, self.momentum_buffer, self.swa = (
-            torch.zeros(lanes, layout.P, dtype=dtype, device=device) for _ in range(3)
+        self.weights, self.swa, *moments = (
+            torch.zeros(lanes, layout.P, dtype=dtype, device=device) for _ in range(2 + MOMENTS[config.optimizer])
         )
+        self.moments = tuple(moments)
         self.masks = torch.zeros(1, layout.Q, dtype=torch.bool, device=device)
         self.run_of_lane = torch.zeros(lanes, dtype=torch.int64, device=device)
         self.keys = torch.zeros(lanes, 3, dtype=torch.int64, device=device)
-        self.momentum = torch.full((lanes,), config.momentum, dtype=torch.float64, device=device)
-        self.weight_decay = torch.full((lanes,), config.weight_decay, dtype=torch.float64, device=device)
+
+        def in_each(value: float) -> Tensor:
+            return torch.full((lanes,), value, dtype=torch.float64, device=device)
+
+        self.rates = {name: in_each(getattr(config, setting)) for name, setting in RATES[config.optimizer].items()}
+        self.clip_norm = None if config.clip_norm is None else in_each(config.clip_norm)
         self.buffers: dict[str, Tensor] = {}
 
     @property
@@ -52,12 +65,12 @@ class ParticleBank:
         return len(self.weights)
 
     def rewind_(self, start: Solution, mask: Tensor, cycle: int | None) -> None:
-        """Put every lane at `start` under a mask [Q], with fresh momentum; cycle None trains the ticket."""
+        """Put every lane at `start` under a mask [Q], with fresh moments; cycle None trains the ticket."""
         self.masks.copy_(mask)
         self.weights.copy_(start.weights.expand_as(self.weights))
         self.weights[:, : self.layout.Q].mul_(self.masks[self.run_of_lane])
-        self.momentum_buffer.zero_()
-        self.swa.zero_()
+        for tensor in (*self.moments, self.swa):
+            tensor.zero_()
         streams = [stream_of(cycle, particle) for particle in range(self.lanes)]
         self.keys.copy_(lane_keys([self.config.seed] * self.lanes, streams, self.keys.device))
         self.buffers = {
@@ -66,7 +79,8 @@ class ParticleBank:
 
     def moving(self) -> dict[str, Tensor]:
         """What a step changes, by name, each [L, P]."""
-        return {"weights": self.weights, "momentum_buffer": self.momentum_buffer, "swa": self.swa}
+        moments = {f"moment{number}": moment for number, moment in enumerate(self.moments)}
+        return {"weights": self.weights, "swa": self.swa, **moments}
 
     def state(self) -> dict[str, Tensor]:
         """What a step changes, on the CPU, without what is pruned: the kept of all lanes in a row, and the rest.

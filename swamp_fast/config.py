@@ -17,11 +17,18 @@ CHOICES = {
     "rewind": ("ticket", "average"),
     "engine": ("auto", "eager", "fused"),
     "precision": ("float32", "float64", "bfloat16"),
+    "optimizer": ("sgd", "adamw"),
     "on_divergence": ("stop", "drop"),
 }
+# What belongs to one optimizer alone.
+OPTIMIZERS = {"momentum": "sgd", "nesterov": "sgd", "beta1": "adamw", "beta2": "adamw", "adam_eps": "adamw"}
+LEAST_EPS = 2.0**-126  # the smallest normal float32 number
 # They say where a run happens and what is kept and shown of it, not what it computes. A run that stopped because a
 # particle diverged may go on without it: until then both choices compute the same.
-NOT_IDENTITY = ("device", "run_dir", "resume", "progress", "data_dir", "checkpoint_minutes", "on_divergence")
+NOT_IDENTITY = (
+    *("device", "run_dir", "resume", "progress", "tensorboard", "data_dir"),
+    *("checkpoint_minutes", "on_divergence"),
+)
 MOST_PARTICLES = 1 << 16  # a particle's number has 16 bits of its stream's word
 MOST_CYCLES = (1 << 16) - 2
 
@@ -44,9 +51,15 @@ class SwampConfig:
         swa: average the weights over the last part of each training; off: the last iterate, and the rate falls to 0.
         swa_lr: the constant rate of the SWA window; at most `lr`. The cosine from `lr` down to it is *ours*.
         swa_start: the window starts at epoch floor(swa_start * epochs), and takes one sample an epoch's end.
+        optimizer: "sgd", or "adamw", which wants about a hundredth of the rates: lr=1e-3, swa_lr=5e-4.
         momentum: of SGD; 0 is plain SGD.
         nesterov: Nesterov's form of it.
-        weight_decay: coupled, on every parameter. *Ours*: 5e-4.
+        beta1: how much of the gradient's running mean AdamW keeps at a step.
+        beta2: how much of the running mean of its square.
+        adam_eps: added to the root of that in AdamW's denominator.
+        weight_decay: on every parameter; coupled with SGD, decoupled with AdamW. *Ours*: 5e-4.
+        clip_norm: each particle's gradient is scaled down to this norm, taken over its kept weights and all other
+            parameters; None leaves it as it is.
         augment: "crop_flip" pads by 4 pixels, crops and mirrors pictures; "auto" does so for CIFAR. *Ours*.
         rewind: what a cycle starts from: the ticket (SWAMP), or the last average (Sparse Model Soups, 2306.16788).
         seed: of the batch order, augmentation and dropout. The initial weights are those of the model.
@@ -60,6 +73,7 @@ class SwampConfig:
         checkpoint_minutes: how often a checkpoint is written inside a training, besides one a cycle; 0: never.
         resume: go on from what run_dir holds; off: run_dir must be empty.
         progress: show progress on standard error.
+        tensorboard: write TensorBoard events to run_dir/tensorboard, too; needs the extra "tensorboard".
         data_dir: where named data sets are; else the environment variable SWAMP_DATA says.
 
     Raises ValueError or TypeError for a setting that is unknown, out of range, or contradicts another.
@@ -76,9 +90,14 @@ class SwampConfig:
     swa: bool = True
     swa_lr: float = 0.05
     swa_start: float = 0.75
+    optimizer: str = "sgd"
     momentum: float = 0.9
     nesterov: bool = False
+    beta1: float = 0.9
+    beta2: float = 0.999
+    adam_eps: float = 1e-8
     weight_decay: float = 5e-4
+    clip_norm: float | None = None
     augment: str = "auto"
     rewind: str = "ticket"
     seed: int = 0
@@ -91,6 +110,7 @@ class SwampConfig:
     checkpoint_minutes: float = 5.0
     resume: bool = True
     progress: bool = True
+    tensorboard: bool = False
     data_dir: str | None = None
 
     def __post_init__(self) -> None:
@@ -119,10 +139,21 @@ class SwampConfig:
         _in_range("epochs", self.epochs, 1, 1 << 31)
         _in_range("ticket_epochs", self.ticket_epochs, 0, 1 << 31)
         _in_range("batch_size", self.batch_size, 1, 1 << 31)
-        for name in ("lr", "swa_lr", "momentum", "weight_decay", "checkpoint_minutes"):
+        for name in ("lr", "swa_lr", "weight_decay", "checkpoint_minutes"):
             _in_range(name, getattr(self, name), 0.0, math.inf)
-        if self.momentum >= 1:
-            raise ValueError(f"`momentum` must lie in [0, 1), got {self.momentum}.")
+        for name in ("momentum", "beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must lie in [0, 1), got {getattr(self, name)}.")
+        _in_range("adam_eps", self.adam_eps, LEAST_EPS, math.inf)
+        if self.clip_norm is not None and not 0 < self.clip_norm < math.inf:
+            raise ValueError(f"`clip_norm` must be above 0 and finite, got {self.clip_norm}; None clips nothing.")
+        for name, optimizer in OPTIMIZERS.items():
+            value, default = getattr(self, name), type(self).__dataclass_fields__[name].default
+            if self.optimizer != optimizer and value != default:
+                raise ValueError(
+                    f'`{name}` is a setting of optimizer="{optimizer}", got {name} = {value} with '
+                    f'optimizer="{self.optimizer}". Leave it at {default}, or choose the other optimizer.'
+                )
         if self.nesterov and self.momentum == 0:
             raise ValueError("`nesterov` needs momentum; set momentum above 0 or nesterov=False.")
         if not 0 <= self.swa_start < 1:

@@ -20,12 +20,14 @@ class Scores:
 
     loss, accuracy      of the average
     particle_accuracy   of each particle
+    particle_loss       likewise
     ensemble_accuracy   of the mean of the particles' softmax
     """
 
     loss: float
     accuracy: float | None
     particle_accuracy: list[float] | None
+    particle_loss: list[float]
     ensemble_accuracy: float | None
 
 
@@ -37,22 +39,25 @@ def score(
 
     run(inputs [B, ...], time) gives the outputs of the particles, and of their average last.
     """
-    total, entries, ensemble = 0.0, 0, 0
+    entries = ensemble = 0
+    total: Tensor | float = 0.0
     correct: Tensor | int = 0
     batches = pass_in_stored_order(data, problem.config.batch_size, channels_last)
     for number, (inputs, targets, count) in enumerate(batches):
         *particles, average = run(inputs, evaluation_time(which, number))
-        total += float(problem.losses(average, targets).double().mean()) * count
+        losses = [problem.losses(each, targets).double().mean() for each in (*particles, average)]
+        total = total + torch.stack(losses) * count
         if problem.classifies:
             entries += targets.numel()
             correct = correct + torch.stack([(out.argmax(1) == targets).sum() for out in (*particles, average)])
             together = torch.stack([out.double().softmax(1) for out in particles]).mean(0)
             ensemble += int((together.argmax(1) == targets).sum())
-    loss = total / data.length
+    assert isinstance(total, Tensor)  # no split is empty
+    *each_loss, loss = (total / data.length).tolist()
     if not isinstance(correct, Tensor):
-        return Scores(loss, None, None, None)
+        return Scores(loss, None, None, each_loss, None)
     *each, average = (int(number) / entries for number in correct)
-    return Scores(loss, average, each, ensemble / entries)
+    return Scores(loss, average, each, each_loss, ensemble / entries)
 
 
 def score_row(test: Scores | None, val: Scores | None) -> dict[str, Any]:
@@ -62,6 +67,7 @@ def score_row(test: Scores | None, val: Scores | None) -> dict[str, Any]:
             "accuracy",
             "loss",
             "particle_accuracy",
+            "particle_loss",
             "best_accuracy",
             "mean_accuracy",
             "ensemble_accuracy",
@@ -74,6 +80,7 @@ def score_row(test: Scores | None, val: Scores | None) -> dict[str, Any]:
             "accuracy": test.accuracy,
             "loss": test.loss,
             "particle_accuracy": test.particle_accuracy,
+            "particle_loss": test.particle_loss,
             "ensemble_accuracy": test.ensemble_accuracy,
         }
         if test.particle_accuracy is not None:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from swamp_fast import nvrtc
-from swamp_fast.engines.fused.cuda.halo import PIXELS, Halo
+from swamp_fast.engines.fused.cuda.halo import PIXELS, Halo, Statistics
 
 BATCH = 128
 WARPS = 8  # of a block of csrc/cuda
@@ -101,10 +101,11 @@ def _cuda_kernel(name: str, config: str, constants: dict[str, int], shared: int,
     if inner:
         begin, end = max(inner, key=lambda loop: loop[1] - loop[0])
         count += (trips - 1) * (end - begin + 1)
-    rest = len(instructions) - (outer[1] - outer[0] + 1)  # what a block does once
+    arrival = next((i for i, each in enumerate(instructions) if "ATOM" in each), len(instructions))
+    once = arrival - (outer[1] - outer[0] + 1)  # what a block does once; behind it, what the last block does
     halo = Halo(constants["HEIGHT"], constants["WIDTH"], constants["IN"], constants["OUT"])
     tiles = halo.block_tiles(BATCH) if name == "convolve" else max(1, halo.tiles(BATCH) // halo.parts(BATCH))
-    count += rest // tiles
+    count += once // tiles + (len(instructions) - arrival) // halo.tiles(BATCH)
     numbers = constants["IN"] + constants["OUT"] * (1 + constants.get("ACCUMULATE", 0))
     clocks = max(2 * numbers / BYTES, 9 * constants["IN"] * constants["OUT"] / PRODUCTS)
     return Compiled(
@@ -175,7 +176,15 @@ class _NamedTarget:
 
 def _launch_bank_kernels() -> None:
     """What every engine launches, with one lane (specialised to the constant) and with several."""
-    from swamp_fast.kernels import gather_augment, global_threshold, masked_sgd, particle_mean, philox
+    from swamp_fast.kernels import (
+        clip_scale,
+        gather_augment,
+        global_threshold,
+        masked_adamw,
+        masked_sgd,
+        particle_mean,
+        philox,
+    )  # fmt: skip
 
     for lanes in (1, 3):
         keys = torch.zeros(lanes, 3, dtype=torch.int64)
@@ -185,10 +194,13 @@ def _launch_bank_kernels() -> None:
         for dtype in (torch.float32, torch.float64):
             bank = torch.zeros(3, lanes, 4096, dtype=dtype)
             masks = torch.zeros(1, 4000, dtype=torch.bool)
-            for nesterov in (False, True):
-                for swa, share in ((bank[2], rates[3]), (None, None)):
-                    state = (bank[0], bank[1], bank[2], masks, run_of_lane, *rates[:3])
-                    masked_sgd.masked_sgd_(*state, nesterov, swa, share)
+            for scale, (swa, share) in product((None, rates[3]), ((bank[2], rates[3]), (None, None))):
+                state = (bank[0], bank[1], bank[2])
+                for nesterov in (False, True):
+                    masked_sgd.masked_sgd_(*state, masks, run_of_lane, *rates[:3], nesterov, scale, swa, share)
+                adam = (*rates[:3], *rates[:3])
+                masked_adamw.masked_adamw_(*state, bank[2], masks, run_of_lane, *adam, scale, swa, share)
+            clip_scale.clip_scale(bank[0], masks, run_of_lane, rates[0])
             particle_mean.particle_mean(bank[0], run_of_lane, 1)
             keep = torch.ones(lanes, dtype=torch.int64)
             global_threshold.global_threshold(bank[0][:, :4000], masks.expand(lanes, -1).contiguous(), keep)
@@ -207,7 +219,7 @@ LINEAR = (1, 1), 1, (0, 0), (1, 1), 1
 
 def _launch_fused_kernels(dtype: torch.dtype) -> None:
     """What the fused engine launches for a residual network with the stem's three channels, a wide one and a head."""
-    from swamp_fast.kernels import compact, convolution, pool
+    from swamp_fast.kernels import compact, convolution, loss, pool
 
     bank = torch.float64 if dtype == torch.float64 else torch.float32
     lanes, samples = 2, 16
@@ -222,17 +234,21 @@ def _launch_fused_kernels(dtype: torch.dtype) -> None:
         half = size // window[1]
         source = torch.zeros(lanes, samples, size, size, inputs, dtype=dtype)
         out = torch.zeros(lanes, samples, half, half, outputs, dtype=dtype)
-        tiles, _ = convolution.tiles(out[0].numel() // outputs, out.element_size())
-        statistics = torch.zeros(2, lanes, tiles, outputs, dtype=bank).unbind()
+        mean, variance, scale, offset = torch.zeros(4, lanes, 4096, dtype=bank)
+        arrivals = torch.zeros(lanes, outputs, dtype=torch.int32)
+        to = Statistics(mean, variance, scale, offset, 16, weights, 16, 80, 1e-5, arrivals)
         head = window == LINEAR
         bias = (weights, 16) if head else (None, 0)
         forward = (source, dense, 16, *bias, out, window)
-        convolution.convolve(*forward, False, False, None if head else statistics, precision)
+        convolution.convolve(*forward, False, False, None if head else to, precision)
         if inputs > 3:
             backward = (out, dense, 16, None, 0, source, window)
             for accumulate in (False, True) if dtype == torch.bfloat16 else (True,):
                 convolution.convolve(*backward, True, accumulate, None, precision)
         convolution.weight_grad(source, out, weights, 16, 2, window, precision)
+        convolution.bias_grad(out, weights, 16, arrivals)
+    for classes in (10, 1000) if dtype != torch.bfloat16 else ():
+        loss.cross_entropy(torch.zeros(lanes, samples, classes, dtype=dtype), torch.zeros(lanes, samples).long())
     for count in (lanes, 1):  # one is specialised to the constant
         _launch_norms(dtype, bank, count, samples)
     a, b = torch.zeros(2, lanes, samples, 8, 8, 64, dtype=dtype)
@@ -250,9 +266,9 @@ def _launch_norms(dtype: torch.dtype, bank: torch.dtype, lanes: int, samples: in
     weights = torch.zeros(lanes, 4096, dtype=bank)
     a, b, c, d = torch.zeros(4, lanes, samples, 8, 8, 64, dtype=dtype)
     mean, variance, scale, offset = torch.zeros(4, lanes, 80, dtype=bank)
-    statistics, tile_pixels = norm.tile_statistics(a)
     each = mean, variance, scale, offset, 16
-    norm.merge_statistics(statistics, tile_pixels, samples * 64, *each, weights, 16, 80, 1e-5)
+    to = Statistics(*each, weights, 16, 80, 1e-5, torch.zeros(lanes, 64, dtype=torch.int32))
+    norm.statistics(a, to)
     norm.scale_offset(*each, 64, weights, 16, 80, 1e-5)
     for side in (None, d):
         norm.norm(a, side, b, mean, scale, 16, weights, 80, True)
@@ -260,7 +276,7 @@ def _launch_norms(dtype: torch.dtype, bank: torch.dtype, lanes: int, samples: in
         if out is None and side is not None:
             continue
         maps = (a, out, c, b if out is None else a, side, False, side is not None)
-        norm.norm_grad(*maps, mean, variance, scale, offset, 16, weights, 16, 80, 1e-5, True, True)
+        norm.norm_grad(*maps, mean, variance, scale, offset, 16, weights, 16, 80, 1e-5, True, True, to.arrivals)
 
 
 def _tool(name: str) -> Path:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -154,13 +154,7 @@ def train_particle(problem: Problem, run: Run, model: nn.Module, masks: State, c
         if isinstance(module, _NormBase) and module.running_mean is not None:
             module.reset_running_stats()
     model.train()
-    optimizer = torch.optim.SGD(
-        parameters.values(),
-        lr=config.lr,
-        momentum=config.momentum,
-        weight_decay=config.weight_decay,
-        nesterov=config.nesterov,
-    )
+    optimizer = optimizer_of(config, parameters.values())
     swa: dict[str, Tensor] = {}
     step, last_losses = 0, 0.0
     for epoch in range(epochs):
@@ -184,6 +178,8 @@ def train_particle(problem: Problem, run: Run, model: nn.Module, masks: State, c
                     parameter.grad = torch.zeros_like(parameter)
             for name, mask in masks.items():
                 parameters[name].grad.mul_(mask)  # type: ignore[union-attr]
+            if config.clip_norm is not None:
+                torch.nn.utils.clip_grad_norm_(parameters.values(), config.clip_norm)
             optimizer.step()
             for name, mask in masks.items():
                 parameters[name].data.mul_(mask)
@@ -191,6 +187,7 @@ def train_particle(problem: Problem, run: Run, model: nn.Module, masks: State, c
             run.step(1, f"{where}, epoch {epoch + 1}/{epochs}")
             step += 1
         last_losses = float(epoch_loss) / len(problem.bounds)
+        run.keep_epoch(cycle, epoch, [last_losses], number)
         finite = all(bool(torch.isfinite(parameter).all()) for parameter in parameters.values())
         if not math.isfinite(last_losses) or not finite:
             raise Diverged(where, epoch + 1)
@@ -202,6 +199,25 @@ def train_particle(problem: Problem, run: Run, model: nn.Module, masks: State, c
     for name, mean in swa.items():
         parameters[name].data.copy_(mean)
     return last_losses
+
+
+def optimizer_of(config: SwampConfig, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    """The optimizer that the settings ask for."""
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(
+            parameters,
+            lr=config.lr,
+            betas=(config.beta1, config.beta2),
+            eps=config.adam_eps,
+            weight_decay=config.weight_decay,
+        )
+    return torch.optim.SGD(
+        parameters,
+        lr=config.lr,
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+        nesterov=config.nesterov,
+    )
 
 
 def learning_rate(config: SwampConfig, step: int, steps_per_epoch: int, swa_start: int) -> float:
@@ -274,6 +290,7 @@ def scores(problem: Problem, models: dict[int, nn.Module], cycle: int) -> dict[s
             "accuracy",
             "loss",
             "particle_accuracy",
+            "particle_loss",
             "best_accuracy",
             "mean_accuracy",
             "ensemble_accuracy",
@@ -286,8 +303,9 @@ def scores(problem: Problem, models: dict[int, nn.Module], cycle: int) -> dict[s
     *particles, average = models.values()
     if test is not None:
         row["loss"], row["accuracy"], _ = evaluate(problem, average, test, keys[-1], 1)
+        each = [evaluate(problem, particle, test, key, 1) for particle, key in zip(particles, keys, strict=False)]
+        row["particle_loss"] = [loss for loss, _, _ in each]
         if problem.classifies:
-            each = [evaluate(problem, particle, test, key, 1) for particle, key in zip(particles, keys, strict=False)]
             row["particle_accuracy"] = [accuracy for _, accuracy, _ in each]
             row["mean_accuracy"] = sum(row["particle_accuracy"]) / len(each)
             together = torch.stack([softmax for _, _, softmax in each if softmax is not None]).mean(0)

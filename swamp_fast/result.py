@@ -22,12 +22,12 @@ class SwampResult:
 
     Attributes:
         history: a plain dict a cycle, 0 … C; also history.jsonl. Keys: cycle, particles, density (kept / prunable),
-            kept, accuracy and loss (of the average, on test), particle_accuracy (a list), best_accuracy (of the
-            particle that is best on val; None without val), mean_accuracy, ensemble_accuracy, val_accuracy and
-            val_mean_accuracy, flops (of one sample's forward, 2 a multiply-add), train_loss (a list), train_seconds
-            (training steps and their checkpoints), dropped (a dict of lane and epoch for each particle that diverged;
-            the average, the lists and all that is made of them are of the others), seconds, peak_memory (bytes),
-            warnings. Accuracies are fractions, None without test data.
+            kept, accuracy and loss (of the average, on test), particle_accuracy and particle_loss (lists),
+            best_accuracy (of the particle that is best on val; None without val), mean_accuracy, ensemble_accuracy,
+            val_accuracy and val_mean_accuracy, flops (of one sample's forward, 2 a multiply-add), train_loss (a list),
+            train_seconds (training steps and their checkpoints), dropped (a dict of lane and epoch for each particle
+            that diverged; the average, the lists and all that is made of them are of the others), seconds, peak_memory
+            (bytes), warnings. Accuracies are fractions, None without test data.
         ticket: name -> tensor, the matching ticket's parameters and buffers.
         particles: name -> [N, ...], the particles of the last cycle (their SWA means), if keep_particles.
         engine: what ran, how, and why.

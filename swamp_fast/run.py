@@ -24,6 +24,7 @@ from swamp_fast.config import NOT_IDENTITY
 from swamp_fast.data.streams import generators_left_alone
 from swamp_fast.problem import Problem
 from swamp_fast.report.console import Console, duration, percent
+from swamp_fast.report.tensorboard import Events
 from swamp_fast.result import SwampResult, snapshot_of
 from swamp_fast.schedule import total_particle_epochs
 from swamp_fast.signals import StopSignals
@@ -88,6 +89,11 @@ class Run:
         self.signals = StopSignals()
         self.kept_at = time.perf_counter()  # the newest checkpoint
         self.folder = RunDirectory(self.config.run_dir) if self.config.run_dir is not None else None
+        self.events: Events | None = None
+        if self.config.tensorboard:
+            if self.folder is None:
+                raise ValueError("`tensorboard` writes into run_dir, got run_dir = None; name a folder.")
+            self.events = Events(self.folder.path / "tensorboard", self.config.ticket_epochs, self.config.epochs)
         self.steps_done = self.steps_left = 0  # of particles; done in this process
         self.began: float | None = None
         self.told_estimate = False
@@ -114,6 +120,8 @@ class Run:
     ) -> None:
         """Give the terminal, the signals, the folder and the random generators back."""
         self.console.close()
+        if self.events is not None:
+            self.events.close()
         self._context.__exit__(kind, error, trace)
         if kind is None and self.signals.asked is not None:
             self.signals.stop()
@@ -131,11 +139,18 @@ class Run:
         if self.folder is not None:
             self.folder.write_about(self.about)
 
+    def keep_epoch(self, cycle: int | None, epoch: int, losses: list[float], first: int = 0) -> None:
+        """Show an epoch's mean losses, of particles from number `first` on, on TensorBoard; cycle None: the ticket."""
+        if self.events is not None:
+            self.events.epoch(cycle, epoch, losses, first)
+
     def keep_cycle(self, state: State, masks: State, row: dict[str, Any]) -> None:
         """Record a cycle: its average, masks and row; tell the user, on the console and by on_cycle."""
         self._warn(masks, row)
         self.rows.append(row)
         snapshot = Snapshot(state, masks, row)
+        if self.events is not None:  # before the cycle's file: a run killed in between writes them anew
+            self.events.cycle(row)
         if self.folder is not None:
             self.folder.write_cycle(row["cycle"], snapshot, self.rows)
             self.snapshots.append(self.folder.cycle_path(row["cycle"]))
@@ -149,6 +164,8 @@ class Run:
 
     def keep_training(self, state: Unfinished) -> None:
         """Record the training under way; nothing without a folder."""
+        if self.events is not None:
+            self.events.flush()
         if self.folder is not None:
             self.folder.write_training(state)
         self.kept_at = time.perf_counter()
@@ -248,6 +265,10 @@ class Run:
                 )
             else:
                 self._take_over(self.folder)
+        if self.events is not None:
+            # The last epoch that the middle of a training has whole is looked at again.
+            steps = 0 if self.unfinished is None else self.unfinished.steps
+            self.events.resume(self.rows, self.ticket is not None, max(steps - 1, 0) // len(self.problem.bounds))
         if self.ticket is not None:
             total -= self.config.ticket_epochs
         total -= sum(self.config.particles_at(row["cycle"]) for row in self.rows) * self.config.epochs

@@ -49,6 +49,7 @@ class Watch:
 
         Raises FloatingPointError if one diverged and `on_divergence` says so, or if none is left.
         """
+        self.run.keep_epoch(self.cycle, epoch, losses.tolist())
         finite = torch.isfinite(losses)
         for solutions in (self.bank.weights, self.bank.swa):
             finite &= torch.isfinite(solutions).all(1)

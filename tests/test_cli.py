@@ -41,7 +41,18 @@ def test_settings_from_toml_and_flags(tmp_path, capsys):
     command = ["run", "--model", "mlp", "--data", "digits", "--config", str(tmp_path / "a.toml"), "--out", str(out)]
     assert main([*command, "--particles", "1,2,1", "--no-swa", "--seed", "-3"]) == 0
     about = json.loads((out / "run.json").read_text())["config"]
+    assert about["clip_norm"] is None
     assert (about["particles"], about["swa"], about["seed"], about["cycles"]) == ([1, 2, 1], False, -3, 2)
+
+
+def test_another_optimizer_by_flags(tmp_path, capsys):
+    out, adamw = tmp_path / "run", ["--optimizer", "adamw", "--lr", "1e-3", "--swa-lr", "1e-3", "--beta1", "0.8"]
+    command = ["run", "--model", "mlp", "--data", "digits", "--out", str(out), "--clip-norm", "0.5", *FAST]
+    assert main([*command, *adamw]) == 0
+    about = json.loads((out / "run.json").read_text())["config"]
+    assert [about[name] for name in ("optimizer", "beta1", "clip_norm")] == ["adamw", 0.8, 0.5]
+    assert main([*command, *adamw, "--nesterov"]) == 2
+    assert '`nesterov` is a setting of optimizer="sgd"' in capsys.readouterr().err
 
 
 def test_every_setting_is_a_flag(capsys):

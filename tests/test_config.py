@@ -28,6 +28,15 @@ BAD = [
     ({"weight_decay": float("inf")}, ValueError, "`weight_decay` must be at least 0 and finite, got inf"),
     ({"momentum": 1.0}, ValueError, r"`momentum` must lie in \[0, 1\)"),
     ({"nesterov": True, "momentum": 0.0}, ValueError, "`nesterov` needs momentum"),
+    ({"optimizer": "adam"}, ValueError, '`optimizer` must be one of "sgd", "adamw"; got "adam"'),
+    ({"optimizer": "adamw", "nesterov": True}, ValueError, '`nesterov` is a setting of optimizer="sgd", got nesterov'),
+    ({"optimizer": "adamw", "momentum": 0.5}, ValueError, "momentum = 0.5 with .* Leave it at 0.9, or choose the ot"),
+    ({"beta1": 0.5}, ValueError, '`beta1` is a setting of optimizer="adamw", got beta1 = 0.5 with optimizer="sgd"'),
+    ({"adam_eps": 1e-6}, ValueError, '`adam_eps` is a setting of optimizer="adamw"'),
+    ({"optimizer": "adamw", "beta2": 1.0}, ValueError, r"`beta2` must lie in \[0, 1\), got 1.0"),
+    ({"optimizer": "adamw", "adam_eps": 0.0}, ValueError, "`adam_eps` must be at least 1.17549e-38 and finite"),
+    ({"clip_norm": 0.0}, ValueError, "`clip_norm` must be above 0 and finite, got 0.0; None clips nothing"),
+    ({"clip_norm": float("nan")}, ValueError, "`clip_norm` must be above 0 and finite, got nan"),
     ({"swa_start": 1.0}, ValueError, r"`swa_start` must lie in \[0, 1\)"),
     ({"swa_start": -0.1}, ValueError, r"`swa_start` must lie in \[0, 1\)"),
     ({"swa_lr": 0.2}, ValueError, "`swa_lr` must be at most `lr`, got swa_lr = 0.2 and lr = 0.1"),
@@ -81,6 +90,7 @@ def test_to_toml_and_back(tmp_path):
         SwampConfig(),
         SwampConfig.quick(particles=(1, 1, 4), cycles=2, run_dir='a "b" \\ ü', lr=1e-5, swa_lr=1e-7),
         SwampConfig(target_density=0.1, seed=-5, swa=False, lr=0.01),
+        SwampConfig(optimizer="adamw", beta1=0.8, beta2=0.99, adam_eps=1e-6, clip_norm=0.5, lr=1e-3, swa_lr=5e-4),
     ]
     for config in configs:
         assert SwampConfig.from_toml(config.to_toml()) == config

@@ -22,9 +22,8 @@ from test_fused import error, masked, problem_of, step
 from torch import nn
 
 from swamp_fast.engines.fused.check import tensor_cores_differ
-from swamp_fast.engines.fused.compact import Compact
 from swamp_fast.engines.fused.cuda import halo as halo_module
-from swamp_fast.engines.fused.cuda.halo import PIXELS, Halo, Prologue
+from swamp_fast.engines.fused.cuda.halo import Halo, Prologue, Statistics
 from swamp_fast.engines.fused.cuda.lanes import CudaPrograms
 from swamp_fast.engines.fused.engine import fused_plan
 from swamp_fast.nvrtc import Launcher
@@ -110,17 +109,30 @@ def test_convolve(halo, samples, with_prologue, monkeypatch):
     weights = normal(lanes, 16 + 9 * inputs * outputs) / (3 * inputs**0.5)
     bias = normal(lanes, 3 + outputs, dtype=torch.float32)
     out = normal(lanes, samples, halo.height, halo.width, outputs)
-    means, squares = torch.full((2, lanes, halo.blocks(samples), outputs), torch.nan, device=DEVICE)
-    halo.convolve(LAUNCH, source, prologue, weights, 16, (bias, 3), out, False, False, (means, squares))
+    to = statistics_of(lanes, outputs)
+    halo.convolve(LAUNCH, source, prologue, weights, 16, (bias, 3), out, False, False, to)
     for lane in range(lanes):
         kernel = weights[lane, 16:].double().view(3, 3, inputs, outputs).permute(3, 2, 0, 1)
         exact = F.conv2d(as_pictures(after(source, prologue)[lane]), kernel, bias[lane, 3:].double(), padding=1)
         torch.testing.assert_close(as_pictures(out[lane]).double(), exact, rtol=2**-8, atol=2**-8)
         pixels = out[lane].double().reshape(-1, outputs)
-        for block, own in enumerate(pixels.split(halo.block_tiles(samples) * PIXELS)):
-            torch.testing.assert_close(means[lane, block].double(), own.mean(0), rtol=1e-5, atol=1e-5)
-            square = (own - own.mean(0)).square().sum(0)
-            torch.testing.assert_close(squares[lane, block].double(), square, rtol=1e-4, atol=1e-5)
+        mean, variance = pixels.mean(0), pixels.var(0, unbiased=False)
+        scale = to.weights[lane, 2 : 2 + outputs].double() / (variance + to.eps).sqrt()
+        offset = to.weights[lane, -outputs:].double() - mean * scale
+        for name, expected in (("mean", mean), ("variance", variance), ("scale", scale), ("offset", offset)):
+            found = getattr(to, name)[lane].double()
+            torch.testing.assert_close(found[3 : 3 + outputs], expected, rtol=1e-5, atol=1e-5, msg=name)
+            assert found[:3].isnan().all()
+            assert found[3 + outputs :].isnan().all()
+    assert not to.arrivals.any()
+
+
+def statistics_of(lanes: int, channels: int) -> Statistics:
+    """In the middle of longer rows, which are NaN before."""
+    each = torch.full((4, lanes, channels + 7), torch.nan, device=DEVICE)
+    weights = normal(lanes, 2 * channels + 11, dtype=torch.float32)
+    arrivals = torch.zeros(lanes, channels, dtype=torch.int32, device=DEVICE)
+    return Statistics(*each.unbind(), 3, weights, 2, channels + 11, 1e-3, arrivals)
 
 
 @pytest.mark.parametrize(("halo", "samples"), HALOS, ids=str)
@@ -166,10 +178,10 @@ def test_a_constant_channel_has_no_variance():
     weights = torch.zeros(lanes, 9 * 16 * 16, device=DEVICE).bfloat16()
     bias = torch.full((lanes, 16), 4.0, device=DEVICE)
     out = torch.empty(lanes, samples, 16, 16, 16, device=DEVICE).bfloat16()
-    means, squares = torch.full((2, lanes, halo.blocks(samples), 16), torch.nan, device=DEVICE)
-    halo.convolve(LAUNCH, source, None, weights, 0, (bias, 0), out, False, False, (means, squares))
-    assert torch.equal(means, torch.full_like(means, 4.0))
-    assert not squares.any()
+    to = statistics_of(lanes, 16)
+    halo.convolve(LAUNCH, source, None, weights, 0, (bias, 0), out, False, False, to)
+    assert bool((to.mean[:, 3:19] == 4.0).all())
+    assert not to.variance[:, 3:19].any()
 
 
 def broken(name, constants, grid, shared_bytes, arguments) -> None:
@@ -224,7 +236,7 @@ def test_in_a_plan(network, monkeypatch):
     exact = step(exact_problem, "autograd", mask)
     ours, theirs = (error(step(problem, kind, mask, launch=LAUNCH), exact) for kind in ("cuda", "autograd"))
     plan = fused_plan(problem)
-    program = CudaPrograms(problem, plan, Compact(problem.layout, mask), LAUNCH).program
+    program = CudaPrograms(problem, plan, mask, LAUNCH).program
     assert len(program.halos) == (2 if network is Residual else 3)
     assert len(program.unwritten) == (0 if network is Residual else 3)
     for what, bound in theirs.items():

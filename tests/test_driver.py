@@ -246,7 +246,17 @@ def test_on_cycle_sees_every_row(digits):
     result = fast_swamp(networks.build("tied"), *digits, on_cycle=rows.append, **SETTINGS)
     assert rows == result.history
     assert set(rows[0]) == {
-        *("cycle", "particles", "density", "kept", "accuracy", "loss", "particle_accuracy", "best_accuracy"),
+        *(
+            "cycle",
+            "particles",
+            "density",
+            "kept",
+            "accuracy",
+            "loss",
+            "particle_accuracy",
+            "particle_loss",
+            "best_accuracy",
+        ),
         *("mean_accuracy", "ensemble_accuracy", "val_accuracy", "val_mean_accuracy", "flops", "train_loss"),
         *("train_seconds", "dropped", "seconds", "peak_memory", "warnings"),
     }

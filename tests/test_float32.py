@@ -113,7 +113,7 @@ def test_one_step_errs_at_most_twice_as_much(name, way, channels_last, digits):
     trainer.epoch_keys.copy_(bank.keys)
     trainer.step_keys.copy_(at_time(bank.keys, 50))
     for lane, (weights, momentum) in enumerate(states):
-        bank.weights[lane], bank.momentum_buffer[lane] = weights, momentum
+        bank.weights[lane], bank.moments[0][lane] = weights, momentum
     trainer.lr.fill_(LR)
     for module in trainer.way.modules:
         module.train()
@@ -128,7 +128,7 @@ def test_one_step_errs_at_most_twice_as_much(name, way, channels_last, digits):
             plain.load(weights, momentum)
             gradient = plain.step(batches[0], key)
             references.append((gradient, *plain.state()))
-        found = trainer.grads[lane], bank.weights[lane], bank.momentum_buffer[lane]
+        found = trainer.grads[lane], bank.weights[lane], bank.moments[0][lane]
         for what, mine, theirs, exact in zip(("gradient", "weights", "momentum"), found, *references, strict=True):
             assert error(mine, exact) <= 2 * error(theirs, exact), (what, lane)
             worst = max(worst, error(mine, exact) / error(theirs, exact))

@@ -162,16 +162,17 @@ def step(problem, kind: str, mask: Tensor, lanes: int = 2, rows=None, launch=Non
         grads = torch.zeros(lanes, compact.P, dtype=problem.dtype, device=problem.device)
         programs: CpuPrograms | CudaPrograms
         if kind == "fused":
-            programs = CpuPrograms(problem, plan, compact, rows if rows is not None else {})
+            programs = CpuPrograms(problem, plan, mask, rows if rows is not None else {})
         else:
-            programs = CudaPrograms(problem, plan, compact, launch)
-        way = programs.lanes(compact.compact(weights), grads)
+            programs = CudaPrograms(problem, plan, mask, launch)
+        way = programs.lanes(programs.compact.compact(weights), grads)
     else:
         grads = torch.zeros_like(weights)
         way = LaneByLane(problem, weights, grads, False)
     for module in way.modules:
         module.train()
-    found = {"losses": way.backward(batch, keys), "gradients": compact.compact(grads) if kind == "autograd" else grads}
+    found = {"losses": way.backward(batch, keys)}
+    found["gradients"] = compact.compact(grads if kind == "autograd" else programs.compact.expand(grads))
     found |= {name: buffer.clone() for name, buffer in way.buffers().items()}
     for module in way.modules:
         module.eval()

@@ -32,6 +32,7 @@ def arguments(
         "lr": 0.1 * rates[0],
         "momentum": rates[1],
         "weight_decay": 0.01 * rates[2],
+        "grad_scale": 1 / (1 + torch.arange(lanes).double()),
         "swa": row_strided(),
         "swa_weight": (torch.arange(lanes) % 3).double() / 2,
     }
@@ -128,14 +129,23 @@ def test_opcheck():
     given = arguments(3, 40, 17, torch.float32, torch.device("cpu"))
     rates = [given[name] for name in ("lr", "momentum", "weight_decay")]
     positional = [given[name] for name in ("weights", "grads", "momentum_buffer", "masks", "run_of_lane")]
-    for average in ((given["swa"], given["swa_weight"]), (None, None)):
-        torch.library.opcheck(torch.ops.swamp_fast.masked_sgd_, (*positional, *rates, True, *average))
+    for rest in ((given["grad_scale"], given["swa"], given["swa_weight"]), (None, None, None)):
+        torch.library.opcheck(torch.ops.swamp_fast.masked_sgd_, (*positional, *rates, True, *rest))
+
+
+def test_a_scale_of_one_is_none(implementation):
+    given = arguments(3, 1003, 500, torch.float32, implementation.device)
+    given["grad_scale"] = torch.ones_like(given["lr"])
+    scaled = run(lambda *a, **k: implementation("masked_sgd_", *a, **k), given, True)
+    plain = run(lambda *a, **k: implementation("masked_sgd_", *a, **k | {"grad_scale": None}), given, True)
+    assert all(torch.equal(a, b) for a, b in zip(scaled, plain, strict=True))
 
 
 BAD = {
     "grads": (lambda t: t[:, :-1], r"`grads` must have shape \[L, P\] = \[4, 24\], got \[4, 23\]"),
     "momentum_buffer": (lambda t: t.double(), "`momentum_buffer` must be float32, got float64"),
     "lr": (lambda t: t[:2], r"`lr` must have shape \[L\] = \[4\], got \[2\]. Rates are per lane"),
+    "grad_scale": (lambda t: t.float(), "`grad_scale` must be float64, got float32"),
     "run_of_lane": (lambda t: t + 2, r"`run_of_lane` must lie in \[0, R\) = \[0, 2\), got 2 … 3"),
     "weights": (
         lambda t: torch.randn(24, 4).T,

@@ -11,16 +11,20 @@ namespace {
 
 constexpr uint32_t kCropFlip = 1;  // the purpose word of swamp_fast/data/streams.py
 
+#include "masked.h"
 #include "philox.h"
 
+#include "clip_scale.h"
 #include "gather_augment.h"
 #include "global_threshold.h"
+#include "masked_adamw.h"
 #include "masked_sgd.h"
 #include "particle_mean.h"
 
 template <typename T>
 constexpr FloatKernels<T> float_kernels() {
-  return {masked_sgd_<T>, particle_mean<T>, global_threshold<T>, gather_augment<T>};
+  return {masked_sgd_<T>,   masked_adamw_<T>,    clip_scale<T>,
+          particle_mean<T>, global_threshold<T>, gather_augment<T>};
 }
 
 constexpr Kernels table = {float_kernels<float>(), float_kernels<double>(), philox};

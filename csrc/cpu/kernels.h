@@ -19,10 +19,43 @@ struct MaskedSgd {
   const double* lr;            // [L]
   const double* momentum;      // [L]
   const double* weight_decay;  // [L]
+  const double* grad_scale;    // [L] what a gradient is multiplied by, or null
   const double* swa_weight;    // [L] 1 / samples so far, 0 leaves the mean alone; null without swa
   int64_t weights_stride, grads_stride, momentum_stride, swa_stride, masks_stride;
   int64_t lanes, parameters, prunable;
   bool nesterov;
+};
+
+template <typename T>
+struct MaskedAdamw {
+  T* weights;               // [L, P]
+  const T* grads;           // [L, P]
+  T* exp_avg;               // [L, P]
+  T* exp_avg_sq;            // [L, P]
+  T* swa;                   // [L, P] running mean, or null
+  const uint8_t* masks;     // [R, Q]
+  const int64_t* run_of_lane;  // [L]
+  const double* lr;            // [L]
+  const double* beta1;         // [L]
+  const double* beta2;         // [L]
+  const double* eps;           // [L]
+  const double* weight_decay;  // [L]
+  const double* step;          // [L] 1 for the first
+  const double* grad_scale;    // [L] what a gradient is multiplied by, or null
+  const double* swa_weight;    // [L] 1 / samples so far, 0 leaves the mean alone; null without swa
+  int64_t weights_stride, grads_stride, exp_avg_stride, exp_avg_sq_stride, swa_stride, masks_stride;
+  int64_t lanes, parameters, prunable;
+};
+
+template <typename T>
+struct ClipScale {
+  const T* grads;              // [L, P]
+  const uint8_t* masks;        // [R, Q]
+  const int64_t* run_of_lane;  // [L]
+  const double* clip_norm;     // [L]
+  double* scale;               // [L]
+  int64_t grads_stride, masks_stride;
+  int64_t lanes, parameters, prunable;
 };
 
 template <typename T>
@@ -70,6 +103,8 @@ struct GatherAugment {
 template <typename T>
 struct FloatKernels {
   void (*masked_sgd_)(const MaskedSgd<T>&, int threads);
+  void (*masked_adamw_)(const MaskedAdamw<T>&, int threads);
+  void (*clip_scale)(const ClipScale<T>&, int threads);
   void (*particle_mean)(const ParticleMean<T>&, int threads);
   void (*global_threshold)(const GlobalThreshold<T>&, int threads);
   void (*gather_augment)(const GatherAugment<T>&, int threads);

@@ -1,35 +1,13 @@
 // The masked SGD step and the SWA running mean, in one pass over the bank.
 // Rounds as torch.optim.SGD does, so the two give the same bits where both have a fused multiply-add.
 
-template <typename T>
-inline T multiply_add(T a, T b, T c) {
-#ifdef __FMA__
-  if constexpr (sizeof(T) == 4) return __builtin_fmaf(a, b, c);
-  return __builtin_fma(a, b, c);
-#else
-  return a * b + c;
-#endif
-}
-
-// The value, or 0 where the mask is: by its bits, since a branch would keep the loop from being vectorised and a
-// product would let NaN through.
-template <typename T>
-inline T keep_if(uint8_t kept, T value) {
-  using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
-  Bits bits;
-  __builtin_memcpy(&bits, &value, sizeof(T));
-  bits &= Bits(0) - Bits(kept);
-  __builtin_memcpy(&value, &bits, sizeof(T));
-  return value;
-}
-
-// `masked` is false behind the prunable parameters (biases, norms), which have no mask.
 template <typename T, bool masked, bool nesterov, bool average>
 void masked_sgd_span(T* __restrict w, const T* __restrict g, T* __restrict m, T* __restrict s,
-                     const uint8_t* __restrict mask, int64_t count, T lr, T momentum, T weight_decay, T swa_weight) {
+                     const uint8_t* __restrict mask, int64_t count, T lr, T momentum, T weight_decay, T grad_scale,
+                     T swa_weight) {
 #pragma omp simd
   for (int64_t i = 0; i < count; ++i) {
-    const T d = multiply_add(w[i], weight_decay, g[i]);
+    const T d = multiply_add(w[i], weight_decay, g[i] * grad_scale);
     T buffer = momentum * m[i] + d;
     const T step = nesterov ? multiply_add(buffer, momentum, d) : buffer;
     T weight = multiply_add(step, -lr, w[i]);
@@ -52,25 +30,16 @@ void masked_sgd_lane(const MaskedSgd<T>& a, int64_t lane, int64_t begin, int64_t
   const bool average = a.swa && a.swa_weight[lane] != 0;
   T* s = average ? a.swa + lane * a.swa_stride + begin : nullptr;
   const T lr = T(a.lr[lane]), momentum = T(a.momentum[lane]), weight_decay = T(a.weight_decay[lane]);
+  const T grad_scale = a.grad_scale ? T(a.grad_scale[lane]) : T(1);
   const T swa_weight = average ? T(a.swa_weight[lane]) : T(0);
   const auto span = average ? (a.nesterov ? masked_sgd_span<T, masked, true, true> : masked_sgd_span<T, masked, false, true>)
                             : (a.nesterov ? masked_sgd_span<T, masked, true, false> : masked_sgd_span<T, masked, false, false>);
-  span(w, g, m, s, mask, end - begin, lr, momentum, weight_decay, swa_weight);
+  span(w, g, m, s, mask, end - begin, lr, momentum, weight_decay, grad_scale, swa_weight);
 }
 
 template <typename T>
 void masked_sgd_(const MaskedSgd<T>& a, int threads) {
-  // The lanes of a block follow each other, so that a mask is fetched once and read L times.
-  constexpr int64_t kBlock = 4096;
-  const int64_t blocks = (a.parameters + kBlock - 1) / kBlock;
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t block = 0; block < blocks; ++block) {
-    const int64_t begin = block * kBlock;
-    const int64_t end = begin + kBlock < a.parameters ? begin + kBlock : a.parameters;
-    const int64_t middle = a.prunable < begin ? begin : a.prunable < end ? a.prunable : end;
-    for (int64_t lane = 0; lane < a.lanes; ++lane) {
-      if (begin < middle) masked_sgd_lane<T, true>(a, lane, begin, middle);
-      if (middle < end) masked_sgd_lane<T, false>(a, lane, middle, end);
-    }
-  }
+  for_each_span(a.lanes, a.parameters, a.prunable, threads, [&](auto masked, int64_t lane, int64_t begin, int64_t end) {
+    masked_sgd_lane<T, decltype(masked)::value>(a, lane, begin, end);
+  });
 }

@@ -1,5 +1,6 @@
 // A 3x3 convolution, stride 1, border 1, of all lanes: halo tiles times weights on the tensor cores; with BatchNorm and
-// ReLU at the load, and the statistics of what it stores. By the input it is the same with the taps turned round.
+// ReLU at the load, and the statistics of what it stores: each block leaves its own, and the last of them merges those.
+// By the input it is the same with the taps turned round.
 //
 // Compiled in: HEIGHT, WIDTH; IN, OUT channels; BLOCK_OUT of them by one block; CHUNK channels of the input at a time;
 // BY_INPUT, PROLOGUE, HAS_BIAS, ACCUMULATE, STATISTICS.
@@ -40,11 +41,21 @@ extern "C" __global__ void __launch_bounds__(256) convolve(
     const float* bias,        // [L, ...], this layer's OUT, if HAS_BIAS
     long long bias_stride,
     bfloat16* out,            // [L, B, HEIGHT, WIDTH, OUT]
-    float* means,             // [L, blocks, OUT], if STATISTICS
-    float* squares,           // [L, blocks, OUT] sums of squared differences from the means
     int samples,
     int tiles,                // of a lane
-    int block_tiles) {        // that a block takes one after another
+    int block_tiles,          // that a block takes one after another
+    float* scratch,           // [2, L, blocks, OUT], if STATISTICS: means, and sums of squared differences from them
+    float* mean,              // [L, ...], the OUT channels of the norm behind, if STATISTICS, as all below
+    float* variance,          // biased
+    float* scale_of_out,      // of that norm as in * scale + offset
+    float* offset_of_out,
+    long long statistics_stride,
+    const float* norm_weight,  // [L, ...], or null
+    const float* norm_bias,
+    long long norm_weights_stride,
+    double eps,
+    unsigned* arrivals,       // [L, ...] zeros
+    long long arrivals_stride) {
   extern __shared__ __align__(16) bfloat16 memory[];
   bfloat16* const halo = memory;
   bfloat16* const own_weights = halo + kHalo;
@@ -59,6 +70,8 @@ extern "C" __global__ void __launch_bounds__(256) convolve(
   weights += lane * weights_stride;
   scale += lane * norm_stride;
   offset += lane * norm_stride;
+  float* const means = scratch + static_cast<long long>(lane) * gridDim.x * OUT + first_out;
+  float* const squares = means + static_cast<long long>(gridDim.z) * gridDim.x * OUT;
 
   int place[kFragments];  // of the row that this thread gives the address of
   for (int f = 0; f < kFragments; ++f) place[f] = halo_place((warp * kFragments + f) * 16 + thread % 16);
@@ -186,9 +199,41 @@ extern "C" __global__ void __launch_bounds__(256) convolve(
         away += moments[w * BLOCK_OUT + threadIdx.x];
         squared += moments[(kWarps + w) * BLOCK_OUT + threadIdx.x];
       }
-      const long long at = (static_cast<long long>(lane) * gridDim.x + blockIdx.x) * OUT + first_out + threadIdx.x;
-      means[at] = shift[threadIdx.x] + away / count;
-      squares[at] = max(squared - away * away / count, 0.0f);
+      means[blockIdx.x * OUT + threadIdx.x] = shift[threadIdx.x] + away / count;
+      squares[blockIdx.x * OUT + threadIdx.x] = max(squared - away * away / count, 0.0f);
     }
+    if (!arrived_last(arrivals + lane * arrivals_stride + blockIdx.y, gridDim.x, reinterpret_cast<unsigned*>(shift))) return;
+
+    // In double, in the blocks' order within each of the sharers, then in theirs.
+    static_assert(!STATISTICS || kThreads % BLOCK_OUT == 0);
+    constexpr int sharers = kThreads / BLOCK_OUT;
+    const int channel = threadIdx.x % BLOCK_OUT, sharer = threadIdx.x / BLOCK_OUT, blocks = gridDim.x;
+    double* const sums = reinterpret_cast<double*>(memory);  // [sharers, BLOCK_OUT]
+    double middle = 0, spread = 0;
+    for (int pass = 0; pass < 2; ++pass) {
+      double sum = 0;
+      for (int block = sharer; block < blocks; block += sharers) {
+        const long long begun = static_cast<long long>(block) * block_tiles * kPixels;
+        const double count = min(lane_pixels - begun, static_cast<long long>(block_tiles) * kPixels);
+        const double own = of_another(means + block * OUT + channel), away = own - middle;
+        sum += pass == 0 ? own * count : of_another(squares + block * OUT + channel) + away * away * count;
+      }
+      __syncthreads();
+      sums[threadIdx.x] = sum;
+      __syncthreads();
+      double total = 0;
+      for (int i = 0; i < sharers; ++i) total += sums[i * BLOCK_OUT + channel];
+      (pass == 0 ? middle : spread) = total / lane_pixels;
+    }
+    if (sharer > 0) return;
+    const float m = middle, v = spread;
+    float by = 1 / sqrt(v + eps);
+    const long long parameter = lane * norm_weights_stride + first_out + channel;
+    if (norm_weight) by *= norm_weight[parameter];
+    const long long at = lane * statistics_stride + first_out + channel;
+    mean[at] = m;
+    variance[at] = v;
+    scale_of_out[at] = by;
+    offset_of_out[at] = norm_bias ? norm_bias[parameter] - m * by : -m * by;
   }
 }

@@ -14,7 +14,7 @@ from swamp_fast.engines.by_density import EngineByDensity
 from swamp_fast.engines.eager import Choice, EagerEngine, choose
 from swamp_fast.engines.fused.check import differs_from_autograd, tensor_cores
 from swamp_fast.engines.fused.cpu.program import Rows
-from swamp_fast.engines.fused.engine import FusedEngine, fused_plan, seconds_of_steps
+from swamp_fast.engines.fused.engine import FusedEngine, faster_branch, fused_plan, seconds_of_steps
 from swamp_fast.plan import Plan
 from swamp_fast.problem import Problem
 from swamp_fast.run import Run
@@ -43,22 +43,29 @@ def _chosen(problem: Problem, run: Run) -> Engine:
     if wanted == "fused":
         if isinstance(plan, str):
             raise ValueError(f'engine="fused" can\'t be had: {plan}. Use "auto" or "eager".')
-        return _fused(problem, plan, "asked for", {})
+        fused = _fused(problem, plan, "asked for", {})
+        fused.branch = faster_branch(problem, plan, fused.launch)
+        return fused
     most = max(problem.config.particles_at(cycle) for cycle in range(problem.config.cycles + 1))
     choice = choose(problem, most)
     if isinstance(plan, str):
         return EagerEngine(problem, choice, None if wanted == "eager" else plan)
     eager = EagerEngine(problem, choice, None)
     eager_seconds = seconds_of_steps(eager, problem, problem.mask)
-    first, last = (seconds_of_steps(_fused(problem, plan, "", {}), problem, mask) for mask in _first_and_last(problem))
+    fused = _fused(problem, plan, "", {})
+    fused.branch = faster_branch(problem, plan, fused.launch)
+    first, last = (seconds_of_steps(fused, problem, mask) for mask in _first_and_last(problem))
+    fused.release()
+    fused.rows = {}
     figures = (
         f"a step takes {first * 1e3:.1f} ms at first and {last * 1e3:.1f} at last, against {eager_seconds * 1e3:.1f}"
     )
     if first < eager_seconds:
-        return _fused(problem, plan, f"the fastest measured: {figures} of the eager engine", {})
+        fused.why = f"the fastest measured: {figures} of the eager engine{fused.why}"
+        return fused
     if last < eager_seconds:
         why = f"the fused engine from the density on where it is faster: {figures} of the eager engine"
-        return EngineByDensity(_fused(problem, plan, "", {}), eager, eager_seconds, {}, why, run.console.line)
+        return EngineByDensity(fused, eager, eager_seconds, {}, why, run.console.line)
     return EagerEngine(problem, choice, f"it was slower: {figures}")
 
 
@@ -79,7 +86,9 @@ def _recorded_fused(problem: Problem, there: dict[str, Any]) -> FusedEngine:
     plan = _proven_plan(problem)
     if isinstance(plan, str):
         raise ValueError(f"the run was begun by the fused engine, which can't be had here: {plan}.")
-    return _fused(problem, plan, there.get("why", ""), there.get("rows", {}), there.get("tensor_cores", True))
+    fused = _fused(problem, plan, there.get("why", ""), there.get("rows", {}), there.get("tensor_cores", True))
+    fused.branch = there.get("branch")
+    return fused
 
 
 def _fused(

@@ -47,7 +47,7 @@ class Trainer:
     """A bank, its gradients, and the step over them; on CUDA the step is captured in a graph and replayed.
 
     Everything a step reads stands at a fixed address: index [L, B], keys [L, 3] at the epoch and at the step,
-    rates [L], and the share of an SWA sample [L], 0 for none.
+    rates [L], the step's number [L], 1 for the first, and the share of an SWA sample [L], 0 for none.
 
     done  steps of the training under way
     """
@@ -56,7 +56,7 @@ class Trainer:
         self.problem, self.bank, self.grads, self.way = problem, bank, grads, way
         self.epoch_keys, self.step_keys = self.bank.keys.clone(), self.bank.keys.clone()
         self.lr = torch.zeros(bank.lanes, dtype=torch.float64, device=problem.device)
-        self.swa_weight = torch.zeros_like(self.lr)
+        self.number, self.swa_weight = torch.ones_like(self.lr), torch.zeros_like(self.lr)
         self.loss_sum = torch.zeros(bank.lanes, dtype=torch.float64, device=problem.device)
         self.done = 0
         self.graphs: dict[int, tuple[Tensor, torch.cuda.CUDAGraph]] = {}
@@ -83,6 +83,7 @@ class Trainer:
             for handle in problem.train.batches(order, self.epoch_keys, problem.bounds[first:]):
                 step, last = self.done, self.done % steps == steps - 1
                 self.lr.fill_(training.lr(step))
+                self.number.fill_(step + 1)
                 self.swa_weight.fill_(training.swa_weight(epoch) if last else 0.0)
                 self.step_keys.copy_(at_time(bank.keys, step))
                 self.step(handle)
@@ -125,20 +126,34 @@ class Trainer:
             self._step(handle)
 
     def _step(self, handle: Any) -> None:
-        bank = self.bank
         self.grads.zero_()
         batch = self.problem.train.fetch(handle, self.epoch_keys, self.way.channels_last)
         losses = self.way.backward(batch, self.step_keys)
         self.loss_sum.add_(losses)
-        ops.masked_sgd_(
-            *(bank.weights, self.grads, bank.momentum_buffer, bank.masks, bank.run_of_lane),
-            lr=self.lr,
-            momentum=bank.momentum,
-            weight_decay=bank.weight_decay,
-            nesterov=bank.config.nesterov,
-            swa=bank.swa,
-            swa_weight=self.swa_weight,
-        )
+        self._update()
+
+    def _update(self) -> None:
+        """The optimizer's step and the SWA means, by the gradients."""
+        bank, scale = self.bank, None
+        if bank.clip_norm is not None:
+            scale = ops.clip_scale(self.grads, bank.masks, bank.run_of_lane, bank.clip_norm)
+        common = {**bank.rates, "swa": bank.swa, "swa_weight": self.swa_weight}
+        if bank.config.optimizer == "adamw":
+            ops.masked_adamw_(
+                *(bank.weights, self.grads, bank.moments[0], bank.moments[1], bank.masks, bank.run_of_lane),
+                lr=self.lr,
+                step=self.number,
+                grad_scale=scale,
+                **common,
+            )
+        else:
+            ops.masked_sgd_(
+                *(bank.weights, self.grads, bank.moments[0], bank.masks, bank.run_of_lane),
+                lr=self.lr,
+                nesterov=bank.config.nesterov,
+                grad_scale=scale,
+                **common,
+            )
 
     def _capture(self, index: Tensor) -> None:
         """Record a step over `index` [L, B]; what the warm-up changed is put back."""

@@ -71,6 +71,33 @@ class Contract:
             )
         return value
 
+    def lanes(self, masks: Tensor, run_of_lane: Tensor) -> None:
+        """Check the masks [R, Q] of a bank whose [L, P] is known, and which of them each lane wears."""
+        self.tensor("run_of_lane", run_of_lane, "L", [torch.int64])
+        self.tensor(
+            "masks", masks, "R Q", [torch.bool], rows=True, advice="Lanes of a run share one mask; pass one row a run."
+        )
+        if self.size("Q") > self.size("P"):
+            raise self.fail(
+                f"`masks` covers Q = {self.size('Q')} weights, more than the P = {self.size('P')} there are."
+            )
+        self.in_range("run_of_lane", run_of_lane, self.size("R"), "R")
+
+    def rates(self, **rates: Tensor) -> None:
+        """Check what holds a number a lane."""
+        for name, rate in rates.items():
+            self.tensor(name, rate, "L", [torch.float64], advice="Rates are per lane.")
+
+    def update(self, weights: Tensor, grad_scale: Tensor | None, swa: Tensor | None, swa_weight: Tensor | None) -> None:
+        """Check what every update of weights [L, P] may be given besides."""
+        if grad_scale is not None:
+            self.rates(grad_scale=grad_scale)
+        if (swa is None) != (swa_weight is None):
+            raise self.fail("`swa` and `swa_weight` go together; pass both or neither.")
+        if swa is not None and swa_weight is not None:
+            self.tensor("swa", swa, "L P", [weights.dtype], rows=True)
+            self.rates(swa_weight=swa_weight)
+
     def size(self, letter: str) -> int:
         """The size that a letter was bound to."""
         return self.sizes[letter][0]

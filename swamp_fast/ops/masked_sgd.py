@@ -19,12 +19,13 @@ def masked_sgd_(
     momentum: Tensor,
     weight_decay: Tensor,
     nesterov: bool = False,
+    grad_scale: Tensor | None = None,
     swa: Tensor | None = None,
     swa_weight: Tensor | None = None,
 ) -> None:
     """One SGD step in place; a pruned weight and its momentum are exactly 0 afterwards.
 
-    Gradient with coupled weight decay, times mask; momentum; weights, times mask; then
+    Gradient times `grad_scale`, with coupled weight decay, times mask; momentum; weights, times mask; then
     `swa += (weights - swa) * swa_weight`. Rounds as torch.optim.SGD does.
 
     weights          [L, P]  float32 or float64, changed in place; rows may be strided
@@ -35,6 +36,7 @@ def masked_sgd_(
     lr               [L]     float64, step size
     momentum         [L]     float64, 0 is plain SGD
     weight_decay     [L]     float64, 1/step
+    grad_scale       [L]     float64, what a lane's gradient is multiplied by (see clip_scale), or None
     swa              [L, P]  running mean of the weights, changed in place, or None
     swa_weight       [L]     float64, 1/(samples with this one); 0 leaves a lane's mean alone
 
@@ -45,25 +47,9 @@ def masked_sgd_(
     c.tensor("weights", weights, "L P", FLOATS, rows=True)
     c.tensor("grads", grads, "L P", [weights.dtype], rows=True)
     c.tensor("momentum_buffer", momentum_buffer, "L P", [weights.dtype], rows=True)
-    c.tensor("run_of_lane", run_of_lane, "L", [torch.int64])
-    c.tensor(
-        "masks",
-        masks,
-        "R Q",
-        [torch.bool],
-        rows=True,
-        advice="Lanes of a run share one mask; pass one row a run.",
-    )
-    for name, rate in (("lr", lr), ("momentum", momentum), ("weight_decay", weight_decay)):
-        c.tensor(name, rate, "L", [torch.float64], advice="Rates are per lane.")
-    if (swa is None) != (swa_weight is None):
-        raise c.fail("`swa` and `swa_weight` go together; pass both or neither.")
-    if swa is not None:
-        c.tensor("swa", swa, "L P", [weights.dtype], rows=True)
-        c.tensor("swa_weight", swa_weight, "L", [torch.float64])
-    if c.size("Q") > c.size("P"):
-        raise c.fail(f"`masks` covers Q = {c.size('Q')} weights, more than the P = {c.size('P')} there are.")
-    c.in_range("run_of_lane", run_of_lane, c.size("R"), "R")
+    c.lanes(masks, run_of_lane)
+    c.rates(lr=lr, momentum=momentum, weight_decay=weight_decay)
+    c.update(weights, grad_scale, swa, swa_weight)
     torch.ops.swamp_fast.masked_sgd_(
         weights,
         grads,
@@ -74,6 +60,7 @@ def masked_sgd_(
         momentum,
         weight_decay,
         nesterov,
+        grad_scale,
         swa,
         swa_weight,
     )
@@ -89,6 +76,7 @@ def _cpu(
     momentum: Tensor,
     weight_decay: Tensor,
     nesterov: bool,
+    grad_scale: Tensor | None,
     swa: Tensor | None,
     swa_weight: Tensor | None,
 ) -> None:
@@ -100,6 +88,7 @@ def _cpu(
         *((swa.data_ptr(), swa.stride(0)) if swa is not None else (0, 0)),
         *(masks.data_ptr(), masks.stride(0)),
         *(run_of_lane.data_ptr(), lr.data_ptr(), momentum.data_ptr(), weight_decay.data_ptr()),
+        grad_scale.data_ptr() if grad_scale is not None else 0,
         swa_weight.data_ptr() if swa_weight is not None else 0,
         *(weights.shape[0], weights.shape[1], masks.shape[1]),
         nesterov,
@@ -117,7 +106,8 @@ def _fake(weights: Tensor, *rest: object) -> None:
 
 register(
     "masked_sgd_(Tensor(a!) weights, Tensor grads, Tensor(b!) momentum_buffer, Tensor masks, Tensor run_of_lane, "
-    "Tensor lr, Tensor momentum, Tensor weight_decay, bool nesterov, Tensor(c!)? swa, Tensor? swa_weight) -> ()",
+    "Tensor lr, Tensor momentum, Tensor weight_decay, bool nesterov, Tensor? grad_scale, Tensor(c!)? swa, "
+    "Tensor? swa_weight) -> ()",
     cpu=_cpu,
     cuda=_cuda,
     fake=_fake,

@@ -120,6 +120,18 @@ inline void multiply_add(float (&sums)[4], const unsigned (&a)[4], unsigned b0, 
   host::wait();
 }
 
+inline float of_another(const float* from) { return *from; }
+
+// Blocks run one after another here: that stores come before arrivals is the device's alone.
+inline bool arrived_last(unsigned* arrivals, unsigned of, unsigned* shared) {
+  host::wait();
+  if (threadIdx.x == 0) *shared = (*arrivals)++;
+  host::wait();
+  if (*shared != of - 1) return false;
+  if (threadIdx.x == 0) *arrivals = 0;
+  return true;
+}
+
 // Runs a kernel over a grid, block after block. Returns false if threads of a block waited a different number of times.
 template <typename Kernel>
 bool run(Extent grid, Kernel kernel) {

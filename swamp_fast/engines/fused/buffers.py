@@ -40,11 +40,17 @@ class Buffers:
         """Whether the norms use a batch's statistics, and move the running ones."""
         return bool(self.norms[0]) and bool(self.norms[0][0].training)
 
-    def move(self, lanes: slice, mean: Tensor, variance: Tensor) -> None:
-        """Running statistics of some lanes, towards a batch's mean and unbiased variance [lanes, channels]."""
+    def move(self, lanes: slice, mean: Tensor, variance: Tensor, columns: Tensor | None = None) -> None:
+        """Running statistics of some lanes, towards a batch's mean and unbiased variance [lanes, channels].
+
+        columns  of which channels those are, if not of all
+        """
         momentum = float(self.norms[0][0].momentum)
-        self.mean[lanes].lerp_(mean, momentum)
-        self.variance[lanes].lerp_(variance, momentum)
+        for running, batch in ((self.mean[lanes], mean), (self.variance[lanes], variance)):
+            if columns is None:
+                running.lerp_(batch, momentum)
+            else:
+                running.index_copy_(1, columns, running[:, columns].lerp(batch, momentum))
         self.batches[lanes].add_(1)
 
     def write(self, buffers: dict[str, Tensor]) -> None:

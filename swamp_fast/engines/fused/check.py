@@ -48,7 +48,7 @@ def tensor_cores(problem: Problem, plan: Plan) -> Launch | str:
     if missing is not None:
         return missing
     launch = launcher(problem.device)
-    program = CudaPrograms(problem, plan, Compact(problem.layout, problem.mask), launch).program
+    program = CudaPrograms(problem, plan, problem.mask, launch).program
     return tensor_cores_differ(program.halos.values(), launch, problem.device) or launch
 
 
@@ -113,24 +113,28 @@ def _difference(problem: Problem, plan: Plan, mask: Tensor | None) -> str | None
     results = []
     with generators_left_alone():
         for fused in (False, True):
-            size = compact.P if fused else problem.layout.P
-            grads = torch.zeros(lanes, size, dtype=torch.float64, device=problem.device)
+            width = compact.P if fused else problem.layout.P
+            grads = torch.zeros(lanes, width, dtype=torch.float64, device=problem.device)
             way: CpuLanes | CudaLanes | LaneByLane
             if fused:
-                way = programs_of(problem, plan, compact, {}).lanes(compact.compact(weights), grads)
+                programs = programs_of(problem, plan, mask, {})
+                way = programs.lanes(programs.compact.compact(weights), grads)
             else:
                 way = LaneByLane(problem, weights.clone(), grads, False)
             for module in way.modules:
                 module.train()
             found: dict[str, Tensor] = {"losses": way.backward(batch, keys)}
-            found["gradients"] = grads if fused else compact.compact(grads)
+            found["gradients"] = compact.compact(programs.compact.expand(grads) if fused else grads)
             found |= {f"buffer {name}": buffer.clone() for name, buffer in way.buffers().items()}
             for module in way.modules:
                 module.eval()
             with torch.no_grad():
                 found["outputs"] = torch.stack(way.outputs(batch.lane(0)[0], keys))
             results.append(found)
+    skips = isinstance(programs, CudaPrograms) and programs.columns is not None  # statistics of dead channels
     for name, expected in results[0].items():
+        if name.startswith("buffer ") and skips:
+            continue
         if not close(results[1][name], expected, TOLERANCE):
             return f"its {name} differ from autograd's"
     return None

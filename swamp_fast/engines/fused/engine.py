@@ -13,10 +13,10 @@ from torch import Tensor
 from swamp_fast.bank import ParticleBank, Solution
 from swamp_fast.batchnorm import norms_of
 from swamp_fast.data.streams import generators_left_alone
-from swamp_fast.engines.fused.compact import Compact, CompactBank
+from swamp_fast.engines.fused.compact import CompactBank
 from swamp_fast.engines.fused.cpu.lanes import CpuLanes, CpuPrograms
 from swamp_fast.engines.fused.cpu.program import Rows
-from swamp_fast.engines.fused.cuda.lanes import CudaLanes, CudaPrograms
+from swamp_fast.engines.fused.cuda.lanes import CudaLanes, CudaPrograms, lanes_in_cache
 from swamp_fast.engines.trainer import Trainer, first_handle
 from swamp_fast.nvrtc import Launch
 from swamp_fast.plan import Convolution, Plan
@@ -34,24 +34,31 @@ class FusedEngine:
     rows    of each cycle ("ticket" for the ticket's): how its convolutions share loads, by a stopwatch; part of a run's
             state, so that resuming replays it
     launch  of the kernels of csrc/cuda; None where Triton's run alone
+    branch  how many lanes of a GPU run as one of several groups beside each other, if that measured faster; else None
     """
 
     name = "fused"
 
     def __init__(
-        self, problem: Problem, plan: Plan, why: str, rows: dict[str, Rows], launch: Launch | None = None
+        self,
+        problem: Problem,
+        plan: Plan,
+        why: str,
+        rows: dict[str, Rows],
+        launch: Launch | None = None,
+        branch: int | None = None,
     ) -> None:
         self.problem, self.plan, self.why, self.rows, self.launch = problem, plan, why, rows, launch
+        self.branch = branch
         self.programs: CpuPrograms | CudaPrograms | None = None
         self.trainer: Trainer | None = None
 
     def spawn(self, start: Solution, mask: Tensor, particles: int, cycle: int | None) -> ParticleBank:
         """The bank with `particles` lanes at `start` under a mask [Q]; it and its program are made for the mask."""
         self.release()  # before new memory is taken
-        compact = Compact(self.problem.layout, mask)
         rows = self.rows.setdefault("ticket" if cycle is None else str(cycle), {})
-        self.programs = programs_of(self.problem, self.plan, compact, rows, self.launch)
-        bank = CompactBank(compact, self.problem.config, particles, self.problem.dtype)
+        self.programs = programs_of(self.problem, self.plan, mask, rows, self.launch, self.branch)
+        bank = CompactBank(self.programs.compact, self.problem.config, particles, self.problem.dtype)
         bank.rewind_(start, mask, cycle)
         grads = torch.zeros_like(bank.weights)
         self.programs.measure(particles)
@@ -98,16 +105,40 @@ class FusedEngine:
             "operations": self.plan.count(),
             "rows": self.rows,
             "tensor_cores": self.launch is not None,
+            "branch": self.branch,
             "cuda_graph": why_not is None,
             "no_cuda_graph": why_not,
         }
 
 
+def faster_branch(problem: Problem, plan: Plan, launch: Launch | None) -> int | None:
+    """How many lanes to run as one of several groups, so that a group's maps stay in the second-level cache of a GPU.
+
+    None where all fit it, where it isn't faster by a stopwatch, or without a GPU.
+    """
+    if problem.device.type != "cuda":
+        return None
+    cache = torch.cuda.get_device_properties(problem.device).L2_cache_size
+    itemsize = 2 if problem.config.precision == "bfloat16" else problem.dtype.itemsize
+    branch = lanes_in_cache(plan, problem.bounds[0][1], itemsize, cache)
+    if branch >= timed_lanes(problem):
+        return None
+    together, grouped = (
+        seconds_of_steps(FusedEngine(problem, plan, "", {}, launch, each), problem, problem.mask)
+        for each in (None, branch)
+    )
+    return branch if grouped < together else None
+
+
+def timed_lanes(problem: Problem) -> int:
+    """How many lanes a step is timed with."""
+    most = max(problem.config.particles_at(cycle) for cycle in range(problem.config.cycles + 1))
+    return min(most, TIMED_LANES) if problem.device.type == "cuda" else 1
+
+
 def seconds_of_steps(engine: Any, problem: Problem, mask: Tensor) -> float:
     """The least time of a particle's step under a mask, after one to warm up; on CUDA of some particles together."""
-    config = problem.config
-    most = max(config.particles_at(cycle) for cycle in range(config.cycles + 1))
-    lanes = min(most, TIMED_LANES) if problem.device.type == "cuda" else 1
+    lanes = timed_lanes(problem)
     start = Solution(
         problem.layout.flat(dict(problem.template.named_parameters()), problem.dtype, problem.device),
         {name: buffer.detach().clone() for name, buffer in problem.template.named_buffers()},
@@ -129,12 +160,12 @@ def seconds_of_steps(engine: Any, problem: Problem, mask: Tensor) -> float:
 
 
 def programs_of(
-    problem: Problem, plan: Plan, compact: Compact, rows: Rows, launch: Launch | None = None
+    problem: Problem, plan: Plan, mask: Tensor, rows: Rows, launch: Launch | None = None, branch: int | None = None
 ) -> CpuPrograms | CudaPrograms:
-    """What the device's kernels need under one mask."""
+    """What the device's kernels need under one mask [Q]."""
     if problem.device.type == "cpu":
-        return CpuPrograms(problem, plan, compact, rows)
-    return CudaPrograms(problem, plan, compact, launch)
+        return CpuPrograms(problem, plan, mask, rows)
+    return CudaPrograms(problem, plan, mask, launch, branch)
 
 
 def fused_plan(problem: Problem) -> Plan | str:

@@ -14,6 +14,7 @@ def masked_sgd_(
     momentum: Tensor,
     weight_decay: Tensor,
     nesterov: bool = False,
+    grad_scale: Tensor | None = None,
     swa: Tensor | None = None,
     swa_weight: Tensor | None = None,
 ) -> None:
@@ -22,7 +23,8 @@ def masked_sgd_(
     for lane in range(weights.shape[0]):
         pruned = ~masks[run_of_lane[lane]]
         w, buffer = weights[lane], momentum_buffer[lane]
-        step = grads[lane].add(w, alpha=weight_decay[lane].item())
+        grad = grads[lane] * (1.0 if grad_scale is None else grad_scale[lane].item())
+        step = grad.add(w, alpha=weight_decay[lane].item())
         step[:prunable].masked_fill_(pruned, 0)
         buffer.mul_(momentum[lane].item()).add_(step)
         buffer[:prunable].masked_fill_(pruned, 0)

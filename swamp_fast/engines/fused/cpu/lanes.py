@@ -18,8 +18,8 @@ from swamp_fast.problem import Problem
 class CpuPrograms:
     """The programs under one mask, one for each size of batch."""
 
-    def __init__(self, problem: Problem, plan: Plan, compact: Compact, rows: Rows) -> None:
-        self.problem, self.plan, self.compact, self.rows = problem, plan, compact, rows
+    def __init__(self, problem: Problem, plan: Plan, mask: Tensor, rows: Rows) -> None:
+        self.problem, self.plan, self.compact, self.rows = problem, plan, Compact(problem.layout, mask), rows
         self.made: dict[tuple[int, bool], Program] = {}
 
     def of(self, samples: int, trains: bool) -> Program:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,11 +27,12 @@ class Place:
 class DenseWeights:
     """The index tables between compact vectors [L, P'] and dense rows [L, T], of one mask.
 
-    index   [T]  int32: which compact number stands at a place of a dense row, -1 for a pruned weight or padding
-    places  of every convolution, by its output's number
+    index     [T]  int32: which compact number stands at a place of a dense row, -1 for a pruned weight or padding
+    places    of every convolution, by its output's number
+    channels  of each value, by its number: which of the model's the plan has, as narrow.py has it
     """
 
-    def __init__(self, plan: Plan, compact: Compact) -> None:
+    def __init__(self, plan: Plan, compact: Compact, channels: Sequence[Tensor]) -> None:
         self.compact = compact
         self.places: dict[int, Place] = {}
         entries = {entry.name: entry for entry in compact.layout.entries}
@@ -41,7 +43,10 @@ class DenseWeights:
                 continue
             entry = entries[op.weight]
             shape = entry.shape if len(entry.shape) == 4 else (*entry.shape, 1, 1)
-            own = compact.where[entry.begin : entry.end].view(op.groups, shape[0] // op.groups, shape[1], -1)
+            own = compact.where[entry.begin : entry.end].view(*shape[:2], -1)
+            if op.groups == 1:
+                own = own[channels[op.output].to(own.device)][:, channels[op.inputs[0]].to(own.device)]
+            own = own.view(op.groups, own.shape[0] // op.groups, own.shape[1], -1)
             begins = []
             for axes in ((0, 3, 2, 1), (0, 3, 1, 2)):
                 begins.append(length)

@@ -6,6 +6,7 @@ import ctypes
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from swamp_fast.nvrtc import Launch
@@ -31,6 +32,28 @@ class Prologue:
     scale: Tensor
     offset: Tensor
     first: int
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Where a map's statistics go, once the last block has come: [L, channels of all norms], at the norm's first.
+
+    mean, variance  of the batch, biased
+    scale, offset   of the norm as in * scale + offset
+    weights         a bank [L, P'] with the norm's weight at first_weight and its bias at first_bias; -1 for none
+    arrivals        [L, ...] int32, zeros before and after: how many blocks have come
+    """
+
+    mean: Tensor
+    variance: Tensor
+    scale: Tensor
+    offset: Tensor
+    first: int
+    weights: Tensor
+    first_weight: int
+    first_bias: int
+    eps: float
+    arrivals: Tensor
 
 
 @dataclass(frozen=True)
@@ -72,7 +95,7 @@ class Halo:
         return -(-samples // self.pictures) * (self.height // self.rows)
 
     def blocks(self, samples: int) -> int:
-        """Of a convolution, each of which leaves a row of statistics over block_tiles * PIXELS pixels."""
+        """Of a convolution."""
         return -(-self.tiles(samples) // self.block_tiles(samples))
 
     def block_tiles(self, samples: int) -> int:
@@ -96,31 +119,32 @@ class Halo:
         out: Tensor,
         by_input: bool,
         accumulate: bool,
-        statistics: tuple[Tensor, Tensor] | None,
+        to: Statistics | None,
     ) -> None:
         """Convolve relu(source * scale + offset), or of the source; by the input, of the output's gradient.
 
-        weights     dense rows [L, T], this layer's at `first`
-        bias        a bank [L, P'] and where this layer's begins
-        statistics  means, and sums of squares about them, [L, blocks, outputs]
+        weights  dense rows [L, T], this layer's at `first`
+        bias     a bank [L, P'] and where this layer's begins
+        to       where the statistics of `out` go
         """
         outputs = self.inputs if by_input else self.outputs
         constants, shared = self.convolve_constants(
-            by_input, prologue is not None, bias is not None, accumulate, statistics is not None
+            by_input, prologue is not None, bias is not None, accumulate, to is not None
         )
         lanes, samples = source.shape[:2]
-        means, squares = statistics if statistics is not None else (None, None)
+        blocks = self.blocks(samples)
+        scratch = None if to is None else torch.empty(2, lanes, blocks, outputs, device=out.device)
         launch(
             "convolve",
             constants,
-            (self.blocks(samples), outputs // constants["BLOCK_OUT"], lanes),
+            (blocks, outputs // constants["BLOCK_OUT"], lanes),
             shared,
             [
                 *(_address(source), _address(weights, first), _long(weights.stride(0))),
                 *_prologue(prologue),
                 *((_address(None), _long(0)) if bias is None else (_address(*bias), _long(bias[0].stride(0)))),
-                *(_address(out), _address(means), _address(squares), _int(samples), _int(self.tiles(samples))),
-                _int(self.block_tiles(samples)),
+                *(_address(out), _int(samples), _int(self.tiles(samples)), _int(self.block_tiles(samples))),
+                *(_address(scratch), *_statistics(to)),
             ],
         )
 
@@ -220,6 +244,24 @@ def _prologue(prologue: Prologue | None) -> tuple[Any, Any, Any]:
         return _address(None), _address(None), _long(0)
     first = prologue.first
     return _address(prologue.scale, first), _address(prologue.offset, first), _long(prologue.scale.stride(0))
+
+
+def _statistics(to: Statistics | None) -> list[Any]:
+    if to is None:
+        return [_address(None)] * 4 + [
+            _long(0),
+            *[_address(None)] * 2,
+            _long(0),
+            ctypes.c_double(0),
+            _address(None),
+            _long(0),
+        ]
+    parameters = (_address(to.weights if first >= 0 else None, first) for first in (to.first_weight, to.first_bias))
+    return [
+        *(_address(each, to.first) for each in (to.mean, to.variance, to.scale, to.offset)),
+        *(_long(to.mean.stride(0)), *parameters, _long(to.weights.stride(0)), ctypes.c_double(to.eps)),
+        *(_address(to.arrivals), _long(to.arrivals.stride(0))),
+    ]
 
 
 def _long(value: int) -> Any:

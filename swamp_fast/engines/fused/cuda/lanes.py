@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,8 +13,10 @@ from torch import Tensor
 from swamp_fast.data.store import Batch
 from swamp_fast.engines.fused.buffers import Buffers
 from swamp_fast.engines.fused.compact import Compact
+from swamp_fast.engines.fused.cuda.narrow import narrow, norm_columns, per_channel
 from swamp_fast.engines.fused.cuda.program import Pass, Program
 from swamp_fast.nvrtc import Launch
+from swamp_fast.ops._contract import triton_kernels
 from swamp_fast.plan import Plan
 from swamp_fast.probe import cross_entropy
 from swamp_fast.problem import Problem
@@ -23,14 +27,23 @@ SHARE = 0.4  # of the free memory that a step may take: there are two sizes of b
 class CudaPrograms:
     """The program under one mask.
 
+    plan     without dead channels
+    columns  [channels of its norms] int64: which of the model's those are; None where all are left
     at_once  how many lanes a launch runs at most; what a lane computes doesn't depend on it
+    branch   if not None, so many lanes run beside as many others, each group on a stream of its own
     """
 
-    def __init__(self, problem: Problem, plan: Plan, compact: Compact, launch: Launch | None) -> None:
-        self.problem, self.plan, self.compact = problem, plan, compact
+    def __init__(
+        self, problem: Problem, plan: Plan, mask: Tensor, launch: Launch | None, branch: int | None = None
+    ) -> None:
+        self.problem, self.branch = problem, branch
+        self.plan, channels = narrow(plan, problem.layout, mask)
+        self.columns = norm_columns(plan, channels)
+        self.columns = None if self.columns is None else self.columns.to(mask.device)
+        self.compact = Compact(problem.layout, mask, per_channel(plan, channels))
         storage = torch.bfloat16 if problem.config.precision == "bfloat16" else problem.dtype
         tf32 = {True: torch.backends.cuda.matmul.allow_tf32, False: torch.backends.cudnn.allow_tf32}
-        self.program = Program(plan, compact, problem.dtype, storage, tf32, launch)
+        self.program = Program(self.plan, channels, self.compact, problem.dtype, storage, tf32, launch)
         self.at_once: int | None = None
 
     def measure(self, lanes: int) -> None:
@@ -57,6 +70,12 @@ def lanes_that_fit(lanes: int, bytes_of_lane: int, free: int) -> int:
     return min(lanes, fitting)
 
 
+def lanes_in_cache(plan: Plan, samples: int, itemsize: int, cache: int) -> int:
+    """How many lanes' largest operation, its input and its output, fill half of a cache of so many bytes."""
+    largest = max(math.prod(shape) for shape in plan.shapes) * samples * itemsize
+    return max(1, cache // 2 // (2 * largest))
+
+
 class CudaLanes:
     """Lanes over compact weights [L, P'], whose gradients go to grads [L, P']; the modules hold the buffers alone."""
 
@@ -66,7 +85,9 @@ class CudaLanes:
         self.problem, self.programs, self.compact_weights, self.grads = problem, programs, weights, grads
         self.running = Buffers(problem.template, programs.plan.norms, len(weights), problem.dtype)
         self.modules = self.running.modules
-        self.mean, self.variance = torch.zeros_like(self.running.mean), torch.zeros_like(self.running.mean)
+        self.mean, self.variance = (self._own(torch.zeros_like(self.running.mean)) for _ in range(2))
+        most = max(shape[0] for shape in programs.plan.shapes)  # blocks of channels of one launch, at most
+        self.arrivals = torch.zeros(len(weights), most, dtype=torch.int32, device=weights.device)
 
     @property
     def weights(self) -> Tensor:
@@ -76,18 +97,39 @@ class CudaLanes:
     def backward(self, batch: Batch, step_keys: Tensor) -> Tensor:
         """As LaneByLane.backward."""
         assert self.grads is not None
-        return torch.cat([self._backward(batch, step_keys, lanes, self.grads[lanes]) for lanes in self._groups()])
+        grads = self.grads
+
+        def backward(lanes: slice) -> Tensor:
+            return self._backward(batch, step_keys, lanes, grads[lanes])
+
+        return torch.cat(self._in_branches(backward) if self._branches else [backward(each) for each in self._groups()])
+
+    @property
+    def _branches(self) -> bool:
+        """Whether groups run beside each other: if they fit the memory together."""
+        lanes, branch = len(self.modules), self.programs.branch
+        return branch is not None and branch < lanes <= (self.programs.at_once or lanes)
+
+    def _in_branches(self, backward: Callable[[slice], Tensor]) -> list[Tensor]:
+        """Each group on a stream that begins and ends with the current one: parallel branches, where it is captured."""
+        here, losses, streams = torch.cuda.current_stream(), [], []
+        for lanes in self._groups():
+            streams.append(torch.cuda.Stream())
+            streams[-1].wait_stream(here)
+            with torch.cuda.stream(streams[-1]):
+                losses.append(backward(lanes))
+        for stream in streams:
+            here.wait_stream(stream)
+        return losses
 
     def _backward(self, batch: Batch, step_keys: Tensor, lanes: slice, grads: Tensor) -> Tensor:
         """One group; what it held is free again when this returns."""
         inputs, targets = self._inputs(batch, step_keys, lanes), batch.targets[lanes]
         run, outputs = self._run(lanes, inputs, step_keys[lanes], keep=True)
-        outputs.requires_grad_()
-        losses = self._losses(outputs, targets)
-        (out_grad,) = torch.autograd.grad(losses.sum(), outputs)
+        losses, out_grad = self._losses(outputs, targets)
         with torch.no_grad():
             run.backward(out_grad, grads)
-        return losses.detach()
+        return losses
 
     def outputs(self, inputs: Any, keys: Tensor) -> list[Any]:
         """As LaneByLane.outputs."""
@@ -107,7 +149,8 @@ class CudaLanes:
 
     def _groups(self) -> list[slice]:
         lanes = len(self.modules)
-        step = min(lanes, self.programs.at_once or lanes)
+        step = self.programs.branch if self._branches else min(lanes, self.programs.at_once or lanes)
+        assert step is not None
         return [slice(begin, min(lanes, begin + step)) for begin in range(0, lanes, step)]
 
     def _inputs(self, batch: Batch, step_keys: Tensor, lanes: slice) -> Tensor:
@@ -129,22 +172,34 @@ class CudaLanes:
                 f'{list(inputs.shape[1:])}; a `transform` must keep the shape, or pass engine="eager".'
             )
         by_batch = self.running.by_batch
-        statistics = (self.mean, self.variance) if by_batch else (self.running.mean, self.running.variance)
-        mean, variance = (each[lanes] for each in statistics)
-        run = Pass(self.programs.program, self.compact_weights[lanes], mean, variance, by_batch, keys)
+        if by_batch:
+            mean, variance = self.mean[lanes], self.variance[lanes]
+        else:
+            mean, variance = self._own(self.running.mean[lanes]), self._own(self.running.variance[lanes])
+        weights, arrivals = self.compact_weights[lanes], self.arrivals[lanes]
+        run = Pass(self.programs.program, weights, mean, variance, by_batch, keys, arrivals)
         with torch.no_grad():
             outputs = run.forward(inputs, keep).to(self.problem.dtype)
             if by_batch:
-                self.running.move(lanes, mean, variance * self.programs.program.unbiased(inputs.shape[1]))
+                unbiased = variance * self.programs.program.unbiased(inputs.shape[1])
+                self.running.move(lanes, mean, unbiased, self.programs.columns)
         return run, outputs
 
-    def _losses(self, outputs: Tensor, targets: Any) -> Tensor:
-        """Each lane's mean loss; a loss of the user's runs lane by lane, as it may mix samples."""
-        if self.problem.loss is cross_entropy and outputs.dim() == 3:
-            every = self.problem.losses(outputs.flatten(0, 1), targets.flatten(0, 1)).view(targets.shape)
-            return torch.stack([own.mean() for own in every])  # torch's order of sums depends on how many there are
+    def _own(self, statistics: Tensor) -> Tensor:
+        """[L, channels of the model's norms] -> [L, channels of the plan's]."""
+        return statistics if self.programs.columns is None else statistics[:, self.programs.columns]
+
+    def _losses(self, outputs: Tensor, targets: Any) -> tuple[Tensor, Tensor]:
+        """Each lane's mean loss, and its gradient; a loss of the user's runs lane by lane, as it may mix samples."""
+        if self.problem.loss is cross_entropy and outputs.dim() == 3 and targets.dtype == torch.int64:
+            kernels = triton_kernels("loss")
+            if outputs.shape[2] <= kernels.MOST_CLASSES:
+                found: tuple[Tensor, Tensor] = kernels.cross_entropy(outputs.contiguous(), targets.contiguous())
+                return found
+        outputs.requires_grad_()
         each = [
             self.problem.losses(own.clone(), target).mean()  # a loss may change what it is given
             for own, target in zip(outputs, targets, strict=True)
         ]
-        return torch.stack(each)
+        losses = torch.stack(each)
+        return losses.detach(), torch.autograd.grad(losses.sum(), outputs)[0]

@@ -7,7 +7,7 @@ project's Triton kernels; what only moves or maps numbers is torch's.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -19,7 +19,7 @@ from swamp_fast import ops
 from swamp_fast.data.streams import DROPOUT
 from swamp_fast.engines.fused.compact import Compact
 from swamp_fast.engines.fused.cuda.dense import DenseWeights, Gradients
-from swamp_fast.engines.fused.cuda.halo import PIXELS, Halo, Prologue
+from swamp_fast.engines.fused.cuda.halo import Halo, Prologue, Statistics
 from swamp_fast.nvrtc import Launch
 from swamp_fast.ops._contract import triton_kernels
 from swamp_fast.plan import Add, Concatenate, Convolution, Dropout, Flatten, Norm, Op, Plan, Pointwise, Pool
@@ -42,17 +42,20 @@ ACTIVATIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
 class Program:
     """What is made once for a mask: the index of dense weights, tables, where the norms' channels stand.
 
+    plan            without dead channels; `channels` of each value are left, by its number
     dtype, storage  of weights and sums, and of maps
     tf32            whether products of float32 may be rounded to it: in linear layers, and in convolutions
     launch          runs the kernels of csrc/cuda, if they can be had
     halos           the convolutions that they run, by their output's number
     unwritten       the outputs of norms that those alone read, and make for themselves at the load
     first_channel   where a norm's channels begin among all norms', by its output's number
+    norm_behind     a norm that reads a convolution's output, by the latter's number: where its statistics go
     """
 
     def __init__(
         self,
         plan: Plan,
+        channels: Sequence[Tensor],
         compact: Compact,
         dtype: torch.dtype,
         storage: torch.dtype,
@@ -60,19 +63,22 @@ class Program:
         launch: Launch | None = None,
     ) -> None:
         self.plan, self.compact, self.dtype, self.storage = plan, compact, dtype, storage
-        self.dense = DenseWeights(plan, compact)
+        self.dense = DenseWeights(plan, compact, channels)
         self.launch = launch
         self.halos = self._halos() if launch is not None and storage == torch.bfloat16 else {}
         self.unwritten = self._unwritten()
         self.precision = {linear: "tf32" if allowed else "ieee" for linear, allowed in tf32.items()}
-        self.begins = {entry.name: int(compact.where[entry.begin]) for entry in compact.layout.entries}
-        self.sizes = {entry.name: entry.size for entry in compact.layout.entries}
+        self.begins = {
+            entry.name: int(compact.where[entry.begin : entry.end].min()) for entry in compact.layout.entries
+        }
         self.first_channel: dict[int, int] = {}
-        channels = 0
+        count = 0
         for op in plan.ops:
             if isinstance(op, Norm):
-                self.first_channel[op.output] = channels
-                channels += plan.shapes[op.output][0]
+                self.first_channel[op.output] = count
+                count += plan.shapes[op.output][0]
+        convolved = {op.output for op in plan.ops if isinstance(op, Convolution)}
+        self.norm_behind = {op.inputs[0]: op for op in plan.ops if isinstance(op, Norm) and op.inputs[0] in convolved}
         self.needed = plan.needs_gradient()
         self.gradients: dict[int, Gradients] = {}
         self.counts: dict[int, Tensor] = {}
@@ -160,12 +166,21 @@ class Pass:
     weights          [L, P']  compact
     mean, variance   [L, channels of all norms]: of the batch, written, or given where `by_batch` is off
     keys             [L, 3]   that dropout draws with; None leaves it off
+    arrivals         [L, ...] zeros, as Statistics has it
     """
 
     def __init__(
-        self, program: Program, weights: Tensor, mean: Tensor, variance: Tensor, by_batch: bool, keys: Tensor | None
+        self,
+        program: Program,
+        weights: Tensor,
+        mean: Tensor,
+        variance: Tensor,
+        by_batch: bool,
+        keys: Tensor | None,
+        arrivals: Tensor,
     ) -> None:
         self.program, self.plan, self.weights, self.keys = program, program.plan, weights, keys
+        self.arrivals = arrivals
         self.mean, self.variance, self.by_batch = mean, variance, by_batch
         self.lanes = len(weights)
         self.values: dict[int, Tensor] = {}
@@ -173,8 +188,6 @@ class Pass:
         self.factors: dict[int, Tensor] = {}
         self.scale, self.offset = torch.empty_like(mean), torch.empty_like(mean)
         self.prologues: dict[int, tuple[Tensor, Prologue]] = {}  # what stands for a value that is not written
-        self.statistics: dict[int, tuple[tuple[Tensor, Tensor], int]] = {}  # that a convolution left, by its output
-        self.wants_statistics = {op.inputs[0] for op in self.plan.ops if isinstance(op, Norm)} if by_batch else set()
         self.dense = torch.empty(self.lanes, len(program.dense.index), dtype=program.storage, device=weights.device)
 
     def forward(self, inputs: Tensor, keep: bool) -> Tensor:
@@ -237,28 +250,18 @@ class Pass:
     def _convolution(self, op: Convolution) -> None:
         kernels, halo = self.program.kernels("convolution"), self.program.halos.get(op.output)
         source, prologue = self._source(op.inputs[0])
-        out, statistics = self._out(op), None
-        if op.output in self.wants_statistics:
-            tiles, tile_pixels = (
-                kernels.tiles(out[0].numel() // out.shape[-1], out.element_size())
-                if halo is None
-                else (halo.blocks(self.samples), halo.block_tiles(self.samples) * PIXELS)
-            )
-            both = torch.empty(
-                *(2, self.lanes, tiles, out.shape[-1]), dtype=self.weights.dtype, device=self.weights.device
-            )
-            statistics = both[0], both[1]
-            self.statistics[op.output] = statistics, tile_pixels
+        out, norm = self._out(op), self.program.norm_behind.get(op.output)
+        to = self._statistics(norm) if norm is not None and self.by_batch else None
         first = self.program.dense.places[op.output].forward
         if halo is not None:
             assert self.program.launch is not None
             bias = None if op.bias is None else (self.weights, self.program.begins[op.bias])
-            halo.convolve(self.program.launch, source, prologue, self.dense, first, bias, out, False, False, statistics)
+            halo.convolve(self.program.launch, source, prologue, self.dense, first, bias, out, False, False, to)
             return
         kernels.convolve(
             *(source, self.dense, first),
             *((None, 0) if op.bias is None else (self.weights, self.program.begins[op.bias])),
-            *(out, self._window(op), False, False, statistics, self._precision(op)),
+            *(out, self._window(op), False, False, to, self._precision(op)),
         )
 
     def _convolution_backward(self, op: Convolution) -> None:
@@ -271,9 +274,7 @@ class Pass:
         else:
             kernels.weight_grad(source, out_grad, self.partial, first, tables.splits[op.output], window, precision)
         if op.bias is not None:
-            begin = self.program.begins[op.bias]
-            for lane, own in enumerate(self.weight_grads[:, begin : begin + self.program.sizes[op.bias]]):
-                own.add_(out_grad[lane].sum((0, 1, 2), dtype=own.dtype))  # torch's order of sums depends on how many
+            kernels.bias_grad(out_grad, self.weight_grads, self.program.begins[op.bias], self.arrivals)
         if op.inputs[0] in self.program.needed:
             in_grad, accumulate = self._grad(op.inputs[0])
             place = self.program.dense.places[op.output].by_input
@@ -288,17 +289,19 @@ class Pass:
         weight, bias = (-1 if name is None else self.program.begins[name] for name in (op.weight, op.bias))
         return self.program.first_channel[op.output], weight, bias
 
+    def _statistics(self, op: Norm) -> Statistics:
+        first, weight, bias = self._norm_arguments(op)
+        each = self.mean, self.variance, self.scale, self.offset, first
+        return Statistics(*each, self.weights, weight, bias, op.eps, self.arrivals)
+
     def _norm(self, op: Norm) -> None:
         kernels, source = self.program.kernels("norm"), self.values[op.inputs[0]]
         first, weight, bias = self._norm_arguments(op)
-        each = self.mean, self.variance, self.scale, self.offset, first
-        if self.by_batch:
-            found = self.statistics.pop(op.inputs[0], None)
-            statistics, tile_pixels = kernels.tile_statistics(source) if found is None else found
-            pixels = source[0].numel() // source.shape[-1]
-            kernels.merge_statistics(statistics, tile_pixels, pixels, *each, self.weights, weight, bias, op.eps)
-        else:
+        if not self.by_batch:
+            each = self.mean, self.variance, self.scale, self.offset, first
             kernels.scale_offset(*each, source.shape[-1], self.weights, weight, bias, op.eps)
+        elif self.program.norm_behind.get(op.inputs[0]) is not op:
+            kernels.statistics(source, self._statistics(op))
         if op.output in self.program.unwritten:
             self.prologues[op.output] = source, Prologue(self.scale, self.offset, first)
             return
@@ -318,7 +321,7 @@ class Pass:
         self.program.kernels("norm").norm_grad(
             *(self.values[op.inputs[0]], self.values.get(op.output), self.grads[op.output], in_grad, side),
             *(accumulate, accumulate_side, self.mean, self.variance, self.scale, self.offset, first),
-            *(self.weight_grads, weight, bias, op.eps, op.relu, self.by_batch),
+            *(self.weight_grads, weight, bias, op.eps, op.relu, self.by_batch, self.arrivals),
         )
 
     def _pool(self, op: Pool) -> None:

@@ -1,0 +1,115 @@
+"""The masked AdamW step of every lane with the SWA running mean, in one pass over the bank."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from swamp_fast.ops._contract import FLOATS, Contract, native, register, triton_kernels
+
+
+def masked_adamw_(
+    weights: Tensor,
+    grads: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    masks: Tensor,
+    run_of_lane: Tensor,
+    *,
+    lr: Tensor,
+    beta1: Tensor,
+    beta2: Tensor,
+    eps: Tensor,
+    weight_decay: Tensor,
+    step: Tensor,
+    grad_scale: Tensor | None = None,
+    swa: Tensor | None = None,
+    swa_weight: Tensor | None = None,
+) -> None:
+    """One AdamW step in place; a pruned weight and both its moments are exactly 0 afterwards.
+
+    Gradient times `grad_scale`; both moments, times mask; decoupled weight decay; weights, times mask; then
+    `swa += (weights - swa) * swa_weight`.
+
+    weights       [L, P]  float32 or float64, changed in place; rows may be strided
+    grads         [L, P]  like weights
+    exp_avg       [L, P]  first moment, like weights, changed in place; zeros before the first step
+    exp_avg_sq    [L, P]  second moment, likewise
+    masks         [R, Q]  bool, False is pruned; parameters Q … P have no mask
+    run_of_lane   [L]     int64, the run whose mask a lane wears
+    lr            [L]     float64, step size
+    beta1, beta2  [L]     float64, how much of the moments stays, in [0, 1)
+    eps           [L]     float64, added to the root of the second moment; above 0, or 0/0 is NaN
+    weight_decay  [L]     float64, 1/step, of lr
+    step          [L]     float64, the number of this step, 1 for the first, for the bias correction
+    grad_scale    [L]     float64, what a lane's gradient is multiplied by (see clip_scale), or None
+    swa           [L, P]  running mean of the weights, changed in place, or None
+    swa_weight    [L]     float64, 1/(samples with this one); 0 leaves a lane's mean alone
+
+    Raises ValueError or TypeError for shapes, types or devices that don't fit.
+    Source: Loshchilov and Hutter 2019, arXiv 1711.05101, algorithm 2, as torch.optim.AdamW has it.
+    """
+    c = Contract("masked_adamw_")
+    c.tensor("weights", weights, "L P", FLOATS, rows=True)
+    for name, state in (("grads", grads), ("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
+        c.tensor(name, state, "L P", [weights.dtype], rows=True)
+    c.lanes(masks, run_of_lane)
+    rates = {"lr": lr, "beta1": beta1, "beta2": beta2, "eps": eps, "weight_decay": weight_decay, "step": step}
+    c.rates(**rates)
+    c.update(weights, grad_scale, swa, swa_weight)
+    torch.ops.swamp_fast.masked_adamw_(
+        *(weights, grads, exp_avg, exp_avg_sq, masks, run_of_lane),
+        *rates.values(),
+        *(grad_scale, swa, swa_weight),
+    )
+
+
+def _cpu(
+    weights: Tensor,
+    grads: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    masks: Tensor,
+    run_of_lane: Tensor,
+    lr: Tensor,
+    beta1: Tensor,
+    beta2: Tensor,
+    eps: Tensor,
+    weight_decay: Tensor,
+    step: Tensor,
+    grad_scale: Tensor | None,
+    swa: Tensor | None,
+    swa_weight: Tensor | None,
+) -> None:
+    kernel = native().masked_adamw_float32 if weights.dtype == torch.float32 else native().masked_adamw_float64
+    kernel(
+        *(weights.data_ptr(), weights.stride(0)),
+        *(grads.data_ptr(), grads.stride(0)),
+        *(exp_avg.data_ptr(), exp_avg.stride(0)),
+        *(exp_avg_sq.data_ptr(), exp_avg_sq.stride(0)),
+        *((swa.data_ptr(), swa.stride(0)) if swa is not None else (0, 0)),
+        *(masks.data_ptr(), masks.stride(0), run_of_lane.data_ptr()),
+        *(each.data_ptr() for each in (lr, beta1, beta2, eps, weight_decay, step)),
+        grad_scale.data_ptr() if grad_scale is not None else 0,
+        swa_weight.data_ptr() if swa_weight is not None else 0,
+        *(weights.shape[0], weights.shape[1], masks.shape[1]),
+        torch.get_num_threads(),
+    )
+
+
+def _cuda(weights: Tensor, *rest: object) -> None:
+    triton_kernels("masked_adamw").masked_adamw_(weights, *rest)
+
+
+def _fake(weights: Tensor, *rest: object) -> None:
+    return None
+
+
+register(
+    "masked_adamw_(Tensor(a!) weights, Tensor grads, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor masks, "
+    "Tensor run_of_lane, Tensor lr, Tensor beta1, Tensor beta2, Tensor eps, Tensor weight_decay, Tensor step, "
+    "Tensor? grad_scale, Tensor(d!)? swa, Tensor? swa_weight) -> ()",
+    cpu=_cpu,
+    cuda=_cuda,
+    fake=_fake,
+)
