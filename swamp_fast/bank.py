@@ -79,7 +79,8 @@ class ParticleBank:
 
     def moving(self) -> dict[str, Tensor]:
         """What a step changes, by name, each [L, P]."""
-        return {"weights": self.weights, **self.moments, "swa": self.swa}
+        moments = {f"moment{number}": moment for number, moment in enumerate(self.moments)}
+        return {"weights": self.weights, "swa": self.swa, **moments}
 
     def state(self) -> dict[str, Tensor]:
         """What a step changes, on the CPU, without what is pruned: the kept of all lanes in a row, and the rest.

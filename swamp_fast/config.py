@@ -26,7 +26,7 @@ LEAST_EPS = 2.0**-126  # the smallest normal float32 number
 # They say where a run happens and what is kept and shown of it, not what it computes. A run that stopped because a
 # particle diverged may go on without it: until then both choices compute the same.
 NOT_IDENTITY = (
-    *("device", "run_dir", "resume", "progress", "data_dir", "tensorboard"),
+    *("device", "run_dir", "resume", "progress", "tensorboard", "data_dir"),
     *("checkpoint_minutes", "on_divergence"),
 )
 MOST_PARTICLES = 1 << 16  # a particle's number has 16 bits of its stream's word

@@ -18,14 +18,13 @@ import torch
 from torch import Tensor
 
 from swamp_fast import lock
-from swamp_fast.backends import backends
-from swamp_fast.checkpoint import Damaged, Packed, RunDirectory, Snapshot, Unfinished, load_tensors, save_tensors
-from swamp_fast.config import NOT_IDENTITY
+from swamp_fast.checkpoint import Packed, RunDirectory, Snapshot, Unfinished, save_tensors
 from swamp_fast.data.streams import generators_left_alone
 from swamp_fast.problem import Problem
 from swamp_fast.report.console import Console, duration, percent
 from swamp_fast.report.tensorboard import Events
 from swamp_fast.result import SwampResult, snapshot_of
+from swamp_fast.resume import found_in, place_of
 from swamp_fast.schedule import total_particle_epochs
 from swamp_fast.signals import StopSignals
 from swamp_fast.version import __version__
@@ -164,6 +163,8 @@ class Run:
 
     def keep_training(self, state: Unfinished) -> None:
         """Record the training under way; nothing without a folder."""
+        if self.events is not None:
+            self.events.flush()
         if self.folder is not None:
             self.folder.write_training(state)
         self.kept_at = time.perf_counter()
@@ -181,11 +182,6 @@ class Run:
     def tell_dropped(self, cycle: int, lane: int, epoch: int) -> None:
         """Say at once that a particle diverged and is dropped; the cycle's row will have it too."""
         warnings.warn(dropped_text(cycle, lane, epoch), UserWarning, stacklevel=4)
-
-    def _tell(self, text: str) -> None:
-        """A warning, which the next row of the history has too."""
-        self.told.append(text)
-        warnings.warn(text, UserWarning, stacklevel=6)
 
     def keep_particles(self, states: list[State]) -> None:
         """Record the particles of the last cycle."""
@@ -264,7 +260,9 @@ class Run:
             else:
                 self._take_over(self.folder)
         if self.events is not None:
-            self.events.resume(self.rows)
+            # The last epoch that the middle of a training has whole is looked at again.
+            steps = 0 if self.unfinished is None else self.unfinished.steps
+            self.events.resume(self.rows, self.ticket is not None, max(steps - 1, 0) // len(self.problem.bounds))
         if self.ticket is not None:
             total -= self.config.ticket_epochs
         total -= sum(self.config.particles_at(row["cycle"]) for row in self.rows) * self.config.epochs
@@ -274,99 +272,15 @@ class Run:
             self.steps_left -= self.unfinished.steps * (1 if cycle is None else self.config.particles_at(cycle))
 
     def _take_over(self, folder: RunDirectory) -> None:
-        there = folder.about()
-        differences = [
-            f"{name} was {there['config'].get(name)!r}, is {value!r}"
-            for name, value in self.config.to_dict().items()
-            if name not in NOT_IDENTITY and there["config"].get(name) != value
-        ]
-        differences += [
-            f"{WHAT[name]} differ{'s' if name in SINGULAR else ''}"
-            for name, value in self.problem.fingerprints.items()
-            if there["fingerprints"].get(name) != value
-        ]
-        if there["driver"] != self.about["driver"]:
-            differences.append(f"it was made by {there['driver']}")
-        if differences:
-            raise ValueError(
-                f"run_dir {folder.path} holds another run: {'; '.join(differences)}. Name another folder, or call with "
-                "what began it."
-            )
-        self.engine = self.about["engine"] = there["engine"]
-        self._read_ticket(folder)
-        self._read_cycles(folder)
-        if len(self.rows) == self.config.cycles + 1 and self.config.keep_particles:
-            self._read_particles(folder)
+        found = found_in(folder, self.config, self.about)
+        self.ticket, self.rows, self.particles = found.ticket, found.rows, found.particles
+        self.unfinished, self.told = found.unfinished, found.told
+        self.engine = self.about["engine"] = found.engine
+        self.about["moved"] = found.moved
+        if found.elsewhere:
+            folder.write_about(self.about)
         self.snapshots = [folder.cycle_path(cycle) for cycle in range(len(self.rows))]
-        if self.ticket is None or len(self.rows) <= self.config.cycles:
-            self._read_training(folder)
-            self._compare_places(folder, there)
         folder.write_history(self.rows)  # a run that was killed may have written a cycle and not its line
-
-    def _read_ticket(self, folder: RunDirectory) -> None:
-        try:
-            self.ticket = folder.ticket()
-        except Damaged as error:
-            self._aside(folder, "ticket.safetensors", error, "The ticket is trained again.")
-
-    def _read_cycles(self, folder: RunDirectory) -> None:
-        done = min(folder.cycles_done(), self.config.cycles + 1)
-        for cycle in range(done):
-            try:
-                self.rows.append(folder.cycle(cycle).row)
-            except Damaged as error:
-                self._aside(folder, folder.cycle_path(cycle).name, error, f"The run goes on from cycle {cycle} on.")
-                for later in range(cycle + 1, done):
-                    folder.set_aside(folder.cycle_path(later), "unused")
-                return
-
-    def _read_particles(self, folder: RunDirectory) -> None:
-        last, path = folder.cycle_path(self.config.cycles), folder.path / "particles.safetensors"
-        if not path.exists():
-            raise FileNotFoundError(
-                f"{path}, the particles of the finished run, is missing. Move {last} away to train its cycle again."
-            )
-        try:
-            self.particles = load_tensors(path)[0]
-        except Damaged as error:
-            self._aside(folder, path.name, error, "The last cycle is trained again.")
-            folder.set_aside(last, "unused")
-            self.rows.pop()
-
-    def _read_training(self, folder: RunDirectory) -> None:
-        wanted = None if self.ticket is None else len(self.rows)
-        for path in folder.training_paths():
-            try:
-                found = folder.training(path) if path.exists() else None
-            except Damaged as error:
-                self._aside(folder, path.name, error, "The run goes on from the last whole checkpoint before it.")
-                continue
-            if found is not None and found.cycle == wanted:
-                self.unfinished = found
-                return
-
-    def _aside(self, folder: RunDirectory, name: str, error: Damaged, then: str) -> None:
-        to = folder.set_aside(folder.path / name)
-        self._tell(f"{error} It was renamed to {to.name}. {then}")
-
-    def _compare_places(self, folder: RunDirectory, there: dict[str, Any]) -> None:
-        """Say what of the place differs from where the run was; what was measured on another device is not replayed."""
-        before, now = there["place"], self.about["place"]
-        self.about["moved"] = moved = there.get("moved", [])
-        if before == now:
-            return
-        differences = [
-            f"{name} was {before.get(name)}, is {now.get(name)}"
-            for name in {**before, **now}
-            if before.get(name) != now.get(name)
-        ]
-        moved.append({"cycle": len(self.rows), "from": before, "engine": there["engine"]})
-        text = f"the run goes on in another place: {'; '.join(differences)}. Bits may differ from here on."
-        if before.get("device") != now["device"]:
-            text += " What the stopwatch chose is measured anew."
-            self.engine = self.about["engine"] = {}
-        self._tell(text)
-        folder.write_about(self.about)
 
     def _introduce(self) -> None:
         config, line = self.config, self.console.line
@@ -433,28 +347,3 @@ def dropped_text(cycle: int, lane: int, epoch: int) -> str:
     return (
         f"cycle {cycle}, epoch {epoch}: particle {lane} diverged to NaN or infinity and is in no average of the cycle."
     )
-
-
-def place_of(device: torch.device) -> dict[str, Any]:
-    """What the bits of a run depend on, besides the run itself."""
-    if device.type == "cuda":
-        return {"device": "cuda", "processor": torch.cuda.get_device_name(device), "torch": torch.__version__}
-    found = {
-        "device": device.type,
-        "processor": torch.backends.cpu.get_cpu_capability(),
-        "kernels": backends()["cpp"].get("instruction_set"),
-    }
-    return {**found, "threads": torch.get_num_threads(), "torch": torch.__version__}
-
-
-# How the fingerprints are called in a message.
-WHAT = {
-    **{name: f"the {name}" for name in ("model", "forward", "loss", "transform")},
-    "train": "the training data",
-    "val": "the validation data",
-    "test": "the test data",
-    "mask": "the initial masks",
-    "prunable": "the prunable parameters",
-    "drop_last": "drop_last",
-}
-SINGULAR = ("model", "forward", "loss", "transform", "drop_last")

@@ -164,6 +164,11 @@ def seeded(model):
         (lambda: seeded(Counting), "stored", {"rewind": "average", "nesterov": True}),
         (lambda: networks.build("tied"), "stored", {"swa": False, "transform": lambda x: x + torch.rand_like(x)}),
         (lambda: networks.build("residual"), "stored", {"augment": "crop_flip", "precision": "bfloat16"}),
+        (
+            lambda: networks.build("tied"),
+            "stored",
+            {"optimizer": "adamw", "lr": 1e-3, "swa_lr": 5e-4, "clip_norm": 1.0},
+        ),
     ],
 )
 def test_whatever_a_step_depends_on_is_kept(model, data, change, on, digits, tmp_path, capsys):

@@ -24,7 +24,7 @@ LAYERS = [
     ["engines"],
     ["evaluate", "batchnorm", "bank"],
     ["run"],
-    ["result", "checkpoint"],
+    ["result", "resume", "checkpoint"],
     ["problem"],
     ["probe", "prunable", "prune", "trace"],
     ["checks", "dropout", "data", "memory"],

@@ -8,7 +8,9 @@ from collections import defaultdict
 import networks
 import pytest
 
-from swamp_fast import fast_swamp, naive_swamp
+from swamp_fast import engines, fast_swamp, naive_swamp
+from swamp_fast.engines.eager import Choice
+from swamp_fast.engines.trainer import Trainer
 
 SETTINGS = {"engine": "eager", "batch_size": 32, "cycles": 2, "epochs": 3, "ticket_epochs": 2, "particles": 2}
 SETTINGS |= {"progress": False, "tensorboard": True}
@@ -123,3 +125,45 @@ def test_without_the_package_nothing_is_trained(digits, tmp_path, monkeypatch):
 def test_without_a_folder_it_is_refused(digits):
     with pytest.raises(ValueError, match="`tensorboard` writes into run_dir, got run_dir = None; name a folder"):
         fast_swamp(networks.build("tied"), *digits, **SETTINGS)
+
+
+@pytest.mark.parametrize("moment", [7, 20, 22])  # of 5 steps an epoch: in the ticket, between two epochs, inside one
+def test_a_run_that_goes_on_inside_a_training_shows_nothing_twice(moment, digits, tmp_path, events, monkeypatch):
+    settings = SETTINGS | {"checkpoint_minutes": 1e-9}
+    monkeypatch.setattr(engines, "choose", lambda *_: Choice("lanes", False, "so that both runs are alike", {}))
+    fast_swamp(networks.build("tied"), *digits, run_dir=tmp_path / "whole", **settings)
+    step, count = Trainer.step, [0]
+
+    def stop(trainer, handle):
+        count[0] += 1
+        if count[0] == moment + 1:
+            raise Interrupted
+        step(trainer, handle)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "step", stop)
+        with pytest.raises(Interrupted):
+            fast_swamp(networks.build("tied"), *digits, run_dir=tmp_path / "cut", **settings)
+    fast_swamp(networks.build("tied"), *digits, run_dir=tmp_path / "cut", **settings)
+    whole, cut = events(tmp_path / "whole"), events(tmp_path / "cut")
+    assert whole.keys() == cut.keys()
+    for tag, values in whole.items():
+        assert cut[tag] == values or tag.startswith("seconds/"), tag
+
+
+def test_a_particle_that_is_dropped_leaves_the_others_their_numbers(digits, tmp_path, events, monkeypatch):
+    step, count = Trainer.step, [0]
+
+    def spoil(trainer, handle):
+        count[0] += 1
+        if count[0] == 15:
+            trainer.bank.weights[0, 3] = float("nan")
+        step(trainer, handle)
+
+    monkeypatch.setattr(engines, "choose", lambda *_: Choice("lanes", False, "forced", {}))
+    monkeypatch.setattr(Trainer, "step", spoil)
+    with pytest.warns(UserWarning, match="particle 0 diverged"):
+        fast_swamp(networks.build("tied"), *digits, run_dir=tmp_path, **SETTINGS, on_divergence="drop")
+    found = events(tmp_path)
+    assert [step for step, _ in found["accuracy/particle 0"]] == [8, 11]
+    assert [step for step, _ in found["accuracy/particle 1"]] == [5, 8, 11]

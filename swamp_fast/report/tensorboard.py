@@ -40,8 +40,14 @@ class Events:
         self.make, self.folder, self.ticket_epochs, self.epochs = SummaryWriter, folder, ticket_epochs, epochs
         self.writer: SummaryWriter | None = None
 
-    def resume(self, rows: list[dict[str, Any]]) -> None:
-        """Go on after the cycles that a run has finished; where there are no events of them yet, they are written."""
+    def resume(self, rows: list[dict[str, Any]], has_ticket: bool, epochs: int) -> None:
+        """Go on after what a run has finished, and so many epochs of the training after that.
+
+        What its folder holds of later epochs is no longer shown.
+
+        Where there are no events yet, the cycles' rows are written.
+        """
+        self.done = (self.before(len(rows)) if has_ticket else 0) + epochs
         if not self.folder.exists():
             for row in rows:
                 self.cycle(row)
@@ -56,13 +62,19 @@ class Events:
     def cycle(self, row: dict[str, Any]) -> None:
         """A row of the history; in the file when this returns."""
         step = self.before(row["cycle"] + 1)
+        dropped = {each["lane"] for each in row["dropped"]}
+        left = [particle for particle in range(row["particles"]) if particle not in dropped]
         for name, tag in TAGS.items():
             value = row.get(name)
             if isinstance(value, list):
-                for particle, each in enumerate(value):
+                for particle, each in zip(left, value, strict=True):
                     self._write(f"{tag} {particle}", each, step)
             elif value is not None:
                 self._write(tag, value, step)
+        self.flush()
+
+    def flush(self) -> None:
+        """Put what was written into the file."""
         if self.writer is not None:
             self.writer.flush()
 
