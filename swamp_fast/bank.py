@@ -79,8 +79,7 @@ class ParticleBank:
 
     def moving(self) -> dict[str, Tensor]:
         """What a step changes, by name, each [L, P]."""
-        moments = {f"moment{number}": moment for number, moment in enumerate(self.moments)}
-        return {"weights": self.weights, "swa": self.swa, **moments}
+        return {"weights": self.weights, **self.moments, "swa": self.swa}
 
     def state(self) -> dict[str, Tensor]:
         """What a step changes, on the CPU, without what is pruned: the kept of all lanes in a row, and the rest.

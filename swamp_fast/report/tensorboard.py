@@ -38,6 +38,7 @@ class Events:
                 "`tensorboard` off."
             ) from error
         self.make, self.folder, self.ticket_epochs, self.epochs = SummaryWriter, folder, ticket_epochs, epochs
+        self.done = 0
         self.writer: SummaryWriter | None = None
 
     def resume(self, rows: list[dict[str, Any]], has_ticket: bool, epochs: int) -> None:
@@ -88,6 +89,6 @@ class Events:
         return self.ticket_epochs + cycle * self.epochs
 
     def _write(self, tag: str, value: float, step: int) -> None:
-        if self.writer is None:  # what a process that was killed had written from here on is no longer shown
-            self.writer = self.make(str(self.folder), purge_step=step)
+        if self.writer is None:  # a run that is only read writes nothing
+            self.writer = self.make(str(self.folder), purge_step=self.done + 1)
         self.writer.add_scalar(tag, value, step)
