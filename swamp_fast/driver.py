@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from swamp_fast import ops
-from swamp_fast.bank import ParticleBank, Solution
+from swamp_fast.bank import Solution
 from swamp_fast.batchnorm import reestimate
 from swamp_fast.config import SwampConfig
 from swamp_fast.data.streams import at_time
@@ -29,7 +29,7 @@ from swamp_fast.report.console import percent
 from swamp_fast.result import SwampResult
 from swamp_fast.run import Run, one_at_a_time
 from swamp_fast.schedule import cycle_training, ticket_training
-from swamp_fast.watch import Watch
+from swamp_fast.watch import Asked, Trained, Trainings, alone
 
 
 @one_at_a_time
@@ -86,28 +86,31 @@ def fast_swamp(
     )
     with Run(problem, "fast_swamp") as run:
         engine = start_engine(problem, run)
-        ticket = train_ticket(problem, engine, run)
-        average, mask = resumed(problem, run, ticket)
-
-        for cycle in range(len(run.rows), problem.config.cycles + 1):
-            began = time.perf_counter() - run.seconds_of(cycle)
-            if cycle > 0:
-                mask = pruned(average.weights[None], mask[None], problem.config.prune)[0]
-            start = ticket if problem.config.rewind == "ticket" or cycle == 0 else average
-            bank = engine.spawn(start, mask, problem.config.particles_at(cycle), cycle)
-            run.keep_engine(engine.describe())
-            trained = train_particles(problem, engine, run, bank, cycle)
-            average, particles, scores = average_particles(problem, engine, bank, remaining(bank, trained))
-            row = {**about_cycle(problem, bank, mask, cycle), **scores, **trained}
-            if problem.config.keep_particles and cycle == problem.config.cycles:
-                run.keep_particles([named(problem, particle) for particle in particles])
-            row["seconds"], row["peak_memory"] = time.perf_counter() - began, peak_memory(problem.device)
-            run.keep_engine(engine.describe())
-            run.keep_cycle(named(problem, average), problem.layout.mask_views(mask), row)
-        return run.result()
+        return alone(engine, swamp(problem, engine, run))
 
 
-def train_ticket(problem: Problem, engine: Engine, run: Run) -> Solution:
+def swamp(problem: Problem, engine: Engine, run: Run) -> Trainings[SwampResult]:
+    """The algorithm. Each training that it wants done it yields, and is sent what that came to."""
+    ticket = yield from train_ticket(problem, run)
+    average, mask = resumed(problem, run, ticket)
+
+    for cycle in range(len(run.rows), problem.config.cycles + 1):
+        began = time.perf_counter() - run.seconds_of(cycle)
+        if cycle > 0:
+            mask = pruned(average.weights[None], mask[None], problem.config.prune)[0]
+        start = ticket if problem.config.rewind == "ticket" or cycle == 0 else average
+        trained = yield of_cycle(problem, run, cycle, start, mask)
+        average, particles, scores = average_particles(problem, engine, trained)
+        row = {**about_cycle(problem, trained, mask, cycle), **scores}
+        if problem.config.keep_particles and cycle == problem.config.cycles:
+            run.keep_particles([named(problem, particle) for particle in particles])
+        row["seconds"], row["peak_memory"] = time.perf_counter() - began, peak_memory(problem.device)
+        run.keep_engine(engine.describe())
+        run.keep_cycle(named(problem, average), problem.layout.mask_views(mask), row)
+    return run.result()
+
+
+def train_ticket(problem: Problem, run: Run) -> Trainings[Solution]:
     """The matching ticket: the model trained dense for T0, by one particle."""
     if run.ticket is None:
         start = solution(
@@ -115,9 +118,7 @@ def train_ticket(problem: Problem, engine: Engine, run: Run) -> Solution:
         )
         if problem.config.ticket_epochs > 0:
             full = problem.layout.full_mask(problem.device)
-            bank = engine.spawn(start, full, 1, None)
-            run.keep_engine(engine.describe())
-            Watch(engine, run, bank, None, "ticket").train(ticket_training(problem.config))
+            bank = (yield Asked(run, None, start, full, 1, ticket_training(problem.config), "ticket")).bank
             start = Solution(
                 bank.solutions(averaged=False)[0].clone(), {name: each[0] for name, each in bank.buffers.items()}
             )
@@ -137,31 +138,19 @@ def resumed(problem: Problem, run: Run, ticket: Solution) -> tuple[Solution, Ten
     return solution(problem, last.state), mask
 
 
-def train_particles(problem: Problem, engine: Engine, run: Run, bank: ParticleBank, cycle: int) -> dict[str, Any]:
-    """Train the particles of a cycle; what the row says of it."""
-    config, steps = problem.config, len(problem.bounds)
-
-    density = int(bank.masks.sum()) / problem.layout.weights
-    shown = f"cycle {cycle}/{config.cycles}, density {percent(density)}, {bank.lanes} particles"
-    watch = Watch(engine, run, bank, cycle, shown)
-    losses = watch.train(cycle_training(config, steps)).tolist()
-    return {
-        "train_loss": [loss for lane, loss in enumerate(losses) if lane not in watch.dropped],
-        "train_seconds": watch.seconds,
-        "dropped": [{"lane": lane, "epoch": epoch} for lane, epoch in sorted(watch.dropped.items())],
-    }
-
-
-def remaining(bank: ParticleBank, trained: dict[str, Any]) -> list[int]:
-    """The lanes that didn't diverge."""
-    dropped = {each["lane"] for each in trained["dropped"]}
-    return [lane for lane in range(bank.lanes) if lane not in dropped]
+def of_cycle(problem: Problem, run: Run, cycle: int, start: Solution, mask: Tensor) -> Asked:
+    """A cycle's training of its particles."""
+    config, particles = problem.config, problem.config.particles_at(cycle)
+    density = percent(int(mask.sum()) / problem.layout.weights)
+    shown = f"cycle {cycle}/{config.cycles}, density {density}, {particles} particles"
+    return Asked(run, cycle, start, mask, particles, cycle_training(config, len(problem.bounds)), shown)
 
 
 def average_particles(
-    problem: Problem, engine: Engine, bank: ParticleBank, lanes: list[int]
+    problem: Problem, engine: Engine, trained: Trained
 ) -> tuple[Solution, list[Solution], dict[str, Any]]:
-    """The mean over the particles of `lanes` and these themselves, their BatchNorm re-estimated, and their scores."""
+    """The mean over the particles that are left, these themselves, their BatchNorm re-estimated, and their scores."""
+    bank, lanes = trained.bank, trained.left
     particles = bank.solutions(problem.config.swa)
     mean = ops.particle_mean(particles[lanes], bank.run_of_lane[lanes], 1)
     buffers = {name: torch.cat([each, mean_buffer(each[lanes])[None]]) for name, each in bank.buffers.items()}
@@ -182,15 +171,18 @@ def average_particles(
     return average, each, score_row(test, val)
 
 
-def about_cycle(problem: Problem, bank: ParticleBank, mask: Tensor, cycle: int) -> dict[str, Any]:
-    """What a cycle's row says before anything is trained."""
+def about_cycle(problem: Problem, trained: Trained, mask: Tensor, cycle: int) -> dict[str, Any]:
+    """What a cycle's row says besides scores."""
     kept = int(mask.sum())
     return {
         "cycle": cycle,
-        "particles": bank.lanes,
+        "particles": trained.bank.lanes,
         "density": kept / problem.layout.weights,
         "kept": kept,
         "flops": problem.flops(mask),
+        "train_loss": [trained.losses[lane] for lane in trained.left],
+        "train_seconds": trained.seconds,
+        "dropped": [{"lane": lane, "epoch": epoch} for lane, epoch in sorted(trained.dropped.items())],
     }
 
 

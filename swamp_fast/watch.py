@@ -1,17 +1,81 @@
-"""What goes on around the steps of a training: they are counted and kept, and particles that diverge are seen."""
+"""Trainings, as a run asks for them, and what goes on around their steps: they are counted and kept, and particles that
+diverge are seen.
+"""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from swamp_fast.bank import ParticleBank
+from swamp_fast.bank import ParticleBank, Solution
 from swamp_fast.checkpoint import Unfinished
 from swamp_fast.engines import Engine
 from swamp_fast.run import Run
 from swamp_fast.schedule import Training
+
+Returned = TypeVar("Returned")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A training that a run asks for: `particles` lanes at `start` under a mask [Q]; cycle None is the ticket's.
+
+    shown  what the console calls it
+    """
+
+    run: Run
+    cycle: int | None
+    start: Solution
+    mask: Tensor
+    particles: int
+    training: Training
+    shown: str
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a training came to: the bank, each lane's mean loss over the last epoch, and how long it took.
+
+    dropped  lane -> epoch, counted from 1, at whose end its particle had diverged
+    """
+
+    bank: ParticleBank
+    losses: list[float]
+    dropped: dict[int, int]
+    seconds: float
+
+    @property
+    def left(self) -> list[int]:
+        """The lanes that didn't diverge."""
+        return [lane for lane in range(self.bank.lanes) if lane not in self.dropped]
+
+
+Trainings = Generator[Asked, Trained, Returned]
+
+
+def alone(engine: Engine, trainings: Trainings[Returned]) -> Returned:
+    """Do one run's trainings, each as it is asked for; returns what the run returns."""
+    try:
+        asked = next(trainings)
+        while True:
+            asked = trainings.send(do(engine, asked))
+    except StopIteration as end:
+        returned: Returned = end.value
+        return returned
+
+
+def do(engine: Engine, asked: Asked) -> Trained:
+    """One training by itself."""
+    bank = engine.spawn(asked.start, asked.mask, asked.particles, asked.cycle)
+    asked.run.keep_engine(engine.describe())
+    watch = Watch(engine, asked.run, bank, asked.cycle, asked.shown)
+    losses = watch.train(asked.training).tolist()
+    return Trained(bank, losses, watch.dropped, watch.seconds)
 
 
 class Watch:
