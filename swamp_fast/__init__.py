@@ -16,6 +16,17 @@ from swamp_fast.config import SwampConfig
 from swamp_fast.driver import fast_swamp
 from swamp_fast.naive import naive_swamp
 from swamp_fast.result import SwampResult
+from swamp_fast.sweeps import SweepResult, sweep
 from swamp_fast.version import __version__
 
-__all__ = ["SwampConfig", "SwampResult", "__version__", "backends", "fast_swamp", "naive_swamp", "ops"]
+__all__ = [
+    "SwampConfig",
+    "SwampResult",
+    "SweepResult",
+    "__version__",
+    "backends",
+    "fast_swamp",
+    "naive_swamp",
+    "ops",
+    "sweep",
+]

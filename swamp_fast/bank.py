@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,26 +38,29 @@ class ParticleBank:
     keys                              [L, 3]  int64: seed, stream, 0; what each lane draws with
     rates                             [L]     float64 each, by the names that the optimizer's op has for them
     clip_norm                         [L]     float64, or None
+    configs                           of the runs, as many lanes each, one run after the other
     buffers                           what the lanes' modules start with; replaced by what they end with, [L, ...]
     """
 
     def __init__(
-        self, layout: Extent, config: SwampConfig, lanes: int, dtype: torch.dtype, device: torch.device
+        self, layout: Extent, configs: Sequence[SwampConfig], lanes: int, dtype: torch.dtype, device: torch.device
     ) -> None:
-        self.layout, self.config = layout, config
+        self.layout, self.configs, self.config = layout, configs, configs[0]
+        config, runs = configs[0], len(configs)
         self.weights, self.swa, *moments = (
             torch.zeros(lanes, layout.P, dtype=dtype, device=device) for _ in range(2 + len(MOMENTS[config.optimizer]))
         )
         self.moments = dict(zip(MOMENTS[config.optimizer], moments, strict=True))
-        self.masks = torch.zeros(1, layout.Q, dtype=torch.bool, device=device)
-        self.run_of_lane = torch.zeros(lanes, dtype=torch.int64, device=device)
+        self.masks = torch.zeros(runs, layout.Q, dtype=torch.bool, device=device)
+        self.run_of_lane = torch.arange(runs, device=device).repeat_interleave(lanes // runs)
         self.keys = torch.zeros(lanes, 3, dtype=torch.int64, device=device)
 
-        def in_each(value: float) -> Tensor:
-            return torch.full((lanes,), value, dtype=torch.float64, device=device)
+        def of_lanes(setting: str) -> Tensor:
+            each = [getattr(own, setting) for own in configs for _ in range(lanes // runs)]
+            return torch.tensor(each, dtype=torch.float64, device=device)
 
-        self.rates = {name: in_each(getattr(config, setting)) for name, setting in RATES[config.optimizer].items()}
-        self.clip_norm = None if config.clip_norm is None else in_each(config.clip_norm)
+        self.rates = {name: of_lanes(setting) for name, setting in RATES[config.optimizer].items()}
+        self.clip_norm = None if config.clip_norm is None else of_lanes("clip_norm")
         self.buffers: dict[str, Tensor] = {}
 
     @property
@@ -64,18 +68,36 @@ class ParticleBank:
         """L."""
         return len(self.weights)
 
-    def rewind_(self, start: Solution, mask: Tensor, cycle: int | None) -> None:
-        """Put every lane at `start` under a mask [Q], with fresh moments; cycle None trains the ticket."""
-        self.masks.copy_(mask)
-        self.weights.copy_(start.weights.expand_as(self.weights))
+    def rewind_(self, starts: Sequence[Solution], masks: Tensor, cycle: int | None) -> None:
+        """Put each run's lanes at its start under its mask [R, Q], with fresh moments; cycle None trains the ticket."""
+        particles = self.lanes // len(starts)
+        self.masks.copy_(masks)
+        for lanes, start in zip(self.weights.split(particles), starts, strict=True):
+            lanes.copy_(start.weights.expand_as(lanes))
         self.weights[:, : self.layout.Q].mul_(self.masks[self.run_of_lane])
         for tensor in (*self.moments.values(), self.swa):
             tensor.zero_()
-        streams = [stream_of(cycle, particle) for particle in range(self.lanes)]
-        self.keys.copy_(lane_keys([self.config.seed] * self.lanes, streams, self.keys.device))
+        streams = [stream_of(cycle, particle) for particle in range(particles)] * len(starts)
+        seeds = [config.seed for config in self.configs for _ in range(particles)]
+        self.keys.copy_(lane_keys(seeds, streams, self.keys.device))
         self.buffers = {
-            name: buffer.expand(self.lanes, *buffer.shape).clone() for name, buffer in start.buffers.items()
+            name: torch.stack([start.buffers[name] for start in starts]).repeat_interleave(particles, 0)
+            for name in starts[0].buffers
         }
+
+    def of_run(self, run: int) -> ParticleBank:
+        """One run's lanes as a bank of their own, sharing their memory."""
+        particles = self.lanes // len(self.configs)
+        lanes = slice(run * particles, (run + 1) * particles)
+        own = copy.copy(self)
+        own.configs, own.config = [self.configs[run]], self.configs[run]
+        own.weights, own.swa, own.keys = self.weights[lanes], self.swa[lanes], self.keys[lanes]
+        own.moments = {name: moment[lanes] for name, moment in self.moments.items()}
+        own.masks, own.run_of_lane = self.masks[run : run + 1], torch.zeros_like(self.run_of_lane[lanes])
+        own.rates = {name: rate[lanes] for name, rate in self.rates.items()}
+        own.clip_norm = None if self.clip_norm is None else self.clip_norm[lanes]
+        own.buffers = {name: buffer[lanes] for name, buffer in self.buffers.items()}
+        return own
 
     def moving(self) -> dict[str, Tensor]:
         """What a step changes, by name, each [L, P]."""

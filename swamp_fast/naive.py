@@ -185,6 +185,7 @@ def train_particle(problem: Problem, run: Run, model: nn.Module, masks: State, c
                 parameters[name].data.mul_(mask)
             epoch_loss += loss.detach()
             run.step(1, f"{where}, epoch {epoch + 1}/{epochs}")
+            run.stop_if_asked()
             step += 1
         last_losses = float(epoch_loss) / len(problem.bounds)
         run.keep_epoch(cycle, epoch, [last_losses], number)

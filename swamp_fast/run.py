@@ -159,7 +159,7 @@ class Run:
         self.console.line(self._cycle_line(row))
         if self.problem.on_cycle is not None:
             self.problem.on_cycle(dict(row))
-        self._stop_if_asked()
+        self.stop_if_asked()
 
     def keep_training(self, state: Unfinished) -> None:
         """Record the training under way; nothing without a folder."""
@@ -214,16 +214,16 @@ class Run:
     def step(self, particles: int, where: str, state: Callable[[], Unfinished] | None = None) -> None:
         """Count a training step of so many particles, and show how long it will still take.
 
-        Where a checkpoint is due, or a signal asks to stop, `state()` is kept.
+        Where a checkpoint is due, or a signal asks to stop, `state()` is kept; then call `stop_if_asked`.
         """
         self._show(particles, where)
         asked, minutes = self.signals.asked is not None, self.config.checkpoint_minutes
         due = minutes > 0 and time.perf_counter() - self.kept_at >= 60 * minutes
         if (asked or due) and state is not None and self.folder is not None:
             self.keep_training(state())
-        self._stop_if_asked()
 
-    def _stop_if_asked(self) -> None:
+    def stop_if_asked(self) -> None:
+        """Raise KeyboardInterrupt or SystemExit if a signal asked to stop."""
         if self.signals.asked is not None:
             name = "Ctrl-C" if self.signals.asked == signal.SIGINT else "SIGTERM"
             self.console.line(f"stopped  by {name}; started again with run_dir {self.config.run_dir} the run goes on")

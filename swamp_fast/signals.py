@@ -33,7 +33,7 @@ class StopSignals:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 before = signal.getsignal(number)
-                if before not in (None, signal.SIG_IGN):
+                if before not in (None, signal.SIG_IGN, self._notice):  # runs that share this open it once each
                     self._before[number] = before
                     signal.signal(number, self._notice)
         return self

@@ -5,7 +5,7 @@ diverge are seen.
 from __future__ import annotations
 
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -70,42 +70,47 @@ def alone(engine: Engine, trainings: Trainings[Returned]) -> Returned:
 
 
 def do(engine: Engine, asked: Asked) -> Trained:
-    """One training by itself."""
-    bank = engine.spawn(asked.start, asked.mask, asked.particles, asked.cycle)
+    """One training by itself. Raises FloatingPointError, see Watch.on_epoch."""
+    bank = engine.spawn(asked.start, asked.mask, asked.particles, asked.cycle, asked.run.config)
     asked.run.keep_engine(engine.describe())
-    watch = Watch(engine, asked.run, bank, asked.cycle, asked.shown)
-    losses = watch.train(asked.training).tolist()
-    return Trained(bank, losses, watch.dropped, watch.seconds)
+    watch = Watch(asked, bank, engine.state)
+
+    def on_step(step: int) -> None:
+        watch.on_step(step)
+        asked.run.stop_if_asked()
+
+    losses = engine.train(bank, asked.training, on_step, watch.on_epoch, watch.state_before)
+    return watch.trained(losses)
 
 
 class Watch:
-    """The training of one bank, cycle None the ticket's; it goes on where the run's folder holds the middle of it.
+    """The training of one run's bank; it goes on where the run's folder holds the middle of it.
 
-    shown    what the console calls it
-    dropped  lane -> epoch, counted from 1, at whose end its particle had diverged; it is in no average
+    state_of      what the training goes on from, as it is now
+    state_before  what the folder holds, or None
+    dropped       lane -> epoch, counted from 1, at whose end its particle had diverged; it is in no average
     """
 
-    def __init__(self, engine: Engine, run: Run, bank: ParticleBank, cycle: int | None, shown: str) -> None:
-        self.engine, self.run, self.bank, self.cycle, self.shown = engine, run, bank, cycle, shown
-        self.kept = run.kept_of(cycle)
-        self.dropped = {} if self.kept is None else dict(self.kept.dropped)
-        self.began = time.perf_counter() - run.seconds_of(cycle)
-        self.steps, self.epochs = len(run.problem.bounds), 0  # of an epoch, of the training
+    def __init__(self, asked: Asked, bank: ParticleBank, state_of: Callable[[], dict[str, Tensor]]) -> None:
+        self.asked, self.run, self.cycle, self.bank, self.state_of = asked, asked.run, asked.cycle, bank, state_of
+        kept = self.run.kept_of(self.cycle)
+        self.state_before = None if kept is None else kept.tensors
+        self.dropped = {} if kept is None else dict(kept.dropped)
+        self.began = time.perf_counter() - self.run.seconds_of(self.cycle)
+        self.steps = len(self.run.problem.bounds)  # of an epoch
 
     @property
     def seconds(self) -> float:
         """How long it took so far, in every process."""
         return time.perf_counter() - self.began
 
-    def train(self, training: Training) -> Tensor:
-        """Train; returns each lane's mean loss over the last epoch, [L]. Raises FloatingPointError, see `on_epoch`."""
-        self.epochs = training.epochs
-        state = None if self.kept is None else self.kept.tensors
-        return self.engine.train(self.bank, training, self.on_step, self.on_epoch, state)
+    def trained(self, losses: Tensor) -> Trained:
+        """What it came to, with each lane's mean loss over the last epoch, [L]."""
+        return Trained(self.bank, losses.tolist(), self.dropped, self.seconds)
 
     def on_step(self, step: int) -> None:
         """After a step."""
-        where = f"{self.shown}, epoch {step // self.steps + 1}/{self.epochs}"
+        where = f"{self.asked.shown}, epoch {step // self.steps + 1}/{self.asked.training.epochs}"
         self.run.step(self.bank.lanes, where, None if self.run.problem.probe.keeps_state else self.state)
 
     def on_epoch(self, epoch: int, losses: Tensor) -> None:
@@ -129,7 +134,7 @@ class Watch:
 
     def state(self) -> Unfinished:
         """All that the training goes on from, between two steps."""
-        return Unfinished(self.cycle, self.dropped, self.seconds, self.engine.state())
+        return Unfinished(self.cycle, self.dropped, self.seconds, self.state_of())
 
     def _stop(self, epoch: int, lanes: list[int]) -> None:
         keeps = self.run.folder is not None and not self.run.problem.probe.keeps_state

@@ -618,7 +618,7 @@ def test_the_state_of_a_bank_is_the_same_for_every_engine():
     layout = Layout.of(model.named_parameters(), {"conv.weight", "stem.weight"})
     config = SwampConfig()
     mask = torch.rand(layout.Q) < 0.3
-    full = ParticleBank(layout, config, 3, torch.float32, torch.device("cpu"))
+    full = ParticleBank(layout, [config], 3, torch.float32, torch.device("cpu"))
     compact = CompactBank(Compact(layout, mask), config, 3, torch.float32)
     compact.masks.copy_(torch.arange(compact.compact.Q) < len(compact.compact.kept))
     full.masks.copy_(mask)

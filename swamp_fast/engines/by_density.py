@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from swamp_fast.bank import ParticleBank, Solution
+from swamp_fast.config import SwampConfig
 from swamp_fast.engines.eager import EagerEngine
 from swamp_fast.engines.fused.engine import FusedEngine, seconds_of_steps
 from swamp_fast.engines.trainer import Way
@@ -24,6 +25,7 @@ class EngineByDensity:
     """
 
     name = "by density"
+    joins = False
 
     def __init__(
         self,
@@ -38,7 +40,9 @@ class EngineByDensity:
         self.why, self.say = why, say
         self.now: FusedEngine | EagerEngine = eager
 
-    def spawn(self, start: Solution, mask: Tensor, particles: int, cycle: int | None) -> ParticleBank:
+    def spawn(
+        self, start: Solution, mask: Tensor, particles: int, cycle: int | None, config: SwampConfig | None = None
+    ) -> ParticleBank:
         """As EagerEngine.spawn."""
         key = "ticket" if cycle is None else str(cycle)
         if key not in self.engines:
@@ -46,7 +50,7 @@ class EngineByDensity:
         fused = self.engines[key] == self.fused.name
         (self.eager if fused else self.fused).release()
         self.now = self.fused if fused else self.eager
-        return self.now.spawn(start, mask, particles, cycle)
+        return self.now.spawn(start, mask, particles, cycle, config)
 
     def train(
         self,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from swamp_fast.bank import ParticleBank, Solution
+from swamp_fast.config import SwampConfig
 from swamp_fast.engines.check import differs_at_full_size, roughly, why_not_fold
 from swamp_fast.engines.fold import Folded
 from swamp_fast.engines.lanes import LaneByLane
@@ -54,13 +55,36 @@ class EagerEngine:
         self.trainer: Trainer | None = None
         self.evaluated: tuple[Tensor, Way] | None = None
 
-    def spawn(self, start: Solution, mask: Tensor, particles: int, cycle: int | None) -> ParticleBank:
-        """The bank with `particles` lanes at `start` under a mask [Q]; its memory is used again each cycle."""
-        if self.trainer is None or self.trainer.bank.lanes != particles or self.problem.probe.keeps_state:
+    def spawn(
+        self, start: Solution, mask: Tensor, particles: int, cycle: int | None, config: SwampConfig | None = None
+    ) -> ParticleBank:
+        """The bank with `particles` lanes at `start` under a mask [Q]; its memory is used again each cycle.
+
+        config  of the run, if it isn't the engine's own problem's
+        """
+        return self.spawn_runs([start], mask[None], particles, cycle, [config or self.problem.config])
+
+    def spawn_runs(
+        self,
+        starts: Sequence[Solution],
+        masks: Tensor,
+        particles: int,
+        cycle: int | None,
+        configs: Sequence[SwampConfig],
+    ) -> ParticleBank:
+        """As `spawn`, of R runs with as many particles each, at their starts under their masks [R, Q]."""
+        there = self.trainer is not None and self.trainer.bank
+        if not there or (there.lanes, there.configs) != (len(starts) * particles, configs) or not self.joins:
             self.trainer = None  # frees the old bank before the new one is made
-            self.trainer = eager_trainer(self.problem, self.choice, particles)
-        self.trainer.bank.rewind_(start, mask, cycle)
+            self.trainer = eager_trainer(self.problem, self.choice, len(starts) * particles, configs)
+        assert self.trainer is not None
+        self.trainer.bank.rewind_(starts, masks, cycle)
         return self.trainer.bank
+
+    @property
+    def joins(self) -> bool:
+        """Whether lanes of several runs can stand in one bank."""
+        return not self.problem.probe.keeps_state
 
     def release(self) -> None:
         """Give the memory of training and evaluation back."""
@@ -81,7 +105,26 @@ class EagerEngine:
         """
         assert self.trainer is not None
         assert self.trainer.bank is bank
-        return self.trainer.train(training, on_step, on_epoch, state)
+        return self.trainer.train([training], on_step, on_epoch, state)
+
+    def train_runs(
+        self,
+        bank: ParticleBank,
+        trainings: Sequence[Training],
+        on_step: Callable[[int], None],
+        on_epoch: Callable[[int, Tensor], None],
+        states: Sequence[Mapping[str, Tensor]] | None = None,
+    ) -> Tensor:
+        """As `train`, each run's lanes through its own schedule, and from its own state, all after as many steps."""
+        assert self.trainer is not None
+        assert self.trainer.bank is bank
+        state = None if states is None else self.trainer.joined(states)
+        return self.trainer.train(trainings, on_step, on_epoch, state)
+
+    def state_of(self, run: int) -> dict[str, Tensor]:
+        """All that one run's training under way goes on from."""
+        assert self.trainer is not None
+        return self.trainer.state_of(run)
 
     def state(self) -> dict[str, Tensor]:
         """All that the training under way goes on from."""
@@ -134,9 +177,11 @@ def make_way(
     return Folded(problem, weights, grads, choice.channels_last, choice.way == "fold grouped")
 
 
-def eager_trainer(problem: Problem, choice: Choice, lanes: int) -> Trainer:
-    """A bank of so many lanes, and the step over it."""
-    bank = ParticleBank(problem.layout, problem.config, lanes, problem.dtype, problem.device)
+def eager_trainer(
+    problem: Problem, choice: Choice, lanes: int, configs: Sequence[SwampConfig] | None = None
+) -> Trainer:
+    """A bank of so many lanes, of one run or of several, and the step over it."""
+    bank = ParticleBank(problem.layout, configs or [problem.config], lanes, problem.dtype, problem.device)
     grads = torch.zeros_like(bank.weights)
     return Trainer(problem, bank, grads, make_way(problem, choice, bank.weights, grads))
 
@@ -178,7 +223,7 @@ def _fastest(problem: Problem, choices: list[Choice], lanes: int, milliseconds: 
     trainers, steps = [], []
     for choice in choices:
         trainer = eager_trainer(problem, choice, lanes)
-        trainer.bank.rewind_(start, problem.mask, None)
+        trainer.bank.rewind_([start], problem.mask[None], None)
         trainer.way.set_buffers(trainer.bank.buffers)
         for module in trainer.way.modules:
             module.train()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -64,17 +64,20 @@ class Trainer:
 
     def train(
         self,
-        training: Training,
+        trainings: Sequence[Training],
         on_step: Callable[[int], None],
         on_epoch: Callable[[int, Tensor], None],
         state: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
-        """All epochs of one training, from a `state` on if there is one; the bank's buffers end as the modules'."""
+        """All epochs of a training, from a `state` on if there is one; the bank's buffers end as the modules'.
+
+        Each run has its own rates; the epochs are as many.
+        """
         problem, bank, steps = self.problem, self.bank, len(self.problem.bounds)
         self._begin(state)
         if self.done and self.done % steps == 0:  # it may have stopped at what was seen then
             on_epoch(self.done // steps - 1, self.loss_sum / steps)
-        for epoch in range(self.done // steps, training.epochs):
+        for epoch in range(self.done // steps, trainings[0].epochs):
             first = self.done % steps
             if first == 0:
                 self.loss_sum.zero_()
@@ -82,9 +85,9 @@ class Trainer:
             order = epoch_order(self.epoch_keys, problem.train.length)
             for handle in problem.train.batches(order, self.epoch_keys, problem.bounds[first:]):
                 step, last = self.done, self.done % steps == steps - 1
-                self.lr.fill_(training.lr(step))
+                self._fill(self.lr, [training.lr(step) for training in trainings])
                 self.number.fill_(step + 1)
-                self.swa_weight.fill_(training.swa_weight(epoch) if last else 0.0)
+                self._fill(self.swa_weight, [training.swa_weight(epoch) if last else 0.0 for training in trainings])
                 self.step_keys.copy_(at_time(bank.keys, step))
                 self.step(handle)
                 self.done += 1
@@ -98,6 +101,26 @@ class Trainer:
         """All that a training goes on from, between two steps; everything else follows from the keys."""
         buffers = {f"buffers/{name}": buffer for name, buffer in self.way.buffers().items()}
         return {"done": torch.tensor(self.done), "loss_sum": self.loss_sum, **self.bank.state(), **buffers}
+
+    def state_of(self, run: int) -> dict[str, Tensor]:
+        """As `state`, of one run's lanes."""
+        particles = self.bank.lanes // len(self.bank.configs)
+        lanes = slice(run * particles, (run + 1) * particles)
+        buffers = {f"buffers/{name}": buffer[lanes] for name, buffer in self.way.buffers().items()}
+        own = self.bank.of_run(run).state()
+        return {"done": torch.tensor(self.done), "loss_sum": self.loss_sum[lanes], **own, **buffers}
+
+    def joined(self, states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """The state of all lanes from those of the runs."""
+        whole = {name: torch.cat([state[name] for state in states]) for name in states[0] if name != "done"}
+        return {"done": states[0]["done"], **whole}
+
+    def _fill(self, tensor: Tensor, of_runs: list[float]) -> None:
+        if len(of_runs) == 1:
+            tensor.fill_(of_runs[0])
+        else:
+            each = torch.tensor(of_runs, dtype=tensor.dtype, device=tensor.device)
+            tensor.copy_(each.repeat_interleave(self.bank.lanes // len(of_runs)))
 
     def _begin(self, state: Mapping[str, Tensor] | None) -> None:
         """Put the modules at the start of a training, or all at a `state` inside it."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -57,13 +57,14 @@ class CompactBank(ParticleBank):
     """A bank whose weights, moments and SWA means are compact, [L, P']; its mask keeps all of them but the padding."""
 
     def __init__(self, compact: Compact, config: SwampConfig, lanes: int, dtype: torch.dtype) -> None:
-        super().__init__(compact, config, lanes, dtype, compact.mask.device)
+        super().__init__(compact, [config], lanes, dtype, compact.mask.device)
         self.compact = compact
 
-    def rewind_(self, start: Solution, mask: Tensor, cycle: int | None) -> None:
+    def rewind_(self, starts: Sequence[Solution], masks: Tensor, cycle: int | None) -> None:
         """As ParticleBank.rewind_, with a full solution; the mask is the one that the bank was made for."""
         own = torch.arange(self.compact.Q, device=self.masks.device) < len(self.compact.kept)
-        super().rewind_(Solution(self.compact.compact(start.weights), start.buffers), own, cycle)
+        compact = [Solution(self.compact.compact(start.weights), start.buffers) for start in starts]
+        super().rewind_(compact, own[None], cycle)
 
     def solutions(self, averaged: bool) -> Tensor:
         """As ParticleBank.solutions, in full."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from swamp_fast.bank import ParticleBank, Solution
 from swamp_fast.batchnorm import norms_of
+from swamp_fast.config import SwampConfig
 from swamp_fast.data.streams import generators_left_alone
 from swamp_fast.engines.fused.compact import CompactBank
 from swamp_fast.engines.fused.cpu.lanes import CpuLanes, CpuPrograms
@@ -38,6 +39,7 @@ class FusedEngine:
     """
 
     name = "fused"
+    joins = False  # its program is made for one mask
 
     def __init__(
         self,
@@ -53,13 +55,15 @@ class FusedEngine:
         self.programs: CpuPrograms | CudaPrograms | None = None
         self.trainer: Trainer | None = None
 
-    def spawn(self, start: Solution, mask: Tensor, particles: int, cycle: int | None) -> ParticleBank:
-        """The bank with `particles` lanes at `start` under a mask [Q]; it and its program are made for the mask."""
+    def spawn(
+        self, start: Solution, mask: Tensor, particles: int, cycle: int | None, config: SwampConfig | None = None
+    ) -> ParticleBank:
+        """As EagerEngine.spawn; the bank and its program are made for the mask."""
         self.release()  # before new memory is taken
         rows = self.rows.setdefault("ticket" if cycle is None else str(cycle), {})
         self.programs = programs_of(self.problem, self.plan, mask, rows, self.launch, self.branch)
-        bank = CompactBank(self.programs.compact, self.problem.config, particles, self.problem.dtype)
-        bank.rewind_(start, mask, cycle)
+        bank = CompactBank(self.programs.compact, config or self.problem.config, particles, self.problem.dtype)
+        bank.rewind_([start], mask[None], cycle)
         grads = torch.zeros_like(bank.weights)
         self.programs.measure(particles)
         self.trainer = Trainer(self.problem, bank, grads, self.programs.lanes(bank.weights, grads))
@@ -80,7 +84,7 @@ class FusedEngine:
         """As EagerEngine.train."""
         assert self.trainer is not None
         assert self.trainer.bank is bank
-        return self.trainer.train(training, on_step, on_epoch, state)
+        return self.trainer.train([training], on_step, on_epoch, state)
 
     def state(self) -> dict[str, Tensor]:
         """As EagerEngine.state."""

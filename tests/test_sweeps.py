@@ -1,0 +1,164 @@
+"""Sweeps: a packed run gives what it gives alone, nothing is computed twice, one that fails stops no other."""
+
+from __future__ import annotations
+
+import csv
+import signal
+
+import networks
+import pytest
+import torch
+from test_odd_models import same
+
+from swamp_fast import fast_swamp, sweep
+from swamp_fast import sweeps as module
+from swamp_fast.engines.eager import Choice
+from swamp_fast.run import Run
+
+SETTINGS = {"particles": 2, "cycles": 2, "epochs": 2, "ticket_epochs": 1, "batch_size": 32, "progress": False}
+
+
+@pytest.fixture
+def data(digits):
+    (inputs, targets), (test_inputs, test_targets) = digits
+    return (inputs[:160], targets[:160]), (test_inputs[:60], test_targets[:60])
+
+
+def made(name="residual"):
+    return networks.build(name)
+
+
+def alone(point, data, **settings):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(point.get("seed", 0))
+        model = made()
+    return fast_swamp(model, *data, **{**SETTINGS, **settings, **point})
+
+
+GRID = {"seed": [0, 1], "lr": [0.1, 0.05]}
+
+
+def bits(a, b) -> None:
+    for name, each in a.state_dict.items():
+        assert torch.equal(each, b.state_dict[name]), name
+    for name, each in a.masks.items():
+        assert torch.equal(each, b.masks[name]), name
+
+
+@pytest.mark.parametrize("way", ["lanes", "fold"])
+def test_packed_equals_alone_in_float64(way, data, monkeypatch):
+    choice = Choice(way, False, "forced", {})
+    monkeypatch.setattr("swamp_fast.engines.choose", lambda problem, particles: choice)
+    monkeypatch.setattr(module, "runs_at_once", lambda engine, problems: (3, "forced"))
+    how = {"engine": "eager", "precision": "float64", "keep_particles": True}
+    points = [{"seed": 0}, {"seed": 3, "lr": 0.07, "swa_lr": 0.03}, {"weight_decay": 1e-3, "momentum": 0.8}]
+    points[2]["prune"] = 0.3
+    found = sweep(made, *data, points, **SETTINGS, **how)
+    for run in found.runs:
+        assert run.error is None
+        same(run.result, alone(run.point, data, **how))
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_packed_equals_alone_bit_for_bit(optimizer, data, monkeypatch):
+    """On the fused engine, and lane by lane on the eager one."""
+    monkeypatch.setattr("swamp_fast.engines.choose", lambda problem, particles: Choice("lanes", False, "forced", {}))
+    monkeypatch.setattr(module, "runs_at_once", lambda engine, problems: (4, "forced"))
+    rates = {"optimizer": optimizer} | ({} if optimizer == "sgd" else {"lr": 1e-3, "swa_lr": 5e-4})
+    grid = {"seed": [0, 1], "weight_decay": [0.0, 1e-3]}
+    for engine in ("fused", "eager"):
+        for run in sweep(made, *data, grid, **{**SETTINGS, **rates}, engine=engine, clip_norm=1.0).runs:
+            bits(run.result, alone(run.point, data, engine=engine, clip_norm=1.0, **rates))
+
+
+def test_nothing_is_computed_twice(data, tmp_path, monkeypatch):
+    first = sweep(made, *data, {"seed": [0, 1]}, out=tmp_path, engine="eager", **SETTINGS)
+    packs, original = [], module._run_pack
+
+    def counted(problems, *rest):
+        packs.append(len(problems))
+        original(problems, *rest)
+
+    monkeypatch.setattr(module, "_run_pack", counted)
+    again = sweep(made, *data, {"seed": [0, 1]}, out=tmp_path, engine="eager", **SETTINGS)
+    assert packs == []
+    for a, b in zip(first.runs, again.runs, strict=True):
+        assert a.id == b.id
+        bits(a.result, b.result)
+    extended = sweep(made, *data, {"seed": [1, 2]}, out=tmp_path, engine="eager", **SETTINGS)
+    assert packs == [1]
+    assert extended.runs[0].id == first.runs[1].id
+    with open(tmp_path / "results.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["seed"], row["cycle"]) for row in rows] == [(s, c) for s in "12" for c in "012"]
+    assert float(rows[-1]["accuracy"]) == extended.runs[1].result.history[-1]["accuracy"]
+    with open(tmp_path / "summary.csv") as file:
+        summary = list(csv.DictReader(file))
+    assert [row["seeds"] for row in summary] == ["2"] * 3
+    each = [run.result.history[2]["accuracy"] for run in extended.runs]
+    assert float(summary[2]["accuracy"]) == pytest.approx(sum(each) / 2)
+    assert float(summary[2]["accuracy_std"]) == pytest.approx(abs(each[0] - each[1]) / 2**0.5)
+
+
+def test_a_run_that_diverges_stops_no_other(data, monkeypatch):
+    monkeypatch.setattr("swamp_fast.engines.choose", lambda problem, particles: Choice("lanes", False, "forced", {}))
+    monkeypatch.setattr(module, "runs_at_once", lambda engine, problems: (3, "forced"))
+    found = sweep(made, *data, {"lr": [0.1, 1e30, 0.05]}, swa_lr=0.05, engine="eager", **SETTINGS)
+    good, bad, other = found.runs
+    assert isinstance(bad.error, FloatingPointError)
+    assert bad.result is None
+    bits(good.result, alone(good.point, data, engine="eager", swa_lr=0.05))
+    assert other.result is not None
+    assert [row["error"] != "" for row in found.rows()] == [False] * 3 + [True] + [False] * 3
+
+
+@pytest.mark.parametrize("engine", ["eager", "fused"])
+def test_stopped_it_goes_on(engine, data, tmp_path, monkeypatch):
+    monkeypatch.setattr("swamp_fast.engines.choose", lambda problem, particles: Choice("lanes", False, "forced", {}))
+    monkeypatch.setattr(module, "runs_at_once", lambda engine, problems: (2, "forced"))
+    whole = sweep(made, *data, {"seed": [0, 1]}, engine=engine, **SETTINGS)
+    original, steps = Run.step, []
+
+    def step(self, *arguments):
+        steps.append(self)
+        if len(steps) == 33:
+            self.signals.asked = signal.SIGINT
+        original(self, *arguments)
+
+    monkeypatch.setattr(Run, "step", step)
+    with pytest.raises(KeyboardInterrupt):
+        sweep(made, *data, {"seed": [0, 1]}, out=tmp_path, engine=engine, **SETTINGS)
+    assert len(list(tmp_path.glob("runs/*/training*.safetensors"))) == (2 if engine == "eager" else 1)
+    again = sweep(made, *data, {"seed": [0, 1]}, out=tmp_path, engine=engine, **SETTINGS)
+    for a, b in zip(whole.runs, again.runs, strict=True):
+        bits(a.result, b.result)
+    assert len(steps) == 2 * (1 + 3 * 2) * 5  # none is taken twice
+
+
+def test_runs_that_cannot_share_a_step_queue(data):
+    settings = {name: value for name, value in SETTINGS.items() if name != "epochs"}
+    found = sweep(made, *data, {"epochs": [1, 2], "seed": [0, 1]}, **settings)
+    assert [len(run.result.history) for run in found.runs] == [3] * 4
+    assert [run.result.config.epochs for run in found.runs] == [1, 1, 2, 2]
+
+
+def test_one_module_is_one_initialisation(data):
+    model = made()
+    found = sweep(model, *data, {"seed": [0, 1]}, engine="eager", **{**SETTINGS, "ticket_epochs": 0})
+    a, b = (run.result.ticket for run in found.runs)
+    for name, each in a.items():
+        assert torch.equal(each, b[name])
+
+
+def test_what_is_refused(data):
+    for grid, error, text in (
+        ({"lr": 0.1}, TypeError, "list of values for `lr`"),
+        ([], ValueError, "`grid` is empty"),
+        ({"learning": [1]}, TypeError, "unknown setting `learning`"),
+        ([{"seed": 1}, {"seed": 1}], ValueError, "the same run twice"),
+        ({"lr": [0.01]}, ValueError, "`swa_lr` must be at most `lr`"),
+    ):
+        with pytest.raises(error, match=text):
+            sweep(made, *data, grid, **SETTINGS)
+    with pytest.raises(TypeError, match="a sweep has `out`"):
+        sweep(made, *data, {"seed": [0]}, run_dir="somewhere", **SETTINGS)
