@@ -36,7 +36,7 @@ def cross_entropy_kernel(
         most = tl.max(value, 1)
         power = tl.exp(value - most[:, None])
         sums = tl.sum(power, 1)
-        loss = tl.log(sums) + most - tl.sum(tl.where(chosen, value, 0.0), 1)
+        loss = tl.log(sums) + (most - tl.sum(tl.where(chosen, value, 0.0), 1))
         counts = target != SKIP
         wrong = counts & ((target < 0) | (target >= classes))
         total += tl.where(counts, tl.where(wrong, float("nan"), loss), 0.0)

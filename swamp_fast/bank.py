@@ -113,8 +113,16 @@ class ParticleBank:
         for name, tensor in self.moving().items():
             pairs = zip(tensor, kept, strict=True)
             state[f"{name}/kept"] = torch.cat([lane[:Q].masked_select(mask).cpu() for lane, mask in pairs])
-            state[f"{name}/rest"] = tensor[:, Q:].cpu()
+            state[f"{name}/rest"] = self.rest(tensor).cpu()
         return state
+
+    def rest(self, tensor: Tensor) -> Tensor:
+        """What isn't pruned of [L, P], in the layout's order."""
+        return tensor[:, self.layout.Q :]
+
+    def put_rest_(self, tensor: Tensor, rest: Tensor) -> None:
+        """The inverse of `rest`."""
+        tensor[:, self.layout.Q :] = rest
 
     def load_state_(self, state: Mapping[str, Tensor]) -> None:
         """Put a `state` back, under the masks that it was taken under."""
@@ -124,7 +132,7 @@ class ParticleBank:
             values = state[f"{name}/kept"].to(tensor.device).split(counts)
             for lane, mask, own in zip(tensor, kept, values, strict=True):
                 lane[:Q].masked_scatter_(mask, own)
-            tensor[:, Q:] = state[f"{name}/rest"].to(tensor.device)
+            self.put_rest_(tensor, state[f"{name}/rest"].to(tensor.device))
 
     def solutions(self, averaged: bool) -> Tensor:
         """What the lanes trained to, [L, P]: their SWA means, or their last iterates."""

@@ -613,13 +613,16 @@ def test_going_on_in_another_place_is_told(on, digits, tmp_path, monkeypatch):
     fast_swamp(networks.build("tied"), *digits, **settings)  # finished: it is only read
 
 
-def test_the_state_of_a_bank_is_the_same_for_every_engine():
+@pytest.mark.parametrize("reordered", [False, True])
+def test_the_state_of_a_bank_is_the_same_for_every_engine(reordered):
+    """Also of one whose channels that are left come first, as on CUDA."""
     model = networks.build("residual")
     layout = Layout.of(model.named_parameters(), {"conv.weight", "stem.weight"})
     config = SwampConfig()
     mask = torch.rand(layout.Q) < 0.3
     full = ParticleBank(layout, [config], 3, torch.float32, torch.device("cpu"))
-    compact = CompactBank(Compact(layout, mask), config, 3, torch.float32)
+    first = {name: torch.tensor([1, 3]) for name, _ in model.named_parameters() if name.endswith("bias")}
+    compact = CompactBank(Compact(layout, mask, first if reordered else None), config, 3, torch.float32)
     compact.masks.copy_(torch.arange(compact.compact.Q) < len(compact.compact.kept))
     full.masks.copy_(mask)
     for tensor in full.moving().values():

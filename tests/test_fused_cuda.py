@@ -176,10 +176,11 @@ def test_bits_depend_on_nothing_but_the_lane(groups, monkeypatch):
 
 
 @pytest.mark.gpu
-def test_groups_beside_each_other_give_the_same_bits():
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_groups_beside_each_other_give_the_same_bits(precision):
     """In a captured step too: branches of the graph."""
     settings = {"particles": 5, "cycles": 1, "epochs": 2, "ticket_epochs": 1, "batch_size": 16, "progress": False}
-    settings |= {"keep_particles": True, "device": DEVICE, "engine": "fused"}
+    settings |= {"keep_particles": True, "device": DEVICE, "engine": "fused", "precision": precision}
     data = torch.randn(70, 3, 16, 16), torch.arange(70) % 5
     results = []
     for branch in (None, 2):

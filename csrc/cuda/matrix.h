@@ -54,12 +54,14 @@ __device__ inline float of_another(const float* from) { return __ldcg(from); }
 // Whether this block is the last of so many to arrive; what the others stored before is there then. Leaves arrivals at 0.
 // All threads come here; `shared` is a word of shared memory.
 __device__ inline bool arrived_last(unsigned* arrivals, unsigned of, unsigned* shared) {
-  __threadfence();  // this thread's stores come before the block's arrival
   __syncthreads();
-  if (threadIdx.x == 0) *shared = atomicAdd(arrivals, 1u);
+  if (threadIdx.x == 0) {
+    __threadfence();  // what the block stored comes before its arrival
+    *shared = atomicAdd(arrivals, 1u);
+    __threadfence();  // and what the others stored, before this block reads it
+  }
   __syncthreads();
   if (*shared != of - 1) return false;
-  __threadfence();
   if (threadIdx.x == 0) *arrivals = 0;
   return true;
 }

@@ -195,6 +195,7 @@ class Trainer:
                 self._step(index)
             self.graphs[index.shape[1]] = index, graph
         except RuntimeError as error:
+            torch.cuda.synchronize()  # what is under way must not change what is put back
             self.not_captured = f"capture failed: {str(error).splitlines()[0]}"
         finally:
             for tensor, value in zip(state, saved, strict=True):

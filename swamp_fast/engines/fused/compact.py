@@ -66,6 +66,16 @@ class CompactBank(ParticleBank):
         compact = [Solution(self.compact.compact(start.weights), start.buffers) for start in starts]
         super().rewind_(compact, own[None], cycle)
 
+    def rest(self, tensor: Tensor) -> Tensor:
+        """As ParticleBank.rest, in the full layout's order."""
+        rest = torch.empty_like(tensor[:, self.compact.Q :])
+        rest[:, self.compact.rest - self.compact.layout.Q] = tensor[:, self.compact.Q :]
+        return rest
+
+    def put_rest_(self, tensor: Tensor, rest: Tensor) -> None:
+        """As ParticleBank.put_rest_."""
+        tensor[:, self.compact.Q :] = rest[:, self.compact.rest - self.compact.layout.Q]
+
     def solutions(self, averaged: bool) -> Tensor:
         """As ParticleBank.solutions, in full."""
         return self.compact.expand(super().solutions(averaged))

@@ -176,6 +176,8 @@ def fused_plan(problem: Problem) -> Plan | str:
     """The plan by which the fused engine can run the model, or why it can't."""
     if problem.device.type not in ("cpu", "cuda"):
         return f"it has no kernels for {problem.device.type}"
+    if torch.version.hip is not None:
+        return "its kernels were not yet tried on a GPU of AMD's"  # blocks' arrivals need a fence of every wave there
     if not problem.train.stacked:
         return "the batches come from a collate function of the user's"
     probe = problem.probe

@@ -133,7 +133,7 @@ class Halo:
         )
         lanes, samples = source.shape[:2]
         blocks = self.blocks(samples)
-        scratch = None if to is None else torch.empty(2, lanes, blocks, outputs, device=out.device)
+        scratch = None if to is None else torch.empty(2, lanes, blocks, outputs, dtype=torch.float32, device=out.device)
         launch(
             "convolve",
             constants,

@@ -87,6 +87,7 @@ class CudaLanes:
         self.modules = self.running.modules
         self.mean, self.variance = (self._own(torch.zeros_like(self.running.mean)) for _ in range(2))
         most = max(shape[0] for shape in programs.plan.shapes)  # blocks of channels of one launch, at most
+        self.streams: list[torch.cuda.Stream] = []
         self.arrivals = torch.zeros(len(weights), most, dtype=torch.int32, device=weights.device)
 
     @property
@@ -99,10 +100,14 @@ class CudaLanes:
         assert self.grads is not None
         grads = self.grads
 
+        self.programs.program.gradients_of(batch.inputs.shape[1])  # made here, not in the first branch that needs it
+
         def backward(lanes: slice) -> Tensor:
             return self._backward(batch, step_keys, lanes, grads[lanes])
 
-        return torch.cat(self._in_branches(backward) if self._branches else [backward(each) for each in self._groups()])
+        if self._branches:
+            return torch.cat(self._in_branches(backward))
+        return torch.cat([backward(each) for each in self._groups(self.programs.at_once)])
 
     @property
     def _branches(self) -> bool:
@@ -112,13 +117,15 @@ class CudaLanes:
 
     def _in_branches(self, backward: Callable[[slice], Tensor]) -> list[Tensor]:
         """Each group on a stream that begins and ends with the current one: parallel branches, where it is captured."""
-        here, losses, streams = torch.cuda.current_stream(), [], []
-        for lanes in self._groups():
-            streams.append(torch.cuda.Stream())
-            streams[-1].wait_stream(here)
-            with torch.cuda.stream(streams[-1]):
+        groups, here, losses = self._groups(self.programs.branch), torch.cuda.current_stream(), []
+        while len(self.streams) < len(groups):  # the same ones each step: memory is kept for a stream
+            self.streams.append(torch.cuda.Stream())
+        for stream in self.streams:
+            stream.wait_stream(here)
+        for lanes, stream in zip(groups, self.streams, strict=True):
+            with torch.cuda.stream(stream):
                 losses.append(backward(lanes))
-        for stream in streams:
+        for stream in self.streams:
             here.wait_stream(stream)
         return losses
 
@@ -134,7 +141,7 @@ class CudaLanes:
     def outputs(self, inputs: Any, keys: Tensor) -> list[Any]:
         """As LaneByLane.outputs."""
         outputs: list[Any] = []
-        for lanes in self._groups():
+        for lanes in self._groups(self.programs.at_once):
             same = inputs.expand(lanes.stop - lanes.start, *inputs.shape)
             outputs += self._run(lanes, same, None, keep=False)[1].unbind()
         return outputs
@@ -147,10 +154,9 @@ class CudaLanes:
         """As LaneByLane.buffers."""
         return self.running.read()
 
-    def _groups(self) -> list[slice]:
+    def _groups(self, most: int | None) -> list[slice]:
         lanes = len(self.modules)
-        step = self.programs.branch if self._branches else min(lanes, self.programs.at_once or lanes)
-        assert step is not None
+        step = min(lanes, most or lanes)
         return [slice(begin, min(lanes, begin + step)) for begin in range(0, lanes, step)]
 
     def _inputs(self, batch: Batch, step_keys: Tensor, lanes: slice) -> Tensor:

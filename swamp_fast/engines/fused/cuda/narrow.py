@@ -2,7 +2,7 @@
 
 Such a channel's value reaches nothing, and the gradient of all that leads into it is exactly 0, so that skipping it
 changes neither outputs nor other gradients; its weights still decay. One with no weight leading into it is no such
-channel: it still sends relu(bias), and the bias trains. The running statistics of a skipped channel stand still.
+channel: it still sends relu(bias), and the bias trains. The running statistics of dead channels are not kept up.
 """
 
 from __future__ import annotations
