@@ -1,4 +1,4 @@
-"""The command line: swamp-fast demo, run, show, plan, backends, kernels."""
+"""The command line: swamp-fast demo, run, sweep, show, plan, backends, kernels."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import inspect
 import json
 import re
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,9 @@ from swamp_fast.estimate import estimate, free_memory, measured_ceilings
 from swamp_fast.machine_code import compiled
 from swamp_fast.models import MODELS, SmallCNN, build_model
 from swamp_fast.report.figures import accuracy_over_sparsity
-from swamp_fast.report.table import history_table
+from swamp_fast.report.table import history_table, summary_table
 from swamp_fast.result import SwampResult
+from swamp_fast.sweeps import sweep
 from swamp_fast.trace import NotCovered
 from swamp_fast.version import __version__
 
@@ -78,6 +80,41 @@ def run(given: argparse.Namespace) -> None:
         model = build_model(given.model, *shape)
     result = fast_swamp(model, given.data, given.test, val=given.val, config=config)
     _report(result, None if given.out is None else Path(given.out), f"SWAMP, {given.model} on {given.data}")
+
+
+SWEEP = {"model": str, "data": str, "test": str, "val": float, "out": str}  # what a sweep's file may hold
+SWEEP |= {"settings": dict, "grid": dict, "points": list}
+
+
+def run_sweep(given: argparse.Namespace) -> None:
+    """Runs over a grid of settings; those that can share a step are trained together, none is computed twice."""
+    try:
+        wanted = tomllib.loads(Path(given.file).read_text())
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{given.file} is not valid TOML: {error}") from error
+    for name, value in wanted.items():
+        if name not in SWEEP:
+            raise ValueError(f"{given.file}: unknown `{name}`; known: {', '.join(SWEEP)}.")
+        if not isinstance(value, SWEEP[name]):
+            raise TypeError(f"{given.file}: `{name}` must be {SWEEP[name].__name__}, got {value!r}.")
+    missing = [name for name in ("model", "data") if name not in wanted]
+    if missing or ("grid" in wanted) == ("points" in wanted):
+        raise ValueError(f"{given.file} must have `model`, `data`, and either a table [grid] or tables [[points]].")
+    config = SwampConfig.of(None, wanted.get("settings", {}))
+    shape = _shape(open_source(wanted["data"], "train", config.data_dir).source)
+    found = sweep(
+        *(lambda: build_model(wanted["model"], *shape), wanted["data"], wanted.get("test")),
+        wanted.get("grid", wanted.get("points")),
+        out=given.out or wanted.get("out"),
+        val=wanted.get("val"),
+        config=config,
+    )
+    print(summary_table(found.summary(), found.names))
+    failed = [run for run in found.runs if run.error is not None]
+    for run in failed:
+        print(f"{run.point}: {type(run.error).__name__}: {run.error}", file=sys.stderr)
+    if failed:
+        raise RuntimeError(f"{len(failed)} of {len(found.runs)} runs failed.")
 
 
 def show(given: argparse.Namespace) -> None:
@@ -164,7 +201,7 @@ SETTINGS = {field.name: field for field in dataclasses.fields(SwampConfig) if fi
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="swamp-fast", description="SWAMP: prune with averaged particles, fast.")
     parser.add_argument("--version", action="version", version=f"swamp_fast {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="demo | run | show | plan | backends | kernels")
+    commands = parser.add_subparsers(required=True, metavar="demo | run | sweep | show | plan | backends | kernels")
 
     each = commands.add_parser("demo", help=demo.__doc__, description=demo.__doc__)
     each.add_argument("--out", default="swamp_demo", metavar="DIR", help="where the run and the figure go")
@@ -183,6 +220,11 @@ def _parser() -> argparse.ArgumentParser:
     for name, field in SETTINGS.items():
         _add_setting(settings, name, field)
     each.set_defaults(command=run)
+
+    each = commands.add_parser("sweep", help=run_sweep.__doc__, description=run_sweep.__doc__)
+    each.add_argument("file", metavar="FILE.toml", help="model, data, [settings], and a [grid] or [[points]]")
+    each.add_argument("--out", metavar="DIR", help="the sweep's folder; started again with it, the sweep goes on")
+    each.set_defaults(command=run_sweep)
 
     each = commands.add_parser("show", help=show.__doc__, description=show.__doc__)
     each.add_argument("directory", metavar="DIR")

@@ -60,6 +60,11 @@ class SweepResult:
 
     runs: list[SweptRun]
 
+    @property
+    def names(self) -> list[str]:
+        """The settings that the points set, but for the seed."""
+        return list(dict.fromkeys(name for run in self.runs for name in run.point if name != "seed"))
+
     def rows(self) -> list[dict[str, Any]]:
         """A row a run and cycle: id, the run's point, and the history's numbers; a run that failed has its error."""
         rows = []
@@ -104,10 +109,9 @@ class SweepResult:
 
         Raises ImportError without matplotlib, ValueError without accuracies.
         """
-        names = list(dict.fromkeys(name for run in self.runs for name in run.point if name != "seed"))
         lines: dict[str, list[dict[str, Any]]] = {}
         for row in self.summary():
-            label = ", ".join(f"{name} = {row[name]}" for name in names if name in row) or "all"
+            label = ", ".join(f"{name} = {row[name]}" for name in self.names if name in row) or "all"
             lines.setdefault(label, []).append(row)
         return accuracy_of_points(lines, Path(path))
 

@@ -156,3 +156,53 @@ def test_plan_tells_what_a_step_costs(capsys):
         assert word in said
     assert main(["plan", "--model", "networks:Depthwise", "--shape", "1,8,8"]) == 2
     assert "doesn't cover networks:Depthwise" in capsys.readouterr().err
+
+
+SWEEP = """
+model = "small_cnn"
+data = "digits"
+out = "{out}"
+[settings]
+particles = 2
+cycles = 1
+epochs = 1
+ticket_epochs = 0
+progress = false
+[grid]
+seed = [0, 1]
+lr = [0.1, 0.05]
+"""
+
+
+def test_sweep(tmp_path, capsys):
+    file = tmp_path / "sweep.toml"
+    file.write_text(SWEEP.replace("{out}", str(tmp_path / "out")))
+    assert main(["sweep", str(file)]) == 0
+    shown = capsys.readouterr().out
+    assert [line.split()[:1] for line in shown.splitlines()[2:]] == [["0.1"], ["0.05"]]
+    assert shown.count("±") == 2
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "runs",
+        "results.csv",
+        "summary.csv",
+        "accuracy.png",
+    }
+    assert len(list((tmp_path / "out" / "runs").iterdir())) == 4
+    assert main(["sweep", str(file)]) == 0
+    assert capsys.readouterr().out == shown
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("model = ", "not valid TOML"),
+        ('model = "small_cnn"\ndata = "digits"', "either a table [grid] or tables [[points]]"),
+        ('model = "small_cnn"\ndata = "digits"\ngird = 1', "unknown `gird`"),
+        ('model = "small_cnn"\ndata = "digits"\n[grid]\nlr = 0.1', "list of values for `lr`"),
+        ('model = 3\ndata = "digits"', "`model` must be str"),
+    ],
+)
+def test_sweep_refuses(text, said, tmp_path, capsys):
+    (tmp_path / "sweep.toml").write_text(text)
+    assert main(["sweep", str(tmp_path / "sweep.toml")]) == 2
+    assert said in capsys.readouterr().err

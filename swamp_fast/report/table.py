@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from swamp_fast.report.console import duration, percent
@@ -11,8 +12,24 @@ COLUMNS = ("cycle", "density", "kept", "average", "particles", "ensemble", "MFLO
 
 def history_table(history: list[dict[str, Any]]) -> str:
     """A row a cycle: density, weights kept, accuracies on test, FLOPs of a sample's forward, and times."""
-    rows = [COLUMNS, *(_cells(row) for row in history)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS))]
+    return _table([COLUMNS, *(_cells(row) for row in history)])
+
+
+def summary_table(summary: list[dict[str, Any]], names: list[str]) -> str:
+    """A sweep's last cycles, a row a point of the settings `names`: accuracy on test, its spread over seeds."""
+    last = max((row["cycle"] for row in summary), default=0)
+    rows = [(*names, "density", "seeds", "accuracy")]
+    for row in summary:
+        if row["cycle"] == last:
+            mean, spread = row.get("accuracy"), row.get("accuracy_std", 0.0)
+            accuracy = "–" if mean is None else f"{mean * 100:.2f} ± {spread * 100:.2f} %"
+            point = (str(row.get(name, "")) for name in names)
+            rows.append((*point, percent(row["density"]), str(row["seeds"]), accuracy))
+    return _table(rows)
+
+
+def _table(rows: Sequence[tuple[str, ...]]) -> str:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
     lines.insert(1, "  ".join("-" * width for width in widths))
     return "\n".join(lines)
