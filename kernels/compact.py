@@ -10,7 +10,8 @@ BLOCK = 1024
 @triton.jit
 def expand_weights_kernel(
     weights,  # [L, P']
-    index,  # [T] int32, -1 where a weight is pruned
+    index,  # [R, T] int32, -1 where a weight is pruned
+    run_of_lane,  # [L] int64
     out,  # [L, T]
     weights_stride,
     out_stride,
@@ -20,7 +21,7 @@ def expand_weights_kernel(
     lane = tl.program_id(1).to(tl.int64)
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = at < size
-    where = tl.load(index + at, mask=inside, other=-1)
+    where = tl.load(index + tl.load(run_of_lane + lane) * size + at, mask=inside, other=-1)
     value = tl.load(weights + lane * weights_stride + where, mask=where >= 0, other=0.0)
     tl.store(out + lane * out_stride + at, value.to(out.dtype.element_ty), mask=inside)
 
@@ -28,9 +29,10 @@ def expand_weights_kernel(
 @triton.jit
 def collect_gradients_kernel(
     partial,  # [L, ...] parts of dense gradients
-    base,  # [P'] int32, where the first part of each weight's gradient stands, -1 for none
-    step,  # [P'] int32, how far the next is
-    parts,  # [P'] int32, how many there are
+    base,  # [R, P'] int32, where the first part of each weight's gradient stands, -1 for none
+    step,  # [R, P'] int32, how far the next is
+    parts,  # [R, P'] int32, how many there are
+    run_of_lane,  # [L] int64
     grads,  # [L, P'], added to
     partial_stride,
     grads_stride,
@@ -39,10 +41,11 @@ def collect_gradients_kernel(
 ):
     lane = tl.program_id(1).to(tl.int64)
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    where = tl.load(base + at, mask=at < size, other=-1)
+    of_run = tl.load(run_of_lane + lane) * size + at
+    where = tl.load(base + of_run, mask=at < size, other=-1)
     there = where >= 0
-    count = tl.load(parts + at, mask=there, other=0)
-    far = tl.load(step + at, mask=there, other=0)
+    count = tl.load(parts + of_run, mask=there, other=0)
+    far = tl.load(step + of_run, mask=there, other=0)
     total = tl.zeros((BLOCK,), grads.dtype.element_ty)
     for part in range(tl.max(count)):
         total += tl.load(partial + lane * partial_stride + where + part * far, mask=there & (part < count), other=0.0)
@@ -50,21 +53,23 @@ def collect_gradients_kernel(
     tl.store(place, tl.load(place, mask=there, other=0.0) + total, mask=there)
 
 
-def expand_weights(weights, index, out):
-    """Launch out[l, t] = weights[l, index[t]], 0 where the index is -1, in the type of out."""
+def expand_weights(weights, index, run_of_lane, out):
+    """Launch out[l, t] = weights[l, index[run of l, t]], 0 where the index is -1, in the type of out."""
+    size = index.shape[1]
     with torch.cuda.device_of(weights):
-        expand_weights_kernel[(triton.cdiv(len(index), BLOCK), len(weights))](
-            *(weights, index, out, weights.stride(0), out.stride(0), len(index)),
+        expand_weights_kernel[(triton.cdiv(size, BLOCK), len(weights))](
+            *(weights, index, run_of_lane, out, weights.stride(0), out.stride(0), size),
             BLOCK=BLOCK,
             enable_fp_fusion=True,
         )
 
 
-def collect_gradients(partial, base, step, parts, grads):
+def collect_gradients(partial, base, step, parts, run_of_lane, grads):
     """Launch the sum over the parts of each kept weight's gradient, in their order, onto grads."""
+    size = base.shape[1]
     with torch.cuda.device_of(partial):
-        collect_gradients_kernel[(triton.cdiv(len(base), BLOCK), len(grads))](
-            *(partial, base, step, parts, grads, partial.stride(0), grads.stride(0), len(base)),
+        collect_gradients_kernel[(triton.cdiv(size, BLOCK), len(grads))](
+            *(partial, base, step, parts, run_of_lane, grads, partial.stride(0), grads.stride(0), size),
             BLOCK=BLOCK,
             enable_fp_fusion=True,
         )

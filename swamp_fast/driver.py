@@ -100,7 +100,7 @@ def swamp(problem: Problem, engine: Engine, run: Run) -> Trainings[SwampResult]:
             mask = pruned(average.weights[None], mask[None], problem.config.prune)[0]
         start = ticket if problem.config.rewind == "ticket" or cycle == 0 else average
         trained = yield of_cycle(problem, run, cycle, start, mask)
-        average, particles, scores = average_particles(problem, engine, trained)
+        average, particles, scores = average_particles(problem, trained)
         row = {**about_cycle(problem, trained, mask, cycle), **scores}
         if problem.config.keep_particles and cycle == problem.config.cycles:
             run.keep_particles([named(problem, particle) for particle in particles])
@@ -146,16 +146,14 @@ def of_cycle(problem: Problem, run: Run, cycle: int, start: Solution, mask: Tens
     return Asked(run, cycle, start, mask, particles, cycle_training(config, len(problem.bounds)), shown)
 
 
-def average_particles(
-    problem: Problem, engine: Engine, trained: Trained
-) -> tuple[Solution, list[Solution], dict[str, Any]]:
+def average_particles(problem: Problem, trained: Trained) -> tuple[Solution, list[Solution], dict[str, Any]]:
     """The mean over the particles that are left, these themselves, their BatchNorm re-estimated, and their scores."""
     bank, lanes = trained.bank, trained.left
     particles = bank.solutions(problem.config.swa)
     mean = ops.particle_mean(particles[lanes], bank.run_of_lane[lanes], 1)
     buffers = {name: torch.cat([each, mean_buffer(each[lanes])[None]]) for name, each in bank.buffers.items()}
     keys = torch.cat([bank.keys, bank.keys[-1:] + bank.keys.new_tensor([0, 1, 0])])  # the average's is the next stream
-    models = engine.side_by_side(torch.cat([particles, mean]), buffers)
+    models = trained.side_by_side(torch.cat([particles, mean]), buffers)
 
     def run(inputs: Any, time: int) -> list[Any]:
         outputs = models.outputs(inputs, at_time(keys, time))

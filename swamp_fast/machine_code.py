@@ -224,9 +224,9 @@ def _launch_fused_kernels(dtype: torch.dtype) -> None:
     bank = torch.float64 if dtype == torch.float64 else torch.float32
     lanes, samples = 2, 16
     weights, dense = torch.zeros(lanes, 4096, dtype=bank), torch.zeros(lanes, 4096, dtype=dtype)
-    index = torch.zeros(4096, dtype=torch.int32)
-    compact.expand_weights(weights, index, dense)
-    compact.collect_gradients(weights, index, index, index, weights)
+    index, run_of_lane = torch.zeros(1, 4096, dtype=torch.int32), torch.zeros(lanes, dtype=torch.int64)
+    compact.expand_weights(weights, index, run_of_lane, dense)
+    compact.collect_gradients(weights, index, index, index, run_of_lane, weights)
     layers = [(3, 16, 32, SAME), (16, 16, 32, SAME), (16, 32, 32, HALVED), (64, 64, 8, SAME), (256, 512, 4, SAME)]
     layers = layers if dtype == torch.bfloat16 else layers[:2] + layers[3:4] if dtype == torch.float32 else layers[1:2]
     precision = "tf32" if dtype == torch.float32 else "ieee"

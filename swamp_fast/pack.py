@@ -12,6 +12,7 @@ from torch import Tensor
 from swamp_fast.bank import Solution
 from swamp_fast.engines import Engine
 from swamp_fast.engines.eager import EagerEngine
+from swamp_fast.engines.fused.engine import FusedEngine
 from swamp_fast.engines.trainer import first_handle
 from swamp_fast.problem import Problem
 from swamp_fast.watch import Asked, Returned, Trained, Trainings, Watch, alone
@@ -25,7 +26,7 @@ def runs_at_once(engine: Engine, problems: Sequence[Problem]) -> tuple[int, str]
     """How many runs that can share a step to train in one bank, by memory and by a stopwatch; and why."""
     if len(problems) == 1:
         return 1, "there is no other that could share a step"
-    if not isinstance(engine, EagerEngine) or not engine.joins:
+    if not isinstance(engine, EagerEngine | FusedEngine) or not engine.joins:
         return 1, "this engine's program is made for one run's mask"
     particles = max(problems[0].config.particles_at(cycle) for cycle in range(problems[0].config.cycles + 1))
     runs, seconds = 1, _seconds_of_lane(engine, problems[0], particles)
@@ -44,7 +45,7 @@ def runs_at_once(engine: Engine, problems: Sequence[Problem]) -> tuple[int, str]
     return runs, f"a step takes {seconds * 1e3:.3g} ms a lane so, {alone * 1e3:.3g} ms one run at a time"
 
 
-def _seconds_of_lane(engine: EagerEngine, problem: Problem, lanes: int) -> float:
+def _seconds_of_lane(engine: EagerEngine | FusedEngine, problem: Problem, lanes: int) -> float:
     """The least time of a step of so many lanes, after one to warm up, for each of them."""
     start = Solution(
         problem.layout.flat(dict(problem.template.named_parameters()), problem.dtype, problem.device),
@@ -79,7 +80,7 @@ def packed(engine: Engine, every: Sequence[Trainings[Returned]]) -> list[Returne
         except Exception as error:
             ended[number] = error
 
-    if isinstance(engine, EagerEngine) and engine.joins:
+    if isinstance(engine, EagerEngine | FusedEngine) and engine.joins:
         for number, run in enumerate(every):
             go_on(number, functools.partial(next, run))
         while asked:
@@ -103,7 +104,7 @@ def _place(asked: Asked) -> int:
     return -1 if asked.cycle is None else asked.cycle
 
 
-def together(engine: EagerEngine, asked: Sequence[Asked]) -> list[Trained | FloatingPointError]:
+def together(engine: EagerEngine | FusedEngine, asked: Sequence[Asked]) -> list[Trained | FloatingPointError]:
     """Trainings of several runs, of as many lanes and epochs, in one bank; a run that diverges ends with its error."""
     particles, configs = asked[0].particles, [each.run.config for each in asked]
     masks = torch.stack([each.mask for each in asked])
@@ -136,7 +137,10 @@ def together(engine: EagerEngine, asked: Sequence[Asked]) -> list[Trained | Floa
     for number, watch in enumerate(watches):
         watch.bank.buffers = bank.of_run(number).buffers
     ends = enumerate(zip(watches, losses.split(particles), strict=True))
-    return [errors.get(number) or watch.trained(own) for number, (watch, own) in ends]
+    return [
+        errors.get(number) or watch.trained(own, functools.partial(engine.side_by_side, run=number))
+        for number, (watch, own) in ends
+    ]
 
 
 def _states(watches: Sequence[Watch]) -> list[dict[str, Tensor]] | None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from swamp_fast.bank import ParticleBank, Solution
 from swamp_fast.checkpoint import Unfinished
 from swamp_fast.engines import Engine
+from swamp_fast.engines.trainer import Way
 from swamp_fast.run import Run
 from swamp_fast.schedule import Training
 
@@ -41,13 +42,15 @@ class Asked:
 class Trained:
     """What a training came to: the bank, each lane's mean loss over the last epoch, and how long it took.
 
-    dropped  lane -> epoch, counted from 1, at whose end its particle had diverged
+    dropped       lane -> epoch, counted from 1, at whose end its particle had diverged
+    side_by_side  the engine's, for models under the training's mask
     """
 
     bank: ParticleBank
     losses: list[float]
     dropped: dict[int, int]
     seconds: float
+    side_by_side: Callable[[Tensor, dict[str, Tensor]], Way]
 
     @property
     def left(self) -> list[int]:
@@ -80,7 +83,7 @@ def do(engine: Engine, asked: Asked) -> Trained:
         asked.run.stop_if_asked()
 
     losses = engine.train(bank, asked.training, on_step, watch.on_epoch, watch.state_before)
-    return watch.trained(losses)
+    return watch.trained(losses, engine.side_by_side)
 
 
 class Watch:
@@ -104,9 +107,9 @@ class Watch:
         """How long it took so far, in every process."""
         return time.perf_counter() - self.began
 
-    def trained(self, losses: Tensor) -> Trained:
+    def trained(self, losses: Tensor, side_by_side: Callable[[Tensor, dict[str, Tensor]], Way]) -> Trained:
         """What it came to, with each lane's mean loss over the last epoch, [L]."""
-        return Trained(self.bank, losses.tolist(), self.dropped, self.seconds)
+        return Trained(self.bank, losses.tolist(), self.dropped, self.seconds, side_by_side)
 
     def on_step(self, step: int) -> None:
         """After a step."""

@@ -622,8 +622,8 @@ def test_the_state_of_a_bank_is_the_same_for_every_engine(reordered):
     mask = torch.rand(layout.Q) < 0.3
     full = ParticleBank(layout, [config], 3, torch.float32, torch.device("cpu"))
     first = {name: torch.tensor([1, 3]) for name, _ in model.named_parameters() if name.endswith("bias")}
-    compact = CompactBank(Compact(layout, mask, first if reordered else None), config, 3, torch.float32)
-    compact.masks.copy_(torch.arange(compact.compact.Q) < len(compact.compact.kept))
+    compact = CompactBank([Compact(layout, mask, first if reordered else None)], [config], 3, torch.float32)
+    compact.masks.copy_(torch.arange(compact.layout.Q) < len(compact.compacts[0].kept))
     full.masks.copy_(mask)
     for tensor in full.moving().values():
         tensor.normal_()

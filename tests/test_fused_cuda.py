@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.interpreter import InterpretedFunction
 
-from swamp_fast import fast_swamp, naive_swamp
+from swamp_fast import fast_swamp, naive_swamp, sweep, sweeps
 from swamp_fast.engines.fused import check, engine
 from swamp_fast.engines.fused.compact import CompactBank
 from swamp_fast.engines.fused.cuda.halo import Statistics
@@ -151,6 +151,26 @@ def test_cross_entropy(classes, dtype):
     assert torch.equal(alone[1], grad[2:])
     targets[1, 3] = classes
     assert loss.cross_entropy(outputs, targets)[0].isnan().tolist() == [False, True, False]
+
+
+def test_runs_in_one_bank(digits, monkeypatch):
+    """A sweep whose runs have masks of their own, and not as many weights each: what each gives alone."""
+    for module in (engine, check):
+        monkeypatch.setattr(module, "programs_of", lambda *given: CudaPrograms(*given[:3], None))
+    monkeypatch.setattr(engine.FusedEngine, "joins", True)
+    monkeypatch.setattr(sweeps, "runs_at_once", lambda engine, problems: (2, "forced"))
+    model = seeded(lambda: networks.build("dropout"))
+    (inputs, targets), (test_inputs, test_targets) = digits
+    settings = {"particles": 2, "cycles": 1, "epochs": 1, "ticket_epochs": 0, "batch_size": 6, "progress": False}
+    settings |= {"precision": "float64", "keep_particles": True, "device": DEVICE, "engine": "fused"}
+    data = (inputs[:12], targets[:12]), (test_inputs[:4], test_targets[:4])
+    points = [{"seed": 1, "prune": 0.5}, {"seed": 2, "lr": 0.06}]
+    kept = []
+    for run in sweep(model, *data, points, **settings).runs:
+        assert run.error is None, run.error
+        same(run.result, naive_swamp(model, *data, **{**settings, "engine": "auto", **run.point}))
+        kept.append(run.result.history[1]["kept"])
+    assert kept[0] < kept[1]
 
 
 @pytest.mark.parametrize("groups", ["at_once", "branch"])
@@ -324,7 +344,7 @@ def test_launches_of_a_step(monkeypatch):
     problem = problem_of(model, 4, "bfloat16", (3, 32, 32))
     lanes = 8
     programs = CudaPrograms(problem, engine.fused_plan(problem), problem.mask, launch)
-    bank = CompactBank(programs.compact, problem.config, lanes, problem.dtype)
+    bank = CompactBank(programs.compacts, [problem.config], lanes, problem.dtype)
     grads = torch.zeros_like(bank.weights)
     trainer = Trainer(problem, bank, grads, programs.lanes(bank.weights, grads))
     for module in trainer.way.modules:

@@ -67,9 +67,9 @@ class EngineByDensity:
         """As EagerEngine.state."""
         return self.now.state()
 
-    def side_by_side(self, weights: Tensor, buffers: dict[str, Tensor]) -> Way:
+    def side_by_side(self, weights: Tensor, buffers: dict[str, Tensor], run: int = 0) -> Way:
         """As EagerEngine.side_by_side."""
-        return self.now.side_by_side(weights, buffers)
+        return self.now.side_by_side(weights, buffers, run)
 
     def describe(self) -> dict[str, Any]:
         """What ran, how, and why."""

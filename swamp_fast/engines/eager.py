@@ -131,8 +131,8 @@ class EagerEngine:
         assert self.trainer is not None
         return self.trainer.state()
 
-    def side_by_side(self, weights: Tensor, buffers: dict[str, Tensor]) -> Way:
-        """Models of weights [M, P] and buffers [M, ...], in eval mode, to be run on the same inputs."""
+    def side_by_side(self, weights: Tensor, buffers: dict[str, Tensor], run: int = 0) -> Way:
+        """Models of weights [M, P] and buffers [M, ...] of one run, in eval mode, to be run on the same inputs."""
         fits = self.evaluated is not None and self.evaluated[0].shape == weights.shape
         if not fits or self.problem.probe.keeps_state:
             self.evaluated = None

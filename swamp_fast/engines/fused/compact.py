@@ -20,13 +20,14 @@ class Compact:
     where  [P]      int64: where in the compact vector each number stands, -1 where there is none
     Q, P            of the compact vector; the kept weights are padded to a 64-byte boundary
 
-    In the rest, the numbers of a parameter named in `first` begin with those that it lists.
+    In the rest, the numbers of a parameter named in `first` begin with those that it lists. There is room for at least
+    `room` kept weights.
     """
 
-    def __init__(self, layout: Layout, mask: Tensor, first: Mapping[str, Tensor] | None = None) -> None:
+    def __init__(self, layout: Layout, mask: Tensor, first: Mapping[str, Tensor] | None = None, room: int = 0) -> None:
         self.layout, self.mask = layout, mask.clone()
         self.kept = mask.nonzero().flatten()
-        self.Q = -(-len(self.kept) // ALIGNMENT) * ALIGNMENT
+        self.Q = -(-max(room, len(self.kept)) // ALIGNMENT) * ALIGNMENT
         self.P = self.Q + layout.P - layout.Q
         self.where = torch.full((layout.P,), -1, dtype=torch.int64, device=mask.device)
         self.where[self.kept] = torch.arange(len(self.kept), device=mask.device)
@@ -54,28 +55,46 @@ class Compact:
 
 
 class CompactBank(ParticleBank):
-    """A bank whose weights, moments and SWA means are compact, [L, P']; its mask keeps all of them but the padding."""
+    """A bank whose weights, moments and SWA means are compact, [L, P']; masks [R, Q] keep all of them but the padding.
 
-    def __init__(self, compact: Compact, config: SwampConfig, lanes: int, dtype: torch.dtype) -> None:
-        super().__init__(compact, [config], lanes, dtype, compact.mask.device)
-        self.compact = compact
+    compacts  of the runs, of one length
+    """
+
+    def __init__(
+        self, compacts: Sequence[Compact], configs: Sequence[SwampConfig], lanes: int, dtype: torch.dtype
+    ) -> None:
+        super().__init__(compacts[0], configs, lanes, dtype, compacts[0].mask.device)
+        self.compacts = compacts
 
     def rewind_(self, starts: Sequence[Solution], masks: Tensor, cycle: int | None) -> None:
-        """As ParticleBank.rewind_, with a full solution; the mask is the one that the bank was made for."""
-        own = torch.arange(self.compact.Q, device=self.masks.device) < len(self.compact.kept)
-        compact = [Solution(self.compact.compact(start.weights), start.buffers) for start in starts]
-        super().rewind_(compact, own[None], cycle)
+        """As ParticleBank.rewind_, with full solutions; the masks are those that the bank was made for."""
+        place, compact = torch.arange(self.layout.Q, device=self.masks.device), []
+        for own, start in zip(self.compacts, starts, strict=True):
+            compact.append(Solution(own.compact(start.weights), start.buffers))
+        super().rewind_(compact, torch.stack([place < len(own.kept) for own in self.compacts]), cycle)
+
+    def of_run(self, run: int) -> CompactBank:
+        """As ParticleBank.of_run."""
+        own = super().of_run(run)
+        assert isinstance(own, CompactBank)
+        own.compacts = self.compacts[run : run + 1]
+        return own
 
     def rest(self, tensor: Tensor) -> Tensor:
         """As ParticleBank.rest, in the full layout's order."""
-        rest = torch.empty_like(tensor[:, self.compact.Q :])
-        rest[:, self.compact.rest - self.compact.layout.Q] = tensor[:, self.compact.Q :]
+        rest = torch.empty_like(tensor[:, self.layout.Q :])
+        rest[:, self._order] = tensor[:, self.layout.Q :]
         return rest
 
     def put_rest_(self, tensor: Tensor, rest: Tensor) -> None:
         """As ParticleBank.put_rest_."""
-        tensor[:, self.compact.Q :] = rest[:, self.compact.rest - self.compact.layout.Q]
+        tensor[:, self.layout.Q :] = rest[:, self._order]
 
     def solutions(self, averaged: bool) -> Tensor:
         """As ParticleBank.solutions, in full."""
-        return self.compact.expand(super().solutions(averaged))
+        each = super().solutions(averaged).split(self.lanes // len(self.compacts))
+        return torch.cat([own.expand(lanes) for own, lanes in zip(self.compacts, each, strict=True)])
+
+    @property
+    def _order(self) -> Tensor:
+        return self.compacts[0].rest - self.compacts[0].layout.Q

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -39,7 +39,6 @@ class FusedEngine:
     """
 
     name = "fused"
-    joins = False  # its program is made for one mask
 
     def __init__(
         self,
@@ -59,15 +58,33 @@ class FusedEngine:
         self, start: Solution, mask: Tensor, particles: int, cycle: int | None, config: SwampConfig | None = None
     ) -> ParticleBank:
         """As EagerEngine.spawn; the bank and its program are made for the mask."""
+        return self.spawn_runs([start], mask[None], particles, cycle, [config or self.problem.config])
+
+    def spawn_runs(
+        self,
+        starts: Sequence[Solution],
+        masks: Tensor,
+        particles: int,
+        cycle: int | None,
+        configs: Sequence[SwampConfig],
+    ) -> ParticleBank:
+        """As EagerEngine.spawn_runs; on the CPU of one run alone."""
         self.release()  # before new memory is taken
         rows = self.rows.setdefault("ticket" if cycle is None else str(cycle), {})
+        mask = masks if len(masks) > 1 else masks[0]
         self.programs = programs_of(self.problem, self.plan, mask, rows, self.launch, self.branch)
-        bank = CompactBank(self.programs.compact, config or self.problem.config, particles, self.problem.dtype)
-        bank.rewind_([start], mask[None], cycle)
+        bank = CompactBank(self.programs.compacts, configs, len(starts) * particles, self.problem.dtype)
+        bank.rewind_(starts, masks, cycle)
         grads = torch.zeros_like(bank.weights)
-        self.programs.measure(particles)
-        self.trainer = Trainer(self.problem, bank, grads, self.programs.lanes(bank.weights, grads))
+        self.programs.measure(bank.lanes)
+        way = self.programs.lanes(bank.weights, grads, bank.run_of_lane)
+        self.trainer = Trainer(self.problem, bank, grads, way)
         return bank
+
+    @property
+    def joins(self) -> bool:
+        """As EagerEngine.joins: a program of the CPU's kernels is made for one mask."""
+        return self.problem.device.type == "cuda"
 
     def release(self) -> None:
         """Give the memory of training and evaluation back."""
@@ -86,15 +103,36 @@ class FusedEngine:
         assert self.trainer.bank is bank
         return self.trainer.train([training], on_step, on_epoch, state)
 
+    def train_runs(
+        self,
+        bank: ParticleBank,
+        trainings: Sequence[Training],
+        on_step: Callable[[int], None],
+        on_epoch: Callable[[int, Tensor], None],
+        states: Sequence[Mapping[str, Tensor]] | None = None,
+    ) -> Tensor:
+        """As EagerEngine.train_runs."""
+        assert self.trainer is not None
+        assert self.trainer.bank is bank
+        state = None if states is None else self.trainer.joined(states)
+        return self.trainer.train(trainings, on_step, on_epoch, state)
+
+    def state_of(self, run: int) -> dict[str, Tensor]:
+        """As EagerEngine.state_of."""
+        assert self.trainer is not None
+        return self.trainer.state_of(run)
+
     def state(self) -> dict[str, Tensor]:
         """As EagerEngine.state."""
         assert self.trainer is not None
         return self.trainer.state()
 
-    def side_by_side(self, weights: Tensor, buffers: dict[str, Tensor]) -> CpuLanes | CudaLanes:
+    def side_by_side(self, weights: Tensor, buffers: dict[str, Tensor], run: int = 0) -> CpuLanes | CudaLanes:
         """As EagerEngine.side_by_side."""
         assert self.programs is not None
-        way = self.programs.lanes(self.programs.compact.compact(weights), None)
+        compact = self.programs.compacts[run].compact(weights)
+        of_run = torch.full((len(weights),), run, dtype=torch.int64, device=weights.device)
+        way = self.programs.lanes(compact, None, of_run)
         way.set_buffers(buffers)
         for module in way.modules:
             module.eval()

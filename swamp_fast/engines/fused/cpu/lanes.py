@@ -36,7 +36,12 @@ class CpuPrograms:
         """Make now what a stopwatch decides: it is recorded before the first step."""
         self.of(self.problem.bounds[0][1], trains=True)
 
-    def lanes(self, weights: Tensor, grads: Tensor | None) -> CpuLanes:
+    @property
+    def compacts(self) -> list[Compact]:
+        """As CudaPrograms.compacts, of one run."""
+        return [self.compact]
+
+    def lanes(self, weights: Tensor, grads: Tensor | None, run_of_lane: Tensor | None = None) -> CpuLanes:
         """Lanes over compact weights [L, P'], whose gradients go to grads [L, P']."""
         return CpuLanes(self.problem, self, weights, grads)
 

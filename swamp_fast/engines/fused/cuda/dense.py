@@ -25,16 +25,20 @@ class Place:
 
 
 class DenseWeights:
-    """The index tables between compact vectors [L, P'] and dense rows [L, T], of one mask.
+    """The index tables between compact vectors [L, P'] and dense rows [L, T], of R runs' masks.
 
-    index     [T]  int32: which compact number stands at a place of a dense row, -1 for a pruned weight or padding
+    index     [R, T]  int32: which compact number stands at a place of a dense row, -1 for a pruned weight or padding
     places    of every convolution, by its output's number
     channels  of each value, by its number: which of the model's the plan has, as narrow.py has it
     """
 
-    def __init__(self, plan: Plan, compact: Compact, channels: Sequence[Tensor]) -> None:
-        self.compact = compact
+    def __init__(self, plan: Plan, compacts: Sequence[Compact], channels: Sequence[Tensor]) -> None:
+        self.compacts = compacts
         self.places: dict[int, Place] = {}
+        self.index = torch.stack([self._row(plan, compact, channels) for compact in compacts]).int()
+
+    def _row(self, plan: Plan, compact: Compact, channels: Sequence[Tensor]) -> Tensor:
+        """One run's row of the index; the places are the same for all."""
         entries = {entry.name: entry for entry in compact.layout.entries}
         rows: list[Tensor] = []
         length = 0
@@ -54,11 +58,11 @@ class DenseWeights:
                 rows.append(torch.nn.functional.pad(row, (0, -len(row) % ALIGNMENT), value=-1))
                 length += len(rows[-1])
             self.places[op.output] = Place(begins[0], begins[1], own.numel(), (shape[2], shape[3]))
-        self.index = torch.cat([*rows, compact.where.new_zeros(0)]).int()
+        return torch.cat([*rows, compact.where.new_zeros(0)])
 
-    def expand(self, weights: Tensor, out: Tensor) -> None:
+    def expand(self, weights: Tensor, run_of_lane: Tensor, out: Tensor) -> None:
         """Compact weights [L, P'] -> dense rows [L, T], in the type of `out`."""
-        triton_kernels("compact").expand_weights(weights, self.index, out)
+        triton_kernels("compact").expand_weights(weights, self.index, run_of_lane, out)
 
 
 class Gradients:
@@ -68,21 +72,21 @@ class Gradients:
     """
 
     def __init__(self, dense: DenseWeights, splits: dict[int, int]) -> None:
-        compact = dense.compact
+        compacts = dense.compacts
         self.splits, self.first = splits, dict[int, int]()
-        base = torch.full((compact.P,), -1, dtype=torch.int32, device=compact.where.device)
-        self.step, self.parts = torch.zeros_like(base), torch.zeros_like(base)
+        self.base = torch.full((len(compacts), compacts[0].P), -1, dtype=torch.int32, device=dense.index.device)
+        self.step, self.parts = torch.zeros_like(self.base), torch.zeros_like(self.base)
         self.length = 0
         for output, place in dense.places.items():
-            own = dense.index[place.forward : place.forward + place.size]
-            there = (own >= 0).nonzero().flatten()
-            where = own[there].long()
+            own = dense.index[:, place.forward : place.forward + place.size]
+            run, there = (own >= 0).nonzero(as_tuple=True)
+            where = own[run, there].long()
             self.first[output] = self.length
-            base[where] = (self.length + there).int()
-            self.step[where], self.parts[where] = place.size, splits[output]
+            self.base[run, where] = (self.length + there).int()
+            self.step[run, where], self.parts[run, where] = place.size, splits[output]
             self.length += place.size * splits[output]
-        self.base = base
 
-    def collect(self, partial: Tensor, grads: Tensor) -> None:
+    def collect(self, partial: Tensor, run_of_lane: Tensor, grads: Tensor) -> None:
         """Add the sums over the parts, [L, self.length], to grads [L, P']."""
-        triton_kernels("compact").collect_gradients(partial, self.base, self.step, self.parts, grads)
+        tables = self.base, self.step, self.parts
+        triton_kernels("compact").collect_gradients(partial, *tables, run_of_lane, grads)

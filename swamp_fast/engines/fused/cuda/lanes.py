@@ -25,9 +25,10 @@ SHARE = 0.4  # of the free memory that a step may take: there are two sizes of b
 
 
 class CudaPrograms:
-    """The program under one mask.
+    """The program under a mask [Q], or under those of R runs, [R, Q].
 
-    plan     without dead channels
+    plan     without channels that are dead in all runs
+    compacts of the runs, of one length
     columns  [channels of its norms] int64: which of the model's those are; None where all are left
     at_once  how many lanes a launch runs at most; what a lane computes doesn't depend on it
     branch   if not None, so many lanes run beside as many others, each group on a stream of its own
@@ -37,13 +38,15 @@ class CudaPrograms:
         self, problem: Problem, plan: Plan, mask: Tensor, launch: Launch | None, branch: int | None = None
     ) -> None:
         self.problem, self.branch = problem, branch
-        self.plan, channels = narrow(plan, problem.layout, mask)
+        masks = mask.view(-1, mask.shape[-1])
+        self.plan, channels = narrow(plan, problem.layout, masks.any(0))
         self.columns = norm_columns(plan, channels)
         self.columns = None if self.columns is None else self.columns.to(mask.device)
-        self.compact = Compact(problem.layout, mask, per_channel(plan, channels))
+        first, room = per_channel(plan, channels), int(masks.sum(1).max())
+        self.compacts = [Compact(problem.layout, own, first, room) for own in masks]
         storage = torch.bfloat16 if problem.config.precision == "bfloat16" else problem.dtype
         tf32 = {True: torch.backends.cuda.matmul.allow_tf32, False: torch.backends.cudnn.allow_tf32}
-        self.program = Program(self.plan, channels, self.compact, problem.dtype, storage, tf32, launch)
+        self.program = Program(self.plan, channels, self.compacts, problem.dtype, storage, tf32, launch)
         self.at_once: int | None = None
 
     def measure(self, lanes: int) -> None:
@@ -54,9 +57,17 @@ class CudaPrograms:
         free += torch.cuda.memory_reserved(self.problem.device) - torch.cuda.memory_allocated(self.problem.device)
         self.at_once = lanes_that_fit(lanes, self.program.bytes_of_lane(self.problem.bounds[0][1]), free)
 
-    def lanes(self, weights: Tensor, grads: Tensor | None) -> CudaLanes:
-        """Lanes over compact weights [L, P'], whose gradients go to grads [L, P']."""
-        return CudaLanes(self.problem, self, weights, grads)
+    @property
+    def compact(self) -> Compact:
+        """The only run's."""
+        (own,) = self.compacts
+        return own
+
+    def lanes(self, weights: Tensor, grads: Tensor | None, run_of_lane: Tensor | None = None) -> CudaLanes:
+        """Lanes over compact weights [L, P'], whose gradients go to grads [L, P']; of run 0 unless told."""
+        if run_of_lane is None:
+            run_of_lane = torch.zeros(len(weights), dtype=torch.int64, device=weights.device)
+        return CudaLanes(self.problem, self, weights, grads, run_of_lane)
 
 
 def lanes_that_fit(lanes: int, bytes_of_lane: int, free: int) -> int:
@@ -81,8 +92,11 @@ class CudaLanes:
 
     channels_last = True
 
-    def __init__(self, problem: Problem, programs: CudaPrograms, weights: Tensor, grads: Tensor | None) -> None:
+    def __init__(
+        self, problem: Problem, programs: CudaPrograms, weights: Tensor, grads: Tensor | None, run_of_lane: Tensor
+    ) -> None:
         self.problem, self.programs, self.compact_weights, self.grads = problem, programs, weights, grads
+        self.run_of_lane, self.runs = run_of_lane, run_of_lane.tolist()
         self.running = Buffers(problem.template, programs.plan.norms, len(weights), problem.dtype)
         self.modules = self.running.modules
         self.mean, self.variance = (self._own(torch.zeros_like(self.running.mean)) for _ in range(2))
@@ -93,7 +107,8 @@ class CudaLanes:
     @property
     def weights(self) -> Tensor:
         """[L, P] in full."""
-        return self.programs.compact.expand(self.compact_weights)
+        each = zip(self.runs, self.compact_weights, strict=True)
+        return torch.stack([self.programs.compacts[run].expand(own) for run, own in each])
 
     def backward(self, batch: Batch, step_keys: Tensor) -> Tensor:
         """As LaneByLane.backward."""
@@ -183,7 +198,8 @@ class CudaLanes:
         else:
             mean, variance = self._own(self.running.mean[lanes]), self._own(self.running.variance[lanes])
         weights, arrivals = self.compact_weights[lanes], self.arrivals[lanes]
-        run = Pass(self.programs.program, weights, mean, variance, by_batch, keys, arrivals)
+        own = arrivals, self.run_of_lane[lanes]
+        run = Pass(self.programs.program, weights, mean, variance, by_batch, keys, *own)
         with torch.no_grad():
             outputs = run.forward(inputs, keep).to(self.problem.dtype)
             if by_batch:

@@ -56,14 +56,15 @@ class Program:
         self,
         plan: Plan,
         channels: Sequence[Tensor],
-        compact: Compact,
+        compacts: Sequence[Compact],
         dtype: torch.dtype,
         storage: torch.dtype,
         tf32: dict[bool, bool],
         launch: Launch | None = None,
     ) -> None:
-        self.plan, self.compact, self.dtype, self.storage = plan, compact, dtype, storage
-        self.dense = DenseWeights(plan, compact, channels)
+        self.plan, self.dtype, self.storage = plan, dtype, storage
+        self.dense = DenseWeights(plan, compacts, channels)
+        compact = compacts[0]  # what isn't pruned stands at the same place in all
         self.launch = launch
         self.halos = self._halos() if launch is not None and storage == torch.bfloat16 else {}
         self.unwritten = self._unwritten()
@@ -120,7 +121,7 @@ class Program:
         """What a step of one lane holds at most, besides the bank: its maps, as many of gradients, dense weights."""
         numbers = sum(math.prod(shape) for shape in self.plan.shapes) * samples
         largest = max(math.prod(shape) for shape in self.plan.shapes) * samples
-        dense = len(self.dense.index) * self.storage.itemsize
+        dense = self.dense.index.shape[1] * self.storage.itemsize
         return (numbers + 4 * largest) * self.storage.itemsize + dense + 4 * self.gradients_of(samples).length
 
     @staticmethod
@@ -130,7 +131,7 @@ class Program:
 
     @property
     def _device(self) -> torch.device:
-        return self.compact.where.device
+        return self.dense.index.device
 
     def _halos(self) -> dict[int, Halo]:
         found = {
@@ -167,6 +168,7 @@ class Pass:
     mean, variance   [L, channels of all norms]: of the batch, written, or given where `by_batch` is off
     keys             [L, 3]   that dropout draws with; None leaves it off
     arrivals         [L, ...] zeros, as Statistics has it
+    run_of_lane      [L]      int64
     """
 
     def __init__(
@@ -178,9 +180,10 @@ class Pass:
         by_batch: bool,
         keys: Tensor | None,
         arrivals: Tensor,
+        run_of_lane: Tensor,
     ) -> None:
         self.program, self.plan, self.weights, self.keys = program, program.plan, weights, keys
-        self.arrivals = arrivals
+        self.arrivals, self.run_of_lane = arrivals, run_of_lane
         self.mean, self.variance, self.by_batch = mean, variance, by_batch
         self.lanes = len(weights)
         self.values: dict[int, Tensor] = {}
@@ -188,13 +191,13 @@ class Pass:
         self.factors: dict[int, Tensor] = {}
         self.scale, self.offset = torch.empty_like(mean), torch.empty_like(mean)
         self.prologues: dict[int, tuple[Tensor, Prologue]] = {}  # what stands for a value that is not written
-        self.dense = torch.empty(self.lanes, len(program.dense.index), dtype=program.storage, device=weights.device)
+        self.dense = torch.empty(self.lanes, program.dense.index.shape[1], dtype=program.storage, device=weights.device)
 
     def forward(self, inputs: Tensor, keep: bool) -> Tensor:
         """Inputs [L, B, ...] -> outputs [L, B, ...]; with `keep`, values stay for the backward pass."""
         self.samples = inputs.shape[1]
         self.values[self.plan.input] = _into_map(inputs, self.program.storage)
-        self.program.dense.expand(self.weights, self.dense)
+        self.program.dense.expand(self.weights, self.run_of_lane, self.dense)
         for place, op in enumerate(self.plan.ops):
             _FORWARD[type(op)](self, op)
             if not keep:
@@ -213,7 +216,7 @@ class Pass:
             if op.output in self.program.needed:
                 _BACKWARD[type(op)](self, op)
                 self.grads.pop(op.output, None)
-        tables.collect(self.partial, grads)
+        tables.collect(self.partial, self.run_of_lane, grads)
 
     def _out(self, op: Op) -> Tensor:
         self.values[op.output] = self.program.map_of(op.output, self.lanes, self.samples)
