@@ -4,9 +4,9 @@
 
 Slices, in this order: tests (pytest -m gpu, and the fused engine's), ceilings, bank (update and threshold), step
 (against the naive loop), rivals (compiled, a graph of streams, vmap), processes (sharing the GPU), networks, scale
-(particles), epoch, accuracy (over seeds). A slice that fails is reported and the next one runs. One JSON and one
-Markdown table a slice, with the device in the file's name. Without a GPU, --rehearse runs what can be run on a CPU, at
-a tiny size, to try the command itself; its figures mean nothing.
+(particles), epoch, accuracy (over seeds), sweep (of runs). A slice that fails is reported and the next one runs. One
+JSON and one Markdown table a slice, with the device in the file's name. Without a GPU, --rehearse runs what can be run
+on a CPU, at a tiny size, to try the command itself; its figures mean nothing.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from benchmarks import timing
+from benchmarks import sweeps, timing
 from benchmarks.cpu import ticket
 from benchmarks.fused import LANES, pictures, stacked_step
 from swamp_fast import fast_swamp, naive_swamp, ops
 from swamp_fast.engines.eager import EagerEngine, choose
 from swamp_fast.engines.fused.check import differs_from_autograd, tensor_cores
-from swamp_fast.engines.fused.engine import FusedEngine, fused_plan
+from swamp_fast.engines.fused.engine import FusedEngine, faster_branch, fused_plan
 from swamp_fast.engines.trainer import first_handle
 from swamp_fast.estimate import estimate, measured_ceilings
 from swamp_fast.models import build_model
@@ -120,8 +120,10 @@ def fused(problem: Problem, particles: int) -> Callable[[], None]:
     launch = tensor_cores(problem, plan)
     if isinstance(launch, str):
         print(f"without the CUDA kernels: {launch}", flush=True)
-    engine = FusedEngine(problem, plan, "benchmark", {}, None if isinstance(launch, str) else launch)
-    return step_of(engine, problem, particles)
+    launch = None if isinstance(launch, str) else launch
+    branch = faster_branch(problem, plan, launch)
+    print(f"lanes of a branch of the graph: {branch or 'all'}", flush=True)
+    return step_of(FusedEngine(problem, plan, "benchmark", {}, launch, branch), problem, particles)
 
 
 class Loop:
@@ -365,8 +367,26 @@ def accuracy(bench: Bench, seeds: int = 5) -> None:
     bench.write("accuracy", table, **settings)
 
 
+def sweep(bench: Bench) -> None:
+    """8 runs of 2 particles in one bank, against one by one."""
+    settings: dict[str, Any] = {**sweeps.SETTINGS, "device": str(bench.device), "engine": "fused"}
+    settings |= {"cycles": 0, "epochs": 1, "ticket_epochs": 0} if bench.rehearse else {"precision": "bfloat16"}
+    ways = {"separate": lambda: sweeps.separate(settings), "packed": lambda: sweeps.packed(settings)}
+    found = timing.interleaved(ways, 1 if bench.rehearse else 3)
+    table = [
+        {
+            "": way,
+            "s": round(each["median"], 2),
+            "times as fast": round(found["separate"]["median"] / each["median"], 2),
+        }
+        for way, each in found.items()
+    ]
+    bench.write("sweep", table, **settings)
+
+
 SLICES = {
-    each.__name__: each for each in (tests, ceilings, bank, step, rivals, processes, networks, scale, epoch, accuracy)
+    each.__name__: each
+    for each in (tests, ceilings, bank, step, rivals, processes, networks, scale, epoch, accuracy, sweep)
 }
 
 
