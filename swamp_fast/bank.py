@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -64,14 +64,17 @@ class ParticleBank:
         """L."""
         return len(self.weights)
 
-    def rewind_(self, start: Solution, mask: Tensor, cycle: int | None) -> None:
-        """Put every lane at `start` under a mask [Q], with fresh moments; cycle None trains the ticket."""
+    def rewind_(self, start: Solution, mask: Tensor, particles: Sequence[int], cycle: int | None) -> None:
+        """Put every lane at `start` under a mask [Q], with fresh moments; cycle None trains the ticket.
+
+        particles  their numbers, one a lane
+        """
         self.masks.copy_(mask)
         self.weights.copy_(start.weights.expand_as(self.weights))
         self.weights[:, : self.layout.Q].mul_(self.masks[self.run_of_lane])
         for tensor in (*self.moments.values(), self.swa):
             tensor.zero_()
-        streams = [stream_of(cycle, particle) for particle in range(self.lanes)]
+        streams = [stream_of(cycle, particle) for particle in particles]
         self.keys.copy_(lane_keys([self.config.seed] * self.lanes, streams, self.keys.device))
         self.buffers = {
             name: buffer.expand(self.lanes, *buffer.shape).clone() for name, buffer in start.buffers.items()

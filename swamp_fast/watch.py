@@ -7,7 +7,7 @@ from __future__ import annotations
 import time
 from collections.abc import Generator
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +15,8 @@ from torch import Tensor
 from swamp_fast.bank import ParticleBank, Solution
 from swamp_fast.checkpoint import Unfinished
 from swamp_fast.engines import Engine
+from swamp_fast.engines.trainer import joined, part_of
+from swamp_fast.ranks import Ranks
 from swamp_fast.run import Run
 from swamp_fast.schedule import Training
 
@@ -38,13 +40,26 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Trained:
-    """What a training came to: the bank, each lane's mean loss over the last epoch, and how long it took.
+class Particles:
+    """All particles of a training: weights [N, P], buffers [N, ...], keys [N, 3]; `left` are those not diverged."""
 
+    weights: Tensor
+    buffers: dict[str, Tensor]
+    keys: Tensor
+    left: list[int]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a training came to: `count` lanes, each one's mean loss over the last epoch, and how long it took.
+
+    bank     this rank's lanes
     dropped  lane -> epoch, counted from 1, at whose end its particle had diverged
     """
 
+    ranks: Ranks
     bank: ParticleBank
+    count: int
     losses: list[float]
     dropped: dict[int, int]
     seconds: float
@@ -52,7 +67,16 @@ class Trained:
     @property
     def left(self) -> list[int]:
         """The lanes that didn't diverge."""
-        return [lane for lane in range(self.bank.lanes) if lane not in self.dropped]
+        return [lane for lane in range(self.count) if lane not in self.dropped]
+
+    def particles(self, averaged: bool) -> Particles:
+        """What all lanes of all ranks trained to, in order: their SWA means, or their last iterates."""
+
+        def gathered(own: Tensor) -> Tensor:
+            return self.ranks.gather(own, self.count)
+
+        weights, keys = gathered(self.bank.solutions(averaged)), gathered(self.bank.keys)
+        return Particles(weights, {name: gathered(each) for name, each in self.bank.buffers.items()}, keys, self.left)
 
 
 Trainings = Generator[Asked, Trained, Returned]
@@ -70,23 +94,45 @@ def alone(engine: Engine, trainings: Trainings[Returned]) -> Returned:
 
 
 def do(engine: Engine, asked: Asked) -> Trained:
-    """One training by itself."""
-    bank = engine.spawn(asked.start, asked.mask, asked.particles, asked.cycle)
-    asked.run.keep_engine(engine.describe())
-    watch = Watch(engine, asked.run, bank, asked.cycle, asked.shown)
+    """One training by itself, its lanes shared among the run's ranks."""
+    ranks = asked.run.ranks
+    ranks.agree(f"the mask of {asked.shown}", asked.mask)
+    watch = Watch(engine, asked, spawned(engine, asked))
     losses = watch.train(asked.training).tolist()
-    return Trained(bank, losses, watch.dropped, watch.seconds)
+    return Trained(ranks, watch.bank, asked.particles, losses, watch.dropped, watch.seconds)
+
+
+def spawned(engine: Engine, asked: Asked) -> ParticleBank:
+    """The bank of this rank's lanes. What is decided by a stopwatch for it, the first rank decides."""
+    run, particles, banks = asked.run, asked.run.ranks.share(asked.particles), []
+
+    def first() -> dict[str, Any]:
+        banks.append(engine.spawn(asked.start, asked.mask, particles, asked.cycle))
+        return engine.describe()
+
+    run.keep_engine(run.ranks.decided(first))
+    if banks:
+        return banks[0]
+    engine.replay(run.engine)
+    if particles:
+        return engine.spawn(asked.start, asked.mask, particles, asked.cycle)
+    problem = run.problem
+    none = ParticleBank(problem.layout, problem.config, 0, problem.dtype, problem.device)
+    none.rewind_(asked.start, asked.mask, particles, asked.cycle)
+    return none
 
 
 class Watch:
-    """The training of one bank, cycle None the ticket's; it goes on where the run's folder holds the middle of it.
+    """The training of one bank; it goes on where the run's folder holds the middle of it.
 
-    shown    what the console calls it
+    bank     the lanes of this rank, of `count` in all; there may be none
     dropped  lane -> epoch, counted from 1, at whose end its particle had diverged; it is in no average
     """
 
-    def __init__(self, engine: Engine, run: Run, bank: ParticleBank, cycle: int | None, shown: str) -> None:
-        self.engine, self.run, self.bank, self.cycle, self.shown = engine, run, bank, cycle, shown
+    def __init__(self, engine: Engine, asked: Asked, bank: ParticleBank) -> None:
+        self.engine, self.bank, self.run = engine, bank, asked.run
+        self.cycle, self.shown, self.count = asked.cycle, asked.shown, asked.particles
+        run, cycle = self.run, self.cycle
         self.kept = run.kept_of(cycle)
         self.dropped = {} if self.kept is None else dict(self.kept.dropped)
         self.began = time.perf_counter() - run.seconds_of(cycle)
@@ -98,29 +144,46 @@ class Watch:
         return time.perf_counter() - self.began
 
     def train(self, training: Training) -> Tensor:
-        """Train; returns each lane's mean loss over the last epoch, [L]. Raises FloatingPointError, see `on_epoch`."""
-        self.epochs = training.epochs
-        state = None if self.kept is None else self.kept.tensors
-        return self.engine.train(self.bank, training, self.on_step, self.on_epoch, state)
+        """Train; returns each lane's mean loss over the last epoch, of all ranks. Raises as `on_epoch` does."""
+        self.epochs, ranks = training.epochs, self.run.ranks
+        state = None if self.kept is None else part_of(self.kept.tensors, ranks.share(self.count), self.count)
+        if self.bank.lanes:
+            losses = self.engine.train(self.bank, training, self.on_step, self.on_epoch, state)
+        else:
+            losses = self._wait()
+        return ranks.gather(losses, self.count)
+
+    def _wait(self) -> Tensor:
+        """Without a lane: what others do between their steps takes all ranks."""
+        none = torch.zeros(0, dtype=torch.float64, device=self.bank.keys.device)
+        done = 0 if self.kept is None else self.kept.steps
+        if done and done % self.steps == 0:
+            self.on_epoch(done // self.steps - 1, none)
+        for step in range(done, self.epochs * self.steps):
+            if (step + 1) % self.steps == 0:
+                self.on_epoch(step // self.steps, none)
+            self.on_step(step)
+        return none
 
     def on_step(self, step: int) -> None:
         """After a step."""
         where = f"{self.shown}, epoch {step // self.steps + 1}/{self.epochs}"
-        self.run.step(self.bank.lanes, where, None if self.run.problem.probe.keeps_state else self.state)
+        self.run.step(self.count, where, None if self.run.problem.probe.keeps_state else self.state)
 
     def on_epoch(self, epoch: int, losses: Tensor) -> None:
-        """After an epoch with mean losses [L]: drop the particles that diverged, or stop.
+        """After an epoch with mean losses [L] of this rank's lanes: drop the particles that diverged, or stop.
 
         Raises FloatingPointError if one diverged and `on_divergence` says so, or if none is left.
         """
-        self.run.keep_epoch(self.cycle, epoch, losses.tolist())
         finite = torch.isfinite(losses)
         for solutions in (self.bank.weights, self.bank.swa):
             finite &= torch.isfinite(solutions).all(1)
-        new = [lane for lane, fine in enumerate(finite.tolist()) if not fine and lane not in self.dropped]
+        losses, fine = self.run.ranks.gather(torch.stack([losses, finite.to(losses.dtype)], 1), self.count).unbind(1)
+        self.run.keep_epoch(self.cycle, epoch, losses.tolist())
+        new = [lane for lane, is_fine in enumerate(fine.tolist()) if not is_fine and lane not in self.dropped]
         if not new:
             return
-        left = self.bank.lanes - len(self.dropped) - len(new)
+        left = self.count - len(self.dropped) - len(new)
         if self.run.config.on_divergence == "stop" or left == 0:
             self._stop(epoch, new)
         for lane in new:
@@ -128,11 +191,15 @@ class Watch:
             self.run.tell_dropped(self.cycle or 0, lane, epoch + 1)
 
     def state(self) -> Unfinished:
-        """All that the training goes on from, between two steps."""
-        return Unfinished(self.cycle, self.dropped, self.seconds, self.engine.state())
+        """All that the training goes on from, between two steps; that of all ranks on the first, nothing elsewhere."""
+        own = self.engine.state() if self.bank.lanes else {}
+        if self.run.ranks.world > 1:
+            parts = self.run.ranks.collected({name: each.cpu() for name, each in own.items()})
+            own = joined([part for part in parts if part]) if parts else {}
+        return Unfinished(self.cycle, self.dropped, self.seconds, own)
 
     def _stop(self, epoch: int, lanes: list[int]) -> None:
-        keeps = self.run.folder is not None and not self.run.problem.probe.keeps_state
+        keeps = self.run.config.run_dir is not None and not self.run.problem.probe.keeps_state
         where = "the ticket" if self.cycle is None else f"cycle {self.cycle}"
         which = f"particle{'s' if len(lanes) > 1 else ''} {', '.join(map(str, lanes))}"
         text = (
@@ -144,6 +211,6 @@ class Watch:
                 f" {self.run.config.run_dir} holds the run as it is now, and started again it stops here again: other "
                 "settings need another run_dir."
             )
-        if self.bank.lanes > 1 and self.run.config.on_divergence == "stop":
+        if self.count > 1 and self.run.config.on_divergence == "stop":
             text += ' on_divergence="drop" goes on without such particles.'
         raise FloatingPointError(text)

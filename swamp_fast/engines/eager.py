@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -54,12 +54,15 @@ class EagerEngine:
         self.trainer: Trainer | None = None
         self.evaluated: tuple[Tensor, Way] | None = None
 
-    def spawn(self, start: Solution, mask: Tensor, particles: int, cycle: int | None) -> ParticleBank:
-        """The bank with `particles` lanes at `start` under a mask [Q]; its memory is used again each cycle."""
-        if self.trainer is None or self.trainer.bank.lanes != particles or self.problem.probe.keeps_state:
+    def spawn(self, start: Solution, mask: Tensor, particles: Sequence[int], cycle: int | None) -> ParticleBank:
+        """The bank at `start` under a mask [Q], a lane for each of `particles`; its memory is used again each cycle.
+
+        particles  their numbers, which decide what they draw
+        """
+        if self.trainer is None or self.trainer.bank.lanes != len(particles) or self.problem.probe.keeps_state:
             self.trainer = None  # frees the old bank before the new one is made
-            self.trainer = eager_trainer(self.problem, self.choice, particles)
-        self.trainer.bank.rewind_(start, mask, cycle)
+            self.trainer = eager_trainer(self.problem, self.choice, len(particles))
+        self.trainer.bank.rewind_(start, mask, particles, cycle)
         return self.trainer.bank
 
     def release(self) -> None:
@@ -120,6 +123,9 @@ class EagerEngine:
             "no_cuda_graph": why_not,
         }
 
+    def replay(self, there: dict[str, Any]) -> None:
+        """As FusedEngine.replay: its stopwatch decides before the first training alone."""
+
 
 def make_way(
     problem: Problem,
@@ -178,7 +184,7 @@ def _fastest(problem: Problem, choices: list[Choice], lanes: int, milliseconds: 
     trainers, steps = [], []
     for choice in choices:
         trainer = eager_trainer(problem, choice, lanes)
-        trainer.bank.rewind_(start, problem.mask, None)
+        trainer.bank.rewind_(start, problem.mask, range(lanes), None)
         trainer.way.set_buffers(trainer.bank.buffers)
         for module in trainer.way.modules:
             module.train()

@@ -178,6 +178,24 @@ class Trainer:
                 tensor.copy_(value)
 
 
+def joined(states: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The state of a training from those of its lanes' parts, in order."""
+    first, *_ = states
+    return {
+        name: each if name == "done" else torch.cat([part[name] for part in states]) for name, each in first.items()
+    }
+
+
+def part_of(state: Mapping[str, Tensor], lanes: range, count: int) -> dict[str, Tensor]:
+    """The inverse of `joined`: what of a training's state belongs to some of its lanes, `count` in all."""
+
+    def own(each: Tensor) -> Tensor:
+        rows = len(each) // count
+        return each[lanes.start * rows : lanes.stop * rows]
+
+    return {name: each if name == "done" else own(each) for name, each in state.items()}
+
+
 def _why_not_captured(problem: Problem) -> str | None:
     """Why the step can't be a CUDA graph; None if it may."""
     if problem.device.type != "cuda":

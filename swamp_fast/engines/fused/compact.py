@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -60,10 +60,10 @@ class CompactBank(ParticleBank):
         super().__init__(compact, config, lanes, dtype, compact.mask.device)
         self.compact = compact
 
-    def rewind_(self, start: Solution, mask: Tensor, cycle: int | None) -> None:
+    def rewind_(self, start: Solution, mask: Tensor, particles: Sequence[int], cycle: int | None) -> None:
         """As ParticleBank.rewind_, with a full solution; the mask is the one that the bank was made for."""
         own = torch.arange(self.compact.Q, device=self.masks.device) < len(self.compact.kept)
-        super().rewind_(Solution(self.compact.compact(start.weights), start.buffers), own, cycle)
+        super().rewind_(Solution(self.compact.compact(start.weights), start.buffers), own, particles, cycle)
 
     def solutions(self, averaged: bool) -> Tensor:
         """As ParticleBank.solutions, in full."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -53,15 +53,15 @@ class FusedEngine:
         self.programs: CpuPrograms | CudaPrograms | None = None
         self.trainer: Trainer | None = None
 
-    def spawn(self, start: Solution, mask: Tensor, particles: int, cycle: int | None) -> ParticleBank:
-        """The bank with `particles` lanes at `start` under a mask [Q]; it and its program are made for the mask."""
+    def spawn(self, start: Solution, mask: Tensor, particles: Sequence[int], cycle: int | None) -> ParticleBank:
+        """The bank at `start` under a mask [Q], a lane for each of `particles`; it and its program are made for it."""
         self.release()  # before new memory is taken
         rows = self.rows.setdefault("ticket" if cycle is None else str(cycle), {})
         self.programs = programs_of(self.problem, self.plan, mask, rows, self.launch, self.branch)
-        bank = CompactBank(self.programs.compact, self.problem.config, particles, self.problem.dtype)
-        bank.rewind_(start, mask, cycle)
+        bank = CompactBank(self.programs.compact, self.problem.config, len(particles), self.problem.dtype)
+        bank.rewind_(start, mask, particles, cycle)
         grads = torch.zeros_like(bank.weights)
-        self.programs.measure(particles)
+        self.programs.measure(len(particles))
         self.trainer = Trainer(self.problem, bank, grads, self.programs.lanes(bank.weights, grads))
         return bank
 
@@ -110,6 +110,10 @@ class FusedEngine:
             "no_cuda_graph": why_not,
         }
 
+    def replay(self, there: dict[str, Any]) -> None:
+        """Take over what another's stopwatch decided, as its `describe` has it."""
+        self.rows = there["rows"]
+
 
 def faster_branch(problem: Problem, plan: Plan, launch: Launch | None) -> int | None:
     """How many lanes to run as one of several groups, so that a group's maps stay in the second-level cache of a GPU.
@@ -143,7 +147,7 @@ def seconds_of_steps(engine: Any, problem: Problem, mask: Tensor) -> float:
         problem.layout.flat(dict(problem.template.named_parameters()), problem.dtype, problem.device),
         {name: buffer.detach().clone() for name, buffer in problem.template.named_buffers()},
     )
-    bank = engine.spawn(start, mask, lanes, None)
+    bank = engine.spawn(start, mask, range(lanes), None)
     trainer = engine.trainer
     trainer.way.set_buffers(bank.buffers)
     for module in trainer.way.modules:
