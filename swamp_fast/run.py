@@ -94,6 +94,7 @@ class Run:
         self.unfinished: Unfinished | None = None
         self.told: list[str] = []  # what the next row's warnings begin with
         self.signals = StopSignals()
+        self.asked: int | None = None  # the signal by which all ranks stop now
         self.kept_at = time.perf_counter()  # the newest checkpoint
         self.folder = RunDirectory(self.config.run_dir) if self.config.run_dir is not None and ranks.first else None
         self.events: Events | None = None
@@ -234,7 +235,7 @@ class Run:
             return
         minutes = self.config.checkpoint_minutes
         due = self._ask(minutes > 0 and time.perf_counter() - self.kept_at >= 60 * minutes)
-        if (self.signals.asked is not None or due) and state is not None and self.config.run_dir is not None:
+        if (self.asked is not None or due) and state is not None and self.config.run_dir is not None:
             self.keep_training(state())
         self._stop_if_asked()
 
@@ -244,20 +245,22 @@ class Run:
         It also says after how many steps to ask again.
         """
         if self.ranks.world == 1:
+            self.asked = self.signals.asked
             return due
         now, minutes = time.perf_counter(), self.config.checkpoint_minutes
         pace = (now - self.asked_at) / max(self.steps_unasked, 1)
         wait = min(ASK_SECONDS, 60 * minutes) if minutes > 0 else ASK_SECONDS
         told = [int(due), max(1, int(wait / pace))] if self.ranks.first else [0, 1]
         asked, some_due, self.steps_asked = self.ranks.most([self.signals.asked or 0, *told])
-        self.signals.asked = asked or None
+        self.asked = asked or None  # not this rank's own: one that came meanwhile the others don't know of yet
         self.steps_unasked, self.asked_at = 0, now
         return bool(some_due)
 
     def _stop_if_asked(self) -> None:
-        if self.signals.asked is not None:
-            name = "Ctrl-C" if self.signals.asked == signal.SIGINT else "SIGTERM"
+        if self.asked is not None:
+            name = "Ctrl-C" if self.asked == signal.SIGINT else "SIGTERM"
             self.console.line(f"stopped  by {name}; started again with run_dir {self.config.run_dir} the run goes on")
+            self.signals.asked = self.asked
             self.signals.stop()
 
     def _training_is_over(self) -> None:
