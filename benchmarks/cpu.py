@@ -108,7 +108,7 @@ def eager(rounds: int = 7, steps: int = 4) -> None:
     training = cycle_training(problem.config, steps)
 
     def by_engine() -> None:
-        bank = engine.spawn(start, problem.mask, 4, 1)
+        bank = engine.spawn(start, problem.mask, range(4), 1)
         engine.train(bank, training, lambda *_: None, lambda *_: None)
 
     def by_naive(problem: Problem) -> None:

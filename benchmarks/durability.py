@@ -51,7 +51,7 @@ class Small(nn.Sequential):
         )
 
 
-def small_run(engine: str, folder: str, device: str = "cpu", minutes: float = 2e-3) -> None:
+def small_run(engine: str, folder: str, device: str = "cpu", minutes: float = 2e-3, **changed: Any) -> None:
     """A small run on one engine; what a stopwatch would choose, which two runs need not agree on, is fixed."""
     torch.set_num_threads(1)
     engines.choose = lambda *_: Choice("lanes", False, "so that runs are alike", {})
@@ -61,7 +61,8 @@ def small_run(engine: str, folder: str, device: str = "cpu", minutes: float = 2e
                 1.0 if isinstance(engine, EagerEngine) else 1.5 * float(mask.float().mean())
             )
     settings = {**SMALL, "engine": "auto" if engine == "by density" else engine, "device": device}
-    result = fast_swamp(Small(), "digits", run_dir=folder, checkpoint_minutes=minutes, progress=False, **settings)
+    settings |= {"progress": False, **changed}
+    result = fast_swamp(Small(), "digits", run_dir=folder, checkpoint_minutes=minutes, **settings)
     if result.engine["engine"] != engine:
         raise ValueError(f"the {engine} engine was to run, {result.engine['engine']} did.")
 

@@ -163,7 +163,7 @@ def fused_step(problem: Problem, mask: Tensor) -> tuple[Callable[[], None], int]
     plan = fused_plan(problem)
     assert isinstance(plan, Plan), plan
     engine = FusedEngine(problem, plan, "benchmark", {})
-    bank = engine.spawn(ticket(problem), mask, LANES, 1)
+    bank = engine.spawn(ticket(problem), mask, range(LANES), 1)
     trainer = engine.trainer
     assert trainer is not None
     trainer.way.set_buffers(bank.buffers)

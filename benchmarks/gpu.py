@@ -97,7 +97,7 @@ class Bench:
 
 def step_of(engine: FusedEngine | EagerEngine, problem: Problem, particles: int) -> Callable[[], None]:
     """A step of all particles, its data gathered and augmented on the device."""
-    bank = engine.spawn(ticket(problem), problem.mask, particles, 1)
+    bank = engine.spawn(ticket(problem), problem.mask, range(particles), 1)
     trainer = engine.trainer
     assert trainer is not None
     trainer.way.set_buffers(bank.buffers)

@@ -68,20 +68,23 @@ class ParticleBank:
         """L."""
         return len(self.weights)
 
-    def rewind_(self, starts: Sequence[Solution], masks: Tensor, cycle: int | None) -> None:
-        """Put each run's lanes at its start under its mask [R, Q], with fresh moments; cycle None trains the ticket."""
-        particles = self.lanes // len(starts)
+    def rewind_(self, starts: Sequence[Solution], masks: Tensor, particles: Sequence[int], cycle: int | None) -> None:
+        """Put each run's lanes at its start under its mask [R, Q], with fresh moments; cycle None trains the ticket.
+
+        particles  their numbers in a run, one a lane
+        """
+        each = len(particles)
         self.masks.copy_(masks)
-        for lanes, start in zip(self.weights.split(particles), starts, strict=True):
+        for lanes, start in zip(self.weights.split(each), starts, strict=True):
             lanes.copy_(start.weights.expand_as(lanes))
         self.weights[:, : self.layout.Q].mul_(self.masks[self.run_of_lane])
         for tensor in (*self.moments.values(), self.swa):
             tensor.zero_()
-        streams = [stream_of(cycle, particle) for particle in range(particles)] * len(starts)
-        seeds = [config.seed for config in self.configs for _ in range(particles)]
+        streams = [stream_of(cycle, particle) for particle in particles] * len(starts)
+        seeds = [config.seed for config in self.configs for _ in range(each)]
         self.keys.copy_(lane_keys(seeds, streams, self.keys.device))
         self.buffers = {
-            name: torch.stack([start.buffers[name] for start in starts]).repeat_interleave(particles, 0)
+            name: torch.stack([start.buffers[name] for start in starts]).repeat_interleave(each, 0)
             for name in starts[0].buffers
         }
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from swamp_fast import ranks
 from swamp_fast.backends import backends
 from swamp_fast.config import CHOICES, SwampConfig
 from swamp_fast.data.samples import one_input
@@ -37,7 +38,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = _parser()
     given = parser.parse_args(arguments)
     try:
-        given.command(given)
+        with ranks.start(getattr(given, "device", None) or "auto"):
+            given.command(given)
     except (
         ValueError,
         TypeError,
@@ -79,6 +81,8 @@ def run(given: argparse.Namespace) -> None:
         torch.manual_seed(config.seed)
         model = build_model(given.model, *shape)
     result = fast_swamp(model, given.data, given.test, val=given.val, config=config)
+    if not ranks.current().first:
+        return
     _report(result, None if given.out is None else Path(given.out), f"SWAMP, {given.model} on {given.data}")
 
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from swamp_fast import ops
+from swamp_fast import ops, ranks
 from swamp_fast.bank import Solution
 from swamp_fast.batchnorm import reestimate
 from swamp_fast.config import SwampConfig
@@ -29,7 +30,7 @@ from swamp_fast.report.console import percent
 from swamp_fast.result import SwampResult
 from swamp_fast.run import Run, one_at_a_time
 from swamp_fast.schedule import cycle_training, ticket_training
-from swamp_fast.watch import Asked, Trained, Trainings, alone
+from swamp_fast.watch import Asked, Particles, SideBySide, Trained, Trainings, alone
 
 
 @one_at_a_time
@@ -72,6 +73,7 @@ def fast_swamp(
     OSError if a checkpoint can't be written.
     Source: arXiv 2305.14852, algorithm 1; what is ours in it is marked in SwampConfig.
     """
+    job = ranks.current()
     problem = prepare(
         *(model, train, test),
         val=val,
@@ -84,7 +86,7 @@ def fast_swamp(
         config=config,
         settings=settings,
     )
-    with Run(problem, "fast_swamp") as run:
+    with Run(problem, "fast_swamp", job) as run:
         engine = start_engine(problem, run)
         return alone(engine, swamp(problem, engine, run))
 
@@ -97,15 +99,19 @@ def swamp(problem: Problem, engine: Engine, run: Run) -> Trainings[SwampResult]:
     for cycle in range(len(run.rows), problem.config.cycles + 1):
         began = time.perf_counter() - run.seconds_of(cycle)
         if cycle > 0:
-            mask = pruned(average.weights[None], mask[None], problem.config.prune)[0]
+            mask = run.ranks.decided(partial(next_mask, problem, average, mask))
         start = ticket if problem.config.rewind == "ticket" or cycle == 0 else average
         trained = yield of_cycle(problem, run, cycle, start, mask)
-        average, particles, scores = average_particles(problem, trained)
+        keep = problem.config.keep_particles and cycle == problem.config.cycles
+        found = trained.particles(problem.config.swa)
+        average, particles, scores = run.ranks.decided(
+            partial(average_particles, problem, trained.side_by_side, found, keep)
+        )
         row = {**about_cycle(problem, trained, mask, cycle), **scores}
-        if problem.config.keep_particles and cycle == problem.config.cycles:
+        if keep:
             run.keep_particles([named(problem, particle) for particle in particles])
         row["seconds"], row["peak_memory"] = time.perf_counter() - began, peak_memory(problem.device)
-        run.keep_engine(engine.describe())
+        run.keep_engine(run.ranks.decided(engine.describe))
         run.keep_cycle(named(problem, average), problem.layout.mask_views(mask), row)
     return run.result()
 
@@ -118,10 +124,9 @@ def train_ticket(problem: Problem, run: Run) -> Trainings[Solution]:
         )
         if problem.config.ticket_epochs > 0:
             full = problem.layout.full_mask(problem.device)
-            bank = (yield Asked(run, None, start, full, 1, ticket_training(problem.config), "ticket")).bank
-            start = Solution(
-                bank.solutions(averaged=False)[0].clone(), {name: each[0] for name, each in bank.buffers.items()}
-            )
+            trained = yield Asked(run, None, start, full, 1, ticket_training(problem.config), "ticket")
+            found = trained.particles(averaged=False)
+            start = Solution(found.weights[0].clone(), {name: each[0] for name, each in found.buffers.items()})
         run.keep_ticket(named(problem, start))
     assert run.ticket is not None
     return solution(problem, run.ticket)
@@ -146,14 +151,15 @@ def of_cycle(problem: Problem, run: Run, cycle: int, start: Solution, mask: Tens
     return Asked(run, cycle, start, mask, particles, cycle_training(config, len(problem.bounds)), shown)
 
 
-def average_particles(problem: Problem, trained: Trained) -> tuple[Solution, list[Solution], dict[str, Any]]:
-    """The mean over the particles that are left, these themselves, their BatchNorm re-estimated, and their scores."""
-    bank, lanes = trained.bank, trained.left
-    particles = bank.solutions(problem.config.swa)
-    mean = ops.particle_mean(particles[lanes], bank.run_of_lane[lanes], 1)
-    buffers = {name: torch.cat([each, mean_buffer(each[lanes])[None]]) for name, each in bank.buffers.items()}
-    keys = torch.cat([bank.keys, bank.keys[-1:] + bank.keys.new_tensor([0, 1, 0])])  # the average's is the next stream
-    models = trained.side_by_side(torch.cat([particles, mean]), buffers)
+def average_particles(
+    problem: Problem, side_by_side: SideBySide, found: Particles, keep: bool
+) -> tuple[Solution, list[Solution], dict[str, Any]]:
+    """The mean over the particles that are left, its BatchNorm re-estimated, these likewise if `keep`, and scores."""
+    lanes, keys = found.left, found.keys
+    mean = ops.particle_mean(found.weights[lanes], torch.zeros_like(keys[lanes, 0]), 1)
+    buffers = {name: torch.cat([each, mean_buffer(each[lanes])[None]]) for name, each in found.buffers.items()}
+    keys = torch.cat([keys, keys[-1:] + keys.new_tensor([0, 1, 0])])  # the average's is the next stream
+    models = side_by_side(torch.cat([found.weights, mean]), buffers)
 
     def run(inputs: Any, time: int) -> list[Any]:
         outputs = models.outputs(inputs, at_time(keys, time))
@@ -166,7 +172,12 @@ def average_particles(problem: Problem, trained: Trained) -> tuple[Solution, lis
     )
     weights, after = models.weights.clone(), models.buffers()
     *each, average = (Solution(weights[i], {name: buffer[i] for name, buffer in after.items()}) for i in (*lanes, -1))
-    return average, each, score_row(test, val)
+    return average, each if keep else [], score_row(test, val)
+
+
+def next_mask(problem: Problem, average: Solution, mask: Tensor) -> Tensor:
+    """The mask [Q] of the next cycle."""
+    return pruned(average.weights[None], mask[None], problem.config.prune)[0]
 
 
 def about_cycle(problem: Problem, trained: Trained, mask: Tensor, cycle: int) -> dict[str, Any]:
@@ -174,7 +185,7 @@ def about_cycle(problem: Problem, trained: Trained, mask: Tensor, cycle: int) ->
     kept = int(mask.sum())
     return {
         "cycle": cycle,
-        "particles": trained.bank.lanes,
+        "particles": trained.count,
         "density": kept / problem.layout.weights,
         "kept": kept,
         "flops": problem.flops(mask),

@@ -51,7 +51,7 @@ def _seconds_of_lane(engine: EagerEngine | FusedEngine, problem: Problem, lanes:
         problem.layout.flat(dict(problem.template.named_parameters()), problem.dtype, problem.device),
         {name: buffer.detach().clone() for name, buffer in problem.template.named_buffers()},
     )
-    bank = engine.spawn(start, problem.mask, lanes, None)
+    bank = engine.spawn(start, problem.mask, range(lanes), None)
     assert engine.trainer is not None
     engine.trainer.way.set_buffers(bank.buffers)
     for module in engine.trainer.way.modules:
@@ -108,7 +108,7 @@ def together(engine: EagerEngine | FusedEngine, asked: Sequence[Asked]) -> list[
     """Trainings of several runs, of as many lanes and epochs, in one bank; a run that diverges ends with its error."""
     particles, configs = asked[0].particles, [each.run.config for each in asked]
     masks = torch.stack([each.mask for each in asked])
-    bank = engine.spawn_runs([each.start for each in asked], masks, particles, asked[0].cycle, configs)
+    bank = engine.spawn_runs([each.start for each in asked], masks, range(particles), asked[0].cycle, configs)
     watches = [
         Watch(each, bank.of_run(number), functools.partial(engine.state_of, number))
         for number, each in enumerate(asked)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from swamp_fast.backends import backends
-from swamp_fast.checkpoint import Damaged, RunDirectory, Unfinished, load_tensors
+from swamp_fast.checkpoint import Damaged, Packed, RunDirectory, Unfinished, load_tensors
 from swamp_fast.config import NOT_IDENTITY, SwampConfig
 
 
@@ -18,6 +19,7 @@ from swamp_fast.config import NOT_IDENTITY, SwampConfig
 class Found:
     """What a run goes on from.
 
+    snapshots   each cycle's average, where its file is; the last one's content, for ranks that can't read it
     unfinished  the middle of the training after those that are whole
     engine      what the stopwatch chose; empty where it was on another kind of device
     moved       the places that the run was in before, each with the cycle in which it left
@@ -29,6 +31,7 @@ class Found:
     moved: list[dict[str, Any]]
     ticket: dict[str, Tensor] | None = None
     rows: list[dict[str, Any]] = field(default_factory=list)
+    snapshots: list[Packed | Path] = field(default_factory=list)
     particles: dict[str, Tensor] | None = None
     unfinished: Unfinished | None = None
     told: list[str] = field(default_factory=list)
@@ -47,6 +50,9 @@ def found_in(folder: RunDirectory, config: SwampConfig, about: dict[str, Any]) -
     if found.ticket is None or len(found.rows) <= config.cycles:
         _read_training(folder, found)
         _compare_places(there, found, about["place"])
+    if found.rows:
+        *before, last = range(len(found.rows))
+        found.snapshots = [*map(folder.cycle_path, before), folder.cycle(last).packed()]
     return found
 
 

@@ -18,19 +18,21 @@ import torch
 from torch import Tensor
 
 from swamp_fast import lock
-from swamp_fast.checkpoint import Packed, RunDirectory, Snapshot, Unfinished, save_tensors
+from swamp_fast.checkpoint import Packed, RunDirectory, Snapshot, Unfinished, run_id, save_tensors
 from swamp_fast.data.streams import generators_left_alone
 from swamp_fast.problem import Problem
+from swamp_fast.ranks import ALONE, Ranks
 from swamp_fast.report.console import Console, duration, percent
 from swamp_fast.report.tensorboard import Events
 from swamp_fast.result import SwampResult, snapshot_of
-from swamp_fast.resume import found_in, place_of
+from swamp_fast.resume import WHAT, Found, found_in, place_of
 from swamp_fast.schedule import total_particle_epochs
 from swamp_fast.signals import StopSignals
 from swamp_fast.version import __version__
 
 FAR_BELOW = 0.05  # an average that much less accurate than its particles' mean is not in their basin
 FIRST_ESTIMATE_SECONDS = 1.5  # of training, before the time left is first told
+ASK_SECONDS = 0.2  # of training, after which ranks ask each other for signals: the asking costs far less than 1 %
 
 State = dict[str, Tensor]
 
@@ -61,11 +63,17 @@ class Run:
     snapshots  each cycle's average, compact in memory, or where its file is
     ticket     the ticket's parameters and buffers, once there is one
     unfinished the training that the folder holds the middle of, until it is over
+    ranks      that do it together: the first has the folder and the user's ear, all have the same record
     """
 
-    def __init__(self, problem: Problem, driver: str) -> None:
-        self.problem, self.config = problem, problem.config
-        self.console = Console(self.config.progress)
+    def __init__(self, problem: Problem, driver: str, ranks: Ranks = ALONE) -> None:
+        self.problem, self.config, self.ranks = problem, problem.config, ranks
+        if ranks.world > 1 and problem.probe.keeps_state:
+            raise ValueError(
+                f"the model's forward keeps state in plain attributes, which {ranks.world} processes can't hand "
+                "over; run it in one, or keep the state in buffers."
+            )
+        self.console = Console(self.config.progress and ranks.first)
         self.rows: list[dict[str, Any]] = []
         self.snapshots: list[Packed | Path] = []
         self.ticket: State | None = None
@@ -86,14 +94,17 @@ class Run:
         self.unfinished: Unfinished | None = None
         self.told: list[str] = []  # what the next row's warnings begin with
         self.signals = StopSignals()
+        self.asked: int | None = None  # the signal by which all ranks stop now
         self.kept_at = time.perf_counter()  # the newest checkpoint
-        self.folder = RunDirectory(self.config.run_dir) if self.config.run_dir is not None else None
+        self.folder = RunDirectory(self.config.run_dir) if self.config.run_dir is not None and ranks.first else None
         self.events: Events | None = None
         if self.config.tensorboard:
-            if self.folder is None:
+            if self.config.run_dir is None:
                 raise ValueError("`tensorboard` writes into run_dir, got run_dir = None; name a folder.")
-            self.events = Events(self.folder.path / "tensorboard", self.config.ticket_epochs, self.config.epochs)
+            if self.folder is not None:
+                self.events = Events(self.folder.path / "tensorboard", self.config.ticket_epochs, self.config.epochs)
         self.steps_done = self.steps_left = 0  # of particles; done in this process
+        self.steps_asked, self.steps_unasked, self.asked_at = 1, 0, time.perf_counter()
         self.began: float | None = None
         self.told_estimate = False
         self._context = ExitStack()
@@ -104,11 +115,10 @@ class Run:
             stack.enter_context(generators_left_alone())
             if self.problem.device.type == "cuda":
                 stack.enter_context(torch.cuda.device(self.problem.device))  # streams and graphs are made on it
-            if self.folder is not None:
-                self.folder.make()
-                stack.enter_context(lock.locked(self.folder.path))
-            self._resume()
-            if self.folder is not None:
+            stack.enter_context(self.ranks.watched())
+            self._same_call()
+            self._resume(self.ranks.decided(lambda: self._open(stack)))
+            if self.config.run_dir is not None:
                 stack.enter_context(self.signals)
             self._introduce()
             self._context = stack.pop_all()
@@ -157,8 +167,9 @@ class Run:
             self.snapshots.append(snapshot.packed())
         self._training_is_over()
         self.console.line(self._cycle_line(row))
-        if self.problem.on_cycle is not None:
+        if self.problem.on_cycle is not None and self.ranks.first:
             self.problem.on_cycle(dict(row))
+        self._ask(False)
         self.stop_if_asked()
 
     def keep_training(self, state: Unfinished) -> None:
@@ -181,7 +192,8 @@ class Run:
 
     def tell_dropped(self, cycle: int, lane: int, epoch: int) -> None:
         """Say at once that a particle diverged and is dropped; the cycle's row will have it too."""
-        warnings.warn(dropped_text(cycle, lane, epoch), UserWarning, stacklevel=4)
+        if self.ranks.first:
+            warnings.warn(dropped_text(cycle, lane, epoch), UserWarning, stacklevel=4)
 
     def keep_particles(self, states: list[State]) -> None:
         """Record the particles of the last cycle."""
@@ -214,19 +226,41 @@ class Run:
     def step(self, particles: int, where: str, state: Callable[[], Unfinished] | None = None) -> None:
         """Count a training step of so many particles, and show how long it will still take.
 
-        Where a checkpoint is due, or a signal asks to stop, `state()` is kept; then call `stop_if_asked`.
+        Where a checkpoint is due, or a signal asks to stop, `state()` is kept; then call `stop_if_asked`. Ranks do so
+        after the same step, so they ask each other, and as each asking waits for the slowest, only every few steps.
         """
         self._show(particles, where)
-        asked, minutes = self.signals.asked is not None, self.config.checkpoint_minutes
-        due = minutes > 0 and time.perf_counter() - self.kept_at >= 60 * minutes
-        if (asked or due) and state is not None and self.folder is not None:
+        self.steps_unasked += 1
+        if self.steps_unasked < self.steps_asked:
+            return
+        minutes = self.config.checkpoint_minutes
+        due = self._ask(minutes > 0 and time.perf_counter() - self.kept_at >= 60 * minutes)
+        if (self.asked is not None or due) and state is not None and self.config.run_dir is not None:
             self.keep_training(state())
+
+    def _ask(self, due: bool) -> bool:
+        """Take over a signal that any rank was sent; returns whether a checkpoint is due by the first rank's clock.
+
+        It also says after how many steps to ask again.
+        """
+        if self.ranks.world == 1:
+            self.asked = self.signals.asked
+            return due
+        now, minutes = time.perf_counter(), self.config.checkpoint_minutes
+        pace = (now - self.asked_at) / max(self.steps_unasked, 1)
+        wait = min(ASK_SECONDS, 60 * minutes) if minutes > 0 else ASK_SECONDS
+        told = [int(due), max(1, int(wait / pace))] if self.ranks.first else [0, 1]
+        asked, some_due, self.steps_asked = self.ranks.most([self.signals.asked or 0, *told])
+        self.asked = asked or None  # not this rank's own: one that came meanwhile the others don't know of yet
+        self.steps_unasked, self.asked_at = 0, now
+        return bool(some_due)
 
     def stop_if_asked(self) -> None:
         """Raise KeyboardInterrupt or SystemExit if a signal asked to stop."""
-        if self.signals.asked is not None:
-            name = "Ctrl-C" if self.signals.asked == signal.SIGINT else "SIGTERM"
+        if self.asked is not None:
+            name = "Ctrl-C" if self.asked == signal.SIGINT else "SIGTERM"
             self.console.line(f"stopped  by {name}; started again with run_dir {self.config.run_dir} the run goes on")
+            self.signals.asked = self.asked
             self.signals.stop()
 
     def _training_is_over(self) -> None:
@@ -247,18 +281,39 @@ class Run:
             self.console.line(f"time     about {duration(left)} left at this pace")
         self.console.status(f"{where}, {duration(left)} left")
 
-    def _resume(self) -> None:
-        """Take over what the folder holds, or make it."""
+    def _same_call(self) -> None:
+        """Refuse ranks whose calls differ."""
+        own = {"the settings": run_id({**self.about, "fingerprints": {}}), **self.problem.fingerprints}
+        theirs = self.ranks.decided(lambda: own)
+        differ = [name for name, value in own.items() if theirs[name] != value]
+        found = self.ranks.most([self.ranks.rank if differ else 0])[0]
+        if found:
+            what = f": {', '.join(WHAT.get(name, name) for name in differ)}" if differ else ""
+            raise ValueError(
+                f"every rank must be called with the same, but rank {found}'s call differs from rank 0's{what}. A "
+                "model with random weights needs the same seed on each."
+            )
+
+    def _open(self, stack: ExitStack) -> Found | None:
+        """What the folder holds; an empty one is begun. None without."""
+        if self.folder is None:
+            return None
+        self.folder.make()
+        stack.enter_context(lock.locked(self.folder.path))
+        if self.folder.is_empty():
+            self.folder.create(self.about, self.config.to_toml())
+            return None
+        if not self.config.resume:
+            raise ValueError(
+                f"run_dir {self.folder.path} holds a run already, and resume=False; name an empty or new folder."
+            )
+        return found_in(self.folder, self.config, self.about)
+
+    def _resume(self, found: Found | None) -> None:
+        """Take over what the folder holds, and count what is left to do."""
+        if found is not None:
+            self._take_over(found)
         total = total_particle_epochs(self.config)
-        if self.folder is not None:
-            if self.folder.is_empty():
-                self.folder.create(self.about, self.config.to_toml())
-            elif not self.config.resume:
-                raise ValueError(
-                    f"run_dir {self.folder.path} holds a run already, and resume=False; name an empty or new folder."
-                )
-            else:
-                self._take_over(self.folder)
         if self.events is not None:
             # The last epoch that the middle of a training has whole is looked at again.
             steps = 0 if self.unfinished is None else self.unfinished.steps
@@ -271,16 +326,17 @@ class Run:
             cycle = self.unfinished.cycle
             self.steps_left -= self.unfinished.steps * (1 if cycle is None else self.config.particles_at(cycle))
 
-    def _take_over(self, folder: RunDirectory) -> None:
-        found = found_in(folder, self.config, self.about)
+    def _take_over(self, found: Found) -> None:
         self.ticket, self.rows, self.particles = found.ticket, found.rows, found.particles
         self.unfinished, self.told = found.unfinished, found.told
         self.engine = self.about["engine"] = found.engine
         self.about["moved"] = found.moved
+        self.snapshots = [*found.snapshots]
+        if self.folder is None:
+            return
         if found.elsewhere:
-            folder.write_about(self.about)
-        self.snapshots = [folder.cycle_path(cycle) for cycle in range(len(self.rows))]
-        folder.write_history(self.rows)  # a run that was killed may have written a cycle and not its line
+            self.folder.write_about(self.about)
+        self.folder.write_history(self.rows)  # a run that was killed may have written a cycle and not its line
 
     def _introduce(self) -> None:
         config, line = self.config, self.console.line
@@ -329,6 +385,8 @@ class Run:
             )
         dropped = [dropped_text(row["cycle"], each["lane"], each["epoch"]) for each in row["dropped"]]
         row["warnings"] = told + dropped + found
+        if not self.ranks.first:
+            return
         for text in found:
             warnings.warn(text, UserWarning, stacklevel=5)
 

@@ -21,8 +21,7 @@ def trained(name: str, digits, precision: str, choice: Choice, particles: list[i
     engine = EagerEngine(problem, choice)
     parameters, buffers = problem.template.named_parameters(), problem.template.named_buffers()
     start = Solution(problem.layout.flat(dict(parameters), problem.dtype, problem.device), dict(buffers))
-    bank = engine.spawn(start, problem.mask, len(particles), 0)
-    bank.keys.copy_(lane_keys([0] * len(particles), [stream_of(0, each) for each in particles], problem.device))
+    bank = engine.spawn(start, problem.mask, particles, 0)
     engine.train(bank, cycle_training(problem.config, len(problem.bounds)), lambda *_: None, lambda *_: None)
     return bank.swa.clone()
 

@@ -31,7 +31,7 @@ LAYERS = [
     ["checks", "dropout", "data", "memory"],
     ["layout", "schedule", "report"],
     ["config", "plan"],
-    ["tree", "backends", "fingerprint", "nvrtc", "lock", "signals"],
+    ["tree", "backends", "fingerprint", "nvrtc", "lock", "signals", "ranks"],
     ["ops"],
     ["kernels", "version", "_C"],
 ]

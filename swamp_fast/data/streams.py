@@ -32,7 +32,8 @@ def stream_of(cycle: int | None, particle: int) -> int:
 
 def lane_keys(seeds: list[int], streams: list[int], device: torch.device) -> Tensor:
     """The keys [L, 3] int64 of the lanes, with time 0."""
-    return torch.tensor([[seed, stream, 0] for seed, stream in zip(seeds, streams, strict=True)], device=device)
+    keys = [[seed, stream, 0] for seed, stream in zip(seeds, streams, strict=True)]
+    return torch.tensor(keys, dtype=torch.int64, device=device).view(len(keys), 3)
 
 
 def at_time(keys: Tensor, time: int) -> Tensor:

@@ -28,9 +28,15 @@ def start_engine(problem: Problem, run: Run) -> Engine:
     Raises ValueError for an engine that can't be had.
     """
     run.console.status("trying how the particles run fastest")
-    engine = _recorded(problem, run) if run.engine else _chosen(problem, run)
+    mine: list[Engine] = []
+
+    def chosen() -> dict[str, Any]:
+        mine.append(_chosen(problem, run))
+        return mine[0].describe()
+
     if not run.engine:
-        run.keep_engine(engine.describe())
+        run.keep_engine(run.ranks.decided(chosen))
+    engine = mine[0] if mine else _recorded(problem, run)
     threads = f", {torch.get_num_threads()} threads" if problem.device.type == "cpu" else ""
     run.console.line(f"engine   {engine.name} on {problem.device}{threads}, {problem.config.precision}; {engine.why}")
     return engine

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -41,7 +41,12 @@ class EngineByDensity:
         self.now: FusedEngine | EagerEngine = eager
 
     def spawn(
-        self, start: Solution, mask: Tensor, particles: int, cycle: int | None, config: SwampConfig | None = None
+        self,
+        start: Solution,
+        mask: Tensor,
+        particles: Sequence[int],
+        cycle: int | None,
+        config: SwampConfig | None = None,
     ) -> ParticleBank:
         """As EagerEngine.spawn."""
         key = "ticket" if cycle is None else str(cycle)
@@ -81,6 +86,11 @@ class EngineByDensity:
             "fused": self.fused.describe(),
             "eager": self.eager.describe(),
         }
+
+    def replay(self, there: dict[str, Any]) -> None:
+        """As FusedEngine.replay."""
+        self.engines = there["engines"]
+        self.fused.replay(there["fused"])
 
     def _faster(self, mask: Tensor) -> str:
         if self.fused.name in self.engines.values():

@@ -17,7 +17,7 @@ from swamp_fast.config import SwampConfig
 from swamp_fast.engines.check import differs_at_full_size, roughly, why_not_fold
 from swamp_fast.engines.fold import Folded
 from swamp_fast.engines.lanes import LaneByLane
-from swamp_fast.engines.trainer import Trainer, Way, first_handle
+from swamp_fast.engines.trainer import Trainer, Way, first_handle, joined
 from swamp_fast.problem import Problem
 from swamp_fast.schedule import Training
 
@@ -56,11 +56,17 @@ class EagerEngine:
         self.evaluated: tuple[Tensor, Way] | None = None
 
     def spawn(
-        self, start: Solution, mask: Tensor, particles: int, cycle: int | None, config: SwampConfig | None = None
+        self,
+        start: Solution,
+        mask: Tensor,
+        particles: Sequence[int],
+        cycle: int | None,
+        config: SwampConfig | None = None,
     ) -> ParticleBank:
-        """The bank with `particles` lanes at `start` under a mask [Q]; its memory is used again each cycle.
+        """The bank at `start` under a mask [Q], a lane for each of `particles`; its memory is used again each cycle.
 
-        config  of the run, if it isn't the engine's own problem's
+        particles  their numbers, which decide what they draw
+        config     of the run, if it isn't the engine's own problem's
         """
         return self.spawn_runs([start], mask[None], particles, cycle, [config or self.problem.config])
 
@@ -68,17 +74,17 @@ class EagerEngine:
         self,
         starts: Sequence[Solution],
         masks: Tensor,
-        particles: int,
+        particles: Sequence[int],
         cycle: int | None,
         configs: Sequence[SwampConfig],
     ) -> ParticleBank:
-        """As `spawn`, of R runs with as many particles each, at their starts under their masks [R, Q]."""
-        there = self.trainer is not None and self.trainer.bank
-        if not there or (there.lanes, there.configs) != (len(starts) * particles, configs) or not self.joins:
+        """As `spawn`, of R runs with the same particles each, at their starts under their masks [R, Q]."""
+        there, lanes = self.trainer is not None and self.trainer.bank, len(starts) * len(particles)
+        if not there or (there.lanes, there.configs) != (lanes, configs) or not self.joins:
             self.trainer = None  # frees the old bank before the new one is made
-            self.trainer = eager_trainer(self.problem, self.choice, len(starts) * particles, configs)
+            self.trainer = eager_trainer(self.problem, self.choice, lanes, configs)
         assert self.trainer is not None
-        self.trainer.bank.rewind_(starts, masks, cycle)
+        self.trainer.bank.rewind_(starts, masks, particles, cycle)
         return self.trainer.bank
 
     @property
@@ -118,7 +124,7 @@ class EagerEngine:
         """As `train`, each run's lanes through its own schedule, and from its own state, all after as many steps."""
         assert self.trainer is not None
         assert self.trainer.bank is bank
-        state = None if states is None else self.trainer.joined(states)
+        state = None if states is None else joined(states)
         return self.trainer.train(trainings, on_step, on_epoch, state)
 
     def state_of(self, run: int) -> dict[str, Tensor]:
@@ -162,6 +168,9 @@ class EagerEngine:
             "cuda_graph": why_not is None,
             "no_cuda_graph": why_not,
         }
+
+    def replay(self, there: dict[str, Any]) -> None:
+        """As FusedEngine.replay: its stopwatch decides before the first training alone."""
 
 
 def make_way(
@@ -223,7 +232,7 @@ def _fastest(problem: Problem, choices: list[Choice], lanes: int, milliseconds: 
     trainers, steps = [], []
     for choice in choices:
         trainer = eager_trainer(problem, choice, lanes)
-        trainer.bank.rewind_([start], problem.mask[None], None)
+        trainer.bank.rewind_([start], problem.mask[None], range(lanes), None)
         trainer.way.set_buffers(trainer.bank.buffers)
         for module in trainer.way.modules:
             module.train()

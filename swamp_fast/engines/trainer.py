@@ -110,11 +110,6 @@ class Trainer:
         own = self.bank.of_run(run).state()
         return {"done": torch.tensor(self.done), "loss_sum": self.loss_sum[lanes], **own, **buffers}
 
-    def joined(self, states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        """The state of all lanes from those of the runs."""
-        whole = {name: torch.cat([state[name] for state in states]) for name in states[0] if name != "done"}
-        return {"done": states[0]["done"], **whole}
-
     def _fill(self, tensor: Tensor, of_runs: list[float]) -> None:
         if len(of_runs) == 1:
             tensor.fill_(of_runs[0])
@@ -200,6 +195,24 @@ class Trainer:
         finally:
             for tensor, value in zip(state, saved, strict=True):
                 tensor.copy_(value)
+
+
+def joined(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The state of a training from those of its lanes' parts, in order."""
+    first, *_ = states
+    return {
+        name: each if name == "done" else torch.cat([part[name] for part in states]) for name, each in first.items()
+    }
+
+
+def part_of(state: Mapping[str, Tensor], lanes: range, count: int) -> dict[str, Tensor]:
+    """The inverse of `joined`: what of a training's state belongs to some of its lanes, `count` in all."""
+
+    def own(each: Tensor) -> Tensor:
+        rows = len(each) // count
+        return each[lanes.start * rows : lanes.stop * rows]
+
+    return {name: each if name == "done" else own(each) for name, each in state.items()}
 
 
 def _why_not_captured(problem: Problem) -> str | None:

@@ -66,12 +66,13 @@ class CompactBank(ParticleBank):
         super().__init__(compacts[0], configs, lanes, dtype, compacts[0].mask.device)
         self.compacts = compacts
 
-    def rewind_(self, starts: Sequence[Solution], masks: Tensor, cycle: int | None) -> None:
+    def rewind_(self, starts: Sequence[Solution], masks: Tensor, particles: Sequence[int], cycle: int | None) -> None:
         """As ParticleBank.rewind_, with full solutions; the masks are those that the bank was made for."""
         place, compact = torch.arange(self.layout.Q, device=self.masks.device), []
         for own, start in zip(self.compacts, starts, strict=True):
             compact.append(Solution(own.compact(start.weights), start.buffers))
-        super().rewind_(compact, torch.stack([place < len(own.kept) for own in self.compacts]), cycle)
+        own_masks = torch.stack([place < len(own.kept) for own in self.compacts])
+        super().rewind_(compact, own_masks, particles, cycle)
 
     def of_run(self, run: int) -> CompactBank:
         """As ParticleBank.of_run."""

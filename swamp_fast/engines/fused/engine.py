@@ -18,7 +18,7 @@ from swamp_fast.engines.fused.compact import CompactBank
 from swamp_fast.engines.fused.cpu.lanes import CpuLanes, CpuPrograms
 from swamp_fast.engines.fused.cpu.program import Rows
 from swamp_fast.engines.fused.cuda.lanes import CudaLanes, CudaPrograms, lanes_in_cache
-from swamp_fast.engines.trainer import Trainer, first_handle
+from swamp_fast.engines.trainer import Trainer, first_handle, joined
 from swamp_fast.nvrtc import Launch
 from swamp_fast.plan import Convolution, Plan
 from swamp_fast.problem import Problem
@@ -55,7 +55,12 @@ class FusedEngine:
         self.trainer: Trainer | None = None
 
     def spawn(
-        self, start: Solution, mask: Tensor, particles: int, cycle: int | None, config: SwampConfig | None = None
+        self,
+        start: Solution,
+        mask: Tensor,
+        particles: Sequence[int],
+        cycle: int | None,
+        config: SwampConfig | None = None,
     ) -> ParticleBank:
         """As EagerEngine.spawn; the bank and its program are made for the mask."""
         return self.spawn_runs([start], mask[None], particles, cycle, [config or self.problem.config])
@@ -64,7 +69,7 @@ class FusedEngine:
         self,
         starts: Sequence[Solution],
         masks: Tensor,
-        particles: int,
+        particles: Sequence[int],
         cycle: int | None,
         configs: Sequence[SwampConfig],
     ) -> ParticleBank:
@@ -73,8 +78,8 @@ class FusedEngine:
         rows = self.rows.setdefault("ticket" if cycle is None else str(cycle), {})
         mask = masks if len(masks) > 1 else masks[0]
         self.programs = programs_of(self.problem, self.plan, mask, rows, self.launch, self.branch)
-        bank = CompactBank(self.programs.compacts, configs, len(starts) * particles, self.problem.dtype)
-        bank.rewind_(starts, masks, cycle)
+        bank = CompactBank(self.programs.compacts, configs, len(starts) * len(particles), self.problem.dtype)
+        bank.rewind_(starts, masks, particles, cycle)
         grads = torch.zeros_like(bank.weights)
         self.programs.measure(bank.lanes)
         way = self.programs.lanes(bank.weights, grads, bank.run_of_lane)
@@ -114,7 +119,7 @@ class FusedEngine:
         """As EagerEngine.train_runs."""
         assert self.trainer is not None
         assert self.trainer.bank is bank
-        state = None if states is None else self.trainer.joined(states)
+        state = None if states is None else joined(states)
         return self.trainer.train(trainings, on_step, on_epoch, state)
 
     def state_of(self, run: int) -> dict[str, Tensor]:
@@ -152,6 +157,10 @@ class FusedEngine:
             "no_cuda_graph": why_not,
         }
 
+    def replay(self, there: dict[str, Any]) -> None:
+        """Take over what another's stopwatch decided, as its `describe` has it."""
+        self.rows = there["rows"]
+
 
 def faster_branch(problem: Problem, plan: Plan, launch: Launch | None) -> int | None:
     """How many lanes to run as one of several groups, so that a group's maps stay in the second-level cache of a GPU.
@@ -185,7 +194,7 @@ def seconds_of_steps(engine: Any, problem: Problem, mask: Tensor) -> float:
         problem.layout.flat(dict(problem.template.named_parameters()), problem.dtype, problem.device),
         {name: buffer.detach().clone() for name, buffer in problem.template.named_buffers()},
     )
-    bank = engine.spawn(start, mask, lanes, None)
+    bank = engine.spawn(start, mask, range(lanes), None)
     trainer = engine.trainer
     trainer.way.set_buffers(bank.buffers)
     for module in trainer.way.modules:
