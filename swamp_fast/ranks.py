@@ -132,16 +132,16 @@ class Ranks:
             )
 
     @contextmanager
-    def watched(self) -> Iterator[None]:
-        """Meanwhile each rank gives signs of life; where one is gone, the others end with a message."""
+    def watched(self) -> Iterator[Ranks]:
+        """Meanwhile each rank gives signs of life; where one is gone, the others end with a message. Gives itself."""
         if self.world == 1:
-            yield
+            yield self
             return
         store = PrefixStore(f"swamp_fast/{next(CALLS)}", _get_default_store().clone())
         self.heart = Heart(self.rank, self.world, store)
         self.heart.start()
         try:
-            yield
+            yield self
         except BaseException as error:
             self.heart.stop(f"failed: {type(error).__name__}: {error}")
             raise

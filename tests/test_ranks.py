@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import warnings
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -199,8 +200,8 @@ def test_what_is_wrong_on_one_rank_all_raise(tmp_path):
         assert re.match(r"the mask of cycle 1/2.* differs from rank 0's on rank 1\. .*same run_dir", told["mask"])
 
 
-def fails(folder: str) -> None:
-    """The second rank raises in the middle of a training, and its process stays."""
+def fails(in_training: bool) -> None:
+    """The second rank raises, in the middle of a training or before, and its process stays."""
     step = Trainer.step
 
     def fail(trainer, handle):
@@ -209,18 +210,19 @@ def fails(folder: str) -> None:
             raise ArithmeticError("no luck")
 
     Trainer.step, ranks.GRACE_SECONDS = fail, 1.0
-    try:
-        raised(run_dir=folder)
-    except ArithmeticError:
-        time.sleep(60)
+    with suppress(ArithmeticError):
+        raised(**{} if in_training or ranks.current().first else {"lr": -1.0})
+    time.sleep(60)
 
 
-def test_an_error_on_one_rank_ends_the_others_soon(tmp_path):
-    processes = launch(2, tmp_path, fails, str(tmp_path / "run"))
+@pytest.mark.parametrize("in_training", [True, False])
+def test_an_error_on_one_rank_ends_the_others_soon(in_training, tmp_path):
+    processes = launch(2, tmp_path, fails, in_training)
     processes[0].join(30)
     assert processes[0].exitcode == ranks.GONE
     assert ended(processes[1:], 0) == [None]
-    assert "rank 1 failed: ArithmeticError: no luck. Start again" in (tmp_path / "rank_0").read_text()
+    told = "ArithmeticError: no luck" if in_training else "ValueError: `lr` must be"
+    assert f"rank 1 failed: {told}" in (tmp_path / "rank_0").read_text()
 
 
 def test_torchrun_and_the_command_line(tmp_path):
