@@ -66,18 +66,10 @@ def cycles(given: argparse.Namespace, out: str) -> None:
     pictures = torch.randint(0, 256, (given.samples, 3, 32, 32), dtype=torch.uint8, generator=chance)
     labels = torch.randint(0, 10, (given.samples,), generator=chance)
     torch.manual_seed(0)
-    result = fast_swamp(
-        *(build_model("resnet20", 3, 32, 32, 10), (pictures, labels), (pictures[:512], labels[:512])),
-        particles=given.particles,
-        cycles=given.cycles,
-        epochs=given.epochs,
-        ticket_epochs=0,
-        batch_size=128,
-        engine=given.engine,
-        augment="crop_flip",
-        device="cpu",
-        progress=False,
-    )
+    settings = {name: getattr(given, name) for name in ("engine", "particles", "epochs", "cycles")}
+    settings |= {"ticket_epochs": 0, "batch_size": 128, "augment": "crop_flip", "device": "cpu", "progress": False}
+    model = build_model("resnet20", 3, 32, 32, 10)
+    result = fast_swamp(model, (pictures, labels), (pictures[:512], labels[:512]), **settings)
     if ranks.current().first:
         Path(out).write_text(json.dumps(result.history))
 

@@ -70,25 +70,26 @@ def fast_swamp(
 
     Returns the result of all cycles. Raises ValueError, TypeError, FileNotFoundError or ImportError for an argument
     that doesn't fit, before anything is trained; FloatingPointError if a particle diverges (see `on_divergence`);
-    OSError if a checkpoint can't be written.
+    OSError if a checkpoint can't be written; RuntimeError if another rank is gone. In a process group of
+    torch.distributed the ranks share the particles; all call with the same arguments, and get the same result.
     Source: arXiv 2305.14852, algorithm 1; what is ours in it is marked in SwampConfig.
     """
-    job = ranks.current()
-    problem = prepare(
-        *(model, train, test),
-        val=val,
-        forward=forward,
-        loss=loss,
-        transform=transform,
-        prunable=prunable,
-        initial_masks=initial_masks,
-        on_cycle=on_cycle,
-        config=config,
-        settings=settings,
-    )
-    with Run(problem, "fast_swamp", job) as run:
-        engine = start_engine(problem, run)
-        return alone(engine, swamp(problem, engine, run))
+    with ranks.current().watched() as job:
+        problem = prepare(
+            *(model, train, test),
+            val=val,
+            forward=forward,
+            loss=loss,
+            transform=transform,
+            prunable=prunable,
+            initial_masks=initial_masks,
+            on_cycle=on_cycle,
+            config=config,
+            settings=settings,
+        )
+        with Run(problem, "fast_swamp", job) as run:
+            engine = start_engine(problem, run)
+            return alone(engine, swamp(problem, engine, run))
 
 
 def swamp(problem: Problem, engine: Engine, run: Run) -> Trainings[SwampResult]:

@@ -26,7 +26,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_
 BEAT_SECONDS = 1.0  # between two signs of life
 SILENT_SECONDS = 30.0  # after which a rank that gives none is gone
 GRACE_SECONDS = 10.0  # in which a rank may end in order once another is gone
-SOON_SECONDS = 4.0  # of silence, after a connection broke: who was it?
+SOON_SECONDS = 3.0  # of silence, after a connection broke: who was it?
 PATIENCE = timedelta(days=30)  # others may evaluate, or read data, for long; who is gone is seen by signs of life
 GONE = 70  # the exit status of a process that ends because another is gone
 ADVICE = "Start again with the same run_dir, with this or any other number of ranks, to go on from the last checkpoint."
@@ -132,16 +132,16 @@ class Ranks:
             )
 
     @contextmanager
-    def watched(self) -> Iterator[None]:
-        """Meanwhile each rank gives signs of life; where one is gone, the others end with a message."""
+    def watched(self) -> Iterator[Ranks]:
+        """Meanwhile each rank gives signs of life; where one is gone, the others end with a message. Gives itself."""
         if self.world == 1:
-            yield
+            yield self
             return
         store = PrefixStore(f"swamp_fast/{next(CALLS)}", _get_default_store().clone())
         self.heart = Heart(self.rank, self.world, store)
         self.heart.start()
         try:
-            yield
+            yield self
         except BaseException as error:
             self.heart.stop(f"failed: {type(error).__name__}: {error}")
             raise

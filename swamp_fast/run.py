@@ -115,7 +115,6 @@ class Run:
             stack.enter_context(generators_left_alone())
             if self.problem.device.type == "cuda":
                 stack.enter_context(torch.cuda.device(self.problem.device))  # streams and graphs are made on it
-            stack.enter_context(self.ranks.watched())
             self._same_call()
             self._resume(self.ranks.decided(lambda: self._open(stack)))
             if self.config.run_dir is not None:

@@ -1,4 +1,4 @@
-"""A run that several processes share is the run of one, to the bit; one that dies ends the others, nothing is lost."""
+"""A run that processes share is the run of one, to the bit; one that dies ends the others, and nothing is lost."""
 
 from __future__ import annotations
 
@@ -6,14 +6,19 @@ import os
 import re
 import signal
 import time
+import warnings
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks.durability import same_bits
+from benchmarks.durability import ROOT, SMALL, Small, same_bits
 from benchmarks.ranks import launch, small_runs
-from swamp_fast import SwampResult, ranks
+from swamp_fast import SwampResult, fast_swamp, ranks
+from swamp_fast.data.streams import stream_of
+from swamp_fast.engines.trainer import Trainer, joined, part_of
+from swamp_fast.ranks import Ranks
 
 ALWAYS, SELDOM = 1e-9, 5.0  # minutes between checkpoints
 # Two lanes leave a third rank without. Eager lanes are float64: how they are packed is seen in the last bits.
@@ -88,7 +93,8 @@ def started(world: int, folder: Path, minutes: float = ALWAYS) -> list:
 
 
 @pytest.mark.parametrize(
-    ("world", "dies", "then"), [(2, 1, 3), pytest.param(3, 0, 1, marks=pytest.mark.slow), (3, 2, 2)]
+    ("world", "dies", "then"),
+    [(2, 1, 3), pytest.param(3, 0, 1, marks=pytest.mark.slow), pytest.param(3, 2, 2, marks=pytest.mark.slow)],
 )
 def test_a_rank_that_dies_ends_the_others_and_the_run_goes_on(world, dies, then, by, tmp_path):
     processes = started(world, tmp_path)
@@ -132,3 +138,114 @@ def test_a_signal_to_one_stops_all_with_a_checkpoint(sent, by, tmp_path):
     assert (tmp_path / "run" / "training.safetensors").exists()
     assert ended(started(2, tmp_path, SELDOM)) == [0, 0]
     assert same_bits(by / "1" / "fused", tmp_path / "run")
+
+
+def raised(**settings: object) -> str:
+    """What a small run by this job raises."""
+    try:
+        fast_swamp(Small(), "digits", **SMALL | {"engine": "fused", "progress": False, "device": "cpu"} | settings)
+    except (RuntimeError, ValueError, FloatingPointError) as error:
+        return str(error)
+    return "nothing"
+
+
+def faults(folder: str) -> None:
+    """Calls that every rank must refuse; each writes why."""
+    job = ranks.current()
+
+    def tell(name: str, text: str) -> None:
+        print(f"{name}: {text}", file=sys.stderr)
+
+    tell("settings", raised(seed=job.rank // 2))
+    tell("ours", raised(run_dir=folder, cycles=0))
+    tell("folder", raised(run_dir=folder, cycles=0, resume=False))
+
+    step, decided = Trainer.step, Ranks.decided
+
+    def infinite(trainer, handle):
+        step(trainer, handle)
+        trainer.bank.weights[trainer.bank.keys[:, 1] == stream_of(0, 2)] = torch.inf
+
+    Trainer.step = infinite
+    tell("stop", raised(particles=3))
+    with warnings.catch_warnings(record=True) as told:
+        settings = SMALL | {"particles": 3, "cycles": 0, "engine": "fused", "device": "cpu", "progress": False}
+        result = fast_swamp(Small(), "digits", **settings, on_divergence="drop")
+    tell("drop", f"{result.history[0]['dropped']} {len(result.history[0]['train_loss'])} {len(told) > 0}")
+    Trainer.step = step
+
+    def flipped(ranks, make):
+        value = decided(ranks, make)
+        if isinstance(value, torch.Tensor) and ranks.rank == 1:
+            value[:2] = ~value[:2]
+        return value
+
+    Ranks.decided = flipped
+    tell("mask", raised())
+
+
+def test_what_is_wrong_on_one_rank_all_raise(tmp_path):
+    assert ended(launch(3, tmp_path, faults, str(tmp_path / "run"))) == [0] * 3
+    for rank in range(3):
+        lines = (tmp_path / f"rank_{rank}").read_text().splitlines()
+        told = dict(line.split(": ", 1) for line in lines)
+        assert "rank 2's call differs from rank 0's" in told["settings"]
+        assert ("the settings" in told["settings"]) == (rank == 2)
+        assert told["ours"] == "nothing"
+        assert "holds a run already, and resume=False" in told["folder"]
+        assert re.match(r"cycle 0, epoch 1: particle 2 diverged", told["stop"])
+        assert told["drop"] == f"[{{'lane': 2, 'epoch': 1}}] 2 {rank == 0}"
+        assert re.match(r"the mask of cycle 1/2.* differs from rank 0's on rank 1\. .*same run_dir", told["mask"])
+
+
+def fails(in_training: bool) -> None:
+    """The second rank raises, in the middle of a training or before, and its process stays."""
+    step = Trainer.step
+
+    def fail(trainer, handle):
+        step(trainer, handle)
+        if trainer.done == 5 and ranks.current().rank == 1:
+            raise ArithmeticError("no luck")
+
+    Trainer.step, ranks.GRACE_SECONDS = fail, 1.0
+    with suppress(ArithmeticError):
+        raised(**{} if in_training or ranks.current().first else {"lr": -1.0})
+    time.sleep(60)
+
+
+@pytest.mark.parametrize("in_training", [True, False])
+def test_an_error_on_one_rank_ends_the_others_soon(in_training, tmp_path):
+    processes = launch(2, tmp_path, fails, in_training)
+    processes[0].join(30)
+    assert processes[0].exitcode == ranks.GONE
+    assert ended(processes[1:], 0) == [None]
+    told = "ArithmeticError: no luck" if in_training else "ValueError: `lr` must be"
+    assert f"rank 1 failed: {told}" in (tmp_path / "rank_0").read_text()
+
+
+def test_torchrun_and_the_command_line(tmp_path):
+    command = "run --model small_cnn --data digits --engine fused --particles 2 --cycles 1 --epochs 1 --ticket-epochs 0"
+    script = [*command.split(), "--device", "cpu", "--out", str(tmp_path / "run")]
+    started = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "-m", "swamp_fast"]
+    about = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([*started, *script], capture_output=True, text=True, env=about, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert len(re.findall("^cycle +1/1", done.stderr, re.M)) == 1
+    assert len(re.findall("figure", done.stdout)) == 1
+    assert SwampResult.load(tmp_path / "run").history[-1]["particles"] == 2
+
+
+@pytest.mark.parametrize(("count", "world"), [(4, 2), (5, 3), (2, 3), (0, 2), (7, 1)])
+def test_shares_are_all_lanes_in_order(count, world):
+    shares = [Ranks(rank, world).share(count) for rank in range(world)]
+    assert [lane for share in shares for lane in share] == list(range(count))
+    sizes = [len(share) for share in shares]
+    assert max(sizes) - min(sizes) <= 1
+    assert sizes[0] == max(sizes)
+
+
+def test_the_state_of_lanes_is_divided_and_joined():
+    state = {"done": torch.tensor(3), "kept": torch.arange(35), "rest": torch.randn(5, 2), "none": torch.zeros(5, 0)}
+    parts = [part_of(state, Ranks(rank, 3).share(5), 5) for rank in range(3)]
+    assert [len(part["kept"]) for part in parts] == [14, 14, 7]
+    assert all(torch.equal(tensor, state[name]) for name, tensor in joined(parts).items())
