@@ -113,6 +113,8 @@ def run_sweep(given: argparse.Namespace) -> None:
         val=wanted.get("val"),
         config=config,
     )
+    if not ranks.current().first:
+        return
     print(summary_table(found.summary(), found.names))
     failed = [run for run in found.runs if run.error is not None]
     for run in failed:

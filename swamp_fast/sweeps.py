@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import functools
 import io
 import itertools
 import statistics
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from swamp_fast import ranks
 from swamp_fast.checkpoint import RunDirectory, run_id, write
 from swamp_fast.config import SwampConfig
 from swamp_fast.driver import swamp
@@ -25,6 +27,7 @@ from swamp_fast.pack import packed, runs_at_once
 from swamp_fast.probe import Forward, Loss
 from swamp_fast.problem import SPLITS, Problem, prepare
 from swamp_fast.prunable import Prunable
+from swamp_fast.ranks import Ranks
 from swamp_fast.report.console import Console, duration, percent
 from swamp_fast.report.figures import accuracy_of_points
 from swamp_fast.result import SwampResult
@@ -143,8 +146,9 @@ def sweep(
             there already is not computed again; one that was stopped goes on.
         config, common: what all runs share; the grid's settings take precedence.
 
-    Returns all runs. One that fails, as by divergence, ends with its error, and the others go on. Raises as fast_swamp
-    does for arguments that don't fit, before anything is trained.
+    Returns all runs. One that fails, as by divergence, ends with its error, and the others go on. Under torchrun the
+    runs are dealt out to the ranks, each of which needs to see `out`. Raises as fast_swamp does for arguments that
+    don't fit, before anything is trained.
     """
     points = points_of(grid if grid is not None else [{}])
     base = SwampConfig.of(config, _without_folder(common))
@@ -159,18 +163,44 @@ def sweep(
     runs = [_placed(problem, point, out) for problem, point in zip(problems, points, strict=True)]
     _refuse_twins(runs)
     _introduce(console, model, problems, runs)
-    waiting = [number for number, run in enumerate(runs) if not _finished(run, problems[number])]
-    progress = _Progress(console, [total_particle_epochs(problems[number].config) for number in waiting])
-    for pack in packs_of([problems[number] for number in waiting]):
-        numbers = [waiting[place] for place in pack]
-        _run_pack([problems[number] for number in numbers], [runs[number] for number in numbers], progress)
+    job = ranks.current()
+    if job.world > 1 and out is None:
+        raise ValueError("a sweep over several ranks needs `out`, a folder that all of them see.")
+    with job.watched():
+        waiting = job.decided(
+            lambda: [number for number, run in enumerate(runs) if not _finished(run, problems[number])]
+        )
+        _do(problems, runs, waiting[job.rank :: job.world], console)
+        _exchange(job, problems, runs)
     console.close()
     found = SweepResult(runs)
-    if out is not None:
+    if out is not None and job.first:
         found.write_csv(Path(out) / "results.csv")
         found.write_csv(Path(out) / "summary.csv", found.summary())
         _draw(found, Path(out) / "accuracy.png", console)
     return found
+
+
+def _do(problems: Sequence[Problem], runs: Sequence[SweptRun], waiting: Sequence[int], console: Console) -> None:
+    """Do the runs of some places, those that can share a step in one bank."""
+    progress = _Progress(console, [total_particle_epochs(problems[number].config) for number in waiting])
+    for pack in packs_of([problems[number] for number in waiting]):
+        numbers = [waiting[place] for place in pack]
+        _run_pack([problems[number] for number in numbers], [runs[number] for number in numbers], progress)
+
+
+def _exchange(job: Ranks, problems: Sequence[Problem], runs: Sequence[SweptRun]) -> None:
+    """Take over what other ranks did."""
+    own = {number: run.error for number, run in enumerate(runs) if run.error is not None}
+    every = job.decided(functools.partial(_merged, job.collected(own)))
+    for number, run in enumerate(runs):
+        run.error = every.get(number)
+        if run.result is None and run.error is None:
+            _finished(run, problems[number])
+
+
+def _merged(parts: list[dict[int, Exception]]) -> dict[int, Exception]:
+    return {number: error for part in parts for number, error in part.items()}
 
 
 def _without_folder(common: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
 import warnings
 from contextlib import suppress
@@ -15,7 +17,7 @@ import torch
 
 from benchmarks.durability import ROOT, SMALL, Small, same_bits
 from benchmarks.ranks import launch, small_runs
-from swamp_fast import SwampResult, fast_swamp, ranks
+from swamp_fast import SwampResult, fast_swamp, ranks, sweep
 from swamp_fast.data.streams import stream_of
 from swamp_fast.engines.trainer import Trainer, joined, part_of
 from swamp_fast.ranks import Ranks
@@ -249,3 +251,26 @@ def test_the_state_of_lanes_is_divided_and_joined():
     parts = [part_of(state, Ranks(rank, 3).share(5), 5) for rank in range(3)]
     assert [len(part["kept"]) for part in parts] == [14, 14, 7]
     assert all(torch.equal(tensor, state[name]) for name, tensor in joined(parts).items())
+
+
+def small_sweep(out: str) -> None:
+    """Three runs, of which one diverges."""
+    settings = {**SMALL, "engine": "fused", "device": "cpu", "progress": False}
+    points = [{"seed": 0}, {"seed": 1, "lr": 1e30}, {"seed": 2}]
+    found = sweep(Small, "digits", None, points, out=out, **settings)
+    each = [(run.error is None, None if run.result is None else len(run.result.history)) for run in found.runs]
+    assert each == [(True, SMALL["cycles"] + 1), (False, None), (True, SMALL["cycles"] + 1)], each
+
+
+def test_the_runs_of_a_sweep_are_dealt_out(tmp_path):
+    for world in (1, 2):
+        assert (
+            ended(launch(world, tmp_path / f"logs{world}", small_sweep, str(tmp_path / str(world))), 90) == [0] * world
+        )
+    one, two = (sorted((tmp_path / str(world) / "runs").iterdir()) for world in (1, 2))
+    assert [folder.name for folder in one] == [folder.name for folder in two]
+    finished = [(a, b) for a, b in zip(one, two, strict=True) if (a / "model.safetensors").exists()]
+    assert len(finished) == 2
+    assert all(same_bits(a, b) for a, b in finished)
+    tables = [(tmp_path / str(world) / "results.csv").read_text().splitlines() for world in (1, 2)]
+    assert len(tables[0]) == len(tables[1]) == 1 + 2 * (SMALL["cycles"] + 1) + 1
