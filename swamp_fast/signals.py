@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
+STOPPING = (signal.SIGINT, signal.SIGTERM)
 WORKER_SECONDS = 30  # that it may live on after SIGTERM
 
 
@@ -15,6 +18,21 @@ def in_worker(number: int) -> None:
     """For a process that reads data: where a signal goes to all processes, it serves the step under way."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(WORKER_SECONDS))
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)  # as `held` had it when this process began
+
+
+@contextmanager
+def held() -> Iterator[None]:
+    """While processes that read data begin: a signal waits until `in_worker` is ready for it, or until the end."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class StopSignals:

@@ -24,7 +24,7 @@ from swamp_fast.data.sources import Arrays, Samples, Source
 from swamp_fast.data.standardise import Standardise
 from swamp_fast.data.streams import SAMPLE_SEED, seeds_for
 from swamp_fast.fingerprint import callable_fingerprint
-from swamp_fast.signals import in_worker
+from swamp_fast.signals import held, in_worker
 from swamp_fast.tree import tensors, tree_leaves, tree_map, tree_stack, tree_to
 
 CROP_PAD = 4  # pixels
@@ -142,7 +142,9 @@ class Streamed:
             pin_memory=self.device.type == "cuda",
         )
         handle: list[Any] = []
-        for picked, batch in zip(wanted, loader, strict=True):
+        with held():
+            read = iter(loader)
+        for picked, batch in zip(wanted, read, strict=True):
             if not isinstance(batch, list | tuple) or len(batch) != 2:
                 raise TypeError(f"{self.name}: a batch must be (inputs, targets), got {type(batch).__name__}.")
             inputs, targets = batch[0], tree_map(_whole_numbers, batch[1])
