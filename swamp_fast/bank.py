@@ -12,6 +12,7 @@ from torch import Tensor
 from swamp_fast.config import SwampConfig
 from swamp_fast.data.streams import lane_keys, stream_of
 from swamp_fast.layout import Extent
+from swamp_fast.problem import Problem
 
 MOMENTS = {"sgd": ("momentum_buffer",), "adamw": ("exp_avg", "exp_avg_sq")}
 RATES = {  # of an optimizer's op, and the settings that they are
@@ -26,6 +27,12 @@ class Solution:
 
     weights: Tensor
     buffers: dict[str, Tensor]
+
+
+def initial(problem: Problem) -> Solution:
+    """The model as it was given."""
+    weights = problem.layout.flat(dict(problem.template.named_parameters()), problem.dtype, problem.device)
+    return Solution(weights, {name: buffer.detach().clone() for name, buffer in problem.template.named_buffers()})
 
 
 class ParticleBank:
@@ -88,11 +95,14 @@ class ParticleBank:
             for name in starts[0].buffers
         }
 
+    def lanes_of(self, run: int) -> slice:
+        """Where a run's lanes stand."""
+        particles = self.lanes // len(self.configs)
+        return slice(run * particles, (run + 1) * particles)
+
     def of_run(self, run: int) -> ParticleBank:
         """One run's lanes as a bank of their own, sharing their memory."""
-        particles = self.lanes // len(self.configs)
-        lanes = slice(run * particles, (run + 1) * particles)
-        own = copy.copy(self)
+        lanes, own = self.lanes_of(run), copy.copy(self)
         own.configs, own.config = [self.configs[run]], self.configs[run]
         own.weights, own.swa, own.keys = self.weights[lanes], self.swa[lanes], self.keys[lanes]
         own.moments = {name: moment[lanes] for name, moment in self.moments.items()}

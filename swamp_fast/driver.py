@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from swamp_fast import ops, ranks
-from swamp_fast.bank import Solution
+from swamp_fast.bank import Solution, initial
 from swamp_fast.batchnorm import reestimate
 from swamp_fast.config import SwampConfig
 from swamp_fast.data.streams import at_time
@@ -120,9 +120,7 @@ def swamp(problem: Problem, engine: Engine, run: Run) -> Trainings[SwampResult]:
 def train_ticket(problem: Problem, run: Run) -> Trainings[Solution]:
     """The matching ticket: the model trained dense for T0, by one particle."""
     if run.ticket is None:
-        start = solution(
-            problem, {**dict(problem.template.named_parameters()), **dict(problem.template.named_buffers())}
-        )
+        start = initial(problem)
         if problem.config.ticket_epochs > 0:
             full = problem.layout.full_mask(problem.device)
             trained = yield Asked(run, None, start, full, 1, ticket_training(problem.config), "ticket")

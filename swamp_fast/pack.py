@@ -9,15 +9,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from swamp_fast.bank import Solution
 from swamp_fast.engines import Engine
 from swamp_fast.engines.eager import EagerEngine
-from swamp_fast.engines.fused.engine import FusedEngine
-from swamp_fast.engines.trainer import first_handle
+from swamp_fast.engines.fused.engine import FusedEngine, seconds_of_steps
 from swamp_fast.problem import Problem
 from swamp_fast.watch import Asked, Returned, Trained, Trainings, Watch, alone
 
-STEPS = 3  # that are timed
 TIMING_SECONDS = 10.0  # after which no further size is tried
 WORSE = 1.03  # of the time of a lane: more runs are not taken at once then
 
@@ -29,12 +26,12 @@ def runs_at_once(engine: Engine, problems: Sequence[Problem]) -> tuple[int, str]
     if not isinstance(engine, EagerEngine | FusedEngine) or not engine.joins:
         return 1, "this engine's program is made for one run's mask"
     particles = max(problems[0].config.particles_at(cycle) for cycle in range(problems[0].config.cycles + 1))
-    runs, seconds = 1, _seconds_of_lane(engine, problems[0], particles)
+    runs, seconds = 1, seconds_of_steps(engine, problems[0], problems[0].mask, particles)
     alone, began = seconds, time.perf_counter()
     while runs < len(problems) and time.perf_counter() - began < TIMING_SECONDS:
         more = min(2 * runs, len(problems))
         try:
-            taken = _seconds_of_lane(engine, problems[0], more * particles)
+            taken = seconds_of_steps(engine, problems[0], problems[0].mask, more * particles)
         except torch.OutOfMemoryError:
             engine.release()
             break
@@ -43,28 +40,6 @@ def runs_at_once(engine: Engine, problems: Sequence[Problem]) -> tuple[int, str]
         runs, seconds = more, min(taken, seconds)
     engine.release()
     return runs, f"a step takes {seconds * 1e3:.3g} ms a lane so, {alone * 1e3:.3g} ms one run at a time"
-
-
-def _seconds_of_lane(engine: EagerEngine | FusedEngine, problem: Problem, lanes: int) -> float:
-    """The least time of a step of so many lanes, after one to warm up, for each of them."""
-    start = Solution(
-        problem.layout.flat(dict(problem.template.named_parameters()), problem.dtype, problem.device),
-        {name: buffer.detach().clone() for name, buffer in problem.template.named_buffers()},
-    )
-    bank = engine.spawn(start, problem.mask, range(lanes), None)
-    assert engine.trainer is not None
-    engine.trainer.way.set_buffers(bank.buffers)
-    for module in engine.trainer.way.modules:
-        module.train()
-    handle = first_handle(problem, bank)
-    times = []
-    for _ in range(1 + STEPS):
-        began = time.perf_counter()
-        engine.trainer.step(handle)
-        if problem.device.type == "cuda":
-            torch.cuda.synchronize(problem.device)
-        times.append(time.perf_counter() - began)
-    return min(times[1:]) / lanes
 
 
 def packed(engine: Engine, every: Sequence[Trainings[Returned]]) -> list[Returned | Exception]:
@@ -110,8 +85,7 @@ def together(engine: EagerEngine | FusedEngine, asked: Sequence[Asked]) -> list[
     masks = torch.stack([each.mask for each in asked])
     bank = engine.spawn_runs([each.start for each in asked], masks, range(particles), asked[0].cycle, configs)
     watches = [
-        Watch(each, bank.of_run(number), functools.partial(engine.state_of, number))
-        for number, each in enumerate(asked)
+        Watch(each, bank.of_run(number), functools.partial(engine.state, number)) for number, each in enumerate(asked)
     ]
     errors: dict[int, FloatingPointError] = {}
 

@@ -183,7 +183,7 @@ def sweep(
 
 def _do(problems: Sequence[Problem], runs: Sequence[SweptRun], waiting: Sequence[int], console: Console) -> None:
     """Do the runs of some places, those that can share a step in one bank."""
-    progress = _Progress(console, [total_particle_epochs(problems[number].config) for number in waiting])
+    progress = _Progress(console, {runs[number].id: epochs_from(problems[number].config, 0) for number in waiting})
     for pack in packs_of([problems[number] for number in waiting]):
         numbers = [waiting[place] for place in pack]
         _run_pack([problems[number] for number in numbers], [runs[number] for number in numbers], progress)
@@ -294,22 +294,35 @@ def _finished(run: SweptRun, problem: Problem) -> bool:
 
 
 class _Progress:
-    """Tells of each cycle of each run, and how long the whole sweep will take."""
+    """Tells of each cycle of each run, and how long the whole sweep will take.
 
-    def __init__(self, console: Console, epochs: Sequence[int]) -> None:
-        self.console, self.left, self.done = console, sum(epochs), 0
+    left  particle-epochs of each run's cycles to come, by its id
+    """
+
+    def __init__(self, console: Console, left: dict[str, int]) -> None:
+        self.console, self.left, self.done = console, left, 0
         self.began = time.perf_counter()
 
     def cycle(self, run: SweptRun, config: SwampConfig, row: dict[str, Any]) -> None:
         """A cycle is over."""
-        epochs = row["particles"] * config.epochs
-        self.done, self.left = self.done + epochs, self.left - epochs
-        seconds = (time.perf_counter() - self.began) / self.done * self.left
+        self.done += row["particles"] * config.epochs
+        self.left[run.id] = epochs_from(config, row["cycle"] + 1)
+        seconds = (time.perf_counter() - self.began) / self.done * sum(self.left.values())
         point = ", ".join(f"{name} = {value}" for name, value in run.point.items()) or run.id[:8]
         self.console.line(
             f"{point}: cycle {row['cycle']}/{config.cycles}, density {percent(row['density'])}, accuracy "
             f"{percent(row['accuracy'])}; the sweep has about {duration(seconds)} left"
         )
+
+    def failed(self, run: SweptRun) -> None:
+        """A run is over before its time."""
+        self.left[run.id] = 0
+        self.console.line(f"{run.point} ended: {type(run.error).__name__}: {run.error}")
+
+
+def epochs_from(config: SwampConfig, cycle: int) -> int:
+    """Particle-epochs of the cycles from one on."""
+    return sum(config.particles_at(later) for later in range(cycle, config.cycles + 1)) * config.epochs
 
 
 def _run_pack(problems: Sequence[Problem], runs: Sequence[SweptRun], progress: _Progress) -> None:
@@ -331,6 +344,7 @@ def _run_pack(problems: Sequence[Problem], runs: Sequence[SweptRun], progress: _
             for number, end in zip(group, ends, strict=True):
                 if isinstance(end, Exception):
                     runs[number].error = end
+                    progress.failed(runs[number])
                 else:
                     runs[number].result = end
 

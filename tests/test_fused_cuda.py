@@ -157,11 +157,12 @@ def test_runs_in_one_bank(digits, monkeypatch):
     """A sweep whose runs have masks of their own, and not as many weights each: what each gives alone."""
     for module in (engine, check):
         monkeypatch.setattr(module, "programs_of", lambda *given: CudaPrograms(*given[:3], None))
-    monkeypatch.setattr(engine.FusedEngine, "joins", True)
+    always = property(lambda self: True, lambda self, value: None)
+    monkeypatch.setattr(engine.FusedEngine, "joins", always, raising=False)
     monkeypatch.setattr(sweeps, "runs_at_once", lambda engine, problems: (2, "forced"))
     model = seeded(lambda: networks.build("dropout"))
     (inputs, targets), (test_inputs, test_targets) = digits
-    settings = {"particles": 1, "cycles": 1, "epochs": 1, "ticket_epochs": 0, "batch_size": 6, "progress": False}
+    settings = {"particles": 2, "cycles": 1, "epochs": 1, "ticket_epochs": 0, "batch_size": 6, "progress": False}
     settings |= {"precision": "float64", "keep_particles": True, "device": DEVICE, "engine": "fused"}
     data = (inputs[:6], targets[:6]), (test_inputs[:2], test_targets[:2])
     points = [{"seed": 1, "prune": 0.5}, {"seed": 2, "lr": 0.06}]
@@ -323,8 +324,9 @@ def test_what_is_mixed_stays_whole():
 
 
 @pytest.mark.skipif(HAS_GPU, reason="counts calls of the interpreter")
-def test_launches_of_a_step(monkeypatch):
-    """ResNet-20 with 8 lanes: one is about 3 us of a GPU's time at its beginning and end, whatever it does."""
+@pytest.mark.parametrize("lanes", [1, 8])
+def test_launches_of_a_step(lanes, monkeypatch):
+    """ResNet-20: one is about 3 us of a GPU's time at its beginning and end, whatever it does."""
     launches: list[str] = []
 
     def counted(self, grid):
@@ -342,7 +344,6 @@ def test_launches_of_a_step(monkeypatch):
     monkeypatch.setattr(InterpretedFunction, "__getitem__", counted)
     model = MODELS["resnet20"](channels=3, height=32, width=32, classes=10)
     problem = problem_of(model, 4, "bfloat16", (3, 32, 32))
-    lanes = 8
     programs = CudaPrograms(problem, engine.fused_plan(problem), problem.mask, launch)
     bank = CompactBank(programs.compacts, [problem.config], lanes, problem.dtype)
     grads = torch.zeros_like(bank.weights)

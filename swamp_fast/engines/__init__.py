@@ -60,9 +60,7 @@ def _chosen(problem: Problem, run: Run) -> Engine:
     eager_seconds = seconds_of_steps(eager, problem, problem.mask)
     fused = _fused(problem, plan, "", {})
     fused.branch = faster_branch(problem, plan, fused.launch)
-    first, last = (seconds_of_steps(fused, problem, mask) for mask in _first_and_last(problem))
-    fused.release()
-    fused.rows = {}
+    first, last = (seconds_of_steps(fused.anew(), problem, mask) for mask in _first_and_last(problem))
     figures = (
         f"a step takes {first * 1e3:.1f} ms at first and {last * 1e3:.1f} at last, against {eager_seconds * 1e3:.1f}"
     )

@@ -96,8 +96,7 @@ class EngineByDensity:
         if self.fused.name in self.engines.values():
             return self.fused.name
         problem = self.fused.problem
-        fused = FusedEngine(problem, self.fused.plan, "", {}, self.fused.launch, self.fused.branch)
-        seconds = seconds_of_steps(fused, problem, mask)
+        seconds = seconds_of_steps(self.fused.anew(), problem, mask)
         if seconds >= self.eager_seconds:
             return self.eager.name
         figures = f"{seconds * 1e3:.1f} against {self.eager_seconds * 1e3:.1f} ms a step of one particle"

@@ -5,21 +5,20 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from swamp_fast.bank import ParticleBank, Solution
+from swamp_fast.bank import ParticleBank, Solution, initial
 from swamp_fast.config import SwampConfig
 from swamp_fast.engines.check import differs_at_full_size, roughly, why_not_fold
 from swamp_fast.engines.fold import Folded
 from swamp_fast.engines.lanes import LaneByLane
-from swamp_fast.engines.trainer import Trainer, Way, first_handle, joined
+from swamp_fast.engines.trainer import OfOneTrainer, Trainer, Way, first_handle
 from swamp_fast.problem import Problem
-from swamp_fast.schedule import Training
 
 ROUNDS = 5  # of timing
 TIMING_SECONDS = 3.0  # after which no further round is begun
@@ -44,7 +43,7 @@ class Choice:
 NAMES = {"lanes": "lane by lane", "fold": "folded", "fold grouped": "folded with grouped convolutions"}
 
 
-class EagerEngine:
+class EagerEngine(OfOneTrainer):
     """Trains a bank of particles and runs models side by side for evaluation."""
 
     name = "eager"
@@ -52,23 +51,9 @@ class EagerEngine:
     def __init__(self, problem: Problem, choice: Choice, why_not_fused: str | None = None) -> None:
         self.problem, self.choice, self.why_not_fused = problem, choice, why_not_fused
         self.why = f"{choice}" + (f"; not the fused engine: {why_not_fused}" if why_not_fused else "")
-        self.trainer: Trainer | None = None
+        self.trainer = None
+        self.joins = not problem.probe.keeps_state
         self.evaluated: tuple[Tensor, Way] | None = None
-
-    def spawn(
-        self,
-        start: Solution,
-        mask: Tensor,
-        particles: Sequence[int],
-        cycle: int | None,
-        config: SwampConfig | None = None,
-    ) -> ParticleBank:
-        """The bank at `start` under a mask [Q], a lane for each of `particles`; its memory is used again each cycle.
-
-        particles  their numbers, which decide what they draw
-        config     of the run, if it isn't the engine's own problem's
-        """
-        return self.spawn_runs([start], mask[None], particles, cycle, [config or self.problem.config])
 
     def spawn_runs(
         self,
@@ -78,64 +63,18 @@ class EagerEngine:
         cycle: int | None,
         configs: Sequence[SwampConfig],
     ) -> ParticleBank:
-        """As `spawn`, of R runs with the same particles each, at their starts under their masks [R, Q]."""
-        there, lanes = self.trainer is not None and self.trainer.bank, len(starts) * len(particles)
-        if not there or (there.lanes, there.configs) != (lanes, configs) or not self.joins:
+        """As OfOneTrainer.spawn_runs; a bank's memory is used again each cycle."""
+        lanes = len(starts) * len(particles)
+        there = None if self.trainer is None else (self.trainer.bank.lanes, self.trainer.bank.configs)
+        if self.trainer is None or there != (lanes, configs) or self.problem.probe.keeps_state:
             self.trainer = None  # frees the old bank before the new one is made
             self.trainer = eager_trainer(self.problem, self.choice, lanes, configs)
-        assert self.trainer is not None
         self.trainer.bank.rewind_(starts, masks, particles, cycle)
         return self.trainer.bank
-
-    @property
-    def joins(self) -> bool:
-        """Whether lanes of several runs can stand in one bank."""
-        return not self.problem.probe.keeps_state
 
     def release(self) -> None:
         """Give the memory of training and evaluation back."""
         self.trainer = self.evaluated = None
-
-    def train(
-        self,
-        bank: ParticleBank,
-        training: Training,
-        on_step: Callable[[int], None],
-        on_epoch: Callable[[int, Tensor], None],
-        state: Mapping[str, Tensor] | None = None,
-    ) -> Tensor:
-        """Train all lanes through a schedule; returns each lane's mean loss over the last epoch, [L].
-
-        on_step(step) is called after each step, on_epoch(epoch, mean losses [L]) before it after an epoch's last.
-        With a `state` of this training it goes on from there, to the same bits.
-        """
-        assert self.trainer is not None
-        assert self.trainer.bank is bank
-        return self.trainer.train([training], on_step, on_epoch, state)
-
-    def train_runs(
-        self,
-        bank: ParticleBank,
-        trainings: Sequence[Training],
-        on_step: Callable[[int], None],
-        on_epoch: Callable[[int, Tensor], None],
-        states: Sequence[Mapping[str, Tensor]] | None = None,
-    ) -> Tensor:
-        """As `train`, each run's lanes through its own schedule, and from its own state, all after as many steps."""
-        assert self.trainer is not None
-        assert self.trainer.bank is bank
-        state = None if states is None else joined(states)
-        return self.trainer.train(trainings, on_step, on_epoch, state)
-
-    def state_of(self, run: int) -> dict[str, Tensor]:
-        """All that one run's training under way goes on from."""
-        assert self.trainer is not None
-        return self.trainer.state_of(run)
-
-    def state(self) -> dict[str, Tensor]:
-        """All that the training under way goes on from."""
-        assert self.trainer is not None
-        return self.trainer.state()
 
     def side_by_side(self, weights: Tensor, buffers: dict[str, Tensor], run: int = 0) -> Way:
         """Models of weights [M, P] and buffers [M, ...] of one run, in eval mode, to be run on the same inputs."""
@@ -225,10 +164,7 @@ def _fastest(problem: Problem, choices: list[Choice], lanes: int, milliseconds: 
     """The choice with the least median time a particle-step; an earlier one unless a later is worth it."""
     if len(choices) == 1:
         return choices[0]
-    start = Solution(
-        problem.layout.flat(dict(problem.template.named_parameters()), problem.dtype, problem.device),
-        {name: buffer.detach().clone() for name, buffer in problem.template.named_buffers()},
-    )
+    start = initial(problem)
     trainers, steps = [], []
     for choice in choices:
         trainer = eager_trainer(problem, choice, lanes)

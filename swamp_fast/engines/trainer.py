@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from swamp_fast import ops
-from swamp_fast.bank import ParticleBank
+from swamp_fast.bank import ParticleBank, Solution
 from swamp_fast.batchnorm import reset_running_stats
+from swamp_fast.config import SwampConfig
 from swamp_fast.data.store import Batch
 from swamp_fast.data.streams import at_time, epoch_order
 from swamp_fast.problem import Problem
@@ -83,11 +84,14 @@ class Trainer:
                 self.loss_sum.zero_()
             self.epoch_keys.copy_(at_time(bank.keys, epoch))
             order = epoch_order(self.epoch_keys, problem.train.length)
+            # For all steps at once: a number sent from the host at each would make it wait for the device.
+            rates = self._of_lanes([[each.lr(epoch * steps + i) for each in trainings] for i in range(steps)])
+            (shares,) = self._of_lanes([[each.swa_weight(epoch) for each in trainings]])
             for handle in problem.train.batches(order, self.epoch_keys, problem.bounds[first:]):
                 step, last = self.done, self.done % steps == steps - 1
-                self._fill(self.lr, [training.lr(step) for training in trainings])
+                self.lr.copy_(rates[step % steps])
                 self.number.fill_(step + 1)
-                self._fill(self.swa_weight, [training.swa_weight(epoch) if last else 0.0 for training in trainings])
+                self.swa_weight.copy_(shares) if last else self.swa_weight.zero_()
                 self.step_keys.copy_(at_time(bank.keys, step))
                 self.step(handle)
                 self.done += 1
@@ -97,25 +101,16 @@ class Trainer:
         bank.buffers = self.way.buffers()
         return self.loss_sum / steps
 
-    def state(self) -> dict[str, Tensor]:
-        """All that a training goes on from, between two steps; everything else follows from the keys."""
-        buffers = {f"buffers/{name}": buffer for name, buffer in self.way.buffers().items()}
-        return {"done": torch.tensor(self.done), "loss_sum": self.loss_sum, **self.bank.state(), **buffers}
-
-    def state_of(self, run: int) -> dict[str, Tensor]:
-        """As `state`, of one run's lanes."""
-        particles = self.bank.lanes // len(self.bank.configs)
-        lanes = slice(run * particles, (run + 1) * particles)
+    def state(self, run: int = 0) -> dict[str, Tensor]:
+        """All that a run's training goes on from, between two steps; everything else follows from the keys."""
+        lanes, own = self.bank.lanes_of(run), self.bank.of_run(run).state()
         buffers = {f"buffers/{name}": buffer[lanes] for name, buffer in self.way.buffers().items()}
-        own = self.bank.of_run(run).state()
         return {"done": torch.tensor(self.done), "loss_sum": self.loss_sum[lanes], **own, **buffers}
 
-    def _fill(self, tensor: Tensor, of_runs: list[float]) -> None:
-        if len(of_runs) == 1:
-            tensor.fill_(of_runs[0])
-        else:
-            each = torch.tensor(of_runs, dtype=tensor.dtype, device=tensor.device)
-            tensor.copy_(each.repeat_interleave(self.bank.lanes // len(of_runs)))
+    def _of_lanes(self, of_runs: list[list[float]]) -> Tensor:
+        """Numbers of runs, [S, R], as those of their lanes, [S, L]."""
+        each = torch.tensor(of_runs, dtype=torch.float64, device=self.lr.device)
+        return each.repeat_interleave(self.bank.lanes // len(self.bank.configs), 1)
 
     def _begin(self, state: Mapping[str, Tensor] | None) -> None:
         """Put the modules at the start of a training, or all at a `state` inside it."""
@@ -195,6 +190,76 @@ class Trainer:
         finally:
             for tensor, value in zip(state, saved, strict=True):
                 tensor.copy_(value)
+
+
+class OfOneTrainer:
+    """What engines have in common that train one bank at a time.
+
+    joins  whether lanes of several runs can stand in one bank
+    """
+
+    problem: Problem
+    trainer: Trainer | None
+    joins: bool
+
+    def spawn(
+        self,
+        start: Solution,
+        mask: Tensor,
+        particles: Sequence[int],
+        cycle: int | None,
+        config: SwampConfig | None = None,
+    ) -> ParticleBank:
+        """The bank at `start` under a mask [Q], a lane for each of `particles`.
+
+        particles  their numbers, which decide what they draw
+        config     of the run, if it isn't the engine's own problem's
+        """
+        return self.spawn_runs([start], mask[None], particles, cycle, [config or self.problem.config])
+
+    def spawn_runs(
+        self,
+        starts: Sequence[Solution],
+        masks: Tensor,
+        particles: Sequence[int],
+        cycle: int | None,
+        configs: Sequence[SwampConfig],
+    ) -> ParticleBank:
+        """As `spawn`, of R runs with the same particles each, at their starts under their masks [R, Q]."""
+        raise NotImplementedError
+
+    def train(
+        self,
+        bank: ParticleBank,
+        training: Training,
+        on_step: Callable[[int], None],
+        on_epoch: Callable[[int, Tensor], None],
+        state: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
+        """Train all lanes through a schedule; returns each lane's mean loss over the last epoch, [L].
+
+        on_step(step) is called after each step, on_epoch(epoch, mean losses [L]) before it after an epoch's last.
+        With a `state` of this training it goes on from there, to the same bits.
+        """
+        return self.train_runs(bank, [training], on_step, on_epoch, None if state is None else [state])
+
+    def train_runs(
+        self,
+        bank: ParticleBank,
+        trainings: Sequence[Training],
+        on_step: Callable[[int], None],
+        on_epoch: Callable[[int, Tensor], None],
+        states: Sequence[Mapping[str, Tensor]] | None = None,
+    ) -> Tensor:
+        """As `train`, each run's lanes through its own schedule, and from its own state, all after as many steps."""
+        assert self.trainer is not None
+        assert self.trainer.bank is bank
+        return self.trainer.train(trainings, on_step, on_epoch, None if states is None else joined(states))
+
+    def state(self, run: int = 0) -> dict[str, Tensor]:
+        """All that a run's training under way goes on from."""
+        assert self.trainer is not None
+        return self.trainer.state(run)
 
 
 def joined(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from swamp_fast.bank import ParticleBank, Solution
+from swamp_fast.bank import ParticleBank, Solution, initial
 from swamp_fast.batchnorm import norms_of
 from swamp_fast.config import SwampConfig
 from swamp_fast.data.streams import generators_left_alone
@@ -18,18 +18,17 @@ from swamp_fast.engines.fused.compact import CompactBank
 from swamp_fast.engines.fused.cpu.lanes import CpuLanes, CpuPrograms
 from swamp_fast.engines.fused.cpu.program import Rows
 from swamp_fast.engines.fused.cuda.lanes import CudaLanes, CudaPrograms, lanes_in_cache
-from swamp_fast.engines.trainer import Trainer, first_handle, joined
+from swamp_fast.engines.trainer import OfOneTrainer, Trainer, first_handle
 from swamp_fast.nvrtc import Launch
 from swamp_fast.plan import Convolution, Plan
 from swamp_fast.problem import Problem
-from swamp_fast.schedule import Training
 from swamp_fast.trace import NotCovered, plan_of
 
 STEPS = 3  # that are timed
 TIMED_LANES = 8  # on CUDA, where lanes side by side are the point
 
 
-class FusedEngine:
+class FusedEngine(OfOneTrainer):
     """Trains a bank of particles and runs models side by side for evaluation, by this project's own kernels.
 
     rows    of each cycle ("ticket" for the ticket's): how its convolutions share loads, by a stopwatch; part of a run's
@@ -52,18 +51,8 @@ class FusedEngine:
         self.problem, self.plan, self.why, self.rows, self.launch = problem, plan, why, rows, launch
         self.branch = branch
         self.programs: CpuPrograms | CudaPrograms | None = None
-        self.trainer: Trainer | None = None
-
-    def spawn(
-        self,
-        start: Solution,
-        mask: Tensor,
-        particles: Sequence[int],
-        cycle: int | None,
-        config: SwampConfig | None = None,
-    ) -> ParticleBank:
-        """As EagerEngine.spawn; the bank and its program are made for the mask."""
-        return self.spawn_runs([start], mask[None], particles, cycle, [config or self.problem.config])
+        self.trainer = None
+        self.joins = problem.device.type == "cuda"  # a program of the CPU's kernels is made for one mask
 
     def spawn_runs(
         self,
@@ -73,7 +62,7 @@ class FusedEngine:
         cycle: int | None,
         configs: Sequence[SwampConfig],
     ) -> ParticleBank:
-        """As EagerEngine.spawn_runs; on the CPU of one run alone."""
+        """As OfOneTrainer.spawn_runs; the bank and its program are made for the masks, on the CPU for one."""
         self.release()  # before new memory is taken
         rows = self.rows.setdefault("ticket" if cycle is None else str(cycle), {})
         mask = masks if len(masks) > 1 else masks[0]
@@ -86,51 +75,9 @@ class FusedEngine:
         self.trainer = Trainer(self.problem, bank, grads, way)
         return bank
 
-    @property
-    def joins(self) -> bool:
-        """As EagerEngine.joins: a program of the CPU's kernels is made for one mask."""
-        return self.problem.device.type == "cuda"
-
     def release(self) -> None:
         """Give the memory of training and evaluation back."""
         self.programs = self.trainer = None
-
-    def train(
-        self,
-        bank: ParticleBank,
-        training: Training,
-        on_step: Callable[[int], None],
-        on_epoch: Callable[[int, Tensor], None],
-        state: Mapping[str, Tensor] | None = None,
-    ) -> Tensor:
-        """As EagerEngine.train."""
-        assert self.trainer is not None
-        assert self.trainer.bank is bank
-        return self.trainer.train([training], on_step, on_epoch, state)
-
-    def train_runs(
-        self,
-        bank: ParticleBank,
-        trainings: Sequence[Training],
-        on_step: Callable[[int], None],
-        on_epoch: Callable[[int, Tensor], None],
-        states: Sequence[Mapping[str, Tensor]] | None = None,
-    ) -> Tensor:
-        """As EagerEngine.train_runs."""
-        assert self.trainer is not None
-        assert self.trainer.bank is bank
-        state = None if states is None else joined(states)
-        return self.trainer.train(trainings, on_step, on_epoch, state)
-
-    def state_of(self, run: int) -> dict[str, Tensor]:
-        """As EagerEngine.state_of."""
-        assert self.trainer is not None
-        return self.trainer.state_of(run)
-
-    def state(self) -> dict[str, Tensor]:
-        """As EagerEngine.state."""
-        assert self.trainer is not None
-        return self.trainer.state()
 
     def side_by_side(self, weights: Tensor, buffers: dict[str, Tensor], run: int = 0) -> CpuLanes | CudaLanes:
         """As EagerEngine.side_by_side."""
@@ -156,6 +103,10 @@ class FusedEngine:
             "cuda_graph": why_not is None,
             "no_cuda_graph": why_not,
         }
+
+    def anew(self) -> FusedEngine:
+        """The same with nothing recorded yet, to be timed."""
+        return FusedEngine(self.problem, self.plan, "", {}, self.launch, self.branch)
 
     def replay(self, there: dict[str, Any]) -> None:
         """Take over what another's stopwatch decided, as its `describe` has it."""
@@ -187,14 +138,10 @@ def timed_lanes(problem: Problem) -> int:
     return min(most, TIMED_LANES) if problem.device.type == "cuda" else 1
 
 
-def seconds_of_steps(engine: Any, problem: Problem, mask: Tensor) -> float:
-    """The least time of a particle's step under a mask, after one to warm up; on CUDA of some particles together."""
-    lanes = timed_lanes(problem)
-    start = Solution(
-        problem.layout.flat(dict(problem.template.named_parameters()), problem.dtype, problem.device),
-        {name: buffer.detach().clone() for name, buffer in problem.template.named_buffers()},
-    )
-    bank = engine.spawn(start, mask, range(lanes), None)
+def seconds_of_steps(engine: Any, problem: Problem, mask: Tensor, lanes: int | None = None) -> float:
+    """The least time of a particle's step under a mask, after one to warm up, of so many lanes or of timed_lanes."""
+    lanes = lanes or timed_lanes(problem)
+    bank = engine.spawn(initial(problem), mask, range(lanes), None)
     trainer = engine.trainer
     trainer.way.set_buffers(bank.buffers)
     for module in trainer.way.modules:
