@@ -51,8 +51,11 @@ class Small(nn.Sequential):
         )
 
 
-def small_run(engine: str, folder: str, device: str = "cpu", minutes: float = 2e-3, **changed: Any) -> None:
-    """A small run on one engine; what a stopwatch would choose, which two runs need not agree on, is fixed."""
+def small_run(engine: str, folder: str, device: str = "cpu", minutes: float = 1e-6, **changed: Any) -> None:
+    """A small run on one engine, with a checkpoint after each step.
+
+    What a stopwatch would choose, which two runs need not agree on, is fixed.
+    """
     torch.set_num_threads(1)
     engines.choose = lambda *_: Choice("lanes", False, "so that runs are alike", {})
     if engine == "by density":  # the fused engine takes twice the density, the eager one 1
@@ -114,6 +117,7 @@ def workers() -> ForkServerContext:
     paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     if str(ROOT) not in paths:
         os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *paths])
+    os.environ.setdefault("PYTHONWARNINGS", "ignore::RuntimeWarning:runpy")  # it is preloaded, and run
     context.set_forkserver_preload(["benchmarks.durability"])
     return context
 

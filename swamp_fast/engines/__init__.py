@@ -28,24 +28,25 @@ def start_engine(problem: Problem, run: Run) -> Engine:
     Raises ValueError for an engine that can't be had.
     """
     run.console.status("trying how the particles run fastest")
+    wanted = run.engine.get("engine", problem.config.engine)
+    plan = "eager was asked for" if wanted == "eager" else _proven_plan(problem)  # by all ranks at the same time
     mine: list[Engine] = []
 
     def chosen() -> dict[str, Any]:
-        mine.append(_chosen(problem, run))
+        mine.append(_chosen(problem, run, plan))
         return mine[0].describe()
 
     if not run.engine:
         run.keep_engine(run.ranks.decided(chosen))
-    engine = mine[0] if mine else _recorded(problem, run)
+    engine = mine[0] if mine else _recorded(problem, run, plan)
     threads = f", {torch.get_num_threads()} threads" if problem.device.type == "cpu" else ""
     run.console.line(f"engine   {engine.name} on {problem.device}{threads}, {problem.config.precision}; {engine.why}")
     return engine
 
 
-def _chosen(problem: Problem, run: Run) -> Engine:
+def _chosen(problem: Problem, run: Run, plan: Plan | str) -> Engine:
     """The fastest that can run the model, or the one that is asked for."""
     wanted = problem.config.engine
-    plan = "eager was asked for" if wanted == "eager" else _proven_plan(problem)
     if wanted == "fused":
         if isinstance(plan, str):
             raise ValueError(f'engine="fused" can\'t be had: {plan}. Use "auto" or "eager".')
@@ -73,21 +74,20 @@ def _chosen(problem: Problem, run: Run) -> Engine:
     return EagerEngine(problem, choice, f"it was slower: {figures}")
 
 
-def _recorded(problem: Problem, run: Run) -> Engine:
+def _recorded(problem: Problem, run: Run, plan: Plan | str) -> Engine:
     """The engine of a run that goes on."""
     there = run.engine
     if there.get("engine") == EngineByDensity.name:
         _must_have(there, "fused", "eager", "eager_seconds", "engines", "why")
-        fused, eager = _recorded_fused(problem, there["fused"]), _recorded_eager(problem, there["eager"])
+        fused, eager = _recorded_fused(problem, plan, there["fused"]), _recorded_eager(problem, there["eager"])
         figures = there["eager_seconds"], there["engines"], there["why"]
         return EngineByDensity(fused, eager, *figures, run.console.line)
     if there.get("engine") == FusedEngine.name:
-        return _recorded_fused(problem, there)
+        return _recorded_fused(problem, plan, there)
     return _recorded_eager(problem, there)
 
 
-def _recorded_fused(problem: Problem, there: dict[str, Any]) -> FusedEngine:
-    plan = _proven_plan(problem)
+def _recorded_fused(problem: Problem, plan: Plan | str, there: dict[str, Any]) -> FusedEngine:
     if isinstance(plan, str):
         raise ValueError(f"the run was begun by the fused engine, which can't be had here: {plan}.")
     fused = _fused(problem, plan, there.get("why", ""), there.get("rows", {}), there.get("tensor_cores", True))
