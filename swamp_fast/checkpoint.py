@@ -40,6 +40,7 @@ from swamp_fast.config import NOT_IDENTITY
 
 FORMAT = "swamp_fast 2"
 ABOUT = ("driver", "config", "fingerprints", "engine", "standardise", "place")  # what run.json must tell
+TABLES = ("config", "fingerprints", "engine", "place")  # which of these are such
 UNBEGUN = (
     "config.toml",
     "config.toml.part",
@@ -178,6 +179,7 @@ class RunDirectory:
                 f"version that wrote it ({about.get('version', 'unknown')})."
             )
         missing = [name for name in ABOUT if name not in about]
+        missing += [name for name in TABLES if name not in missing and not isinstance(about[name], dict)]
         if missing:
             raise ValueError(f"{path} is damaged, it lacks {', '.join(missing)}; move the folder away to start afresh.")
         self.run = run_id(about)

@@ -31,8 +31,9 @@ def locked(folder: Path) -> Iterator[None]:
     path = folder / NAME
     file = _opened(path)
     try:
-        os.ftruncate(file, 0)
-        os.write(file, f"process {os.getpid()} on {platform.node()}".encode())
+        with suppress(OSError):  # on a full disk it is held all the same
+            os.ftruncate(file, 0)
+            os.write(file, f"process {os.getpid()} on {platform.node()}".encode())
         yield
     finally:
         with suppress(OSError):

@@ -122,6 +122,7 @@ def naive_swamp(
             if config.keep_particles and cycle == config.cycles:
                 run.keep_particles([state_of(each) for each in particles.values()])
             run.keep_cycle(state_of(average), masks, row)
+            run.begin_training()
         return run.result()
 
 

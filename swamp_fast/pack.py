@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -43,9 +43,13 @@ def runs_at_once(engine: Engine, problems: Sequence[Problem]) -> tuple[int, str]
 
 
 def packed(engine: Engine, every: Sequence[Trainings[Returned]]) -> list[Returned | Exception]:
-    """Do the trainings of runs that can share a step; what each run returns, or the error that it ended with."""
+    """Do the trainings of runs that can share a step; what each run returns, or the error that it ended with.
+
+    Runs that stand at the same step of the same cycle are trained together; one that is behind goes first.
+    """
     ended: dict[int, Returned | Exception] = {}
     asked: dict[int, Asked] = {}
+    apart: set[int] = set()  # those that are trained by themselves
 
     def go_on(number: int, advance: Callable[[], Asked]) -> None:
         try:
@@ -59,9 +63,21 @@ def packed(engine: Engine, every: Sequence[Trainings[Returned]]) -> list[Returne
         for number, run in enumerate(every):
             go_on(number, functools.partial(next, run))
         while asked:
-            first = min(_place(each) for each in asked.values())  # a run that was stopped later waits for the others
+            _align(asked.values())
+            first = min(_place(each) for each in asked.values())
             group = [number for number, each in asked.items() if _place(each) == first]
-            answers = together(engine, [asked.pop(number) for number in group])
+            group = [number for number in group if number in apart][:1] or group
+            wanted = [asked.pop(number) for number in group]
+            answers: Sequence[Trained | Exception]
+            try:
+                answers = together(engine, wanted)
+            except Exception as error:
+                engine.release()
+                if len(group) > 1:  # one of them may be at fault, or the memory doesn't do
+                    apart.update(group)
+                    asked.update(zip(group, wanted, strict=True))
+                    continue
+                answers = [error]
             for number, answer in zip(group, answers, strict=True):
                 run = every[number]
                 advance = run.throw if isinstance(answer, Exception) else run.send
@@ -75,24 +91,45 @@ def packed(engine: Engine, every: Sequence[Trainings[Returned]]) -> list[Returne
     return [ended[number] for number in range(len(every))]
 
 
-def _place(asked: Asked) -> int:
-    return -1 if asked.cycle is None else asked.cycle
+def _place(asked: Asked) -> tuple[int, int]:
+    """The cycle, and the step that its folder has a checkpoint of."""
+    kept = asked.run.kept_of(asked.cycle)
+    return -1 if asked.cycle is None else asked.cycle, 0 if kept is None else kept.steps
 
 
-def together(engine: EagerEngine | FusedEngine, asked: Sequence[Asked]) -> list[Trained | FloatingPointError]:
+def _align(asked: Iterable[Asked]) -> None:
+    """Where checkpoints of one training are of two steps, as after a kill between their writing, take the earlier."""
+    least: dict[int | None, int] = {}
+    for each in asked:
+        if (kept := each.run.kept_of(each.cycle)) is not None:
+            least[each.cycle] = min(kept.steps, least.get(each.cycle, kept.steps))
+    for each in asked:
+        if each.cycle in least:
+            each.run.go_back_to(least[each.cycle])
+
+
+class _AllDiverged(Exception):
+    """No run is left to train."""
+
+
+def together(engine: EagerEngine | FusedEngine, asked: Sequence[Asked]) -> list[Trained | Exception]:
     """Trainings of several runs, of as many lanes and epochs, in one bank; a run that diverges ends with its error."""
+    for each in asked:
+        each.run.begin_training()
     particles, configs = asked[0].particles, [each.run.config for each in asked]
     masks = torch.stack([each.mask for each in asked])
     bank = engine.spawn_runs([each.start for each in asked], masks, range(particles), asked[0].cycle, configs)
     watches = [
         Watch(each, bank.of_run(number), functools.partial(engine.state, number)) for number, each in enumerate(asked)
     ]
-    errors: dict[int, FloatingPointError] = {}
+    errors: dict[int, Exception] = {}
 
     def on_step(step: int) -> None:
-        for number, watch in enumerate(watches):
-            if number not in errors:
-                watch.on_step(step)
+        left = [watch for number, watch in enumerate(watches) if number not in errors]
+        due = [watch.on_step(step) for watch in left]
+        if any(due):  # all are kept after the same step
+            for watch in left:
+                watch.keep()
         for each in asked:
             each.run.stop_if_asked()
 
@@ -103,11 +140,17 @@ def together(engine: EagerEngine | FusedEngine, asked: Sequence[Asked]) -> list[
                     watches[number].on_epoch(epoch, own)
             except FloatingPointError as error:
                 errors[number] = error
+        if len(errors) == len(watches):
+            raise _AllDiverged
 
     for each in asked:
         each.run.keep_engine(engine.describe())
     trainings = [each.training for each in asked]
-    losses = engine.train_runs(bank, trainings, on_step, on_epoch, _states(watches))
+    before = [watch.state_before for watch in watches if watch.state_before is not None]
+    try:
+        losses = engine.train_runs(bank, trainings, on_step, on_epoch, before or None)
+    except _AllDiverged:
+        return [errors[number] for number in range(len(watches))]
     for number, watch in enumerate(watches):
         watch.bank.buffers = bank.of_run(number).buffers
     ends = enumerate(zip(watches, losses.split(particles), strict=True))
@@ -115,13 +158,3 @@ def together(engine: EagerEngine | FusedEngine, asked: Sequence[Asked]) -> list[
         errors.get(number) or watch.trained(own, functools.partial(engine.side_by_side, run=number))
         for number, (watch, own) in ends
     ]
-
-
-def _states(watches: Sequence[Watch]) -> list[dict[str, Tensor]] | None:
-    """What the runs' folders hold of the training, if it is of one step; else they begin anew."""
-    found = [watch.state_before for watch in watches if watch.state_before is not None]
-    if len(found) == len(watches) and len({int(state["done"]) for state in found}) == 1:
-        return found
-    for watch in watches:
-        watch.dropped.clear()
-    return None

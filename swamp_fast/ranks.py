@@ -289,14 +289,18 @@ def _named(ranks: list[int]) -> str:
 
 
 def _packed(value: Any, error: Exception | None) -> bytes:
-    if error is not None:
-        try:
-            pickle.loads(pickle.dumps(error))
-        except Exception:  # one with arguments of its own
-            error = RuntimeError(f"{type(error).__name__}: {error}")
     file = io.BytesIO()
-    torch.save((value, error), file)
+    torch.save((value, error and portable(error)), file)
     return file.getvalue()
+
+
+def portable(error: Exception) -> Exception:
+    """The error, or one that says the same and can be sent to another process."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # one with arguments of its own
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
 
 
 def _unpacked(sent: bytes) -> tuple[Any, Exception | None]:

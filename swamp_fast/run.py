@@ -9,7 +9,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, ParamSpec, TypeVar
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from swamp_fast import lock
-from swamp_fast.checkpoint import Packed, RunDirectory, Snapshot, Unfinished, run_id, save_tensors
+from swamp_fast.checkpoint import Damaged, Packed, RunDirectory, Snapshot, Unfinished, run_id, save_tensors
 from swamp_fast.data.streams import generators_left_alone
 from swamp_fast.problem import Problem
 from swamp_fast.ranks import ALONE, Ranks
@@ -168,8 +168,6 @@ class Run:
         self.console.line(self._cycle_line(row))
         if self.problem.on_cycle is not None and self.ranks.first:
             self.problem.on_cycle(dict(row))
-        self._ask(False)
-        self.stop_if_asked()
 
     def keep_training(self, state: Unfinished) -> None:
         """Record the training under way; nothing without a folder."""
@@ -183,6 +181,17 @@ class Run:
         """The middle of this training, if the folder holds it."""
         found = self.unfinished
         return found if found is not None and found.cycle == cycle else None
+
+    def go_back_to(self, step: int) -> None:
+        """Go on from the checkpoint before the newest, if it is the one after so many steps."""
+        newest = self.unfinished
+        if self.folder is None or newest is None or newest.steps == step:
+            return
+        path = self.folder.training_paths()[1]
+        with suppress(Damaged):
+            kept = self.folder.training(path) if path.exists() else newest
+            if (kept.cycle, kept.steps) == (newest.cycle, step):
+                self.unfinished = kept
 
     def seconds_of(self, cycle: int | None) -> float:
         """How long this training took before this process."""
@@ -222,20 +231,20 @@ class Run:
             result.write_final(self.folder)
         return result
 
-    def step(self, particles: int, where: str, state: Callable[[], Unfinished] | None = None) -> None:
+    def step(self, particles: int, where: str) -> bool:
         """Count a training step of so many particles, and show how long it will still take.
 
-        Where a checkpoint is due, or a signal asks to stop, `state()` is kept; then call `stop_if_asked`. Ranks do so
-        after the same step, so they ask each other, and as each asking waits for the slowest, only every few steps.
+        Returns whether to `keep_training`: a checkpoint is due, or a signal asks to stop; then call `stop_if_asked`.
+        Ranks do so after the same step, so they ask each other, and as each asking waits for the slowest, only every
+        few steps.
         """
         self._show(particles, where)
         self.steps_unasked += 1
         if self.steps_unasked < self.steps_asked:
-            return
+            return False
         minutes = self.config.checkpoint_minutes
         due = self._ask(minutes > 0 and time.perf_counter() - self.kept_at >= 60 * minutes)
-        if (self.asked is not None or due) and state is not None and self.config.run_dir is not None:
-            self.keep_training(state())
+        return self.config.run_dir is not None and (due or self.asked is not None)
 
     def _ask(self, due: bool) -> bool:
         """Take over a signal that any rank was sent; returns whether a checkpoint is due by the first rank's clock.
@@ -253,6 +262,11 @@ class Run:
         self.asked = asked or None  # not this rank's own: one that came meanwhile the others don't know of yet
         self.steps_unasked, self.asked_at = 0, now
         return bool(some_due)
+
+    def begin_training(self) -> None:
+        """Between two trainings: stop if a signal asked to."""
+        self._ask(False)
+        self.stop_if_asked()
 
     def stop_if_asked(self) -> None:
         """Raise KeyboardInterrupt or SystemExit if a signal asked to stop."""
@@ -282,7 +296,8 @@ class Run:
 
     def _same_call(self) -> None:
         """Refuse ranks whose calls differ."""
-        own = {"the settings": run_id({**self.about, "fingerprints": {}}), **self.problem.fingerprints}
+        together = (self.config.run_dir is None, self.config.on_divergence)  # what ranks do together hangs on it
+        own = {"the settings": (run_id({**self.about, "fingerprints": {}}), together), **self.problem.fingerprints}
         theirs = self.ranks.decided(lambda: own)
         differ = [name for name, value in own.items() if theirs[name] != value]
         found = self.ranks.most([self.ranks.rank if differ else 0])[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import dataclasses
 import functools
@@ -9,7 +10,7 @@ import io
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from swamp_fast import ranks
+from swamp_fast.batchnorm import norms_of
 from swamp_fast.checkpoint import RunDirectory, run_id, write
 from swamp_fast.config import SwampConfig
 from swamp_fast.driver import swamp
-from swamp_fast.engines import start_engine
+from swamp_fast.engines import Engine, start_engine
+from swamp_fast.fingerprint import model_fingerprint
 from swamp_fast.pack import packed, runs_at_once
 from swamp_fast.probe import Forward, Loss
 from swamp_fast.problem import SPLITS, Problem, prepare
@@ -31,11 +34,12 @@ from swamp_fast.ranks import Ranks
 from swamp_fast.report.console import Console, duration, percent
 from swamp_fast.report.figures import accuracy_of_points
 from swamp_fast.result import SwampResult
-from swamp_fast.run import Run, one_at_a_time
+from swamp_fast.run import FIRST_ESTIMATE_SECONDS, Run, one_at_a_time
 from swamp_fast.schedule import total_particle_epochs
+from swamp_fast.signals import StopSignals
 
 Model = nn.Module | Callable[[], nn.Module]
-Grid = Mapping[str, Sequence[Any]] | Sequence[Mapping[str, Any]]
+Grid = Mapping[str, Iterable[Any]] | Sequence[Mapping[str, Any]]
 
 # Settings that may differ between the runs of a pack: they are values of a lane, or of what is done between trainings.
 PER_RUN = ("seed", "lr", "swa_lr", "swa_start", "momentum", "beta1", "beta2", "adam_eps", "weight_decay", "prune")
@@ -75,6 +79,7 @@ class SweepResult:
             history = [{}] if run.result is None else run.result.history
             for row in history:
                 plain = {name: value for name, value in row.items() if isinstance(value, int | float | None)}
+                plain |= {"dropped": len(row["dropped"])} if row else {}
                 error = "" if run.error is None else f"{type(run.error).__name__}: {run.error}"
                 rows.append({"id": run.id, **run.point, **plain, "error": error})
         return rows
@@ -151,8 +156,9 @@ def sweep(
     don't fit, before anything is trained.
     """
     points = points_of(grid if grid is not None else [{}])
-    base = SwampConfig.of(config, _without_folder(common))
-    console = Console(base.progress)
+    base = _without_folder(SwampConfig.of(config, common))
+    job = ranks.current()
+    console = Console(base.progress and job.first)
     arguments = {"val": val, "forward": forward, "loss": loss, "transform": transform}
     arguments |= {"prunable": prunable, "initial_masks": initial_masks}
     problems: list[Problem] = []
@@ -163,57 +169,69 @@ def sweep(
     runs = [_placed(problem, point, out) for problem, point in zip(problems, points, strict=True)]
     _refuse_twins(runs)
     _introduce(console, model, problems, runs)
-    job = ranks.current()
-    if job.world > 1 and out is None:
-        raise ValueError("a sweep over several ranks needs `out`, a folder that all of them see.")
+    found = SweepResult(runs)
+    tell = functools.partial(_tell, found, Path(out) if out is not None and job.first else None, console)
     with job.watched():
-        waiting = job.decided(
-            lambda: [number for number, run in enumerate(runs) if not _finished(run, problems[number])]
-        )
-        _do(problems, runs, waiting[job.rank :: job.world], console)
+        _same_runs(job, runs, out)
+        packs = job.decided(functools.partial(_packs, problems, runs, console))
+        mine = dealt(packs, problems, job.world)[job.rank]
+        signals = StopSignals()
+        progress = _Progress(console, {number: problems[number] for pack in mine for number in pack.numbers}, runs)
+        for pack in mine:
+            _run_pack(pack, problems, runs, signals, progress, tell)
         _exchange(job, problems, runs)
     console.close()
-    found = SweepResult(runs)
-    if out is not None and job.first:
-        found.write_csv(Path(out) / "results.csv")
-        found.write_csv(Path(out) / "summary.csv", found.summary())
-        _draw(found, Path(out) / "accuracy.png", console)
+    tell()
     return found
 
 
-def _do(problems: Sequence[Problem], runs: Sequence[SweptRun], waiting: Sequence[int], console: Console) -> None:
-    """Do the runs of some places, those that can share a step in one bank."""
-    progress = _Progress(console, {runs[number].id: epochs_from(problems[number].config, 0) for number in waiting})
-    for pack in packs_of([problems[number] for number in waiting]):
-        numbers = [waiting[place] for place in pack]
-        _run_pack([problems[number] for number in numbers], [runs[number] for number in numbers], progress)
+def _same_runs(job: Ranks, runs: Sequence[SweptRun], out: str | Path | None) -> None:
+    """Refuse ranks whose calls differ."""
+    if job.world > 1 and out is None:
+        raise ValueError("a sweep over several ranks needs `out`, a folder that all of them see.")
+    own = [run.id for run in runs]
+    found = job.most([job.rank if job.decided(lambda: own) != own else 0])[0]
+    if found:
+        raise ValueError(
+            f"every rank must be called with the same, but rank {found}'s settings, model or data differ from rank 0's."
+        )
+
+
+def _tell(found: SweepResult, out: Path | None, console: Console) -> None:
+    """Write what the sweep's folder holds beside the runs; the figure once all are over."""
+    if out is None:
+        return
+    found.write_csv(out / "results.csv")
+    found.write_csv(out / "summary.csv", found.summary())
+    if all(run.result is not None or run.error is not None for run in found.runs):
+        _draw(found, out / "accuracy.png", console)
 
 
 def _exchange(job: Ranks, problems: Sequence[Problem], runs: Sequence[SweptRun]) -> None:
     """Take over what other ranks did."""
-    own = {number: run.error for number, run in enumerate(runs) if run.error is not None}
+    own = {number: ranks.portable(run.error) for number, run in enumerate(runs) if run.error is not None}
     every = job.decided(functools.partial(_merged, job.collected(own)))
     for number, run in enumerate(runs):
         run.error = every.get(number)
-        if run.result is None and run.error is None:
-            _finished(run, problems[number])
+        if run.result is None and run.error is None and not _finished(run, problems[number]):
+            raise RuntimeError(f"rank {job.rank} can't read {run.folder}; `out` must be a folder that all ranks see.")
 
 
 def _merged(parts: list[dict[int, Exception]]) -> dict[int, Exception]:
     return {number: error for part in parts for number, error in part.items()}
 
 
-def _without_folder(common: Mapping[str, Any]) -> Mapping[str, Any]:
-    if common.get("run_dir") is not None:
+def _without_folder(config: SwampConfig) -> SwampConfig:
+    if config.run_dir is not None:
         raise TypeError("`run_dir` is one run's; a sweep has `out`, a folder for all of them.")
-    return common
+    return config
 
 
 def points_of(grid: Grid) -> list[dict[str, Any]]:
     """The points of a grid: every combination of a mapping's values, or those of a list."""
     if isinstance(grid, Mapping):
         for name, values in grid.items():
-            if isinstance(values, str) or not isinstance(values, Sequence) or not values:
+            if isinstance(values, str | Mapping) or not isinstance(values, Iterable) or not list(values):
                 raise TypeError(f"`grid` must have a list of values for `{name}`, got {values!r}.")
         return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
     points = [dict(point) for point in grid]
@@ -223,16 +241,90 @@ def points_of(grid: Grid) -> list[dict[str, Any]]:
 
 
 def packs_of(problems: Sequence[Problem]) -> list[list[int]]:
-    """Which runs can share a step, by their places: of the same model and settings, but for those of a lane."""
+    """Which runs can share a step, by their places: of the same model and settings, but for what a lane has of its own.
+
+    That is its trained weights, running statistics, and the settings PER_RUN.
+    """
     packs: dict[str, list[int]] = {}
     for place, problem in enumerate(problems):
         settings = {name: value for name, value in problem.config.identity().items() if name not in PER_RUN}
         if problem.config.clip_norm is not None:
             settings["clip_norm"] = "a value of a lane"
-        shape = [(entry.name, entry.shape, entry.prunable) for entry in problem.layout.entries]
+        model = model_fingerprint(problem.original, _of_a_lane(problem))
         others = {name: each for name, each in problem.fingerprints.items() if name not in ("model", "mask")}
-        packs.setdefault(repr((settings, shape, others)), []).append(place)
+        packs.setdefault(repr((settings, model, others)), []).append(place)
     return list(packs.values())
+
+
+def _of_a_lane(problem: Problem) -> set[str]:
+    """What a lane of a bank has of its own: trained parameters, and the running statistics of norms."""
+    names = {entry.name for entry in problem.layout.entries}
+    for path, module in problem.original.named_modules():
+        if norms_of([module]) == [module]:
+            names |= {f"{path}.{name}" for name, _ in module.named_buffers()}
+    return names
+
+
+@dataclass(frozen=True)
+class Pack:
+    """Runs that can share a step, by their numbers; the engine that they begin with, and how many it does at once."""
+
+    numbers: list[int]
+    engine: dict[str, Any]
+    at_once: int
+
+
+def _packs(problems: Sequence[Problem], runs: Sequence[SweptRun], console: Console) -> list[Pack]:
+    """The runs that are still to be done. What a stopwatch chose before for others like them is used again."""
+    packs = []
+    for numbers in packs_of(problems):
+        waiting = [number for number in numbers if not _finished(runs[number], problems[number])]
+        if not waiting:
+            continue
+        known = (_begun_with(runs[number], problems[number]) for number in numbers)
+        engine, at_once = next((each for each in known if each), None) or _measured(
+            [problems[number] for number in waiting], console
+        )
+        packs.append(Pack(waiting, engine, at_once))
+    return packs
+
+
+def _begun_with(run: SweptRun, problem: Problem) -> tuple[dict[str, Any], int] | None:
+    """The engine of a run that was begun on such a device, and how many it was trained with."""
+    if run.folder is None or not (run.folder / "run.json").exists():
+        return None
+    try:
+        about = RunDirectory(run.folder).about()
+    except ValueError:  # what is wrong with it is told when it is opened
+        return None
+    same = about["place"].get("device") == problem.device.type
+    return (about["engine"], about.get("at_once", 1)) if same and about["engine"] else None
+
+
+def _measured(problems: Sequence[Problem], console: Console) -> tuple[dict[str, Any], int]:
+    """The fastest engine for runs that can share a step, and how many at once."""
+    config = problems[0].config.replace(run_dir=None, tensorboard=False, progress=False)
+    with Run(dataclasses.replace(problems[0], config=config), "fast_swamp") as scratch:
+        engine = start_engine(problems[0], scratch)
+        at_once, why = runs_at_once(engine, problems)
+    console.line(f"engine   {engine.name}, {at_once} of {len(problems)} runs at once: {why}")
+    return engine.describe(), at_once
+
+
+def dealt(packs: Sequence[Pack], problems: Sequence[Problem], world: int) -> list[list[Pack]]:
+    """Each rank's part of the packs, so that all have about as much to train."""
+    load = [0] * world
+    parts: list[list[Pack]] = [[] for _ in range(world)]
+    for pack in packs:
+        numbers: list[list[int]] = [[] for _ in range(world)]
+        for number in pack.numbers:
+            rank = load.index(min(load))
+            load[rank] += total_particle_epochs(problems[number].config) * len(problems[number].bounds)
+            numbers[rank].append(number)
+        for part, own in zip(parts, numbers, strict=True):
+            if own:
+                part.append(dataclasses.replace(pack, numbers=own))
+    return parts
 
 
 def _draw(found: SweepResult, path: Path, console: Console) -> None:
@@ -271,7 +363,10 @@ def _refuse_twins(runs: Sequence[SweptRun]) -> None:
     points: dict[str, dict[str, Any]] = {}
     for run in runs:
         if run.id in points:
-            raise ValueError(f"`grid` has the same run twice: {points[run.id]} and {run.point}. Leave one of them out.")
+            raise ValueError(
+                f"`grid` has the same run twice: {points[run.id]} and {run.point} compute the same. Leave one of them "
+                "out."
+            )
         points[run.id] = run.point
 
 
@@ -282,71 +377,138 @@ def _introduce(console: Console, model: Model, problems: Sequence[Problem], runs
 
 
 def _finished(run: SweptRun, problem: Problem) -> bool:
-    """Take a run that is there over."""
+    """Take a run that is there whole over; one that is damaged is mended when it is opened."""
     if run.folder is None or not (run.folder / "run.json").exists():
         return False
-    folder = RunDirectory(run.folder)
-    folder.about()
-    if folder.cycles_done() <= problem.config.cycles:
+    files = ["model", "masks"] + ["particles"] * problem.config.keep_particles
+    if not all((run.folder / f"{name}.safetensors").exists() for name in files):
         return False
-    run.result = SwampResult.load(run.folder, problem.original)
+    try:
+        result = SwampResult.load(run.folder, problem.original)
+    except ValueError:
+        return False
+    if len(result.history) <= problem.config.cycles:
+        return False
+    run.result = result
     return True
 
 
 class _Progress:
     """Tells of each cycle of each run, and how long the whole sweep will take.
 
-    left  particle-epochs of each run's cycles to come, by its id
+    left     particle-steps of each run, by its number, until it is opened
+    records  of those that were
     """
 
-    def __init__(self, console: Console, left: dict[str, int]) -> None:
-        self.console, self.left, self.done = console, left, 0
-        self.began = time.perf_counter()
+    def __init__(self, console: Console, problems: dict[int, Problem], runs: Sequence[SweptRun]) -> None:
+        self.console, self.runs = console, runs
+        self.left = {n: total_particle_epochs(each.config) * len(each.bounds) for n, each in problems.items()}
+        self.records: dict[int, Run] = {}
+        self.began: float | None = None
+        self.told = False
+
+    def opened(self, number: int, record: Run) -> None:
+        """A run begins; what its console would show passes by in the sweep's."""
+        self.began = time.perf_counter() if self.began is None else self.began
+        self.left[number], self.records[number] = 0, record
+        record.console = _OfASweep(self)
+
+    def status(self) -> None:
+        """A step is done."""
+        seconds = self.seconds_left()
+        if not self.told and self.began is not None and time.perf_counter() - self.began > FIRST_ESTIMATE_SECONDS:
+            self.told = True
+            self.console.line(f"time     about {duration(seconds)} left at this pace")
+        over = sum(run.result is not None or run.error is not None for run in self.runs)
+        self.console.status(f"{over} of {len(self.runs)} runs are over, about {duration(seconds)} left")
 
     def cycle(self, run: SweptRun, config: SwampConfig, row: dict[str, Any]) -> None:
         """A cycle is over."""
-        self.done += row["particles"] * config.epochs
-        self.left[run.id] = epochs_from(config, row["cycle"] + 1)
-        seconds = (time.perf_counter() - self.began) / self.done * sum(self.left.values())
-        point = ", ".join(f"{name} = {value}" for name, value in run.point.items()) or run.id[:8]
         self.console.line(
-            f"{point}: cycle {row['cycle']}/{config.cycles}, density {percent(row['density'])}, accuracy "
-            f"{percent(row['accuracy'])}; the sweep has about {duration(seconds)} left"
+            f"{_named(run)}: cycle {row['cycle']}/{config.cycles}, density {percent(row['density'])}, accuracy "
+            f"{percent(row['accuracy'])}; the sweep has about {duration(self.seconds_left())} left"
         )
 
-    def failed(self, run: SweptRun) -> None:
+    def failed(self, number: int, error: Exception) -> None:
         """A run is over before its time."""
-        self.left[run.id] = 0
-        self.console.line(f"{run.point} ended: {type(run.error).__name__}: {run.error}")
+        self.runs[number].error = error
+        self.left[number] = 0
+        self.records.pop(number, None)
+        self.console.line(f"{_named(self.runs[number])} ended: {type(error).__name__}: {error}")
+
+    def seconds_left(self) -> float:
+        """Of the runs that this process has."""
+        done = sum(record.steps_done for record in self.records.values())
+        left = sum(self.left.values()) + sum(max(0, record.steps_left) for record in self.records.values())
+        return (time.perf_counter() - (self.began or 0.0)) / max(done, 1) * left
 
 
-def epochs_from(config: SwampConfig, cycle: int) -> int:
-    """Particle-epochs of the cycles from one on."""
-    return sum(config.particles_at(later) for later in range(cycle, config.cycles + 1)) * config.epochs
+def _named(run: SweptRun) -> str:
+    return ", ".join(f"{name} = {value}" for name, value in run.point.items()) or run.id[:8]
 
 
-def _run_pack(problems: Sequence[Problem], runs: Sequence[SweptRun], progress: _Progress) -> None:
-    """Do runs that can share a step, as many at once as measured best."""
-    problems = [_quiet(problem, run, progress) for problem, run in zip(problems, runs, strict=True)]
-    records = [Run(problem, "fast_swamp") for problem in problems]
-    for record in records:
-        record.signals = records[0].signals  # one wish to stop is all runs'
-    with ExitStack() as stack:
-        for record in records:
-            stack.enter_context(record)
-        first = next((record for record in records if record.engine), records[0])
-        engine = start_engine(problems[records.index(first)], first)
-        at_once, why = runs_at_once(engine, problems)
-        progress.console.line(f"engine   {engine.name}, {at_once} of {len(problems)} runs at once: {why}")
-        for begin in range(0, len(problems), at_once):
-            group = range(begin, min(begin + at_once, len(problems)))
-            ends = packed(engine, [swamp(problems[number], engine, records[number]) for number in group])
+class _OfASweep(Console):
+    """The console of one run: only that it goes on is seen."""
+
+    def __init__(self, progress: _Progress) -> None:
+        super().__init__(False)
+        self.progress = progress
+
+    def status(self, text: str) -> None:
+        """A step is done."""
+        self.progress.status()
+
+
+def _run_pack(
+    pack: Pack,
+    problems: Sequence[Problem],
+    runs: Sequence[SweptRun],
+    signals: StopSignals,
+    progress: _Progress,
+    tell: Callable[[], None],
+) -> None:
+    """Do the runs of a pack, as many at once as it says; tell the user after each such group."""
+    engine: Engine | None = None
+    for begin in range(0, len(pack.numbers), pack.at_once):
+        group: dict[int, Run] = {}
+        begun: dict[int, bool] = {}
+        with ExitStack() as stack:
+            for number in pack.numbers[begin : begin + pack.at_once]:
+                try:
+                    record = Run(_quiet(problems[number], runs[number], progress), "fast_swamp")
+                    record.signals = signals  # one wish to stop is all runs'
+                    progress.opened(number, record)
+                    group[number] = stack.enter_context(record)
+                    record.about["at_once"] = pack.at_once
+                    begun[number] = bool(record.engine)
+                    record.keep_engine(record.engine or copy.deepcopy(pack.engine))
+                except Exception as error:
+                    group.pop(number, None)
+                    progress.failed(number, error)
+            if not group:
+                continue
+            first = next(iter(group))
+            try:
+                engine = _engine_for(group[first], begun[first], engine)
+                trainings = [swamp(each.problem, engine, each) for each in group.values()]
+                ends: Sequence[SwampResult | Exception] = packed(engine, trainings)
+            except Exception as error:
+                ends = [error] * len(group)
             for number, end in zip(group, ends, strict=True):
                 if isinstance(end, Exception):
-                    runs[number].error = end
-                    progress.failed(runs[number])
+                    progress.failed(number, end)
                 else:
                     runs[number].result = end
+        tell()
+
+
+def _engine_for(record: Run, begun: bool, there: Engine | None) -> Engine:
+    """The engine of a pack, as the run recorded it if it was begun before."""
+    if there is None or there.name != record.engine["engine"]:
+        return start_engine(record.problem, record)
+    if begun:
+        there.replay(record.engine)
+    return there
 
 
 def _quiet(problem: Problem, run: SweptRun, progress: _Progress) -> Problem:

@@ -101,12 +101,14 @@ def alone(engine: Engine, trainings: Trainings[Returned]) -> Returned:
 def do(engine: Engine, asked: Asked) -> Trained:
     """One training by itself, its lanes shared among the run's ranks. Raises FloatingPointError, see Watch.on_epoch."""
     ranks, run = asked.run.ranks, asked.run
+    run.begin_training()
     ranks.agree(f"the mask of {asked.shown}", asked.mask)
     bank = spawned(engine, asked)
     watch = Watch(asked, bank, engine.state)
 
     def on_step(step: int) -> None:
-        watch.on_step(step)
+        if watch.on_step(step):
+            watch.keep()
         run.stop_if_asked()
 
     if bank.lanes:
@@ -176,10 +178,14 @@ class Watch:
             on_step(step)
         return none
 
-    def on_step(self, step: int) -> None:
-        """After a step."""
+    def on_step(self, step: int) -> bool:
+        """After a step; returns whether to `keep` the training."""
         where = f"{self.asked.shown}, epoch {step // self.steps + 1}/{self.asked.training.epochs}"
-        self.run.step(self.count, where, None if self.run.problem.probe.keeps_state else self.state)
+        return self.run.step(self.count, where) and not self.run.problem.probe.keeps_state
+
+    def keep(self) -> None:
+        """Record the training under way."""
+        self.run.keep_training(self.state())
 
     def on_epoch(self, epoch: int, losses: Tensor) -> None:
         """After an epoch with mean losses [L] of this rank's lanes: drop the particles that diverged, or stop.
@@ -217,10 +223,10 @@ class Watch:
             f"{where}, epoch {epoch + 1}: {which} diverged to NaN or infinity. Lower lr and swa_lr, or check the data."
         )
         if keeps:
-            self.run.keep_training(self.state())
+            self.keep()
             text += (
-                f" {self.run.config.run_dir} holds the run as it is now, and started again it stops here again: other "
-                "settings need another run_dir."
+                f" {self.run.config.run_dir} holds the run as it is now, and started again it stops here again; other "
+                "settings are another run."
             )
         if self.count > 1 and self.run.config.on_divergence == "stop":
             text += ' on_divergence="drop" goes on without such particles.'

@@ -13,7 +13,7 @@ STEPS = 3  # of an epoch: 160 samples
 WAYS = ["lanes", "fold", "fold grouped", "fused", "by density"]
 
 
-class Interrupted(Exception):
+class Interrupted(BaseException):
     """Stands for the end of a process."""
 
 

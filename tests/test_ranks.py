@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.durability import ROOT, SMALL, Small, same_bits
+from benchmarks.durability import ROOT, SMALL, Small, held, same_bits
 from benchmarks.ranks import launch, small_runs
 from swamp_fast import SwampResult, fast_swamp, ranks, sweep
 from swamp_fast.data.streams import stream_of
@@ -84,7 +84,10 @@ def test_only_the_first_rank_speaks(by):
 
 def begun(folder: Path, processes) -> None:
     """Wait until a cycle's training has a checkpoint."""
-    while not ((folder / "ticket.safetensors").exists() and (folder / "training.safetensors").exists()):
+    while True:
+        with suppress(OSError):  # a file that is gone as it is looked at
+            if held(folder).startswith("cycle"):
+                return
         assert all(process.is_alive() for process in processes)
         time.sleep(0.005)
 
@@ -151,6 +154,15 @@ def raised(**settings: object) -> str:
     return "nothing"
 
 
+def swept(out: str, **settings: object) -> str:
+    """What a sweep by this job raises."""
+    try:
+        sweep(Small, "digits", None, {"seed": [0, 1]}, out=out, **SMALL | {"progress": False} | settings)
+    except ValueError as error:
+        return str(error)
+    return "nothing"
+
+
 def faults(folder: str) -> None:
     """Calls that every rank must refuse; each writes why."""
     job = ranks.current()
@@ -159,6 +171,8 @@ def faults(folder: str) -> None:
         print(f"{name}: {text}", file=sys.stderr)
 
     tell("settings", raised(seed=job.rank // 2))
+    tell("one", raised(run_dir=folder if job.first else None, cycles=0))
+    tell("sweep", swept(folder + "_of", lr=0.1 if job.rank < 2 else 0.07))
     tell("ours", raised(run_dir=folder, cycles=0))
     tell("folder", raised(run_dir=folder, cycles=0, resume=False))
 
@@ -193,6 +207,8 @@ def test_what_is_wrong_on_one_rank_all_raise(tmp_path):
         told = dict(line.split(": ", 1) for line in lines)
         assert "rank 2's call differs from rank 0's" in told["settings"]
         assert ("the settings" in told["settings"]) == (rank == 2)
+        assert "the settings" in told["one"] if rank else "rank 2's call differs" in told["one"]
+        assert "rank 2's settings, model or data differ from rank 0's" in told["sweep"]
         assert told["ours"] == "nothing"
         assert "holds a run already, and resume=False" in told["folder"]
         assert re.match(r"cycle 0, epoch 1: particle 2 diverged", told["stop"])

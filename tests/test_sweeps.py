@@ -6,13 +6,16 @@ import csv
 import signal
 
 import networks
+import numpy as np
 import pytest
 import torch
+from stops import ALWAYS, Interrupted
 from test_odd_models import same
 
 from swamp_fast import fast_swamp, sweep
 from swamp_fast import sweeps as module
-from swamp_fast.engines.eager import Choice
+from swamp_fast.engines.eager import Choice, EagerEngine
+from swamp_fast.problem import prepare
 from swamp_fast.run import Run
 
 SETTINGS = {"particles": 2, "cycles": 2, "epochs": 2, "ticket_epochs": 1, "batch_size": 32, "progress": False}
@@ -75,9 +78,9 @@ def test_nothing_is_computed_twice(data, tmp_path, monkeypatch):
     first = sweep(made, *data, {"seed": [0, 1]}, out=tmp_path, engine="eager", **SETTINGS)
     packs, original = [], module._run_pack
 
-    def counted(problems, *rest):
-        packs.append(len(problems))
-        original(problems, *rest)
+    def counted(pack, *rest):
+        packs.append(len(pack.numbers))
+        original(pack, *rest)
 
     monkeypatch.setattr(module, "_run_pack", counted)
     again = sweep(made, *data, {"seed": [0, 1]}, out=tmp_path, engine="eager", **SETTINGS)
@@ -123,7 +126,7 @@ def test_stopped_it_goes_on(engine, data, tmp_path, monkeypatch):
         steps.append(self)
         if len(steps) == 33:
             self.signals.asked = signal.SIGINT
-        original(self, *arguments)
+        return original(self, *arguments)
 
     monkeypatch.setattr(Run, "step", step)
     with pytest.raises(KeyboardInterrupt):
@@ -133,6 +136,154 @@ def test_stopped_it_goes_on(engine, data, tmp_path, monkeypatch):
     for a, b in zip(whole.runs, again.runs, strict=True):
         bits(a.result, b.result)
     assert len(steps) == 2 * (1 + 3 * 2) * 5  # none is taken twice
+
+
+@pytest.fixture
+def three_at_once(monkeypatch):
+    monkeypatch.setattr("swamp_fast.engines.choose", lambda problem, particles: Choice("lanes", False, "forced", {}))
+    monkeypatch.setattr(module, "runs_at_once", lambda engine, problems: (3, "forced"))
+
+
+SEEDS = {"seed": [0, 1, 2]}
+EAGER = {**SETTINGS, "engine": "eager", "cycles": 1}
+STEPS = 3 * (5 + 2 * 2 * 5)  # of the runs: a ticket's epoch, and two trainings of two
+
+
+@pytest.mark.parametrize("writes", [1, 23, 49, 71])
+def test_killed_between_the_checkpoints_of_two_runs(writes, three_at_once, data, tmp_path, monkeypatch):
+    """One step is done again, and nothing else."""
+    whole = sweep(made, *data, SEEDS, **EAGER)
+    count, original, step = [], Run.keep_training, Run.step
+
+    def killed(self, state):
+        original(self, state)
+        count.append(self)
+        if len(count) == writes:
+            raise Interrupted
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "keep_training", killed)
+        with pytest.raises(Interrupted):
+            sweep(made, *data, SEEDS, out=tmp_path, checkpoint_minutes=ALWAYS, **EAGER)
+    steps = []
+    monkeypatch.setattr(Run, "step", lambda self, *rest: (steps.append(self), step(self, *rest))[1])
+    again = sweep(made, *data, SEEDS, out=tmp_path, **EAGER)
+    for a, b in zip(whole.runs, again.runs, strict=True):
+        bits(a.result, b.result)
+    assert STEPS - writes <= len(steps) <= STEPS - writes // 3 * 3
+
+
+def test_stopped_while_one_is_evaluated(three_at_once, data, tmp_path, monkeypatch):
+    """What all have trained is kept."""
+    asked = []
+
+    def reestimate(*_):
+        if not asked:
+            signal.raise_signal(signal.SIGTERM)
+        asked.append(1)
+
+    monkeypatch.setattr("swamp_fast.driver.reestimate", reestimate)
+    with pytest.raises(SystemExit):
+        sweep(made, *data, SEEDS, out=tmp_path, **EAGER)
+    assert len(list(tmp_path.glob("runs/*/cycle_00.safetensors"))) == 3
+
+
+def test_runs_that_have_all_diverged_are_over(three_at_once, data, monkeypatch):
+    steps, step = [], Run.step
+    monkeypatch.setattr(Run, "step", lambda self, *rest: (steps.append(self), step(self, *rest))[1])
+    settings = {**EAGER, "lr": 1e30, "epochs": 4, "ticket_epochs": 0}
+    assert all(isinstance(run.error, FloatingPointError) for run in sweep(made, *data, SEEDS, **settings).runs)
+    assert len(steps) <= 3 * 5
+
+
+def frozen():
+    model = made()
+    model.conv.weight.requires_grad_(False)
+    return model
+
+
+class Drawn(torch.nn.Module):
+    """What it does depends on what it draws when it is made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.order = made(), torch.randperm(8)
+        self.register_buffer("other", torch.randn(1, 1, 8, 8))
+
+    def forward(self, x):
+        return self.body(x[..., self.order] + self.other)
+
+
+@pytest.mark.parametrize("factory", [frozen, Drawn])
+def test_models_that_differ_in_more_than_their_weights(factory, three_at_once, data):
+    settings = {**EAGER, "precision": "float64", "keep_particles": True}
+    for run in sweep(factory, *data, {"seed": [0, 1]}, **settings).runs:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(run.point["seed"])
+            model = factory()
+        same(run.result, fast_swamp(model, *data, **settings, **run.point))
+
+
+@pytest.mark.parametrize("name", ["cycle_01.safetensors", "model.safetensors"])
+def test_a_damaged_file_is_mended(name, data, tmp_path):
+    first = sweep(made, *data, {"seed": [0, 1]}, out=tmp_path, **EAGER)
+    path = first.runs[1].folder / name
+    if name == "model.safetensors":
+        path.unlink()
+        again = sweep(made, *data, {"seed": [0, 1]}, out=tmp_path, **EAGER)
+    else:
+        path.write_bytes(path.read_bytes()[:-99])
+        with pytest.warns(UserWarning, match="It was renamed"):
+            again = sweep(made, *data, {"seed": [0, 1]}, out=tmp_path, **EAGER)
+    bits(first.runs[1].result, again.runs[1].result)
+    assert path.exists()
+
+
+def test_whatever_a_run_fails_by_the_others_go_on(three_at_once, data, tmp_path, monkeypatch):
+    original, failed = EagerEngine.train_runs, []
+
+    def train_runs(self, bank, trainings, *rest):
+        if any(config.seed == 1 for config in bank.configs):
+            failed.append(len(bank.configs))
+            raise torch.OutOfMemoryError("none is left")
+        return original(self, bank, trainings, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(EagerEngine, "train_runs", train_runs)
+        found = sweep(made, *data, SEEDS, out=tmp_path, **EAGER)
+    assert failed == [3, 1]
+    assert [type(run.error) for run in found.runs] == [type(None), torch.OutOfMemoryError, type(None)]
+    (found.runs[0].folder / "run.json").write_text("{")
+    again = sweep(made, *data, SEEDS, out=tmp_path, **EAGER)
+    assert "run.json is damaged" in str(again.runs[0].error)
+    bits(again.runs[1].result, alone({"seed": 1}, data, **EAGER))
+    bits(again.runs[2].result, found.runs[2].result)
+
+
+def test_what_was_chosen_is_chosen_again(data, tmp_path, monkeypatch):
+    """Also for new runs of an extended grid."""
+    monkeypatch.setattr("swamp_fast.engines.choose", lambda problem, particles: Choice("lanes", False, "first", {}))
+    sweep(made, *data, {"seed": [0, 1]}, out=tmp_path, **EAGER)
+    monkeypatch.setattr("swamp_fast.engines.choose", lambda problem, particles: Choice("fold", False, "then", {}))
+    again = sweep(made, *data, SEEDS, out=tmp_path, **EAGER)
+    assert [run.result.engine["why"] for run in again.runs] == ["first"] * 3
+
+
+def test_runs_are_dealt_by_what_they_cost(data):
+    points = [{"epochs": epochs, "seed": seed} for seed in range(4) for epochs in (1, 9)]
+    problems = [prepare(made(), *data, settings={**SETTINGS, **point}) for point in points]
+    packs = [module.Pack(numbers, {}, 1) for numbers in module.packs_of(problems)]
+    parts = module.dealt(packs, problems, 2)
+    costs = [sum(points[number]["epochs"] for pack in part for number in pack.numbers) for part in parts]
+    assert costs == [20, 20]
+
+
+def test_progress_tells_of_the_whole_sweep(three_at_once, data, capsys):
+    sweep(made, *data, SEEDS, **{**EAGER, "progress": True})
+    told = capsys.readouterr().err.splitlines()
+    cycles = [line for line in told if ": cycle " in line]
+    assert len(cycles) == 6
+    assert cycles[-1].endswith("the sweep has about 0.0 s left")
 
 
 def test_runs_that_cannot_share_a_step_queue(data):
@@ -160,5 +311,6 @@ def test_what_is_refused(data):
     ):
         with pytest.raises(error, match=text):
             sweep(made, *data, grid, **SETTINGS)
+    assert len(sweep(made, *data, {"seed": np.array([0, 1])}, **{**SETTINGS, "cycles": 0}).runs) == 2
     with pytest.raises(TypeError, match="a sweep has `out`"):
         sweep(made, *data, {"seed": [0]}, run_dir="somewhere", **SETTINGS)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from swamp_fast.engines.by_density import EngineByDensity
-from swamp_fast.engines.eager import Choice, EagerEngine, choose
+from swamp_fast.engines.eager import NAMES, Choice, EagerEngine, choose
 from swamp_fast.engines.fused.check import differs_from_autograd, tensor_cores
 from swamp_fast.engines.fused.cpu.program import Rows
 from swamp_fast.engines.fused.engine import FusedEngine, faster_branch, fused_plan, seconds_of_steps
@@ -109,6 +109,10 @@ def _fused(
 
 def _recorded_eager(problem: Problem, there: dict[str, Any]) -> EagerEngine:
     _must_have(there, *Choice.__dataclass_fields__)
+    if there["way"] not in NAMES:
+        raise ValueError(
+            f'the run\'s run.json is damaged: its engine has the way "{there["way"]}". Name another run_dir.'
+        )
     choice = Choice(**{name: there[name] for name in Choice.__dataclass_fields__})
     return EagerEngine(problem, choice, there.get("why_not_fused"))
 

@@ -17,14 +17,12 @@ def history_table(history: list[dict[str, Any]]) -> str:
 
 def summary_table(summary: list[dict[str, Any]], names: list[str]) -> str:
     """A sweep's last cycles, a row a point of the settings `names`: accuracy on test, its spread over seeds."""
-    last = max((row["cycle"] for row in summary), default=0)
+    last = {tuple(str(row.get(name, "")) for name in names): row for row in summary}  # its cycles are in order
     rows = [(*names, "density", "seeds", "accuracy")]
-    for row in summary:
-        if row["cycle"] == last:
-            mean, spread = row.get("accuracy"), row.get("accuracy_std", 0.0)
-            accuracy = "–" if mean is None else f"{mean * 100:.2f} ± {spread * 100:.2f} %"
-            point = (str(row.get(name, "")) for name in names)
-            rows.append((*point, percent(row["density"]), str(row["seeds"]), accuracy))
+    for point, row in last.items():
+        mean, spread = row.get("accuracy"), row.get("accuracy_std", 0.0)
+        accuracy = "–" if mean is None else f"{mean * 100:.2f} ± {spread * 100:.2f} %"
+        rows.append((*point, percent(row["density"]), str(row["seeds"]), accuracy))
     return _table(rows)
 
 
