@@ -85,7 +85,7 @@ def test_only_the_first_rank_speaks(by):
 def begun(folder: Path, processes) -> None:
     """Wait until a cycle's training has a checkpoint."""
     while True:
-        with suppress(OSError):  # a file that is gone as it is looked at
+        with suppress(OSError, RuntimeError):  # a file that is gone as it is looked at
             if held(folder).startswith("cycle"):
                 return
         assert all(process.is_alive() for process in processes)
