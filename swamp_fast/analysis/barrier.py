@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import torch
 from torch import Tensor
@@ -95,5 +95,6 @@ def consecutive(on: Analysis, result: SwampResult, points: int = 11, *, reestima
     The two have different supports: on the way the weights that the next mask prunes shrink to 0.
     """
     states = [state for state, _ in averages(result)]
-    pairs = zip(states[:-1], states[1:], strict=True)
-    return [loss_barrier(on, a, b, points, reestimate=reestimate) for a, b in pairs]
+    pairs = list(pairwise(states))
+    # The sparsest first: at its density the engine is chosen.
+    return [loss_barrier(on, a, b, points, reestimate=reestimate) for a, b in pairs[::-1]][::-1]

@@ -79,8 +79,8 @@ class Analysis:
             a `val` that was held out is held out here, and pictures are standardised as in training.
         samples: the first so many training samples stand for all of them, in losses and for BatchNorm; None: all.
 
-    Losses are means over un-augmented samples; M models are M lanes of an engine, in chunks that fit the memory. BatchNorm
-    statistics are re-estimated for every model on the training data in stored order. Raises as fast_swamp does.
+    Losses are means over un-augmented samples; M models are M lanes of an engine, in chunks that fit the memory.
+    BatchNorm statistics are re-estimated for every model on the training data in stored order. Raises as fast_swamp.
     """
 
     def __init__(
@@ -165,7 +165,7 @@ class Analysis:
             ]  # fmt: skip
 
     def solution(self, state: Mapping[str, Tensor]) -> Solution:
-        """A state as a vector and buffers; buffers that it lacks are the model's. Raises ValueError if it doesn't fit."""
+        """A state as a vector and buffers; what it lacks of these is the model's. Raises ValueError if it doesn't fit."""
         template = self.problem.template
         parameters, buffers = dict(template.named_parameters()), dict(template.named_buffers())
         missing = [name for name in parameters if name not in state]
@@ -203,6 +203,17 @@ class Analysis:
     def keys(self, lanes: int) -> Tensor:
         """What models draw with in evaluation, the same for each: [L, 3]."""
         return lane_keys([self.problem.config.seed] * lanes, [stream_of(0, 0)] * lanes, self.problem.device)
+
+    @cached_property
+    def fused(self) -> FusedEngine | str:
+        """The fused engine on the model, or why it can't be had."""
+        problem = dataclasses.replace(self.problem, config=self.problem.config.replace(engine="fused"))
+        try:
+            engine = start_engine(problem, Run(problem, "analysis"))
+        except ValueError as error:
+            return str(error)
+        assert isinstance(engine, FusedEngine)
+        return engine
 
     def _engine_under(self, mask: Tensor, start: Solution) -> EagerEngine | FusedEngine:
         """The engine, ready for models under a mask [Q]; at first it is chosen, by how fast it is under this one."""
@@ -299,7 +310,8 @@ def first_of(data: Data, samples: int | None) -> Data:
 def mixture(stack: Tensor, row: Tensor) -> Tensor:
     """The linear combination [P] of vectors [K, P] with shares [K]; what has no share has no part, not even a NaN."""
     used = row.nonzero().flatten()
-    return torch.tensordot(row[used], stack[used], 1)
+    mixed: Tensor = torch.tensordot(row[used], stack[used], 1)
+    return mixed
 
 
 def mixed_buffer(each: Tensor, rows: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import copy
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -13,12 +13,10 @@ from torch import Tensor, nn
 
 from swamp_fast.analysis.core import Analysis
 from swamp_fast.data.store import pass_in_stored_order
-from swamp_fast.data.streams import generators_left_alone
-from swamp_fast.engines import start_engine
-from swamp_fast.engines.fused.engine import FusedEngine
+from swamp_fast.driver import named
 from swamp_fast.engines.lanes import channels_last
 from swamp_fast.result import module_of
-from swamp_fast.run import Run, one_at_a_time
+from swamp_fast.run import one_at_a_time
 
 
 @dataclass(frozen=True)
@@ -76,10 +74,10 @@ def inference_cost(
         size, itemsize = parameter.numel(), parameter.element_size()
         own, uses = kept.get(name, size), problem.probe.uses.get(name, 0.0)
         bits = -(-size // 8) if name in kept else 0
-        flops = (round(2 * uses * number) for number in (own, size))
-        layers[name] = LayerCost(*flops, own * itemsize + bits, size * itemsize, own, size)
-    size = batch_size or problem.config.batch_size
-    sparse, dense, why = _latency(on, state, mask, size, repeats)
+        flops, dense_flops = (round(2 * uses * number) for number in (own, size))
+        layers[name] = LayerCost(flops, dense_flops, own * itemsize + bits, size * itemsize, own, size)
+    batch = batch_size or problem.config.batch_size
+    sparse, dense, why = _latency(on, state, mask, batch, repeats)
     return InferenceCost(
         flops=problem.flops(mask),
         dense_flops=problem.probe.dense_flops,
@@ -87,7 +85,7 @@ def inference_cost(
         dense_bytes=sum(each.dense_bytes for each in layers.values()),
         kept=sum(each.kept for each in layers.values()),
         size=sum(each.size for each in layers.values()),
-        batch_size=size,
+        batch_size=batch,
         sparse_ms=sparse,
         dense_ms=dense,
         why=why,
@@ -103,35 +101,33 @@ def _latency(
     problem = on.problem
     if problem.device.type != "cpu":
         return None, None, f"it is measured on a CPU, and the analysis is on {problem.device}"
-    fused = dataclasses.replace(problem, config=problem.config.replace(engine="fused"))
-    with generators_left_alone(), torch.no_grad():
-        inputs, _, count = next(pass_in_stored_order(on.train, batch_size))
-        if count < batch_size:
-            return None, None, f"there are {count} samples, less than a batch of {batch_size}"
-        with torch.enable_grad():
-            try:
-                engine = start_engine(fused, Run(fused, "analysis"))
-            except ValueError as error:
-                return None, None, str(error)
-            assert isinstance(engine, FusedEngine)
-            point = on.solution(state)
-            engine.spawn(point, mask, range(1), None)
-        models = engine.side_by_side(point.weights[None], {name: each[None] for name, each in point.buffers.items()})
-        module = module_of(problem.template, {**dict(problem.template.named_buffers()), **state})
-        keys = on.keys(1)
+    if repeats < 1:
+        return None, None, "no repeats were asked for"
+    inputs, _, count = next(pass_in_stored_order(on.train, batch_size))
+    if count < batch_size:
+        return None, None, f"there are {count} samples, less than a batch of {batch_size}"
+    engine = on.fused
+    if isinstance(engine, str):
+        return None, None, engine
+    point, keys = on.solution(state), on.keys(1)
+    engine.spawn(point, mask, range(1), None)
+    models = engine.side_by_side(point.weights[None], {name: each[None] for name, each in point.buffers.items()})
+    module = module_of(problem.template, named(problem, point))
 
-        def plain(module: nn.Module, inputs: Tensor) -> Callable[[], object]:
-            def run() -> object:
-                with problem.autocast():
-                    return problem.forward(module, inputs)
+    def plain(module: nn.Module, inputs: Tensor) -> Callable[[], object]:
+        def run() -> object:
+            with problem.autocast():
+                return problem.forward(module, inputs)
 
-            return run
+        return run
 
-        contenders = [lambda: models.outputs(inputs, keys), plain(module, inputs)]
-        if inputs.dim() == 4:
-            last = module_of(module, state).to(memory_format=torch.channels_last)
-            contenders.append(plain(last, channels_last(inputs)))
+    contenders = [lambda: models.outputs(inputs, keys), plain(module, inputs)]
+    if inputs.dim() == 4:
+        last = copy.deepcopy(module).to(memory_format=torch.channels_last)
+        contenders.append(plain(last, channels_last(inputs)))
+    with torch.no_grad():
         sparse, *dense = medians(contenders, repeats)
+    engine.release()
     return sparse * 1e3, min(dense) * 1e3, None
 
 

@@ -68,8 +68,9 @@ def ensemble(on: Analysis, states: Sequence[Mapping[str, Tensor]], *, reestimate
 def predictions(probabilities: Tensor, targets: Tensor) -> Predictions:
     """Of probabilities [n, C] and labels [n].
 
-    The calibration error is the mean over samples of |accuracy - confidence| of their bin, 15 bins (k / 15, (k + 1) / 15]
-    of the confidence, the largest probability (Guo et al. 2017, arXiv 1706.04599). It is biased upwards for few samples.
+    The calibration error is the mean over samples of |accuracy - confidence| of their bin, of 15 bins
+    (k / 15, (k + 1) / 15] of the confidence, which is the largest probability (Guo et al. 2017, arXiv 1706.04599). Few
+    samples bias it upwards.
     """
     confidence, labels = probabilities.max(1)
     right = (labels == targets).double()

@@ -78,15 +78,18 @@ def hessian_trace(
     for entry in layout.entries:
         trained[entry.begin : entry.end] = 1
     trained[: layout.Q] *= mask.cpu()
-    signs = torch.stack([torch.randint(0, 2, (layout.P,), generator=generator, dtype=torch.int8) for _ in range(probes)])
+    signs = torch.stack(
+        [torch.randint(0, 2, (layout.P,), generator=generator, dtype=torch.int8) for _ in range(probes)]
+    )
     data = first_of(on.train, samples)
     forms = quadratic_forms(on, point, (2 * signs - 1) * trained, data)
     norms, kept = {}, on.problem.kept(mask)
     for name, own in layout.views(point.weights).items():
         norms[name] = float(own.double().norm())
         kept.setdefault(name, own.numel())
-    each, total = {name: values.tolist() for name, values in forms.items()}, sum(forms.values()).tolist()
-    scaled = sum(norms[name] ** 2 / max(kept[name], 1) * values for name, values in forms.items()).tolist()
+    every = torch.stack(list(forms.values()))
+    scales = torch.tensor([norms[name] ** 2 / max(kept[name], 1) for name in forms], dtype=torch.float64)
+    total, scaled = every.sum(0).tolist(), (scales @ every).tolist()
     return HessianTrace(
         trace=sum(total) / probes,
         half_width=half_width(total),
@@ -97,7 +100,7 @@ def hessian_trace(
         samples=data.length,
         layers={
             name: LayerTrace(sum(values) / probes, half_width(values), norms[name], kept[name])
-            for name, values in each.items()
+            for name, values in zip(forms, every.tolist(), strict=True)
         },
     )
 

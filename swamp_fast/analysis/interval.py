@@ -13,7 +13,7 @@ def half_width(values: Sequence[float], level: float = 0.95) -> float:
 
 
 def quantile(level: float, freedom: int) -> float:
-    """t such that a share `level` of Student's distribution of so many degrees of freedom lies in [-t, t].
+    """The t such that a share `level` of Student's distribution of so many degrees of freedom lies in [-t, t].
 
     By bisection of the finite series of Abramowitz and Stegun 1964, 26.7.3 and 26.7.4. Raises ValueError for less than
     one degree of freedom.

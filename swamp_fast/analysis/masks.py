@@ -59,7 +59,9 @@ def mask_overlap(a: Masks, b: Masks) -> MaskOverlap:
     """
     differing = [name for name in {**a, **b} if name not in a or name not in b or a[name].shape != b[name].shape]
     if differing or not a:
-        raise ValueError(f"the masks must be of the same layers and shapes; {', '.join(differing) or 'there are none'}.")
+        raise ValueError(
+            f"the masks must be of the same layers and shapes; {', '.join(differing) or 'there are none'}."
+        )
     layers = {name: _overlap(a[name].flatten(), b[name].flatten()) for name in a}
     whole = _overlap(*(torch.cat([masks[name].flatten() for name in a]) for masks in (a, b)))
     return MaskOverlap(**vars(whole), layers=layers)
@@ -73,8 +75,8 @@ def densities(masks: Masks) -> dict[str, float]:
 def channels(masks: Masks | SwampResult, on: Analysis | None = None) -> dict[str, Channels]:
     """Dead output channels of each pruned convolution and linear layer, whose masks are [out, in, ...].
 
-    A channel without kept incoming weights gives a constant, one without kept outgoing weights is never read: both could
-    be cut away. What reads a channel is known if the model of an Analysis can be traced; weights that aren't pruned
+    A channel without kept incoming weights gives a constant, one without kept outgoing weights is never read: both
+    could be cut away. What reads a channel is known if the model of an Analysis can be traced; weights that aren't pruned
     count as kept.
     """
     masks = masks.masks if isinstance(masks, SwampResult) else masks
