@@ -165,7 +165,7 @@ class Analysis:
             ]  # fmt: skip
 
     def solution(self, state: Mapping[str, Tensor]) -> Solution:
-        """A state as a vector and buffers; what it lacks of these is the model's. Raises ValueError if it doesn't fit."""
+        """A state as a vector and buffers; those that it lacks are the model's. Raises ValueError if it misfits."""
         template = self.problem.template
         parameters, buffers = dict(template.named_parameters()), dict(template.named_buffers())
         missing = [name for name in parameters if name not in state]

@@ -76,8 +76,8 @@ def channels(masks: Masks | SwampResult, on: Analysis | None = None) -> dict[str
     """Dead output channels of each pruned convolution and linear layer, whose masks are [out, in, ...].
 
     A channel without kept incoming weights gives a constant, one without kept outgoing weights is never read: both
-    could be cut away. What reads a channel is known if the model of an Analysis can be traced; weights that aren't pruned
-    count as kept.
+    could be cut away. What reads a channel is known if the model of an Analysis can be traced; weights that are not
+    pruned count as kept.
     """
     masks = masks.masks if isinstance(masks, SwampResult) else masks
     read = None if on is None else _read(on, masks)
