@@ -303,7 +303,7 @@ def test_lanes_are_what_models_are_alone(residual, way):
 def test_batchnorm_is_re_estimated_at_every_point(residual):
     a, b = state_of(residual, 1), state_of(residual, 2)
     for state in (a, b):  # far from what the weights give
-        state["norm1.running_mean"] += 5
+        state["norm1.running_var"] /= 100
     on = analysis(residual)
     anew, given = (loss_barrier(on, a, b, points=3, reestimate=each) for each in (True, False))
     for place, t in enumerate(given.t):
@@ -582,7 +582,9 @@ def test_ticket_stability(digits):
     again = ticket_stability(ResidualCNN(4), train, 0.25, [1], **small)
     result = fast_swamp(model, train, val=0.25, particles=2, cycles=0, keep_particles=True, ticket_epochs=1, **run)
     on = Analysis(model, train, val=0.25, **run)
-    assert again.paths[0].train_loss == loss_barrier(on, *particles(result), points=3).train_loss
+    assert again.paths[0].train_loss == pytest.approx(
+        loss_barrier(on, *particles(result), points=3).train_loss, rel=1e-5
+    )  # in float32, by whichever way is faster
     with pytest.raises(ValueError, match="chosen on validation data"):
         ticket_stability(model, train, None, [0])
 
@@ -598,7 +600,7 @@ def test_consecutive_cycles_and_what_is_refused(digits):
     assert found[1].test_loss[0] == pytest.approx(result.history[1]["loss"], rel=1e-4)
     assert found[1].test_loss[2] == pytest.approx(result.history[2]["loss"], rel=1e-4)
     assert 1 - found[1].test_error[2] == pytest.approx(result.history[2]["accuracy"], abs=0.02)
-    assert [int(m["conv.weight"].sum()) for _, m in averages(result)][0] == 144
+    assert next(int(masks["conv.weight"].sum()) for _, masks in averages(result)) == 8 * 4 * 9 // 2
     with pytest.raises(ValueError, match="keep_particles=True"):
         particles(result)
 
