@@ -138,6 +138,8 @@ def show(given: argparse.Namespace) -> None:
 
 def analyze(given: argparse.Namespace) -> None:
     """Connectivity, flatness, masks and cost of a finished run, into its folder's analysis.json."""
+    if not ranks.current().first:
+        return
     result = SwampResult.load(given.directory)
     own = {name: getattr(given, name) for name in ("device", "engine", "data_dir") if getattr(given, name) is not None}
     config = result.config.replace(**own)
@@ -154,8 +156,6 @@ def analyze(given: argparse.Namespace) -> None:
     )
     names = ("points", "probes", "mixtures", "size", "repeats")
     found = analysis.analyze(on, result, **{name: getattr(given, name) for name in names})
-    if not ranks.current().first:
-        return
     if not found["about"]["same_training_data"]:
         print(
             "swamp-fast: the training data are not the run's; give the --data and the --val that it had.",
