@@ -37,6 +37,7 @@ bench: .venv/.installed
 	$(BIN)/python -m benchmarks.durability kills
 	$(BIN)/python -m benchmarks.durability cost
 	$(BIN)/python -m benchmarks.sweeps --rounds 2
+	$(BIN)/python -m benchmarks.analysis
 	$(BIN)/python -m benchmarks.ranks --samples 512 --epochs 8 --cycles 0 --repeats 2
 	$(if $(CIFAR10),$(BIN)/python -m benchmarks.fused run --data $(CIFAR10))
 	$(if $(CIFAR10),$(BIN)/python -m benchmarks.fused run --data $(CIFAR10) --precision bfloat16)

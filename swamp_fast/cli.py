@@ -1,4 +1,4 @@
-"""The command line: swamp-fast demo, run, sweep, show, plan, backends, kernels."""
+"""The command line: swamp-fast demo, run, sweep, show, analyze, plan, backends, kernels."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 
-from swamp_fast import ranks
+from swamp_fast import analysis, ranks
 from swamp_fast.backends import backends
+from swamp_fast.checkpoint import write
 from swamp_fast.config import CHOICES, SwampConfig
 from swamp_fast.data.samples import one_input
 from swamp_fast.data.sources import Arrays, Source, open_source
@@ -135,6 +136,36 @@ def show(given: argparse.Namespace) -> None:
         print(f"\n{left} of {result.config.cycles + 1} trainings are still to come; call it again with --out to go on.")
 
 
+def analyze(given: argparse.Namespace) -> None:
+    """Connectivity, flatness, masks and cost of a finished run, into its folder's analysis.json."""
+    if not ranks.current().first:
+        return
+    result = SwampResult.load(given.directory)
+    own = {name: getattr(given, name) for name in ("device", "engine", "data_dir") if getattr(given, name) is not None}
+    config = result.config.replace(**own)
+    shape = _shape(open_source(given.data, "train", config.data_dir).source)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        model = build_model(given.model, *shape)
+    on = analysis.Analysis(
+        *(model, given.data, given.test),
+        val=given.val,
+        prunable=sorted(result.masks),
+        config=config,
+        samples=given.samples,
+    )
+    names = ("points", "probes", "mixtures", "size", "repeats")
+    found = analysis.analyze(on, result, **{name: getattr(given, name) for name in names})
+    if not found["about"]["same_training_data"]:
+        print(
+            "swamp-fast: the training data are not the run's; give the --data and the --val that it had.",
+            file=sys.stderr,
+        )
+    path = Path(given.directory) / "analysis.json"
+    write(path, json.dumps(found, indent=1).encode())
+    print(f"{analysis.table(found)}\n\nall of it: {path}")
+
+
 def show_backends(given: argparse.Namespace) -> None:
     """What is active here, what is missing, and why."""
     for name, found in backends().items():
@@ -207,7 +238,9 @@ SETTINGS = {field.name: field for field in dataclasses.fields(SwampConfig) if fi
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="swamp-fast", description="SWAMP: prune with averaged particles, fast.")
     parser.add_argument("--version", action="version", version=f"swamp_fast {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="demo | run | sweep | show | plan | backends | kernels")
+    commands = parser.add_subparsers(
+        required=True, metavar="demo | run | sweep | show | analyze | plan | backends | kernels"
+    )
 
     each = commands.add_parser("demo", help=demo.__doc__, description=demo.__doc__)
     each.add_argument("--out", default="swamp_demo", metavar="DIR", help="where the run and the figure go")
@@ -235,6 +268,23 @@ def _parser() -> argparse.ArgumentParser:
     each = commands.add_parser("show", help=show.__doc__, description=show.__doc__)
     each.add_argument("directory", metavar="DIR")
     each.set_defaults(command=show)
+
+    each = commands.add_parser("analyze", help=analyze.__doc__, description=analyze.__doc__)
+    each.add_argument("directory", metavar="RUN_DIR")
+    each.add_argument("--model", required=True, help="as the run had it")
+    each.add_argument("--data", required=True, help="as the run had it")
+    each.add_argument("--test", metavar="DATA", help="as the run had it")
+    each.add_argument("--val", type=float, metavar="FRACTION", help="as the run had it")
+    each.add_argument("--points", type=int, default=11, help="of a path, default 11")
+    each.add_argument("--probes", type=int, default=32, help="of the Hessian's trace, default 32; 0: none")
+    each.add_argument("--mixtures", type=int, default=32, help="of the particles in the hull, default 32; 0: none")
+    each.add_argument("--size", type=int, default=11, help="of the plane, points an axis, default 11; 0: none")
+    each.add_argument("--repeats", type=int, default=15, help="of timing, default 15; 0: none")
+    each.add_argument("--samples", type=int, metavar="N", help="the first N training samples stand for all")
+    each.add_argument("--engine", choices=CHOICES["engine"], help="instead of the run's")
+    each.add_argument("--device", help="instead of the run's")
+    each.add_argument("--data-dir", help="instead of the run's")
+    each.set_defaults(command=analyze)
 
     each = commands.add_parser("plan", help=plan.__doc__, description=plan.__doc__)
     each.add_argument("--model", required=True, help=f"{', '.join(MODELS)}, or package.module:factory")

@@ -1,0 +1,143 @@
+"""What a sparse model costs at inference: FLOPs, bytes and kept parameters by layer, and measured latency."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from swamp_fast.analysis.core import Analysis
+from swamp_fast.data.store import pass_in_stored_order
+from swamp_fast.driver import named
+from swamp_fast.engines.lanes import channels_last
+from swamp_fast.result import module_of
+from swamp_fast.run import one_at_a_time
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """One parameter's part in a forward of one sample: FLOPs (2 a multiply-add) and bytes, as kept and dense."""
+
+    flops: int
+    dense_flops: int
+    bytes: int
+    dense_bytes: int
+    kept: int
+    size: int
+
+
+@dataclass(frozen=True)
+class InferenceCost:
+    """The cost of one model, as kept and dense.
+
+    bytes                  of the kept values and of the masks' bits; buffers are not counted
+    kept                   parameters, those that are never pruned included
+    sparse_ms, dense_ms    median latency of one batch on this CPU; None for the reason in `why`
+    """
+
+    flops: int
+    dense_flops: int
+    bytes: int
+    dense_bytes: int
+    kept: int
+    size: int
+    batch_size: int
+    sparse_ms: float | None
+    dense_ms: float | None
+    why: str | None
+    layers: dict[str, LayerCost]
+
+
+def inference_cost(
+    on: Analysis,
+    state: Mapping[str, Tensor],
+    masks: Mapping[str, Tensor],
+    batch_size: int | None = None,
+    repeats: int = 15,
+) -> InferenceCost:
+    """FLOPs, bytes and kept parameters of a sparse model, and how long it takes on this CPU beside the dense module.
+
+    The sparse model runs on this project's kernels under its mask; the dense one is the plain module with the same
+    weights, in eval mode, with channels first or last in memory, whichever is faster. They take turns, after one run
+    each to warm up. FLOPs count matrix products and convolutions. They are not time: below some density the traffic of
+    activations rules. Both run with torch's number of threads.
+    """
+    problem, mask = on.problem, on.mask(masks)
+    kept = problem.kept(mask)
+    layers = {}
+    for name, parameter in problem.template.named_parameters():
+        size, itemsize = parameter.numel(), parameter.element_size()
+        own, uses = kept.get(name, size), problem.probe.uses.get(name, 0.0)
+        bits = -(-size // 8) if name in kept else 0
+        flops, dense_flops = (round(2 * uses * number) for number in (own, size))
+        layers[name] = LayerCost(flops, dense_flops, own * itemsize + bits, size * itemsize, own, size)
+    batch = batch_size or problem.config.batch_size
+    sparse, dense, why = _latency(on, state, mask, batch, repeats)
+    return InferenceCost(
+        flops=problem.flops(mask),
+        dense_flops=problem.probe.dense_flops,
+        bytes=sum(each.bytes for each in layers.values()),
+        dense_bytes=sum(each.dense_bytes for each in layers.values()),
+        kept=sum(each.kept for each in layers.values()),
+        size=sum(each.size for each in layers.values()),
+        batch_size=batch,
+        sparse_ms=sparse,
+        dense_ms=dense,
+        why=why,
+        layers=layers,
+    )
+
+
+@one_at_a_time
+def _latency(
+    on: Analysis, state: Mapping[str, Tensor], mask: Tensor, batch_size: int, repeats: int
+) -> tuple[float | None, float | None, str | None]:
+    """Median milliseconds of a batch, sparse and dense, or why they aren't measured."""
+    problem = on.problem
+    if problem.device.type != "cpu":
+        return None, None, f"it is measured on a CPU, and the analysis is on {problem.device}"
+    if repeats < 1:
+        return None, None, "no repeats were asked for"
+    inputs, _, count = next(pass_in_stored_order(on.train, batch_size))
+    if count < batch_size:
+        return None, None, f"there are {count} samples, less than a batch of {batch_size}"
+    engine = on.fused
+    if isinstance(engine, str):
+        return None, None, engine
+    point, keys = on.solution(state), on.keys(1)
+    engine.spawn(point, mask, range(1), None)
+    models = engine.side_by_side(point.weights[None], {name: each[None] for name, each in point.buffers.items()})
+    module = module_of(problem.template, named(problem, point))
+
+    def plain(module: nn.Module, inputs: Tensor) -> Callable[[], object]:
+        def run() -> object:
+            with problem.autocast():
+                return problem.forward(module, inputs)
+
+        return run
+
+    contenders = [lambda: models.outputs(inputs, keys), plain(module, inputs)]
+    if inputs.dim() == 4:
+        last = copy.deepcopy(module).to(memory_format=torch.channels_last)
+        contenders.append(plain(last, channels_last(inputs)))
+    with torch.no_grad():
+        sparse, *dense = medians(contenders, repeats)
+    engine.release()
+    return sparse * 1e3, min(dense) * 1e3, None
+
+
+def medians(contenders: list[Callable[[], object]], repeats: int) -> list[float]:
+    """Median seconds of each, taking turns, after one run each to warm up."""
+    taken: list[list[float]] = [[] for _ in contenders]
+    for turn in range(repeats + 1):
+        for own, run in zip(taken, contenders, strict=True):
+            began = time.perf_counter()
+            run()
+            if turn:
+                own.append(time.perf_counter() - began)
+    return [statistics.median(own) for own in taken]

@@ -1,0 +1,130 @@
+"""Masks compared: how much they have in common, how dense their layers are, which channels are dead."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from swamp_fast.analysis.core import Analysis
+from swamp_fast.data.store import pass_in_stored_order
+from swamp_fast.plan import Concatenate, Convolution, Flatten, Plan
+from swamp_fast.result import SwampResult
+from swamp_fast.trace import NotCovered, plan_of
+
+Masks = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """Two masks, of a layer or in all.
+
+    hamming             the share of weights that one keeps and the other doesn't
+    iou                 kept by both / kept by either; 1 where neither keeps any
+    density_a, density_b  kept / all, of each
+    """
+
+    hamming: float
+    iou: float
+    density_a: float
+    density_b: float
+
+
+@dataclass(frozen=True)
+class MaskOverlap(Overlap):
+    """In all, and by layer."""
+
+    layers: dict[str, Overlap]
+
+
+@dataclass(frozen=True)
+class Channels:
+    """Output channels of a layer: how many; those without kept incoming weights; those without kept outgoing ones.
+
+    dead_out  None where the layers that follow aren't known
+    """
+
+    channels: int
+    dead_in: int
+    dead_out: int | None
+
+
+def mask_overlap(a: Masks, b: Masks) -> MaskOverlap:
+    """How alike two masks are, in all and by layer: of IMP and SWAMP at one density, or of two seeds.
+
+    Two random masks of density d have a Hamming distance of 2 d (1 - d) and an IoU of d / (2 - d): masks of equal
+    density by layer agree by chance the more, the denser the layer. Raises ValueError for masks of other layers.
+    """
+    differing = [name for name in {**a, **b} if name not in a or name not in b or a[name].shape != b[name].shape]
+    if differing or not a:
+        raise ValueError(
+            f"the masks must be of the same layers and shapes; {', '.join(differing) or 'there are none'}."
+        )
+    layers = {name: _overlap(a[name].flatten(), b[name].flatten()) for name in a}
+    whole = _overlap(*(torch.cat([masks[name].flatten() for name in a]) for masks in (a, b)))
+    return MaskOverlap(**vars(whole), layers=layers)
+
+
+def densities(masks: Masks) -> dict[str, float]:
+    """Kept / all, by layer."""
+    return {name: float(mask.double().mean()) for name, mask in masks.items()}
+
+
+def channels(masks: Masks | SwampResult, on: Analysis | None = None) -> dict[str, Channels]:
+    """Dead output channels of each pruned convolution and linear layer, whose masks are [out, in, ...].
+
+    A channel without kept incoming weights gives a constant, one without kept outgoing weights is never read: both
+    could be cut away. What reads a channel is known if the model of an Analysis can be traced; weights that are not
+    pruned count as kept.
+    """
+    masks = masks.masks if isinstance(masks, SwampResult) else masks
+    read = None if on is None else _read(on, masks)
+    found = {}
+    for name, mask in masks.items():
+        own = None if read is None else read.get(name)
+        dead_in = int((~mask.flatten(1).any(1)).sum()) if mask.dim() > 1 else int((~mask).sum())
+        found[name] = Channels(len(mask), dead_in, None if own is None else int((~own).sum()))
+    return found
+
+
+def _overlap(a: Tensor, b: Tensor) -> Overlap:
+    both, either = int((a & b).sum()), int((a | b).sum())
+    iou = both / either if either else 1.0
+    return Overlap((either - both) / len(a), iou, int(a.sum()) / len(a), int(b.sum()) / len(b))
+
+
+def _read(on: Analysis, masks: Masks) -> dict[str, Tensor] | None:
+    """Which output channels [C] bool of each traced layer are read by a kept weight or are the model's output."""
+    inputs, _, _ = next(pass_in_stored_order(on.train, on.problem.config.batch_size))
+    try:
+        plan = plan_of(on.problem.template, on.problem.forward, inputs)
+    except NotCovered:
+        return None
+    values = _values_read(plan, {**_kept_whole(on), **masks})
+    return {op.weight: values[op.output] for op in plan.ops if isinstance(op, Convolution)}
+
+
+def _kept_whole(on: Analysis) -> dict[str, Tensor]:
+    return {name: torch.ones(p.shape, dtype=torch.bool) for name, p in on.problem.template.named_parameters()}
+
+
+def _values_read(plan: Plan, masks: Masks) -> list[Tensor]:
+    """Which channels [C] of every value are read, from the output backwards."""
+    read = [torch.zeros(shape[0], dtype=torch.bool) for shape in plan.shapes]
+    read[plan.output][:] = True
+    for op in reversed(plan.ops):
+        own = read[op.output]
+        if isinstance(op, Convolution):
+            kept = masks[op.weight].cpu().unflatten(0, (op.groups, -1)).transpose(1, 2)  # [groups, in, out, ...]
+            read[op.inputs[0]] |= kept.flatten(2).any(2).flatten()
+        elif isinstance(op, Concatenate):
+            for value, part in zip(op.inputs, own.split([len(read[value]) for value in op.inputs]), strict=True):
+                read[value] |= part
+        elif isinstance(op, Flatten):
+            read[op.inputs[0]] |= own.view(len(read[op.inputs[0]]), -1).any(1)
+        else:
+            for value in op.inputs:
+                read[value] |= own
+    return read

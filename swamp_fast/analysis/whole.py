@@ -1,0 +1,176 @@
+"""All analyses of one run, as plain values for analysis.json, and a table of them."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from swamp_fast.analysis.barrier import barrier_matrix, consecutive
+from swamp_fast.analysis.core import WHAT, Analysis, Scores, State, averages, particles
+from swamp_fast.analysis.cost import inference_cost
+from swamp_fast.analysis.ensemble import ensemble
+from swamp_fast.analysis.hessian import hessian_trace
+from swamp_fast.analysis.hull import hull
+from swamp_fast.analysis.masks import channels, densities
+from swamp_fast.analysis.plane import loss_plane
+from swamp_fast.report.console import percent
+from swamp_fast.result import SwampResult
+from swamp_fast.version import __version__
+
+
+def analyze(
+    on: Analysis,
+    result: SwampResult,
+    *,
+    points: int = 11,
+    probes: int = 32,
+    mixtures: int = 32,
+    size: int = 11,
+    repeats: int = 15,
+) -> dict[str, Any]:
+    """Every analysis of a run that its result allows, as plain values: what `swamp-fast analyze` writes.
+
+    probes = 0 leaves the Hessian out, mixtures = 0 the hull, size = 0 the plane, repeats = 0 the latency. What is about
+    particles needs those of the last cycle (keep_particles=True), the plane three of them, the ensemble test data; what
+    can't be had is None.
+    """
+    cycles = averages(result)
+    lanes = None if result.particles is None else particles(result)
+    several = lanes is not None and len(lanes) > 1
+    found: dict[str, Any] = {"about": _about(on, result, points, probes, mixtures, size)}
+    found["particles"] = _particles(on, lanes, points, len(cycles) - 1) if several and lanes else None
+    found["hull"] = _hull(on, lanes, mixtures) if several and lanes and mixtures else None
+    found["plane"] = _plane(on, lanes, size) if lanes and len(lanes) > 2 and size else None
+    found["ensemble"] = _ensemble(on, lanes) if lanes and on.test is not None and on.problem.classifies else None
+    found["consecutive"] = [
+        {"from": cycle, "to": cycle + 1, "t": path.t, **_plain(path), "barriers": path.barriers()}
+        for cycle, path in enumerate(consecutive(on, result, points))
+    ]
+    found |= {"hessian": [], "masks": [], "cost": []}
+    for row, (state, masks) in zip(result.history, cycles, strict=True):
+        cycle = {"cycle": row["cycle"]}
+        if probes:
+            trace = dataclasses.asdict(hessian_trace(on, state, masks, probes))
+            found["hessian"].append(
+                {
+                    **cycle,
+                    "density": row["density"],
+                    **{"trace_half_width" if name == "half_width" else name: value for name, value in trace.items()},
+                }
+            )
+        dead = channels(masks, on).values()
+        known = all(each.dead_out is not None for each in dead)
+        found["masks"].append(
+            {
+                **cycle,
+                "layers": densities(masks),
+                "dead_in": sum(each.dead_in for each in dead),
+                "dead_out": sum(each.dead_out or 0 for each in dead) if known else None,
+            }
+        )
+        found["cost"].append({**cycle, **dataclasses.asdict(inference_cost(on, state, masks, repeats=repeats))})
+    return found
+
+
+def table(found: dict[str, Any]) -> str:
+    """A line a cycle: the barrier to the next one, flatness, dead channels and cost."""
+    head = (
+        f"{'cycle':>5}  {'barrier, loss':>13}  {'error':>8}  {'Hessian trace':>22}  {'scaled':>18}  {'dead in/out':>11}"
+    )
+    lines = [f"{head}  {'FLOPs':>8}  {'ms':>8}  {'dense':>8}"]
+    barriers = {each["from"]: each["barriers"] for each in found["consecutive"]}
+    traces = {each["cycle"]: each for each in found["hessian"]}
+    for masks, cost in zip(found["masks"], found["cost"], strict=True):
+        cycle = masks["cycle"]
+        own, trace = barriers.get(cycle, {}), traces.get(cycle)
+        split = "test" if "test_loss" in own else "train"
+        loss, error = (
+            own[f"{split}_{what}"]["max"] if f"{split}_{what}" in own else None for what in ("loss", "error")
+        )
+        dead_out = "–" if masks["dead_out"] is None else masks["dead_out"]
+        cells = [
+            f"{cycle:>5}",
+            f"{_number(loss, '.4f'):>13}",
+            f"{percent(error):>8}",
+            f"{_interval(trace, 'trace'):>22}",
+            f"{_interval(trace, 'scaled'):>18}",
+            f"{masks['dead_in']}/{dead_out}".rjust(11),
+            f"{percent(cost['flops'] / max(cost['dense_flops'], 1)):>8}",
+            f"{_number(cost['sparse_ms'], '.2f'):>8}",
+            f"{_number(cost['dense_ms'], '.2f'):>8}",
+        ]
+        lines.append("  ".join(cells))
+    if found["particles"] is not None:
+        loss = max(map(max, found["particles"]["matrix"]["train_loss"]))
+        lines.append(
+            f"highest barrier among the particles of cycle {found['particles']['cycle']}: {loss:.4f} train loss"
+        )
+    if found["ensemble"] is not None:
+        together, single = found["ensemble"], found["ensemble"]["single"]
+        lines.append(
+            f"ensemble of them: {percent(together['accuracy'])}, alone {percent(single['accuracy'])} in the mean"
+        )
+    return "\n".join(lines)
+
+
+def _about(on: Analysis, result: SwampResult, points: int, probes: int, mixtures: int, size: int) -> dict[str, Any]:
+    problem, theirs = on.problem, result.about["fingerprints"]["train"]
+    return {
+        "version": __version__,
+        "train_samples": on.train.length,
+        "of_training_samples": problem.train.length,
+        "test_samples": None if on.test is None else on.test.length,
+        "same_training_data": problem.fingerprints["train"] == theirs,
+        "batchnorm": "re-estimated at every point on the training samples; of the Hessian as it is in the solution",
+        "points": points,
+        "probes": probes,
+        "mixtures": mixtures,
+        "size": size,
+        "device": str(problem.device),
+        "precision": problem.config.precision,
+    }
+
+
+def _particles(on: Analysis, states: list[State], points: int, cycle: int) -> dict[str, Any]:
+    found = barrier_matrix(on, states, points)
+    there = {what: getattr(found.paths[0, 1], what) is not None for what in WHAT}
+    matrix = {what: found.matrix(what, "max") if has else None for what, has in there.items()}
+    return {"cycle": cycle, "names": _names(states), "matrix": matrix, "over": "max"}
+
+
+def _hull(on: Analysis, states: list[State], mixtures: int) -> dict[str, Any]:
+    found = hull(on, states, mixtures)
+    return {
+        "mixtures": found.mixtures,
+        **_plain(found),
+        "corners": _plain(found.corners),
+        "centre": _plain(found.centre),
+    }
+
+
+def _plane(on: Analysis, states: list[State], size: int) -> dict[str, Any]:
+    first, second, third, *_ = states
+    found = loss_plane(on, first, second, third, size, names=_names(states)[:3])
+    return {**found.to_dict(), "at_points": _plain(found.at_points)}
+
+
+def _ensemble(on: Analysis, states: list[State]) -> dict[str, Any]:
+    found = ensemble(on, states)
+    own = {name: getattr(found, name) for name in ("accuracy", "nll", "ece")}
+    return {**own, "single": vars(found.mean_single), "models": [vars(each) for each in found.single]}
+
+
+def _names(states: list[State]) -> list[str]:
+    return [f"particle {number}" for number in range(len(states))]
+
+
+def _plain(scores: Scores) -> dict[str, Any]:
+    return {what: getattr(scores, what) for what in WHAT}
+
+
+def _number(value: float | None, form: str) -> str:
+    return "–" if value is None else format(value, form)
+
+
+def _interval(trace: dict[str, Any] | None, name: str) -> str:
+    return "–" if trace is None else f"{trace[name]:.4g} ± {trace[f'{name}_half_width']:.2g}"
