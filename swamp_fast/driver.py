@@ -98,11 +98,13 @@ def swamp(problem: Problem, engine: Engine, run: Run) -> Trainings[SwampResult]:
     average, mask = resumed(problem, run, ticket)
 
     for cycle in range(len(run.rows), problem.config.cycles + 1):
-        began = time.perf_counter() - run.seconds_of(cycle)
+        began = time.perf_counter()
         if cycle > 0:
             mask = run.ranks.decided(partial(next_mask, problem, run, mask, cycle))
         start = ticket if problem.config.rewind == "ticket" or cycle == 0 else average
-        trained = yield of_cycle(problem, run, cycle, start, mask)
+        asked, before = of_cycle(problem, run, cycle, start, mask), time.perf_counter() - began
+        trained = yield asked
+        began = time.perf_counter() - before - trained.seconds  # while others' cycles end, this one only waits
         keep = problem.config.keep_particles and cycle == problem.config.cycles
         found = trained.particles(problem.config.swa)
         average, particles, scores = run.ranks.decided(partial(combined, problem, trained.side_by_side, found, keep))

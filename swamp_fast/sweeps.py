@@ -38,7 +38,10 @@ Model = nn.Module | Callable[[], nn.Module]
 Grid = Mapping[str, Sequence[Any]] | Sequence[Mapping[str, Any]]
 
 # Settings that may differ between the runs of a pack: they are values of a lane, or of what is done between trainings.
-PER_RUN = ("seed", "lr", "swa_lr", "swa_start", "momentum", "beta1", "beta2", "adam_eps", "weight_decay", "prune")
+PER_RUN = (
+    *("seed", "lr", "swa_lr", "swa_start", "momentum", "beta1", "beta2", "adam_eps", "weight_decay", "swa", "schedule"),
+    *("prune", "cycles", "target_density", "rewind", "combine", "mask_score", "mask_from"),
+)
 SCORES = ("accuracy", "loss", "mean_accuracy", "best_accuracy", "ensemble_accuracy", "val_accuracy")  # of a row
 
 
@@ -99,13 +102,7 @@ class SweepResult:
 
     def write_csv(self, path: str | Path, rows: list[dict[str, Any]] | None = None) -> Path:
         """Write `rows()`, or other rows, as CSV."""
-        path, rows = Path(path), self.rows() if rows is None else rows
-        text = io.StringIO()
-        writer = csv.DictWriter(text, dict.fromkeys(name for row in rows for name in row), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        write(path, text.getvalue().encode())
-        return path
+        return write_csv(Path(path), self.rows() if rows is None else rows)
 
     def figure(self, path: str | Path) -> Path:
         """Draw the accuracy over the density, a line a point without its seed, with its spread over seeds.
@@ -151,16 +148,34 @@ def sweep(
     don't fit, before anything is trained.
     """
     points = points_of(grid if grid is not None else [{}])
-    base = SwampConfig.of(config, _without_folder(common))
-    console = Console(base.progress)
+    base = SwampConfig.of(config, without_folder(common))
     arguments = {"val": val, "forward": forward, "loss": loss, "transform": transform}
     arguments |= {"prunable": prunable, "initial_masks": initial_masks}
+    found = SweepResult(swept(model, train, test, points, base, out, arguments)[0])
+    if out is not None and ranks.current().first:
+        found.write_csv(Path(out) / "results.csv")
+        found.write_csv(Path(out) / "summary.csv", found.summary())
+        drawn(found.figure, Path(out) / "accuracy.png", base)
+    return found
+
+
+def swept(
+    model: Model,
+    train: object,
+    test: object,
+    points: Sequence[Mapping[str, Any]],
+    base: SwampConfig,
+    out: str | Path | None,
+    arguments: Mapping[str, Any],
+) -> tuple[list[SweptRun], list[Problem]]:
+    """The runs of a sweep at its points, as changes of `base`, and what each was; `arguments` are prepare's."""
+    console = Console(base.progress)
     problems: list[Problem] = []
     for point in points:
         own = base.replace(**point)
-        problem = prepare(_made(model, own.seed), train, test, config=own, settings={}, **arguments)  # type: ignore[arg-type]
+        problem = prepare(_made(model, own.seed), train, test, config=own, settings={}, **arguments)
         problems.append(_sharing(problem, problems))
-    runs = [_placed(problem, point, out) for problem, point in zip(problems, points, strict=True)]
+    runs = [_placed(problem, dict(point), out) for problem, point in zip(problems, points, strict=True)]
     _refuse_twins(runs)
     _introduce(console, model, problems, runs)
     job = ranks.current()
@@ -173,12 +188,7 @@ def sweep(
         _do(problems, runs, waiting[job.rank :: job.world], console)
         _exchange(job, problems, runs)
     console.close()
-    found = SweepResult(runs)
-    if out is not None and job.first:
-        found.write_csv(Path(out) / "results.csv")
-        found.write_csv(Path(out) / "summary.csv", found.summary())
-        _draw(found, Path(out) / "accuracy.png", console)
-    return found
+    return runs, problems
 
 
 def _do(problems: Sequence[Problem], runs: Sequence[SweptRun], waiting: Sequence[int], console: Console) -> None:
@@ -203,7 +213,8 @@ def _merged(parts: list[dict[int, Exception]]) -> dict[int, Exception]:
     return {number: error for part in parts for number, error in part.items()}
 
 
-def _without_folder(common: Mapping[str, Any]) -> Mapping[str, Any]:
+def without_folder(common: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The settings that runs share, which name no folder."""
     if common.get("run_dir") is not None:
         raise TypeError("`run_dir` is one run's; a sweep has `out`, a folder for all of them.")
     return common
@@ -235,11 +246,22 @@ def packs_of(problems: Sequence[Problem]) -> list[list[int]]:
     return list(packs.values())
 
 
-def _draw(found: SweepResult, path: Path, console: Console) -> None:
+def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
+    """Write rows as CSV, a column a key."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, dict.fromkeys(name for row in rows for name in row), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write(path, text.getvalue().encode())
+    return path
+
+
+def drawn(figure: Callable[[Path], Path], path: Path, base: SwampConfig) -> None:
+    """Draw a figure, or say why there is none."""
     try:
-        found.figure(path)
+        figure(path)
     except (ImportError, ValueError) as reason:
-        console.line(f"figure   none: {reason}")
+        Console(base.progress).line(f"figure   none: {reason}")
 
 
 def _made(model: Model, seed: int) -> nn.Module:
