@@ -177,12 +177,12 @@ def t_quantile(degrees: int, share: float = SHARE) -> float:
 
 
 def _check(methods: Sequence[str], seeds: Sequence[int], baseline: str, base: SwampConfig) -> None:
-    for method in methods:
-        if method not in METHODS:
-            raise ValueError(f'`methods`: "{method}" is not known; there are {", ".join(METHODS)}.')
     for name, values in (("methods", methods), ("seeds", seeds)):
         if isinstance(values, str) or not values or len(set(values)) < len(values):
             raise ValueError(f"`{name}` must be a list of at least one, each once; got {values!r}.")
+    for method in methods:
+        if method not in METHODS:
+            raise ValueError(f'`methods`: "{method}" is not known; there are {", ".join(METHODS)}.')
     if baseline not in methods:
         raise ValueError(f'`baseline` must be one of the methods, {", ".join(methods)}; got "{baseline}".')
     particles_of(base)
