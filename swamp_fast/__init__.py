@@ -12,6 +12,7 @@ The letters of all shapes:
 
 from swamp_fast import ops
 from swamp_fast.backends import backends
+from swamp_fast.compare import Comparison, compare
 from swamp_fast.config import SwampConfig
 from swamp_fast.driver import fast_swamp
 from swamp_fast.naive import naive_swamp
@@ -20,11 +21,13 @@ from swamp_fast.sweeps import SweepResult, sweep
 from swamp_fast.version import __version__
 
 __all__ = [
+    "Comparison",
     "SwampConfig",
     "SwampResult",
     "SweepResult",
     "__version__",
     "backends",
+    "compare",
     "fast_swamp",
     "naive_swamp",
     "ops",

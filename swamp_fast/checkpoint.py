@@ -8,7 +8,8 @@ config.toml             the settings alone, to start another run from
 history.jsonl           a line a cycle
 ticket.safetensors      the ticket's parameters and buffers
 cycle_00.safetensors …  each cycle's average, compact: values/NAME the kept weights in order, mask/NAME the mask's
-                        bits (numpy.packbits), state/NAME everything else; shapes and row in the metadata
+                        bits (numpy.packbits), state/NAME everything else, score/NAME the kept weights' mask_score
+                        where the average doesn't tell it; shapes and row in the metadata
 model.safetensors       the last average as a plain state dict, for load_state_dict
 masks.safetensors       its masks, bool
 particles.safetensors   the particles of the last cycle, [N, ...], if they are kept
@@ -25,7 +26,7 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -90,6 +91,12 @@ class Snapshot:
     state: dict[str, Tensor]  # parameters and buffers
     masks: dict[str, Tensor]  # bool, of the prunable parameters
     row: dict[str, Any]
+    score: dict[str, Tensor] = field(default_factory=dict)  # of the prunable parameters, if masks need another than |w|
+
+    @property
+    def ranked(self) -> dict[str, Tensor]:
+        """The state, with what the global threshold ranks in place of the prunable parameters."""
+        return {**self.state, **self.score}
 
     def packed(self) -> Packed:
         """The compact tensors and the metadata of its file."""
@@ -99,6 +106,8 @@ class Snapshot:
                 mask = self.masks[name].cpu()
                 tensors[f"values/{name}"] = tensor.detach().cpu()[mask]
                 tensors[f"mask/{name}"] = torch.from_numpy(np.packbits(mask.numpy()))
+                if name in self.score:
+                    tensors[f"score/{name}"] = self.score[name].cpu()[mask]
             else:
                 tensors[f"state/{name}"] = tensor.detach().cpu().clone()
         shapes = {name: list(mask.shape) for name, mask in self.masks.items()}
@@ -113,7 +122,7 @@ class Snapshot:
     def unpacked(cls, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Snapshot:
         """The inverse of `packed`."""
         shapes = json.loads(metadata["shapes"])
-        state, masks = {}, {}
+        state, masks, score = {}, {}, {}
         for name in json.loads(metadata["order"]):
             if name not in shapes:
                 state[name] = tensors[f"state/{name}"]
@@ -122,9 +131,15 @@ class Snapshot:
             count = int(np.prod(shape))
             bits = np.unpackbits(tensors[f"mask/{name}"].numpy(), count=count)
             masks[name] = torch.from_numpy(bits.astype(bool)).view(shape)
-            values = tensors[f"values/{name}"]
-            state[name] = torch.zeros(shape, dtype=values.dtype).masked_scatter_(masks[name], values)
-        return cls(state, masks, json.loads(metadata["row"]))
+            state[name] = _spread(tensors[f"values/{name}"], masks[name])
+            if f"score/{name}" in tensors:
+                score[name] = _spread(tensors[f"score/{name}"], masks[name])
+        return cls(state, masks, json.loads(metadata["row"]), score)
+
+
+def _spread(kept: Tensor, mask: Tensor) -> Tensor:
+    """Numbers of the weights that a mask keeps where they belong, and zeros."""
+    return torch.zeros(mask.shape, dtype=kept.dtype).masked_scatter_(mask, kept)
 
 
 class RunDirectory:

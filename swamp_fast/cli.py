@@ -1,4 +1,4 @@
-"""The command line: swamp-fast demo, run, sweep, show, analyze, plan, backends, kernels."""
+"""The command line: swamp-fast demo, run, sweep, compare, show, analyze, plan, backends, kernels."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import json
 import re
 import sys
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 from swamp_fast import analysis, ranks
 from swamp_fast.backends import backends
 from swamp_fast.checkpoint import write
+from swamp_fast.compare import compare
 from swamp_fast.config import CHOICES, SwampConfig
 from swamp_fast.data.samples import one_input
 from swamp_fast.data.sources import Arrays, Source, open_source
@@ -89,26 +91,19 @@ def run(given: argparse.Namespace) -> None:
 
 SWEEP = {"model": str, "data": str, "test": str, "val": float, "out": str}  # what a sweep's file may hold
 SWEEP |= {"settings": dict, "grid": dict, "points": list}
+COMPARE = {name: kind for name, kind in SWEEP.items() if name not in ("grid", "points")}
+COMPARE |= {"methods": list, "seeds": list, "baseline": str}
 
 
 def run_sweep(given: argparse.Namespace) -> None:
     """Runs over a grid of settings; those that can share a step are trained together, none is computed twice."""
-    try:
-        wanted = tomllib.loads(Path(given.file).read_text())
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"{given.file} is not valid TOML: {error}") from error
-    for name, value in wanted.items():
-        if name not in SWEEP:
-            raise ValueError(f"{given.file}: unknown `{name}`; known: {', '.join(SWEEP)}.")
-        if not isinstance(value, SWEEP[name]):
-            raise TypeError(f"{given.file}: `{name}` must be {SWEEP[name].__name__}, got {value!r}.")
+    wanted = _read(given.file, SWEEP)
     missing = [name for name in ("model", "data") if name not in wanted]
     if missing or ("grid" in wanted) == ("points" in wanted):
         raise ValueError(f"{given.file} must have `model`, `data`, and either a table [grid] or tables [[points]].")
     config = SwampConfig.of(None, wanted.get("settings", {}))
-    shape = _shape(open_source(wanted["data"], "train", config.data_dir).source)
     found = sweep(
-        *(lambda: build_model(wanted["model"], *shape), wanted["data"], wanted.get("test")),
+        *(_factory(wanted, config), wanted["data"], wanted.get("test")),
         wanted.get("grid", wanted.get("points")),
         out=given.out or wanted.get("out"),
         val=wanted.get("val"),
@@ -122,6 +117,49 @@ def run_sweep(given: argparse.Namespace) -> None:
         print(f"{run.point}: {type(run.error).__name__}: {run.error}", file=sys.stderr)
     if failed:
         raise RuntimeError(f"{len(failed)} of {len(found.runs)} runs failed.")
+
+
+def run_compare(given: argparse.Namespace) -> None:
+    """Methods under the same seeds: accuracy over density, differences paired by seed, and what each costs."""
+    wanted = _read(given.file, COMPARE)
+    missing = [name for name in ("model", "data", "methods", "seeds") if name not in wanted]
+    if missing:
+        raise ValueError(f"{given.file} lacks {', '.join(missing)}; known: {', '.join(COMPARE)}.")
+    config = SwampConfig.of(None, wanted.get("settings", {}))
+    found = compare(
+        *(_factory(wanted, config), wanted["data"], wanted.get("test"), wanted["methods"], wanted["seeds"]),
+        out=given.out or wanted.get("out"),
+        val=wanted.get("val"),
+        baseline=wanted.get("baseline", "imp"),
+        config=config,
+    )
+    if not ranks.current().first:
+        return
+    print(found.table())
+    for each in found.errors:
+        print(f"{each['method']}, seed {each['seed']}: {each['error']}", file=sys.stderr)
+    if found.errors:
+        raise RuntimeError(f"{len(found.errors)} of {len(found.runs)} failed.")
+
+
+def _read(file: str, known: dict[str, type]) -> dict[str, Any]:
+    """A sweep's or a comparison's file."""
+    try:
+        wanted = tomllib.loads(Path(file).read_text())
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{file} is not valid TOML: {error}") from error
+    for name, value in wanted.items():
+        if name not in known:
+            raise ValueError(f"{file}: unknown `{name}`; known: {', '.join(known)}.")
+        if not isinstance(value, known[name]):
+            raise TypeError(f"{file}: `{name}` must be {known[name].__name__}, got {value!r}.")
+    return wanted
+
+
+def _factory(wanted: dict[str, Any], config: SwampConfig) -> Callable[[], torch.nn.Module]:
+    """Makes the network that a file names, for its data."""
+    shape = _shape(open_source(wanted["data"], "train", config.data_dir).source)
+    return lambda: build_model(wanted["model"], *shape)
 
 
 def show(given: argparse.Namespace) -> None:
@@ -239,7 +277,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="swamp-fast", description="SWAMP: prune with averaged particles, fast.")
     parser.add_argument("--version", action="version", version=f"swamp_fast {__version__}")
     commands = parser.add_subparsers(
-        required=True, metavar="demo | run | sweep | show | analyze | plan | backends | kernels"
+        required=True, metavar="demo | run | sweep | compare | show | analyze | plan | backends | kernels"
     )
 
     each = commands.add_parser("demo", help=demo.__doc__, description=demo.__doc__)
@@ -264,6 +302,11 @@ def _parser() -> argparse.ArgumentParser:
     each.add_argument("file", metavar="FILE.toml", help="model, data, [settings], and a [grid] or [[points]]")
     each.add_argument("--out", metavar="DIR", help="the sweep's folder; started again with it, the sweep goes on")
     each.set_defaults(command=run_sweep)
+
+    each = commands.add_parser("compare", help=run_compare.__doc__, description=run_compare.__doc__)
+    each.add_argument("file", metavar="FILE.toml", help="model, data, methods, seeds, baseline, and [settings]")
+    each.add_argument("--out", metavar="DIR", help="its folder; started again with it, the comparison goes on")
+    each.set_defaults(command=run_compare)
 
     each = commands.add_parser("show", help=show.__doc__, description=show.__doc__)
     each.add_argument("directory", metavar="DIR")

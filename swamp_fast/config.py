@@ -15,6 +15,10 @@ from typing import Any
 CHOICES = {
     "augment": ("auto", "none", "crop_flip"),
     "rewind": ("ticket", "average"),
+    "schedule": ("auto", "swa", "cosine"),
+    "mask_score": ("abs-mean", "mean-abs", "rms", "signal-to-noise", "random"),
+    "mask_from": ("last", "dense"),
+    "combine": ("mean", "best"),
     "engine": ("auto", "eager", "fused"),
     "precision": ("float32", "float64", "bfloat16"),
     "optimizer": ("sgd", "adamw"),
@@ -48,7 +52,10 @@ class SwampConfig:
             the ticket, also a way to warm-start. *Ours*: 10.
         batch_size: samples a particle and step. A DataLoader's own batch size replaces it. *Ours*: 128.
         lr: the rate that each training starts with.
-        swa: average the weights over the last part of each training; off: the last iterate, and the rate falls to 0.
+        swa: average the weights over the last part of each training; off: the last iterate.
+        schedule: of the rate in a cycle: "swa" is a cosine from `lr` to `swa_lr` where the SWA window starts, constant
+            in it; "cosine" one to 0 at the end; "auto" is "swa" with `swa`, else "cosine". "swa" without `swa` tells
+            what averaging gains from what its schedule does. *Ours*.
         swa_lr: the constant rate of the SWA window; at most `lr`. The cosine from `lr` down to it is *ours*.
         swa_start: the window starts at epoch floor(swa_start * epochs), and takes one sample an epoch's end.
         optimizer: "sgd", or "adamw", which wants about a hundredth of the rates: lr=1e-3, swa_lr=5e-4.
@@ -62,6 +69,15 @@ class SwampConfig:
             parameters; None leaves it as it is.
         augment: "crop_flip" pads by 4 pixels, crops and mirrors pictures; "auto" does so for CIFAR. *Ours*.
         rewind: what a cycle starts from: the ticket (SWAMP), or the last average (Sparse Model Soups, 2306.16788).
+        combine: what the particles become: their "mean" (SWAMP); or the "best" of them on val, by accuracy (by loss
+            where there are none), which is then what is reported and pruned.
+        mask_score: what the global threshold ranks, w_n the particles: "abs-mean" is |mean w_n| (SWAMP); "mean-abs" the
+            mean of |w_n|; "rms" the root of the mean of w_n squared; "signal-to-noise" |mean w_n| over the standard
+            deviation of the w_n (of N, not N - 1; infinite where all agree, 0 where all are 0), the ranking of Graves
+            (2011) and Blundell et al. (1505.05424, section 5.1) over particles in place of a posterior. "random" keeps
+            of each layer as many as "abs-mean" would, drawn by (seed, cycle). All but "abs-mean" are *ours* here.
+        mask_from: the solution that masks are made from: the "last" cycle's, or always the "dense" one's of cycle 0, by
+            which each cycle is one-shot magnitude pruning to its density.
         seed: of the batch order, augmentation and dropout. The initial weights are those of the model.
         device: "auto" is CUDA where there is one, else the CPU; or any torch device.
         engine: "auto" takes the fastest that can run the model, cycle by cycle, and says why.
@@ -88,6 +104,7 @@ class SwampConfig:
     batch_size: int = 128
     lr: float = 0.1
     swa: bool = True
+    schedule: str = "auto"
     swa_lr: float = 0.05
     swa_start: float = 0.75
     optimizer: str = "sgd"
@@ -100,6 +117,9 @@ class SwampConfig:
     clip_norm: float | None = None
     augment: str = "auto"
     rewind: str = "ticket"
+    combine: str = "mean"
+    mask_score: str = "abs-mean"
+    mask_from: str = "last"
     seed: int = 0
     device: str = "auto"
     engine: str = "auto"
@@ -130,6 +150,7 @@ class SwampConfig:
                 f"`particles` as a schedule needs one number a training, cycles + 1 = {self.cycles + 1}; "
                 f"got {len(self.particles)}. Cycle 0 is the dense training."
             )
+        self._check_scores()
 
     def _check_ranges(self) -> None:
         for particles in self.particles if isinstance(self.particles, tuple) else (self.particles,):
@@ -158,13 +179,27 @@ class SwampConfig:
             raise ValueError("`nesterov` needs momentum; set momentum above 0 or nesterov=False.")
         if not 0 <= self.swa_start < 1:
             raise ValueError(f"`swa_start` must lie in [0, 1), got {self.swa_start}; 0.75 averages the last quarter.")
-        if self.swa and self.swa_lr > self.lr:
+        if self.ends_at_swa_lr and self.swa_lr > self.lr:
             raise ValueError(
                 f"`swa_lr` must be at most `lr`, got swa_lr = {self.swa_lr} and lr = {self.lr}: "
                 "the rate falls from lr to swa_lr. Set both."
             )
         if not -(1 << 63) <= self.seed < 1 << 63:
             raise ValueError(f"`seed` must fit 64 bits, got {self.seed}.")
+
+    def _check_scores(self) -> None:
+        """Refuse a score that is made of more particles than there are."""
+        if self.combine == "best" and self.mask_score not in ("abs-mean", "random"):
+            raise ValueError(
+                f'`mask_score` = "{self.mask_score}" ranks by all particles, but combine="best" goes on with one of '
+                'them; set mask_score="abs-mean" or combine="mean".'
+            )
+        alone = [cycle for cycle in range(self.cycles) if self.scored_at(cycle) and self.particles_at(cycle) == 1]
+        if self.mask_score == "signal-to-noise" and alone:
+            raise ValueError(
+                f'`mask_score` = "signal-to-noise" needs the spread of at least 2 particles, but cycle {alone[0]} has '
+                'one; set more `particles`, or mask_score="abs-mean".'
+            )
 
     def _derive_cycles(self, target: float) -> None:
         if not 0 < target < 1:
@@ -219,6 +254,16 @@ class SwampConfig:
     def particles_at(self, cycle: int) -> int:
         """N of one cycle."""
         return self.particles[cycle] if isinstance(self.particles, tuple) else self.particles
+
+    def scored_at(self, cycle: int) -> bool:
+        """Whether a mask is made from a cycle's particles by a score that its solution alone doesn't tell."""
+        makes_masks = cycle < self.cycles and (self.mask_from == "last" or cycle == 0)
+        return makes_masks and self.mask_score not in ("abs-mean", "random")
+
+    @property
+    def ends_at_swa_lr(self) -> bool:
+        """Whether a cycle's rate falls to `swa_lr`, not to 0."""
+        return self.schedule == "swa" or (self.schedule == "auto" and self.swa)
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain values; a schedule of particles becomes a list."""

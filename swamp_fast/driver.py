@@ -25,7 +25,7 @@ from swamp_fast.memory import peak_memory
 from swamp_fast.probe import Forward, Loss
 from swamp_fast.problem import OnCycle, Problem, prepare
 from swamp_fast.prunable import Prunable
-from swamp_fast.prune import pruned
+from swamp_fast.prune import drawn, particles_score, pruned
 from swamp_fast.report.console import percent
 from swamp_fast.result import SwampResult
 from swamp_fast.run import Run, one_at_a_time
@@ -98,22 +98,23 @@ def swamp(problem: Problem, engine: Engine, run: Run) -> Trainings[SwampResult]:
     average, mask = resumed(problem, run, ticket)
 
     for cycle in range(len(run.rows), problem.config.cycles + 1):
-        began = time.perf_counter() - run.seconds_of(cycle)
+        began = time.perf_counter()
         if cycle > 0:
-            mask = run.ranks.decided(partial(next_mask, problem, average, mask))
+            mask = run.ranks.decided(partial(next_mask, problem, run, mask, cycle))
         start = ticket if problem.config.rewind == "ticket" or cycle == 0 else average
-        trained = yield of_cycle(problem, run, cycle, start, mask)
+        asked, before = of_cycle(problem, run, cycle, start, mask), time.perf_counter() - began
+        trained = yield asked
+        began = time.perf_counter() - before - trained.seconds  # while others' cycles end, this one only waits
         keep = problem.config.keep_particles and cycle == problem.config.cycles
         found = trained.particles(problem.config.swa)
-        average, particles, scores = run.ranks.decided(
-            partial(average_particles, problem, trained.side_by_side, found, keep)
-        )
+        average, particles, scores = run.ranks.decided(partial(combined, problem, trained.side_by_side, found, keep))
         row = {**about_cycle(problem, trained, mask, cycle), **scores}
         if keep:
             run.keep_particles([named(problem, particle) for particle in particles])
+        score = run.ranks.decided(partial(mask_score, problem, found, cycle))
         row["seconds"], row["peak_memory"] = time.perf_counter() - began, peak_memory(problem.device)
         run.keep_engine(run.ranks.decided(engine.describe))
-        run.keep_cycle(named(problem, average), problem.layout.mask_views(mask), row)
+        run.keep_cycle(named(problem, average), problem.layout.mask_views(mask), row, score)
     return run.result()
 
 
@@ -150,10 +151,12 @@ def of_cycle(problem: Problem, run: Run, cycle: int, start: Solution, mask: Tens
     return Asked(run, cycle, start, mask, particles, cycle_training(config, len(problem.bounds)), shown)
 
 
-def average_particles(
+def combined(
     problem: Problem, side_by_side: SideBySide, found: Particles, keep: bool
 ) -> tuple[Solution, list[Solution], dict[str, Any]]:
-    """The mean over the particles that are left, its BatchNorm re-estimated, these likewise if `keep`, and scores."""
+    """The mean over the particles that are left, or the best of them, its BatchNorm re-estimated, these likewise if
+    `keep`, and scores.
+    """
     lanes, keys = found.left, found.keys
     mean = ops.particle_mean(found.weights[lanes], torch.zeros_like(keys[lanes, 0]), 1)
     buffers = {name: torch.cat([each, mean_buffer(each[lanes])[None]]) for name, each in found.buffers.items()}
@@ -171,12 +174,33 @@ def average_particles(
     )
     weights, after = models.weights.clone(), models.buffers()
     *each, average = (Solution(weights[i], {name: buffer[i] for name, buffer in after.items()}) for i in (*lanes, -1))
+    if problem.config.combine == "best" and val is not None:
+        best = val.best
+        average, test, val = each[best], test and test.of(best), val.of(best)
     return average, each if keep else [], score_row(test, val)
 
 
-def next_mask(problem: Problem, average: Solution, mask: Tensor) -> Tensor:
-    """The mask [Q] of the next cycle."""
-    return pruned(average.weights[None], mask[None], problem.config.prune)[0]
+def next_mask(problem: Problem, run: Run, mask: Tensor, cycle: int) -> Tensor:
+    """The mask [Q] of a cycle, from that of the cycle before it."""
+    ranked = problem.layout.flat(run.masks_source().ranked, problem.dtype, problem.device)
+    largest = pruned(ranked[None], mask[None], problem.config.prune)[0]
+    if problem.config.mask_score == "random":
+        return drawn(problem.layout, largest, mask, problem.config.seed, cycle)
+    return largest
+
+
+def mask_score(problem: Problem, found: Particles, cycle: int) -> dict[str, Tensor]:
+    """What later masks rank, by name, where a cycle's solution doesn't tell it; nothing elsewhere."""
+    config = problem.config
+    if not config.scored_at(cycle):
+        return {}
+    if config.mask_score == "signal-to-noise" and len(found.left) == 1:
+        raise FloatingPointError(
+            f'cycle {cycle}: one particle is left, which has no spread for mask_score="signal-to-noise". Lower lr and '
+            "swa_lr so that fewer diverge, or take more particles."
+        )
+    score = particles_score(config.mask_score, [found.weights[lane, : problem.layout.Q] for lane in found.left])
+    return problem.layout.mask_views(score)
 
 
 def about_cycle(problem: Problem, trained: Trained, mask: Tensor, cycle: int) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from swamp_fast.problem import Problem
 class Scores:
     """One split's scores of a cycle; accuracies are fractions, None where the task has none.
 
-    loss, accuracy      of the average
+    loss, accuracy      of the average, or of the particle that stands for all
     particle_accuracy   of each particle
     particle_loss       likewise
     ensemble_accuracy   of the mean of the particles' softmax
@@ -29,6 +29,17 @@ class Scores:
     particle_accuracy: list[float] | None
     particle_loss: list[float]
     ensemble_accuracy: float | None
+
+    @property
+    def best(self) -> int:
+        """The best particle: by accuracy, by loss where there are none; the first of equals."""
+        each = self.particle_accuracy or [-loss for loss in self.particle_loss]
+        return max(range(len(each)), key=each.__getitem__)
+
+    def of(self, particle: int) -> Scores:
+        """With a particle in the average's place."""
+        accuracy = None if self.particle_accuracy is None else self.particle_accuracy[particle]
+        return replace(self, loss=self.particle_loss[particle], accuracy=accuracy)
 
 
 @torch.no_grad()
@@ -90,6 +101,5 @@ def score_row(test: Scores | None, val: Scores | None) -> dict[str, Any]:
         if val.particle_accuracy is not None:
             row["val_mean_accuracy"] = sum(val.particle_accuracy) / len(val.particle_accuracy)
         if val.particle_accuracy is not None and test is not None and test.particle_accuracy is not None:
-            best = max(range(len(val.particle_accuracy)), key=val.particle_accuracy.__getitem__)
-            row["best_accuracy"] = test.particle_accuracy[best]
+            row["best_accuracy"] = test.particle_accuracy[val.best]
     return row

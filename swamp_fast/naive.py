@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from swamp_fast.config import SwampConfig
 from swamp_fast.data.store import Data, pass_in_stored_order
-from swamp_fast.data.streams import at_time, epoch_order, evaluation_time, lane_keys, stream_of
+from swamp_fast.data.streams import at_time, epoch_order, evaluation_time, lane_keys, layer_order, stream_of
 from swamp_fast.dropout import DropoutStream
 from swamp_fast.memory import peak_memory
 from swamp_fast.probe import Forward, Loss
@@ -79,7 +79,7 @@ def naive_swamp(
         for cycle in range(len(run.rows), config.cycles + 1):
             began = time.perf_counter()
             if cycle > 0:
-                masks = prune(average, masks, config.prune)
+                masks = prune(problem, run.masks_source().ranked, masks, cycle)
             start = ticket if config.rewind == "ticket" or cycle == 0 else average
 
             particles, losses = {}, []
@@ -98,11 +98,15 @@ def naive_swamp(
                 particles[number] = particle
             train_seconds = time.perf_counter() - trained
 
+            score = score_of(problem, [*particles.values()], cycle)
             average = mean_of(list(particles.values()))
             models = {**particles, config.particles_at(cycle): average}  # the average's stream is the next
             for number, each in models.items():
                 reestimate_batchnorm(problem, each, evaluation_keys(problem, cycle, number))
             kept = sum(int(mask.sum()) for mask in masks.values())
+            scored, best = scores(problem, models, cycle)
+            if config.combine == "best":
+                average = list(particles.values())[best]
             row = {
                 "cycle": cycle,
                 "particles": config.particles_at(cycle),
@@ -112,7 +116,7 @@ def naive_swamp(
                     {name: int(mask.sum()) for name, mask in masks.items()},
                     {name: mask.numel() for name, mask in masks.items()},
                 ),
-                **scores(problem, models, cycle),
+                **scored,
                 "train_loss": losses,
                 "dropped": dropped,
                 "train_seconds": train_seconds,
@@ -121,7 +125,7 @@ def naive_swamp(
             }
             if config.keep_particles and cycle == config.cycles:
                 run.keep_particles([state_of(each) for each in particles.values()])
-            run.keep_cycle(state_of(average), masks, row)
+            run.keep_cycle(state_of(average), masks, row, score)
             run.begin_training()
         return run.result()
 
@@ -144,7 +148,7 @@ def train_particle(problem: Problem, run: Run, model: nn.Module, masks: State, c
     config, device = problem.config, problem.device
     epochs = config.ticket_epochs if cycle is None else config.epochs
     averaged = config.swa and cycle is not None
-    swa_start = min(math.floor(config.swa_start * epochs), epochs - 1) if averaged else epochs
+    swa_start = min(math.floor(config.swa_start * epochs), epochs - 1)
     keys = lane_keys([config.seed], [stream_of(cycle, number)], device)
     where = "ticket" if cycle is None else f"cycle {cycle}/{config.cycles}, particle {number + 1}"
 
@@ -193,7 +197,7 @@ def train_particle(problem: Problem, run: Run, model: nn.Module, masks: State, c
         finite = all(bool(torch.isfinite(parameter).all()) for parameter in parameters.values())
         if not math.isfinite(last_losses) or not finite:
             raise Diverged(where, epoch + 1)
-        if epoch >= swa_start:
+        if averaged and epoch >= swa_start:
             samples = epoch - swa_start + 1
             for name, parameter in parameters.items():
                 mean = swa.setdefault(name, torch.zeros_like(parameter))
@@ -223,9 +227,10 @@ def optimizer_of(config: SwampConfig, parameters: Iterable[nn.Parameter]) -> tor
 
 
 def learning_rate(config: SwampConfig, step: int, steps_per_epoch: int, swa_start: int) -> float:
-    """The cosine from lr down to swa_lr where SWA starts, constant from there; without SWA down to 0."""
-    end = config.swa_lr if config.swa else 0.0
-    progress = min(step / (swa_start * steps_per_epoch), 1.0) if swa_start else 1.0
+    """The cosine from lr down to swa_lr where SWA starts, constant from there; or down to 0 at the end."""
+    with_swa = config.schedule == "swa" or (config.schedule == "auto" and config.swa)
+    end, epochs = (config.swa_lr, swa_start) if with_swa else (0.0, config.epochs)
+    progress = min(step / (epochs * steps_per_epoch), 1.0) if epochs else 1.0
     return end + 0.5 * (config.lr - end) * (1 + math.cos(math.pi * progress))
 
 
@@ -239,17 +244,56 @@ def mean_of(particles: list[nn.Module]) -> nn.Module:
     return average
 
 
-def prune(average: nn.Module, masks: State, fraction: float) -> State:
-    """Keep the largest weights of all layers together; equal ones in the order of the layers."""
-    weights = dict(average.named_parameters())
-    magnitudes = torch.cat([weights[name].detach().abs().flatten() for name in masks])
+def score_of(problem: Problem, particles: list[nn.Module], cycle: int) -> State:
+    """What later masks rank of this cycle's particles, where that isn't the size of the solution's weights."""
+    config = problem.config
+    if not config.scored_at(cycle):
+        return {}
+    if config.mask_score == "signal-to-noise" and len(particles) == 1:
+        raise FloatingPointError(f"cycle {cycle}: one particle is left, which has no signal-to-noise; lower lr.")
+    named = [dict(each.named_parameters()) for each in particles]
+    found = {}
+    for entry in problem.layout.prunable:
+        stack = torch.stack([each[entry.name].detach() for each in named]).double()
+        if config.mask_score == "mean-abs":
+            score = stack.abs().mean(0)
+        elif config.mask_score == "rms":
+            score = (stack**2).mean(0) ** 0.5
+        else:
+            signal, noise = stack.mean(0).abs(), stack.std(0, correction=0)
+            noise[stack.amax(0) == stack.amin(0)] = 0
+            score = torch.where(noise > 0, signal / noise, torch.where(signal > 0, math.inf, 0.0))
+        found[entry.name] = score.to(problem.dtype)
+    return found
+
+
+def prune(problem: Problem, ranked: State, masks: State, cycle: int) -> State:
+    """Keep the largest weights of all layers together; equal ones in the order of the layers.
+
+    A random mask keeps as many of each layer, drawn.
+    """
+    config = problem.config
+    magnitudes = torch.cat([ranked[name].detach().to(problem.device).abs().flatten() for name in masks])
     kept = torch.cat([mask.flatten() for mask in masks.values()])
-    keep = round((1 - fraction) * int(kept.sum()))
+    keep = round((1 - config.prune) * int(kept.sum()))
     largest = magnitudes.masked_fill(~kept, -1).argsort(descending=True, stable=True)[:keep]
     chosen = torch.zeros_like(kept)
     chosen[largest] = True
     parts = chosen.split([mask.numel() for mask in masks.values()])
+    if config.mask_score == "random":
+        layers = enumerate(zip(masks.values(), parts, strict=True))
+        parts = tuple(draw(config, mask.flatten(), int(part.sum()), cycle, layer) for layer, (mask, part) in layers)
     return {name: part.view_as(mask) for (name, mask), part in zip(masks.items(), parts, strict=True)}
+
+
+def draw(config: SwampConfig, kept: Tensor, count: int, cycle: int, layer: int) -> Tensor:
+    """So many of a layer's kept weights, at random."""
+    chosen = torch.zeros_like(kept)
+    for place in layer_order(config.seed, cycle, layer, len(kept), kept.device).tolist():
+        if count and kept[place]:
+            chosen[place] = True
+            count -= 1
+    return chosen
 
 
 @torch.no_grad()
@@ -285,8 +329,12 @@ def outputs_of(problem: Problem, model: nn.Module, inputs: Any, key: Tensor) -> 
         return problem.forward(model, inputs)
 
 
-def scores(problem: Problem, models: dict[int, nn.Module], cycle: int) -> dict[str, Any]:
-    """A cycle's scores: of the average, the last of the numbered models, of every particle, of their ensemble."""
+def scores(problem: Problem, models: dict[int, nn.Module], cycle: int) -> tuple[dict[str, Any], int]:
+    """A cycle's scores: of the average, the last of the numbered models, of every particle, of their ensemble; and
+    which particle of those before it is the best on val.
+
+    combine="best" puts that one in the average's place.
+    """
     row: dict[str, Any] = dict.fromkeys(
         [
             "accuracy",
@@ -301,28 +349,27 @@ def scores(problem: Problem, models: dict[int, nn.Module], cycle: int) -> dict[s
         ]
     )
     test, val = problem.test, problem.val
-    keys = [evaluation_keys(problem, cycle, number) for number in models]
-    *particles, average = models.values()
+    keyed = [(model, evaluation_keys(problem, cycle, number)) for number, model in models.items()]
+    best = 0
+    if val is not None:
+        *each, average = [evaluate(problem, model, val, key, 2) for model, key in keyed]
+        goodness = [-loss if accuracy is None else accuracy for loss, accuracy, _ in each]
+        best = goodness.index(max(goodness))
+        row["val_accuracy"] = (each[best] if problem.config.combine == "best" else average)[1]
+        if problem.classifies:
+            row["val_mean_accuracy"] = sum(goodness) / len(each)
     if test is not None:
-        row["loss"], row["accuracy"], _ = evaluate(problem, average, test, keys[-1], 1)
-        each = [evaluate(problem, particle, test, key, 1) for particle, key in zip(particles, keys, strict=False)]
+        *each, average = [evaluate(problem, model, test, key, 1) for model, key in keyed]
+        row["loss"], row["accuracy"], _ = each[best] if problem.config.combine == "best" else average
         row["particle_loss"] = [loss for loss, _, _ in each]
         if problem.classifies:
             row["particle_accuracy"] = [accuracy for _, accuracy, _ in each]
             row["mean_accuracy"] = sum(row["particle_accuracy"]) / len(each)
             together = torch.stack([softmax for _, _, softmax in each if softmax is not None]).mean(0)
             row["ensemble_accuracy"] = float((together.argmax(1) == targets_of(problem, test)).double().mean())
-    if val is not None:
-        row["val_accuracy"] = evaluate(problem, average, val, keys[-1], 2)[1]
-        if problem.classifies:
-            on_val = [
-                evaluate(problem, particle, val, key, 2)[1] or 0.0
-                for particle, key in zip(particles, keys, strict=False)
-            ]
-            row["val_mean_accuracy"] = sum(on_val) / len(on_val)
-            if test is not None:
-                row["best_accuracy"] = row["particle_accuracy"][on_val.index(max(on_val))]
-    return row
+            if val is not None:
+                row["best_accuracy"] = row["particle_accuracy"][best]
+    return row, best
 
 
 @torch.no_grad()

@@ -155,6 +155,6 @@ def together(engine: EagerEngine | FusedEngine, asked: Sequence[Asked]) -> list[
         watch.bank.buffers = bank.of_run(number).buffers
     ends = enumerate(zip(watches, losses.split(particles), strict=True))
     return [
-        errors.get(number) or watch.trained(own, functools.partial(engine.side_by_side, run=number))
+        errors.get(number) or watch.trained(own, functools.partial(engine.side_by_side, run=number), len(asked))
         for number, (watch, own) in ends
     ]

@@ -155,6 +155,12 @@ def prepare(
             "`val` is the training data, on which nothing can be selected; pass other data, or a fraction."
         )
 
+    if config.combine == "best" and val_data is None:
+        raise ValueError(
+            '`combine` = "best" chooses a particle on validation data, but `val` is None; pass data, or a fraction of '
+            "train to hold out, such as 0.1."
+        )
+
     trained = ((name, p) for name, p in template.named_parameters() if p.requires_grad)
     layout = Layout.of(trained, found.prunable)
     mask = layout.full_mask(device)

@@ -25,9 +25,10 @@ class SwampResult:
             kept, accuracy and loss (of the average, on test), particle_accuracy and particle_loss (lists),
             best_accuracy (of the particle that is best on val; None without val), mean_accuracy, ensemble_accuracy,
             val_accuracy and val_mean_accuracy, flops (of one sample's forward, 2 a multiply-add), train_loss (a list),
-            train_seconds (training steps and their checkpoints), dropped (a dict of lane and epoch for each particle
-            that diverged; the average, the lists and all that is made of them are of the others), seconds, peak_memory
-            (bytes), warnings. Accuracies are fractions, None without test data.
+            train_seconds (training steps and their checkpoints; of runs in one bank each has an equal share), dropped
+            (a dict of lane and epoch for each particle that diverged; the average, the lists and all that is made of
+            them are of the others), seconds, peak_memory (bytes), warnings. Accuracies are fractions, None without
+            test data. With combine="best" what is said of the average is said of the particle in its place.
         ticket: name -> tensor, the matching ticket's parameters and buffers.
         particles: name -> [N, ...], the particles of the last cycle (their SWA means), if keep_particles.
         engine: what ran, how, and why.

@@ -152,11 +152,11 @@ class Run:
         if self.events is not None:
             self.events.epoch(cycle, epoch, losses, first)
 
-    def keep_cycle(self, state: State, masks: State, row: dict[str, Any]) -> None:
-        """Record a cycle: its average, masks and row; tell the user, on the console and by on_cycle."""
+    def keep_cycle(self, state: State, masks: State, row: dict[str, Any], score: State) -> None:
+        """Record a cycle: its average, masks, row and mask_score; tell the user, on the console and by on_cycle."""
         self._warn(masks, row)
         self.rows.append(row)
-        snapshot = Snapshot(state, masks, row)
+        snapshot = Snapshot(state, masks, row, score)
         if self.events is not None:  # before the cycle's file: a run killed in between writes them anew
             self.events.cycle(row)
         if self.folder is not None:
@@ -212,6 +212,10 @@ class Run:
     def last(self) -> Snapshot:
         """The newest cycle's average."""
         return snapshot_of(self.snapshots[-1])
+
+    def masks_source(self) -> Snapshot:
+        """What the next mask is made from; on the first rank, which has the files."""
+        return snapshot_of(self.snapshots[0]) if self.config.mask_from == "dense" else self.last()
 
     def result(self) -> SwampResult:
         """What the call returns."""

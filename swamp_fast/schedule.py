@@ -45,9 +45,9 @@ def swa_weight(config: SwampConfig, epoch: int) -> float:
 
 def learning_rate(config: SwampConfig, steps_per_epoch: int, step: int) -> float:
     """The rate of one step of a cycle: a cosine that moves every step, from `lr` to `swa_lr` at the start of the
-    SWA window and constant there; without SWA to 0 at the end.
+    SWA window and constant there; or to 0 at the end, see `schedule`.
     """
-    end, steps = (config.swa_lr, swa_first_epoch(config)) if config.swa else (0.0, config.epochs)
+    end, steps = (config.swa_lr, swa_first_epoch(config)) if config.ends_at_swa_lr else (0.0, config.epochs)
     steps *= steps_per_epoch
     if step >= steps:
         return end

@@ -42,7 +42,10 @@ Model = nn.Module | Callable[[], nn.Module]
 Grid = Mapping[str, Iterable[Any]] | Sequence[Mapping[str, Any]]
 
 # Settings that may differ between the runs of a pack: they are values of a lane, or of what is done between trainings.
-PER_RUN = ("seed", "lr", "swa_lr", "swa_start", "momentum", "beta1", "beta2", "adam_eps", "weight_decay", "prune")
+PER_RUN = (
+    *("seed", "lr", "swa_lr", "swa_start", "momentum", "beta1", "beta2", "adam_eps", "weight_decay", "swa", "schedule"),
+    *("prune", "cycles", "target_density", "rewind", "combine", "mask_score", "mask_from"),
+)
 SCORES = ("accuracy", "loss", "mean_accuracy", "best_accuracy", "ensemble_accuracy", "val_accuracy")  # of a row
 
 
@@ -104,13 +107,7 @@ class SweepResult:
 
     def write_csv(self, path: str | Path, rows: list[dict[str, Any]] | None = None) -> Path:
         """Write `rows()`, or other rows, as CSV."""
-        path, rows = Path(path), self.rows() if rows is None else rows
-        text = io.StringIO()
-        writer = csv.DictWriter(text, dict.fromkeys(name for row in rows for name in row), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        write(path, text.getvalue().encode())
-        return path
+        return write_csv(Path(path), self.rows() if rows is None else rows)
 
     def figure(self, path: str | Path) -> Path:
         """Draw the accuracy over the density, a line a point without its seed, with its spread over seeds.
@@ -156,21 +153,37 @@ def sweep(
     don't fit, before anything is trained.
     """
     points = points_of(grid if grid is not None else [{}])
-    base = _without_folder(SwampConfig.of(config, common))
-    job = ranks.current()
-    console = Console(base.progress and job.first)
+    base = without_folder(SwampConfig.of(config, common))
     arguments = {"val": val, "forward": forward, "loss": loss, "transform": transform}
     arguments |= {"prunable": prunable, "initial_masks": initial_masks}
+    found, _ = swept(model, train, test, points, base, out, arguments)
+    if out is not None and ranks.current().first:
+        drawn(found.figure, Path(out) / "accuracy.png", base)
+    return found
+
+
+def swept(
+    model: Model,
+    train: object,
+    test: object,
+    points: Sequence[Mapping[str, Any]],
+    base: SwampConfig,
+    out: str | Path | None,
+    arguments: Mapping[str, Any],
+) -> tuple[SweepResult, list[Problem]]:
+    """The runs of a sweep at its points, as changes of `base`, and what each was; `arguments` are prepare's."""
+    job = ranks.current()
+    console = Console(base.progress and job.first)
     problems: list[Problem] = []
     for point in points:
         own = base.replace(**point)
-        problem = prepare(_made(model, own.seed), train, test, config=own, settings={}, **arguments)  # type: ignore[arg-type]
+        problem = prepare(_made(model, own.seed), train, test, config=own, settings={}, **arguments)
         problems.append(_sharing(problem, problems))
-    runs = [_placed(problem, point, out) for problem, point in zip(problems, points, strict=True)]
+    runs = [_placed(problem, dict(point), out) for problem, point in zip(problems, points, strict=True)]
     _refuse_twins(runs)
     _introduce(console, model, problems, runs)
     found = SweepResult(runs)
-    tell = functools.partial(_tell, found, Path(out) if out is not None and job.first else None, console)
+    tell = functools.partial(_tell, found, Path(out) if out is not None and job.first else None)
     with job.watched():
         _same_runs(job, runs, out)
         packs = job.decided(functools.partial(_packs, problems, runs, console))
@@ -182,7 +195,7 @@ def sweep(
         _exchange(job, problems, runs)
     console.close()
     tell()
-    return found
+    return found, problems
 
 
 def _same_runs(job: Ranks, runs: Sequence[SweptRun], out: str | Path | None) -> None:
@@ -197,14 +210,11 @@ def _same_runs(job: Ranks, runs: Sequence[SweptRun], out: str | Path | None) -> 
         )
 
 
-def _tell(found: SweepResult, out: Path | None, console: Console) -> None:
-    """Write what the sweep's folder holds beside the runs; the figure once all are over."""
-    if out is None:
-        return
-    found.write_csv(out / "results.csv")
-    found.write_csv(out / "summary.csv", found.summary())
-    if all(run.result is not None or run.error is not None for run in found.runs):
-        _draw(found, out / "accuracy.png", console)
+def _tell(found: SweepResult, out: Path | None) -> None:
+    """Write the tables of the sweep's folder."""
+    if out is not None:
+        found.write_csv(out / "results.csv")
+        found.write_csv(out / "summary.csv", found.summary())
 
 
 def _exchange(job: Ranks, problems: Sequence[Problem], runs: Sequence[SweptRun]) -> None:
@@ -221,7 +231,8 @@ def _merged(parts: list[dict[int, Exception]]) -> dict[int, Exception]:
     return {number: error for part in parts for number, error in part.items()}
 
 
-def _without_folder(config: SwampConfig) -> SwampConfig:
+def without_folder(config: SwampConfig) -> SwampConfig:
+    """The settings that runs share, which name no folder."""
     if config.run_dir is not None:
         raise TypeError("`run_dir` is one run's; a sweep has `out`, a folder for all of them.")
     return config
@@ -327,11 +338,22 @@ def dealt(packs: Sequence[Pack], problems: Sequence[Problem], world: int) -> lis
     return parts
 
 
-def _draw(found: SweepResult, path: Path, console: Console) -> None:
+def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
+    """Write rows as CSV, a column a key."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, dict.fromkeys(name for row in rows for name in row), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write(path, text.getvalue().encode())
+    return path
+
+
+def drawn(figure: Callable[[Path], Path], path: Path, base: SwampConfig) -> None:
+    """Draw a figure, or say why there is none."""
     try:
-        found.figure(path)
+        figure(path)
     except (ImportError, ValueError) as reason:
-        console.line(f"figure   none: {reason}")
+        Console(base.progress).line(f"figure   none: {reason}")
 
 
 def _made(model: Model, seed: int) -> nn.Module:

@@ -56,6 +56,7 @@ class Particles:
 class Trained:
     """What a training came to: `count` lanes, each one's mean loss over the last epoch, and how long it took.
 
+    seconds       of runs that shared a bank each has an equal share
     bank          this rank's lanes
     dropped       lane -> epoch, counted from 1, at whose end its particle had diverged
     side_by_side  the engine's, for models under the training's mask
@@ -161,10 +162,10 @@ class Watch:
         """How long it took so far, in every process."""
         return time.perf_counter() - self.began
 
-    def trained(self, losses: Tensor, side_by_side: SideBySide) -> Trained:
-        """What it came to, with the mean loss over the last epoch of each lane of all ranks."""
+    def trained(self, losses: Tensor, side_by_side: SideBySide, runs: int = 1) -> Trained:
+        """What it came to, with the mean loss over the last epoch of each lane of all ranks, and of so many runs."""
         ranks, told = self.run.ranks, losses.tolist()
-        return Trained(ranks, self.bank, self.count, told, self.dropped, self.seconds, side_by_side)
+        return Trained(ranks, self.bank, self.count, told, self.dropped, self.seconds / runs, side_by_side)
 
     def wait(self, on_step: Callable[[int], None]) -> Tensor:
         """Without a lane: what others do between their steps takes all ranks."""

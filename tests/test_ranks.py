@@ -28,6 +28,8 @@ RUNS = {
     "fused": ("fused", {"particles": 4}),
     "few": ("fused", {"particles": 2, "progress": True, "rewind": "average", "keep_particles": True}),
     "by density": ("by density", {"particles": 3}),
+    "scores": ("fused", {"particles": 3, "mask_score": "signal-to-noise"}),
+    "drawn": ("fused", {"particles": 2, "mask_score": "random", "mask_from": "dense"}),
     "eager": ("eager", {"particles": 4, "precision": "float64", "cycles": 1}),
 }
 
@@ -58,7 +60,7 @@ def by(tmp_path_factory):
 
 
 @pytest.mark.parametrize("world", [2, 3])
-@pytest.mark.parametrize("run", ["fused", "few", "by density"])
+@pytest.mark.parametrize("run", ["fused", "few", "by density", "scores", "drawn"])
 def test_the_same_bits_by_any_number_of_ranks(world, run, by):
     assert same_bits(by / "1" / run, by / str(world) / run)
     if run == "by density":

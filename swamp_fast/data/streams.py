@@ -23,6 +23,7 @@ DROPOUT = 2  # the number of the call within the forward stands above the low by
 SPLIT = 3
 LANE_SEED = 4  # for randomness in a model or transform that is not ours
 SAMPLE_SEED = 5  # for randomness in a Dataset
+MASK = 6  # for random masks
 
 
 def stream_of(cycle: int | None, particle: int) -> int:
@@ -60,6 +61,12 @@ def epoch_order(keys: Tensor, samples: int) -> Tensor:
 def split_order(samples: int) -> Tensor:
     """A fixed order [samples] int64, to hold a part of a data set out; the same for every run and seed."""
     words = ops.philox(torch.zeros(1, 3, dtype=torch.int64), SPLIT, 2 * samples)
+    return words.view(torch.int64).argsort(dim=1, stable=True)[0]
+
+
+def layer_order(seed: int, cycle: int, layer: int, weights: int, device: torch.device) -> Tensor:
+    """A random order [weights] int64 of a layer's weights, by which a cycle's random mask takes them."""
+    words = ops.philox(at_time(lane_keys([seed], [stream_of(cycle, 0)], device), layer), MASK, 2 * weights)
     return words.view(torch.int64).argsort(dim=1, stable=True)[0]
 
 

@@ -38,7 +38,8 @@ def accuracy_of_points(lines: dict[str, list[dict[str, Any]]], path: Path) -> Pa
     The standard deviation over seeds is a band around it. Raises as accuracy_over_sparsity.
     """
     drawn = {label: [row for row in rows if row.get("accuracy") is not None] for label, rows in lines.items()}
-    densities = sorted({row["density"] * 100 for rows in drawn.values() for row in rows}, reverse=True)
+    # Equal but for rounding is one tick.
+    densities = sorted({float(f"{row['density'] * 100:.2g}") for rows in drawn.values() for row in rows}, reverse=True)
     if not densities:
         raise ValueError("there are no accuracies to draw: the runs had no test data, or none was finished.")
     figure, axes = _empty_figure()

@@ -26,6 +26,33 @@ def summary_table(summary: list[dict[str, Any]], names: list[str]) -> str:
     return _table(rows)
 
 
+def comparison_table(summary: list[dict[str, Any]], paired: list[dict[str, Any]], baseline: str) -> str:
+    """A comparison's last cycle, a row a method: accuracy on test and its spread over seeds, the difference from the
+    baseline with its 95 % interval in points, whether it matches dense training, and the cost so far.
+    """
+    last = max((row["cycle"] for row in summary), default=0)
+    against = {row["method"]: row for row in paired if row["cycle"] == last}
+    rows = [("method", "density", "seeds", "accuracy", f"minus {baseline}", "matches SGD", "SWA", "epochs", "took")]
+    for row in summary:
+        if row["cycle"] == last:
+            mean, matching = row["accuracy"], (row["matching_sgd"], row["matching_swa"])
+            accuracy = "–" if mean is None else f"{mean * 100:.2f} ± {row['accuracy_std'] * 100:.2f} %"
+            answers = ({None: "–", True: "yes", False: "no"}[each] for each in matching)
+            cost = f"{row['particle_epochs']:,.0f}", duration(row["seconds"])
+            difference = _difference(against.get(row["method"]))
+            rows.append(
+                (row["method"], percent(row["density"]), str(row["seeds"]), accuracy, difference, *answers, *cost)
+            )
+    return _table(rows)
+
+
+def _difference(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return "–"
+    text = f"{row['difference'] * 100:+.2f}"
+    return text if row["low"] is None else f"{text} ({row['low'] * 100:+.2f} … {row['high'] * 100:+.2f})"
+
+
 def _table(rows: Sequence[tuple[str, ...]]) -> str:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]

@@ -1,0 +1,298 @@
+"""Methods against each other: the same seeds, one sweep, differences paired by seed."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from swamp_fast import ranks
+from swamp_fast.checkpoint import write
+from swamp_fast.config import SwampConfig
+from swamp_fast.data.store import pass_in_stored_order
+from swamp_fast.methods import DECIDED, METHODS, particles_of, seeds_of
+from swamp_fast.probe import Forward, Loss
+from swamp_fast.problem import Problem
+from swamp_fast.prunable import Prunable
+from swamp_fast.report.figures import accuracy_of_points
+from swamp_fast.report.table import comparison_table
+from swamp_fast.run import one_at_a_time
+from swamp_fast.sweeps import Model, SweptRun, drawn, swept, without_folder, write_csv
+
+SHARE = 0.95  # of the intervals
+DENSE = {"sgd": "imp", "swa": "imp+swa"}  # the methods whose cycle 0 is the dense reference
+
+
+@dataclass
+class Comparison:
+    """What methods came to.
+
+    Attributes:
+        baseline: the method that the others are compared with.
+        rows: one a method, seed and cycle: method, seed, cycle, density, accuracy and loss on test, and what it took to
+            come to that density, the ticket and all trainings before it included: particle_epochs, and seconds (without
+            the ticket's, which no history has; of runs that shared steps, a share each).
+        summary: one a method and cycle: method, cycle, density, seeds, accuracy (the mean), accuracy_std, matching_sgd
+            and matching_swa, particle_epochs, seconds. It matches if its mean accuracy is at least that of the dense
+            reference, without any tolerance; None without accuracies.
+        paired: one a method, other than the baseline, and cycle: method, cycle, density, seeds, difference (the mean
+            over seeds of its accuracy minus the baseline's of the same seed), low and high, the 95 % interval of
+            Student's t; None with one seed. Intervals are of each row by itself, not of all at once.
+        dense: "sgd" and "swa" -> accuracy, accuracy_std and seeds of one dense particle at the same schedule.
+        errors: one a method and seed that failed: method, seed, error.
+        runs: (method, seed) -> its runs; an ensemble has several.
+    """
+
+    baseline: str
+    rows: list[dict[str, Any]]
+    summary: list[dict[str, Any]]
+    paired: list[dict[str, Any]]
+    dense: dict[str, dict[str, Any]]
+    errors: list[dict[str, Any]]
+    runs: dict[tuple[str, int], list[SweptRun]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values, without the runs."""
+        return {name: value for name, value in vars(self).items() if name != "runs"}
+
+    def table(self) -> str:
+        """The last cycle, a row a method, as text."""
+        return comparison_table(self.summary, self.paired, self.baseline)
+
+    def figure(self, path: str | Path) -> Path:
+        """Draw the accuracy over the density, a line a method, with its spread over seeds; the suffix is the format.
+
+        Raises ImportError without matplotlib, ValueError without accuracies.
+        """
+        lines: dict[str, list[dict[str, Any]]] = {}
+        for row in self.summary:
+            lines.setdefault(row["method"], []).append(row)
+        return accuracy_of_points(lines, Path(path))
+
+
+@one_at_a_time
+def compare(
+    model: Model,
+    train: object,
+    test: object,
+    methods: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    out: str | Path | None = None,
+    val: object = None,
+    baseline: str = "imp",
+    forward: Forward | None = None,
+    loss: Loss | None = None,
+    transform: Callable[[Any], Any] | None = None,
+    prunable: Prunable = None,
+    initial_masks: Mapping[str, Tensor] | None = None,
+    config: SwampConfig | None = None,
+    **common: Any,
+) -> Comparison:
+    """Run methods under the same seeds, as one sweep: runs that can share a step are packed, none is done twice.
+
+    Args:
+        model: a factory, called under each seed, so that initialisation and ticket vary; or a module, the one
+            initialisation of all, whose differences then say nothing of others.
+        train, test, val, forward, loss, transform, prunable, initial_masks: as for fast_swamp. "best-particle" needs
+            val: nothing is selected on test.
+        methods: names in swamp_fast.methods.METHODS, which says what each is and whose.
+        seeds: at least two for intervals.
+        out: a folder for the runs, as of sweep, and for comparison.json, .csv, .svg and .png.
+        baseline: one of the methods.
+        config, common: what all methods share. `particles` is N; what methods differ in must not be among it.
+
+    Raises as sweep does, ValueError for a method that is not known.
+    """
+    base = without_folder(SwampConfig.of(config, common))
+    _check(methods, seeds, baseline, base)
+    wanted = {
+        (method, seed): [
+            base.replace(**METHODS[method].settings(base), seed=own) for own in seeds_of(METHODS[method], base, seed)
+        ]
+        for method in methods
+        for seed in seeds
+    }
+    for name in DENSE.values():
+        if name not in methods:
+            wanted |= {
+                (f"dense of {name}", seed): [base.replace(**METHODS[name].settings(base), seed=seed, cycles=0)]
+                for seed in seeds
+            }
+    configs = list(dict.fromkeys(own for each in wanted.values() for own in each))
+    arguments = {"val": val, "forward": forward, "loss": loss, "transform": transform}
+    arguments |= {"prunable": prunable, "initial_masks": initial_masks}
+    done, problems = swept(model, train, test, [_changes(base, own) for own in configs], base, out, arguments)
+    place = {own: number for number, own in enumerate(configs)}
+    found = {key: [done.runs[place[own]] for own in each] for key, each in wanted.items()}
+
+    rows, errors = [], []
+    for (method, seed), members in found.items():
+        failed = [run.error for run in members if run.error is not None]
+        if failed:
+            errors.append({"method": method, "seed": seed, "error": f"{type(failed[0]).__name__}: {failed[0]}"})
+        else:
+            problem = problems[place[wanted[method, seed][0]]]
+            rows += [{"method": method, "seed": seed, **row} for row in _rows(method, base, problem, members)]
+    dense = {name: _reference(rows, method) for name, method in DENSE.items()}
+    rows = [row for row in rows if row["method"] in methods]
+    summary = _summary(rows, dense)
+    compared = Comparison(baseline, rows, summary, _paired(rows, baseline), dense, errors, found)
+    if out is not None and ranks.current().first:
+        write_csv(Path(out) / "comparison.csv", rows)
+        write(Path(out) / "comparison.json", json.dumps(compared.to_dict(), indent=1).encode())
+        for suffix in ("svg", "png"):
+            drawn(compared.figure, Path(out) / f"comparison.{suffix}", base)
+    return compared
+
+
+def t_quantile(degrees: int, share: float = SHARE) -> float:
+    """The t within which Student's distribution of so many degrees of freedom has a share of its mass, symmetrically.
+
+    Source: Abramowitz and Stegun, Handbook of Mathematical Functions, 26.7.3 and 26.7.4, inverted by bisection.
+    """
+    if degrees < 1:
+        raise ValueError(f"`degrees` must be at least 1, got {degrees}; one seed has no interval.")
+    low, high = 0.0, math.pi / 2
+    for _ in range(100):
+        angle = (low + high) / 2
+        term = math.cos(angle) if degrees % 2 else 1.0
+        terms = [term]
+        for k in range(2 if not degrees % 2 else 3, degrees, 2):
+            term *= (k - 1) / k * math.cos(angle) ** 2
+            terms.append(term)
+        if degrees % 2:
+            mass = 2 / math.pi * (angle + math.sin(angle) * sum(terms) * (degrees > 1))
+        else:
+            mass = math.sin(angle) * sum(terms)
+        low, high = (angle, high) if mass < share else (low, angle)
+    return math.sqrt(degrees) * math.tan(low)
+
+
+def _check(methods: Sequence[str], seeds: Sequence[int], baseline: str, base: SwampConfig) -> None:
+    for name, values in (("methods", methods), ("seeds", seeds)):
+        if isinstance(values, str) or not values or len(set(values)) < len(values):
+            raise ValueError(f"`{name}` must be a list of at least one, each once; got {values!r}.")
+    for method in methods:
+        if method not in METHODS:
+            raise ValueError(f'`methods`: "{method}" is not known; there are {", ".join(METHODS)}.')
+    if baseline not in methods:
+        raise ValueError(f'`baseline` must be one of the methods, {", ".join(methods)}; got "{baseline}".')
+    particles_of(base)
+    for name, default in DECIDED.items():
+        if getattr(base, name) != default:
+            raise ValueError(
+                f"`{name}` is what methods differ in, got {getattr(base, name)!r} for all of them; leave it at "
+                f"{default!r}, or use sweep."
+            )
+
+
+def _changes(base: SwampConfig, own: SwampConfig) -> dict[str, Any]:
+    """A configuration as a sweep's point."""
+    there = base.to_dict()
+    changes = {name: value for name, value in own.to_dict().items() if value != there[name]}
+    if own.target_density is None:
+        changes = {**changes, "cycles": own.cycles} if base.target_density is not None else changes
+        changes.pop("target_density", None)
+    return {**changes, "seed": own.seed}
+
+
+def _rows(method: str, base: SwampConfig, problem: Problem, members: Sequence[SweptRun]) -> list[dict[str, Any]]:
+    """A method's rows under one seed, one for each of its cycles that stands for one of the base."""
+    config, every = problem.config, METHODS[method].every(base) if method in METHODS else 1
+    results = [run.result for run in members if run.result is not None]
+    rows = []
+    for cycle in range(0, config.cycles + 1, every):
+        row = results[0].history[cycle]
+        scores = {"accuracy": row["accuracy"], "loss": row["loss"]}
+        if len(results) > 1:
+            scores = ensemble_scores(problem, [result.at(cycle)[0] for result in results])
+        taken = {0, cycle} if config.mask_from == "dense" else range(cycle + 1)
+        epochs = config.ticket_epochs + config.epochs * sum(config.particles_at(each) for each in taken)
+        rows.append(
+            {"cycle": cycle // every, "density": statistics.fmean(each.history[cycle]["density"] for each in results)}
+            | scores
+            | {"particle_epochs": len(results) * epochs}
+            | {"seconds": sum(each.history[number]["seconds"] for each in results for number in taken)}
+        )
+    return rows
+
+
+@torch.no_grad()
+def ensemble_scores(problem: Problem, models: Sequence[nn.Module]) -> dict[str, float | None]:
+    """Accuracy and loss on test of the mean of the models' softmax; None without test data or classes."""
+    if problem.test is None or not problem.classifies:
+        return {"accuracy": None, "loss": None}
+    models = [model.to(problem.device, problem.dtype) for model in models]
+    correct, entries, loss = 0, 0, 0.0
+    for inputs, targets, count in pass_in_stored_order(problem.test, problem.config.batch_size):
+        with problem.autocast():
+            outputs = [problem.forward(model, inputs) for model in models]
+        together = torch.stack([each.double().softmax(1) for each in outputs]).mean(0)
+        correct, entries = correct + int((together.argmax(1) == targets).sum()), entries + targets.numel()
+        # A softmax's logarithm is as good as what it was made of.
+        loss += float(problem.losses(together.clamp_min(torch.finfo(torch.float64).tiny).log(), targets).mean()) * count
+    return {"accuracy": correct / entries, "loss": loss / problem.test.length}
+
+
+def _reference(rows: Sequence[dict[str, Any]], method: str) -> dict[str, Any]:
+    return _spread([row for row in rows if row["method"] in (method, f"dense of {method}") and row["cycle"] == 0])
+
+
+def _spread(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Seeds, mean accuracy and its standard deviation; None without accuracies."""
+    values = [row["accuracy"] for row in rows]
+    if not values or any(value is None for value in values):
+        return {"seeds": len(rows), "accuracy": None, "accuracy_std": None}
+    spread = statistics.stdev(values) if len(values) > 1 else 0.0
+    return {"seeds": len(rows), "accuracy": statistics.fmean(values), "accuracy_std": spread}
+
+
+def _grouped(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, int], dict[int, dict[str, Any]]]:
+    """Rows by method and cycle, and by seed."""
+    groups: dict[tuple[str, int], dict[int, dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["method"], row["cycle"]), {})[row["seed"]] = row
+    return groups
+
+
+def _summary(rows: Sequence[dict[str, Any]], dense: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    summary = []
+    for (method, cycle), each in _grouped(rows).items():
+        own = list(each.values())
+        spread = _spread(own)
+        matching = {
+            f"matching_{name}": None
+            if spread["accuracy"] is None or there["accuracy"] is None
+            else spread["accuracy"] >= there["accuracy"]
+            for name, there in dense.items()
+        }
+        means = {name: statistics.fmean(row[name] for row in own) for name in ("density", "particle_epochs", "seconds")}
+        summary.append({"method": method, "cycle": cycle, **spread, **matching, **means})
+    return summary
+
+
+def _paired(rows: Sequence[dict[str, Any]], baseline: str) -> list[dict[str, Any]]:
+    """Each method's differences from the baseline, cycle by cycle, over the seeds that both have."""
+    groups, paired = _grouped(rows), []
+    for (method, cycle), own in groups.items():
+        there = groups.get((baseline, cycle), {})
+        both = [seed for seed in own if seed in there]
+        if method == baseline or not both or any(own[seed]["accuracy"] is None for seed in both):
+            continue
+        differences = [own[seed]["accuracy"] - there[seed]["accuracy"] for seed in both]
+        mean, low, high = statistics.fmean(differences), None, None
+        if len(both) > 1:
+            half = t_quantile(len(both) - 1) * statistics.stdev(differences) / math.sqrt(len(both))
+            low, high = mean - half, mean + half
+        density = statistics.fmean(there[seed]["density"] for seed in both)
+        paired.append({"method": method, "cycle": cycle, "density": density, "seeds": len(both)})
+        paired[-1] |= {"difference": mean, "low": low, "high": high}
+    return paired
