@@ -85,8 +85,12 @@ def test_only_the_first_rank_speaks(by):
 
 
 def begun(folder: Path, processes) -> None:
-    """Wait until a cycle's training has a checkpoint."""
-    while not ((folder / "ticket.safetensors").exists() and (folder / "training.safetensors").exists()):
+    """Wait until a cycle's training has a checkpoint; the ticket's own is there a moment longer than its training."""
+    ticket, training = (folder / f"{name}.safetensors" for name in ("ticket", "training"))
+    while True:
+        with suppress(FileNotFoundError):
+            if training.stat().st_mtime_ns > ticket.stat().st_mtime_ns:
+                return
         assert all(process.is_alive() for process in processes)
         time.sleep(0.005)
 
