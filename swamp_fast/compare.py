@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from swamp_fast import ranks
 from swamp_fast.checkpoint import write
 from swamp_fast.config import SwampConfig
 from swamp_fast.data.store import pass_in_stored_order
+from swamp_fast.interval import half_width
 from swamp_fast.methods import DECIDED, METHODS, particles_of, seeds_of
 from swamp_fast.probe import Forward, Loss
 from swamp_fast.problem import Problem
@@ -26,7 +26,6 @@ from swamp_fast.report.table import comparison_table
 from swamp_fast.run import one_at_a_time
 from swamp_fast.sweeps import Model, SweptRun, drawn, swept, without_folder, write_csv
 
-SHARE = 0.95  # of the intervals
 DENSE = {"sgd": "imp", "swa": "imp+swa"}  # the methods whose cycle 0 is the dense reference
 
 
@@ -153,29 +152,6 @@ def compare(
     return compared
 
 
-def t_quantile(degrees: int, share: float = SHARE) -> float:
-    """The t within which Student's distribution of so many degrees of freedom has a share of its mass, symmetrically.
-
-    Source: Abramowitz and Stegun, Handbook of Mathematical Functions, 26.7.3 and 26.7.4, inverted by bisection.
-    """
-    if degrees < 1:
-        raise ValueError(f"`degrees` must be at least 1, got {degrees}; one seed has no interval.")
-    low, high = 0.0, math.pi / 2
-    for _ in range(100):
-        angle = (low + high) / 2
-        term = math.cos(angle) if degrees % 2 else 1.0
-        terms = [term]
-        for k in range(2 if not degrees % 2 else 3, degrees, 2):
-            term *= (k - 1) / k * math.cos(angle) ** 2
-            terms.append(term)
-        if degrees % 2:
-            mass = 2 / math.pi * (angle + math.sin(angle) * sum(terms) * (degrees > 1))
-        else:
-            mass = math.sin(angle) * sum(terms)
-        low, high = (angle, high) if mass < share else (low, angle)
-    return math.sqrt(degrees) * math.tan(low)
-
-
 def _check(methods: Sequence[str], seeds: Sequence[int], baseline: str, base: SwampConfig) -> None:
     for name, values in (("methods", methods), ("seeds", seeds)):
         if isinstance(values, str) or not values or len(set(values)) < len(values):
@@ -290,7 +266,7 @@ def _paired(rows: Sequence[dict[str, Any]], baseline: str) -> list[dict[str, Any
         differences = [own[seed]["accuracy"] - there[seed]["accuracy"] for seed in both]
         mean, low, high = statistics.fmean(differences), None, None
         if len(both) > 1:
-            half = t_quantile(len(both) - 1) * statistics.stdev(differences) / math.sqrt(len(both))
+            half = half_width(differences)
             low, high = mean - half, mean + half
         density = statistics.fmean(there[seed]["density"] for seed in both)
         paired.append({"method": method, "cycle": cycle, "density": density, "seeds": len(both)})

@@ -35,9 +35,9 @@ from swamp_fast.analysis import (
     ticket_stability,
 )
 from swamp_fast.analysis.hessian import quadratic_forms
-from swamp_fast.analysis.interval import quantile
 from swamp_fast.cli import main
 from swamp_fast.engines.eager import Choice
+from swamp_fast.interval import quantile
 
 EXACT = {"rel": 1e-12, "abs": 1e-12}
 SAME = {"rel": 1e-8, "abs": 1e-8}  # of engines in float64, which sum in another order
@@ -274,9 +274,14 @@ def test_products_with_the_hessian_are_differences_of_gradients(name):
         assert float(value) == pytest.approx(expected, rel=1e-4, abs=1e-4), own
 
 
-@pytest.mark.parametrize(("freedom", "t"), [(1, 12.7062), (2, 4.30265), (3, 3.18245), (10, 2.22814), (31, 2.03951)])
-def test_students_t(freedom, t):
-    assert quantile(0.95, freedom) == pytest.approx(t, rel=1e-5)
+def test_students_t():
+    from scipy import stats
+
+    for freedom in [*range(1, 31), 99, 1000]:
+        for level in (0.5, 0.95, 0.999):
+            assert quantile(level, freedom) == pytest.approx(stats.t.ppf((1 + level) / 2, freedom), rel=1e-9)
+    with pytest.raises(ValueError, match="at least two values"):
+        quantile(0.95, 0)
 
 
 # Many models at once.

@@ -15,7 +15,6 @@ from torch import nn
 from swamp_fast import SwampConfig, compare, fast_swamp
 from swamp_fast import sweeps as module
 from swamp_fast.cli import main
-from swamp_fast.compare import t_quantile
 from swamp_fast.engines.eager import Choice
 from swamp_fast.methods import METHODS, seeds_of
 
@@ -132,16 +131,6 @@ def test_differences_are_paired_by_seed(compared):
         else:
             assert row["low"] == row["difference"] == row["high"]
         assert row["density"] == rows_of(found, "imp")[row["cycle"]]["density"]
-
-
-def test_quantiles_of_students_distribution():
-    from scipy import stats
-
-    for degrees in [*range(1, 31), 99, 1000]:
-        for share in (0.5, 0.95, 0.999):
-            assert t_quantile(degrees, share) == pytest.approx(stats.t.ppf((1 + share) / 2, degrees), rel=1e-9)
-    with pytest.raises(ValueError, match="one seed has no interval"):
-        t_quantile(0)
 
 
 def test_what_can_share_a_step_does_and_nothing_is_done_twice(digits, monkeypatch, tmp_path):

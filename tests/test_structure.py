@@ -32,7 +32,7 @@ LAYERS = [
     ["checks", "dropout", "data", "memory"],
     ["layout", "schedule", "report"],
     ["config", "plan"],
-    ["tree", "backends", "fingerprint", "nvrtc", "lock", "signals", "ranks"],
+    ["tree", "backends", "fingerprint", "nvrtc", "lock", "signals", "ranks", "interval"],
     ["ops"],
     ["kernels", "version", "_C"],
 ]

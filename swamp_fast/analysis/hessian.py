@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from swamp_fast.analysis.core import Analysis, first_of
-from swamp_fast.analysis.interval import half_width
 from swamp_fast.bank import Solution
 from swamp_fast.data.store import Data, pass_in_stored_order
 from swamp_fast.data.streams import at_time, evaluation_time, generators_left_alone
 from swamp_fast.dropout import DropoutStream
 from swamp_fast.engines.lanes import Bound
+from swamp_fast.interval import half_width
 from swamp_fast.run import one_at_a_time
 
 
