@@ -1,4 +1,4 @@
-"""The command line: swamp-fast demo, run, sweep, show, plan, backends, kernels."""
+"""The command line: swamp-fast demo, run, sweep, show, report, plan, backends, kernels."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from swamp_fast.machine_code import compiled
 from swamp_fast.models import MODELS, SmallCNN, build_model
 from swamp_fast.report.figures import accuracy_over_sparsity
 from swamp_fast.report.table import history_table, summary_table
+from swamp_fast.reporting import write_report
 from swamp_fast.result import SwampResult
 from swamp_fast.sweeps import sweep
 from swamp_fast.trace import NotCovered
@@ -135,6 +136,11 @@ def show(given: argparse.Namespace) -> None:
         print(f"\n{left} of {result.config.cycles + 1} trainings are still to come; call it again with --out to go on.")
 
 
+def report(given: argparse.Namespace) -> None:
+    """A page of a run's, a comparison's or a sweep's folder: figures, tables, and what is missing."""
+    print(write_report(given.directory, given.model))
+
+
 def show_backends(given: argparse.Namespace) -> None:
     """What is active here, what is missing, and why."""
     for name, found in backends().items():
@@ -207,7 +213,9 @@ SETTINGS = {field.name: field for field in dataclasses.fields(SwampConfig) if fi
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="swamp-fast", description="SWAMP: prune with averaged particles, fast.")
     parser.add_argument("--version", action="version", version=f"swamp_fast {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="demo | run | sweep | show | plan | backends | kernels")
+    commands = parser.add_subparsers(
+        required=True, metavar="demo | run | sweep | show | report | plan | backends | kernels"
+    )
 
     each = commands.add_parser("demo", help=demo.__doc__, description=demo.__doc__)
     each.add_argument("--out", default="swamp_demo", metavar="DIR", help="where the run and the figure go")
@@ -235,6 +243,11 @@ def _parser() -> argparse.ArgumentParser:
     each = commands.add_parser("show", help=show.__doc__, description=show.__doc__)
     each.add_argument("directory", metavar="DIR")
     each.set_defaults(command=show)
+
+    each = commands.add_parser("report", help=report.__doc__, description=report.__doc__)
+    each.add_argument("directory", metavar="DIR", help="the folder; report.html, figures/ and numbers/ go into it")
+    each.add_argument("--model", metavar="NAME", help="as for run, for the lines that load the model")
+    each.set_defaults(command=report)
 
     each = commands.add_parser("plan", help=plan.__doc__, description=plan.__doc__)
     each.add_argument("--model", required=True, help=f"{', '.join(MODELS)}, or package.module:factory")

@@ -19,7 +19,7 @@ LAYERS = [
     ["__main__"],
     ["cli"],
     ["__init__"],
-    ["sweeps"],
+    ["sweeps", "reporting"],
     ["driver", "naive", "models", "pack"],
     ["machine_code", "estimate", "watch"],
     ["engines"],
