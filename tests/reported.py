@@ -86,7 +86,8 @@ def write_analysis(path: Path, done: int = 7) -> None:
              "test_error": curve, "barriers": barriers}
             for c in range(done - 1)
         ],
-        "particles": {"cycle": done - 1, "names": ["0", "1", "2"], "matrix": dict.fromkeys(kinds, square), "over": "max"},
+        "particles": {"cycle": done - 1, "names": ["0", "1", "2"], "over": "max",
+                      "matrix": dict.fromkeys(kinds, square)},
         "hessian": [
             {"cycle": c, "density": 0.8**c, "trace": 200.0 + 30 * c, "trace_half_width": 20.0, "scaled": 90.0 - 4 * c,
              "scaled_half_width": 8.0, "probes": 64,

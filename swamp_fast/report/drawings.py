@@ -34,7 +34,7 @@ PAPER, INK, MUTED, GRID, BLUE, ORANGE, GREEN, PURPLE, RED = (light for light, _ 
 SERIES = [light for light, _ in list(COLOURS.values())[4:]]
 STYLES = ("-", "--", ":")  # beside the colours, where there are more lines than colours
 MARKERS = "osD^vPX*<>hd"
-WIDTH = 5.2  # inches: about a phone's width in points, so that text is as large there as it is here
+WIDTH = 4.7  # inches: about a phone's width in points, so that text is as large there as it is here
 CUSTOMARY = 2.0  # error in points up to which two solutions are customarily called linearly connected
 STYLE: dict[Any, Any] = {
     "font.size": 10.5,
@@ -107,7 +107,7 @@ def score_over_density(rows: Sequence[Row], score: str) -> Any:
 def lines_over_density(lines: Mapping[str, Sequence[Row]], levels: Mapping[str, float] | None = None) -> Any:
     """Accuracy over density: a line a method or point, with its standard deviation over seeds; levels across."""
     with _styled():
-        figure, (axes,) = _canvas(height=3.9 + 0.11 * len(lines))
+        figure, (axes,) = _canvas(height=3.3 + 0.11 * len(lines))
         for number, (label, rows) in enumerate(lines.items()):
             rows = [row for row in rows if row.get("accuracy") is not None]
             at, mean = [row["density"] * 100 for row in rows], [row["accuracy"] * 100 for row in rows]
@@ -129,7 +129,7 @@ def differences(paired: Mapping[str, Sequence[Row]], baseline: str) -> Any:
     with _styled():
         columns = min(2, len(paired))
         figure, panels = _canvas(
-            math.ceil(len(paired) / columns), columns, 0.9 + 1.55 * math.ceil(len(paired) / columns), sharey=True
+            math.ceil(len(paired) / columns), columns, 0.8 + 1.3 * math.ceil(len(paired) / columns), sharey=True
         )
         for axes, (method, rows) in zip(panels, paired.items(), strict=False):
             at, middle = [row["density"] * 100 for row in rows], [row["difference"] * 100 for row in rows]
@@ -159,7 +159,7 @@ def costs(numbers: Mapping[str, Row]) -> Any:
             axes.barh(list(numbers), [row.get(name) or 0 for row in numbers.values()], color=BLUE, height=0.6)
             axes.set_xlabel(label)
             axes.grid(axis="y", visible=False)
-            axes.locator_params(axis="x", nbins=3)
+            axes.locator_params(axis="x", nbins=4)
         panels[0].invert_yaxis()
         return figure
 
@@ -167,7 +167,7 @@ def costs(numbers: Mapping[str, Row]) -> Any:
 def barriers(consecutive: Sequence[Row], densities: Mapping[int, float]) -> Any:
     """Barriers between each cycle's solution and the next over the density of the latter: error above, loss below."""
     with _styled():
-        figure, panels = _canvas(2, 1, 5.4, sharex=True)
+        figure, panels = _canvas(2, 1, 4.9, sharex=True)
         for axes, what, times in zip(panels, ("error", "loss"), (100.0, 1.0), strict=True):
             for split, colour in (("train", BLUE), ("test", ORANGE)):
                 for over, style in (("max", "-"), ("mean", ":")):
@@ -178,39 +178,45 @@ def barriers(consecutive: Sequence[Row], densities: Mapping[int, float]) -> Any:
                     ]
                     if points:
                         at, values = zip(*points, strict=True)
-                        marker, label = ("o" if over == "max" else ""), f"{split}, over the {over} of the ends"
+                        marker, label = ("o" if over == "max" else ""), f"{split}, over {over}"
                         axes.plot(at, values, style, marker=marker, color=colour, markersize=4, label=label)
             axes.axhline(0, color=MUTED, linewidth=1)
             axes.set_ylabel("error barrier, points" if what == "error" else "loss barrier")
-        panels[0].axhline(CUSTOMARY, color=RED, linewidth=1, linestyle="--", label=f"{CUSTOMARY:g} points, customary")
+        panels[0].axhline(CUSTOMARY, color=RED, linewidth=1, linestyle="--", label=f"{CUSTOMARY:g} points")
         _density_axis(panels[1], [densities[row["to"]] for row in consecutive if row["to"] in densities])
         _legend(figure, panels[0])
         return figure
 
 
-def matrix(values: Sequence[Sequence[float]], names: Sequence[str], times: float = 1.0, digits: int = 2) -> Any:
-    """Barriers among solutions [n, n]: the darker, the higher, and the number in it where there is room."""
+def matrices(kinds: Mapping[str, tuple[Sequence[Sequence[float]], str]], names: Sequence[str]) -> Any:
+    """Barriers among solutions: the darker, the higher, and the number in it where there is room.
+
+    kinds  what it is of -> the barriers [n, n], and how one is written, as ".2f"; one below the other
+    """
     with _styled():
-        side = min(WIDTH, 1.2 + 0.62 * len(names))
-        figure, (axes,) = _canvas(height=side, width=min(WIDTH, side + 0.6))
-        most = max((abs(value) for row in values for value in row), default=0.0) or 1.0
-        cells = [(x, y, max(value, 0.0) / most) for y, row in enumerate(values) for x, value in enumerate(row)]
-        _cells(axes, cells, len(names), len(names))
-        if len(names) <= 8:
-            for y, row in enumerate(values):
-                for x, value in enumerate(row):
-                    text = "–" if x == y else f"{value * times:.{digits}f}"
+        side = min(WIDTH, 0.8 + 0.6 * len(names))
+        figure, panels = _canvas(len(kinds), 1, len(kinds) * side, side + 1.2)
+        for axes, (title, (values, written)) in zip(panels, kinds.items(), strict=True):
+            most = max((abs(value) for row in values for value in row), default=0.0) or 1.0
+            cells = [
+                (x, y, 0.6 * max(value, 0.0) / most) for y, row in enumerate(values) for x, value in enumerate(row)
+            ]
+            _cells(axes, cells, len(names), len(names))
+            if len(names) <= 8:
+                for x, y, _ in cells:
+                    text = "–" if x == y else f"{values[y][x]:{written}}"
                     axes.text(x, y, text, ha="center", va="center", fontsize=9.5)
-        axes.set_xticks(range(len(names)), [_short(name, 10) for name in names], rotation=45 if len(names) > 5 else 0)
-        axes.set_yticks(range(len(names)), [_short(name, 10) for name in names])
-        axes.set_aspect("equal")
+            axes.set_xticks(range(len(names)), [_short(name, 10) for name in names], rotation=45 * (len(names) > 5))
+            axes.set_yticks(range(len(names)), [_short(name, 10) for name in names])
+            axes.set_aspect("equal")
+            axes.set_title(title, fontsize=10.5, loc="left")
         return figure
 
 
 def traces(hessian: Sequence[Row]) -> Any:
     """Hessian traces over density, with their intervals: raw above, scaled below."""
     with _styled():
-        figure, panels = _canvas(2, 1, 5.0, sharex=True)
+        figure, panels = _canvas(2, 1, 4.6, sharex=True)
         kinds = (("trace", "trace, raw", ORANGE), ("scaled", "trace, scaled", BLUE))
         for axes, (name, label, colour) in zip(panels, kinds, strict=True):
             rows = [row for row in hessian if row.get(name) is not None]
@@ -278,7 +284,7 @@ def times(rows: Sequence[Row], ways: Mapping[int, str]) -> Any:
     ways  the engine of each cycle; {} if one ran all
     """
     with _styled():
-        figure, panels = _canvas(2, 1, 5.2, sharex=True)
+        figure, panels = _canvas(2, 1, 4.8, sharex=True)
         at = [row["density"] * 100 for row in rows]
         panels[0].plot(at, [row["seconds"] for row in rows], "--", color=MUTED, label="whole cycle")
         trained = [row["train_seconds"] for row in rows]
@@ -302,13 +308,15 @@ def plane(x: Sequence[float], y: Sequence[float], values: Sequence[Sequence[floa
           names: Sequence[str], label: str) -> Any:  # fmt: skip
     """Level lines of values [len(y), len(x)] over a plane of weights, and the solutions that span it."""
     with _styled():
-        figure, (axes,) = _canvas(height=4.4)
+        figure, (axes,) = _canvas(height=4.2)
         lines = axes.contour(x, y, values, levels=10, colors=BLUE, linewidths=1)
         axes.clabel(lines, fontsize=8.5, fmt="%.3g", colors=INK)
         for number, ((right, up), name) in enumerate(zip(points, names, strict=True)):
             axes.plot(right, up, MARKERS[number % 12], color=SERIES[1 + number % 7], markersize=8, label=name)
         axes.set_aspect("equal")
         axes.set_xlabel(f"distance in weights; lines: {label}")
+        axes.grid(visible=False)
+        axes.locator_params(nbins=6)
         _legend(figure, axes)
         return figure
 
@@ -339,7 +347,9 @@ def inlined(text: str, name: str, label: str) -> str:
     for pattern in (r"<metadata>.*?</metadata>", r"<style.*?</style>", r"<!--.*?-->"):
         text = re.sub(pattern, "", text, flags=re.S)
     box = re.search(r'viewBox="([^"]*)"', text)
-    begin = f'<svg viewBox="{box[1] if box else ""}" role="img" aria-label="{html.escape(label)}">'
+    size = box[1] if box else "0 0 1 1"
+    widest = float(size.split()[2]) / (WIDTH * 72) * 35
+    begin = f'<svg viewBox="{size}" style="max-width: {widest:.3g}rem" role="img" aria-label="{html.escape(label)}">'
     text = re.sub(r"<svg[^>]*>", lambda _: begin, text, count=1)
     text = re.sub(r'\bid="', f'id="{name}-', text)
     text = text.replace("url(#", f"url(#{name}-")
@@ -349,7 +359,7 @@ def inlined(text: str, name: str, label: str) -> str:
     return text.strip()
 
 
-def _canvas(rows: int = 1, columns: int = 1, height: float = 3.9, width: float = WIDTH, **shared: Any) -> Any:
+def _canvas(rows: int = 1, columns: int = 1, height: float = 3.5, width: float = WIDTH, **shared: Any) -> Any:
     """A figure and its panels, in a list."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -359,7 +369,7 @@ def _canvas(rows: int = 1, columns: int = 1, height: float = 3.9, width: float =
     return figure, list(figure.subplots(rows, columns, squeeze=False, **shared).flat)
 
 
-def _density_axis(axes: Any, densities: Sequence[float], most: int = 6) -> None:
+def _density_axis(axes: Any, densities: Sequence[float], most: int = 7) -> None:
     """Densities on a logarithmic axis that falls to the right, as per cent."""
     ticks = sorted({round(density * 100, 9) for density in densities}, reverse=True)
     axes.set_xscale("log")
@@ -395,7 +405,7 @@ def _cells(axes: Any, cells: Sequence[tuple[int, int, float]], columns: int, row
     from matplotlib.patches import Rectangle
 
     squares = [Rectangle((x - 0.46, y - 0.46), 0.92, 0.92) for x, y, _ in cells]
-    colours = [(*to_rgb(BLUE), 0.85 * strength) for _, _, strength in cells]
+    colours = [(*to_rgb(BLUE), strength) for _, _, strength in cells]
     axes.add_collection(PatchCollection(squares, facecolors=colours, edgecolors="none"))
     axes.set(xlim=(-0.5, columns - 0.5), ylim=(rows - 0.5, -0.5))
     axes.grid(visible=False)

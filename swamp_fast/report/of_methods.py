@@ -59,22 +59,32 @@ def page_of_comparison(name: str, found: Mapping[str, Any]) -> Page:
     if lowest:
         picture = Picture("cost", "Cost", caption, drawings.costs(lowest), costs)
         sections.append(Section("Cost", [], [picture]))
-    every = [
+    each_density = [
         (row["method"], percent(row["density"]), row.get("seeds", "–"), _spread(row), _yes(row.get("matching_sgd")),
          _yes(row.get("matching_swa")), _whole(row.get("particle_epochs")), _seconds(row.get("seconds")))
         for row in summary
     ]  # fmt: skip
     columns = ("method", "density", "seeds", "accuracy", "matches SGD", "matches SWA", "particle-epochs", "took")
-    about = "Matching: not below dense training of the same network by SGD, and by SWA; selections use validation data."
+    about = (
+        "A row a method, at its lowest density, and the density down to which it matches dense training of the network "
+        "by SGD and by SWA, without a gap; selections use validation data."
+    )
+    ends = [
+        (method, percent(row["density"]), _spread(row), _down_to(lines[method], "matching_sgd"),
+         _down_to(lines[method], "matching_swa"), _whole(row.get("particle_epochs")), _seconds(row.get("seconds")))
+        for method, row in lowest.items()
+    ]  # fmt: skip
+    last = ("method", "density", "accuracy", "SGD down to", "SWA down to", "particle-epochs", "took")
     single = [
         (row["method"], row["seed"], percent(row["density"]), percent(row.get("accuracy")), _figures(row.get("loss")))
         for row in rows
     ]
+    every = details("Every density", table(each_density, columns, "a row a method and density"))
     seeded = details(
         "Every seed", table(single, ("method", "seed", "density", "accuracy", "loss"), "a row a method, seed, density")
     )
     level = bullets(f"{label}: {percent(value)}" for label, value in dense.items())
-    sections.append(Section("All methods", [about, level, table(every, columns, "a row a method and density"), seeded]))
+    sections.append(Section("All methods", [about, level, table(ends, last, "a row a method"), every, seeded]))
     sections.append(_files(name, "compare", "comparison.csv"))
     facts = {"methods": str(len(lines)), "seeds": str(seeds), "baseline": baseline}
     if lowest:
@@ -197,6 +207,16 @@ def _verdict(row: Row) -> str:
 
 def _yes(matching: bool | None) -> str:
     return "–" if matching is None else "yes" if matching else "no"
+
+
+def _down_to(rows: Sequence[Row], matching: str) -> str:
+    """The lowest density that matches with all above it; rows fall in density."""
+    reached = None
+    for row in rows:
+        if not row.get(matching):
+            break
+        reached = row["density"]
+    return percent(reached)
 
 
 def _whole(value: float | None) -> str:

@@ -92,10 +92,10 @@ def _lead(run: RunFacts) -> list[str]:
     counts = sorted({row["particles"] for row in run.rows})
     particles = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     one = "particle" if counts == [1] else "particles"
-    window = "the SWA window's mean" if config.swa else "the last iterate"
+    window = "the mean of its SWA window" if config.swa else "its last iterate"
     said = [
         f"{particles} {one} from one ticket, {len(run.rows)} trainings of {config.epochs} epochs, pruned from "
-        f"{first['kept']:,} to {last['kept']:,} weights ({percent(last['density'])}); of each training {window} counts."
+        f"{first['kept']:,} to {last['kept']:,} weights ({percent(last['density'])}); each training counts by {window}."
     ]
     if last["accuracy"] is not None:
         start = "dense" if first["density"] == 1 else f"at {percent(first['density'])}"
@@ -113,10 +113,13 @@ def _facts(run: RunFacts) -> dict[str, str]:
     epochs = sum(row["particles"] for row in run.rows) * run.config.epochs + run.config.ticket_epochs
     facts = {"weights kept": percent(last["density"])}
     if last["accuracy"] is not None:
-        facts |= {"test accuracy": percent(last["accuracy"]), "at the first cycle": percent(first["accuracy"])}
-    share = percent(last["flops"] / first["flops"], 1)
-    facts["FLOPs, of the first cycle's"] = share
-    facts |= {"took": duration(sum(row["seconds"] for row in run.rows)), "particle-epochs": f"{epochs:,}"}
+        start = "dense" if first["density"] == 1 else "first cycle"
+        facts |= {"test accuracy": percent(last["accuracy"]), f"{start}, it was": percent(first["accuracy"])}
+    facts |= {
+        "FLOPs left": percent(last["flops"] / first["flops"], 1),
+        "took": duration(sum(row["seconds"] for row in run.rows)),
+        "particle-epochs": f"{epochs:,}",
+    }
     return facts
 
 
@@ -226,19 +229,29 @@ def _connected(run: RunFacts) -> Section | None:
         drawing = drawings.barriers(consecutive, run.densities)
         pictures.append(Picture("barriers", "Barriers between consecutive cycles", caption, drawing, rows))
     particles = found.get("particles")
-    for name, title, times in (("test_error", "test error", 100.0), ("train_loss", "training loss", 1.0)):
-        values = ((particles or {}).get("matrix") or {}).get(name)
-        if particles and values:
-            names = [str(each) for each in particles["names"]]
-            rows = [{"": one} | dict(zip(names, row, strict=True)) for one, row in zip(names, values, strict=True)]
-            caption = (
-                f"Barrier of the {title}{', points,' if times > 1 else ''} between the particles of cycle "
-                f"{particles['cycle']}, over the {particles.get('over', 'max')} of the ends; near 0 everywhere means "
-                "one basin, in which averaging is safe."
-            )
-            drawing = drawings.matrix(values, names, times, 2 if times > 1 else 3)
-            pictures.append(Picture(f"matrix-{name.replace('_', '-')}", f"Barriers of particles: {title}",
-                                    caption, drawing, rows))  # fmt: skip
+    matrix = (particles or {}).get("matrix") or {}
+    if particles and matrix:
+        names = [str(each) for each in particles["names"]]
+        pairs_of = [(one, other) for one in range(len(names)) for other in range(one + 1, len(names))]
+        measured = {kind: values for kind, values in matrix.items() if values}
+        rows = [
+            {"from": names[one], "to": names[other]} | {kind: each[one][other] for kind, each in measured.items()}
+            for one, other in pairs_of
+        ]
+        shown = {}
+        for kind in ("error", "loss"):
+            split = "test" if matrix.get(f"test_{kind}") else "train"
+            if values := matrix.get(f"{split}_{kind}"):
+                times = 100.0 if kind == "error" else 1.0
+                title = f"{split} {kind}" + (", points" if kind == "error" else "")
+                written = ".2f" if kind == "error" else ".3f"
+                shown[title] = ([[value * times for value in row] for row in values], written)
+        caption = (
+            f"Barriers between the particles of cycle {particles['cycle']}, over the {particles.get('over', 'max')} of "
+            "the ends; near 0 everywhere means one basin, in which averaging is safe."
+        )
+        drawing = drawings.matrices(shown, names)
+        pictures.append(Picture("matrix", "Barriers among the particles", caption, drawing, rows))
     plane = found.get("plane")
     if plane:
         name = "test_error" if plane.get("test_error") else "train_loss"
@@ -262,11 +275,11 @@ def _connected(run: RunFacts) -> Section | None:
         cells = [
             (
                 kind.replace("_", " "),
-                *(_number(end(each)) for each in (hull[kind], corners.get(kind) or ()) for end in ENDS),
+                *map(percent if "error" in kind else _number, (*_ends(hull[kind]), *_ends(corners.get(kind)))),
             )
             for kind in kinds
         ]
-        head = ("", "least of mixtures", "highest", "least of particles", "highest")
+        head = ("", "mixtures: lowest", "highest", "particles: lowest", "highest")
         after.append(f"Random mixtures of the particles (in their convex hull): {len(hull[kinds[0]]) if kinds else 0}.")
         after.append(table(cells, head, "mixtures of the particles"))
     return Section("Connectivity", text, pictures, after)
@@ -349,7 +362,8 @@ def _time(run: RunFacts) -> Section:
 def _ways(run: RunFacts) -> dict[int, str]:
     """The engine of each cycle, where two ran."""
     engines = run.about["engine"].get("engines") or {}
-    return {int(cycle): way for cycle, way in engines.items() if cycle != "ticket"}
+    ways = {int(cycle): way for cycle, way in engines.items() if cycle != "ticket"}
+    return ways if len(set(ways.values())) > 1 else {}
 
 
 def _engine(run: RunFacts) -> Section | None:
@@ -417,19 +431,17 @@ def _table(run: RunFacts) -> Section:
         "cycle": lambda row: row["cycle"],
         "density": lambda row: percent(row["density"]),
         "kept": lambda row: _count(row["kept"]),
-        "N": lambda row: row["particles"],
+        "N": lambda row: row["particles"] if len({row["particles"] for row in rows}) > 1 else "–",
         "average": lambda row: percent(row["accuracy"]),
         "particles": lambda row: _range(row.get("particle_accuracy")),
         "their mean": lambda row: percent(row.get("mean_accuracy")),
         "best on val": lambda row: percent(row.get("best_accuracy")),
         "ensemble": lambda row: percent(row.get("ensemble_accuracy")),
         "val": lambda row: percent(row.get("val_accuracy")),
-        "loss": lambda row: _number(row.get("loss")),
-        "training loss": lambda row: _number(_mean(row.get("train_loss"))),
+        "loss": lambda row: "–" if row.get("loss") is None else f"{row['loss']:.4f}",
         "MFLOP": lambda row: _mega(row["flops"]),
         "training": lambda row: duration(row["train_seconds"]),
         "cycle took": lambda row: duration(row["seconds"]),
-        "peak MB": lambda row: _count(round(row["peak_memory"] / 1e6)) if row.get("peak_memory") else "–",
     }
     cells = {name: [str(made(row)) for row in rows] for name, made in columns.items()}
     shown = [name for name, column in cells.items() if set(column) != {"–"}]
@@ -490,8 +502,8 @@ def _again(run: RunFacts) -> Section:
             f'config = SwampConfig.from_toml(Path("{run.name}/config.toml")).replace(run_dir="{run.name}-again")\n'
             "result = fast_swamp(model, train, test, config=config)"
         )]  # fmt: skip
-    chosen = "the engine and its ways are chosen by a stopwatch, so other bits may come on another machine; "
-    text += [f"{chosen}what was chosen here is in run.json. config.toml:".capitalize(), code(run.settings.rstrip())]
+    chosen = "The engine and its ways are chosen by a stopwatch, so other bits may come on another machine; "
+    text += [f"{chosen}what was chosen here is in run.json. The settings, config.toml:", code(run.settings.rstrip())]
     return Section("Reproduce it", text)
 
 
@@ -520,7 +532,7 @@ def _missing(run: RunFacts) -> Section | None:
             lacks.append((", ".join(gone), analyze))
     lacks.append(("a spread over seeds, and the baselines", "swamp-fast compare FILE.toml"))
     return Section("What is missing here", [
-        bullets(Html(escaped(what) + ": " + tag("code", command).strip()) for what, command in lacks)
+        bullets(escaped(f"{what}: ") + tag("code", command) for what, command in lacks)
     ])  # fmt: skip
 
 
@@ -573,10 +585,6 @@ def _count(value: float | None) -> str:
 
 def _mega(value: float | None) -> str:
     return "–" if value is None else f"{value / 1e6:.2f}"
-
-
-def _mean(values: Sequence[float] | None) -> float | None:
-    return sum(values) / len(values) if values else None
 
 
 def _range(values: Sequence[float] | None) -> str:

@@ -136,7 +136,8 @@ def link(address: str, name: str) -> Html:
 def _section(place: str, section: Section) -> Html:
     body = tag("h2", section.heading) + joined(map(_block, section.text))
     if section.pictures:
-        body += tag("div", joined(map(_figure, section.pictures)), "figures")
+        kind = "figures" if len(section.pictures) > 1 else "alone"
+        body += tag("div", joined(_figure(each, kind == "figures") for each in section.pictures), kind)
     return Html(f'<section id="{place}">\n{body}{joined(map(_block, section.after))}</section>\n')
 
 
@@ -144,12 +145,13 @@ def _block(content: Any) -> Html:
     return content if isinstance(content, Html) else tag("p", content)
 
 
-def _figure(picture: Picture) -> Html:
+def _figure(picture: Picture, titled: bool) -> Html:
     name = picture.name
     drawn = Html(inlined(svg(picture.drawing), name, f"{picture.title}. {picture.caption}"))
     files = {"SVG": f"figures/{name}.svg", "PNG": f"figures/{name}.png", "CSV": f"numbers/{name}.csv"}
     links = tag("p", joined(link(address, kind) + " " for kind, address in files.items()), "files")
-    return tag("figure", tag("h3", picture.title) + drawn + tag("figcaption", tag("p", picture.caption) + links))
+    title = tag("h3", picture.title) if titled else Html()
+    return tag("figure", title + drawn + tag("figcaption", tag("p", picture.caption) + links))
 
 
 def _css() -> str:
@@ -177,17 +179,18 @@ nav { display: flex; flex-wrap: wrap; gap: .25rem 1.1rem; margin-top: 1.25rem; f
 .pairs dt { color: var(--muted); }
 .pairs dd { margin: 0; overflow-wrap: anywhere; }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 27rem), 1fr)); gap: 2rem 2.5rem; }
-.figures { margin: 1rem 0; align-items: start; }
+.figures { align-items: start; }
+.figures, .alone { margin: 1rem 0 1.25rem; }
 figure { margin: 0; min-width: 0; max-width: 35rem; }
-figure svg { display: block; width: 100%; height: auto; max-height: 44rem; }
+figure svg { display: block; width: 100%; height: auto; }
 figure svg * { stroke-linejoin: round; stroke-linecap: butt; }
 figure svg text { font-family: inherit !important; }
 figcaption { margin-top: .6rem; font-size: .92rem; }
 figcaption p { margin-bottom: .25rem; }
 .files { font-size: .85rem; word-spacing: .4rem; }
 .scroll { overflow-x: auto; max-width: 100%; margin: 0 0 1rem; }
-table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .3rem .8rem; text-align: left; white-space: nowrap; border-bottom: 1px solid var(--grid); }
+table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .3rem .6rem; text-align: left; white-space: nowrap; border-bottom: 1px solid var(--grid); }
 th { color: var(--muted); font-weight: 600; vertical-align: bottom; }
 th:first-child, td:first-child { padding-left: 0; }
 .n { text-align: right; }
@@ -195,13 +198,18 @@ pre { overflow-x: auto; padding: .75rem .9rem; border: 1px solid var(--grid); bo
 pre { font-size: .88rem; line-height: 1.45; margin: 0 0 1rem; max-width: 100%; }
 code { font-family: ui-monospace, Menlo, Consolas, monospace; }
 :not(pre) > code { overflow-wrap: anywhere; font-size: .92em; }
+ul { padding-left: 1.3rem; }
 details { margin: 0 0 1rem; }
 summary { cursor: pointer; margin-bottom: .5rem; }
 .warn { border-left: 3px solid var(--red); padding-left: .8rem; }
+@media (min-width: 60rem) {
+  .alone figure { display: grid; grid-template-columns: 35rem minmax(0, 1fr); gap: 2.5rem; max-width: none; }
+}
 @media (max-width: 30rem) {
   .pairs { grid-template-columns: minmax(0, 1fr); gap: 0; }
   .pairs dd { margin-bottom: .5rem; }
   .facts { grid-template-columns: 1fr 1fr; }
+  pre { white-space: pre-wrap; overflow-wrap: anywhere; }
 }
 @media print {
   @page { margin: 1.5cm; }
@@ -211,7 +219,7 @@ summary { cursor: pointer; margin-bottom: .5rem; }
   .figures { grid-template-columns: 1fr 1fr; gap: 1rem; }
   figure, tr, pre { break-inside: avoid; }
   h2, h3 { break-after: avoid; }
-  figure svg { max-height: 11cm; }
+  figure svg { max-height: 10cm; }
   .scroll, pre { overflow: visible; }
   pre { white-space: pre-wrap; overflow-wrap: anywhere; }
   table { font-size: 7.5pt; }
