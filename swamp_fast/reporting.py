@@ -12,7 +12,7 @@ from typing import Any
 
 from swamp_fast.checkpoint import RunDirectory, write
 from swamp_fast.config import SwampConfig
-from swamp_fast.report.drawings import png, svg
+from swamp_fast.report.drawings import png
 from swamp_fast.report.of_methods import page_of_comparison, page_of_sweep
 from swamp_fast.report.of_run import RunFacts, page_of_run
 from swamp_fast.report.page import Page
@@ -34,7 +34,7 @@ def write_report(directory: str | Path, model: str | None = None) -> Path:
     for place in ("figures", "numbers"):
         (folder / place).mkdir(exist_ok=True)
     for picture in page.pictures:
-        write(folder / "figures" / f"{picture.name}.svg", svg(picture.drawing).encode())
+        write(folder / "figures" / f"{picture.name}.svg", picture.svg.encode())
         write(folder / "figures" / f"{picture.name}.png", png(picture.drawing))
         write(folder / "numbers" / f"{picture.name}.csv", _csv(picture.rows))
     for name, rows in page.tables.items():

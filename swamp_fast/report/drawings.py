@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 Row = Mapping[str, Any]
@@ -89,9 +90,9 @@ def score_over_density(rows: Sequence[Row], score: str) -> Any:
             at, values = zip(*dots, strict=True)
             axes.plot(at, values, "o", color=ORANGE, alpha=0.6, markersize=4, markeredgewidth=0, label="a particle")
         lines = {
-            f"ensemble_{score}": ("ensemble of the particles", PURPLE, "--", ""),
-            f"val_{score}": ("average, on validation data", GREEN, ":", "D"),
-            score: ("average (the solution)", BLUE, "-", "o"),
+            f"ensemble_{score}": ("their ensemble", PURPLE, "--", ""),
+            f"val_{score}": ("average, validation", GREEN, ":", "D"),
+            score: ("their average", BLUE, "-", "o"),
         }
         for name, (label, colour, style, marker) in lines.items():
             points = [(row["density"] * 100, row[name] * times) for row in rows if _is_number(row.get(name))]
@@ -144,7 +145,7 @@ def differences(paired: Mapping[str, Sequence[Row]], baseline: str) -> Any:
             axes.set_title(method, fontsize=10.5, loc="left")
         for axes in panels[len(paired) :]:
             axes.set_visible(False)
-        figure.supxlabel("weights kept", fontsize=10.5)
+        figure.supxlabel("weights kept, % (log)", fontsize=10.5)
         figure.supylabel(f"accuracy minus that of {baseline}, points", fontsize=10.5)
         return figure
 
@@ -321,6 +322,13 @@ def plane(x: Sequence[float], y: Sequence[float], values: Sequence[Sequence[floa
         return figure
 
 
+def save(figure: Any, path: Path) -> Path:
+    """Write a figure in the format of the path's suffix."""
+    with _styled():
+        figure.savefig(path, dpi=160)
+    return path
+
+
 def svg(figure: Any) -> str:
     """A figure as an SVG file, in the light colours; the same figure gives the same text."""
     with _styled():
@@ -394,7 +402,7 @@ def _legend(figure: Any, axes: Any) -> None:
     handles, labels = axes.get_legend_handles_labels()
     if handles:
         wide = max(map(len, labels))
-        columns = 1 if wide > 30 else 2 if wide > 14 else 3
+        columns = 1 if wide > 21 else 2 if wide > 11 else 3
         figure.legend(handles, labels, loc="outside upper left", ncols=columns, handlelength=2.2, columnspacing=1.2)
 
 

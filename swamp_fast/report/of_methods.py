@@ -27,6 +27,9 @@ def page_of_comparison(name: str, found: Mapping[str, Any]) -> Page:
             "ten seeds seldom tell them apart."
         )
     sections = []
+    failed = [f"{row.get('method')}, seed {row.get('seed')}: {row.get('error')}" for row in found.get("errors") or ()]
+    if failed:
+        sections.append(Section("Runs that failed", [tag("div", bullets(failed), "warn")]))
     dense = {f"dense {label}": value for label, value in _numbers(found.get("dense")).items()}
     if any(row.get("accuracy") is not None for row in summary):
         caption = f"Test accuracy, a line a method, mean over seeds; {BAND}. The axis does not begin at 0."
@@ -100,14 +103,13 @@ def page_of_sweep(name: str, summary: Sequence[Row], results: Sequence[Row]) -> 
     points = [name for name in dict.fromkeys(points) if name != "seed"]
     lines: dict[str, list[Row]] = {}
     for row in summary:
-        label = ", ".join(f"{point} = {row[point]}" for point in points if row.get(point) not in (None, ""))
-        lines.setdefault(label or "all", []).append(row)
+        lines.setdefault(_point(row, points) or "all", []).append(row)
     runs = list(dict.fromkeys(row["id"] for row in results))
     failed = {row["id"]: row for row in results if row.get("error")}
     seeds = max((row["seeds"] for row in summary), default=0)
     sections = []
     if failed:
-        told = [f"{_point(row, points)}: {row['error']}" for row in failed.values()]
+        told = [f"{_point(row, (*points, 'seed'))}: {row['error']}" for row in failed.values()]
         sections.append(Section("Runs that failed", [tag("div", bullets(told), "warn")]))
     if any(row.get("accuracy") is not None for row in summary):
         caption = f"Test accuracy of the averages, a line a point of the grid; {BAND}. The axis does not begin at 0."
@@ -136,12 +138,11 @@ def page_of_sweep(name: str, summary: Sequence[Row], results: Sequence[Row]) -> 
     head = [*points, "seed", "its own page"]
     sections.append(Section("Runs", [table(where, head, "the runs of the sweep", words=len(head))]))
     sections.append(_files(name, "sweep", "results.csv"))
-    text = [f"{len(runs)} runs of {len(lines)} points, {seeds} {'seed' if seeds == 1 else 'seeds'} each."]
+    count = len({_point(row, points) for row in results})
+    text = [f"{len(runs)} runs of {count} points, {seeds} {'seed' if seeds == 1 else 'seeds'} each."]
     if failed:
         text.append(f"{len(failed)} of {len(runs)} runs failed; they are in no mean.")
-    return Page(
-        f"{name}: a sweep", text, {"runs": str(len(runs)), "points": str(len(lines)), "seeds": str(seeds)}, sections
-    )
+    return Page(f"{name}: a sweep", text, {"runs": str(len(runs)), "points": str(count), "seeds": str(seeds)}, sections)
 
 
 SCORES = ("accuracy", "loss", "mean_accuracy", "best_accuracy", "ensemble_accuracy", "val_accuracy")
@@ -178,7 +179,7 @@ def _all_seeds(summary: Sequence[Row]) -> str:
 
 
 def _point(row: Row, points: Sequence[str]) -> str:
-    return ", ".join(f"{point} = {row[point]}" for point in (*points, "seed") if row.get(point) not in (None, ""))
+    return ", ".join(f"{point} = {row[point]}" for point in points if row.get(point) not in (None, ""))
 
 
 def _spread(row: Row, score: str = "accuracy") -> str:

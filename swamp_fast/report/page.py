@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from swamp_fast.report.drawings import COLOURS, inlined, svg
@@ -31,6 +32,11 @@ class Picture:
     caption: str
     drawing: Any
     rows: Sequence[Mapping[str, Any]]
+
+    @cached_property
+    def svg(self) -> str:
+        """As an SVG file."""
+        return svg(self.drawing)
 
 
 @dataclass(frozen=True)
@@ -78,8 +84,8 @@ class Page:
 
 
 def text(content: Any) -> Html:
-    """Any content as HTML: escaped, unless it is HTML already."""
-    return content if isinstance(content, Html) else Html(html.escape(str(content)))
+    """Any content as HTML: escaped, unless it is HTML already; a number and its per cent stay on one line."""
+    return content if isinstance(content, Html) else Html(html.escape(str(content)).replace(" %", "&nbsp;%"))
 
 
 def joined(parts: Iterable[Any]) -> Html:
@@ -115,7 +121,7 @@ def pairs(items: Mapping[str, Any]) -> Html:
 
 def code(content: str) -> Html:
     """Lines to copy."""
-    return Html(f'<pre tabindex="0"><code>{text(content)}</code></pre>\n')
+    return Html(f'<pre tabindex="0"><code>{html.escape(content)}</code></pre>\n')
 
 
 def details(summary: str, content: Any) -> Html:
@@ -147,7 +153,7 @@ def _block(content: Any) -> Html:
 
 def _figure(picture: Picture, titled: bool) -> Html:
     name = picture.name
-    drawn = Html(inlined(svg(picture.drawing), name, f"{picture.title}. {picture.caption}"))
+    drawn = Html(inlined(picture.svg, name, f"{picture.title}. {picture.caption}"))
     files = {"SVG": f"figures/{name}.svg", "PNG": f"figures/{name}.png", "CSV": f"numbers/{name}.csv"}
     links = tag("p", joined(link(address, kind) + " " for kind, address in files.items()), "files")
     title = tag("h3", picture.title) if titled else Html()
@@ -182,7 +188,7 @@ nav { display: flex; flex-wrap: wrap; gap: .25rem 1.1rem; margin-top: 1.25rem; f
 .figures { align-items: start; }
 .figures, .alone { margin: 1rem 0 1.25rem; }
 figure { margin: 0; min-width: 0; max-width: 35rem; }
-figure svg { display: block; width: 100%; height: auto; }
+figure svg { display: block; width: 100%; height: auto; overflow: visible; }
 figure svg * { stroke-linejoin: round; stroke-linecap: butt; }
 figure svg text { font-family: inherit !important; }
 figcaption { margin-top: .6rem; font-size: .92rem; }
@@ -224,6 +230,5 @@ summary { cursor: pointer; margin-bottom: .5rem; }
   pre { white-space: pre-wrap; overflow-wrap: anywhere; }
   table { font-size: 7.5pt; }
   th, td { padding: .15rem .35rem; }
-  details::details-content { content-visibility: visible; }
 }
 """
