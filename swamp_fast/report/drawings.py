@@ -272,7 +272,8 @@ def dead_channels(masks: Sequence[Row], densities: Mapping[int, float]) -> Any:
             ("dead_out", "no outgoing weight", ORANGE, "s"),
         ):
             axes.plot(at, [row.get(name) or 0 for row in rows], f"-{marker}", color=colour, markersize=4, label=label)
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, max(1, axes.get_ylim()[1]))
+        axes.locator_params(axis="y", nbins=6, integer=True)
         axes.set_ylabel("channels")
         _density_axis(axes, [densities[row["cycle"]] for row in rows])
         _legend(figure, axes)
@@ -309,7 +310,8 @@ def plane(x: Sequence[float], y: Sequence[float], values: Sequence[Sequence[floa
           names: Sequence[str], label: str) -> Any:  # fmt: skip
     """Level lines of values [len(y), len(x)] over a plane of weights, and the solutions that span it."""
     with _styled():
-        figure, (axes,) = _canvas(height=4.2)
+        shape = (max(y) - min(y)) / ((max(x) - min(x)) or 1.0)
+        figure, (axes,) = _canvas(height=1.0 + min(max(3.7 * shape, 1.5), 4.5))
         lines = axes.contour(x, y, values, levels=10, colors=BLUE, linewidths=1)
         axes.clabel(lines, fontsize=8.5, fmt="%.3g", colors=INK)
         for number, ((right, up), name) in enumerate(zip(points, names, strict=True)):
@@ -414,7 +416,7 @@ def _cells(axes: Any, cells: Sequence[tuple[int, int, float]], columns: int, row
 
     squares = [Rectangle((x - 0.46, y - 0.46), 0.92, 0.92) for x, y, _ in cells]
     colours = [(*to_rgb(BLUE), strength) for _, _, strength in cells]
-    axes.add_collection(PatchCollection(squares, facecolors=colours, edgecolors="none"))
+    axes.add_collection(PatchCollection(squares, facecolors=colours, edgecolors=GRID, linewidths=0.6))
     axes.set(xlim=(-0.5, columns - 0.5), ylim=(rows - 0.5, -0.5))
     axes.grid(visible=False)
     axes.tick_params(length=0)

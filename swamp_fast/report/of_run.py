@@ -254,8 +254,7 @@ def _connected(run: RunFacts) -> Section | None:
         pictures.append(Picture("matrix", "Barriers among the particles", caption, drawing, rows))
     plane = found.get("plane")
     if plane:
-        name = "test_error" if plane.get("test_error") else "train_loss"
-        label = "test error" if name == "test_error" else "training loss"
+        name, label = "train_loss", "training loss"
         drawing = drawings.plane(plane["x"], plane["y"], plane[name], plane["points"], plane["names"], label)
         rows = [
             {"x": x, "y": y, name: value}
@@ -267,6 +266,8 @@ def _connected(run: RunFacts) -> Section | None:
     if not pictures:
         return None
     text = ["A barrier near 0 or below means that two solutions are linearly connected."]
+    if (found.get("about") or {}).get("same_training_data") is False:
+        text.append("The analysis had other training data than the run: its numbers are of those.")
     after: list[Any] = []
     hull = found.get("hull")
     if hull:
@@ -289,7 +290,7 @@ def _flat(run: RunFacts) -> Section | None:
     hessian = run.analysis.get("hessian") or []
     if not hessian:
         return None
-    names = ("cycle", "density", "trace", "trace_half_width", "scaled", "scaled_half_width", "probes")
+    names = ("cycle", "density", "trace", "trace_half_width", "scaled", "scaled_half_width", "norm", "probes")
     rows = [{name: row.get(name) for name in names} for row in hessian]
     probes = hessian[-1].get("probes")
     estimated = f"{HUTCHINSON}, {probes} of them" if probes else HUTCHINSON
@@ -305,8 +306,20 @@ def _flat(run: RunFacts) -> Section | None:
         for name, each in last.items()
     ]
     head = ("layer", "trace", "norm", "weights kept")
+    each = [
+        (
+            row["cycle"],
+            percent(row["density"]),
+            _interval(row, "trace"),
+            _interval(row, "scaled"),
+            _number(row.get("norm")),
+        )
+        for row in hessian
+    ]
+    columns = ("cycle", "density", "trace", "scaled", "norm of the weights")
+    numbers = details("By cycle", table(each, columns, "trace by cycle", words=0))
     after = [details(f"By layer, cycle {hessian[-1]['cycle']}", table(cells, head, "trace by layer"))] if cells else []
-    return Section("Flatness", [], [picture], after)
+    return Section("Flatness", [], [picture], [numbers, *after])
 
 
 def _layers(run: RunFacts) -> Section | None:
@@ -577,6 +590,11 @@ def _value(value: Any) -> str:
 
 def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.4g}"
+
+
+def _interval(row: Row, name: str) -> str:
+    half = row.get(f"{name}_half_width")
+    return _number(row.get(name)) + ("" if half is None else f" ± {half:.2g}")
 
 
 def _count(value: float | None) -> str:

@@ -195,8 +195,8 @@ figcaption { margin-top: .6rem; font-size: .92rem; }
 figcaption p { margin-bottom: .25rem; }
 .files { font-size: .85rem; word-spacing: .4rem; }
 .scroll { overflow-x: auto; max-width: 100%; margin: 0 0 1rem; }
-table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .3rem .6rem; text-align: left; white-space: nowrap; border-bottom: 1px solid var(--grid); }
+table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .3rem .5rem; text-align: left; white-space: nowrap; border-bottom: 1px solid var(--grid); }
 th { color: var(--muted); font-weight: 600; vertical-align: bottom; }
 th:first-child, td:first-child { padding-left: 0; }
 .n { text-align: right; }
