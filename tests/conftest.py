@@ -36,7 +36,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     browser = sum("needs chromium" in str(report.longrepr) for report in skipped)
     others = len(skipped) - gpu - slow - browser
     terminalreporter.write_line(
-        f"not run: {gpu} tests need a GPU, {slow} are in the slow tier, {browser} need chromium, {others} for other reasons"
+        f"not run: {gpu} tests need a GPU, {slow} are in the slow tier, {browser} need chromium, "
+        f"{others} for other reasons"
     )
 
 

@@ -211,6 +211,7 @@ def test_a_comparison(tmp_path):
     assert figures(folder) == {"accuracy", "differences", "cost"}
     assert "10 methods, 5 seeds each; differences are to imp." in found.said
     assert "fewer than ten" in found.said
+    assert "their spread over seeds is in the table" in found.said
     assert re.search(r"SGD down to.*swamp\s*6.87\s%\s*88.00 ± 0.30\s%\s*16.78\s%\s*40.96\s%", found.said, re.S)
     assert {row["method"] for row in numbers(folder, "differences")} == set(reported.METHODS) - {"imp"}
 
@@ -221,6 +222,7 @@ def test_a_comparison_of_one_seed_and_one_method_without_a_baseline(tmp_path):
     found = parsed(write_report(folder))
     assert figures(folder) == {"accuracy", "cost"}
     assert "1 seed each" in found.said
+    assert "the band is one standard deviation" in found.said
 
 
 def test_a_sweep_and_its_runs(tmp_path, digits):

@@ -36,6 +36,7 @@ SERIES = [light for light, _ in list(COLOURS.values())[4:]]
 STYLES = ("-", "--", ":")  # beside the colours, where there are more lines than colours
 MARKERS = "osD^vPX*<>hd"
 WIDTH = 4.7  # inches: about a phone's width in points, so that text is as large there as it is here
+MOST_BANDS = 4
 CUSTOMARY = 2.0  # error in points up to which two solutions are customarily called linearly connected
 STYLE: dict[Any, Any] = {
     "font.size": 10.5,
@@ -106,7 +107,10 @@ def score_over_density(rows: Sequence[Row], score: str) -> Any:
 
 
 def lines_over_density(lines: Mapping[str, Sequence[Row]], levels: Mapping[str, float] | None = None) -> Any:
-    """Accuracy over density: a line a method or point, with its standard deviation over seeds; levels across."""
+    """Accuracy over density: a line a method or point, and levels across.
+
+    A band is a line's standard deviation over seeds; of more lines than MOST_BANDS they would hide each other.
+    """
     with _styled():
         figure, (axes,) = _canvas(height=3.3 + 0.11 * len(lines))
         for number, (label, rows) in enumerate(lines.items()):
@@ -116,9 +120,10 @@ def lines_over_density(lines: Mapping[str, Sequence[Row]], levels: Mapping[str, 
             kind = {"color": SERIES[number % 8], "linestyle": STYLES[number // 8 % 3], "marker": MARKERS[number % 12]}
             axes.plot(at, mean, **kind, linewidth=1.6, markersize=4, label=label)
             low, high = ([m + side * s for m, s in zip(mean, spread, strict=True)] for side in (-1, 1))
-            axes.fill_between(at, low, high, color=kind["color"], alpha=0.12, linewidth=0)
-        for label, level in (levels or {}).items():
-            axes.axhline(level * 100, color=MUTED, linewidth=1, linestyle=STYLES[len(axes.lines) % 3], label=label)
+            if len(lines) <= MOST_BANDS:
+                axes.fill_between(at, low, high, color=kind["color"], alpha=0.12, linewidth=0)
+        for number, (label, level) in enumerate((levels or {}).items()):
+            axes.axhline(level * 100, color=MUTED, linewidth=1, linestyle=STYLES[1 + number % 2], label=label)
         _density_axis(axes, [row["density"] for rows in lines.values() for row in rows])
         axes.set_ylabel("test accuracy, %")
         _legend(figure, axes)
