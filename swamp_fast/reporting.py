@@ -13,8 +13,9 @@ from typing import Any
 from swamp_fast.checkpoint import RunDirectory, write
 from swamp_fast.config import SwampConfig
 from swamp_fast.report.drawings import png
+from swamp_fast.report.facts import RunFacts
 from swamp_fast.report.of_methods import page_of_comparison, page_of_sweep
-from swamp_fast.report.of_run import RunFacts, page_of_run
+from swamp_fast.report.of_run import page_of_run
 from swamp_fast.report.page import Page
 
 

@@ -4,70 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
 from swamp_fast.config import NOT_IDENTITY, SwampConfig
 from swamp_fast.report import drawings
 from swamp_fast.report.console import duration, percent
+from swamp_fast.report.facts import Row, RunFacts, in_digits, in_millions, in_thousands, in_words
+from swamp_fast.report.of_analysis import connected, flat, inference, layers
 from swamp_fast.report.page import Html, Page, Picture, Section, bullets, code, details, link, pairs, table, tag
 from swamp_fast.report.page import text as escaped
 
-Row = dict[str, Any]
 PAPER = link("https://arxiv.org/abs/2305.14852", "Choi et al., ICLR 2024, arXiv 2305.14852")
-HUTCHINSON = "Hutchinson's estimator with Rademacher vectors on the unmasked weights"
-
-
-@dataclass(frozen=True)
-class RunFacts:
-    """What is told of a run.
-
-    name      of its folder, from whose parent commands and code are written
-    about     run.json
-    rows      the history
-    kept      by cycle, layer -> density
-    settings  config.toml's text
-    analysis  analysis.json, {} without
-    model     the network as `--model` names it, if the user said
-    updated   when its last cycle was written
-    """
-
-    name: str
-    about: Row
-    rows: list[Row]
-    kept: list[dict[str, float]]
-    settings: str
-    analysis: Row
-    model: str | None
-    updated: str
-
-    @property
-    def config(self) -> SwampConfig:
-        """The settings."""
-        return SwampConfig.of(None, self.about["config"])
-
-    @property
-    def densities(self) -> dict[int, float]:
-        """By cycle."""
-        return {row["cycle"]: row["density"] for row in self.rows}
-
-    @property
-    def left(self) -> int:
-        """Trainings still to come."""
-        return self.config.cycles + 1 - len(self.rows)
-
-    def known(self, name: str, unknown: str) -> str:
-        """The `model` or the `data` as the command line names it, as far as anything says."""
-        told = self.model if name == "model" else None
-        about = self.analysis.get("about") or {}
-        return str(told or about.get(name) or unknown)
 
 
 def page_of_run(run: RunFacts) -> Page:
     """The page of a run, finished or not, with its analysis if there is one."""
-    sections = [_what(run), _warnings(run), _accuracy(run), _connected(run), _flat(run), _layers(run), _time(run)]
-    sections += [_engine(run), _inference(run), _table(run), _load(run), _again(run), _missing(run)]
+    sections = [_what(run), _warnings(run), _accuracy(run), connected(run), flat(run), layers(run), _time(run)]
+    sections += [_engine(run), inference(run), _table(run), _load(run), _again(run), _missing(run)]
     found = [section for section in sections if section is not None]
     return Page(_title(run), _lead(run), _facts(run), found, {"cycles": [_plain(row) for row in run.rows]})
 
@@ -127,7 +81,7 @@ def _what(run: RunFacts) -> Section:
     fields = {field.name: field.default for field in dataclasses.fields(SwampConfig)}
     values = run.config.to_dict()
     changed = [name for name in fields if name not in NOT_IDENTITY and values[name] != fields[name]]
-    named = [(tag("code", name), _value(values[name]), _value(fields[name])) for name in changed]
+    named = [(tag("code", name), in_words(values[name]), in_words(fields[name])) for name in changed]
     start = "the same ticket" if values["rewind"] == "ticket" else "the last average"
     about = f"Iterative magnitude pruning with averaged particles, every cycle from {start} ({PAPER})."
     text: list[Any] = [tag("p", Html(about))]
@@ -135,7 +89,7 @@ def _what(run: RunFacts) -> Section:
         text.append(table(named, ("setting", "this run", "default"), "settings that differ from the defaults"))
     else:
         text.append("Every setting has its default.")
-    every = [(tag("code", name), _value(value)) for name, value in values.items()]
+    every = [(tag("code", name), in_words(value)) for name, value in values.items()]
     text.append(details("All settings", table(every, ("setting", "value"), "all settings")))
     lines = _lines(run)
     facts: dict[str, Any] = {kind: Html("<br>".join(map(escaped, lines[kind]))) for kind in lines}
@@ -145,7 +99,7 @@ def _what(run: RunFacts) -> Section:
     facts["date"] = f"{_date(began)} to {_date(run.updated)}" if began else f"last cycle {_date(run.updated)}"
     prints = {name: value for name, value in run.about["fingerprints"].items() if value is not None}
     kinds = {name: value for name, value in prints.items() if isinstance(value, str)}
-    others = {name: _value(value) for name, value in prints.items() if not isinstance(value, str)}
+    others = {name: in_words(value) for name, value in prints.items() if not isinstance(value, str)}
     stamps = pairs({name: tag("code", value) for name, value in kinds.items()} | others)
     return Section("What was run", [*text, pairs(facts), details("Fingerprints of model, data and callables", stamps)])
 
@@ -202,155 +156,13 @@ def _accuracy(run: RunFacts) -> Section:
         single = ensemble.get("single") or {}
         names = [name for name in ("accuracy", "nll", "ece") if name in ensemble]
         cells = [
-            (label, *(percent(them.get(name)) if name == "accuracy" else _number(them.get(name)) for name in names))
+            (label, *(percent(them.get(name)) if name == "accuracy" else in_digits(them.get(name)) for name in names))
             for label, them in (("ensemble", ensemble), ("single model", single))
         ]
         after = [
             table(cells, ("", *(_WORDS.get(name, name) for name in names)), "the ensemble beside the single model")
         ]
     return Section(f"{what.capitalize()} over sparsity", text, [picture], after)
-
-
-def _connected(run: RunFacts) -> Section | None:
-    found, pictures = run.analysis, []
-    consecutive = found.get("consecutive") or []
-    if consecutive:
-        rows = [
-            {"from": row["from"], "to": row["to"], "density": run.densities.get(row["to"])}
-            | {f"{kind} over {over}": value for kind, both in (row.get("barriers") or {}).items() if both
-               for over, value in both.items()}
-            for row in consecutive
-        ]  # fmt: skip
-        caption = (
-            "The highest point of the straight line between a cycle's solution and the next one's, over the higher end "
-            "and over the mean of the ends; BatchNorm is re-estimated at every point, and a barrier of the test set is "
-            "only reported."
-        )
-        drawing = drawings.barriers(consecutive, run.densities)
-        pictures.append(Picture("barriers", "Barriers between consecutive cycles", caption, drawing, rows))
-    particles = found.get("particles")
-    matrix = (particles or {}).get("matrix") or {}
-    if particles and matrix:
-        names = [str(each) for each in particles["names"]]
-        pairs_of = [(one, other) for one in range(len(names)) for other in range(one + 1, len(names))]
-        measured = {kind: values for kind, values in matrix.items() if values}
-        rows = [
-            {"from": names[one], "to": names[other]} | {kind: each[one][other] for kind, each in measured.items()}
-            for one, other in pairs_of
-        ]
-        shown = {}
-        for kind in ("error", "loss"):
-            split = "test" if matrix.get(f"test_{kind}") else "train"
-            if values := matrix.get(f"{split}_{kind}"):
-                times = 100.0 if kind == "error" else 1.0
-                title = f"{split} {kind}" + (", points" if kind == "error" else "")
-                written = ".2f" if kind == "error" else ".3f"
-                shown[title] = ([[value * times for value in row] for row in values], written)
-        caption = (
-            f"Barriers between the particles of cycle {particles['cycle']}, over the {particles.get('over', 'max')} of "
-            "the ends; near 0 everywhere means one basin, in which averaging is safe."
-        )
-        drawing = drawings.matrices(shown, names)
-        pictures.append(Picture("matrix", "Barriers among the particles", caption, drawing, rows))
-    plane = found.get("plane")
-    if plane:
-        name, label = "train_loss", "training loss"
-        drawing = drawings.plane(plane["x"], plane["y"], plane[name], plane["points"], plane["names"], label)
-        rows = [
-            {"x": x, "y": y, name: value}
-            for y, line in zip(plane["y"], plane[name], strict=True)
-            for x, value in zip(plane["x"], line, strict=True)
-        ]
-        caption = f"Level lines of the {label} over the plane through three solutions; all other directions are unseen."
-        pictures.append(Picture("plane", f"The plane of {', '.join(map(str, plane['names']))}", caption, drawing, rows))
-    if not pictures:
-        return None
-    text = ["A barrier near 0 or below means that two solutions are linearly connected."]
-    if (found.get("about") or {}).get("same_training_data") is False:
-        text.append("The analysis had other training data than the run: its numbers are of those.")
-    after: list[Any] = []
-    hull = found.get("hull")
-    if hull:
-        kinds = [kind for kind in ("train_error", "test_error", "train_loss", "test_loss") if hull.get(kind)]
-        corners = hull.get("corners") or {}
-        cells = [
-            (
-                kind.replace("_", " "),
-                *map(percent if "error" in kind else _number, (*_ends(hull[kind]), *_ends(corners.get(kind)))),
-            )
-            for kind in kinds
-        ]
-        head = ("", "mixtures: lowest", "highest", "particles: lowest", "highest")
-        after.append(f"Random mixtures of the particles (in their convex hull): {len(hull[kinds[0]]) if kinds else 0}.")
-        after.append(table(cells, head, "mixtures of the particles"))
-    return Section("Connectivity", text, pictures, after)
-
-
-def _flat(run: RunFacts) -> Section | None:
-    hessian = run.analysis.get("hessian") or []
-    if not hessian:
-        return None
-    names = ("cycle", "density", "trace", "trace_half_width", "scaled", "scaled_half_width", "norm", "probes")
-    rows = [{name: row.get(name) for name in names} for row in hessian]
-    probes = hessian[-1].get("probes")
-    estimated = f"{HUTCHINSON}, {probes} of them" if probes else HUTCHINSON
-    caption = (
-        f"Hessian trace of the training loss with its 95 % interval, by {estimated}: the raw trace depends on the "
-        "scale of the weights, which BatchNorm leaves free and averaging shrinks, so compare the one scaled by the "
-        "layers' norms."
-    )
-    picture = Picture("flatness", "Hessian trace over sparsity", caption, drawings.traces(hessian), rows)
-    last = hessian[-1].get("layers") or {}
-    cells = [
-        (name, _number(each.get("trace")), _number(each.get("norm")), _count(each.get("kept")))
-        for name, each in last.items()
-    ]
-    head = ("layer", "trace", "norm", "weights kept")
-    each = [
-        (
-            row["cycle"],
-            percent(row["density"]),
-            _interval(row, "trace"),
-            _interval(row, "scaled"),
-            _number(row.get("norm")),
-        )
-        for row in hessian
-    ]
-    columns = ("cycle", "density", "trace", "scaled", "norm of the weights")
-    numbers = details("By cycle", table(each, columns, "trace by cycle", words=0))
-    after = [details(f"By layer, cycle {hessian[-1]['cycle']}", table(cells, head, "trace by layer"))] if cells else []
-    return Section("Flatness", [], [picture], [numbers, *after])
-
-
-def _layers(run: RunFacts) -> Section | None:
-    cycles = [(row["cycle"], kept) for row, kept in zip(run.rows, run.kept, strict=True)]
-    if not cycles or not cycles[0][1]:
-        return None
-    rows = [{"cycle": cycle, **kept} for cycle, kept in cycles]
-    gone = [name for name, density in cycles[-1][1].items() if density == 0]
-    caption = (
-        "The darker, the more of a layer is kept, in equal steps of the density's logarithm, × where nothing is; one "
-        "global threshold decides, so layers thin out unequally."
-    )
-    drawing = drawings.layers(cycles)
-    pictures = [Picture("layers", "Density by layer and cycle", caption, drawing, rows)]
-    masks = run.analysis.get("masks") or []
-    if masks:
-        dead = [
-            {"cycle": row["cycle"], "density": run.densities.get(row["cycle"])}
-            | {name: row.get(name) for name in ("dead_in", "dead_out")}
-            for row in masks
-        ]
-        caption = (
-            "Channels that no weight leads to, and those that lead nowhere; with a bias or BatchNorm a channel without "
-            "incoming weights may still pass a constant on."
-        )
-        drawing = drawings.dead_channels(masks, run.densities)
-        pictures.append(Picture("dead-channels", "Dead channels over sparsity", caption, drawing, dead))
-    text = [f"Pruned away whole: {', '.join(gone)}."] if gone else []
-    last, first = cycles[-1], [(name, percent(density)) for name, density in cycles[-1][1].items()]
-    after = [details(f"Densities in cycle {last[0]}", table(first, ("layer", "kept"), "densities by layer"))]
-    return Section("Layers", text, pictures, after)
 
 
 def _time(run: RunFacts) -> Section:
@@ -394,7 +206,7 @@ def _engine(run: RunFacts) -> Section | None:
     for each in (engine, *(engine.get(name) or {} for name in ("fused", "eager"))):
         measured = each.get("milliseconds")
         if isinstance(measured, Mapping) and measured:
-            cells = [(way, _number(spent)) for way, spent in measured.items()]
+            cells = [(way, in_digits(spent)) for way, spent in measured.items()]
             text.append(
                 details(
                     f"What a stopwatch measured for the {each.get('engine', '')} engine",
@@ -402,7 +214,7 @@ def _engine(run: RunFacts) -> Section | None:
                 )
             )
     for each in (engine, *(engine.get(name) or {} for name in ("fused", "eager"))):
-        plain = {name: _value(value) for name, value in each.items() if _tells(name, value)}
+        plain = {name: in_words(value) for name, value in each.items() if _tells(name, value)}
         if plain:
             text.append(details(f"{str(each.get('engine', 'engine')).capitalize()} engine", pairs(plain)))
     for moved in run.about.get("moved") or ():
@@ -418,32 +230,12 @@ def _tells(name: str, value: Any) -> bool:
     return value not in (None, "", {}) and (not isinstance(value, Mapping | list) or simple)
 
 
-def _inference(run: RunFacts) -> Section | None:
-    cost = run.analysis.get("cost") or []
-    if not cost:
-        return None
-    cells = []
-    for row in cost:
-        sparse, dense = row.get("sparse_ms"), row.get("dense_ms")
-        faster = f"{dense / sparse:.2f}" if sparse and dense else "–"
-        share = percent(row["flops"] / row["dense_flops"], 1) if row.get("flops") and row.get("dense_flops") else "–"
-        density = percent(run.densities.get(row["cycle"]))
-        numbers = (_mega(row.get("flops")), share, _count(row.get("kept")), _count(row.get("bytes")))
-        cells.append((row["cycle"], density, *numbers, _number(sparse), _number(dense), faster))
-    head = ("cycle", "density", "MFLOP", "of dense", "kept", "bytes", "sparse, ms", "dense, ms", "dense / sparse")
-    text = (
-        "Of one forward; milliseconds are measured on this CPU with this project's kernels against the dense model, a "
-        "dash where that was not."
-    )
-    return Section("Inference", [text, table(cells, head, "inference cost", words=0)])
-
-
 def _table(run: RunFacts) -> Section:
     rows = run.rows
     columns: dict[str, Any] = {
         "cycle": lambda row: row["cycle"],
         "density": lambda row: percent(row["density"]),
-        "kept": lambda row: _count(row["kept"]),
+        "kept": lambda row: in_thousands(row["kept"]),
         "N": lambda row: row["particles"] if len({row["particles"] for row in rows}) > 1 else "–",
         "average": lambda row: percent(row["accuracy"]),
         "particles": lambda row: _range(row.get("particle_accuracy")),
@@ -452,7 +244,7 @@ def _table(run: RunFacts) -> Section:
         "ensemble": lambda row: percent(row.get("ensemble_accuracy")),
         "val": lambda row: percent(row.get("val_accuracy")),
         "loss": lambda row: "–" if row.get("loss") is None else f"{row['loss']:.4f}",
-        "MFLOP": lambda row: _mega(row["flops"]),
+        "MFLOP": lambda row: in_millions(row["flops"]),
         "training": lambda row: duration(row["train_seconds"]),
         "cycle took": lambda row: duration(row["seconds"]),
     }
@@ -504,9 +296,9 @@ def _again(run: RunFacts) -> Section:
     particles = run.about["config"].get("particles")
     text: list[Any] = [
         f"The seed of batch order, augmentation and dropout is {run.config.seed}; a particle's draws depend on it, the "
-        f"cycle and the particle's number alone (N = {_value(particles)}). The initial weights are the model's: on the "
-        "command line they are drawn under the same seed, elsewhere the model's fingerprint tells whether they are the "
-        "same.",
+        f"cycle and the particle's number alone (N = {in_words(particles)}). The initial weights are the model's: on "
+        "the command line they are drawn under the same seed, elsewhere the model's fingerprint tells whether they are "
+        "the same.",
         code(command),
     ]
     if run.about["driver"] == "fast_swamp":
@@ -572,37 +364,6 @@ def _beside(points: float) -> str:
     return (
         f"{abs(points):.2f} points {'above' if points > 0 else 'below'}" if f"{points:.2f}" != "0.00" else "level with"
     )
-
-
-def _ends(values: Sequence[float] | None) -> tuple[float | None, float | None]:
-    return (min(values), max(values)) if values else (None, None)
-
-
-def _value(value: Any) -> str:
-    if isinstance(value, bool) or value is None:
-        return {True: "on", False: "off", None: "–"}[value]
-    if isinstance(value, Mapping):
-        return ", ".join(f"{name} {_value(each)}" for name, each in value.items())
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return ", ".join(map(_value, value))
-    return _number(value) if isinstance(value, float) else f"{value}"
-
-
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.4g}"
-
-
-def _interval(row: Row, name: str) -> str:
-    half = row.get(f"{name}_half_width")
-    return _number(row.get(name)) + ("" if half is None else f" ± {half:.2g}")
-
-
-def _count(value: float | None) -> str:
-    return "–" if value is None else f"{value:,}"
-
-
-def _mega(value: float | None) -> str:
-    return "–" if value is None else f"{value / 1e6:.2f}"
 
 
 def _range(values: Sequence[float] | None) -> str:
