@@ -386,7 +386,9 @@ def _canvas(rows: int = 1, columns: int = 1, height: float = 3.5, width: float =
 
 def _density_axis(axes: Any, densities: Sequence[float], most: int = 7) -> None:
     """Densities on a logarithmic axis that falls to the right, as per cent."""
-    ticks = sorted({round(density * 100, 9) for density in densities}, reverse=True)
+    ticks = sorted(
+        {float(f"{density * 100:.3g}") for density in densities}, reverse=True
+    )  # equal but for rounding: one
     axes.set_xscale("log")
     if not axes.xaxis_inverted():
         axes.invert_xaxis()
