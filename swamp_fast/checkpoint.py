@@ -3,7 +3,7 @@
 Every safetensors file has a checksum over its names, tensors and metadata. One that is damaged is moved aside, never
 deleted, and the run goes on from the last whole one.
 
-run.json                what the run is: settings, fingerprints, versions, the engine's choices
+run.json                what the run is: settings, fingerprints, versions, when it began, the engine's choices
 config.toml             the settings alone, to start another run from
 history.jsonl           a line a cycle
 ticket.safetensors      the ticket's parameters and buffers

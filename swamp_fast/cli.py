@@ -1,4 +1,4 @@
-"""The command line: swamp-fast demo, run, sweep, compare, show, analyze, plan, backends, kernels."""
+"""The command line: swamp-fast demo, run, sweep, compare, show, analyze, report, plan, backends, kernels."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ from swamp_fast.machine_code import compiled
 from swamp_fast.models import MODELS, SmallCNN, build_model
 from swamp_fast.report.figures import accuracy_over_sparsity
 from swamp_fast.report.table import history_table, summary_table
+from swamp_fast.reporting import write_report
 from swamp_fast.result import SwampResult
 from swamp_fast.sweeps import sweep
 from swamp_fast.trace import NotCovered
@@ -204,6 +205,11 @@ def analyze(given: argparse.Namespace) -> None:
     print(f"{analysis.table(found)}\n\nall of it: {path}")
 
 
+def report(given: argparse.Namespace) -> None:
+    """A page of a run's, a comparison's or a sweep's folder: figures, tables, and what is missing."""
+    print(write_report(given.directory, given.model))
+
+
 def show_backends(given: argparse.Namespace) -> None:
     """What is active here, what is missing, and why."""
     for name, found in backends().items():
@@ -277,7 +283,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="swamp-fast", description="SWAMP: prune with averaged particles, fast.")
     parser.add_argument("--version", action="version", version=f"swamp_fast {__version__}")
     commands = parser.add_subparsers(
-        required=True, metavar="demo | run | sweep | compare | show | analyze | plan | backends | kernels"
+        required=True, metavar="demo | run | sweep | compare | show | analyze | report | plan | backends | kernels"
     )
 
     each = commands.add_parser("demo", help=demo.__doc__, description=demo.__doc__)
@@ -328,6 +334,11 @@ def _parser() -> argparse.ArgumentParser:
     each.add_argument("--device", help="instead of the run's")
     each.add_argument("--data-dir", help="instead of the run's")
     each.set_defaults(command=analyze)
+
+    each = commands.add_parser("report", help=report.__doc__, description=report.__doc__)
+    each.add_argument("directory", metavar="DIR", help="the folder; report.html, figures/ and numbers/ go into it")
+    each.add_argument("--model", metavar="NAME", help="as for run, for the lines that load the model")
+    each.set_defaults(command=report)
 
     each = commands.add_parser("plan", help=plan.__doc__, description=plan.__doc__)
     each.add_argument("--model", required=True, help=f"{', '.join(MODELS)}, or package.module:factory")

@@ -23,12 +23,14 @@ class Found:
     unfinished  the middle of the training after those that are whole
     engine      what the stopwatch chose; empty where it was on another kind of device
     moved       the places that the run was in before, each with the cycle in which it left
+    began       when the run was first started, if its folder says so
     elsewhere   whether this is another place than the last
     told        what the user was warned of
     """
 
     engine: dict[str, Any]
     moved: list[dict[str, Any]]
+    began: str | None = None
     ticket: dict[str, Tensor] | None = None
     rows: list[dict[str, Any]] = field(default_factory=list)
     snapshots: list[Packed | Path] = field(default_factory=list)
@@ -42,7 +44,7 @@ def found_in(folder: RunDirectory, config: SwampConfig, about: dict[str, Any]) -
     """What the folder of a run holds. Raises ValueError if it is another run's than `about` tells."""
     there = folder.about()
     refuse_another(folder, there, config, about)
-    found = Found(there["engine"], there.get("moved", []))
+    found = Found(there["engine"], there.get("moved", []), there.get("began"))
     _read_ticket(folder, found)
     _read_cycles(folder, found, config.cycles + 1)
     if len(found.rows) == config.cycles + 1 and config.keep_particles:

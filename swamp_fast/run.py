@@ -10,6 +10,7 @@ import time
 import warnings
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any, ParamSpec, TypeVar
@@ -83,6 +84,8 @@ class Run:
         self.about: dict[str, Any] = {
             "driver": driver,
             "version": __version__,
+            "began": datetime.now(UTC).isoformat(timespec="seconds"),
+            "lines": list(problem.lines),
             "config": self.config.to_dict(),
             "fingerprints": problem.fingerprints,
             "standardise": standardise,
@@ -349,6 +352,7 @@ class Run:
         self.unfinished, self.told = found.unfinished, found.told
         self.engine = self.about["engine"] = found.engine
         self.about["moved"] = found.moved
+        self.about["began"] = found.began
         self.snapshots = [*found.snapshots]
         if self.folder is None:
             return

@@ -33,9 +33,11 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     skipped = terminalreporter.stats.get("skipped", [])
     gpu = sum("needs a CUDA device" in str(report.longrepr) for report in skipped)
     slow = sum("slow tier" in str(report.longrepr) for report in skipped)
-    others = len(skipped) - gpu - slow
+    browser = sum("needs chromium" in str(report.longrepr) for report in skipped)
+    others = len(skipped) - gpu - slow - browser
     terminalreporter.write_line(
-        f"not run: {gpu} tests need a GPU, {slow} are in the slow tier, {others} for other reasons"
+        f"not run: {gpu} tests need a GPU, {slow} are in the slow tier, {browser} need chromium, "
+        f"{others} for other reasons"
     )
 
 

@@ -20,7 +20,7 @@ LAYERS = [
     ["cli"],
     ["__init__"],
     ["compare"],
-    ["sweeps", "methods", "analysis"],
+    ["sweeps", "methods", "analysis", "reporting"],
     ["driver", "naive", "models", "pack"],
     ["machine_code", "estimate", "watch"],
     ["engines"],

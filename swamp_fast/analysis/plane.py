@@ -12,7 +12,7 @@ from torch import Tensor
 
 from swamp_fast.analysis.core import WHAT, Analysis, Scores
 from swamp_fast.bank import Solution
-from swamp_fast.report.contour import loss_contour
+from swamp_fast.report.figures import loss_contour
 
 Grid = list[list[float]]  # [Y, X]
 
@@ -113,9 +113,9 @@ def random_plane(
     return _plane(on, [solution, *moved], axis, axis, [[0.0, 0.0]], shares, torch.tensor([[1.0, 0, 0]]), ["the state"])
 
 
-def contour(plane: Plane, path: str | Path, what: str = "train_loss", title: str = "") -> Path:
-    """A figure of a plane, in the format of the path's suffix; see report.contour.loss_contour."""
-    return loss_contour(plane.to_dict(), Path(path), what, title)
+def contour(plane: Plane, path: str | Path, what: str = "train_loss") -> Path:
+    """A figure of a plane, in the format of the path's suffix; see report.figures.loss_contour."""
+    return loss_contour(plane.to_dict(), Path(path), what)
 
 
 def _plane(

@@ -1,9 +1,11 @@
-"""Figures of a run, with matplotlib."""
+"""Figures of a run or a sweep as files, with matplotlib."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+
+from swamp_fast.report.drawings import lines_over_density, plane, save, score_over_density
 
 
 def accuracy_over_sparsity(history: list[dict[str, Any]], path: Path, title: str = "") -> Path:
@@ -14,22 +16,9 @@ def accuracy_over_sparsity(history: list[dict[str, Any]], path: Path, title: str
     rows = [row for row in history if row["accuracy"] is not None]
     if not rows:
         raise ValueError("there are no accuracies to draw: the run had no test data.")
-    figure, axes = _empty_figure()
-    densities = [row["density"] * 100 for row in rows]
-    for row, density in zip(rows, densities, strict=True):
-        particles = [accuracy * 100 for accuracy in row["particle_accuracy"]]
-        label = "particles" if row is rows[0] else None
-        axes.plot([density] * len(particles), particles, ".", color="#d08770", alpha=0.7, label=label, zorder=2)
-    ensemble = [row["ensemble_accuracy"] * 100 for row in rows]
-    axes.plot(densities, ensemble, "--", color="#7a8699", linewidth=1, label="ensemble of the particles")
-    average = [row["accuracy"] * 100 for row in rows]
-    axes.plot(densities, average, "-o", color="#2e5eaa", markersize=4, label="average (SWAMP)", zorder=3)
-    _name_axes(axes, densities)
-    axes.set_title(title)
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False, loc="lower left")
-    figure.savefig(path, dpi=150)
-    return path
+    figure = score_over_density(rows, "accuracy")
+    figure.suptitle(title, fontsize=10.5)
+    return save(figure, path)
 
 
 def accuracy_of_points(lines: dict[str, list[dict[str, Any]]], path: Path) -> Path:
@@ -37,40 +26,21 @@ def accuracy_of_points(lines: dict[str, list[dict[str, Any]]], path: Path) -> Pa
 
     The standard deviation over seeds is a band around it. Raises as accuracy_over_sparsity.
     """
-    drawn = {label: [row for row in rows if row.get("accuracy") is not None] for label, rows in lines.items()}
-    # Equal but for rounding is one tick.
-    densities = sorted({float(f"{row['density'] * 100:.2g}") for rows in drawn.values() for row in rows}, reverse=True)
-    if not densities:
+    if not any(row.get("accuracy") is not None for rows in lines.values() for row in rows):
         raise ValueError("there are no accuracies to draw: the runs had no test data, or none was finished.")
-    figure, axes = _empty_figure()
-    for label, rows in drawn.items():
-        at, mean, spread = ([row[name] * 100 for row in rows] for name in ("density", "accuracy", "accuracy_std"))
-        (line,) = axes.plot(at, mean, "-o", markersize=3, label=label)
-        low, high = ([m + side * s for m, s in zip(mean, spread, strict=True)] for side in (-1, 1))
-        axes.fill_between(at, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
-    _name_axes(axes, densities)
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False, loc="lower left", fontsize="small")
-    figure.savefig(path, dpi=150)
-    return path
+    return save(lines_over_density(lines), path)
 
 
-def _empty_figure() -> tuple[Any, Any]:
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError('figures need matplotlib: `pip install "swamp-fast[report]"`') from error
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, figure.subplots()
+def loss_contour(found: dict[str, Any], path: Path, what: str = "train_loss") -> Path:
+    """Level lines of a score over a plane through solutions, as `analyze` writes it.
 
+    found  x [X] and y [Y], the score [Y, X], points [[x, y], ...] and their names
 
-def _name_axes(axes: Any, densities: list[float]) -> None:
-    axes.set_xscale("log")
-    axes.invert_xaxis()
-    axes.set_xticks(densities[:: max(1, len(densities) // 7)])
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:.3g} %")
-    axes.minorticks_off()
-    axes.set_xlabel("weights kept")
-    axes.set_ylabel("test accuracy, %")
+    The format is that of the path's suffix. Raises ImportError without matplotlib, ValueError without that score.
+    """
+    if found.get(what) is None:
+        raise ValueError(f"the plane has no {what} to draw.")
+    unit, label = (100, "%") if what.endswith("error") else (1, "")
+    values = [[value * unit for value in row] for row in found[what]]
+    label = f"{what.replace('_', ' ')} {label}".strip()
+    return save(plane(found["x"], found["y"], values, found["points"], found["names"], label), path)
