@@ -195,6 +195,7 @@ def analyze(given: argparse.Namespace) -> None:
     )
     names = ("points", "probes", "mixtures", "size", "repeats")
     found = analysis.analyze(on, result, **{name: getattr(given, name) for name in names})
+    found["about"] |= {"model": given.model, "data": given.data}
     if not found["about"]["same_training_data"]:
         print(
             "swamp-fast: the training data are not the run's; give the --data and the --val that it had.",

@@ -155,7 +155,8 @@ def test_the_barrier_of_a_quadratic_is_exact():
         assert (path.train_error, path.test_loss, path.train_samples) == (None, None, 9)
         # The rise of -q(t) / 2 above its chord is t (1 - t) q(a - b) / 2, highest at 1 / 2.
         rise = float(((a - b) @ inputs.T).square().mean()) / 8
-        assert path.barrier("train_loss", "mean") == pytest.approx(rise if sign < 0 else 0, **EXACT)
+        assert path.barrier("train_loss", "line") == pytest.approx(rise if sign < 0 else 0, **EXACT)
+        assert path.barrier("train_loss", "mean") == pytest.approx(float(losses.max() - losses[[0, -1]].mean()), **EXACT)
         assert path.barrier() == pytest.approx(float(losses.max() - max(losses[0], losses[-1])), **EXACT)
         opposite = loss_barrier(on, {"layer.weight": a}, {"layer.weight": -a}, points=3)
         hill = float((a @ inputs.T).square().mean()) / 2
@@ -164,7 +165,7 @@ def test_the_barrier_of_a_quadratic_is_exact():
             path.barrier("train_error")
         with pytest.raises(ValueError, match="no test_loss: the analysis has no test data"):
             path.barrier("test_loss")
-        with pytest.raises(ValueError, match='"max" or "mean", got "median"'):
+        with pytest.raises(ValueError, match='"max", "mean", "line", got "median"'):
             path.barrier(over="median")
     with pytest.raises(ValueError, match="`points` must be at least 3"):
         loss_barrier(on, {"layer.weight": a}, {"layer.weight": b}, points=2)
@@ -629,7 +630,7 @@ def test_analyze_on_the_command_line(tmp_path, capsys):
     assert (path["from"], path["to"], path["t"]) == (0, 1, [0, 0.5, 1])
     assert [len(path[what]) for what in scores] == [3] * 4
     assert set(path["barriers"]) == set(scores)
-    assert all(set(each) == {"max", "mean"} for each in path["barriers"].values())
+    assert all(set(each) == {"max", "mean", "line"} for each in path["barriers"].values())
     together = found["particles"]
     assert (together["cycle"], together["over"], len(together["names"])) == (1, "max", 3)
     assert [len(together["matrix"][what]) for what in scores] == [3] * 4

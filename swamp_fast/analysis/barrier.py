@@ -20,24 +20,26 @@ class Path(Scores):
     t: list[float]
 
     def barrier(self, what: str = "train_loss", over: str = "max") -> float:
-        """How far the path rises, never below 0; `what` is a score, of which errors are fractions.
+        """How far the path rises; `what` is a score, of which errors are fractions.
 
-        over  "max": the highest point minus the higher end; "mean": the highest rise above the straight line
-              (1 - t) L(0) + t L(1) (Entezari et al. 2022, 2110.06296). Frankle et al. 2020 (1912.05671) subtract the
-              mean of the ends, which is the same where the ends are equally good.
+        over  "max": the highest point minus the higher end; "mean": minus the mean of the ends (Frankle et al. 2020,
+              1912.05671); "line": the highest rise above the straight line between them (Entezari et al. 2022,
+              2110.06296). All are the same where the ends are equally good.
         """
         values = self.of(what)
         if over == "max":
             return max(values) - max(values[0], values[-1])
         if over == "mean":
+            return max(values) - (values[0] + values[-1]) / 2
+        if over == "line":
             line = [(1 - t) * values[0] + t * values[-1] for t in self.t]
             return max(value - on_line for value, on_line in zip(values, line, strict=True))
-        raise ValueError(f'`over` must be "max" or "mean", got "{over}".')
+        raise ValueError(f'`over` must be one of "max", "mean", "line", got "{over}".')
 
     def barriers(self) -> dict[str, dict[str, float]]:
-        """Both barriers of every score that there is."""
+        """All barriers of every score that there is."""
         there = [what for what in WHAT if getattr(self, what) is not None]
-        return {what: {over: self.barrier(what, over) for over in ("max", "mean")} for what in there}
+        return {what: {over: self.barrier(what, over) for over in ("max", "mean", "line")} for what in there}
 
 
 @dataclass(frozen=True)
