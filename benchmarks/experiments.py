@@ -45,12 +45,12 @@ def splits(given: argparse.Namespace) -> dict[str, Split]:
     opened = open_source("fashion_mnist", "train", given.data_dir)
     assert isinstance(opened.source, Arrays)
     assert isinstance(opened.test, Arrays)
-    inputs, targets = opened.source.inputs, opened.source.targets
+    inputs, targets = opened.source.inputs.squeeze(3), opened.source.targets
     n = given.samples
     return {
         "train": (inputs[:n], targets[:n]),
         "val": (inputs[-2000:], targets[-2000:]),
-        "test": (opened.test.inputs, opened.test.targets),
+        "test": (opened.test.inputs.squeeze(3), opened.test.targets),
     }
 
 
@@ -71,9 +71,9 @@ def geometry(compared: Comparison, data: dict[str, Split], given: argparse.Names
                 row["next_loss"] = paths[cycle].barrier("train_loss")
                 row["next_error"] = paths[cycle].barrier("test_error")
             if cycle in (0, *SHOWN):
-                trace = hessian_trace(on, state, masks, probes=given.probes, samples=2048)
+                trace = hessian_trace(on, state, masks, probes=given.probes, samples=min(2048, given.samples))
                 row |= {"trace": trace.trace, "scaled": trace.scaled, "norm": trace.norm}
-                row["half_width"] = trace.trace_half_width
+                row["half_width"] = trace.half_width
             if cycle == len(paths) and method == "swamp":
                 among = barrier_matrix(on, particles(result), points=11)
                 row["particles_loss"] = max(map(max, among.matrix("train_loss")))
@@ -89,7 +89,7 @@ def overlaps(compared: Comparison, given: argparse.Namespace) -> dict[int, float
         results: list[SwampResult | None] = [compared.runs[method, seed][0].result for method in ("swamp", "imp")]
         one, other = (averages(result) for result in results if result is not None)
         for cycle in SHOWN:
-            found.setdefault(cycle, []).append(mask_overlap(one[cycle][1], other[cycle][1]).total.iou)
+            found.setdefault(cycle, []).append(mask_overlap(one[cycle][1], other[cycle][1]).iou)
     return {cycle: statistics.fmean(each) for cycle, each in found.items()}
 
 
