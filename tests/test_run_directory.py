@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import networks
 import pytest
@@ -290,32 +286,6 @@ def test_a_file_is_there_whole_or_not_at_all(tmp_path, monkeypatch):
     assert path.read_bytes() == b"first"
     with pytest.raises(FileNotFoundError):
         load_tensors(tmp_path / "none.safetensors")
-
-
-def test_a_process_that_is_killed_loses_only_its_cycle(digits, tmp_path):
-    """SIGKILL while it trains; started again it goes on to the bits of a run that was never killed."""
-    code = """
-import sys, time
-import networks
-from swamp_fast.engines.eager import Choice
-import swamp_fast.engines as engines
-engines.choose = lambda *_: Choice("lanes", False, "forced", {})
-from swamp_fast import fast_swamp
-fast_swamp(networks.build("dropout"), "digits", run_dir=sys.argv[1], engine="eager", batch_size=64, cycles=4, epochs=2,
-           particles=2, ticket_epochs=1, on_cycle=lambda row: print(row["cycle"], flush=True), progress=False)
-"""
-    command = [sys.executable, "-c", code]
-    environment = {**os.environ, "PYTHONPATH": str(Path(networks.__file__).parent)}
-    subprocess.run([*command, str(tmp_path / "whole")], env=environment, check=True, capture_output=True)
-    process = subprocess.Popen([*command, str(tmp_path / "cut")], env=environment, stdout=subprocess.PIPE, text=True)
-    for line in process.stdout:
-        if line.strip() == "1":
-            process.kill()
-            break
-    process.wait()
-    assert not (tmp_path / "cut" / "model.safetensors").exists()
-    subprocess.run([*command, str(tmp_path / "cut")], env=environment, check=True, capture_output=True)
-    same(SwampResult.load(tmp_path / "cut"), SwampResult.load(tmp_path / "whole"))
 
 
 def test_snapshots_pack_and_unpack():
