@@ -158,8 +158,6 @@ def test_the_barrier_of_a_quadratic_is_exact():
         assert path.barrier("train_loss", "line") == pytest.approx(rise if sign < 0 else 0, **EXACT)
         mean = float(losses.max() - losses[[0, -1]].mean())
         assert path.barrier("train_loss", "mean") == pytest.approx(mean, **EXACT)
-            float(losses.max() - losses[[0, -1]].mean()), **EXACT
-        )
         assert path.barrier() == pytest.approx(float(losses.max() - max(losses[0], losses[-1])), **EXACT)
         opposite = loss_barrier(on, {"layer.weight": a}, {"layer.weight": -a}, points=3)
         hill = float((a @ inputs.T).square().mean()) / 2
