@@ -277,7 +277,9 @@ def _shape(source: Source) -> tuple[int, int, int, int]:
     return channels, height, width, classes
 
 
-SETTINGS = {field.name: field for field in dataclasses.fields(SwampConfig) if field.name != "run_dir"}
+SETTINGS = {
+    field.name: field for field in dataclasses.fields(SwampConfig) if field.name not in ("run_dir", "layer_kept")
+}
 
 
 def _parser() -> argparse.ArgumentParser:

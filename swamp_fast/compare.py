@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,9 @@ from swamp_fast.problem import Problem
 from swamp_fast.prunable import Prunable
 from swamp_fast.report.figures import accuracy_of_points
 from swamp_fast.report.table import comparison_table
+from swamp_fast.result import SwampResult
 from swamp_fast.run import one_at_a_time
-from swamp_fast.sweeps import Model, SweptRun, drawn, swept, without_folder, write_csv
+from swamp_fast.sweeps import Model, SweepResult, SweptRun, drawn, swept, without_folder, write_csv
 
 DENSE = {"sgd": "imp", "swa": "imp+swa"}  # the methods whose cycle 0 is the dense reference
 
@@ -119,18 +120,39 @@ def compare(
         for method in methods
         for seed in seeds
     }
+    others = [METHODS[method].layers_of for method in methods]
+    for name in {each for each in others if each is not None} - {*methods}:
+        wanted |= {(name, seed): [base.replace(**METHODS[name].settings(base), seed=seed)] for seed in seeds}
     for name in DENSE.values():
-        if name not in methods:
+        if (name, seeds[0]) not in wanted:
             wanted |= {
                 (f"dense of {name}", seed): [base.replace(**METHODS[name].settings(base), seed=seed, cycles=0)]
                 for seed in seeds
             }
-    configs = list(dict.fromkeys(own for each in wanted.values() for own in each))
     arguments = {"val": val, "forward": forward, "loss": loss, "transform": transform}
     arguments |= {"prunable": prunable, "initial_masks": initial_masks}
-    done, problems = swept(model, train, test, [_changes(base, own) for own in configs], base, out, arguments)
-    place = {own: number for number, own in enumerate(configs)}
-    found = {key: [done.runs[place[own]] for own in each] for key, each in wanted.items()}
+    runs: dict[SwampConfig, SweptRun] = {}
+    problems: dict[SwampConfig, Problem] = {}
+
+    def do(configs: Iterable[SwampConfig]) -> None:
+        new = list(dict.fromkeys(configs))
+        if not new:
+            return
+        done, of = swept(model, train, test, [_changes(base, own) for own in new], base, out, arguments)
+        runs.update(zip(new, done.runs, strict=True))
+        problems.update(zip(new, of, strict=True))
+
+    later = {(method, seed): METHODS[method].layers_of for method in methods for seed in seeds}
+    do(own for key, each in wanted.items() for own in each if not later.get(key))
+    for (method, seed), other in later.items():
+        if other is not None:
+            (own,), told = wanted[method, seed], runs[wanted[other, seed][0]]
+            if told.result is None:
+                runs[own] = told  # it can't be done either
+            else:
+                wanted[method, seed] = [own.replace(layer_kept=_layer_kept(told.result))]
+    do(own for each in wanted.values() for own in each if own not in runs)
+    found = {key: [runs[own] for own in each] for key, each in wanted.items()}
 
     rows, errors = [], []
     for (method, seed), members in found.items():
@@ -138,13 +160,14 @@ def compare(
         if failed:
             errors.append({"method": method, "seed": seed, "error": f"{type(failed[0]).__name__}: {failed[0]}"})
         else:
-            problem = problems[place[wanted[method, seed][0]]]
+            problem = problems[wanted[method, seed][0]]
             rows += [{"method": method, "seed": seed, **row} for row in _rows(method, base, problem, members)]
     dense = {name: _reference(rows, method) for name, method in DENSE.items()}
     rows = [row for row in rows if row["method"] in methods]
     summary = _summary(rows, dense)
     compared = Comparison(baseline, rows, summary, _paired(rows, baseline), dense, errors, found)
     if out is not None and ranks.current().first:
+        SweepResult([*runs.values()]).write_csv(Path(out) / "results.csv")
         write_csv(Path(out) / "comparison.csv", rows)
         write(Path(out) / "comparison.json", json.dumps(compared.to_dict(), indent=1).encode())
         for suffix in ("svg", "png"):
@@ -168,6 +191,12 @@ def _check(methods: Sequence[str], seeds: Sequence[int], baseline: str, base: Sw
                 f"`{name}` is what methods differ in, got {getattr(base, name)!r} for all of them; leave it at "
                 f"{default!r}, or use sweep."
             )
+
+
+def _layer_kept(result: SwampResult) -> list[list[int]]:
+    """How many weights of each layer a run kept in each cycle from 1 on."""
+    cycles = range(1, len(result.history))
+    return [[int(mask.sum()) for mask in result.at(cycle)[1].values()] for cycle in cycles]
 
 
 def _changes(base: SwampConfig, own: SwampConfig) -> dict[str, Any]:
@@ -227,7 +256,7 @@ def _spread(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     values = [row["accuracy"] for row in rows]
     if not values or any(value is None for value in values):
         return {"seeds": len(rows), "accuracy": None, "accuracy_std": None}
-    spread = statistics.stdev(values) if len(values) > 1 else 0.0
+    spread = statistics.stdev(values) if len(values) > 1 else None
     return {"seeds": len(rows), "accuracy": statistics.fmean(values), "accuracy_std": spread}
 
 

@@ -76,6 +76,8 @@ class SwampConfig:
             deviation of the w_n (of N, not N - 1; infinite where all agree, 0 where all are 0), the ranking of Graves
             (2011) and Blundell et al. (1505.05424, section 5.1) over particles in place of a posterior. "random" keeps
             of each layer as many as "abs-mean" would, drawn by (seed, cycle). All but "abs-mean" are *ours* here.
+        layer_kept: for "random", how many weights of each prunable parameter, in the model's order, each cycle from 1
+            keeps instead, cycles x layers: such as another run's, so that the masks differ in nothing else.
         mask_from: the solution that masks are made from: the "last" cycle's, or always the "dense" one's of cycle 0, by
             which each cycle is one-shot magnitude pruning to its density.
         seed: of the batch order, augmentation and dropout. The initial weights are those of the model.
@@ -119,6 +121,7 @@ class SwampConfig:
     rewind: str = "ticket"
     combine: str = "mean"
     mask_score: str = "abs-mean"
+    layer_kept: tuple[tuple[int, ...], ...] | None = None
     mask_from: str = "last"
     seed: int = 0
     device: str = "auto"
@@ -194,6 +197,11 @@ class SwampConfig:
                 f'`mask_score` = "{self.mask_score}" ranks by all particles, but combine="best" goes on with one of '
                 'them; set mask_score="abs-mean" or combine="mean".'
             )
+        if self.layer_kept is not None and (self.mask_score != "random" or len(self.layer_kept) != self.cycles):
+            raise ValueError(
+                f'`layer_kept` is for mask_score="random", a list for each of {self.cycles} cycles; got '
+                f'{len(self.layer_kept)} lists with mask_score="{self.mask_score}".'
+            )
         alone = [cycle for cycle in range(self.cycles) if self.scored_at(cycle) and self.particles_at(cycle) == 1]
         if self.mask_score == "signal-to-noise" and alone:
             raise ValueError(
@@ -268,7 +276,7 @@ class SwampConfig:
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain values; a schedule of particles becomes a list."""
         values = dataclasses.asdict(self)
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+        return {name: _plain(value) for name, value in values.items()}
 
     def identity(self) -> dict[str, Any]:
         """The settings that decide what is computed."""
@@ -305,12 +313,19 @@ def _refuse_unknown(settings: Mapping[str, Any]) -> None:
             raise TypeError(f"unknown setting `{name}`.{hint}")
 
 
+def _plain(value: Any) -> Any:
+    """Tuples as lists, which is how they come back from a file."""
+    return [_plain(each) for each in value] if isinstance(value, tuple) else value
+
+
 def _typed(name: str, value: Any, wanted: str) -> Any:
     """`value` as its field's type; an int may stand for a float, a list for a tuple, a Path for a str."""
     if value is None and "None" in wanted:
         return None
     if name == "particles" and isinstance(value, list | tuple):
         return tuple(_typed(name, each, "int") for each in value)
+    if name == "layer_kept" and isinstance(value, list | tuple):
+        return tuple(_typed("particles", each, "a list of ints") for each in value)
     if isinstance(value, Path) and wanted.startswith("str"):
         return str(value)
     kind = next(kind for kind in ("bool", "int", "float", "str") if wanted.startswith(kind))

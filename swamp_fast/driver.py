@@ -25,7 +25,7 @@ from swamp_fast.memory import peak_memory
 from swamp_fast.probe import Forward, Loss
 from swamp_fast.problem import OnCycle, Problem, prepare
 from swamp_fast.prunable import Prunable
-from swamp_fast.prune import drawn, particles_score, pruned
+from swamp_fast.prune import by_layer, drawn, particles_score, pruned
 from swamp_fast.report.console import percent
 from swamp_fast.result import SwampResult
 from swamp_fast.run import Run, one_at_a_time
@@ -184,9 +184,11 @@ def next_mask(problem: Problem, run: Run, mask: Tensor, cycle: int) -> Tensor:
     """The mask [Q] of a cycle, from that of the cycle before it."""
     ranked = problem.layout.flat(run.masks_source().ranked, problem.dtype, problem.device)
     largest = pruned(ranked[None], mask[None], problem.config.prune)[0]
-    if problem.config.mask_score == "random":
-        return drawn(problem.layout, largest, mask, problem.config.seed, cycle)
-    return largest
+    if problem.config.mask_score != "random":
+        return largest
+    told = problem.config.layer_kept
+    kept = by_layer(problem.layout, largest) if told is None else told[cycle - 1]
+    return drawn(problem.layout, kept, mask, problem.config.seed, cycle)
 
 
 def mask_score(problem: Problem, found: Particles, cycle: int) -> dict[str, Tensor]:

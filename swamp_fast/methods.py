@@ -27,6 +27,7 @@ class Method:
     departs   how this departs from that
     every     of a base: so many prunings of the method stand for one of the base; their densities are compared
     runs      of a base: so many runs a seed, of which the mean of the softmax is the model
+    layers_of the method whose run under the same seed tells how many weights each layer keeps in each cycle
     """
 
     settings: Callable[[SwampConfig], dict[str, Any]]
@@ -34,6 +35,7 @@ class Method:
     departs: str
     every: Callable[[SwampConfig], int] = lambda base: 1
     runs: Callable[[SwampConfig], int] = lambda base: 1
+    layers_of: str | None = None
 
 
 def particles_of(base: SwampConfig) -> int:
@@ -134,6 +136,8 @@ METHODS: dict[str, Method] = {
     "random": Method(
         lambda base: _imp(mask_score="random"),
         "a random mask with the same density by layer: Frankle et al., ICLR 2021, arXiv 2009.08576",
-        "the density by layer is what magnitudes of its own sparse networks give, cycle by cycle",
+        "they shuffle a finished mask; here masks are drawn cycle by cycle, each among what the last one keeps, with "
+        "the density by layer of imp under the same seed",
+        layers_of="imp",
     ),
 }

@@ -281,8 +281,9 @@ def prune(problem: Problem, ranked: State, masks: State, cycle: int) -> State:
     chosen[largest] = True
     parts = chosen.split([mask.numel() for mask in masks.values()])
     if config.mask_score == "random":
-        layers = enumerate(zip(masks.values(), parts, strict=True))
-        parts = tuple(draw(config, mask.flatten(), int(part.sum()), cycle, layer) for layer, (mask, part) in layers)
+        counts = [int(part.sum()) for part in parts] if config.layer_kept is None else config.layer_kept[cycle - 1]
+        layers = enumerate(zip(masks.values(), counts, strict=True))
+        parts = tuple(draw(config, mask.flatten(), count, cycle, layer) for layer, (mask, count) in layers)
     return {name: part.view_as(mask) for (name, mask), part in zip(masks.items(), parts, strict=True)}
 
 

@@ -20,7 +20,7 @@ from swamp_fast.fingerprint import callable_fingerprint, model_fingerprint, tens
 from swamp_fast.layout import Layout
 from swamp_fast.probe import Forward, Loss, Probe, call, cross_entropy, look_at
 from swamp_fast.prunable import Prunable
-from swamp_fast.prune import check_cycles
+from swamp_fast.prune import check_cycles, check_layers
 
 OnCycle = Callable[[dict[str, Any]], object]
 
@@ -167,6 +167,8 @@ def prepare(
     if initial_masks is not None:
         put_in(layout, mask, initial_masks)
     check_cycles(int(mask.sum()), config.prune, config.cycles)
+    if config.layer_kept is not None:
+        check_layers(layout, mask, config.layer_kept)
 
     return Problem(
         config=config,

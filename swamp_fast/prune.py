@@ -58,11 +58,28 @@ def particles_score(mask_score: str, particles: Sequence[Tensor]) -> Tensor:
     return score.to(particles[0].dtype)
 
 
-def drawn(layout: Layout, counts: Tensor, mask: Tensor, seed: int, cycle: int) -> Tensor:
-    """A mask [Q] that keeps of each layer as many as `counts` [Q] does, drawn among those that `mask` [Q] keeps."""
+def by_layer(layout: Layout, mask: Tensor) -> list[int]:
+    """How many weights of each prunable parameter a mask [Q] keeps."""
+    return [int(mask[entry.begin : entry.end].sum()) for entry in layout.prunable]
+
+
+def check_layers(layout: Layout, mask: Tensor, layer_kept: Sequence[Sequence[int]]) -> None:
+    """Refuse numbers of weights by cycle and layer that can't be kept of a mask [Q], one cycle after the other."""
+    before = by_layer(layout, mask)
+    for cycle, kept in enumerate(layer_kept, 1):
+        if len(kept) != len(before) or not sum(kept) or any(not 0 <= k <= b for k, b in zip(kept, before, strict=True)):
+            raise ValueError(
+                f"`layer_kept`: cycle {cycle} has {list(kept)}, and needs for each of {len(before)} prunable "
+                f"parameters at most as many as are left of it, {before}."
+            )
+        before = list(kept)
+
+
+def drawn(layout: Layout, kept: Sequence[int], mask: Tensor, seed: int, cycle: int) -> Tensor:
+    """A mask [Q] that keeps so many of each layer, drawn among those that `mask` [Q] keeps."""
     found = torch.zeros_like(mask)
-    for layer, entry in enumerate(layout.prunable):
+    for layer, (entry, count) in enumerate(zip(layout.prunable, kept, strict=True)):
         own = slice(entry.begin, entry.end)
         order = layer_order(seed, cycle, layer, entry.size, mask.device)
-        found[own][order[mask[own][order]][: int(counts[own].sum())]] = True
+        found[own][order[mask[own][order]][:count]] = True
     return found

@@ -44,7 +44,7 @@ Grid = Mapping[str, Iterable[Any]] | Sequence[Mapping[str, Any]]
 # Settings that may differ between the runs of a pack: they are values of a lane, or of what is done between trainings.
 PER_RUN = (
     *("seed", "lr", "swa_lr", "swa_start", "momentum", "beta1", "beta2", "adam_eps", "weight_decay", "swa", "schedule"),
-    *("prune", "cycles", "target_density", "rewind", "combine", "mask_score", "mask_from"),
+    *("prune", "cycles", "target_density", "rewind", "combine", "mask_score", "mask_from", "layer_kept"),
 )
 SCORES = ("accuracy", "loss", "mean_accuracy", "best_accuracy", "ensemble_accuracy", "val_accuracy")  # of a row
 

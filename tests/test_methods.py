@@ -6,7 +6,7 @@ import networks
 import pytest
 import torch
 import torch.nn.functional as F
-from test_durability import Interrupted, before_steps, stop_at
+from stops import Interrupted, before_steps, stop_at
 
 from benchmarks.durability import same_bits, same_tensors
 from swamp_fast import SwampConfig, SwampResult, fast_swamp, naive_swamp, sweep
@@ -440,6 +440,17 @@ def test_one_shot_and_random(digits):
     for name, mask in imp.at(1)[1].items():  # made from the same dense run
         assert int(mask.sum()) == int(random.at(1)[1][name].sum())
         assert not torch.equal(mask, random.at(1)[1][name])
+    told = [[int(mask.sum()) for mask in imp.at(cycle)[1].values()] for cycle in (1, 2)]
+    shuffled = of_method("random", digits, cycles=2, layer_kept=told)
+    naive = naive_swamp(networks.build("tied"), *digits, config=shuffled.config)
+    assert SwampConfig.from_toml(shuffled.config.to_toml()).layer_kept == tuple(map(tuple, told))
+    for cycle in (1, 2):
+        for name, mask in imp.at(cycle)[1].items():
+            assert int(mask.sum()) == int(shuffled.at(cycle)[1][name].sum())
+            assert torch.equal(naive.at(cycle)[1][name], shuffled.at(cycle)[1][name])
+    for wrong in ([told[0]], [told[1], told[0]], [[0] * len(each) for each in told]):
+        with pytest.raises(ValueError, match="`layer_kept`"):
+            of_method("random", digits, cycles=2, layer_kept=wrong)
 
 
 def test_seeds_of_an_ensemble():

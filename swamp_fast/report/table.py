@@ -36,7 +36,10 @@ def comparison_table(summary: list[dict[str, Any]], paired: list[dict[str, Any]]
     for row in summary:
         if row["cycle"] == last:
             mean, matching = row["accuracy"], (row["matching_sgd"], row["matching_swa"])
-            accuracy = "–" if mean is None else f"{mean * 100:.2f} ± {row['accuracy_std'] * 100:.2f} %"
+            std = row["accuracy_std"]  # None of one seed
+            accuracy = (
+                "–" if mean is None else f"{mean * 100:.2f}" + ("" if std is None else f" ± {std * 100:.2f}") + " %"
+            )
             answers = ({None: "–", True: "yes", False: "no"}[each] for each in matching)
             cost = f"{row['particle_epochs']:,.0f}", duration(row["seconds"])
             difference = _difference(against.get(row["method"]))
