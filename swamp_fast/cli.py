@@ -193,17 +193,30 @@ def analyze(given: argparse.Namespace) -> None:
         config=config,
         samples=given.samples,
     )
+    _check_same(analysis.differing(on, result), given.anyway)
     names = ("points", "probes", "mixtures", "size", "repeats")
     found = analysis.analyze(on, result, **{name: getattr(given, name) for name in names})
     found["about"] |= {"model": given.model, "data": given.data}
-    if not found["about"]["same_training_data"]:
-        print(
-            "swamp-fast: the training data are not the run's; give the --data and the --val that it had.",
-            file=sys.stderr,
-        )
     path = Path(given.directory) / "analysis.json"
     write(path, json.dumps(found, indent=1).encode())
     print(f"{analysis.table(found)}\n\nall of it: {path}")
+
+
+def _check_same(differs: list[str], anyway: bool) -> None:
+    """Raises ValueError if the run was scored otherwise, or on other data and that isn't wanted."""
+    own = [f"`{name}`" for name in ("loss", "forward") if name in differs]
+    if own:
+        raise ValueError(
+            f"the run had a {' and a '.join(own)} of its own: use swamp_fast.analysis from Python with it."
+        )
+    data = [name for name in ("train", "val", "test") if name in differs]
+    if data and not anyway:
+        raise ValueError(
+            f"the {', '.join(data)} data are not the run's; give the --data, the --test and the --val that it had, or "
+            "--anyway to have it analysed on these."
+        )
+    if data:
+        print(f"swamp-fast: the {', '.join(data)} data are not the run's.", file=sys.stderr)
 
 
 def report(given: argparse.Namespace) -> None:
@@ -331,6 +344,7 @@ def _parser() -> argparse.ArgumentParser:
     each.add_argument("--size", type=int, default=11, help="of the plane, points an axis, default 11; 0: none")
     each.add_argument("--repeats", type=int, default=15, help="of timing, default 15; 0: none")
     each.add_argument("--samples", type=int, metavar="N", help="the first N training samples stand for all")
+    each.add_argument("--anyway", action="store_true", help="on other data than the run's too")
     each.add_argument("--engine", choices=CHOICES["engine"], help="instead of the run's")
     each.add_argument("--device", help="instead of the run's")
     each.add_argument("--data-dir", help="instead of the run's")

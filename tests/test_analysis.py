@@ -22,6 +22,7 @@ from swamp_fast.analysis import (
     channels,
     consecutive,
     contour,
+    differing,
     ensemble,
     hessian_trace,
     hull,
@@ -38,6 +39,7 @@ from swamp_fast.analysis.hessian import quadratic_forms
 from swamp_fast.cli import main
 from swamp_fast.engines.eager import Choice
 from swamp_fast.interval import quantile
+from swamp_fast.models import build_model
 
 EXACT = {"rel": 1e-12, "abs": 1e-12}
 SAME = {"rel": 1e-8, "abs": 1e-8}  # of engines in float64, which sum in another order
@@ -646,14 +648,39 @@ def test_analyze_on_the_command_line(tmp_path, capsys):
     assert found["cost"][1]["flops"] < found["cost"][0]["flops"] == found["cost"][0]["dense_flops"]
     assert found["cost"][1]["sparse_ms"] > 0
     assert set(found["ensemble"]["single"]) == {"accuracy", "nll", "ece"}
-    # Other data than the run's are told; what was asked to be left out is.
+    # Other data than the run's are refused, or told; what was asked to be left out is.
     less = ["--probes", "0", "--mixtures", "0", "--size", "0", "--repeats", "0", "--points", "3", "--samples", "64"]
-    assert main(["analyze", out, "--model", "small_cnn", "--data", "digits", *less]) == 0
-    assert "the training data are not the run's" in capsys.readouterr().err
+    before = (tmp_path / "run" / "analysis.json").read_bytes()
+    other = ["analyze", out, "--model", "small_cnn", "--data", "digits", *less]
+    assert main(other) == 2
+    assert "the train, val data are not the run's" in capsys.readouterr().err
+    assert (tmp_path / "run" / "analysis.json").read_bytes() == before
+    assert main([*other, "--anyway"]) == 0
+    assert "the train, val data are not the run's" in capsys.readouterr().err
     found = json.loads((tmp_path / "run" / "analysis.json").read_text())
     assert (found["hessian"], found["hull"], found["plane"], found["cost"][0]["sparse_ms"]) == ([], None, None, None)
     assert main(["analyze", out, "--model", "mlp", "--data", "digits", *less]) == 2
     assert "`prunable`" in capsys.readouterr().err
+
+
+def test_a_run_with_a_loss_of_its_own_is_not_scored_with_another(tmp_path, capsys, digits):
+    """On the command line there is no other than cross entropy; from Python it is told which differ."""
+
+    def halved(outputs: Tensor, targets: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(outputs, targets, reduction="none") / 2
+
+    run = {"epochs": 1, "ticket_epochs": 0, "cycles": 0, "particles": 1, "progress": False}
+    out = str(tmp_path / "run")
+    model = build_model("mlp", 1, 8, 8, 10)
+    result = fast_swamp(model, "digits", loss=halved, run_dir=out, **run)
+    few = ["--probes", "0", "--mixtures", "0", "--size", "0", "--repeats", "0", "--points", "3"]
+    for more in ([], ["--anyway"]):
+        assert main(["analyze", out, "--model", "mlp", "--data", "digits", *few, *more]) == 2
+        assert "a `loss` of its own: use swamp_fast.analysis from Python" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "analysis.json").exists()
+    assert differing(Analysis(model, "digits", config=result.config, loss=halved), result) == []
+    called = Analysis(model, "digits", val=0.2, config=result.config, forward=lambda model, x: model(x))
+    assert differing(called, result) == ["train", "val", "loss", "forward"]
 
 
 def test_the_walk_throughs():

@@ -18,6 +18,9 @@ from swamp_fast.result import SwampResult
 from swamp_fast.version import __version__
 
 
+SCORED_BY = ("train", "val", "test", "loss", "forward", "prunable")
+
+
 def analyze(
     on: Analysis,
     result: SwampResult,
@@ -72,6 +75,12 @@ def analyze(
     return found
 
 
+def differing(on: Analysis, result: SwampResult) -> list[str]:
+    """Of what scores depend on, what the analysis has otherwise than the run: of train, val, test, loss, ..."""
+    theirs = result.about["fingerprints"]
+    return [name for name in SCORED_BY if on.problem.fingerprints[name] != theirs.get(name)]
+
+
 def table(found: dict[str, Any]) -> str:
     """A line a cycle: the barrier to the next one, flatness, dead channels and cost."""
     head = (
@@ -114,13 +123,14 @@ def table(found: dict[str, Any]) -> str:
 
 
 def _about(on: Analysis, result: SwampResult, points: int, probes: int, mixtures: int, size: int) -> dict[str, Any]:
-    problem, theirs = on.problem, result.about["fingerprints"]["train"]
+    problem, differs = on.problem, differing(on, result)
     return {
         "version": __version__,
         "train_samples": on.train.length,
         "of_training_samples": problem.train.length,
         "test_samples": None if on.test is None else on.test.length,
-        "same_training_data": problem.fingerprints["train"] == theirs,
+        "same_training_data": "train" not in differs,
+        "differs": differs,
         "batchnorm": "re-estimated at every point on the training samples; of the Hessian as it is in the solution",
         "points": points,
         "probes": probes,

@@ -69,8 +69,10 @@ def connected(run: RunFacts) -> Section | None:
     if not pictures:
         return None
     text = ["A barrier near 0 or below means that two solutions are linearly connected."]
-    if (found.get("about") or {}).get("same_training_data") is False:
-        text.append("The analysis had other training data than the run: its numbers are of those.")
+    about = found.get("about") or {}
+    differs = about.get("differs", ["train"] if about.get("same_training_data") is False else [])
+    if differs:
+        text.append(f"The analysis had other {', '.join(differs)} than the run: its numbers are of those.")
     after: list[Any] = []
     hull = found.get("hull")
     if hull:
