@@ -14,9 +14,10 @@ from networks import ResidualCNN, build
 from torch import Tensor, nn
 
 import swamp_fast.analysis
-from swamp_fast import fast_swamp
+from swamp_fast import SwampResult, fast_swamp
 from swamp_fast.analysis import (
     Analysis,
+    TicketStability,
     averages,
     barrier_matrix,
     channels,
@@ -580,7 +581,7 @@ def test_ticket_stability(digits):
     assert found.candidates == [0, 1]
     assert [path.train_samples for path in found.paths] == [120, 120]
     assert found.barriers == [path.barrier("test_error", "mean") for path in found.paths]
-    assert found.recommended == next((t for t, b in zip([0, 1], found.barriers, strict=True) if b < 0.02), None)
+    assert found.errors == [sum(path.of("test_error")[::2]) / 2 for path in found.paths]
     for epsilon, wanted in ((1.1, 0), (0.0, None)):
         assert swamp_fast.analysis.TicketStability([0, 1], found.paths, epsilon).recommended == wanted
     # The children are those of a run of two particles.
@@ -596,6 +597,49 @@ def test_ticket_stability(digits):
     )  # in float32, by whichever way is faster
     with pytest.raises(ValueError, match="chosen on validation data"):
         ticket_stability(model, train, None, [0])
+
+
+def test_the_ticket_from_which_on_barriers_are_low():
+    """With a later candidate above epsilon an earlier one is not stable; untrained children are warned about."""
+
+    def tickets(barriers: list[float], errors: list[float]) -> TicketStability:
+        paths = [
+            swamp_fast.analysis.Path(
+                t=[0, 0.5, 1], train_loss=[0.0] * 3, train_error=None, test_loss=None, train_samples=1,
+                test_error=[error, error + barrier, error],
+            )
+            for barrier, error in zip(barriers, errors, strict=True)
+        ]  # fmt: skip
+        return TicketStability([0, 2, 5], paths, 0.02)
+
+    found = tickets([0.0, 0.3, 0.01], [0.9, 0.2, 0.1])
+    assert (found.recommended, found.warning) == (5, None)
+    assert found.table().splitlines()[2].split() == ["2", "30.00", "%", "20.00", "%"]
+    assert tickets([0.0, 0.01, 0.3], [0.1] * 3).recommended is None
+    assert tickets([0.01, 0.01, 0.01], [0.14, 0.1, 0.1]).warning is None
+    found = tickets([0.01, 0.01, 0.01], [0.9, 0.1, 0.1])
+    assert found.recommended == 0
+    assert "T0 = 0 err 80.0 points more" in found.warning
+    assert "warning: the children of T0 = 0" in found.table()
+
+
+def test_the_ticket_needs_a_classification():
+    inputs = torch.randn(12, 5)
+    regression = {"loss": lambda outputs, targets: (outputs - targets).square().mean(1), "prunable": "layer.weight"}
+    with (
+        mock.patch("swamp_fast.analysis.ticket.fast_swamp", side_effect=AssertionError("trained")),
+        pytest.raises(ValueError, match="error barriers need a classification"),
+    ):
+        ticket_stability(Product(5), (inputs, torch.zeros(12, 1)), 0.25, [0], batch_size=3, **regression)
+
+
+def test_the_ticket_on_the_command_line(capsys):
+    few = ["--epochs", "1", "--points", "3", "--samples", "64", "--no-progress", "--engine", "eager"]
+    assert main(["ticket", "--model", "mlp", "--data", "digits", "--val", "0.1", "--candidates", "0", *few]) == 0
+    head, line, recommended, *_ = capsys.readouterr().out.splitlines()
+    assert head.split() == ["T0", "barrier,", "error", "children", "err"]
+    assert line.split()[0] == "0"
+    assert recommended.startswith("recommended: ")
 
 
 def test_consecutive_cycles_and_what_is_refused(digits):
@@ -659,6 +703,29 @@ def test_analyze_on_the_command_line(tmp_path, capsys):
     assert "the train, val data are not the run's" in capsys.readouterr().err
     found = json.loads((tmp_path / "run" / "analysis.json").read_text())
     assert (found["hessian"], found["hull"], found["plane"], found["cost"][0]["sparse_ms"]) == ([], None, None, None)
+    # Another run beside it, and a random plane.
+    two = str(tmp_path / "two")
+    assert main(["run", *common, "--out", two, "--seed", "0", "--no-swa", *settings[:-2], "1", "--no-progress"]) == 0
+    capsys.readouterr()
+    less[less.index("--size") + 1] = "2"
+    assert main(["analyze", out, *common, *less, "--against", two, "--random-plane"]) == 0
+    assert "against two, cycle 1: IoU of the masks 0." in capsys.readouterr().out
+    found = json.loads((tmp_path / "run" / "analysis.json").read_text())
+    results = [SwampResult.load(each) for each in (out, two)]
+    both = mask_overlap(*(each.masks for each in results))
+    first, second = found["against"]["overlap"]
+    assert (found["against"]["run"], first["iou"], first["hamming"]) == ("two", 1, 0)
+    assert {name: value for name, value in second.items() if name not in ("cycle", "layers")} == pytest.approx(
+        {name: getattr(both, name) for name in ("iou", "hamming", "density_a", "density_b")}
+    )
+    assert second["layers"] == pytest.approx({name: each.iou for name, each in both.layers.items()})
+    on = Analysis(build_model("small_cnn", 1, 8, 8, 10), "digits", val=0.1, config=results[0].config, samples=64)
+    path = loss_barrier(on, *(each.state_dict for each in results), points=3)
+    assert [each["cycle"] for each in found["against"]["barriers"]] == [0, 1]
+    between_them = found["against"]["barriers"][1]["barriers"]["train_loss"]
+    assert between_them == pytest.approx(path.barriers()["train_loss"], abs=1e-4)
+    assert (found["random_plane"]["points"], found["random_plane"]["cycle"]) == ([[0.0, 0.0]], 1)
+    assert found["random_plane"]["at_points"]["train_loss"] == pytest.approx([path.train_loss[0]], rel=1e-3)
     assert main(["analyze", out, "--model", "mlp", "--data", "digits", *less]) == 2
     assert "`prunable`" in capsys.readouterr().err
 
