@@ -1,4 +1,4 @@
-"""The command line: swamp-fast demo, run, sweep, compare, show, analyze, report, plan, backends, kernels."""
+"""The command line: swamp-fast demo, run, sweep, compare, show, analyze, ticket, report, plan, backends, kernels."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import json
 import re
 import sys
 import tomllib
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -180,8 +181,8 @@ def analyze(given: argparse.Namespace) -> None:
     if not ranks.current().first:
         return
     result = SwampResult.load(given.directory)
-    own = {name: getattr(given, name) for name in ("device", "engine", "data_dir") if getattr(given, name) is not None}
-    config = result.config.replace(**own)
+    changes = {name: getattr(given, name) for name in ("device", "engine", "data_dir")}
+    config = result.config.replace(**{name: value for name, value in changes.items() if value is not None})
     shape = _shape(open_source(given.data, "train", config.data_dir).source)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
@@ -193,17 +194,50 @@ def analyze(given: argparse.Namespace) -> None:
         config=config,
         samples=given.samples,
     )
+    against = None if given.against is None else SwampResult.load(given.against, model)
+    _check_same(analysis.differing(on, result), given.anyway)
     names = ("points", "probes", "mixtures", "size", "repeats")
-    found = analysis.analyze(on, result, **{name: getattr(given, name) for name in names})
+    own = {name: getattr(given, name) for name in names}
+    found = analysis.analyze(on, result, **own, against=against, random=given.random_plane)
+    if against is not None:
+        found["against"]["run"] = Path(given.against).resolve().name
     found["about"] |= {"model": given.model, "data": given.data}
-    if not found["about"]["same_training_data"]:
-        print(
-            "swamp-fast: the training data are not the run's; give the --data and the --val that it had.",
-            file=sys.stderr,
-        )
     path = Path(given.directory) / "analysis.json"
     write(path, json.dumps(found, indent=1).encode())
     print(f"{analysis.table(found)}\n\nall of it: {path}")
+
+
+def _check_same(differs: list[str], anyway: bool) -> None:
+    """Raises ValueError if the run was scored otherwise, or on other data and that isn't wanted."""
+    own = [f"`{name}`" for name in ("loss", "forward") if name in differs]
+    if own:
+        raise ValueError(
+            f"the run had a {' and a '.join(own)} of its own: use swamp_fast.analysis from Python with it."
+        )
+    data = [name for name in ("train", "val", "test") if name in differs]
+    if data and not anyway:
+        raise ValueError(
+            f"the {', '.join(data)} data are not the run's; give the --data, the --test and the --val that it had, or "
+            "--anyway to have it analysed on these."
+        )
+    if data:
+        print(f"swamp-fast: the {', '.join(data)} data are not the run's.", file=sys.stderr)
+
+
+def ticket(given: argparse.Namespace) -> None:
+    """Is the ticket late enough? Two children of each candidate, and the barrier between them on validation data."""
+    chosen = {name: getattr(given, name) for name in SETTINGS if hasattr(given, name)}
+    config = SwampConfig.of(None, {**chosen, "run_dir": given.out})
+    shape = _shape(open_source(given.data, "train", config.data_dir).source)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        model = build_model(given.model, *shape)
+    own = {"epsilon": given.epsilon, "points": given.points, "samples": given.samples}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # the table says it
+        found = analysis.ticket_stability(model, given.data, given.val, given.candidates, config=config, **own)
+    if ranks.current().first:
+        print(found.table())
 
 
 def report(given: argparse.Namespace) -> None:
@@ -286,7 +320,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="swamp-fast", description="SWAMP: prune with averaged particles, fast.")
     parser.add_argument("--version", action="version", version=f"swamp_fast {__version__}")
     commands = parser.add_subparsers(
-        required=True, metavar="demo | run | sweep | compare | show | analyze | report | plan | backends | kernels"
+        required=True,
+        metavar="demo | run | sweep | compare | show | analyze | ticket | report | plan | backends | kernels",
     )
 
     each = commands.add_parser("demo", help=demo.__doc__, description=demo.__doc__)
@@ -331,12 +366,30 @@ def _parser() -> argparse.ArgumentParser:
     each.add_argument("--probes", type=int, default=32, help="of the Hessian's trace, default 32; 0: none")
     each.add_argument("--mixtures", type=int, default=32, help="of the particles in the hull, default 32; 0: none")
     each.add_argument("--size", type=int, default=11, help="of the plane, points an axis, default 11; 0: none")
+    each.add_argument("--against", metavar="RUN_DIR2", help="another run of the model: overlap of masks, and barriers")
+    each.add_argument("--random-plane", action="store_true", help="also a random plane at the last average")
     each.add_argument("--repeats", type=int, default=15, help="of timing, default 15; 0: none")
     each.add_argument("--samples", type=int, metavar="N", help="the first N training samples stand for all")
+    each.add_argument("--anyway", action="store_true", help="on other data than the run's too")
     each.add_argument("--engine", choices=CHOICES["engine"], help="instead of the run's")
     each.add_argument("--device", help="instead of the run's")
     each.add_argument("--data-dir", help="instead of the run's")
     each.set_defaults(command=analyze)
+
+    each = commands.add_parser("ticket", help=ticket.__doc__, description=ticket.__doc__)
+    each.add_argument("--model", required=True, help=f"{', '.join(MODELS)}, or package.module:factory")
+    each.add_argument("--data", required=True, help="a named data set, an .npz, or a folder of images")
+    each.add_argument("--val", type=float, required=True, metavar="FRACTION", help="of the training data to hold out")
+    each.add_argument("--candidates", type=_numbers, required=True, metavar="T0,T0,…", help="in epochs, such as 0,2,5")
+    each.add_argument("--epsilon", type=float, default=0.02, help="the highest error barrier, default 0.02")
+    each.add_argument("--points", type=int, default=11, help="of a path, default 11")
+    each.add_argument("--samples", type=int, metavar="N", help="the first N training samples stand for all")
+    each.add_argument("--out", metavar="DIR", help="a folder for the trainings; started again with it, it goes on")
+    settings = each.add_argument_group("settings", "the fields of SwampConfig, see its docs")
+    for name, field in SETTINGS.items():
+        if name not in ("particles", "cycles", "ticket_epochs", "keep_particles"):
+            _add_setting(settings, name, field)
+    each.set_defaults(command=ticket)
 
     each = commands.add_parser("report", help=report.__doc__, description=report.__doc__)
     each.add_argument("directory", metavar="DIR", help="the folder; report.html, figures/ and numbers/ go into it")
@@ -387,6 +440,10 @@ def _meaning(name: str) -> str:
 def _three(text: str) -> tuple[int, int, int]:
     channels, height, width = (int(part) for part in text.split(","))
     return channels, height, width
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
 
 
 def _particles(text: str) -> int | list[int]:

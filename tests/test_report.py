@@ -16,12 +16,14 @@ import torch
 
 from swamp_fast import fast_swamp, sweep
 from swamp_fast.cli import main
+from swamp_fast.report import drawings
 from swamp_fast.report.drawings import COLOURS
 from swamp_fast.report.page import Html, tag, text
 from swamp_fast.reporting import write_report
 
 VOID = {"meta", "link", "br"}
-EVERY_FIGURE = {"accuracy", "barriers", "matrix", "plane", "flatness", "layers", "dead-channels", "time"}
+EVERY_FIGURE = {"accuracy", "barriers", "matrix", "plane", "random-plane", "overlap", "flatness", "layers", "time"}
+EVERY_FIGURE |= {"dead-channels"}
 
 
 class Parsed(HTMLParser):
@@ -121,12 +123,23 @@ def test_a_run_with_its_analysis(tmp_path):
     ):
         assert said in found.said, said
     assert "swamp-fast analyze" not in found.said
+    assert "no-repeat local" in page.read_text()  # the shadow of a table that is cut
     rows = numbers(folder, "accuracy")
     assert [row["particle 1"] for row in rows][1:4] == [rows[1]["particle 1"], "", rows[3]["particle 1"]]
     assert float(rows[2]["particle 2"]) == pytest.approx(0.97 - 0.04 / 6 + 0.008)
     assert float(numbers(folder, "barriers")[0]["test_error over mean"]) == 0.006
     assert float(numbers(folder, "layers")[0]["convs.0.weight"]) == 1.0
+    assert float(numbers(folder, "overlap")[6]["iou of convs.1.weight"]) == pytest.approx(0.4)
+    for said in ("Against b", "0.900", "A random plane at the average of cycle 6"):
+        assert said in found.said, said
     assert len(numbers(folder, "cycles")) == 7
+
+
+def test_particles_are_seen_at_the_averages_place():
+    rows = [{"density": 1.0, "accuracy": 0.9, "particle_accuracy": [0.9]}]
+    dots, line = drawings.score_over_density(rows, "accuracy").axes[0].lines
+    assert (dots.get_label(), dots.get_markerfacecolor(), line.get_label()) == ("a particle", "none", "their average")
+    assert dots.get_zorder() > line.get_zorder()
 
 
 def test_only_settings_that_differ_come_first(tmp_path):
@@ -154,7 +167,11 @@ def test_a_run_without_test_data_or_analysis_unfinished(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "lacks", [("particles", "plane", "cost", "hull"), ("consecutive", "hessian", "masks", "ensemble")]
+    "lacks",
+    [
+        ("particles", "plane", "random_plane", "cost", "hull"),
+        ("consecutive", "against", "hessian", "masks", "ensemble"),
+    ],
 )
 def test_an_analysis_that_lacks_parts(tmp_path, lacks):
     folder = reported.write_run(tmp_path / "a", cycles=1, done=2)
@@ -164,6 +181,7 @@ def test_an_analysis_that_lacks_parts(tmp_path, lacks):
     path.write_text(json.dumps({name: part for name, part in analysis.items() if name not in lacks}))
     found = parsed(write_report(folder))
     drawn = {"particles": "matrix", "hessian": "flatness", "masks": "dead-channels", "consecutive": "barriers"}
+    drawn |= {"against": "overlap", "random_plane": "random-plane"}
     assert figures(folder) == EVERY_FIGURE - {drawn.get(part, part) for part in lacks}
     assert ("--keep-particles" in found.said) == ("particles" in lacks)
     assert ("barriers between cycles, flatness, dead channels" in found.said) == ("masks" in lacks)

@@ -54,7 +54,7 @@ from swamp_fast.analysis.hull import Hull, hull
 from swamp_fast.analysis.masks import Channels, MaskOverlap, Overlap, channels, densities, mask_overlap
 from swamp_fast.analysis.plane import Plane, contour, loss_plane, random_plane
 from swamp_fast.analysis.ticket import TicketStability, ticket_stability
-from swamp_fast.analysis.whole import analyze, table
+from swamp_fast.analysis.whole import analyze, differing, table
 
 __all__ = [
     "Analysis",
@@ -81,6 +81,7 @@ __all__ = [
     "consecutive",
     "contour",
     "densities",
+    "differing",
     "ensemble",
     "hessian_trace",
     "hull",

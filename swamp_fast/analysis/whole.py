@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
-from swamp_fast.analysis.barrier import barrier_matrix, consecutive
+from swamp_fast.analysis.barrier import barrier_matrix, consecutive, loss_barrier
 from swamp_fast.analysis.core import WHAT, Analysis, Scores, State, averages, particles
 from swamp_fast.analysis.cost import inference_cost
 from swamp_fast.analysis.ensemble import ensemble
 from swamp_fast.analysis.hessian import hessian_trace
 from swamp_fast.analysis.hull import hull
-from swamp_fast.analysis.masks import channels, densities
-from swamp_fast.analysis.plane import loss_plane
+from swamp_fast.analysis.masks import channels, densities, mask_overlap
+from swamp_fast.analysis.plane import Plane, loss_plane, random_plane
 from swamp_fast.report.console import percent
 from swamp_fast.result import SwampResult
 from swamp_fast.version import __version__
+
+SCORED_BY = ("train", "val", "test", "loss", "forward", "prunable")
 
 
 def analyze(
@@ -27,13 +30,17 @@ def analyze(
     mixtures: int = 32,
     size: int = 11,
     repeats: int = 15,
+    against: SwampResult | None = None,
+    random: bool = False,
 ) -> dict[str, Any]:
     """Every analysis of a run that its result allows, as plain values: what `swamp-fast analyze` writes.
 
     probes = 0 leaves the Hessian out, mixtures = 0 the hull, size = 0 the plane, repeats = 0 the latency. What is about
     particles needs those of the last cycle (keep_particles=True), the plane three of them, the ensemble test data; what
-    can't be had is None.
+    can't be had is None. `against` is another run of the same model: the masks of equal cycles are compared, and the
+    barriers between their averages measured, on this run's data. `random` adds a random plane at the last average.
     """
+    overlap = None if against is None else _overlap(result, against)  # other layers are told before the work
     cycles = averages(result)
     lanes = None if result.particles is None else particles(result)
     several = lanes is not None and len(lanes) > 1
@@ -41,6 +48,11 @@ def analyze(
     found["particles"] = _particles(on, lanes, points, len(cycles) - 1) if several and lanes else None
     found["hull"] = _hull(on, lanes, mixtures) if several and lanes and mixtures else None
     found["plane"] = _plane(on, lanes, size) if lanes and len(lanes) > 2 and size else None
+    found["random_plane"] = None
+    if random:
+        plane = random_plane(on, *cycles[-1], size or 11)
+        found["random_plane"] = _whole_plane(plane) | {"cycle": result.history[-1]["cycle"]}
+    found["against"] = None if against is None else _against(on, result, against, points) | {"overlap": overlap}
     found["ensemble"] = _ensemble(on, lanes) if lanes and on.test is not None and on.problem.classifies else None
     found["consecutive"] = [
         {"from": cycle, "to": cycle + 1, "t": path.t, **_plain(path), "barriers": path.barriers()}
@@ -70,6 +82,12 @@ def analyze(
         )
         found["cost"].append({**cycle, **dataclasses.asdict(inference_cost(on, state, masks, repeats=repeats))})
     return found
+
+
+def differing(on: Analysis, result: SwampResult) -> list[str]:
+    """Of what scores depend on, what the analysis has otherwise than the run: of train, val, test, loss, ..."""
+    theirs = result.about["fingerprints"]
+    return [name for name in SCORED_BY if on.problem.fingerprints[name] != theirs.get(name)]
 
 
 def table(found: dict[str, Any]) -> str:
@@ -105,6 +123,14 @@ def table(found: dict[str, Any]) -> str:
         lines.append(
             f"highest barrier among the particles of cycle {found['particles']['cycle']}: {loss:.4f} train loss"
         )
+    if found.get("against") is not None:
+        last, where = found["against"]["overlap"][-1], found["against"]["barriers"][-1]["barriers"]
+        split = "test" if "test_loss" in where else "train"
+        error = where.get(f"{split}_error", {}).get("max")
+        lines.append(
+            f"against {found['against']['run']}, cycle {last['cycle']}: IoU of the masks {last['iou']:.3f}, barrier "
+            f"{where[f'{split}_loss']['max']:.4f} {split} loss, {percent(error)} error"
+        )
     if found["ensemble"] is not None:
         together, single = found["ensemble"], found["ensemble"]["single"]
         lines.append(
@@ -114,13 +140,14 @@ def table(found: dict[str, Any]) -> str:
 
 
 def _about(on: Analysis, result: SwampResult, points: int, probes: int, mixtures: int, size: int) -> dict[str, Any]:
-    problem, theirs = on.problem, result.about["fingerprints"]["train"]
+    problem, differs = on.problem, differing(on, result)
     return {
         "version": __version__,
         "train_samples": on.train.length,
         "of_training_samples": problem.train.length,
         "test_samples": None if on.test is None else on.test.length,
-        "same_training_data": problem.fingerprints["train"] == theirs,
+        "same_training_data": "train" not in differs,
+        "differs": differs,
         "batchnorm": "re-estimated at every point on the training samples; of the Hessian as it is in the solution",
         "points": points,
         "probes": probes,
@@ -151,7 +178,32 @@ def _hull(on: Analysis, states: list[State], mixtures: int) -> dict[str, Any]:
 def _plane(on: Analysis, states: list[State], size: int) -> dict[str, Any]:
     first, second, third, *_ = states
     found = loss_plane(on, first, second, third, size, names=_names(states)[:3])
+    return _whole_plane(found)
+
+
+def _whole_plane(found: Plane) -> dict[str, Any]:
     return {**found.to_dict(), "at_points": _plain(found.at_points)}
+
+
+def _overlap(result: SwampResult, other: SwampResult) -> list[dict[str, Any]]:
+    """How alike two runs' masks are, cycle by cycle."""
+    found = []
+    for row, (_, own), (_, theirs) in zip(result.history, averages(result), averages(other), strict=False):
+        both = vars(mask_overlap(own, theirs))
+        layers = {name: each.iou for name, each in both["layers"].items()}
+        found.append({"cycle": row["cycle"], **both, "layers": layers})
+    return found
+
+
+def _against(on: Analysis, result: SwampResult, other: SwampResult, points: int) -> dict[str, Any]:
+    """The barriers between the averages of equal cycles of two runs."""
+    pairs = list(zip(result.history, averages(result), averages(other), strict=False))
+    # The sparsest first: at its density the engine is chosen.
+    found = [
+        {"cycle": row["cycle"], "barriers": loss_barrier(on, own, theirs, points).barriers()}
+        for row, (own, _), (theirs, _) in pairs[::-1]
+    ]
+    return {"run": Path(other.config.run_dir or "another run").name, "barriers": found[::-1]}
 
 
 def _ensemble(on: Analysis, states: list[State]) -> dict[str, Any]:

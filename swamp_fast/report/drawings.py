@@ -89,7 +89,8 @@ def score_over_density(rows: Sequence[Row], score: str) -> Any:
         dots = [(row["density"] * 100, one * times) for row in rows for one in row.get(each) or ()]
         if dots:
             at, values = zip(*dots, strict=True)
-            axes.plot(at, values, "o", color=ORANGE, alpha=0.6, markersize=4, markeredgewidth=0, label="a particle")
+            hollow = {"markerfacecolor": "none", "markersize": 6, "markeredgewidth": 1, "zorder": 3}
+            axes.plot(at, values, "o", color=ORANGE, **hollow, label="a particle")
         lines = {
             f"ensemble_{score}": ("their ensemble", PURPLE, "--", ""),
             f"val_{score}": ("average, validation", GREEN, ":", "D"),
@@ -191,6 +192,24 @@ def barriers(consecutive: Sequence[Row], densities: Mapping[int, float]) -> Any:
         panels[0].axhline(CUSTOMARY, color=RED, linewidth=1, linestyle="--", label=f"{CUSTOMARY:g} points")
         _density_axis(panels[1], [densities[row["to"]] for row in consecutive if row["to"] in densities])
         _legend(figure, panels[0])
+        return figure
+
+
+def overlaps(overlap: Sequence[Row]) -> Any:
+    """IoU of two runs' masks over the density of the first, beside that of random masks as dense as they are."""
+    with _styled():
+        figure, (axes,) = _canvas()
+        at = [row["density_a"] * 100 for row in overlap]
+        chance = []
+        for row in overlap:
+            both = row["density_a"] * row["density_b"]
+            chance.append(both / (row["density_a"] + row["density_b"] - both or 1.0))
+        axes.plot(at, [row["iou"] for row in overlap], "-o", color=BLUE, markersize=4, label="the two masks")
+        axes.plot(at, chance, ":", color=MUTED, label="random masks")
+        axes.set_ylim(0, 1.03)
+        axes.set_ylabel("kept by both / kept by either")
+        _density_axis(axes, [row["density_a"] for row in overlap])
+        _legend(figure, axes)
         return figure
 
 
@@ -312,8 +331,8 @@ def times(rows: Sequence[Row], ways: Mapping[int, str]) -> Any:
 
 
 def plane(x: Sequence[float], y: Sequence[float], values: Sequence[Sequence[float]], points: Sequence[Sequence[float]],
-          names: Sequence[str], label: str) -> Any:  # fmt: skip
-    """Level lines of values [len(y), len(x)] over a plane of weights, and the solutions that span it."""
+          names: Sequence[str], label: str, unit: str = "distance in weights") -> Any:  # fmt: skip
+    """Level lines of values [len(y), len(x)] over a plane of weights, and the solutions in it."""
     with _styled():
         shape = (max(y) - min(y)) / ((max(x) - min(x)) or 1.0)
         figure, (axes,) = _canvas(height=1.0 + min(max(3.7 * shape, 1.5), 4.5))
@@ -322,7 +341,7 @@ def plane(x: Sequence[float], y: Sequence[float], values: Sequence[Sequence[floa
         for number, ((right, up), name) in enumerate(zip(points, names, strict=True)):
             axes.plot(right, up, MARKERS[number % 12], color=SERIES[1 + number % 7], markersize=8, label=name)
         axes.set_aspect("equal")
-        axes.set_xlabel(f"distance in weights; lines: {label}")
+        axes.set_xlabel(f"{unit}; lines: {label}")
         axes.grid(visible=False)
         axes.locator_params(nbins=6)
         _legend(figure, axes)

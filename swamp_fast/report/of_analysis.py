@@ -57,20 +57,26 @@ def connected(run: RunFacts) -> Section | None:
         pictures.append(Picture("matrix", "Barriers among the particles", caption, drawing, rows))
     plane = found.get("plane")
     if plane:
-        name, label = "train_loss", "training loss"
-        drawing = drawings.plane(plane["x"], plane["y"], plane[name], plane["points"], plane["names"], label)
-        rows = [
-            {"x": x, "y": y, name: value}
-            for y, line in zip(plane["y"], plane[name], strict=True)
-            for x, value in zip(plane["x"], line, strict=True)
-        ]
-        caption = f"Level lines of the {label} over the plane through three solutions; all other directions are unseen."
-        pictures.append(Picture("plane", f"The plane of {', '.join(map(str, plane['names']))}", caption, drawing, rows))
+        caption = (
+            "Level lines of the training loss over the plane through three solutions; all other directions are unseen."
+        )
+        title = f"The plane of {', '.join(map(str, plane['names']))}"
+        pictures.append(_plane("plane", title, caption, plane, "distance in weights"))
+    plane = found.get("random_plane")
+    if plane:
+        caption = (
+            "Level lines of the training loss along two random directions, each filter of which is as long as the "
+            "solution's; two directions show little of the landscape."
+        )
+        title = f"A random plane at the average of cycle {plane['cycle']}"
+        pictures.append(_plane("random-plane", title, caption, plane, "1: the filters' own length"))
     if not pictures:
         return None
     text = ["A barrier near 0 or below means that two solutions are linearly connected."]
-    if (found.get("about") or {}).get("same_training_data") is False:
-        text.append("The analysis had other training data than the run: its numbers are of those.")
+    about = found.get("about") or {}
+    differs = about.get("differs", ["train"] if about.get("same_training_data") is False else [])
+    if differs:
+        text.append(f"The analysis had other {', '.join(differs)} than the run: its numbers are of those.")
     after: list[Any] = []
     hull = found.get("hull")
     if hull:
@@ -87,6 +93,49 @@ def connected(run: RunFacts) -> Section | None:
         after.append(f"Random mixtures of the particles (in their convex hull): {len(hull[kinds[0]]) if kinds else 0}.")
         after.append(table(cells, head, "mixtures of the particles"))
     return Section("Connectivity", text, pictures, after)
+
+
+def compared(run: RunFacts) -> Section | None:
+    """The masks of another run beside this one's, and the barriers between the averages of equal cycles."""
+    found = run.analysis.get("against")
+    if not found:
+        return None
+    overlap = found["overlap"]
+    rows = [
+        {name: value for name, value in row.items() if name != "layers"}
+        | {f"iou of {name}": value for name, value in row["layers"].items()}
+        for row in overlap
+    ]
+    caption = (
+        "The share that both runs keep of what either keeps, over this run's density; random masks as dense as these "
+        "would have what is dotted."
+    )
+    picture = Picture("overlap", f"Masks of {run.name} and {found['run']}", caption, drawings.overlaps(overlap), rows)
+    kinds = [kind for kind in ("train_error", "test_error", "train_loss", "test_loss")
+             if kind in found["barriers"][0]["barriers"]]  # fmt: skip
+    cells = []
+    for row, between in zip(overlap, found["barriers"], strict=True):
+        numbers = [(percent if "error" in kind else in_digits)(between["barriers"][kind]["max"]) for kind in kinds]
+        shares = (percent(row["density_a"]), percent(row["density_b"]), f"{row['iou']:.3f}", f"{row['hamming']:.3f}")
+        cells.append((row["cycle"], *shares, *numbers))
+    head = ("cycle", "kept", "kept there", "IoU", "Hamming", *(kind.replace("_", " ") for kind in kinds))
+    text = (
+        "Barriers are those between the averages of equal cycles, over the higher end, on this run's data; BatchNorm "
+        "is re-estimated at every point."
+    )
+    return Section(f"Against {found['run']}", [], [picture], [text, table(cells, head, "against another run", words=0)])
+
+
+def _plane(name: str, title: str, caption: str, plane: Row, unit: str) -> Picture:
+    values = plane["train_loss"]
+    points = plane["points"], plane["names"]
+    drawing = drawings.plane(plane["x"], plane["y"], values, *points, "training loss", unit)
+    rows = [
+        {"x": x, "y": y, "train_loss": value}
+        for y, line in zip(plane["y"], values, strict=True)
+        for x, value in zip(plane["x"], line, strict=True)
+    ]
+    return Picture(name, title, caption, drawing, rows)
 
 
 def flat(run: RunFacts) -> Section | None:

@@ -11,7 +11,7 @@ from swamp_fast.config import NOT_IDENTITY, SwampConfig
 from swamp_fast.report import drawings
 from swamp_fast.report.console import duration, percent
 from swamp_fast.report.facts import Row, RunFacts, in_digits, in_millions, in_thousands, in_words
-from swamp_fast.report.of_analysis import connected, flat, inference, layers
+from swamp_fast.report.of_analysis import compared, connected, flat, inference, layers
 from swamp_fast.report.page import Html, Page, Picture, Section, bullets, code, details, link, pairs, table, tag
 from swamp_fast.report.page import text as escaped
 
@@ -20,7 +20,8 @@ PAPER = link("https://arxiv.org/abs/2305.14852", "Choi et al., ICLR 2024, arXiv 
 
 def page_of_run(run: RunFacts) -> Page:
     """The page of a run, finished or not, with its analysis if there is one."""
-    sections = [_what(run), _warnings(run), _accuracy(run), connected(run), flat(run), layers(run), _time(run)]
+    sections = [_what(run), _warnings(run), _accuracy(run), connected(run), compared(run), flat(run), layers(run)]
+    sections += [_time(run)]
     sections += [_engine(run), inference(run), _table(run), _load(run), _again(run), _missing(run)]
     found = [section for section in sections if section is not None]
     return Page(_title(run), _lead(run), _facts(run), found, {"cycles": [_plain(row) for row in run.rows]})

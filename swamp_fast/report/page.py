@@ -194,7 +194,12 @@ figure svg text { font-family: inherit !important; }
 figcaption { margin-top: .6rem; font-size: .92rem; }
 figcaption p { margin-bottom: .25rem; }
 .files { font-size: .85rem; word-spacing: .4rem; }
-.scroll { overflow-x: auto; max-width: 100%; margin: 0 0 1rem; }
+/* A shadow at an edge beyond which there is more: what is of the paper's colour scrolls along and covers it. */
+.scroll { overflow-x: auto; max-width: 100%; margin: 0 0 1rem; background:
+  linear-gradient(to right, var(--paper) 40%, transparent) 0 0 / 2.5rem 100% no-repeat local,
+  linear-gradient(to left, var(--paper) 40%, transparent) 100% 0 / 2.5rem 100% no-repeat local,
+  linear-gradient(to right, var(--muted), transparent) 0 0 / .7rem 100% no-repeat scroll,
+  linear-gradient(to left, var(--muted), transparent) 100% 0 / .7rem 100% no-repeat scroll; }
 table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .5rem; text-align: left; white-space: nowrap; border-bottom: 1px solid var(--grid); }
 th { color: var(--muted); font-weight: 600; vertical-align: bottom; }
@@ -226,7 +231,7 @@ summary { cursor: pointer; margin-bottom: .5rem; }
   figure, tr, pre { break-inside: avoid; }
   h2, h3 { break-after: avoid; }
   figure svg { max-height: 10cm; }
-  .scroll, pre { overflow: visible; }
+  .scroll, pre { overflow: visible; background: none; }
   pre { white-space: pre-wrap; overflow-wrap: anywhere; }
   table { font-size: 7.5pt; }
   th, td { padding: .15rem .35rem; }
