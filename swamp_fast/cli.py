@@ -187,6 +187,7 @@ def analyze(given: argparse.Namespace) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         model = build_model(given.model, *shape)
+    SwampResult.load(given.directory, model)  # one that doesn't fit is told
     on = analysis.Analysis(
         *(model, given.data, given.test),
         val=given.val,

@@ -726,8 +726,11 @@ def test_analyze_on_the_command_line(tmp_path, capsys):
     assert between_them == pytest.approx(path.barriers()["train_loss"], abs=1e-4)
     assert (found["random_plane"]["points"], found["random_plane"]["cycle"]) == ([[0.0, 0.0]], 1)
     assert found["random_plane"]["at_points"]["train_loss"] == pytest.approx([path.train_loss[0]], rel=1e-3)
+    assert {"train_loss", "test_error"} <= set(found["consecutive"][0]["barriers_as_given"])
     assert main(["analyze", out, "--model", "mlp", "--data", "digits", *less]) == 2
-    assert "`prunable`" in capsys.readouterr().err
+    assert "the model doesn't fit this run" in capsys.readouterr().err
+    assert main(["analyze", out, *common, "--probes", "1"]) == 2
+    assert "`probes` must be at least 2" in capsys.readouterr().err
 
 
 def test_a_run_with_a_loss_of_its_own_is_not_scored_with_another(tmp_path, capsys, digits):

@@ -106,12 +106,7 @@ def _latency(
     inputs, _, count = next(pass_in_stored_order(on.train, batch_size))
     if count < batch_size:
         return None, None, f"there are {count} samples, less than a batch of {batch_size}"
-    engine = on.fused
-    if isinstance(engine, str):
-        return None, None, engine
-    point, keys = on.solution(state), on.keys(1)
-    engine.spawn(point, mask, range(1), None)
-    models = engine.side_by_side(point.weights[None], {name: each[None] for name, each in point.buffers.items()})
+    engine, point, keys = on.fused, on.solution(state), on.keys(1)
     module = module_of(problem.template, named(problem, point))
 
     def plain(module: nn.Module, inputs: Tensor) -> Callable[[], object]:
@@ -121,12 +116,17 @@ def _latency(
 
         return run
 
-    contenders = [lambda: models.outputs(inputs, keys), plain(module, inputs)]
-    if inputs.dim() == 4:
+    contenders = [plain(module, inputs)]
+    if isinstance(inputs, Tensor) and inputs.dim() == 4:
         last = copy.deepcopy(module).to(memory_format=torch.channels_last)
         contenders.append(plain(last, channels_last(inputs)))
+    if isinstance(engine, str):
+        with torch.no_grad():
+            return None, min(medians(contenders, repeats)) * 1e3, engine
+    engine.spawn(point, mask, range(1), None)
+    models = engine.side_by_side(point.weights[None], {name: each[None] for name, each in point.buffers.items()})
     with torch.no_grad():
-        sparse, *dense = medians(contenders, repeats)
+        sparse, *dense = medians([lambda: models.outputs(inputs, keys), *contenders], repeats)
     engine.release()
     return sparse * 1e3, min(dense) * 1e3, None
 

@@ -106,11 +106,10 @@ def ticket_stability(
     The first T0 from which on there is no barrier is where training has become stable to the draws of SGD: a "matching
     ticket" (Frankle et al. 2020, arXiv 1912.05671, section 3; 2 % error is their threshold). Arguments are those of
     fast_swamp; `val` is data or a fraction of train. Candidates are in epochs of the ticket's training at a constant
-    rate: of one seed the later tickets begin as the earlier ones. One pair of children is one draw: near the
-    threshold take other
-    seeds too. Children are averaged by SWA, as the particles of a run are by default; swa=False compares their last
-    iterates, as the paper does. It costs T0 + 2 x epochs of training a candidate; with a `run_dir` it goes on from
-    there.
+    rate: of one seed the later tickets begin as the earlier ones. One pair of children is one draw: near the threshold
+    take other seeds too. Children are averaged by SWA, as the particles of a run are by default; swa=False compares
+    their last iterates, as the paper does. It costs T0 + 2 x epochs of training a candidate; with a `run_dir` it goes
+    on from there.
 
     Raises ValueError without validation data or accuracies, before anything is trained. Warns if the children of the
     recommended T0 err more than 5 points more than the best candidate's: untrained networks are trivially connected.

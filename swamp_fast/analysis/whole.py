@@ -14,6 +14,7 @@ from swamp_fast.analysis.hessian import hessian_trace
 from swamp_fast.analysis.hull import hull
 from swamp_fast.analysis.masks import channels, densities, mask_overlap
 from swamp_fast.analysis.plane import Plane, loss_plane, random_plane
+from swamp_fast.batchnorm import norms_of
 from swamp_fast.report.console import percent
 from swamp_fast.result import SwampResult
 from swamp_fast.version import __version__
@@ -37,9 +38,11 @@ def analyze(
 
     probes = 0 leaves the Hessian out, mixtures = 0 the hull, size = 0 the plane, repeats = 0 the latency. What is about
     particles needs those of the last cycle (keep_particles=True), the plane three of them, the ensemble test data; what
-    can't be had is None. `against` is another run of the same model: the masks of equal cycles are compared, and the
+    can't be had is None. Barriers between cycles are given without BatchNorm's re-estimation too. `against` is another run of the same model: the masks of equal cycles are compared, and the
     barriers between their averages measured, on this run's data. `random` adds a random plane at the last average.
     """
+    if probes == 1:
+        raise ValueError("`probes` must be at least 2 for an interval, or 0 for no trace; got 1.")
     overlap = None if against is None else _overlap(result, against)  # other layers are told before the work
     cycles = averages(result)
     lanes = None if result.particles is None else particles(result)
@@ -58,6 +61,9 @@ def analyze(
         {"from": cycle, "to": cycle + 1, "t": path.t, **_plain(path), "barriers": path.barriers()}
         for cycle, path in enumerate(consecutive(on, result, points))
     ]
+    if norms_of([on.problem.template]):
+        for row, path in zip(found["consecutive"], consecutive(on, result, points, reestimate=False), strict=True):
+            row["barriers_as_given"] = path.barriers()
     found |= {"hessian": [], "masks": [], "cost": []}
     for row, (state, masks) in zip(result.history, cycles, strict=True):
         cycle = {"cycle": row["cycle"]}

@@ -72,7 +72,7 @@ def connected(run: RunFacts) -> Section | None:
         pictures.append(_plane("random-plane", title, caption, plane, "1: the filters' own length"))
     if not pictures:
         return None
-    text = ["A barrier near 0 or below means that two solutions are linearly connected."]
+    text = ["A barrier near 0 means that two solutions are linearly connected."]
     about = found.get("about") or {}
     differs = about.get("differs", ["train"] if about.get("same_training_data") is False else [])
     if differs:
