@@ -5,10 +5,11 @@
     python -m benchmarks.protocol --out DIR --import STATE.zip      there, with the next slice
     python -m benchmarks.protocol tables                            tables and figures anew, from the JSON
 
-In this order: the tables of `benchmarks.gpu`; what the naive loop costs; ResNet-20 by swamp, imp and imp+swa, 14 cycles of
-30 epochs, seeds packed as lanes; the same at 150 epochs, swamp and imp, seed 0; WRN-28-2 at 30 epochs, seed by seed;
-N = 1, 2, 4, 8, 16. After each the barriers and the Hessian's traces of its first three seeds. A slice stops as a signal
-stops a run, with a checkpoint, and ends with what is done and left; each leaves benchmarks/results/protocol_*.
+In this order: the tables of `benchmarks.gpu`; what the naive loop costs; ResNet-20 by swamp, imp and imp+swa, 14 cycles
+of 30 epochs, seeds packed as lanes; the same at 150 epochs, swamp and imp, seed 0; WRN-28-2 at 30 epochs, seed by seed;
+N = 1, 2, 4, 8, 16. After the runs of each network the barriers and the Hessian's traces of the first three seeds. A slice
+stops as a signal stops a run, with a checkpoint, and ends with what is done and left; each leaves
+benchmarks/results/protocol_*.
 
 Data: an .npz with train_images, train_labels, test_images, test_labels, as shared/data/decode_cifar10.py writes it from
 the JPEG copy beside it; where that script is there, it is run and --data may be left out. Accuracies on the JPEG copy
@@ -20,6 +21,7 @@ compare with each other, not with published CIFAR-10 figures, and those of 30 ep
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import shutil
@@ -82,7 +84,7 @@ class Item:
 
 
 class Clock:
-    """While it is open, SIGTERM is SystemExit, and this process sends itself one at 90 % of the budget and at its end."""
+    """While it is open SIGTERM is SystemExit, and this process sends itself one near the budget's end and one there."""
 
     def __init__(self, seconds: float) -> None:
         self.began, self.seconds = time.monotonic(), seconds
@@ -258,11 +260,13 @@ class Protocol:
 
     def runs_of(self, study: Study) -> Iterator[tuple[str, int, Path]]:
         """Method, seed and folder of each run that was begun."""
-        named = {_key(study.config(method, seed)): (method, seed) for method in study.methods for seed in study.seeds}
-        for path in sorted((self.out / study.model / "runs").glob("*/run.json")):
-            config = SwampConfig.of(None, json.loads(path.read_text())["config"])
-            if _key(config) in named:
-                yield *named[_key(config)], path.parent
+        there = {}
+        for path in (self.out / study.model / "runs").glob("*/run.json"):
+            there[_key(SwampConfig.of(None, json.loads(path.read_text())["config"]))] = path.parent
+        for method, seed in itertools.product(study.methods, study.seeds):
+            folder = there.get(_key(study.config(method, seed)))
+            if folder is not None:
+                yield method, seed, folder
 
     def analyse(self, study: Study, seeds: range, runs: str) -> bool:
         """Barrier to the next cycle and trace of the Hessian, of each cycle that can be looked at; all in float32."""
@@ -307,14 +311,15 @@ class Protocol:
         cost = {path.stem: json.loads(path.read_text()) for path in sorted((self.out / "cost").glob("*.json"))}
         tables = {path.stem: json.loads(path.read_text()) for path in sorted((self.out / "gpu").glob("*.json"))}
         about = timing.header(1) | {"data": Path(self.source()).name, "items": self.marks}
+        about["note"] = "a rehearsal, whose figures mean nothing" if self.rehearse else protocol_results.NOTE
         told = {study.name: {"model": study.model, **study.settings} for study in self.studies}
         return {**about, "studies": told, "rows": rows, "analysis": looked_at, "cost": cost, "gpu": tables}
 
     def export(self, file: Path) -> None:
         """Write what another machine needs to go on at each run's last whole cycle, as a .zip.
 
-        Of a run that is its ticket, its last cycle and the cycles that are still to be analysed; of the other cycles the
-        row. A ticket that several runs have is there once; a finished run needs none.
+        Of a run that is its ticket, its last cycle and the cycles that are still to be analysed; of the other cycles
+        the row. A ticket that several runs have is there once; a finished run needs none.
         """
         waiting = {
             folder: len(self.read(f"analysis/{folder.name}.json") or [])
@@ -323,7 +328,8 @@ class Protocol:
             if seed < LOOKED_AT
         }
         with tempfile.TemporaryDirectory() as made:
-            for path in [self.out / "protocol.json", *self.out.glob("[acg]*/*.json"), *self.out.glob("gpu/*.md")]:
+            parts = [path for part in ("analysis", "cost", "gpu") for path in self.out.glob(f"{part}/*.json")]
+            for path in [self.out / "protocol.json", *parts]:
                 if path.exists():
                     to = Path(made) / path.relative_to(self.out)
                     to.parent.mkdir(parents=True, exist_ok=True)
@@ -354,7 +360,7 @@ def studies(seeds: int, rehearse: bool) -> list[Study]:
     settings: dict[str, Any] = {"particles": 4, "cycles": 14, "epochs": 30, "ticket_epochs": 10, "batch_size": 128}
     settings |= {"augment": "crop_flip", "precision": "bfloat16" if torch.cuda.is_available() else "float32"}
     small, large, long, wide = "resnet20", "wrn28_2", {"epochs": 150}, range(10)
-    counts = (1, 2, 4, 8, 16)
+    counts: tuple[int, ...] = (1, 2, 4, 8, 16)
     if rehearse:
         settings |= {"particles": 2, "cycles": 2, "epochs": 2, "ticket_epochs": 1, "augment": "none"}
         settings |= {"precision": "float32", "device": "cpu", "engine": "eager"}

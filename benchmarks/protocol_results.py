@@ -43,7 +43,7 @@ def tables(results: Path) -> None:
             continue
         places = sorted({f"{row['processor']}, torch {row['torch']}" for row in rows})
         about = {"date": data["date"], "commit": data["commit"], "device": "; ".join(places), "data": data["data"]}
-        about |= {**settings, "note": NOTE}
+        about |= {**settings, "note": data["note"]}
         accuracy(study, rows, about, results)
         speed(study, rows, data, about, results)
         if looked_at:
@@ -99,8 +99,8 @@ def speed(study: str, rows: list[Row], data: Row, about: Row, results: Path) -> 
         line["memory, GB"] = f"{max(row['peak_memory'] for row in own) / 1e9:.2f}"
         table.append(line)
     told = {"seconds": "of runs at once each has an equal share",
-            "roofline": "the time of a dense step whose maps go once through memory, or whose products are done, at the "
-                        "rates of a copy and a product measured there"}  # fmt: skip
+            "roofline": "the time of a dense step whose maps go once through memory, or whose products are done, at "
+                        "the rates of a copy and a product measured there"}  # fmt: skip
     write(f"protocol_{study}_speed", COMMAND, about | told, table, results)
 
 
@@ -117,8 +117,12 @@ def geometry(study: str, rows: list[Row], about: Row, results: Path) -> None:
         for name in ("trace", "scaled", "norm"):
             line[name] = spread([row[name] for row in each], ".3g")
         table.append(line)
-    told = {"probes": rows[0]["probes"], "trace": "of the Hessian, in float32; scaled by the layers' norms",
-            "barrier": "11 points, over the higher end, BatchNorm re-estimated at each", "±": "over (seeds)"}  # fmt: skip
+    told = {
+        "probes": rows[0]["probes"],
+        "trace": "of the Hessian, in float32; scaled by the layers' norms",
+        "barrier": "11 points, over the higher end, BatchNorm re-estimated at each",
+        "±": "standard deviation over (seeds)",
+    }
     write(f"protocol_{study}_geometry", COMMAND, about | told, table, results)
 
 
@@ -145,8 +149,8 @@ def costs(data: Row, results: Path) -> None:
             seconds = row["ms a particle-step"] / 1e3 * floor["steps_an_epoch"] * epochs
             lines.append((f"{row['']}, training alone", seconds, "extrapolated from single steps"))
         for name, seconds, how in lines:
-            table.append({"study": study, "particle-epochs": epochs, "": name, "hours": f"{seconds / 3600:.3g}",
-                          "how": how, "this / swamp_fast": f"{seconds / lines[0][1]:.2f}" if whole else "–"})  # fmt: skip
+            line = {"study": study, "particle-epochs": epochs, "": name, "hours": f"{seconds / 3600:.3g}", "how": how}
+            table.append(line | {"this / swamp_fast": f"{seconds / lines[0][1]:.2f}" if whole else "–"})
     if table:
         told = {"of": "one run of swamp, without its ticket", "date": data["date"], "commit": data["commit"]}
         devices = sorted({row["processor"] for row in data["rows"]})
