@@ -7,8 +7,8 @@
 
 In this order: the tables of `benchmarks.gpu`; what the naive loop costs; ResNet-20 by swamp, imp and imp+swa, 14 cycles
 of 30 epochs, seeds packed as lanes; the same at 150 epochs, swamp and imp, seed 0; WRN-28-2 at 30 epochs, seed by seed;
-N = 1, 2, 4, 8, 16. After the runs of each network the barriers and the Hessian's traces of the first three seeds. A slice
-stops as a signal stops a run, with a checkpoint, and ends with what is done and left; each leaves
+N = 1, 2, 4, 8, 16. After the runs of each network the barriers and the Hessian's traces of the first three seeds. A
+slice stops as a signal stops a run, with a checkpoint, and ends with what is done and left; each leaves
 benchmarks/results/protocol_*.
 
 Data: an .npz with train_images, train_labels, test_images, test_labels, as shared/data/decode_cifar10.py writes it from
@@ -84,11 +84,15 @@ class Item:
 
 
 class Clock:
-    """While it is open SIGTERM is SystemExit, and this process sends itself one near the budget's end and one there."""
+    """While it is open this process sends itself SIGTERM near the budget's end, and again there.
+
+    What is `working` then ends with SystemExit; a run takes the first as a wish to stop after its step.
+    """
 
     def __init__(self, seconds: float) -> None:
         self.began, self.seconds = time.monotonic(), seconds
         ends = (SOFT * seconds, seconds)
+        self.working = self.asked = False
         self.timers = [threading.Timer(end, os.kill, (os.getpid(), signal.SIGTERM)) for end in ends]
 
     @property
@@ -111,7 +115,9 @@ class Clock:
         signal.signal(signal.SIGTERM, self.before)
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
-        raise SystemExit(128 + number)
+        self.asked, working, self.working = True, self.working, False
+        if working:
+            raise SystemExit(128 + number)
 
 
 class Protocol:
@@ -150,20 +156,26 @@ class Protocol:
             for item in items:
                 if item.name in self.marks:
                     continue
+                if clock.asked:
+                    break
                 began = clock.spent
                 print(f"{item.name}: begins at {began:.0%} of the budget", flush=True)
                 try:
-                    if item.do():
+                    clock.working = True
+                    over = item.do()
+                    clock.working = False
+                    if over:
                         self.mark(item, "done")
                 except SystemExit:
-                    if clock.spent < SOFT:  # someone else's signal
-                        raise
-                    if began < 0.1 and not item.resumable:
+                    clock.working, clock.asked = False, True
+                    if began < 0.1 and clock.spent >= SOFT and not item.resumable:
                         self.mark(item, f"failed: it takes longer than {minutes:g} minutes")
-                    break
                 except Exception as error:
+                    clock.working = False
                     traceback.print_exc()
                     self.mark(item, f"failed: {type(error).__name__}: {error}")
+            if clock.asked and clock.spent < SOFT:  # someone else's signal
+                raise SystemExit(128 + signal.SIGTERM)
         return [item.name for item in items if item.name not in self.marks]
 
     def mark(self, item: Item, what: str) -> None:

@@ -73,7 +73,7 @@ def test_without_data_or_gpu_nothing_is_begun(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_a_rehearsal_in_slices_on_two_machines_gives_what_one_slice_gives(tmp_path, capsys):
     whole, here, there, state = (tmp_path / name for name in ("whole", "here", "there", "state.zip"))
-    told = ["--rehearse", "--seeds", "2", "--only", "cost", "runs/small_cnn_30", "analysis/small_cnn_30", "--out"]
+    told = ["--rehearse", "--seeds", "2", "--only", "runs/small_cnn_30", "analysis/small_cnn_30", "--out"]
     main([*told, str(whole), "--budget-minutes", "10"])
     assert "left: nothing" in capsys.readouterr().out
     stopped = 0
