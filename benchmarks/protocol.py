@@ -84,16 +84,17 @@ class Item:
 
 
 class Clock:
-    """While it is open this process sends itself SIGTERM near the budget's end, and again there.
+    """While it is open this process sends itself SIGTERM near the budget's end, and from the end on every second.
 
-    What is `working` then ends with SystemExit; a run takes the first as a wish to stop after its step.
+    What is `working` then ends with SystemExit, a run after its step. One signal is not enough, since Python ignores what
+    is raised in a destructor.
     """
 
     def __init__(self, seconds: float) -> None:
         self.began, self.seconds = time.monotonic(), seconds
-        ends = (SOFT * seconds, seconds)
         self.working = self.asked = False
-        self.timers = [threading.Timer(end, os.kill, (os.getpid(), signal.SIGTERM)) for end in ends]
+        self.closed = threading.Event()
+        self.thread = threading.Thread(target=self._tick, daemon=True)
 
     @property
     def spent(self) -> float:
@@ -102,21 +103,25 @@ class Clock:
 
     def __enter__(self) -> Clock:
         self.before = signal.signal(signal.SIGTERM, self._stop)
-        for timer in self.timers:
-            timer.daemon = True
-            timer.start()
+        self.thread.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for timer in self.timers:
-            timer.cancel()
+        self.closed.set()
+        self.thread.join()
         signal.signal(signal.SIGTERM, self.before)
 
+    def _tick(self) -> None:
+        for seconds in itertools.chain((SOFT * self.seconds, (1 - SOFT) * self.seconds), itertools.repeat(1.0)):
+            if self.closed.wait(seconds):
+                return
+            os.kill(os.getpid(), signal.SIGTERM)
+
     def _stop(self, number: int, frame: FrameType | None) -> None:
-        self.asked, working, self.working = True, self.working, False
-        if working:
+        self.asked = True
+        if self.working:
             raise SystemExit(128 + number)
 
 
@@ -166,14 +171,14 @@ class Protocol:
                     clock.working = False
                     if over:
                         self.mark(item, "done")
-                except SystemExit:
-                    clock.working, clock.asked = False, True
-                    if began < 0.1 and clock.spent >= SOFT and not item.resumable:
-                        self.mark(item, f"failed: it takes longer than {minutes:g} minutes")
-                except Exception as error:
+                except (SystemExit, Exception) as error:  # C code makes SystemErrors of a SystemExit
                     clock.working = False
-                    traceback.print_exc()
-                    self.mark(item, f"failed: {type(error).__name__}: {error}")
+                    clock.asked = clock.asked or clock.spent >= SOFT or isinstance(error, SystemExit)
+                    if not clock.asked:
+                        traceback.print_exc()
+                        self.mark(item, f"failed: {type(error).__name__}: {error}")
+                    elif began < 0.1 and clock.spent >= SOFT and not item.resumable:
+                        self.mark(item, f"failed: it takes longer than {minutes:g} minutes")
             if clock.asked and clock.spent < SOFT:  # someone else's signal
                 raise SystemExit(128 + signal.SIGTERM)
         return [item.name for item in items if item.name not in self.marks]
