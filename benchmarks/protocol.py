@@ -86,8 +86,8 @@ class Item:
 class Clock:
     """While it is open this process sends itself SIGTERM near the budget's end, and from the end on every second.
 
-    What is `working` then ends with SystemExit, a run after its step. One signal is not enough, since Python ignores what
-    is raised in a destructor.
+    What is `working` then ends with SystemExit, a run after its step. One signal is not enough, since Python ignores
+    what is raised in a destructor.
     """
 
     def __init__(self, seconds: float) -> None:
