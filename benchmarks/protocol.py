@@ -16,7 +16,7 @@ the JPEG copy beside it; where that script is there, it is run and --data may be
 compare with each other, not with published CIFAR-10 figures, and those of 30 epochs are not of the paper's 150.
 
 An exported run of ResNet-20 takes 2.0 MB after cycle 0, 1.3 MB after cycle 6 and 0.1 MB when it is finished, where its
-analysis has kept up; the tickets, 1.0 MB each, are shared by the runs of a seed.
+analysis has kept up; 1.0 MB of it is the ticket, of which those that are equal bit for bit are there once.
 
 --rehearse does all of it at a tiny size, on the CPU and on scikit-learn's digits, with its results under DIR.
 """
