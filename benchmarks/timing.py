@@ -63,14 +63,17 @@ def processor() -> str:
     return f"{names[0] if names else platform.processor()}, {len(names)} cores"
 
 
-def write(name: str, command: str, about: dict[str, Any], table: list[dict[str, Any]]) -> None:
-    """Write one benchmark as JSON and Markdown under benchmarks/results, and print it."""
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps({**about, "table": table}, indent=1) + "\n")
+def write(
+    name: str, command: str, about: dict[str, Any], table: list[dict[str, Any]], folder: Path | None = None
+) -> None:
+    """Write one benchmark as JSON and Markdown under benchmarks/results, or another folder, and print it."""
+    folder = RESULTS if folder is None else folder
+    folder.mkdir(exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps({**about, "table": table}, indent=1) + "\n")
     columns = list(table[0])
     lines = ["| " + " | ".join(columns) + " |", "|" + "|".join("---" for _ in columns) + "|"]
     lines += ["| " + " | ".join(str(row[column]) for column in columns) + " |" for row in table]
     told = ", ".join(f"{key} {value}" for key, value in about.items())
     text = "\n".join([f"`{command}`: {told}", "", *lines, ""])
-    (RESULTS / f"{name}.md").write_text(text)
+    (folder / f"{name}.md").write_text(text)
     print(f"\n{name}\n{text}", flush=True)

@@ -1,0 +1,477 @@
+"""The whole protocol on one GPU, on CIFAR-10, in slices: started again and again it goes on where it was.
+
+    python -m benchmarks.protocol --budget-minutes 8 --out DIR [--data cifar10.npz] [--only gpu cost runs/resnet20_30]
+    python -m benchmarks.protocol --out DIR --export STATE.zip      what another machine needs to go on, small
+    python -m benchmarks.protocol --out DIR --import STATE.zip      there, with the next slice
+    python -m benchmarks.protocol tables                            tables and figures anew, from the JSON
+
+In this order: the tables of `benchmarks.gpu`; what the naive loop costs; ResNet-20 by swamp, imp and imp+swa, 14 cycles
+of 30 epochs, seeds packed as lanes; the same at 150 epochs, swamp and imp, seed 0; WRN-28-2 at 30 epochs, seed by seed;
+N = 1, 2, 4, 8, 16. After the runs of each network the barriers and the Hessian's traces of the first three seeds. A
+slice stops as a signal stops a run, with a checkpoint, and ends with what is done and left; each leaves
+benchmarks/results/protocol_*.
+
+Data: an .npz with train_images, train_labels, test_images, test_labels, as shared/data/decode_cifar10.py writes it from
+the JPEG copy beside it; where that script is there, it is run and --data may be left out. Accuracies on the JPEG copy
+compare with each other, not with published CIFAR-10 figures, and those of 30 epochs are not of the paper's 150.
+
+An exported run of ResNet-20 takes 2.0 MB after cycle 0, 1.3 MB after cycle 6 and 0.1 MB when it is finished, where its
+analysis has kept up; 1.0 MB of it is the ticket, of which those that are equal bit for bit are there once.
+
+--rehearse does all of it at a tiny size, on the CPU and on scikit-learn's digits, with its results under DIR.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks import gpu, protocol_results, timing
+from swamp_fast import SwampConfig, naive_swamp, sweep
+from swamp_fast.analysis import Analysis, hessian_trace, loss_barrier
+from swamp_fast.checkpoint import RunDirectory, Snapshot, checksum, load_tensors, read_snapshot, save_tensors, write
+from swamp_fast.estimate import estimate, measured_ceilings
+from swamp_fast.methods import METHODS
+from swamp_fast.models import build_model
+from swamp_fast.problem import prepare
+from swamp_fast.result import SwampResult
+
+ROOT = Path(__file__).parents[1]
+SOFT = 0.9  # of the budget: a run that is under way then stops in order; what has not stopped at its end stops at once
+LOOKED_AT = 3  # seeds whose runs are analysed
+VAL = 0.1  # of the training data, held out
+
+
+@dataclass(frozen=True)
+class Study:
+    """Runs that are told of together: methods, by their settings, under the same seeds."""
+
+    name: str
+    model: str
+    settings: dict[str, Any]
+    methods: dict[str, dict[str, Any]]
+    seeds: range
+
+    def config(self, method: str, seed: int) -> SwampConfig:
+        """The settings of one run."""
+        return SwampConfig.of(None, {**self.settings, **self.methods[method], "seed": seed})
+
+
+@dataclass(frozen=True)
+class Item:
+    """A part of the protocol; `do` returns whether it is over. One that is not resumable is done within one slice."""
+
+    name: str
+    do: Callable[[], bool]
+    resumable: bool = True
+
+
+class Clock:
+    """While it is open this process sends itself SIGTERM near the budget's end, and from the end on every second.
+
+    What is `working` then ends with SystemExit, a run after its step. One signal is not enough, since Python ignores
+    what is raised in a destructor.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self.began, self.seconds = time.monotonic(), seconds
+        self.working = self.asked = False
+        self.closed = threading.Event()
+        self.thread = threading.Thread(target=self._tick, daemon=True)
+
+    @property
+    def spent(self) -> float:
+        """Which part of the budget."""
+        return (time.monotonic() - self.began) / self.seconds
+
+    def __enter__(self) -> Clock:
+        self.before = signal.signal(signal.SIGTERM, self._stop)
+        self.thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.closed.set()
+        self.thread.join()
+        signal.signal(signal.SIGTERM, self.before)
+
+    def _tick(self) -> None:
+        for seconds in itertools.chain((SOFT * self.seconds, (1 - SOFT) * self.seconds), itertools.repeat(1.0)):
+            if self.closed.wait(seconds):
+                return
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        self.asked = True
+        if self.working:
+            raise SystemExit(128 + number)
+
+
+class Protocol:
+    """The items and the folder that holds what came of them.
+
+    marks  DIR/protocol.json: item -> "done", or how it failed
+    """
+
+    def __init__(self, out: Path, data: Path | None = None, seeds: int = 5, rehearse: bool = False) -> None:
+        self.out, self.data, self.rehearse = out, data, rehearse
+        out.mkdir(parents=True, exist_ok=True)
+        self.marks: dict[str, str] = self.read("protocol.json") or {}
+        self.shape = (1, 8, 8) if rehearse else (3, 32, 32)
+        self.studies = studies(seeds, rehearse)
+
+    def items(self) -> list[Item]:
+        """All, in order."""
+        items = [Item(f"gpu/{name}", partial(self.table_of, name), False) for name in gpu.SLICES]
+        resnet20, long, wrn, particles = self.studies
+        for model in dict.fromkeys((resnet20.model, wrn.model)):
+            items += [Item(f"cost/{what.__name__}_{model}", partial(what, model), False)
+                      for what in (self.naive, self.roofline)]  # fmt: skip
+        for study in (resnet20, long, wrn, particles):
+            alone = [range(seed, seed + 1) for seed in study.seeds] if study is wrn else [study.seeds]
+            for seeds in alone:
+                of = f"{study.name}/{seeds[0]}" if study is wrn else study.name
+                items.append(Item(f"runs/{of}", partial(self.run, study, seeds)))
+                if study is not particles and seeds[0] < LOOKED_AT:
+                    items.append(Item(f"analysis/{of}", partial(self.analyse, study, seeds, f"runs/{of}")))
+        return items
+
+    def go_on(self, minutes: float, only: Sequence[str] = ("",)) -> list[str]:
+        """Do what is left, in order, until the budget is spent; returns the names of what is left then."""
+        items = [item for item in self.items() if item.name.startswith(tuple(only))]
+        with Clock(60 * minutes) as clock:
+            for item in items:
+                if item.name in self.marks:
+                    continue
+                if clock.asked:
+                    break
+                began = clock.spent
+                print(f"{item.name}: begins at {began:.0%} of the budget", flush=True)
+                try:
+                    clock.working = True
+                    over = item.do()
+                    clock.working = False
+                    if over:
+                        self.mark(item, "done")
+                except (SystemExit, Exception) as error:  # C code makes SystemErrors of a SystemExit
+                    clock.working = False
+                    clock.asked = clock.asked or clock.spent >= SOFT or isinstance(error, SystemExit)
+                    if not clock.asked:
+                        traceback.print_exc()
+                        self.mark(item, f"failed: {type(error).__name__}: {error}")
+                    elif began < 0.1 and clock.spent >= SOFT and not item.resumable:
+                        self.mark(item, f"failed: it takes longer than {minutes:g} minutes")
+            if clock.asked and clock.spent < SOFT:  # someone else's signal
+                raise SystemExit(128 + signal.SIGTERM)
+        return [item.name for item in items if item.name not in self.marks]
+
+    def mark(self, item: Item, what: str) -> None:
+        """Record that an item is over."""
+        self.marks[item.name] = what
+        self.write("protocol.json", self.marks)
+
+    def read(self, name: str) -> Any:
+        """The content of a JSON file, None if there is none."""
+        path = self.out / name
+        return json.loads(path.read_text()) if path.exists() else None
+
+    def write(self, name: str, content: Any) -> None:
+        """Write a JSON file, whole or not at all."""
+        (self.out / name).parent.mkdir(parents=True, exist_ok=True)
+        write(self.out / name, (json.dumps(content, indent=1) + "\n").encode())
+
+    def source(self) -> str:
+        """What trains: digits in a rehearsal, else the .npz, decoded from the JPEG copy if none is given."""
+        if self.rehearse:
+            return "digits"
+        if self.data is None:
+            scripts = [at / "shared/data/decode_cifar10.py" for at in (ROOT, ROOT.parent)]
+            script = next((path for path in scripts if path.exists()), None)
+            if script is None:
+                raise FileNotFoundError(
+                    f"--data cifar10.npz is needed: none of {', '.join(map(str, scripts))} is there."
+                )
+            decoded = Path(tempfile.gettempdir()) / "cifar10_jpeg_decoded.npz"
+            if not decoded.exists():
+                part = decoded.with_name(f"part_{decoded.name}")
+                subprocess.run([sys.executable, script, part], check=True)
+                part.replace(decoded)
+            self.data = decoded
+        return str(self.data)
+
+    def model(self, name: str) -> nn.Module:
+        """A network for the pictures."""
+        return build_model(name, *self.shape, 10)
+
+    def table_of(self, slice_: str) -> bool:
+        """One slice of benchmarks.gpu, in a process of its own that ends with this one."""
+        if not self.rehearse and not torch.cuda.is_available():
+            print("skipped: no CUDA device here", flush=True)
+            return False
+        command = [sys.executable, "-m", "benchmarks.gpu", "--only", slice_, "--out", str(self.out / "gpu")]
+        command += ["--rehearse"] if self.rehearse else ["--data", self.source()]
+        (self.out / "gpu").mkdir(exist_ok=True)
+        process = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
+        try:
+            if process.wait():
+                raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}")
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        return True
+
+    def naive(self, model: str) -> bool:
+        """Time the naive loop on a few epochs of one particle, channels last, after as many to warm up."""
+        study = next(study for study in self.studies if study.model == model)
+        epochs = 1 if self.rehearse else 5
+        own = {**study.settings, "particles": 1, "cycles": 1, "epochs": epochs, "ticket_epochs": 0, "progress": False}
+        network = self.model(model).to(memory_format=torch.channels_last)
+        row = naive_swamp(network, self.source(), val=VAL, **own).history[-1]
+        found = {"epochs": epochs, "seconds_an_epoch": row["train_seconds"] / epochs}
+        found["evaluation_seconds_a_model"] = (row["seconds"] - row["train_seconds"]) / 2  # the particle, the average
+        self.write(f"cost/naive_{model}.json", {**found, "precision": study.settings["precision"]})
+        return True
+
+    def roofline(self, model: str) -> bool:
+        """How long a particle's step takes at the device's measured ceilings, if products and bytes overlap."""
+        study = next(study for study in self.studies if study.model == model)
+        config = study.config(next(iter(study.methods)), 0)
+        problem = prepare(self.model(model), self.source(), val=VAL, config=config, settings={"progress": False})
+        ceilings = measured_ceilings(problem.device, config.precision)
+        pictures = torch.zeros(config.batch_size, *self.shape)
+        _, cost = estimate(problem.original, pictures, config.precision)
+        found = {"steps_an_epoch": len(problem.bounds), "seconds_a_step": cost.seconds(ceilings)}
+        self.write(
+            f"cost/roofline_{model}.json", {**found, **asdict(ceilings), "moved": cost.moved, "flop": cost.flops}
+        )
+        return True
+
+    def run(self, study: Study, seeds: range) -> bool:
+        """Train what is missing, the runs that can share a step in one bank."""
+        points = [{**own, "seed": seed} for seed in seeds for own in study.methods.values()]
+        make = partial(self.model, study.model)
+        found = sweep(make, self.source(), grid=points, out=self.out / study.model, val=VAL, **study.settings)
+        errors = [f"{run.point}: {run.error}" for run in found.runs if run.error is not None]
+        if errors:
+            raise RuntimeError("; ".join(errors))
+        return True
+
+    def runs_of(self, study: Study) -> Iterator[tuple[str, int, Path]]:
+        """Method, seed and folder of each run that was begun."""
+        there = {}
+        for path in (self.out / study.model / "runs").glob("*/run.json"):
+            there[_key(SwampConfig.of(None, json.loads(path.read_text())["config"]))] = path.parent
+        for method, seed in itertools.product(study.methods, study.seeds):
+            folder = there.get(_key(study.config(method, seed)))
+            if folder is not None:
+                yield method, seed, folder
+
+    def analyse(self, study: Study, seeds: range, runs: str) -> bool:
+        """Barrier to the next cycle and trace of the Hessian, of each cycle that can be looked at; all in float32."""
+        on: Analysis | None = None
+        probes, samples = (2, 128) if self.rehearse else (32, 2048)
+        for method, seed, folder in self.runs_of(study):
+            if seed not in seeds[:LOOKED_AT]:
+                continue
+            config, name = study.config(method, seed), f"analysis/{folder.name}.json"
+            rows = self.read(name) or []
+            last = RunDirectory(folder).cycles_done() - 1
+            for cycle in range(len(rows), last + (last == config.cycles)):
+                if on is None:
+                    own = config.replace(precision="float32", progress=False)
+                    kept = 256 if self.rehearse else 10_000
+                    on = Analysis(self.model(study.model), self.source(), val=VAL, config=own, samples=kept)
+                here = read_snapshot(RunDirectory(folder).cycle_path(cycle))
+                trace = hessian_trace(on, here.state, here.masks, probes=probes, samples=samples)
+                row = {"cycle": cycle, "density": here.row["density"], "trace": trace.trace, "scaled": trace.scaled}
+                row |= {"half_width": trace.half_width, "norm": trace.norm, "probes": probes}
+                if cycle < last:
+                    after = read_snapshot(RunDirectory(folder).cycle_path(cycle + 1))
+                    row["barriers"] = loss_barrier(on, here.state, after.state).barriers()
+                rows.append(row)
+                self.write(name, rows)
+        return runs in self.marks
+
+    def collected(self) -> dict[str, Any]:
+        """All that was measured so far, for the tables."""
+        rows: list[dict[str, Any]] = []
+        looked_at: list[dict[str, Any]] = []
+        for study in self.studies:
+            for method, seed, folder in self.runs_of(study):
+                about = json.loads((folder / "run.json").read_text())
+                own = {"study": study.name, "method": method, "seed": seed}
+                history = folder / "history.jsonl"
+                lines = history.read_text().splitlines() if history.exists() else []
+                told = {"at_once": about.get("at_once", 1), "engine": about["engine"].get("engine"), **about["place"]}
+                for row in map(json.loads, lines):
+                    rows.append({**own, **{name: row[name] for name in protocol_results.KEPT}, **told})
+                looked_at += [{**own, **row} for row in self.read(f"analysis/{folder.name}.json") or []]
+        cost = {path.stem: json.loads(path.read_text()) for path in sorted((self.out / "cost").glob("*.json"))}
+        tables = {path.stem: json.loads(path.read_text()) for path in sorted((self.out / "gpu").glob("*.json"))}
+        about = timing.header(1) | {"data": Path(self.source()).name, "items": self.marks}
+        about["note"] = "a rehearsal, whose figures mean nothing" if self.rehearse else protocol_results.NOTE
+        told = {study.name: {"model": study.model, **study.settings} for study in self.studies}
+        return {**about, "studies": told, "rows": rows, "analysis": looked_at, "cost": cost, "gpu": tables}
+
+    def export(self, file: Path) -> None:
+        """Write what another machine needs to go on at each run's last whole cycle, as a .zip.
+
+        Of a run that is its ticket, its last cycle and the cycles that are still to be analysed; of the other cycles
+        the row. A ticket that several runs have is there once; a finished run needs none.
+        """
+        waiting = {
+            folder: len(self.read(f"analysis/{folder.name}.json") or [])
+            for study in self.studies[:-1]
+            for _, seed, folder in self.runs_of(study)
+            if seed < LOOKED_AT
+        }
+        with tempfile.TemporaryDirectory() as made:
+            parts = [path for part in ("analysis", "cost", "gpu") for path in self.out.glob(f"{part}/*.json")]
+            for path in [self.out / "protocol.json", *parts]:
+                if path.exists():
+                    to = Path(made) / path.relative_to(self.out)
+                    to.parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copy(path, to)
+            for path in self.out.glob("*/runs/*/run.json"):
+                first = waiting.get(path.parent)
+                _slim(path.parent, Path(made) / path.parent.relative_to(self.out), Path(made) / "tickets", first)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            shutil.make_archive(str(file.with_suffix("")), "zip", made)
+        print(f"{file.with_suffix('.zip')}: {file.with_suffix('.zip').stat().st_size / 1e6:.2f} MB", flush=True)
+
+    def take_over(self, file: Path) -> None:
+        """Unpack what `export` wrote; what the folder has already is left as it is."""
+        with tempfile.TemporaryDirectory() as made:
+            shutil.unpack_archive(file, made, "zip")
+            for path in sorted(each for each in Path(made).rglob("*") if each.is_file()):
+                to = self.out / path.relative_to(made)
+                if path.parent.name != "tickets" and not to.exists():
+                    to.parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copy(path, to)
+            for path in Path(made).glob("*/runs/*/run.json"):
+                _restore(RunDirectory(self.out / path.parent.relative_to(made)), Path(made) / "tickets")
+        self.marks = self.read("protocol.json") or {}
+
+
+def studies(seeds: int, rehearse: bool) -> list[Study]:
+    """ResNet-20 at 30 and at 150 epochs, WRN-28-2, and numbers of particles."""
+    settings: dict[str, Any] = {"particles": 4, "cycles": 14, "epochs": 30, "ticket_epochs": 10, "batch_size": 128}
+    settings |= {"augment": "crop_flip", "precision": "bfloat16" if torch.cuda.is_available() else "float32"}
+    small, large, long, wide = "resnet20", "wrn28_2", {"epochs": 150}, range(10)
+    counts: tuple[int, ...] = (1, 2, 4, 8, 16)
+    if rehearse:
+        settings |= {"particles": 2, "cycles": 2, "epochs": 2, "ticket_epochs": 1, "augment": "none"}
+        settings |= {"precision": "float32", "device": "cpu", "engine": "eager"}
+        small, large, long, wide, counts, seeds = "small_cnn", "mlp", {"epochs": 3}, range(2), (1, 2, 4), min(seeds, 2)
+    base = SwampConfig.of(None, settings)
+    methods = {method: METHODS[method].settings(base) for method in ("swamp", "imp", "imp+swa")}
+    two = {method: methods[method] for method in ("swamp", "imp")}
+    return [
+        Study(f"{small}_30", small, settings, methods, range(seeds)),
+        Study(f"{small}_150", small, {**settings, **long}, two, range(1)),
+        Study(f"{large}_30", large, settings, methods, wide),
+        Study("particles", small, settings, {f"N = {count}": {"particles": count} for count in counts}, range(seeds)),
+    ]
+
+
+def _key(config: SwampConfig) -> str:
+    return json.dumps(config.identity(), sort_keys=True)
+
+
+def _slim(folder: Path, to: Path, tickets: Path, analysed: int | None) -> None:
+    """Copy a run's files, with nothing but the row of cycles that nobody needs; `analysed` None: it won't be."""
+    there, copy = RunDirectory(folder), RunDirectory(to)
+    about = there.about()
+    copy.make()
+    for name in ("run.json", "config.toml", "history.jsonl"):
+        if (folder / name).exists():
+            shutil.copy(folder / name, to / name)
+    done = there.cycles_done()
+    for cycle in range(done):
+        if cycle == done - 1 or (analysed is not None and cycle >= analysed):
+            shutil.copy(there.cycle_path(cycle), to)
+            continue
+        tensors, metadata = Snapshot({}, {}, there.cycle(cycle).row).packed()
+        save_tensors(copy.cycle_path(cycle), tensors, {**metadata, "run": there.run})
+    ticket = there.ticket()
+    if ticket is not None and done <= about["config"]["cycles"]:
+        tickets.mkdir(exist_ok=True)
+        name = checksum(ticket, {})
+        save_tensors(tickets / f"{name}.safetensors", ticket)
+        (to / "ticket").write_text(name)
+
+
+def _restore(folder: RunDirectory, tickets: Path) -> None:
+    """Write what a run's folder has besides what was exported: its own ticket, or the files of a finished run."""
+    about, of = folder.about(), folder.path / "ticket"
+    if of.exists():
+        folder.write_ticket(load_tensors(tickets / f"{of.read_text()}.safetensors")[0])
+        of.unlink()
+    if folder.cycles_done() == about["config"]["cycles"] + 1 and not (folder.path / "model.safetensors").exists():
+        SwampResult.load(folder.path).write_final(folder)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Do a slice, write the tables, and say what is left."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="?", choices=["run", "tables"], default="run")
+    parser.add_argument("--out", type=Path, help="the folder on which the next slice goes on")
+    parser.add_argument("--budget-minutes", type=float, default=8.0)
+    parser.add_argument("--data", type=Path, help="CIFAR-10 as an .npz")
+    parser.add_argument("--seeds", type=int, default=5, help="of ResNet-20")
+    parser.add_argument("--only", nargs="+", default=[""], help="items whose names begin so")
+    parser.add_argument("--retry", action="store_true", help="try again what failed")
+    parser.add_argument("--export", type=Path, help="write the state into this .zip, and end")
+    parser.add_argument("--import", type=Path, dest="imported", help="take the state of this .zip over first")
+    parser.add_argument("--rehearse", action="store_true", help="tiny, on the CPU, results under DIR")
+    given = parser.parse_args(arguments)
+    if given.what == "tables":
+        protocol_results.tables(given.out / "results" if given.rehearse else timing.RESULTS)
+        return
+    if given.out is None:
+        parser.error("--out DIR is needed")
+    protocol = Protocol(given.out, given.data, given.seeds, given.rehearse)
+    if given.imported is not None:
+        protocol.take_over(given.imported)
+    if given.export is not None:
+        protocol.export(given.export)
+        return
+    if given.retry:
+        protocol.marks = {name: what for name, what in protocol.marks.items() if what == "done"}
+    protocol.source()  # without data nothing is begun
+    left = protocol.go_on(given.budget_minutes, given.only)
+    results = given.out / "results" if given.rehearse else timing.RESULTS
+    protocol_results.keep(protocol.collected(), results)
+    protocol_results.tables(results)
+    failed = [f"{name} {what}" for name, what in protocol.marks.items() if what != "done"]
+    done = len(protocol.marks) - len(failed)
+    print(
+        "\n".join([*failed, f"{done} items done, {len(failed)} failed; left: {', '.join(left) or 'nothing'}"]),
+        flush=True,
+    )
+
+
+if __name__ == "__main__":
+    main()

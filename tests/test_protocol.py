@@ -1,0 +1,113 @@
+"""benchmarks.protocol: its items, and a rehearsal in slices, on two machines, that gives what one slice gives."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import pytest
+import torch
+from stops import before_steps
+
+from benchmarks import protocol as module
+from benchmarks.gpu import SLICES
+from benchmarks.protocol import Item, Protocol, main
+from swamp_fast.checkpoint import RunDirectory, load_tensors
+from swamp_fast.engines.eager import Choice
+
+BUDGET = 3.0  # seconds of a slice
+
+
+@pytest.fixture(autouse=True)
+def _chosen(monkeypatch):
+    """What a stopwatch would choose."""
+    monkeypatch.setattr("swamp_fast.engines.choose", lambda *_: Choice("lanes", False, "forced", {}))
+    monkeypatch.setattr("swamp_fast.sweeps.runs_at_once", lambda engine, problems: (len(problems), "forced"))
+
+
+def test_the_items_are_the_issue_s_in_its_order(tmp_path):
+    protocol = Protocol(tmp_path, seeds=5)
+    names = [item.name for item in protocol.items()]
+    assert names[: len(SLICES)] == [f"gpu/{name}" for name in SLICES]
+    assert names[len(SLICES) : len(SLICES) + 8] == [
+        *("cost/naive_resnet20", "cost/roofline_resnet20", "cost/naive_wrn28_2", "cost/roofline_wrn28_2"),
+        *("runs/resnet20_30", "analysis/resnet20_30", "runs/resnet20_150", "analysis/resnet20_150"),
+    ]
+    assert [name for name in names if name.startswith("runs/wrn")] == [f"runs/wrn28_2_30/{seed}" for seed in range(10)]
+    assert names[-1] == "runs/particles"
+    first, long, _, particles = protocol.studies
+    assert [*first.methods] == ["swamp", "imp", "imp+swa"]
+    config = first.config("swamp", 0)
+    assert (config.particles, config.cycles, config.epochs, config.batch_size) == (4, 14, 30, 128)
+    assert (long.config("imp", 0).epochs, [*long.methods], [*long.seeds]) == (150, ["swamp", "imp"], [0])
+    assert particles.config("N = 4", 3) == first.config("swamp", 3)  # so it is not run twice
+    assert [particles.config(name, 0).particles for name in particles.methods] == [1, 2, 4, 8, 16]
+
+
+def test_a_slice_stops_in_time_and_says_what_is_left(tmp_path, monkeypatch, capsys):
+    def slow():
+        time.sleep(60)
+
+    def failing():
+        raise ValueError("as it does")
+
+    items = [Item("fails", failing), Item("fits no slice", slow, False), Item("goes on", slow), Item("short", bool)]
+    monkeypatch.setattr(Protocol, "items", lambda self: items)
+    for left in (["goes on", "short"], ["goes on", "short"]):
+        began = time.monotonic()
+        protocol = Protocol(tmp_path, rehearse=True)
+        assert protocol.go_on(0.5 / 60) == left
+        assert time.monotonic() - began < 5
+    assert protocol.marks["fails"] == "failed: ValueError: as it does"
+    assert protocol.marks["fits no slice"] == "failed: it takes longer than 0.00833333 minutes"
+    assert json.loads((tmp_path / "protocol.json").read_text()) == protocol.marks
+
+
+def test_without_data_or_gpu_nothing_is_begun(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "ROOT", tmp_path / "a" / "b")
+    with pytest.raises(FileNotFoundError, match=r"--data cifar10.npz is needed"):
+        main(["--out", str(tmp_path)])
+    if not torch.cuda.is_available():
+        assert not Protocol(tmp_path).table_of("ceilings")
+
+
+@pytest.mark.slow
+def test_a_rehearsal_in_slices_on_two_machines_gives_what_one_slice_gives(tmp_path, capsys):
+    whole, here, there, state = (tmp_path / name for name in ("whole", "here", "there", "state.zip"))
+    told = ["--rehearse", "--seeds", "2", "--only", "runs/small_cnn_30", "analysis/small_cnn_30", "--out"]
+    main([*told, str(whole), "--budget-minutes", "10"])
+    assert "left: nothing" in capsys.readouterr().out
+    stopped = 0
+    with before_steps(lambda *_: time.sleep(0.02)):
+        for number in range(100):
+            out = here if number < 3 else there
+            began = time.monotonic()
+            main([*told, str(out), "--budget-minutes", str(BUDGET / 60)])
+            assert time.monotonic() - began < BUDGET + 4  # the tables are written after it
+            said = capsys.readouterr().out
+            assert "0 failed" in said
+            if "left: nothing" in said:
+                break
+            stopped += 1
+            if number == 2:
+                main([*told, str(here), "--export", str(state)])
+                main([*told, str(there), "--import", str(state), "--budget-minutes", "0.01"])
+    assert stopped > 3
+    runs = {path.name: path for path in (whole / "small_cnn" / "runs").iterdir()}
+    assert len(runs) == 6
+    for name, folder in runs.items():
+        own = RunDirectory(there / "small_cnn" / "runs" / name)
+        for file in ("model.safetensors", "masks.safetensors"):
+            tensors, others = (load_tensors(path / file)[0] for path in (folder, own.path))
+            assert tensors.keys() == others.keys()
+            assert all(torch.equal(each, others[key]) for key, each in tensors.items())
+        assert own.cycles_done() == 3
+    rows = [json.loads((out / "results" / "protocol.json").read_text()) for out in (whole, there)]
+    for part in ("rows", "analysis"):
+        assert [row.get("accuracy", row.get("trace")) for row in rows[0][part]] == [
+            row.get("accuracy", row.get("trace")) for row in rows[1][part]
+        ]
+    assert {path.name for path in (whole / "results").iterdir()} == {
+        path.name for path in (there / "results").iterdir()
+    }
+    assert (there / "results" / "protocol_small_cnn_30.svg").exists()
