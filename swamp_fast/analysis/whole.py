@@ -38,8 +38,9 @@ def analyze(
 
     probes = 0 leaves the Hessian out, mixtures = 0 the hull, size = 0 the plane, repeats = 0 the latency. What is about
     particles needs those of the last cycle (keep_particles=True), the plane three of them, the ensemble test data; what
-    can't be had is None. Barriers between cycles are given without BatchNorm's re-estimation too. `against` is another run of the same model: the masks of equal cycles are compared, and the
-    barriers between their averages measured, on this run's data. `random` adds a random plane at the last average.
+    can't be had is None. Barriers between cycles are also given without BatchNorm's re-estimation. `against` is another
+    run of the same model: the masks of equal cycles are compared, and the barriers between their averages measured, on
+    this run's data. `random` adds a random plane at the last average.
     """
     if probes == 1:
         raise ValueError("`probes` must be at least 2 for an interval, or 0 for no trace; got 1.")
