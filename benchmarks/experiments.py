@@ -152,7 +152,7 @@ def tables(compared: Comparison, rows: list[dict[str, Any]], given: argparse.Nam
                  "norm": spread([row["norm"] for row in own], "{:.2f}".format),
                  "mask IoU, swamp and imp": f"{iou[cycle]:.3f}" if cycle in iou else "–"}
             )  # fmt: skip
-    about |= {"probes": given.probes, "trace": "on 2,048 training pictures; ± over seeds"}
+    about |= {"probes": given.probes, "trace": "on the first 2,048 training pictures; ± over seeds"}
     write("experiments_geometry", command, about, lines)
     compared.figure(RESULTS / "experiments.svg")
 
@@ -199,14 +199,16 @@ def main() -> None:
             device="cpu",
             **settings(given),
         )
-        parts = job.collected(geometry(compared, data, given))
+        if compared.errors:
+            raise SystemExit(str(compared.errors))
+        looked_at = given.out / "geometry.json"
+        if job.decided(lambda: not looked_at.exists()):
+            parts = job.collected(geometry(compared, data, given))
+            if job.first:
+                looked_at.write_text(json.dumps([row for part in parts for row in part], indent=1))
         if job.first:
-            if compared.errors:
-                raise SystemExit(str(compared.errors))
-            rows = [row for part in parts for row in part]
-            (given.out / "geometry.json").write_text(json.dumps(rows, indent=1))
             print(compared.table())
-            tables(compared, rows, given)
+            tables(compared, json.loads(looked_at.read_text()), given)
 
 
 if __name__ == "__main__":
