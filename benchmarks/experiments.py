@@ -120,7 +120,7 @@ def tables(compared: Comparison, rows: list[dict[str, Any]], given: argparse.Nam
             else "–"
         )
         last = summary[method, SHOWN[-1]]
-        line["particle-epochs"], line["seconds"] = last["particle_epochs"], round(last["seconds"], 1)
+        line["particle-epochs"] = round(last["particle_epochs"])
         table.append(line)
     about = header(1) | {
         "data": f"Fashion-MNIST, the first {given.samples} to train, 10,000 to test",
@@ -130,7 +130,6 @@ def tables(compared: Comparison, rows: list[dict[str, Any]], given: argparse.Nam
         "ranks": ranks.current().world,
         "test accuracy, %": "mean ± standard deviation over seeds; * at least dense SGD's and dense SWA's mean",
         "brackets": "95 % intervals of Student's t over seeds",
-        "seconds": "of one seed, trained beside others",
     }
     command = "torchrun --nproc-per-node=2 -m benchmarks.experiments --out DIR"
     write("experiments", command, about, table)
