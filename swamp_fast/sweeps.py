@@ -378,9 +378,7 @@ def _sharing(problem: Problem, others: Sequence[Problem]) -> Problem:
 def _placed(problem: Problem, point: dict[str, Any], out: str | Path | None) -> SweptRun:
     config = problem.config.to_dict()
     found = run_id({"driver": "fast_swamp", "config": config, "fingerprints": problem.fingerprints})
-    shown = {
-        name: value for name, value in point.items() if name != "layer_kept"
-    }  # a table; the run's settings have it
+    shown = {name: value for name, value in point.items() if name != "layer_kept"}  # which is a table
     return SweptRun(shown, found, None if out is None else Path(out).expanduser() / "runs" / found)
 
 

@@ -162,7 +162,7 @@ def test_runs_in_one_bank(digits, monkeypatch):
     monkeypatch.setattr(sweeps, "runs_at_once", lambda engine, problems: (2, "forced"))
     model = seeded(lambda: networks.build("dropout"))
     (inputs, targets), (test_inputs, test_targets) = digits
-    settings = {"particles": 2, "cycles": 1, "epochs": 1, "ticket_epochs": 0, "batch_size": 6, "progress": False}
+    settings = {"particles": 2, "cycles": 1, "epochs": 1, "ticket_epochs": 0, "batch_size": 4, "progress": False}
     settings |= {"precision": "float64", "keep_particles": True, "device": DEVICE, "engine": "fused"}
     data = (inputs[:4], targets[:4]), (test_inputs[:2], test_targets[:2])
     points = [{"seed": 1, "prune": 0.5}, {"seed": 2, "lr": 0.06}]
