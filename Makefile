@@ -36,9 +36,9 @@ bench: .venv/.installed
 	$(BIN)/python -m benchmarks.fused figure
 	$(BIN)/python -m benchmarks.durability kills
 	$(BIN)/python -m benchmarks.durability cost
-	$(BIN)/python -m benchmarks.sweeps --rounds 2
+	$(BIN)/python -m benchmarks.sweeps --rounds 3
 	$(BIN)/python -m benchmarks.analysis
-	$(BIN)/python -m benchmarks.ranks --samples 512 --epochs 8 --cycles 0 --repeats 2
+	$(BIN)/python -m benchmarks.ranks --samples 512 --epochs 8 --cycles 0 --repeats 4
 	$(if $(CIFAR10),$(BIN)/python -m benchmarks.fused run --data $(CIFAR10))
 	$(if $(CIFAR10),$(BIN)/python -m benchmarks.fused run --data $(CIFAR10) --precision bfloat16)
 
