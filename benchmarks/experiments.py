@@ -106,10 +106,7 @@ def tables(compared: Comparison, rows: list[dict[str, Any]], given: argparse.Nam
     for method in METHODS:
         line: dict[str, Any] = {"method": method}
         for cycle in (0, *SHOWN):
-            row = summary.get((method, cycle))
-            if row is None:
-                line[f"cycle {cycle}"] = "–"
-                continue
+            row = summary[method, cycle]
             matching = "*" if row["matching_sgd"] and row["matching_swa"] else ""
             name = f"{compared_density(compared, cycle):.1%}"
             line[name] = f"{row['accuracy'] * 100:.2f} ± {row['accuracy_std'] * 100:.2f}{matching}"

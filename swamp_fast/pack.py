@@ -1,22 +1,85 @@
-"""Several runs at once: their trainings of one cycle in one bank, where the engine can."""
+"""Several runs at once: which can share a step, and their trainings of one cycle in one bank, where the engine can."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from swamp_fast.batchnorm import norms_of
 from swamp_fast.engines import Engine
 from swamp_fast.engines.eager import EagerEngine
 from swamp_fast.engines.fused.engine import FusedEngine, seconds_of_steps
+from swamp_fast.fingerprint import model_fingerprint
 from swamp_fast.problem import Problem
+from swamp_fast.schedule import total_particle_epochs
 from swamp_fast.watch import Asked, Returned, Trained, Trainings, Watch, alone
 
 TIMING_SECONDS = 10.0  # after which no further size is tried
 WORSE = 1.03  # of the time of a lane: more runs are not taken at once then
+
+
+# Settings that may differ between the runs of a pack: they are values of a lane, or of what is done between trainings.
+PER_RUN = (
+    *("seed", "lr", "swa_lr", "swa_start", "momentum", "beta1", "beta2", "adam_eps", "weight_decay", "swa", "schedule"),
+    *("prune", "cycles", "target_density", "rewind", "combine", "mask_score", "mask_from", "layer_kept"),
+)
+
+
+def packs_of(problems: Sequence[Problem]) -> list[list[int]]:
+    """Which runs can share a step, by their places: of the same model and settings, but for what a lane has of its own.
+
+    That is its trained weights, running statistics, and the settings PER_RUN.
+    """
+    packs: dict[str, list[int]] = {}
+    for place, problem in enumerate(problems):
+        settings = {name: value for name, value in problem.config.identity().items() if name not in PER_RUN}
+        if problem.config.clip_norm is not None:
+            settings["clip_norm"] = "a value of a lane"
+        model = model_fingerprint(problem.original, _of_a_lane(problem))
+        others = {name: each for name, each in problem.fingerprints.items() if name not in ("model", "mask")}
+        packs.setdefault(repr((settings, model, others)), []).append(place)
+    return list(packs.values())
+
+
+def _of_a_lane(problem: Problem) -> set[str]:
+    """What a lane of a bank has of its own: trained parameters, and the running statistics of norms."""
+    names = {entry.name for entry in problem.layout.entries}
+    for path, module in problem.original.named_modules():
+        if norms_of([module]) == [module]:
+            names |= {f"{path}.{name}" for name, _ in module.named_buffers()}
+    return names
+
+
+@dataclass(frozen=True)
+class Pack:
+    """Runs that can share a step, by their numbers; the engine that they begin with, and how many it does at once."""
+
+    numbers: list[int]
+    engine: dict[str, Any]
+    at_once: int
+
+
+def dealt(packs: Sequence[Pack], problems: Sequence[Problem], world: int) -> list[list[Pack]]:
+    """Each rank's part of the packs, so that all have about as much to train."""
+    load = [0] * world
+    parts: list[list[Pack]] = [[] for _ in range(world)]
+    for pack in packs:
+        numbers: list[list[int]] = [[] for _ in range(world)]
+        for number in pack.numbers:
+            rank = load.index(min(load))
+            load[rank] += total_particle_epochs(problems[number].config) * len(problems[number].bounds)
+            numbers[rank].append(number)
+        for part, own in zip(parts, numbers, strict=True):
+            if own:
+                part.append(dataclasses.replace(pack, numbers=own))
+    return parts
 
 
 def runs_at_once(engine: Engine, problems: Sequence[Problem]) -> tuple[int, str]:

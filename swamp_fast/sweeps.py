@@ -20,13 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from swamp_fast import ranks
-from swamp_fast.batchnorm import norms_of
 from swamp_fast.checkpoint import RunDirectory, run_id, write
 from swamp_fast.config import SwampConfig
 from swamp_fast.driver import swamp
 from swamp_fast.engines import Engine, start_engine
-from swamp_fast.fingerprint import model_fingerprint
-from swamp_fast.pack import packed, runs_at_once
+from swamp_fast.pack import Pack, dealt, packed, packs_of, runs_at_once
 from swamp_fast.probe import Forward, Loss
 from swamp_fast.problem import SPLITS, Problem, prepare
 from swamp_fast.prunable import Prunable
@@ -41,11 +39,6 @@ from swamp_fast.signals import StopSignals
 Model = nn.Module | Callable[[], nn.Module]
 Grid = Mapping[str, Iterable[Any]] | Sequence[Mapping[str, Any]]
 
-# Settings that may differ between the runs of a pack: they are values of a lane, or of what is done between trainings.
-PER_RUN = (
-    *("seed", "lr", "swa_lr", "swa_start", "momentum", "beta1", "beta2", "adam_eps", "weight_decay", "swa", "schedule"),
-    *("prune", "cycles", "target_density", "rewind", "combine", "mask_score", "mask_from", "layer_kept"),
-)
 SCORES = ("accuracy", "loss", "mean_accuracy", "best_accuracy", "ensemble_accuracy", "val_accuracy")  # of a row
 
 
@@ -251,40 +244,6 @@ def points_of(grid: Grid) -> list[dict[str, Any]]:
     return points
 
 
-def packs_of(problems: Sequence[Problem]) -> list[list[int]]:
-    """Which runs can share a step, by their places: of the same model and settings, but for what a lane has of its own.
-
-    That is its trained weights, running statistics, and the settings PER_RUN.
-    """
-    packs: dict[str, list[int]] = {}
-    for place, problem in enumerate(problems):
-        settings = {name: value for name, value in problem.config.identity().items() if name not in PER_RUN}
-        if problem.config.clip_norm is not None:
-            settings["clip_norm"] = "a value of a lane"
-        model = model_fingerprint(problem.original, _of_a_lane(problem))
-        others = {name: each for name, each in problem.fingerprints.items() if name not in ("model", "mask")}
-        packs.setdefault(repr((settings, model, others)), []).append(place)
-    return list(packs.values())
-
-
-def _of_a_lane(problem: Problem) -> set[str]:
-    """What a lane of a bank has of its own: trained parameters, and the running statistics of norms."""
-    names = {entry.name for entry in problem.layout.entries}
-    for path, module in problem.original.named_modules():
-        if norms_of([module]) == [module]:
-            names |= {f"{path}.{name}" for name, _ in module.named_buffers()}
-    return names
-
-
-@dataclass(frozen=True)
-class Pack:
-    """Runs that can share a step, by their numbers; the engine that they begin with, and how many it does at once."""
-
-    numbers: list[int]
-    engine: dict[str, Any]
-    at_once: int
-
-
 def _packs(problems: Sequence[Problem], runs: Sequence[SweptRun], console: Console) -> list[Pack]:
     """The runs that are still to be done. What a stopwatch chose before for others like them is used again."""
     packs = []
@@ -320,22 +279,6 @@ def _measured(problems: Sequence[Problem], console: Console) -> tuple[dict[str, 
         at_once, why = runs_at_once(engine, problems)
     console.line(f"engine   {engine.name}, {at_once} of {len(problems)} runs at once: {why}")
     return engine.describe(), at_once
-
-
-def dealt(packs: Sequence[Pack], problems: Sequence[Problem], world: int) -> list[list[Pack]]:
-    """Each rank's part of the packs, so that all have about as much to train."""
-    load = [0] * world
-    parts: list[list[Pack]] = [[] for _ in range(world)]
-    for pack in packs:
-        numbers: list[list[int]] = [[] for _ in range(world)]
-        for number in pack.numbers:
-            rank = load.index(min(load))
-            load[rank] += total_particle_epochs(problems[number].config) * len(problems[number].bounds)
-            numbers[rank].append(number)
-        for part, own in zip(parts, numbers, strict=True):
-            if own:
-                part.append(dataclasses.replace(pack, numbers=own))
-    return parts
 
 
 def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> Path:

@@ -7,6 +7,7 @@ from collections import defaultdict
 
 import networks
 import pytest
+from stops import Interrupted
 
 from swamp_fast import engines, fast_swamp, naive_swamp
 from swamp_fast.engines.eager import Choice
@@ -27,10 +28,6 @@ def events():
         return {tag: [(each.step, each.value) for each in found.Scalars(tag)] for tag in found.Tags()["scalars"]}
 
     return read
-
-
-class Interrupted(Exception):
-    """Stands for a run that is stopped."""
 
 
 @pytest.mark.parametrize("function", [fast_swamp, naive_swamp])

@@ -32,7 +32,7 @@ class LayerCost:
 
 
 @dataclass(frozen=True)
-class InferenceCost:
+class InferenceCost(LayerCost):
     """The cost of one model, as kept and dense.
 
     bytes                  of the kept values and of the masks' bits; buffers are not counted
@@ -40,12 +40,6 @@ class InferenceCost:
     sparse_ms, dense_ms    median latency of one batch on this CPU; None for the reason in `why`
     """
 
-    flops: int
-    dense_flops: int
-    bytes: int
-    dense_bytes: int
-    kept: int
-    size: int
     batch_size: int
     sparse_ms: float | None
     dense_ms: float | None
