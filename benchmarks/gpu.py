@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import os
 import subprocess
 import sys
 import time
@@ -159,7 +160,9 @@ def tests(bench: Bench) -> None:
     commands = (["-m", "gpu"], ["tests/test_cuda_kernels.py", "tests/test_fused_cuda.py", "--slow"])
     rows = []
     for options in commands[: 0 if bench.rehearse else None]:
-        done = subprocess.run([sys.executable, "-m", "pytest", "-q", *options], capture_output=True, text=True)
+        # Several processes, since most of a test is compiling; -n is pytest-xdist's.
+        command = [sys.executable, "-m", "pytest", "-q", "-n", str(min(8, os.cpu_count() or 1)), *options]
+        done = subprocess.run(command, capture_output=True, text=True)
         print(done.stdout[-6000:], done.stderr[-1000:], flush=True)
         last = next(reversed(done.stdout.splitlines()), "")
         rows.append({"tests": " ".join(options), "exit": done.returncode, "said": last})

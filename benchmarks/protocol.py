@@ -15,8 +15,10 @@ Data: an .npz with train_images, train_labels, test_images, test_labels, as shar
 the JPEG copy beside it; where that script is there, it is run and --data may be left out. Accuracies on the JPEG copy
 compare with each other, not with published CIFAR-10 figures, and those of 30 epochs are not of the paper's 150.
 
-An exported run of ResNet-20 takes 2.0 MB after cycle 0, 1.3 MB after cycle 6 and 0.1 MB when it is finished, where its
-analysis has kept up; 1.0 MB of it is the ticket, of which those that are equal bit for bit are there once.
+An export takes at most 3 MB, so that it may be committed: the runs that are furthest; one that has no room begins anew
+there, and is named. A run of ResNet-20 takes 2.0 MB after cycle 0, 1.3 MB after cycle 6 and 0.1 MB when it is finished,
+where its analysis has kept up; 1.0 MB of it is the ticket, which the methods of a seed share. On machines that are had
+for minutes, --seeds-at-once 1 leaves no more unfinished than fits.
 
 --rehearse does all of it at a tiny size, on the CPU and on scikit-learn's digits, with its results under DIR.
 """
@@ -35,6 +37,8 @@ import tempfile
 import threading
 import time
 import traceback
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -54,12 +58,12 @@ from swamp_fast.estimate import estimate, measured_ceilings
 from swamp_fast.methods import METHODS
 from swamp_fast.models import build_model
 from swamp_fast.problem import prepare
-from swamp_fast.result import SwampResult
 
 ROOT = Path(__file__).parents[1]
 SOFT = 0.9  # of the budget: a run that is under way then stops in order; what has not stopped at its end stops at once
 LOOKED_AT = 3  # seeds whose runs are analysed
 VAL = 0.1  # of the training data, held out
+LARGEST = 3_000_000  # bytes of an export
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,12 @@ class Study:
     settings: dict[str, Any]
     methods: dict[str, dict[str, Any]]
     seeds: range
+    at_once: int | None = None  # so many seeds in a bank; None: all
+
+    def packs(self) -> list[range]:
+        """The seeds that are trained in one bank, if they fit it."""
+        step = self.at_once or len(self.seeds)
+        return [self.seeds[begin : begin + step] for begin in range(0, len(self.seeds), step)]
 
     def config(self, method: str, seed: int) -> SwampConfig:
         """The settings of one run."""
@@ -134,12 +144,14 @@ class Protocol:
     marks  DIR/protocol.json: item -> "done", or how it failed
     """
 
-    def __init__(self, out: Path, data: Path | None = None, seeds: int = 5, rehearse: bool = False) -> None:
+    def __init__(
+        self, out: Path, data: Path | None = None, seeds: int = 5, rehearse: bool = False, at_once: int | None = None
+    ) -> None:
         self.out, self.data, self.rehearse = out, data, rehearse
         out.mkdir(parents=True, exist_ok=True)
         self.marks: dict[str, str] = self.read("protocol.json") or {}
         self.shape = (1, 8, 8) if rehearse else (3, 32, 32)
-        self.studies = studies(seeds, rehearse)
+        self.studies = studies(seeds, rehearse, at_once)
 
     def items(self) -> list[Item]:
         """All, in order."""
@@ -149,9 +161,8 @@ class Protocol:
             items += [Item(f"cost/{what.__name__}_{model}", partial(what, model), False)
                       for what in (self.naive, self.roofline)]  # fmt: skip
         for study in (resnet20, long, wrn, particles):
-            alone = [range(seed, seed + 1) for seed in study.seeds] if study is wrn else [study.seeds]
-            for seeds in alone:
-                of = f"{study.name}/{seeds[0]}" if study is wrn else study.name
+            for seeds in study.packs():
+                of = study.name if seeds == study.seeds else f"{study.name}/{'-'.join(map(str, seeds))}"
                 items.append(Item(f"runs/{of}", partial(self.run, study, seeds)))
                 if study is not particles and seeds[0] < LOOKED_AT:
                     items.append(Item(f"analysis/{of}", partial(self.analyse, study, seeds, f"runs/{of}")))
@@ -270,7 +281,13 @@ class Protocol:
 
     def run(self, study: Study, seeds: range) -> bool:
         """Train what is missing, the runs that can share a step in one bank."""
-        points = [{**own, "seed": seed} for seed in seeds for own in study.methods.values()]
+        there = {(method, seed) for method, seed, folder in self.runs_of(study) if finished(folder)}
+        points = [
+            {**own, "seed": seed}
+            for seed in seeds
+            for method, own in study.methods.items()
+            if (method, seed) not in there
+        ]
         make = partial(self.model, study.model)
         found = sweep(make, self.source(), grid=points, out=self.out / study.model, val=VAL, **study.settings)
         errors = [f"{run.point}: {run.error}" for run in found.runs if run.error is not None]
@@ -322,10 +339,8 @@ class Protocol:
             for method, seed, folder in self.runs_of(study):
                 about = json.loads((folder / "run.json").read_text())
                 own = {"study": study.name, "method": method, "seed": seed}
-                history = folder / "history.jsonl"
-                lines = history.read_text().splitlines() if history.exists() else []
                 told = {"at_once": about.get("at_once", 1), "engine": about["engine"].get("engine"), **about["place"]}
-                for row in map(json.loads, lines):
+                for row in history(folder):
                     rows.append({**own, **{name: row[name] for name in protocol_results.KEPT}, **told})
                 looked_at += [{**own, **row} for row in self.read(f"analysis/{folder.name}.json") or []]
         cost = {path.stem: json.loads(path.read_text()) for path in sorted((self.out / "cost").glob("*.json"))}
@@ -339,27 +354,36 @@ class Protocol:
         """Write what another machine needs to go on at each run's last whole cycle, as a .zip.
 
         Of a run that is its ticket, its last cycle and the cycles that are still to be analysed; of the other cycles
-        the row. A ticket that several runs have is there once; a finished run needs none.
+        the row. A ticket that several runs have is there once; a finished run needs none. Runs that have no room in
+        LARGEST bytes are left out, those first that have done least.
         """
-        waiting = {
+        analysed = {
             folder: len(self.read(f"analysis/{folder.name}.json") or [])
             for study in self.studies[:-1]
             for _, seed, folder in self.runs_of(study)
             if seed < LOOKED_AT
         }
-        with tempfile.TemporaryDirectory() as made:
-            parts = [path for part in ("analysis", "cost", "gpu") for path in self.out.glob(f"{part}/*.json")]
-            for path in [self.out / "protocol.json", *parts]:
-                if path.exists():
-                    to = Path(made) / path.relative_to(self.out)
-                    to.parent.mkdir(parents=True, exist_ok=True)
-                    shutil.copy(path, to)
-            for path in self.out.glob("*/runs/*/run.json"):
-                first = waiting.get(path.parent)
-                _slim(path.parent, Path(made) / path.parent.relative_to(self.out), Path(made) / "tickets", first)
-            file.parent.mkdir(parents=True, exist_ok=True)
-            shutil.make_archive(str(file.with_suffix("")), "zip", made)
-        print(f"{file.with_suffix('.zip')}: {file.with_suffix('.zip').stat().st_size / 1e6:.2f} MB", flush=True)
+        runs = sorted(self.out.glob("*/runs/*/run.json"))
+        runs.sort(key=lambda path: len(history(path.parent)), reverse=True)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory() as made, zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+            for path in itertools.chain.from_iterable(self.out.glob(f"{part}*.json") for part in ("", "cost/", "gpu/")):
+                archive.write(path, path.relative_to(self.out))
+            for path in runs:
+                own, place = Path(made) / path.parent.name, path.parent.relative_to(self.out)
+                ticket = _slim(path.parent, own, analysed.get(path.parent))
+                found = {each: f"{place}/{each.name}" for each in sorted(own.iterdir())}
+                analysis = self.out / "analysis" / f"{own.name}.json"
+                if analysis.exists():
+                    found[analysis] = f"analysis/{own.name}.json"
+                if ticket is not None and f"tickets/{ticket.name}" not in archive.namelist():
+                    found[ticket] = f"tickets/{ticket.name}"
+                if sum(info.compress_size for info in archive.infolist()) + sum(map(_compressed, found)) > LARGEST:
+                    print(f"no room for {place}, which begins anew there", flush=True)
+                    continue
+                for each, name in found.items():
+                    archive.write(each, name)
+        print(f"{file}: {file.stat().st_size / 1e6:.2f} MB", flush=True)
 
     def take_over(self, file: Path) -> None:
         """Unpack what `export` wrote; what the folder has already is left as it is."""
@@ -375,7 +399,7 @@ class Protocol:
         self.marks = self.read("protocol.json") or {}
 
 
-def studies(seeds: int, rehearse: bool) -> list[Study]:
+def studies(seeds: int, rehearse: bool, at_once: int | None = None) -> list[Study]:
     """ResNet-20 at 30 and at 150 epochs, WRN-28-2, and numbers of particles."""
     settings: dict[str, Any] = {"particles": 4, "cycles": 14, "epochs": 30, "ticket_epochs": 10, "batch_size": 128}
     settings |= {"augment": "crop_flip", "precision": "bfloat16" if torch.cuda.is_available() else "float32"}
@@ -388,11 +412,12 @@ def studies(seeds: int, rehearse: bool) -> list[Study]:
     base = SwampConfig.of(None, settings)
     methods = {method: METHODS[method].settings(base) for method in ("swamp", "imp", "imp+swa")}
     two = {method: methods[method] for method in ("swamp", "imp")}
+    by_count = {f"N = {count}": {"particles": count} for count in counts}
     return [
-        Study(f"{small}_30", small, settings, methods, range(seeds)),
+        Study(f"{small}_30", small, settings, methods, range(seeds), at_once),
         Study(f"{small}_150", small, {**settings, **long}, two, range(1)),
-        Study(f"{large}_30", large, settings, methods, wide),
-        Study("particles", small, settings, {f"N = {count}": {"particles": count} for count in counts}, range(seeds)),
+        Study(f"{large}_30", large, settings, methods, wide, 1),
+        Study("particles", small, settings, by_count, range(seeds), at_once),
     ]
 
 
@@ -400,37 +425,59 @@ def _key(config: SwampConfig) -> str:
     return json.dumps(config.identity(), sort_keys=True)
 
 
-def _slim(folder: Path, to: Path, tickets: Path, analysed: int | None) -> None:
-    """Copy a run's files, with nothing but the row of cycles that nobody needs; `analysed` None: it won't be."""
-    there, copy = RunDirectory(folder), RunDirectory(to)
-    about = there.about()
+def history(folder: Path) -> list[dict[str, Any]]:
+    """The rows of a run's cycles."""
+    path = folder / "history.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def finished(folder: Path) -> bool:
+    """Whether all cycles of a run are done, here or where it was exported."""
+    return len(history(folder)) > RunDirectory(folder).about()["config"]["cycles"]
+
+
+def _slim(folder: Path, to: Path, analysed: int | None) -> Path | None:
+    """Copy a run's files, with nothing but the row of cycles that nobody needs; returns its ticket, if it needs one.
+
+    analysed  how many cycles are; None: none will be
+    """
+    there, copy, over = RunDirectory(folder), RunDirectory(to), finished(folder)
     copy.make()
     for name in ("run.json", "config.toml", "history.jsonl"):
         if (folder / name).exists():
             shutil.copy(folder / name, to / name)
     done = there.cycles_done()
+    needed = done if analysed is None else analysed
+    if not over:
+        needed = min(needed, done - 1)
+    elif needed >= done:
+        return None
     for cycle in range(done):
-        if cycle == done - 1 or (analysed is not None and cycle >= analysed):
+        if cycle >= needed:
             shutil.copy(there.cycle_path(cycle), to)
             continue
         tensors, metadata = Snapshot({}, {}, there.cycle(cycle).row).packed()
         save_tensors(copy.cycle_path(cycle), tensors, {**metadata, "run": there.run})
     ticket = there.ticket()
-    if ticket is not None and done <= about["config"]["cycles"]:
-        tickets.mkdir(exist_ok=True)
-        name = checksum(ticket, {})
-        save_tensors(tickets / f"{name}.safetensors", ticket)
-        (to / "ticket").write_text(name)
+    if over or ticket is None:
+        return None
+    path = to.parent / f"{checksum(ticket, {})}.safetensors"
+    save_tensors(path, ticket)
+    (to / "ticket").write_text(path.stem)
+    return path
+
+
+def _compressed(path: Path) -> int:
+    """Bytes in an archive, about."""
+    return len(zlib.compress(path.read_bytes()))
 
 
 def _restore(folder: RunDirectory, tickets: Path) -> None:
-    """Write what a run's folder has besides what was exported: its own ticket, or the files of a finished run."""
-    about, of = folder.about(), folder.path / "ticket"
+    """Write the ticket of a run that goes on here."""
+    of = folder.path / "ticket"
     if of.exists():
         folder.write_ticket(load_tensors(tickets / f"{of.read_text()}.safetensors")[0])
         of.unlink()
-    if folder.cycles_done() == about["config"]["cycles"] + 1 and not (folder.path / "model.safetensors").exists():
-        SwampResult.load(folder.path).write_final(folder)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -441,6 +488,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--budget-minutes", type=float, default=8.0)
     parser.add_argument("--data", type=Path, help="CIFAR-10 as an .npz")
     parser.add_argument("--seeds", type=int, default=5, help="of ResNet-20")
+    parser.add_argument("--seeds-at-once", type=int, help="of ResNet-20, in one bank; all unless told")
     parser.add_argument("--only", nargs="+", default=[""], help="items whose names begin so")
     parser.add_argument("--retry", action="store_true", help="try again what failed")
     parser.add_argument("--export", type=Path, help="write the state into this .zip, and end")
@@ -452,7 +500,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     if given.out is None:
         parser.error("--out DIR is needed")
-    protocol = Protocol(given.out, given.data, given.seeds, given.rehearse)
+    protocol = Protocol(given.out, given.data, given.seeds, given.rehearse, given.seeds_at_once)
     if given.imported is not None:
         protocol.take_over(given.imported)
     if given.export is not None:

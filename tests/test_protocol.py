@@ -7,7 +7,7 @@ import time
 
 import pytest
 import torch
-from stops import before_steps
+from stops import Interrupted, before_steps, stop_at
 
 from benchmarks import protocol as module
 from benchmarks.gpu import SLICES
@@ -61,6 +61,40 @@ def test_a_slice_stops_in_time_and_says_what_is_left(tmp_path, monkeypatch, caps
     assert protocol.marks["fails"] == "failed: ValueError: as it does"
     assert protocol.marks["fits no slice"] == "failed: it takes longer than 0.00833333 minutes"
     assert json.loads((tmp_path / "protocol.json").read_text()) == protocol.marks
+
+
+def test_seeds_are_packed_all_or_a_few_at_a_time(tmp_path):
+    names = [item.name for item in Protocol(tmp_path, seeds=5, at_once=2).items() if "resnet20_30" in item.name]
+    pairs = ["0-1", "2-3", "4"]
+    assert [name for name in names if name.startswith("runs/")] == [f"runs/resnet20_30/{each}" for each in pairs]
+    assert f"analysis/resnet20_30/{pairs[1]}" in names  # seed 2 is looked at
+    assert f"analysis/resnet20_30/{pairs[2]}" not in names
+
+
+def test_an_export_holds_what_is_needed_and_no_more_than_may_be_committed(tmp_path, monkeypatch, capsys):
+    """Of finished runs their rows; of others what they go on from, as many as have room."""
+    here, there, state = tmp_path / "here", tmp_path / "there", tmp_path / "to" / "state.zip"
+    told = ["--rehearse", "--seeds", "1", "--only", "runs/small_cnn_30", "analysis/small_cnn_30", "--out"]
+    with before_steps(stop_at(150)), pytest.raises(Interrupted):
+        main([*told, str(here), "--budget-minutes", "10"])
+    (swamp, *others) = sorted((here / "small_cnn" / "runs").iterdir())
+    assert all(0 < RunDirectory(folder).cycles_done() < 3 for folder in (swamp, *others))
+    main([*told, str(here), "--export", str(state)])
+    whole = state.stat().st_size
+    monkeypatch.setattr(module, "LARGEST", whole - 1)
+    main([*told, str(here), "--export", str(state)])
+    assert "begins anew there" in capsys.readouterr().out
+    assert state.stat().st_size < whole - 1
+    monkeypatch.undo()
+    main([*told, str(here), "--budget-minutes", "10"])
+    main([*told, str(here), "--export", str(state)])
+    assert state.stat().st_size < 50_000 < whole
+    main([*told, str(there), "--import", str(state), "--budget-minutes", "10"])
+    assert "left: nothing" in capsys.readouterr().out
+    rows = [json.loads((out / "results" / "protocol.json").read_text()) for out in (here, there)]
+    assert len(rows[0]["rows"]) == 9
+    for part in ("rows", "analysis"):
+        assert rows[0][part] == rows[1][part]
 
 
 def test_without_data_or_gpu_nothing_is_begun(tmp_path, monkeypatch):

@@ -1,0 +1,203 @@
+"""What runs on a GPU, on one that is pretended (pretended.py): devices kept apart, steps captured and replayed."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+
+import networks
+import pytest
+import torch
+from conftest import HAS_GPU, _interprets
+from pretended import CUDA, Graph, OnGpu, gpu
+from stops import ALWAYS, Interrupted, before_steps, stop_at
+from test_cuda_kernels import launch_on_host
+from test_odd_models import same
+
+from benchmarks import protocol
+from swamp_fast import fast_swamp, naive_swamp, sweep
+from swamp_fast.analysis import Analysis, barrier_matrix, ensemble, hessian_trace, loss_barrier
+from swamp_fast.engines.eager import Choice
+
+pytestmark = pytest.mark.skipif(HAS_GPU, reason="there is a real GPU")
+SETTINGS = {"particles": 2, "cycles": 1, "epochs": 2, "ticket_epochs": 1, "batch_size": 48, "progress": False}
+ON_GPU = SETTINGS | {"device": "cuda", "precision": "float64", "keep_particles": True}
+
+
+def tiny(digits):
+    (inputs, targets), (test_inputs, test_targets) = digits
+    return (inputs[:12], targets[:12]), (test_inputs[:4], test_targets[:4])
+
+
+def test_it_refuses_what_a_gpu_refuses():
+    with gpu():
+        here = torch.arange(4.0, device="cuda")
+        assert (type(here), here.device, (here * 2).device) == (OnGpu, CUDA, CUDA)
+        with pytest.raises(RuntimeError, match="on the same device: add"):
+            here + torch.ones(4)
+        with pytest.raises(TypeError, match="to numpy"):
+            here.numpy()
+        weight = torch.nn.Parameter(here)
+        (weight**2).sum().backward()
+        assert torch.equal(weight.grad.cpu(), 2 * torch.arange(4.0))
+        for refused in (
+            *(lambda: here.sum().item(), lambda: here.tolist(), lambda: bool((here > 0).all()), here.cpu),
+            *(lambda: here.copy_(torch.ones(4)), lambda: torch.tensor([1.0], device="cuda"), lambda: here.nonzero()),
+            *(torch.cuda.synchronize, torch.cuda.get_rng_state, lambda: torch.ones(2).to("cuda")),
+        ):
+            refused()
+            with pytest.raises(RuntimeError, match="when stream is capturing"), Graph.capture(Graph()):
+                refused()
+
+
+def test_a_replay_repeats_operations_at_their_places_with_the_numbers_of_the_capture():
+    with gpu():
+        total, step, rate, calls = torch.zeros(2, device="cuda"), torch.ones(2, device="cuda"), torch.tensor(3.0), []
+        graph = Graph()
+        with Graph.capture(graph):
+            calls.append(1)
+            total.add_(step * rate)
+        step.fill_(10)
+        rate.fill_(1000)
+        graph.replay()
+        assert total.tolist() == [33.0, 33.0]
+        assert len(calls) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "way", "settings"),
+    [
+        ("residual", "fold grouped", {"clip_norm": 1.0}),
+        ("dropout", "fold", {"augment": "crop_flip"}),
+        ("vit_dropout", "lanes", {"optimizer": "adamw", "lr": 1e-3, "swa_lr": 5e-4}),
+        ("branching", "lanes", {"schedule": "cosine"}),
+    ],
+)
+def test_a_run_equals_the_naive_loops(name, way, settings, digits, monkeypatch):
+    monkeypatch.setattr("swamp_fast.engines.choose", lambda *_: Choice(way, False, "forced", {}))
+    model = networks.build(name)
+    naive = naive_swamp(model, *digits, **{**ON_GPU, **settings, "device": "cpu"})
+    with gpu():
+        fast = fast_swamp(model, *digits, **{**ON_GPU, **settings}, engine="eager")
+        on_gpu = naive_swamp(model, *digits, **{**ON_GPU, **settings})
+    assert fast.engine["cuda_graph"] == (name != "branching"), fast.engine
+    assert next(fast.model.parameters()).device.type == "cpu"  # where the user's model was
+    for each in (fast, on_gpu):
+        same(each, naive)
+
+
+def test_the_engine_is_chosen_and_folding_proven_there(digits):
+    with gpu():
+        engine = fast_swamp(networks.build("residual"), *digits, **ON_GPU | {"engine": "eager"}).engine
+    assert engine["cuda_graph"]
+    assert any("fold grouped" in way for way in engine["milliseconds"])
+
+
+class Rows(torch.utils.data.Dataset):
+    """Samples that are not known before they are asked for."""
+
+    def __init__(self, pictures, targets):
+        self.pictures, self.targets = pictures, targets
+
+    def __len__(self):
+        return len(self.pictures)
+
+    def __getitem__(self, number):
+        return self.pictures[number].float() / 16, int(self.targets[number])
+
+
+def test_streamed_data_and_a_user_s_transform(digits):
+    train, test = (Rows(*split) for split in digits)
+    settings = {"transform": lambda x: x + 0.1 * torch.randn_like(x), "engine": "eager"}
+    with gpu():
+        result = fast_swamp(networks.build("residual"), train, test, **ON_GPU | settings)
+    assert not result.engine["cuda_graph"]
+
+
+def test_a_stopped_run_and_a_packed_sweep_go_on_to_what_an_unstopped_one_gives(digits, tmp_path, monkeypatch):
+    monkeypatch.setattr("swamp_fast.engines.choose", lambda *_: Choice("fold", False, "forced", {}))
+    monkeypatch.setattr("swamp_fast.sweeps.runs_at_once", lambda engine, problems: (len(problems), "forced"))
+    settings = ON_GPU | {"engine": "eager", "checkpoint_minutes": ALWAYS}
+    points = [{"seed": 0}, {"seed": 1, "lr": 0.05}]
+    with gpu():
+        whole = [fast_swamp(networks.build("residual"), *digits, **settings, **point) for point in points]
+        for stop in (5, 11):
+            with before_steps(stop_at(stop)), pytest.raises(Interrupted):
+                sweep(made, *digits, points, **settings, out=tmp_path / str(stop))
+            found = sweep(made, *digits, points, **settings, out=tmp_path / str(stop))
+            assert [run.error for run in found.runs] == [None, None]
+            for run, alone in zip(found.runs, whole, strict=True):
+                for name, value in alone.state_dict.items():
+                    torch.testing.assert_close(run.result.state_dict[name], value, rtol=0, atol=1e-8)
+
+
+def made():
+    return networks.build("residual")
+
+
+def test_analyses_give_there_what_they_give_here(digits):
+    model = networks.build("residual")
+    found = []
+    for device in ("cpu", "cuda"):
+        with gpu():
+            config = protocol.SwampConfig.of(
+                None, {"device": device, "engine": "eager", "precision": "float64", "progress": False}
+            )
+            on = Analysis(copy.deepcopy(model), *digits, config=config)
+            states = [dict(networks.build("residual").state_dict()) for _ in range(2)]
+            states[1] = {
+                name: value * 1.01 if value.is_floating_point() else value for name, value in states[1].items()
+            }
+            masks = {
+                name: torch.ones_like(value, dtype=torch.bool) for name, value in states[0].items() if value.dim() == 4
+            }
+            trace = hessian_trace(on, states[0], masks, probes=2, samples=48)
+            found.append(
+                (loss_barrier(on, *states).barriers(), trace.trace, barrier_matrix(on, states), ensemble(on, states))
+            )
+    flat = [torch.utils._pytree.tree_flatten(_plain(each))[0] for each in found]
+    assert flat[1] == pytest.approx(flat[0], abs=1e-9)
+
+
+def _plain(value):
+    if dataclasses.is_dataclass(value):
+        return _plain(dataclasses.asdict(value))
+    if isinstance(value, dict):
+        return {name: _plain(each) for name, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(each) for each in value]
+    return value.tolist() if isinstance(value, torch.Tensor) else value
+
+
+class Small(torch.nn.Module):
+    """A convolution of one channel, one that the kernels of csrc/cuda can run, and a norm between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = torch.nn.Conv2d(1, 16, 3, padding=1), torch.nn.BatchNorm2d(16)
+        self.conv, self.head = torch.nn.Conv2d(16, 16, 3, padding=1), torch.nn.Linear(16, 10)
+
+    def forward(self, x):
+        return self.head(self.conv(torch.relu(self.norm(self.stem(x)))).mean((2, 3)))
+
+
+@pytest.mark.skipif(not _interprets(), reason="the interpreter of Triton before 3.9 needs NumPy before 2.4")
+@pytest.mark.parametrize(
+    ("precision", "cores"), [("float64", False), pytest.param("bfloat16", True, marks=pytest.mark.slow)]
+)
+def test_the_fused_engine_s_graph_gives_what_its_steps_give(precision, cores, digits, monkeypatch):
+    data = tuple((inputs[:, :, ::2, ::2], targets) for inputs, targets in tiny(digits))
+    settings = ON_GPU | {"engine": "fused", "precision": precision, "batch_size": 6, "epochs": 1}
+    torch.manual_seed(0)
+    model, results = Small(), []
+    for why_not in (None, "it is told not to"):
+        with gpu(triton=True, launch=launch_on_host if cores else None), pytest.MonkeyPatch.context() as patch:
+            if why_not:
+                patch.setattr("swamp_fast.engines.trainer._why_not_captured", lambda problem, why=why_not: why)
+            results.append(fast_swamp(model, *data, **settings))
+        assert results[-1].engine["no_cuda_graph"] == why_not
+        assert results[-1].engine["tensor_cores"] == cores
+    for name, value in results[0].particles.items():
+        assert torch.equal(value, results[1].particles[name]), name
+    if precision == "float64":
+        same(results[0], naive_swamp(model, *data, **{**ON_GPU, "device": "cpu", "batch_size": 6, "epochs": 1}))
