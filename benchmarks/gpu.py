@@ -156,19 +156,25 @@ class Loop:
 
 
 def tests(bench: Bench) -> None:
-    """The tests that need a GPU, and those of the fused engine's kernels, which then run on it."""
-    commands = (["-m", "gpu"], ["tests/test_cuda_kernels.py", "tests/test_fused_cuda.py", "--slow"])
-    rows = []
-    for options in commands[: 0 if bench.rehearse else None]:
-        # Several processes, since most of a test is compiling; -n is pytest-xdist's.
-        command = [sys.executable, "-m", "pytest", "-q", "-n", str(min(8, os.cpu_count() or 1)), *options]
-        done = subprocess.run(command, capture_output=True, text=True)
-        print(done.stdout[-6000:], done.stderr[-1000:], flush=True)
-        last = next(reversed(done.stdout.splitlines()), "")
-        rows.append({"tests": " ".join(options), "exit": done.returncode, "said": last})
+    """The tests of the fused engine's kernels, which run on a GPU where there is one, and all that need one."""
+    kernels = [["tests/test_cuda_kernels.py"], ["tests/test_fused_cuda.py", "--slow"]]
+    rows = [_pytest(options) for options in ([] if bench.rehearse else [*kernels, ["-m", "gpu"]])]
     bench.write("tests", rows or [{"tests": "none without a GPU", "exit": 0, "said": ""}])
     if any(row["exit"] for row in rows):
         raise RuntimeError("tests failed")
+
+
+def _pytest(options: list[str]) -> dict[str, Any]:
+    """Several processes, since most of such a test is compiling; what they say is seen as they say it."""
+    processes = str(min(8, os.cpu_count() or 1))  # -n is pytest-xdist's
+    command = [sys.executable, "-m", "pytest", "-q", "-n", processes, "--durations=10", *options]
+    last = ""
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            last = line.strip() or last
+    return {"tests": " ".join(options), "exit": process.returncode, "said": last}
 
 
 def ceilings(bench: Bench) -> None:

@@ -306,7 +306,8 @@ class Protocol:
                 yield method, seed, folder
 
     def analyse(self, study: Study, seeds: range, runs: str) -> bool:
-        """Barrier to the next cycle and trace of the Hessian, of each cycle that can be looked at; all in float32."""
+        """Barrier to the next cycle and trace of the Hessian, of each cycle that can be looked at; float32, no TF32."""
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # nothing else here has float32
         on: Analysis | None = None
         probes, samples = (2, 128) if self.rehearse else (32, 2048)
         for method, seed, folder in self.runs_of(study):

@@ -39,10 +39,6 @@ def summary(values: list[float]) -> dict[str, float]:
 
 def header(rounds: int) -> dict[str, Any]:
     """What a figure means nothing without."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    changed = subprocess.run(
-        ["git", "status", "--porcelain", "swamp_fast", "csrc", "kernels"], capture_output=True, text=True
-    )
     return {
         "date": date.today().isoformat(),
         "device": processor(),
@@ -51,9 +47,22 @@ def header(rounds: int) -> dict[str, Any]:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "swamp_fast": __version__,
-        "commit": commit + (" and uncommitted changes" if changed.stdout.strip() else ""),
+        "commit": commit(),
         "rounds": rounds,
     }
+
+
+def commit() -> str:
+    """The commit that is measured, and whether it was changed; "unknown" in a copy without git."""
+
+    def git(*command: str) -> str:
+        return subprocess.run(["git", *command], capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "swamp_fast", "csrc", "kernels")
+        return git("rev-parse", "--short", "HEAD") + (" and uncommitted changes" if changed else "")
+    except (FileNotFoundError, subprocess.CalledProcessError):
+        return "unknown"
 
 
 def processor() -> str:

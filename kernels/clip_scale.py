@@ -57,7 +57,7 @@ def clip_scale(grads, masks, run_of_lane, clip_norm):
             *(grads, masks, run_of_lane, squares),
             *(grads.stride(0), masks.stride(0), parameters, masks.shape[1]),
             BLOCK=BLOCK,
-            enable_fp_fusion=True,
+            enable_fp_fusion=False,
         )
-        clip_scale_kernel[(lanes,)](squares, clip_norm, scale, blocks, BLOCK=BLOCK, enable_fp_fusion=True)
+        clip_scale_kernel[(lanes,)](squares, clip_norm, scale, blocks, BLOCK=BLOCK, enable_fp_fusion=False)
     return scale

@@ -60,7 +60,7 @@ def expand_weights(weights, index, run_of_lane, out):
         expand_weights_kernel[(triton.cdiv(size, BLOCK), len(weights))](
             *(weights, index, run_of_lane, out, weights.stride(0), out.stride(0), size),
             BLOCK=BLOCK,
-            enable_fp_fusion=True,
+            enable_fp_fusion=False,
         )
 
 
@@ -71,5 +71,5 @@ def collect_gradients(partial, base, step, parts, run_of_lane, grads):
         collect_gradients_kernel[(triton.cdiv(size, BLOCK), len(grads))](
             *(partial, base, step, parts, run_of_lane, grads, partial.stride(0), grads.stride(0), size),
             BLOCK=BLOCK,
-            enable_fp_fusion=True,
+            enable_fp_fusion=False,
         )

@@ -12,7 +12,7 @@ from triton.runtime.interpreter import InterpretedFunction
 from .norm import arrived_last, merge_arguments, merge_constants, merge_statistics
 
 PIXELS = {2: 128, 4: 128, 8: 32}  # of a tile, by the bytes of a number
-MOST_OUT = {2: 128, 4: 64, 8: 32}
+MOST_OUT = {2: 128, 4: 64, 8: 16}
 MOST_IN = {2: 32, 4: 32, 8: 16}
 LEAST = 16  # of any side of a matrix product
 BIAS_ELEMENTS = 2048  # of a tile of pixels and channels
@@ -57,6 +57,17 @@ def shifted_pixels(
         there = (y >= 0) & (x >= 0)
     there = there & (pixel < end) & (y < height) & (x < width)
     return (sample * height + y) * width + x, there
+
+
+@triton.jit
+def added_product(sums, a, b, PRECISION: tl.constexpr):
+    """Add a [M, K] times b [K, N] to sums [M, N].
+
+    Float64 proves plans, so it takes the long way: Triton's float64 products on tensor cores are young.
+    """
+    if sums.dtype == tl.float64:
+        return sums + tl.sum(a[:, :, None] * b[None, :, :], 1)
+    return tl.dot(a, b, sums, input_precision=PRECISION, out_dtype=sums.dtype)
 
 
 @triton.jit
@@ -144,7 +155,7 @@ def convolve_kernel(
         if UPCAST:
             a = a.to(tl.float32)
             w = w.to(tl.float32)
-        sums = tl.dot(a, w, sums, input_precision=PRECISION, out_dtype=SUM)
+        sums = added_product(sums, a, w, PRECISION)
     inside = (pixel < pixels)[:, None] & (o < OUT)[None, :]
     if HAS_BIAS:
         b = tl.load(bias + lane * bias_stride + first_bias + group * OUT + o, mask=o < OUT, other=0.0)
@@ -237,7 +248,7 @@ def weight_grad_kernel(
         if UPCAST:
             a = a.to(tl.float32)
             g = g.to(tl.float32)
-        sums = tl.dot(tl.trans(a), g, sums, input_precision=PRECISION, out_dtype=SUM)
+        sums = added_product(sums, tl.trans(a), g, PRECISION)
     at = ((split * groups + group) * TAPS + tap) * IN * OUT + i[:, None] * OUT + o[None, :]
     tl.store(
         partial + lane * partial_stride + first + at,

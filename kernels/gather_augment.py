@@ -87,6 +87,6 @@ def gather_augment(images, table, index, samples, keys, pad, flip, channels_last
                 AUGMENT=pad > 0 or flip,
                 CHANNELS_LAST=channels_last,
                 BLOCK=BLOCK,
-                enable_fp_fusion=True,
+                enable_fp_fusion=False,
             )
     return out

@@ -143,7 +143,7 @@ def global_threshold(weights, masks, keep):
                 BINS=BINS,
                 BLOCKS=BLOCKS_PER_PROGRAM,
                 BLOCK=block,
-                enable_fp_fusion=True,
+                enable_fp_fusion=False,
             )
             at_least = histogram.long().flip(1).cumsum(1).flip(1)  # [R, BINS] weights with this digit or a larger
             if kept is None:
@@ -158,14 +158,14 @@ def global_threshold(weights, masks, keep):
         count_ties_kernel[(programs, runs)](
             *(bits, masks, prefix, ties, *strides, prunable, MAGNITUDE[dtype]),
             BLOCK=block,
-            enable_fp_fusion=True,
+            enable_fp_fusion=False,
         )
         ties_before = ties.long().cumsum(1) - ties
         write_mask_kernel[(programs, runs)](
             *(bits, masks, prefix, ties_before, wanted, new_masks),
             *(*strides, new_masks.stride(0), prunable, MAGNITUDE[dtype]),
             BLOCK=block,
-            enable_fp_fusion=True,
+            enable_fp_fusion=False,
         )
     thresholds = prefix.to(integer).view(dtype)
     return thresholds, new_masks, torch.stack([nans.long(), kept], 1)

@@ -95,5 +95,5 @@ def masked_adamw_(
             SCALED=scaled,
             AVERAGE=average,
             BLOCK=BLOCK,
-            enable_fp_fusion=True,
+            enable_fp_fusion=False,
         )

@@ -50,7 +50,7 @@ def masked_sgd_kernel(
         mu = tl.load(momentum + lane).to(w.dtype)
         step = w * tl.load(weight_decay + lane).to(w.dtype)
         if SCALED:
-            step += g * tl.load(grad_scale + lane).to(w.dtype)
+            step = tl.fma(g, tl.load(grad_scale + lane).to(w.dtype), step)  # either product could be fused otherwise
         else:
             step += g
         buffer = tl.where(keep, buffer * mu + step, 0.0)

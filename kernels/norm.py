@@ -363,7 +363,7 @@ def statistics(source, to):
             SUM=_sum_type(source),
             BLOCK_PIXELS=per_tile,
             BLOCK_CHANNELS=block,
-            enable_fp_fusion=True,
+            enable_fp_fusion=False,
             num_warps=8,
         )
 
@@ -389,7 +389,7 @@ def scale_offset(mean, variance, scale, offset, first, channels, weights, first_
             HAS_WEIGHT=first_weight >= 0,
             HAS_BIAS=first_bias >= 0,
             BLOCK=triton.next_power_of_2(channels),
-            enable_fp_fusion=True,
+            enable_fp_fusion=False,
         )
 
 
@@ -404,7 +404,7 @@ def norm(source, side, out, mean, scale, first, weights, first_bias, relu):
             HAS_SIDE=side is not None,
             RELU=relu,
             BLOCK=BLOCK,
-            enable_fp_fusion=True,
+            enable_fp_fusion=False,
         )
 
 
@@ -460,7 +460,7 @@ def norm_grad(
             SUM=_sum_type(source),
             BLOCK_PIXELS=per_tile,
             BLOCK_CHANNELS=block,
-            enable_fp_fusion=True,
+            enable_fp_fusion=False,
             num_warps=8,
         )
         if in_grad is None:
@@ -472,7 +472,7 @@ def norm_grad(
             RELU=relu,
             HAS_OUT=has_out,
             BLOCK=BLOCK,
-            enable_fp_fusion=True,
+            enable_fp_fusion=False,
         )
 
 

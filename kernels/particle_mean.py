@@ -41,6 +41,6 @@ def particle_mean(weights, run_of_lane, runs):
         particle_mean_kernel[(triton.cdiv(parameters, BLOCK), runs)](
             *(weights, run_of_lane, mean, weights.stride(0), mean.stride(0), lanes, parameters),
             BLOCK=BLOCK,
-            enable_fp_fusion=True,
+            enable_fp_fusion=False,
         )
     return mean

@@ -119,7 +119,7 @@ def pool(source, out, windows):
             MAXIMUM=divisors is None,
             SUM=_sum_type(source),
             BLOCK=block,
-            enable_fp_fusion=True,
+            enable_fp_fusion=False,
             num_warps=1,
         )
 
@@ -137,7 +137,7 @@ def pool_grad(source, out, in_grad, out_grad, windows, accumulate):
             ACCUMULATE=accumulate,
             SUM=_sum_type(source),
             BLOCK=block,
-            enable_fp_fusion=True,
+            enable_fp_fusion=False,
             num_warps=2,
         )
 

@@ -77,19 +77,33 @@ class Graph:
     """As torch.cuda.CUDAGraph."""
 
     capturing: list[Call] | None = None
+    underway: list[object] = []  # noqa: RUF012
 
     def __init__(self) -> None:
         self.calls: list[Call] = []
 
     @staticmethod
     @contextlib.contextmanager
-    def capture(graph: Graph) -> Iterator[None]:
-        """As torch.cuda.graph."""
+    def capture(graph: Graph, pool: object = None) -> Iterator[None]:
+        """As torch.cuda.graph: one that breaks off lets none begin until its pool is ended."""
+        if Graph.underway:
+            raise RuntimeError("captures_underway.empty() INTERNAL ASSERT FAILED")
+        Graph.underway.append(pool)
         Graph.capturing = graph.calls
         try:
             yield
+        except RuntimeError as error:
+            raise RuntimeError("operation failed due to a previous error during capture") from error
+        else:
+            Graph.underway.clear()
         finally:
             Graph.capturing = None
+
+    @staticmethod
+    def end_pool(device: int, pool: object) -> None:
+        """As torch._C._cuda_endAllocateToPool."""
+        assert device == CUDA.index
+        Graph.underway.remove(pool)
 
     def replay(self) -> None:
         for function, args, kwargs, out in self.calls:
@@ -267,6 +281,8 @@ def gpu(triton: bool = False, launch: Callable[..., None] | None = None) -> Iter
         "stream": lambda _: contextlib.nullcontext(),
         "device": lambda _: contextlib.nullcontext(),
         "device_of": lambda _: contextlib.nullcontext(),
+        "set_stream": lambda _: None,
+        "graph_pool_handle": object,
         "CUDAGraph": Graph,
         "graph": Graph.capture,
     }
@@ -280,6 +296,7 @@ def gpu(triton: bool = False, launch: Callable[..., None] | None = None) -> Iter
         )
         stack.enter_context(mock.patch.object(GridExecutor, "__call__", _launched(GridExecutor.__call__)))
         stack.enter_context(mock.patch("torch.optim.Optimizer._accelerator_graph_capture_health_check"))
+        stack.enter_context(mock.patch("torch._C._cuda_endAllocateToPool", Graph.end_pool))
         if launch is None:
             stack.enter_context(mock.patch("swamp_fast.engines.fused.check.why_missing", return_value="none given"))
         else:

@@ -230,7 +230,8 @@ def test_lanes_are_split_by_the_memory_that_is_free():
         lanes_that_fit(8, 10**9, 10**9)
 
 
-@pytest.mark.parametrize("name", ["dropout", pytest.param("residual", marks=pytest.mark.slow)])
+@pytest.mark.slow  # test_pretended.py has a smaller one
+@pytest.mark.parametrize("name", ["dropout", "residual"])
 def test_a_run_equals_the_naive_loops(name, digits, monkeypatch):
     for module in (engine, check):
         monkeypatch.setattr(module, "programs_of", lambda *given: CudaPrograms(*given[:3], None))

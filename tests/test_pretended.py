@@ -46,8 +46,10 @@ def test_it_refuses_what_a_gpu_refuses():
             *(torch.cuda.synchronize, torch.cuda.get_rng_state, lambda: torch.ones(2).to("cuda")),
         ):
             refused()
-            with pytest.raises(RuntimeError, match="when stream is capturing"), Graph.capture(Graph()):
+            with pytest.raises(RuntimeError, match="during capture") as told, Graph.capture(Graph()):
                 refused()
+            assert "when stream is capturing" in str(told.value.__cause__)
+            Graph.end_pool(0, None)
 
 
 def test_a_replay_repeats_operations_at_their_places_with_the_numbers_of_the_capture():
@@ -84,6 +86,22 @@ def test_a_run_equals_the_naive_loops(name, way, settings, digits, monkeypatch):
     assert next(fast.model.parameters()).device.type == "cpu"  # where the user's model was
     for each in (fast, on_gpu):
         same(each, naive)
+
+
+def test_what_can_t_be_captured_runs_all_the_same_and_leaves_the_next_run_s_alone(digits, monkeypatch):
+    monkeypatch.setattr("swamp_fast.engines.choose", lambda *_: Choice("lanes", False, "forced", {}))
+
+    def loss(outputs, targets):
+        weight = torch.tensor([1.0] * 10, dtype=outputs.dtype, device=outputs.device)  # from the host, each time
+        return torch.nn.functional.cross_entropy(outputs, targets, weight, reduction="none")
+
+    with gpu():
+        fast = fast_swamp(networks.build("dropout"), *digits, **ON_GPU, engine="eager", loss=loss)
+        after = fast_swamp(networks.build("dropout"), *digits, **ON_GPU, engine="eager")
+    assert not fast.engine["cuda_graph"]
+    assert fast.engine["no_cuda_graph"].startswith("capture failed: operation not permitted when stream is capturing")
+    assert after.engine["cuda_graph"], after.engine
+    same(fast, naive_swamp(networks.build("dropout"), *digits, **{**ON_GPU, "device": "cpu"}, loss=loss))
 
 
 def test_the_engine_is_chosen_and_folding_proven_there(digits):
@@ -170,7 +188,7 @@ def _plain(value):
 
 
 class Small(torch.nn.Module):
-    """A convolution of one channel, one that the kernels of csrc/cuda can run, and a norm between them."""
+    """A convolution of one channel, one that the kernels of csrc/cuda can run, a norm between them, and dropout."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -178,7 +196,8 @@ class Small(torch.nn.Module):
         self.conv, self.head = torch.nn.Conv2d(16, 16, 3, padding=1), torch.nn.Linear(16, 10)
 
     def forward(self, x):
-        return self.head(self.conv(torch.relu(self.norm(self.stem(x)))).mean((2, 3)))
+        x = self.conv(torch.relu(self.norm(self.stem(x)))).mean((2, 3))
+        return self.head(torch.nn.functional.dropout(x, 0.2, self.training))
 
 
 @pytest.mark.skipif(not _interprets(), reason="the interpreter of Triton before 3.9 needs NumPy before 2.4")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, Protocol
 
 import torch
@@ -173,20 +174,26 @@ class Trainer:
         state = [*self.bank.moving().values(), self.loss_sum]
         state += [buffer for module in self.way.modules for buffer in module.buffers()]
         saved = [tensor.clone() for tensor in state]
+        here, pool = torch.cuda.current_stream(), torch.cuda.graph_pool_handle()
         try:
             side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
+            side.wait_stream(here)
             with torch.cuda.stream(side):
                 for _ in range(3):
                     self._step(index)
-            torch.cuda.current_stream().wait_stream(side)
+            here.wait_stream(side)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, pool=pool):
                 self._step(index)
             self.graphs[index.shape[1]] = index, graph
         except RuntimeError as error:
+            # What broke off leaves its stream current and memory going to its pool, so that no later capture begins.
+            torch.cuda.set_stream(here)
+            with suppress(Exception):
+                torch._C._cuda_endAllocateToPool(self.problem.device.index, pool)
             torch.cuda.synchronize()  # what is under way must not change what is put back
-            self.not_captured = f"capture failed: {str(error).splitlines()[0]}"
+            first = error.__context__ or error  # ending the capture raises too
+            self.not_captured = f"capture failed: {str(first).splitlines()[0]}"
         finally:
             for tensor, value in zip(state, saved, strict=True):
                 tensor.copy_(value)
