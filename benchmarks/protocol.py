@@ -3,7 +3,7 @@
     python -m benchmarks.protocol --budget-minutes 8 --out DIR [--data cifar10.npz] [--only gpu cost runs/resnet20_30]
     python -m benchmarks.protocol --out DIR --export STATE.zip      what another machine needs to go on, small
     python -m benchmarks.protocol --out DIR --import STATE.zip      there, with the next slice
-    python -m benchmarks.protocol tables                            tables and figures anew, from the JSON
+    python -m benchmarks.protocol tables [--out DIR]                tables and figures anew, from protocol.json
 
 In this order: the tables of `benchmarks.gpu`; what the naive loop costs; ResNet-20 by swamp, imp and imp+swa, 14 cycles
 of 30 epochs, seeds packed as lanes; the same at 150 epochs, swamp and imp, seed 0; WRN-28-2 at 30 epochs, seed by seed;
@@ -20,7 +20,7 @@ there, and is named. A run of ResNet-20 takes 2.0 MB after cycle 0, 1.3 MB after
 where its analysis has kept up; 1.0 MB of it is the ticket, which the methods of a seed share. On machines that are had
 for minutes, --seeds-at-once 1 leaves no more unfinished than fits.
 
---rehearse does all of it at a tiny size, on the CPU and on scikit-learn's digits, with its results under DIR.
+--rehearse does all of it at a tiny size, on the CPU and on scikit-learn's digits. Without a GPU results stay under DIR.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ ROOT = Path(__file__).parents[1]
 SOFT = 0.9  # of the budget: a run that is under way then stops in order; what has not stopped at its end stops at once
 LOOKED_AT = 3  # seeds whose runs are analysed
 VAL = 0.1  # of the training data, held out
-LARGEST = 3_000_000  # bytes of an export
+LARGEST = 2_900_000  # bytes of what an export holds; its directory of names takes under 100 kB
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,7 @@ class Protocol:
                     continue
                 if clock.asked:
                     break
-                began = clock.spent
+                began, files = clock.spent, self.files()
                 print(f"{item.name}: begins at {began:.0%} of the budget", flush=True)
                 try:
                     clock.working = True
@@ -193,9 +193,15 @@ class Protocol:
                         self.mark(item, f"failed: {type(error).__name__}: {error}")
                     elif began < 0.1 and clock.spent >= SOFT and not item.resumable:
                         self.mark(item, f"failed: it takes longer than {minutes:g} minutes")
+                    elif item.resumable and files == self.files():
+                        print(f"{item.name}: nothing of it could be kept; a slice must outlast its start", flush=True)
             if clock.asked and clock.spent < SOFT:  # someone else's signal
                 raise SystemExit(128 + signal.SIGTERM)
         return [item.name for item in items if item.name not in self.marks]
+
+    def files(self) -> dict[Path, int]:
+        """What is in the folder, and since when."""
+        return {path: path.stat().st_mtime_ns for path in self.out.rglob("*") if path.is_file()}
 
     def mark(self, item: Item, what: str) -> None:
         """Record that an item is over."""
@@ -442,12 +448,13 @@ def _slim(folder: Path, to: Path, analysed: int | None) -> Path | None:
 
     analysed  how many cycles are; None: none will be
     """
-    there, copy, over = RunDirectory(folder), RunDirectory(to), finished(folder)
+    there, copy = RunDirectory(folder), RunDirectory(to)
+    there.about()  # whose files these are
     copy.make()
     for name in ("run.json", "config.toml", "history.jsonl"):
         if (folder / name).exists():
             shutil.copy(folder / name, to / name)
-    done = there.cycles_done()
+    done, over = there.cycles_done(), finished(folder)
     needed = done if analysed is None else analysed
     if not over:
         needed = min(needed, done - 1)
@@ -497,7 +504,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rehearse", action="store_true", help="tiny, on the CPU, results under DIR")
     given = parser.parse_args(arguments)
     if given.what == "tables":
-        protocol_results.tables(given.out / "results" if given.rehearse else timing.RESULTS)
+        protocol_results.tables(timing.RESULTS if given.out is None else given.out / "results")
         return
     if given.out is None:
         parser.error("--out DIR is needed")
@@ -511,7 +518,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         protocol.marks = {name: what for name, what in protocol.marks.items() if what == "done"}
     protocol.source()  # without data nothing is begun
     left = protocol.go_on(given.budget_minutes, given.only)
-    results = given.out / "results" if given.rehearse else timing.RESULTS
+    on_gpu = torch.cuda.is_available() and not given.rehearse
+    results = timing.RESULTS if on_gpu else given.out / "results"
     protocol_results.keep(protocol.collected(), results)
     protocol_results.tables(results)
     failed = [f"{name} {what}" for name, what in protocol.marks.items() if what != "done"]

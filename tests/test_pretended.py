@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 
 import networks
 import pytest
@@ -175,6 +176,22 @@ def test_analyses_give_there_what_they_give_here(digits):
             )
     flat = [torch.utils._pytree.tree_flatten(_plain(each))[0] for each in found]
     assert flat[1] == pytest.approx(flat[0], abs=1e-9)
+
+
+def test_what_the_protocol_measures_besides_runs(tmp_path, monkeypatch):
+    studies = [
+        dataclasses.replace(study, settings={**study.settings, "device": "cuda"})
+        for study in protocol.studies(1, rehearse=True)
+    ]
+    monkeypatch.setattr(protocol, "studies", lambda *_: studies)
+    monkeypatch.setattr("swamp_fast.estimate.SIDE", {"cuda": 64})
+    with gpu():
+        there = protocol.Protocol(tmp_path, rehearse=True)
+        assert there.naive("small_cnn")
+        assert there.roofline("small_cnn")
+    found = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "cost").iterdir()}
+    assert found["naive_small_cnn"]["seconds_an_epoch"] > 0
+    assert found["roofline_small_cnn"]["flops"] > 0
 
 
 def _plain(value):
