@@ -25,7 +25,7 @@ from swamp_fast.report.figures import accuracy_of_points
 from swamp_fast.report.table import comparison_table
 from swamp_fast.result import SwampResult
 from swamp_fast.run import one_at_a_time
-from swamp_fast.sweeps import Model, SweepResult, SweptRun, drawn, swept, without_folder, write_csv
+from swamp_fast.sweeps import Model, SweepResult, SweptRun, drawn, spread_of, swept, without_folder, write_csv
 
 DENSE = {"sgd": "imp", "swa": "imp+swa"}  # the methods whose cycle 0 is the dense reference
 
@@ -253,11 +253,8 @@ def _reference(rows: Sequence[dict[str, Any]], method: str) -> dict[str, Any]:
 
 def _spread(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Seeds, mean accuracy and its standard deviation; None without accuracies."""
-    values = [row["accuracy"] for row in rows]
-    if not values or any(value is None for value in values):
-        return {"seeds": len(rows), "accuracy": None, "accuracy_std": None}
-    spread = statistics.stdev(values) if len(values) > 1 else None
-    return {"seeds": len(rows), "accuracy": statistics.fmean(values), "accuracy_std": spread}
+    spread = spread_of("accuracy", rows) if rows else {}
+    return {"seeds": len(rows), "accuracy": None, "accuracy_std": None} | spread
 
 
 def _grouped(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, int], dict[int, dict[str, Any]]]:

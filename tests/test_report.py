@@ -19,6 +19,7 @@ from swamp_fast.cli import main
 from swamp_fast.report import drawings
 from swamp_fast.report.drawings import COLOURS
 from swamp_fast.report.page import Html, tag, text
+from swamp_fast.report.table import summary_table
 from swamp_fast.reporting import write_report
 
 VOID = {"meta", "link", "br"}
@@ -240,6 +241,7 @@ def test_a_comparison_of_one_seed_and_one_method_without_a_baseline(tmp_path):
     found = parsed(write_report(folder))
     assert figures(folder) == {"accuracy", "cost"}
     assert "1 seed each" in found.said
+    assert "One seed, so no spread." in found.said
     assert "the band is one standard deviation" in found.said
 
 
@@ -264,6 +266,26 @@ def test_a_sweep_and_its_runs(tmp_path, digits):
     said = parsed(write_report(again)).said
     assert f"{again.name}: Sequential" in said
     assert "1,024 prunable" in said  # of the model's line, which run.json keeps
+
+
+def test_a_sweep_over_particles_and_points_that_set_different_things(tmp_path, digits):
+    """A line a point, also where it sets what a row of the history has; no spread of one seed, no NaN's mean."""
+
+    def made() -> torch.nn.Module:
+        return torch.nn.Sequential(
+            torch.nn.Flatten(), torch.nn.Linear(64, 16), torch.nn.ReLU(), torch.nn.Linear(16, 10)
+        )
+
+    settings = {"cycles": 1, "epochs": 1, "ticket_epochs": 0, "progress": False, "swa_lr": 0.01}
+    swept = sweep(made, *digits, [{"particles": 1}, {"particles": [1, 2], "lr": 0.05}], out=tmp_path / "s", **settings)
+    found = parsed(write_report(tmp_path / "s"))
+    assert "2 runs of 2 points, 1 seed each." in found.said
+    assert re.search(r"particles = 1\b.*particles = \[1, 2\], lr = 0.05", found.said, re.S)
+    assert "dropped" not in found.said
+    assert "±" not in found.said
+    assert len(numbers(tmp_path / "s", "accuracy")) == 4
+    assert numbers(tmp_path / "s", "accuracy")[0]["accuracy_std"] == ""
+    assert "±" not in summary_table(swept.summary(), swept.names)
 
 
 def test_on_the_command_line(tmp_path, capsys, digits):

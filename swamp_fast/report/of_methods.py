@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import takewhile
 from typing import Any
 
 from swamp_fast.report import drawings
@@ -96,9 +97,8 @@ def page_of_comparison(name: str, found: Mapping[str, Any]) -> Page:
 
 def page_of_sweep(name: str, summary: Sequence[Row], results: Sequence[Row]) -> Page:
     """The page of a sweep's summary.csv and results.csv."""
-    points = [name for row in results[:1] for name in row if name not in KNOWN]
-    points += [name for row in summary for name in row if name not in (*KNOWN, *points)]
-    points = [name for name in dict.fromkeys(points) if name != "seed"]
+    settings = takewhile(lambda name: name not in ("cycle", "error"), results[0] if results else ())
+    points = [name for name in settings if name not in ("id", "seed")]
     lines: dict[str, list[Row]] = {}
     for row in summary:
         lines.setdefault(_point(row, points) or "all", []).append(row)
@@ -146,8 +146,6 @@ def page_of_sweep(name: str, summary: Sequence[Row], results: Sequence[Row]) -> 
 
 
 SCORES = ("accuracy", "loss", "mean_accuracy", "best_accuracy", "ensemble_accuracy", "val_accuracy")
-KNOWN = {"id", "error", "cycle", "density", "seeds", "kept", "particles", "flops", "train_seconds", "seconds"}
-KNOWN |= {"peak_memory", "val_mean_accuracy", *SCORES, *(f"{score}_std" for score in SCORES)}
 
 
 def _files(name: str, command: str, rows: str) -> Section:
@@ -180,7 +178,9 @@ def _numbers(dense: Any) -> dict[str, float]:
 
 def _all_seeds(summary: Sequence[Row]) -> str:
     counts = sorted({row.get("seeds") or 1 for row in summary})
-    return f"Means over {counts[0]} seeds." if len(counts) == 1 else f"Means over {counts[0]} to {counts[-1]} seeds."
+    if len(counts) > 1:
+        return f"Means over {counts[0]} to {counts[-1]} seeds."
+    return "One seed, so no spread." if counts == [1] else f"Means over {counts[0]} seeds."
 
 
 def _point(row: Row, points: Sequence[str]) -> str:

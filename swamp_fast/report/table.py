@@ -20,9 +20,8 @@ def summary_table(summary: list[dict[str, Any]], names: list[str]) -> str:
     last = {tuple(str(row.get(name, "")) for name in names): row for row in summary}  # its cycles are in order
     rows = [(*names, "density", "seeds", "accuracy")]
     for point, row in last.items():
-        mean, spread = row.get("accuracy"), row.get("accuracy_std", 0.0)
-        accuracy = "–" if mean is None else f"{mean * 100:.2f} ± {spread * 100:.2f} %"
-        rows.append((*point, percent(row["density"]), str(row["seeds"]), accuracy))
+        mean, spread = row.get("accuracy"), row.get("accuracy_std")
+        rows.append((*point, percent(row["density"]), str(row["seeds"]), _mean(mean, spread)))
     return _table(rows)
 
 
@@ -35,11 +34,7 @@ def comparison_table(summary: list[dict[str, Any]], paired: list[dict[str, Any]]
     rows = [("method", "density", "seeds", "accuracy", f"minus {baseline}", "matches SGD", "SWA", "epochs", "took")]
     for row in summary:
         if row["cycle"] == last:
-            mean, matching = row["accuracy"], (row["matching_sgd"], row["matching_swa"])
-            std = row["accuracy_std"]  # None of one seed
-            accuracy = (
-                "–" if mean is None else f"{mean * 100:.2f}" + ("" if std is None else f" ± {std * 100:.2f}") + " %"
-            )
+            matching, accuracy = (row["matching_sgd"], row["matching_swa"]), _mean(row["accuracy"], row["accuracy_std"])
             answers = ({None: "–", True: "yes", False: "no"}[each] for each in matching)
             cost = f"{row['particle_epochs']:,.0f}", duration(row["seconds"])
             difference = _difference(against.get(row["method"]))
@@ -47,6 +42,11 @@ def comparison_table(summary: list[dict[str, Any]], paired: list[dict[str, Any]]
                 (row["method"], percent(row["density"]), str(row["seeds"]), accuracy, difference, *answers, *cost)
             )
     return _table(rows)
+
+
+def _mean(mean: float | None, spread: float | None) -> str:
+    """An accuracy and its spread over seeds, None of one seed."""
+    return percent(mean) if mean is None or spread is None else f"{mean * 100:.2f} ± {spread * 100:.2f} %"
 
 
 def _difference(row: dict[str, Any] | None) -> str:
