@@ -235,6 +235,16 @@ def test_a_comparison(tmp_path):
     assert {row["method"] for row in numbers(folder, "differences")} == set(reported.METHODS) - {"imp"}
 
 
+def test_equal_differences_are_no_verdict(tmp_path):
+    folder = reported.write_comparison(tmp_path / "c", methods=("imp", "sms"), seeds=2)
+    found = json.loads((folder / "comparison.json").read_text())
+    for row in found["paired"]:
+        row |= {"difference": -0.01, "low": -0.01, "high": -0.01}
+    (folder / "comparison.json").write_text(json.dumps(found))
+    (folder / "comparison.csv").write_text("method\n")
+    assert "below" not in parsed(write_report(folder)).said
+
+
 def test_a_comparison_of_one_seed_and_one_method_without_a_baseline(tmp_path):
     folder = reported.write_comparison(tmp_path / "c", methods=("imp",), seeds=1)
     (folder / "comparison.csv").write_text("method\n")

@@ -9,6 +9,7 @@ from typing import Any
 from swamp_fast.report import drawings
 from swamp_fast.report.console import duration, percent
 from swamp_fast.report.page import Html, Page, Picture, Section, bullets, code, details, link, table, tag
+from swamp_fast.report.table import spread
 
 Row = dict[str, Any]
 
@@ -26,12 +27,15 @@ def page_of_comparison(name: str, found: Mapping[str, Any]) -> Page:
             "Effects of these methods are a few tenths of a point, about the error of a test set of 10,000: fewer than "
             "ten seeds seldom tell them apart."
         )
+    score = "accuracy" if any(row.get("accuracy") is not None for row in summary) else "loss"
+    if score == "loss":
+        text.append("Without accuracies only mean losses are given, and neither differences nor what matches.")
     sections = []
     failed = [f"{row.get('method')}, seed {row.get('seed')}: {row.get('error')}" for row in found.get("errors") or ()]
     if failed:
         sections.append(Section("Runs that failed", [tag("div", bullets(failed), "warn")]))
     dense = {f"dense {label}": value for label, value in _numbers(found.get("dense")).items()}
-    if any(row.get("accuracy") is not None for row in summary):
+    if score == "accuracy":
         caption = f"Test accuracy, a line a method, mean over seeds; {_band(lines)}. The axis does not begin at 0."
         drawing = drawings.lines_over_density(lines, dense)
         picture = Picture("accuracy", "Accuracy over sparsity, by method", caption, drawing, summary)
@@ -63,21 +67,21 @@ def page_of_comparison(name: str, found: Mapping[str, Any]) -> Page:
         picture = Picture("cost", "Cost", caption, drawings.costs(lowest), costs)
         sections.append(Section("Cost", [], [picture]))
     each_density = [
-        (row["method"], percent(row["density"]), row.get("seeds", "–"), _spread(row), _yes(row.get("matching_sgd")),
-         _yes(row.get("matching_swa")), _whole(row.get("particle_epochs")), _seconds(row.get("seconds")))
+        (row["method"], percent(row["density"]), row.get("seeds", "–"), spread(row, score),
+         _yes(row.get("matching_sgd")), _yes(row.get("matching_swa")), _whole(row.get("particle_epochs")), _seconds(row.get("seconds")))
         for row in summary
     ]  # fmt: skip
-    columns = ("method", "density", "seeds", "accuracy", "matches SGD", "matches SWA", "particle-epochs", "took")
+    columns = ("method", "density", "seeds", score, "matches SGD", "matches SWA", "particle-epochs", "took")
     about = (
         "A row a method, at its lowest density, and the density down to which it matches dense training of the network "
         "by SGD and by SWA, without a gap; selections use validation data."
     )
     ends = [
-        (method, percent(row["density"]), _spread(row), _down_to(lines[method], "matching_sgd"),
+        (method, percent(row["density"]), spread(row, score), _down_to(lines[method], "matching_sgd"),
          _down_to(lines[method], "matching_swa"), _whole(row.get("particle_epochs")), _seconds(row.get("seconds")))
         for method, row in lowest.items()
     ]  # fmt: skip
-    last = ("method", "density", "accuracy", "SGD down to", "SWA down to", "particle-epochs", "took")
+    last = ("method", "density", score, "SGD down to", "SWA down to", "particle-epochs", "took")
     single = [
         (row["method"], row["seed"], percent(row["density"]), percent(row.get("accuracy")), _figures(row.get("loss")))
         for row in rows
@@ -123,7 +127,7 @@ def page_of_sweep(name: str, summary: Sequence[Row], results: Sequence[Row]) -> 
 
     def cells(row: Row) -> list[Any]:
         begin = [row.get(point, "") for point in points]
-        return [*begin, row["cycle"], percent(row["density"]), row["seeds"], *(_spread(row, score) for score in scores)]
+        return [*begin, row["cycle"], percent(row["density"]), row["seeds"], *(spread(row, score) for score in scores)]
 
     shown = table([cells(row) for row in ends], head, "the last cycles, a row a point", words=len(points))
     every = table([cells(row) for row in summary], head, "a row a point and cycle", words=len(points))
@@ -187,15 +191,6 @@ def _point(row: Row, points: Sequence[str]) -> str:
     return ", ".join(f"{point} = {row[point]}" for point in points if row.get(point) not in (None, ""))
 
 
-def _spread(row: Row, score: str = "accuracy") -> str:
-    value, spread = row.get(score), row.get(f"{score}_std")
-    if value is None:
-        return "–"
-    if score == "loss":
-        return f"{value:.4f}" + ("" if spread is None else f" ± {spread:.4f}")
-    return percent(value) if spread is None else f"{value * 100:.2f} ± {spread * 100:.2f} %"
-
-
 def _points(difference: float | None) -> str:
     return "–" if difference is None else f"{difference * 100:+.2f}"
 
@@ -206,7 +201,7 @@ def _interval(row: Row) -> str:
 
 def _verdict(row: Row) -> str:
     low, high = row.get("low"), row.get("high")
-    if low is None or high is None:
+    if low is None or high is None or high - low < 1e-9:  # of seeds that differ by the same, no spread is known
         return ""
     return "above" if low > 0 else "below" if high < 0 else ""
 
