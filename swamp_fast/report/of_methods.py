@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import takewhile
+from shlex import quote
 from typing import Any
 
 from swamp_fast.report import drawings
@@ -68,7 +69,8 @@ def page_of_comparison(name: str, found: Mapping[str, Any]) -> Page:
         sections.append(Section("Cost", [], [picture]))
     each_density = [
         (row["method"], percent(row["density"]), row.get("seeds", "–"), spread(row, score),
-         _yes(row.get("matching_sgd")), _yes(row.get("matching_swa")), _whole(row.get("particle_epochs")), _seconds(row.get("seconds")))
+         _yes(row.get("matching_sgd")), _yes(row.get("matching_swa")), _whole(row.get("particle_epochs")),
+         _seconds(row.get("seconds")))
         for row in summary
     ]  # fmt: skip
     columns = ("method", "density", "seeds", score, "matches SGD", "matches SWA", "particle-epochs", "took")
@@ -135,7 +137,7 @@ def page_of_sweep(name: str, summary: Sequence[Row], results: Sequence[Row]) -> 
     where = [
         (
             *(row.get(point, "") for point in (*points, "seed")),
-            tag("code", f"swamp-fast report {name}/runs/{row['id']}"),
+            tag("code", f"swamp-fast report {quote(f'{name}/runs')}/{row['id']}"),
         )
         for row in {row["id"]: row for row in results}.values()
     ]
@@ -157,7 +159,9 @@ def _files(name: str, command: str, rows: str) -> Section:
     text = (
         f"Each run's settings are in its own folder's config.toml, every row in {where}. With the file it began with:"
     )
-    return Section("Reproduce it", [tag("p", Html(text)), code(f"swamp-fast {command} FILE.toml --out {name}-again")])
+    return Section(
+        "Reproduce it", [tag("p", Html(text)), code(f"swamp-fast {command} FILE.toml --out {quote(f'{name}-again')}")]
+    )
 
 
 def _by(rows: Sequence[Row], name: str) -> dict[str, list[Row]]:
