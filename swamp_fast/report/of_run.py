@@ -284,7 +284,7 @@ def _table(run: RunFacts) -> Section:
 
 def _load(run: RunFacts) -> Section:
     name = run.known("model", "")
-    if ":" in name:
+    if ":" in name and all(part.isidentifier() for part in name.replace(":", ".").split(".")):
         module, _, factory = name.partition(":")
         made = f"from {module} import {factory}\n\nmodel = {factory}()"
     elif name:
