@@ -145,7 +145,8 @@ def page_of_sweep(name: str, summary: Sequence[Row], results: Sequence[Row]) -> 
     sections.append(Section("Runs", [table(where, head, "the runs of the sweep", words=len(head))]))
     sections.append(_files(name, "sweep", "results.csv"))
     count = len({_point(row, points) for row in results})
-    text = [f"{len(runs)} runs of {count} {'point' if count == 1 else 'points'}, {seeds} {'seed' if seeds == 1 else 'seeds'} each."]
+    of = f"{count} {'point' if count == 1 else 'points'}, {seeds} {'seed' if seeds == 1 else 'seeds'} each"
+    text = [f"{len(runs)} runs of {of}."]
     if failed:
         text.append(f"{len(failed)} of {len(runs)} runs failed; they are in no mean.")
     return Page(f"{name}: a sweep", text, {"runs": str(len(runs)), "points": str(count), "seeds": str(seeds)}, sections)
