@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import operator
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,16 +17,18 @@ from swamp_fast import ranks
 from swamp_fast.checkpoint import write
 from swamp_fast.config import SwampConfig
 from swamp_fast.data.store import pass_in_stored_order
+from swamp_fast.data.streams import at_time, evaluation_time, generators_left_alone
 from swamp_fast.interval import half_width
 from swamp_fast.methods import DECIDED, METHODS, particles_of, seeds_of
-from swamp_fast.probe import Forward, Loss
+from swamp_fast.naive import evaluation_keys, outputs_of
+from swamp_fast.probe import Forward, Loss, cross_entropy
 from swamp_fast.problem import Problem
 from swamp_fast.prunable import Prunable
 from swamp_fast.report.figures import accuracy_of_points
 from swamp_fast.report.table import comparison_table
 from swamp_fast.result import SwampResult
 from swamp_fast.run import one_at_a_time
-from swamp_fast.sweeps import Model, SweepResult, SweptRun, drawn, swept, without_folder, write_csv
+from swamp_fast.sweeps import Model, SweepResult, SweptRun, drawn, spread_of, swept, without_folder, write_csv
 
 DENSE = {"sgd": "imp", "swa": "imp+swa"}  # the methods whose cycle 0 is the dense reference
 
@@ -39,9 +42,10 @@ class Comparison:
         rows: one a method, seed and cycle: method, seed, cycle, density, accuracy and loss on test, and what it took to
             come to that density, the ticket and all trainings before it included: particle_epochs, and seconds (without
             the ticket's, which no history has; of runs that shared steps, a share each).
-        summary: one a method and cycle: method, cycle, density, seeds, accuracy (the mean), accuracy_std, matching_sgd
-            and matching_swa, particle_epochs, seconds. It matches if its mean accuracy is at least that of the dense
-            reference, without any tolerance; None without accuracies.
+        summary: one a method and cycle: method, cycle, density, seeds, accuracy (the mean), accuracy_std, loss and
+            loss_std in the same way, matching_sgd and matching_swa, particle_epochs, seconds. It matches if its mean
+            accuracy is at least that of the dense reference over the seeds that both have, without any tolerance; None
+            without accuracies or such seeds.
         paired: one a method, other than the baseline, and cycle: method, cycle, density, seeds, difference (the mean
             over seeds of its accuracy minus the baseline's of the same seed), low and high, the 95 % interval of
             Student's t; None with one seed. Intervals are of each row by itself, not of all at once.
@@ -113,6 +117,7 @@ def compare(
     """
     base = without_folder(SwampConfig.of(config, common))
     _check(methods, seeds, baseline, base)
+    methods, seeds = list(methods), [operator.index(seed) for seed in seeds]
     wanted = {
         (method, seed): [
             base.replace(**METHODS[method].settings(base), seed=own) for own in seeds_of(METHODS[method], base, seed)
@@ -162,9 +167,10 @@ def compare(
         else:
             problem = problems[wanted[method, seed][0]]
             rows += [{"method": method, "seed": seed, **row} for row in _rows(method, base, problem, members)]
-    dense = {name: _reference(rows, method) for name, method in DENSE.items()}
+    references = {name: _reference(rows, method) for name, method in DENSE.items()}
+    dense = {name: _spread([*there.values()]) for name, there in references.items()}
     rows = [row for row in rows if row["method"] in methods]
-    summary = _summary(rows, dense)
+    summary = _summary(rows, references)
     compared = Comparison(baseline, rows, summary, _paired(rows, baseline), dense, errors, found)
     if out is not None and ranks.current().first:
         SweepResult([*runs.values()]).write_csv(Path(out) / "results.csv")
@@ -177,7 +183,7 @@ def compare(
 
 def _check(methods: Sequence[str], seeds: Sequence[int], baseline: str, base: SwampConfig) -> None:
     for name, values in (("methods", methods), ("seeds", seeds)):
-        if isinstance(values, str) or not values or len(set(values)) < len(values):
+        if isinstance(values, str) or len(values) == 0 or len(set(values)) < len(values):
             raise ValueError(f"`{name}` must be a list of at least one, each once; got {values!r}.")
     for method in methods:
         if method not in METHODS:
@@ -232,32 +238,40 @@ def _rows(method: str, base: SwampConfig, problem: Problem, members: Sequence[Sw
 
 @torch.no_grad()
 def ensemble_scores(problem: Problem, models: Sequence[nn.Module]) -> dict[str, float | None]:
-    """Accuracy and loss on test of the mean of the models' softmax; None without test data or classes."""
+    """Accuracy and cross-entropy on test of the mean of the models' softmax.
+
+    None without test data or classes; the loss is None where the problem's is another, which takes no probabilities.
+    """
     if problem.test is None or not problem.classifies:
         return {"accuracy": None, "loss": None}
     models = [model.to(problem.device, problem.dtype) for model in models]
+    keys = [evaluation_keys(problem, 0, number) for number in range(len(models))]
     correct, entries, loss = 0, 0, 0.0
-    for inputs, targets, count in pass_in_stored_order(problem.test, problem.config.batch_size):
-        with problem.autocast():
-            outputs = [problem.forward(model, inputs) for model in models]
-        together = torch.stack([each.double().softmax(1) for each in outputs]).mean(0)
-        correct, entries = correct + int((together.argmax(1) == targets).sum()), entries + targets.numel()
-        # A softmax's logarithm is as good as what it was made of.
-        loss += float(problem.losses(together.clamp_min(torch.finfo(torch.float64).tiny).log(), targets).mean()) * count
-    return {"accuracy": correct / entries, "loss": loss / problem.test.length}
+    with generators_left_alone():
+        batches = pass_in_stored_order(problem.test, problem.config.batch_size)
+        for number, (inputs, targets, count) in enumerate(batches):
+            time = evaluation_time(1, number)
+            outputs = [
+                outputs_of(problem, model, inputs, at_time(key, time)) for model, key in zip(models, keys, strict=True)
+            ]
+            together = torch.stack([each.double().softmax(1) for each in outputs]).mean(0)
+            correct, entries = correct + int((together.argmax(1) == targets).sum()), entries + targets.numel()
+            if problem.loss is cross_entropy:
+                logs = together.clamp_min(torch.finfo(torch.float64).tiny).log()
+                loss += float(problem.losses(logs, targets).mean()) * count
+    mean = loss / problem.test.length if problem.loss is cross_entropy else None
+    return {"accuracy": correct / entries, "loss": mean}
 
 
-def _reference(rows: Sequence[dict[str, Any]], method: str) -> dict[str, Any]:
-    return _spread([row for row in rows if row["method"] in (method, f"dense of {method}") and row["cycle"] == 0])
+def _reference(rows: Sequence[dict[str, Any]], method: str) -> dict[int, dict[str, Any]]:
+    """Seed -> the row of a method's dense cycle."""
+    return {row["seed"]: row for row in rows if row["method"] in (method, f"dense of {method}") and row["cycle"] == 0}
 
 
 def _spread(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Seeds, mean accuracy and its standard deviation; None without accuracies."""
-    values = [row["accuracy"] for row in rows]
-    if not values or any(value is None for value in values):
-        return {"seeds": len(rows), "accuracy": None, "accuracy_std": None}
-    spread = statistics.stdev(values) if len(values) > 1 else None
-    return {"seeds": len(rows), "accuracy": statistics.fmean(values), "accuracy_std": spread}
+    spread = spread_of("accuracy", rows) if rows else {}
+    return {"seeds": len(rows), "accuracy": None, "accuracy_std": None} | spread
 
 
 def _grouped(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, int], dict[int, dict[str, Any]]]:
@@ -268,20 +282,25 @@ def _grouped(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, int], dict[int, 
     return groups
 
 
-def _summary(rows: Sequence[dict[str, Any]], dense: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+def _summary(
+    rows: Sequence[dict[str, Any]], references: Mapping[str, Mapping[int, dict[str, Any]]]
+) -> list[dict[str, Any]]:
     summary = []
     for (method, cycle), each in _grouped(rows).items():
         own = list(each.values())
         spread = _spread(own)
-        matching = {
-            f"matching_{name}": None
-            if spread["accuracy"] is None or there["accuracy"] is None
-            else spread["accuracy"] >= there["accuracy"]
-            for name, there in dense.items()
-        }
+        matching = {f"matching_{name}": _matches(each, there) for name, there in references.items()}
         means = {name: statistics.fmean(row[name] for row in own) for name in ("density", "particle_epochs", "seconds")}
-        summary.append({"method": method, "cycle": cycle, **spread, **matching, **means})
+        losses = {"loss": None, "loss_std": None} | spread_of("loss", own)
+        summary.append({"method": method, "cycle": cycle, **spread, **losses, **matching, **means})
     return summary
+
+
+def _matches(own: Mapping[int, dict[str, Any]], dense: Mapping[int, dict[str, Any]]) -> bool | None:
+    """Whether the mean accuracy over the seeds that both have is at least the dense one's."""
+    both = [seed for seed in own if seed in dense]
+    ours, theirs = (_spread([rows[seed] for seed in both])["accuracy"] for rows in (own, dense))
+    return None if ours is None or theirs is None else ours >= theirs
 
 
 def _paired(rows: Sequence[dict[str, Any]], baseline: str) -> list[dict[str, Any]]:

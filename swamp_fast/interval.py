@@ -7,9 +7,20 @@ import statistics
 from collections.abc import Sequence
 
 
+def mean_and_spread(values: Sequence[float]) -> tuple[float, float | None]:
+    """The mean of at least one value and the standard deviation, None of one; both NaN where a value isn't finite."""
+    if not all(map(math.isfinite, values)):
+        return math.nan, None if len(values) == 1 else math.nan
+    return statistics.fmean(values), None if len(values) == 1 else statistics.stdev(values)
+
+
 def half_width(values: Sequence[float], level: float = 0.95) -> float:
-    """Half the width of the confidence interval of the mean of at least two values, by Student's t."""
-    return quantile(level, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
+    """Half the width of the confidence interval of the mean of at least two values, by Student's t.
+
+    NaN where a value isn't finite.
+    """
+    factor, finite = quantile(level, len(values) - 1), all(map(math.isfinite, values))
+    return factor * statistics.stdev(values) / math.sqrt(len(values)) if finite else math.nan
 
 
 def quantile(level: float, freedom: int) -> float:

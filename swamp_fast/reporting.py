@@ -18,6 +18,9 @@ from swamp_fast.report.of_methods import page_of_comparison, page_of_sweep
 from swamp_fast.report.of_run import page_of_run
 from swamp_fast.report.page import Page
 
+# What a page is made of, the first file of each tells which page it is.
+SOURCES = (("comparison.json",), ("run.json", "analysis.json", "a cycle's row"), ("summary.csv", "results.csv"))
+
 
 def write_report(directory: str | Path, model: str | None = None) -> Path:
     """Write report.html, figures/NAME.svg and .png, and numbers/NAME.csv into the folder of a run, comparison or sweep.
@@ -31,7 +34,15 @@ def write_report(directory: str | Path, model: str | None = None) -> Path:
     holds none of them or is damaged.
     """
     folder = Path(directory).expanduser()
-    page = _page(folder, model)
+    try:
+        page = _page(folder, model)
+        content = page.html()
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        read = next(names for names in SOURCES if (folder / names[0]).exists())
+        raise ValueError(
+            f"{folder}: {' or '.join(read)} is damaged or of another version ({type(error).__name__}: {error}); write "
+            "it again, or move it away."
+        ) from error
     for place in ("figures", "numbers"):
         (folder / place).mkdir(exist_ok=True)
     for picture in page.pictures:
@@ -41,7 +52,7 @@ def write_report(directory: str | Path, model: str | None = None) -> Path:
     for name, rows in page.tables.items():
         write(folder / "numbers" / f"{name}.csv", _csv(rows))
     path = folder / "report.html"
-    write(path, page.html().encode())
+    write(path, content.encode())
     return path
 
 

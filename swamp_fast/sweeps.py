@@ -8,7 +8,6 @@ import dataclasses
 import functools
 import io
 import itertools
-import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -24,6 +23,7 @@ from swamp_fast.checkpoint import RunDirectory, run_id, write
 from swamp_fast.config import SwampConfig
 from swamp_fast.driver import swamp
 from swamp_fast.engines import Engine, start_engine
+from swamp_fast.interval import mean_and_spread
 from swamp_fast.pack import Pack, dealt, packed, packs_of, runs_at_once
 from swamp_fast.probe import Forward, Loss
 from swamp_fast.problem import SPLITS, Problem, prepare
@@ -69,7 +69,7 @@ class SweepResult:
         return list(dict.fromkeys(name for run in self.runs for name in run.point if name != "seed"))
 
     def rows(self) -> list[dict[str, Any]]:
-        """A row a run and cycle: id, the run's point, and the history's numbers; a run that failed has its error."""
+        """A row a run and cycle: id, the run's point, the history's other numbers; a run that failed has its error."""
         rows = []
         for run in self.runs:
             history = [{}] if run.result is None else run.result.history
@@ -77,11 +77,14 @@ class SweepResult:
                 plain = {name: value for name, value in row.items() if isinstance(value, int | float | None)}
                 plain |= {"dropped": len(row["dropped"])} if row else {}
                 error = "" if run.error is None else f"{type(run.error).__name__}: {run.error}"
-                rows.append({"id": run.id, **run.point, **plain, "error": error})
+                rows.append({"id": run.id, **run.point, **plain, **run.point, "error": error})
         return rows
 
     def summary(self) -> list[dict[str, Any]]:
-        """A row a point without its seed and cycle: how many seeds, and each score's mean and standard deviation."""
+        """A row a point without its seed and cycle: how many seeds, each score's mean and standard deviation.
+
+        The latter is None of one seed, both NaN where a score isn't finite.
+        """
         groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
         points: dict[tuple[Any, ...], dict[str, Any]] = {}
         for run in self.runs:
@@ -94,13 +97,16 @@ class SweepResult:
                 groups.setdefault(key, []).append(row)
         return [
             {**points[key], "cycle": rows[0]["cycle"], "density": rows[0]["density"], "seeds": len(rows)}
-            | {name: value for score in SCORES for name, value in _spread(score, rows).items()}
+            | {name: value for score in SCORES for name, value in spread_of(score, rows).items()}
             for key, rows in groups.items()
         ]
 
     def write_csv(self, path: str | Path, rows: list[dict[str, Any]] | None = None) -> Path:
-        """Write `rows()`, or other rows, as CSV."""
-        return write_csv(Path(path), self.rows() if rows is None else rows)
+        """Write `rows()`, or other rows, as CSV; the settings of all points come first, before `cycle`."""
+        rows = self.rows() if rows is None else rows
+        columns = {name for row in rows for name in row}
+        first = ["id", *(name for run in self.runs for name in run.point)]
+        return write_csv(Path(path), rows, [name for name in first if name in columns])
 
     def figure(self, path: str | Path) -> Path:
         """Draw the accuracy over the density, a line a point without its seed, with its spread over seeds.
@@ -281,10 +287,11 @@ def _measured(problems: Sequence[Problem], console: Console) -> tuple[dict[str, 
     return engine.describe(), at_once
 
 
-def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
-    """Write rows as CSV, a column a key."""
+def write_csv(path: Path, rows: Sequence[dict[str, Any]], first: Sequence[str] = ()) -> Path:
+    """Write rows as CSV, a column a key, those in `first` before the others."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, dict.fromkeys(name for row in rows for name in row), lineterminator="\n")
+    columns = dict.fromkeys([*first, *(name for row in rows for name in row)])
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     write(path, text.getvalue().encode())
@@ -483,9 +490,10 @@ def _quiet(problem: Problem, run: SweptRun, progress: _Progress) -> Problem:
     return dataclasses.replace(problem, config=config, on_cycle=lambda row: progress.cycle(run, config, row))
 
 
-def _spread(score: str, rows: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """A score's mean and standard deviation over rows, if all have it."""
+def spread_of(score: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
+    """A score's mean and standard deviation over at least one row, {} unless all have it."""
     values = [row[score] for row in rows]
     if any(value is None for value in values):
         return {}
-    return {score: statistics.fmean(values), f"{score}_std": statistics.stdev(values) if len(values) > 1 else 0.0}
+    mean, spread = mean_and_spread(values)
+    return {score: mean, f"{score}_std": spread}

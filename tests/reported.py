@@ -16,7 +16,7 @@ LAYERS = {"convs.0.weight": (8, 1, 3, 3), "convs.1.weight": (8, 8, 3, 3), "convs
 
 
 def write_run(path: Path, cycles: int = 6, done: int = 7, *, test: bool = True, val: bool = True, dropped: bool = False,
-              name: str = "SmallCNN", **settings: Any) -> Path:  # fmt: skip
+              flops: float = 1.8e6, name: str = "SmallCNN", **settings: Any) -> Path:  # fmt: skip
     """A run's folder of which `done` trainings are there."""
     config = SwampConfig(**{"particles": 3, "cycles": cycles, "epochs": 4, "ticket_epochs": 1, "seed": 7} | settings)
     config = config.replace(run_dir=str(path))
@@ -46,15 +46,15 @@ def write_run(path: Path, cycles: int = 6, done: int = 7, *, test: bool = True, 
         density = (1 - config.prune) ** cycle
         lost = [{"lane": 1, "epoch": 2}] if dropped and cycle == 2 else []
         each = [0.97 - 0.02 * cycle / 6 + 0.004 * lane for lane in (0, 2) if lost] or [
-            0.97 - 0.02 * cycle / 6 + 0.004 * lane for lane in range(3)
+            0.97 - 0.02 * cycle / 6 + 0.004 * lane for lane in range(config.particles)
         ]
         masks = {
             layer: torch.arange(math.prod(shape)).view(shape) < round(math.prod(shape) * density ** (0.4 + place))
             for place, (layer, shape) in enumerate(LAYERS.items())
         }
         row = {
-            "cycle": cycle, "particles": 3, "density": density, "kept": round(1800 * density),
-            "flops": round(1.8e6 * density**0.8), "train_loss": [0.02 + 0.001 * cycle] * len(each),
+            "cycle": cycle, "particles": config.particles, "density": density, "kept": round(1800 * density),
+            "flops": round(flops * density**0.8), "train_loss": [0.02 + 0.001 * cycle] * len(each),
             "train_seconds": 3.0 * density**0.5, "seconds": 3.0 * density**0.5 + 0.5, "peak_memory": 857604096,
             "dropped": lost, "warnings": [f"cycle {cycle}, epoch 2: particle 1 diverged"] if lost else [],
             "accuracy": 0.985 - 0.001 * cycle if test else None, "loss": 0.05 + 0.002 * cycle if test else None,

@@ -7,6 +7,7 @@ import json
 import statistics
 
 import networks
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,8 +16,10 @@ from torch import nn
 from swamp_fast import SwampConfig, compare, fast_swamp
 from swamp_fast import sweeps as module
 from swamp_fast.cli import main
+from swamp_fast.compare import _summary as summary_of
 from swamp_fast.engines.eager import Choice
 from swamp_fast.methods import METHODS, seeds_of
+from swamp_fast.reporting import write_report
 
 SETTINGS = {"particles": 2, "cycles": 2, "epochs": 1, "ticket_epochs": 1, "batch_size": 32, "progress": False}
 SETTINGS |= {"engine": "eager", "precision": "float64"}
@@ -209,6 +212,63 @@ def test_without_test_data(digits, monkeypatch):
     assert all(row["matching_sgd"] is None for row in found.summary)
     assert found.paired == []
     assert "–" in found.table()
+
+
+class Noisy(nn.Module):
+    """Draws in eval mode too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden, self.head = nn.Linear(64, 16), nn.Linear(16, 10)
+
+    def forward(self, x):
+        return self.head(F.relu(self.hidden(x.flatten(1) + 0.1 * torch.randn(len(x), 64))))
+
+
+def weighted(outputs, targets):
+    return F.cross_entropy(outputs, targets, weight=torch.arange(1.0, 11.0), reduction="none")
+
+
+def test_an_ensemble_with_a_loss_of_ones_own_and_a_model_that_draws(digits):
+    """It has no loss, draws the same each time, and the user's generator stays."""
+    settings = SETTINGS | {"cycles": 0, "precision": "float32"}
+    before = torch.get_rng_state()
+    found = [
+        compare(Noisy, *digits, ["imp", "ensemble"], np.arange(2), loss=weighted, **settings).rows for _ in range(2)
+    ]
+    assert torch.equal(torch.get_rng_state(), before)
+    for ours, theirs in zip(*found, strict=True):
+        assert ours["accuracy"] == theirs["accuracy"] is not None
+        assert (ours["loss"] is None) == (ours["method"] == "ensemble")
+
+
+def test_matching_is_over_the_seeds_that_both_have():
+    """A seed that only the dense reference has moves its mean, but decides nothing."""
+    row = {"cycle": 0, "density": 1.0, "loss": None, "particle_epochs": 1, "seconds": 1.0}
+    dense = {seed: {"accuracy": accuracy} for seed, accuracy in enumerate((0.9, 0.9, 0.6))}
+    rows = [{"method": "swamp", "seed": seed, "accuracy": 0.85, **row} for seed in (0, 1)]
+    alone = [{"method": "sms", "seed": 7, "accuracy": 0.85, **row}]
+    found = summary_of(rows + alone, {"sgd": dense, "swa": {}})
+    assert [(each["matching_sgd"], each["matching_swa"]) for each in found] == [(False, None), (None, None)]
+
+
+def test_regression_has_losses(tmp_path):
+    inputs = torch.randn(64, 5, generator=torch.Generator().manual_seed(0))
+    data = inputs, inputs.sum(1, keepdim=True)
+
+    def made() -> nn.Module:
+        return nn.Sequential(nn.Linear(5, 16), nn.Tanh(), nn.Linear(16, 1))
+
+    def squares(outputs, targets):
+        return (outputs - targets).square().mean(1)
+
+    settings = SETTINGS | {"cycles": 1, "lr": 0.01, "swa_lr": 0.005}
+    found = compare(made, data, data, ["imp", "swamp"], SEEDS, loss=squares, out=tmp_path, **settings)
+    losses = [row["loss"] for row in found.rows if row["method"] == "swamp" and row["cycle"] == 1]
+    shown = f"{statistics.fmean(losses):.4f} ± {statistics.stdev(losses):.4f}"
+    assert shown in found.table()
+    assert "loss" in found.table().splitlines()[0]
+    assert shown in write_report(tmp_path).read_text()
 
 
 @pytest.mark.parametrize(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import re
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from shlex import quote
 
 import browser
 import pytest
@@ -18,8 +20,10 @@ from swamp_fast import fast_swamp, sweep
 from swamp_fast.cli import main
 from swamp_fast.report import drawings
 from swamp_fast.report.drawings import COLOURS
+from swamp_fast.report.of_run import page_of_run
 from swamp_fast.report.page import Html, tag, text
-from swamp_fast.reporting import write_report
+from swamp_fast.report.table import summary_table
+from swamp_fast.reporting import _facts, write_report
 
 VOID = {"meta", "link", "br"}
 EVERY_FIGURE = {"accuracy", "barriers", "matrix", "plane", "random-plane", "overlap", "flatness", "layers", "time"}
@@ -203,6 +207,99 @@ def test_an_analysis_without_test_data(tmp_path):
     assert "Level lines of the training loss" in found.said
 
 
+def edited(path: Path, **changes) -> None:
+    """A JSON file with other values."""
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (
+            {"combine": "best"},
+            ("the best particle has 97.90", "the one best on validation data", "the best of several"),
+        ),
+        ({"mask_score": "random"}, ("Random pruning with averaged", "drawn at random")),
+        ({"mask_from": "dense"}, ("every mask from the dense solution", "one global threshold")),
+        ({"particles": 1}, ("Iterative magnitude pruning of one particle", "the particle has 97.90")),
+    ],
+)
+def test_a_run_that_is_not_swamp_is_not_called_so(tmp_path, settings, said):
+    folder = reported.write_run(tmp_path / "a", **settings)
+    found = parsed(write_report(folder)).said.replace("\xa0", " ")
+    for words in said:
+        assert words in found, words
+    assert "Iterative magnitude pruning with averaged particles" not in found
+    assert ("the average has" in found) == ("mask_score" in settings or "mask_from" in settings)
+    assert ("points above" in found) == (settings.get("particles") != 1)
+    assert ("one global threshold decides" in found) == ("mask_score" not in settings)
+
+
+def test_a_run_without_flops(tmp_path):
+    folder = reported.write_run(tmp_path / "a", cycles=1, done=2, flops=0)
+    assert re.search(r"FLOPs left\s*–", parsed(write_report(folder)).said)
+
+
+def test_the_command_has_the_data_that_was_held_out(tmp_path):
+    facts = _facts(reported.write_run(tmp_path / "a", cycles=2, done=2), "a", None)
+    about = facts.about | {"fingerprints": facts.about["fingerprints"] | {"val": "d24b4251"}}
+    said = page_of_run(dataclasses.replace(facts, about=about)).html()
+    assert "--data DATA --val VAL --config a/config.toml --out a-again" in said
+    data = ["train: x.npz train: 1,294 samples on cpu", "val of train: x.npz train: 144 samples on cpu"]
+    lines = [about["lines"][0], *(f"data     {each}" for each in (*data, "test: y.npz test: 359 samples on cpu"))]
+    said = page_of_run(dataclasses.replace(facts, about=about | {"lines": lines})).html()
+    for command in ("--config a/config.toml --out a-again", "--config a/config.toml --out a"):
+        assert f"swamp-fast run --model MODEL --data DATA --val 0.1 --test TEST {command}" in said
+    assert "train, test, val=0.1, config=config" in said
+
+
+def test_an_analysis_of_fewer_cycles_than_the_run_has(tmp_path):
+    folder = reported.write_run(tmp_path / "a", done=7, keep_particles=True)
+    reported.write_analysis(folder, 3)
+    edited(folder / "analysis.json", particles=None)
+    said = parsed(write_report(folder)).said
+    assert "The analysis is of 3 cycles, the run has 7: analyse it again." in said
+    assert "one of 3: swamp-fast analyze a --model small_cnn --data digits" in said
+    assert "--keep-particles" not in said
+
+
+def test_what_is_not_known_is_not_drawn():
+    masks = [{"cycle": cycle, "dead_in": 2, "dead_out": None} for cycle in (0, 1)]
+    (line,) = drawings.dead_channels(masks, {0: 1.0, 1: 0.8}).axes[0].lines
+    assert list(line.get_ydata()) == [2, 2]
+
+
+def test_milliseconds_are_of_a_batch(tmp_path):
+    folder = reported.write_run(tmp_path / "a")
+    reported.write_analysis(folder)
+    assert "FLOPs of one sample's forward, milliseconds of a batch:" in parsed(write_report(folder)).said
+    cost = json.loads((folder / "analysis.json").read_text())["cost"]
+    edited(folder / "analysis.json", cost=[row | {"batch_size": 128} for row in cost])
+    assert "milliseconds of 128 samples at once:" in parsed(write_report(folder)).said
+
+
+@pytest.mark.parametrize("page", ["comparison", "run", "sweep"])
+def test_a_file_of_another_version(tmp_path, page, capsys):
+    """It is told of without a traceback."""
+    folder = tmp_path / "a"
+    if page == "comparison":
+        reported.write_comparison(folder)
+        edited(folder / "comparison.json", summary=[{"method": "imp"}])
+        said = "comparison.json is damaged or of another version (KeyError: 'density')"
+    elif page == "run":
+        reported.write_run(folder)
+        reported.write_analysis(folder)
+        edited(folder / "analysis.json", against={"overlap": []})
+        said = "run.json or analysis.json or a cycle's row is damaged or of another version (KeyError: 'run')"
+    else:
+        folder.mkdir()
+        (folder / "results.csv").write_text("id,lr,seed,cycle,error\na,0.1,0,0,\n")
+        (folder / "summary.csv").write_text("lr,cycle,density\n0.1,0,1.0\n")
+        said = "summary.csv or results.csv is damaged or of another version (KeyError: 'seeds')"
+    assert main(["report", str(folder)]) == 2
+    assert said in capsys.readouterr().err
+
+
 HOSTILE = "<script>alert(1)</script>\"'&"
 
 
@@ -213,6 +310,7 @@ def test_text_of_the_run_is_escaped(tmp_path):
     assert "b" not in found.seen
     assert HOSTILE in found.said
     assert 'SwampResult.load("a&<b>", model)' in found.said
+    assert f"--model {quote(HOSTILE)} --data DATA --config 'a&<b>/config.toml' --out 'a&<b>-again'" in found.said
 
 
 def test_html_is_only_what_was_made_as_html():
@@ -234,12 +332,23 @@ def test_a_comparison(tmp_path):
     assert {row["method"] for row in numbers(folder, "differences")} == set(reported.METHODS) - {"imp"}
 
 
+def test_equal_differences_are_no_verdict(tmp_path):
+    folder = reported.write_comparison(tmp_path / "c", methods=("imp", "sms"), seeds=2)
+    found = json.loads((folder / "comparison.json").read_text())
+    for row in found["paired"]:
+        row |= {"difference": -0.01, "low": -0.01, "high": -0.01}
+    (folder / "comparison.json").write_text(json.dumps(found))
+    (folder / "comparison.csv").write_text("method\n")
+    assert "below" not in parsed(write_report(folder)).said
+
+
 def test_a_comparison_of_one_seed_and_one_method_without_a_baseline(tmp_path):
     folder = reported.write_comparison(tmp_path / "c", methods=("imp",), seeds=1)
     (folder / "comparison.csv").write_text("method\n")
     found = parsed(write_report(folder))
     assert figures(folder) == {"accuracy", "cost"}
     assert "1 seed each" in found.said
+    assert "One seed, so no spread." in found.said
     assert "the band is one standard deviation" in found.said
 
 
@@ -264,6 +373,26 @@ def test_a_sweep_and_its_runs(tmp_path, digits):
     said = parsed(write_report(again)).said
     assert f"{again.name}: Sequential" in said
     assert "1,024 prunable" in said  # of the model's line, which run.json keeps
+
+
+def test_a_sweep_over_particles_and_points_that_set_different_things(tmp_path, digits):
+    """A line a point, also where it sets what a row of the history has; no spread of one seed, no NaN's mean."""
+
+    def made() -> torch.nn.Module:
+        return torch.nn.Sequential(
+            torch.nn.Flatten(), torch.nn.Linear(64, 16), torch.nn.ReLU(), torch.nn.Linear(16, 10)
+        )
+
+    settings = {"cycles": 1, "epochs": 1, "ticket_epochs": 0, "progress": False, "swa_lr": 0.01}
+    swept = sweep(made, *digits, [{"particles": 1}, {"particles": [1, 2], "lr": 0.05}], out=tmp_path / "s", **settings)
+    found = parsed(write_report(tmp_path / "s"))
+    assert "2 runs of 2 points, 1 seed each." in found.said
+    assert re.search(r"particles = 1\b.*particles = \[1, 2\], lr = 0.05", found.said, re.S)
+    assert "dropped" not in found.said
+    assert "±" not in found.said
+    assert len(numbers(tmp_path / "s", "accuracy")) == 4
+    assert numbers(tmp_path / "s", "accuracy")[0]["accuracy_std"] == ""
+    assert "±" not in summary_table(swept.summary(), swept.names)
 
 
 def test_on_the_command_line(tmp_path, capsys, digits):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import signal
 
 import networks
@@ -15,6 +16,7 @@ from test_odd_models import same
 from swamp_fast import fast_swamp, sweep
 from swamp_fast import sweeps as module
 from swamp_fast.engines.eager import Choice, EagerEngine
+from swamp_fast.interval import half_width
 from swamp_fast.problem import prepare
 from swamp_fast.run import Run
 
@@ -267,6 +269,25 @@ def test_what_was_chosen_is_chosen_again(data, tmp_path, monkeypatch):
     monkeypatch.setattr("swamp_fast.engines.choose", lambda problem, particles: Choice("fold", False, "then", {}))
     again = sweep(made, *data, SEEDS, out=tmp_path, **EAGER)
     assert [run.result.engine["why"] for run in again.runs] == ["first"] * 3
+
+
+def test_a_score_that_is_not_finite(data, tmp_path):
+    """Its mean and spread are NaN, and no run is lost."""
+
+    def loss(outputs, targets):
+        return -outputs.softmax(1).gather(1, targets[:, None]).squeeze(1).log()
+
+    (images, targets), test = data
+    images = images.float() / 255
+    loud = test[0].float() / 255
+    loud[0] *= 1e12
+    found = sweep(made, (images, targets), (loud, test[1]), {"seed": [0, 1]}, loss=loss, out=tmp_path, **EAGER)
+    assert [run.error for run in found.runs] == [None, None]
+    row = found.summary()[0]
+    assert math.isnan(row["loss"])
+    assert math.isnan(row["loss_std"])
+    assert row["accuracy_std"] >= 0
+    assert math.isnan(half_width([math.inf, 1.0]))
 
 
 def test_runs_are_dealt_by_what_they_cost(data):

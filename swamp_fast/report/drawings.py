@@ -76,10 +76,11 @@ def _styled() -> Iterator[None]:
         yield
 
 
-def score_over_density(rows: Sequence[Row], score: str) -> Any:
+def score_over_density(rows: Sequence[Row], score: str, what: str = "average") -> Any:
     """A score of the average, of every particle as a dot, and of the ensemble, over the density.
 
     score  "accuracy" (with the validation data's, where there are any), "loss", or "train_loss" (of particles alone)
+    what   stands in the average's place, where it isn't one
     """
     times = 100.0 if score == "accuracy" else 1.0
     with _styled():
@@ -93,8 +94,8 @@ def score_over_density(rows: Sequence[Row], score: str) -> Any:
             axes.plot(at, values, "o", color=ORANGE, **hollow, label="a particle")
         lines = {
             f"ensemble_{score}": ("their ensemble", PURPLE, "--", ""),
-            f"val_{score}": ("average, validation", GREEN, ":", "D"),
-            score: ("their average", BLUE, "-", "o"),
+            f"val_{score}": (f"{what}, validation", GREEN, ":", "D"),
+            score: (f"their {what}", BLUE, "-", "o"),
         }
         for name, (label, colour, style, marker) in lines.items():
             points = [(row["density"] * 100, row[name] * times) for row in rows if _is_number(row.get(name))]
@@ -286,16 +287,17 @@ def layers(cycles: Sequence[tuple[int, Mapping[str, float]]]) -> Any:
 
 
 def dead_channels(masks: Sequence[Row], densities: Mapping[int, float]) -> Any:
-    """Channels without incoming and without outgoing weights, over density."""
+    """Channels without incoming and without outgoing weights over density, where their number is known."""
     with _styled():
         figure, (axes,) = _canvas()
         rows = [row for row in masks if row["cycle"] in densities]
-        at = [densities[row["cycle"]] * 100 for row in rows]
         for name, label, colour, marker in (
             ("dead_in", "no incoming weight", BLUE, "o"),
             ("dead_out", "no outgoing weight", ORANGE, "s"),
         ):
-            axes.plot(at, [row.get(name) or 0 for row in rows], f"-{marker}", color=colour, markersize=4, label=label)
+            known = {densities[row["cycle"]] * 100: row[name] for row in rows if row.get(name) is not None}
+            if known:
+                axes.plot([*known], [*known.values()], f"-{marker}", color=colour, markersize=4, label=label)
         axes.set_ylim(0, max(1, axes.get_ylim()[1]))
         axes.locator_params(axis="y", nbins=6, integer=True)
         axes.set_ylabel("channels")

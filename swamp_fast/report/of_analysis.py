@@ -182,9 +182,14 @@ def layers(run: RunFacts) -> Section | None:
         return None
     rows = [{"cycle": cycle, **kept} for cycle, kept in cycles]
     gone = [name for name, density in cycles[-1][1].items() if density == 0]
+    decides = (
+        "the weights within a layer are drawn at random"
+        if run.config.mask_score == "random"
+        else "one global threshold decides, so layers thin out unequally"
+    )
     caption = (
-        "The darker, the more of a layer is kept, in equal steps of the density's logarithm, × where nothing is; one "
-        "global threshold decides, so layers thin out unequally."
+        "The darker, the more of a layer is kept, in equal steps of the density's logarithm, × where nothing is; "
+        f"{decides}."
     )
     drawing = drawings.layers(cycles)
     pictures = [Picture("layers", "Density by layer and cycle", caption, drawing, rows)]
@@ -221,9 +226,10 @@ def inference(run: RunFacts) -> Section | None:
         numbers = (in_millions(row.get("flops")), share, in_thousands(row.get("kept")), in_thousands(row.get("bytes")))
         cells.append((row["cycle"], density, *numbers, in_digits(sparse), in_digits(dense), faster))
     head = ("cycle", "density", "MFLOP", "of dense", "kept", "bytes", "sparse, ms", "dense, ms", "dense / sparse")
+    batch = cost[-1].get("batch_size")
     text = (
-        "Of one forward; milliseconds are measured on this CPU with this project's kernels against the dense model, a "
-        "dash where that was not."
+        f"FLOPs of one sample's forward, milliseconds of {f'{batch:,} samples at once' if batch else 'a batch'}: "
+        "measured on this CPU with this project's kernels against the dense model, a dash where that was not."
     )
     return Section("Inference", [text, table(cells, head, "inference cost", words=0)])
 

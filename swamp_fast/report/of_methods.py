@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import takewhile
+from shlex import quote
 from typing import Any
 
 from swamp_fast.report import drawings
 from swamp_fast.report.console import duration, percent
 from swamp_fast.report.page import Html, Page, Picture, Section, bullets, code, details, link, table, tag
+from swamp_fast.report.table import spread
 
 Row = dict[str, Any]
 
@@ -25,12 +28,15 @@ def page_of_comparison(name: str, found: Mapping[str, Any]) -> Page:
             "Effects of these methods are a few tenths of a point, about the error of a test set of 10,000: fewer than "
             "ten seeds seldom tell them apart."
         )
+    score = "accuracy" if any(row.get("accuracy") is not None for row in summary) else "loss"
+    if score == "loss":
+        text.append("Without accuracies only mean losses are given, and neither differences nor what matches.")
     sections = []
     failed = [f"{row.get('method')}, seed {row.get('seed')}: {row.get('error')}" for row in found.get("errors") or ()]
     if failed:
         sections.append(Section("Runs that failed", [tag("div", bullets(failed), "warn")]))
     dense = {f"dense {label}": value for label, value in _numbers(found.get("dense")).items()}
-    if any(row.get("accuracy") is not None for row in summary):
+    if score == "accuracy":
         caption = f"Test accuracy, a line a method, mean over seeds; {_band(lines)}. The axis does not begin at 0."
         drawing = drawings.lines_over_density(lines, dense)
         picture = Picture("accuracy", "Accuracy over sparsity, by method", caption, drawing, summary)
@@ -62,21 +68,22 @@ def page_of_comparison(name: str, found: Mapping[str, Any]) -> Page:
         picture = Picture("cost", "Cost", caption, drawings.costs(lowest), costs)
         sections.append(Section("Cost", [], [picture]))
     each_density = [
-        (row["method"], percent(row["density"]), row.get("seeds", "–"), _spread(row), _yes(row.get("matching_sgd")),
-         _yes(row.get("matching_swa")), _whole(row.get("particle_epochs")), _seconds(row.get("seconds")))
+        (row["method"], percent(row["density"]), row.get("seeds", "–"), spread(row, score),
+         _yes(row.get("matching_sgd")), _yes(row.get("matching_swa")), _whole(row.get("particle_epochs")),
+         _seconds(row.get("seconds")))
         for row in summary
     ]  # fmt: skip
-    columns = ("method", "density", "seeds", "accuracy", "matches SGD", "matches SWA", "particle-epochs", "took")
+    columns = ("method", "density", "seeds", score, "matches SGD", "matches SWA", "particle-epochs", "took")
     about = (
         "A row a method, at its lowest density, and the density down to which it matches dense training of the network "
         "by SGD and by SWA, without a gap; selections use validation data."
     )
     ends = [
-        (method, percent(row["density"]), _spread(row), _down_to(lines[method], "matching_sgd"),
+        (method, percent(row["density"]), spread(row, score), _down_to(lines[method], "matching_sgd"),
          _down_to(lines[method], "matching_swa"), _whole(row.get("particle_epochs")), _seconds(row.get("seconds")))
         for method, row in lowest.items()
     ]  # fmt: skip
-    last = ("method", "density", "accuracy", "SGD down to", "SWA down to", "particle-epochs", "took")
+    last = ("method", "density", score, "SGD down to", "SWA down to", "particle-epochs", "took")
     single = [
         (row["method"], row["seed"], percent(row["density"]), percent(row.get("accuracy")), _figures(row.get("loss")))
         for row in rows
@@ -96,9 +103,8 @@ def page_of_comparison(name: str, found: Mapping[str, Any]) -> Page:
 
 def page_of_sweep(name: str, summary: Sequence[Row], results: Sequence[Row]) -> Page:
     """The page of a sweep's summary.csv and results.csv."""
-    points = [name for row in results[:1] for name in row if name not in KNOWN]
-    points += [name for row in summary for name in row if name not in (*KNOWN, *points)]
-    points = [name for name in dict.fromkeys(points) if name != "seed"]
+    settings = takewhile(lambda name: name not in ("cycle", "error"), results[0] if results else ())
+    points = [name for name in settings if name not in ("id", "seed")]
     lines: dict[str, list[Row]] = {}
     for row in summary:
         lines.setdefault(_point(row, points) or "all", []).append(row)
@@ -123,7 +129,7 @@ def page_of_sweep(name: str, summary: Sequence[Row], results: Sequence[Row]) -> 
 
     def cells(row: Row) -> list[Any]:
         begin = [row.get(point, "") for point in points]
-        return [*begin, row["cycle"], percent(row["density"]), row["seeds"], *(_spread(row, score) for score in scores)]
+        return [*begin, row["cycle"], percent(row["density"]), row["seeds"], *(spread(row, score) for score in scores)]
 
     shown = table([cells(row) for row in ends], head, "the last cycles, a row a point", words=len(points))
     every = table([cells(row) for row in summary], head, "a row a point and cycle", words=len(points))
@@ -131,7 +137,7 @@ def page_of_sweep(name: str, summary: Sequence[Row], results: Sequence[Row]) -> 
     where = [
         (
             *(row.get(point, "") for point in (*points, "seed")),
-            tag("code", f"swamp-fast report {name}/runs/{row['id']}"),
+            tag("code", f"swamp-fast report {quote(f'{name}/runs')}/{row['id']}"),
         )
         for row in {row["id"]: row for row in results}.values()
     ]
@@ -139,15 +145,14 @@ def page_of_sweep(name: str, summary: Sequence[Row], results: Sequence[Row]) -> 
     sections.append(Section("Runs", [table(where, head, "the runs of the sweep", words=len(head))]))
     sections.append(_files(name, "sweep", "results.csv"))
     count = len({_point(row, points) for row in results})
-    text = [f"{len(runs)} runs of {count} points, {seeds} {'seed' if seeds == 1 else 'seeds'} each."]
+    of = f"{count} {'point' if count == 1 else 'points'}, {seeds} {'seed' if seeds == 1 else 'seeds'} each"
+    text = [f"{len(runs)} runs of {of}."]
     if failed:
         text.append(f"{len(failed)} of {len(runs)} runs failed; they are in no mean.")
     return Page(f"{name}: a sweep", text, {"runs": str(len(runs)), "points": str(count), "seeds": str(seeds)}, sections)
 
 
 SCORES = ("accuracy", "loss", "mean_accuracy", "best_accuracy", "ensemble_accuracy", "val_accuracy")
-KNOWN = {"id", "error", "cycle", "density", "seeds", "kept", "particles", "flops", "train_seconds", "seconds"}
-KNOWN |= {"peak_memory", "val_mean_accuracy", *SCORES, *(f"{score}_std" for score in SCORES)}
 
 
 def _files(name: str, command: str, rows: str) -> Section:
@@ -155,7 +160,9 @@ def _files(name: str, command: str, rows: str) -> Section:
     text = (
         f"Each run's settings are in its own folder's config.toml, every row in {where}. With the file it began with:"
     )
-    return Section("Reproduce it", [tag("p", Html(text)), code(f"swamp-fast {command} FILE.toml --out {name}-again")])
+    return Section(
+        "Reproduce it", [tag("p", Html(text)), code(f"swamp-fast {command} FILE.toml --out {quote(f'{name}-again')}")]
+    )
 
 
 def _by(rows: Sequence[Row], name: str) -> dict[str, list[Row]]:
@@ -180,20 +187,13 @@ def _numbers(dense: Any) -> dict[str, float]:
 
 def _all_seeds(summary: Sequence[Row]) -> str:
     counts = sorted({row.get("seeds") or 1 for row in summary})
-    return f"Means over {counts[0]} seeds." if len(counts) == 1 else f"Means over {counts[0]} to {counts[-1]} seeds."
+    if len(counts) > 1:
+        return f"Means over {counts[0]} to {counts[-1]} seeds."
+    return "One seed, so no spread." if counts == [1] else f"Means over {counts[0]} seeds."
 
 
 def _point(row: Row, points: Sequence[str]) -> str:
     return ", ".join(f"{point} = {row[point]}" for point in points if row.get(point) not in (None, ""))
-
-
-def _spread(row: Row, score: str = "accuracy") -> str:
-    value, spread = row.get(score), row.get(f"{score}_std")
-    if value is None:
-        return "–"
-    if score == "loss":
-        return f"{value:.4f}" + ("" if spread is None else f" ± {spread:.4f}")
-    return percent(value) if spread is None else f"{value * 100:.2f} ± {spread * 100:.2f} %"
 
 
 def _points(difference: float | None) -> str:
@@ -206,7 +206,7 @@ def _interval(row: Row) -> str:
 
 def _verdict(row: Row) -> str:
     low, high = row.get("low"), row.get("high")
-    if low is None or high is None:
+    if low is None or high is None or high - low < 1e-9:  # of seeds that differ by the same, no spread is known
         return ""
     return "above" if low > 0 else "below" if high < 0 else ""
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from itertools import groupby
+from shlex import quote
 from typing import Any
 
 from swamp_fast.config import NOT_IDENTITY, SwampConfig
 from swamp_fast.report import drawings
 from swamp_fast.report.console import duration, percent
-from swamp_fast.report.facts import Row, RunFacts, in_digits, in_millions, in_thousands, in_words
+from swamp_fast.report.facts import Row, RunFacts, in_digits, in_millions, in_python, in_thousands, in_words
 from swamp_fast.report.of_analysis import compared, connected, flat, inference, layers
 from swamp_fast.report.page import Html, Page, Picture, Section, bullets, code, details, link, pairs, table, tag
 from swamp_fast.report.page import text as escaped
@@ -55,11 +56,13 @@ def _lead(run: RunFacts) -> list[str]:
     if last["accuracy"] is not None:
         start = "dense" if first["density"] == 1 else f"at {percent(first['density'])}"
         said.append(
-            f"At {percent(last['density'])} the average has {percent(last['accuracy'])} test accuracy, {start} it has "
-            f"{percent(first['accuracy'])}. One run has no spread over seeds."
+            f"At {percent(last['density'])} the {run.solution} has {percent(last['accuracy'])} test accuracy, {start} "
+            f"it has {percent(first['accuracy'])}. One run has no spread over seeds."
         )
     if run.left:
         said.append(f"Unfinished: {run.left} of {config.cycles + 1} trainings are still to come.")
+    if run.analysed not in (None, len(run.rows)):
+        said.append(f"The analysis is of {run.analysed} cycles, the run has {len(run.rows)}: analyse it again.")
     return said
 
 
@@ -71,7 +74,7 @@ def _facts(run: RunFacts) -> dict[str, str]:
         start = "dense" if first["density"] == 1 else "first cycle"
         facts |= {"test accuracy": percent(last["accuracy"]), f"{start}, it was": percent(first["accuracy"])}
     facts |= {
-        "FLOPs left": percent(last["flops"] / first["flops"], 1),
+        "FLOPs left": percent(last["flops"] / first["flops"], 1) if first["flops"] else "–",
         "took": duration(sum(row["seconds"] for row in run.rows)),
         "particle-epochs": f"{epochs:,}",
     }
@@ -83,9 +86,7 @@ def _what(run: RunFacts) -> Section:
     values = run.config.to_dict()
     changed = [name for name in fields if name not in NOT_IDENTITY and values[name] != fields[name]]
     named = [(tag("code", name), in_words(values[name]), in_words(fields[name])) for name in changed]
-    start = "the same ticket" if values["rewind"] == "ticket" else "the last average"
-    about = f"Iterative magnitude pruning with averaged particles, every cycle from {start} ({PAPER})."
-    text: list[Any] = [tag("p", Html(about))]
+    text: list[Any] = [tag("p", Html(f"{_method(run)}."))]
     if named:
         text.append(table(named, ("setting", "this run", "default"), "settings that differ from the defaults"))
     else:
@@ -103,6 +104,21 @@ def _what(run: RunFacts) -> Section:
     others = {name: in_words(value) for name, value in prints.items() if not isinstance(value, str)}
     stamps = pairs({name: tag("code", value) for name, value in kinds.items()} | others)
     return Section("What was run", [*text, pairs(facts), details("Fingerprints of model, data and callables", stamps)])
+
+
+def _method(run: RunFacts) -> str:
+    """What the run does, in words."""
+    config = run.config
+    of = "of one particle" if run.alone else f"with {'averaged' if config.combine == 'mean' else 'the best of several'}"
+    of += "" if run.alone else " particles"
+    start = "the same ticket" if config.rewind == "ticket" else f"the last {run.solution}"
+    if config.mask_score == "random":
+        return f"Random pruning {of}, every cycle from {start}"
+    if config.mask_from == "dense":
+        return f"Magnitude pruning {of}, every mask from the dense solution, every cycle from {start}"
+    swamp = (config.combine, config.rewind, run.alone) == ("mean", "ticket", False)
+    paper = f" ({PAPER})" if swamp else ""
+    return f"Iterative magnitude pruning {of}, every cycle from {start}{paper}"
 
 
 def _warnings(run: RunFacts) -> Section | None:
@@ -128,7 +144,7 @@ def _accuracy(run: RunFacts) -> Section:
         )
     else:
         caption = (
-            "Every dot is a particle, the line their average with BatchNorm re-estimated; test data is only reported, "
+            f"{_seen(run)} with BatchNorm re-estimated; test data is only reported, "
             f"{'selections use validation data' if val else 'nothing is selected on it'}. The axis does not begin at 0."
         )
     wanted = ("accuracy", "loss", "ensemble_accuracy", "mean_accuracy", "best_accuracy", "val_accuracy")
@@ -139,17 +155,18 @@ def _accuracy(run: RunFacts) -> Section:
             {name: row.get(name) for name in ("cycle", "density", "kept", *wanted)}
             | {f"particle {number}": value for number, value in zip(_lanes(row, len(each)), each, strict=True)}
         )
-    drawing = drawings.score_over_density(rows, score)
+    drawing = drawings.score_over_density(rows, score, run.solution)
     picture = Picture("accuracy", f"{what.capitalize()} over sparsity", caption, drawing, numbers)
     text = []
-    if last["accuracy"] is not None:
+    if last["accuracy"] is not None and not run.alone:
         gap = (last["accuracy"] - last["mean_accuracy"]) * 100
         beside = (last["accuracy"] - last["ensemble_accuracy"]) * 100
         best = last.get("best_accuracy")
-        chosen = "" if best is None else f"; the particle best on validation data has {percent(best)}"
+        chosen = f"; the particle best on validation data has {percent(best)}"
+        chosen = "" if best is None or run.config.combine == "best" else chosen
         text.append(
-            f"At {percent(last['density'])} the average is {_beside(gap)} its particles' mean and {_beside(beside)} "
-            f"their ensemble{chosen}."
+            f"At {percent(last['density'])} the {run.solution} is {_beside(gap)} its particles' mean and "
+            f"{_beside(beside)} their ensemble{chosen}."
         )
     ensemble = run.analysis.get("ensemble")
     after = []
@@ -171,6 +188,7 @@ def _time(run: RunFacts) -> Section:
     rows = [{name: row.get(name) for name in names} for row in run.rows]
     counts = {row["particles"] for row in run.rows}
     of = f"{counts.pop()} particles together" if len(counts) == 1 else "as many particles as the cycle has"
+    of = "of one particle" if run.alone else of
     last = run.rows[-1]
     caption = (
         f"Time of each cycle on this machine, {of}; the whole cycle has evaluation too. FLOPs are of one sample's "
@@ -183,6 +201,12 @@ def _time(run: RunFacts) -> Section:
         f"the last {duration(last['seconds'])}, the first {duration(run.rows[0]['seconds'])}."
     )
     return Section("Time", [text], [picture])
+
+
+def _seen(run: RunFacts) -> str:
+    """What dots and the line are."""
+    line = "their average" if run.solution == "average" else "the one best on validation data"
+    return "The line is the particle" if run.alone else f"Every dot is a particle, the line {line}"
 
 
 def _ways(run: RunFacts) -> dict[int, str]:
@@ -238,7 +262,7 @@ def _table(run: RunFacts) -> Section:
         "density": lambda row: percent(row["density"]),
         "kept": lambda row: in_thousands(row["kept"]),
         "N": lambda row: row["particles"] if len({row["particles"] for row in rows}) > 1 else "–",
-        "average": lambda row: percent(row["accuracy"]),
+        run.solution: lambda row: percent(row["accuracy"]),
         "particles": lambda row: _range(row.get("particle_accuracy")),
         "their mean": lambda row: percent(row.get("mean_accuracy")),
         "best on val": lambda row: percent(row.get("best_accuracy")),
@@ -260,18 +284,18 @@ def _table(run: RunFacts) -> Section:
 
 def _load(run: RunFacts) -> Section:
     name = run.known("model", "")
-    if ":" in name:
+    if ":" in name and all(part.isidentifier() for part in name.replace(":", ".").split(".")):
         module, _, factory = name.partition(":")
         made = f"from {module} import {factory}\n\nmodel = {factory}()"
     elif name:
         made = "from swamp_fast.models import build_model\n\n"
-        made += f'model = build_model("{name}", channels, height, width, classes)'
+        made += f"model = build_model({in_python(name)}, channels, height, width, classes)"
     else:
         made = "\nmodel = ...  # the architecture that was pruned, with any weights"
     lines = [
         f"from swamp_fast import SwampResult\n{made}",
-        f'result = SwampResult.load("{run.name}", model)',
-        "result.model  # the last average as a plain module: zeros where pruned, eval mode",
+        f"result = SwampResult.load({in_python(run.name)}, model)",
+        f"result.model  # the last {run.solution} as a plain module: zeros where pruned, eval mode",
         "result.masks  # name -> bool tensor",
         f"module, masks = result.at({max(len(run.rows) - 2, 0)})  # any cycle's",
     ]
@@ -279,7 +303,7 @@ def _load(run: RunFacts) -> Section:
     if not run.left:
         plain = (
             "from safetensors.torch import load_file\n\n"
-            f'model.load_state_dict(load_file("{run.name}/model.safetensors"))\nmodel.eval()'
+            f"model.load_state_dict(load_file({in_python(f'{run.name}/model.safetensors')}))\nmodel.eval()"
         )
         text += ["Or without swamp_fast:", code(plain)]
     if run.about.get("standardise"):
@@ -292,21 +316,22 @@ def _load(run: RunFacts) -> Section:
 
 
 def _again(run: RunFacts) -> Section:
-    model, data = run.known("model", "MODEL"), run.known("data", "DATA")
-    command = f"swamp-fast run --model {model} --data {data} --config {run.name}/config.toml --out {run.name}-again"
+    settings, out = f"{run.name}/config.toml", f"{run.name}-again"
+    command = f"swamp-fast run --model {quote(run.known('model', 'MODEL'))} {run.data_flags} --config {quote(settings)}"
+    val = "" if run.held_out is None else f"val={run.held_out}, "
     particles = run.about["config"].get("particles")
     text: list[Any] = [
         f"The seed of batch order, augmentation and dropout is {run.config.seed}; a particle's draws depend on it, the "
         f"cycle and the particle's number alone (N = {in_words(particles)}). The initial weights are the model's: on "
         "the command line they are drawn under the same seed, elsewhere the model's fingerprint tells whether they are "
         "the same.",
-        code(command),
+        code(f"{command} --out {quote(out)}"),
     ]
     if run.about["driver"] == "fast_swamp":
         text += ["In Python:", code(
             "from pathlib import Path\n\nfrom swamp_fast import SwampConfig, fast_swamp\n\n"
-            f'config = SwampConfig.from_toml(Path("{run.name}/config.toml")).replace(run_dir="{run.name}-again")\n'
-            "result = fast_swamp(model, train, test, config=config)"
+            f"config = SwampConfig.from_toml(Path({in_python(settings)})).replace(run_dir={in_python(out)})\n"
+            f"result = fast_swamp(model, train, test, {val}config=config)"
         )]  # fmt: skip
     chosen = "The engine and its ways are chosen by a stopwatch, so other bits may come on another machine; "
     text += [f"{chosen}what was chosen here is in run.json. The settings, config.toml:", code(run.settings.rstrip())]
@@ -314,23 +339,27 @@ def _again(run: RunFacts) -> Section:
 
 
 def _missing(run: RunFacts) -> Section | None:
-    model, data = run.known("model", "MODEL"), run.known("data", "DATA")
-    begin, where = f"swamp-fast run --model {model} --data {data}", f"--out {run.name}"
-    analyze, last = f"swamp-fast analyze {run.name} --model {model} --data {data}", run.rows[-1]
+    model, data = quote(run.known("model", "MODEL")), quote(run.known("data", "DATA"))
+    begin, last = f"swamp-fast run --model {model}", run.rows[-1]
+    analyze = f"swamp-fast analyze {quote(run.name)} --model {model} {run.data_flags}"
     lacks = []
     if run.left:
-        lacks.append((f"{run.left} trainings", f"{begin} --config {run.name}/config.toml {where}"))
+        settings = quote(f"{run.name}/config.toml")
+        lacks.append((f"{run.left} trainings", f"{begin} {run.data_flags} --config {settings} --out {quote(run.name)}"))
     if last["accuracy"] is None and last["loss"] is None:
-        lacks.append(("accuracies: the run had no test data", f"{begin} --test DATA --out NEW_DIR"))
+        lacks.append(("accuracies: the run had no test data", f"{begin} --data {data} --test TEST --out NEW_DIR"))
     if last.get("val_accuracy") is None:
         lacks.append(("the particle that is best on validation data: none was held out",
-                      f"{begin} --val 0.1 --out NEW_DIR"))  # fmt: skip
+                      f"{begin} --data {data} --val 0.1 --out NEW_DIR"))  # fmt: skip
     if not run.analysis:
         lacks.append(("barriers, flatness, dead channels and inference cost: no analysis yet", analyze))
     else:
-        if not run.analysis.get("particles"):
-            lacks.append(("barriers among the particles, which the run must keep for that",
-                          f"{begin} --keep-particles --out NEW_DIR"))  # fmt: skip
+        if run.analysed not in (None, len(run.rows)):
+            lacks.append((f"an analysis of all {len(run.rows)} cycles: there is one of {run.analysed}", analyze))
+        elif not run.analysis.get("particles") and not run.alone:
+            kept = run.config.keep_particles
+            lacks.append(("barriers among the particles" + ("" if kept else ", which the run must keep for that"),
+                          analyze if kept else f"{begin} {run.data_flags} --keep-particles --out NEW_DIR"))  # fmt: skip
         names = {"consecutive": "barriers between cycles", "hessian": "flatness", "masks": "dead channels"}
         names |= {"cost": "inference cost", "ensemble": "NLL and ECE of an ensemble"}
         gone = [said for name, said in names.items() if not run.analysis.get(name)]

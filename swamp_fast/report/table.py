@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from swamp_fast.report.console import duration, percent
@@ -20,33 +20,37 @@ def summary_table(summary: list[dict[str, Any]], names: list[str]) -> str:
     last = {tuple(str(row.get(name, "")) for name in names): row for row in summary}  # its cycles are in order
     rows = [(*names, "density", "seeds", "accuracy")]
     for point, row in last.items():
-        mean, spread = row.get("accuracy"), row.get("accuracy_std", 0.0)
-        accuracy = "–" if mean is None else f"{mean * 100:.2f} ± {spread * 100:.2f} %"
-        rows.append((*point, percent(row["density"]), str(row["seeds"]), accuracy))
+        rows.append((*point, percent(row["density"]), str(row["seeds"]), spread(row)))
     return _table(rows)
 
 
 def comparison_table(summary: list[dict[str, Any]], paired: list[dict[str, Any]], baseline: str) -> str:
-    """A comparison's last cycle, a row a method: accuracy on test and its spread over seeds, the difference from the
-    baseline with its 95 % interval in points, whether it matches dense training, and the cost so far.
+    """A comparison's last cycle, a row a method: accuracy on test (the loss where no method has one) and its spread
+    over seeds, the difference from the baseline with its 95 % interval in points, whether it matches dense training,
+    and the cost so far.
     """
     last = max((row["cycle"] for row in summary), default=0)
     against = {row["method"]: row for row in paired if row["cycle"] == last}
-    rows = [("method", "density", "seeds", "accuracy", f"minus {baseline}", "matches SGD", "SWA", "epochs", "took")]
+    score = "accuracy" if any(row["accuracy"] is not None for row in summary) else "loss"
+    rows = [("method", "density", "seeds", score, f"minus {baseline}", "matches SGD", "SWA", "epochs", "took")]
     for row in summary:
         if row["cycle"] == last:
-            mean, matching = row["accuracy"], (row["matching_sgd"], row["matching_swa"])
-            std = row["accuracy_std"]  # None of one seed
-            accuracy = (
-                "–" if mean is None else f"{mean * 100:.2f}" + ("" if std is None else f" ± {std * 100:.2f}") + " %"
-            )
-            answers = ({None: "–", True: "yes", False: "no"}[each] for each in matching)
+            answers = ({None: "–", True: "yes", False: "no"}[row[name]] for name in ("matching_sgd", "matching_swa"))
             cost = f"{row['particle_epochs']:,.0f}", duration(row["seconds"])
             difference = _difference(against.get(row["method"]))
-            rows.append(
-                (row["method"], percent(row["density"]), str(row["seeds"]), accuracy, difference, *answers, *cost)
-            )
+            begin = row["method"], percent(row["density"]), str(row["seeds"]), spread(row, score)
+            rows.append((*begin, difference, *answers, *cost))
     return _table(rows)
+
+
+def spread(row: Mapping[str, Any], score: str = "accuracy") -> str:
+    """The mean of a summary's score and its standard deviation over seeds, which one seed has not."""
+    mean, deviation = row.get(score), row.get(f"{score}_std")
+    if mean is None:
+        return "–"
+    times, unit, digits = (1, "", 4) if score == "loss" else (100, " %", 2)
+    shown = [f"{each * times:.{digits}f}" for each in (mean, deviation) if each is not None]
+    return " ± ".join(shown) + unit
 
 
 def _difference(row: dict[str, Any] | None) -> str:
