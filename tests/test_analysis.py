@@ -14,6 +14,9 @@ from torch import Tensor, nn
 import swamp_fast.analysis
 from swamp_fast.analysis import (
     Analysis,
+    BarrierMatrix,
+    Path,
+    TicketStability,
     barrier_matrix,
     channels,
     contour,
@@ -26,6 +29,7 @@ from swamp_fast.analysis import (
     mask_overlap,
     predictions,
     random_plane,
+    table,
 )
 from swamp_fast.analysis.hessian import quadratic_forms
 from swamp_fast.engines.eager import Choice
@@ -165,6 +169,22 @@ def test_the_barrier_of_a_quadratic_is_exact():
 
 
 # The Hessian of networks.
+
+
+def test_nan_on_a_path_is_no_connection():
+    def path(*losses: float) -> Path:
+        rest = {"train_error": None, "test_loss": None, "train_samples": 1}
+        return Path(t=[0, 0.5, 1], train_loss=list(losses), test_error=list(losses), **rest)
+
+    for losses in ((0.1, math.nan, 0.1), (0.1, 0.1, math.nan), (math.nan, 0.1, 0.1)):
+        assert all(math.isnan(path(*losses).barrier(over=over)) for over in ("max", "mean", "line"))
+    broken, sound = path(0.1, math.nan, 0.1), path(0.1, 0.1, 0.1)
+    assert TicketStability([0, 2], [sound, broken], 0.02).recommended is None
+    assert TicketStability([0, 2], [broken, sound], 0.02).recommended == 2
+    matrix = BarrierMatrix(3, {(0, 1): sound, (0, 2): broken, (1, 2): sound}).matrix()
+    particles = {"cycle": 0, "matrix": {"train_loss": matrix}}
+    shown = table({"consecutive": [], "hessian": [], "masks": [], "cost": [], "particles": particles, "ensemble": None})
+    assert "highest barrier among the particles of cycle 0: nan" in shown
 
 
 class Curved(nn.Module):

@@ -46,7 +46,7 @@ class TicketStability:
         """The smallest T0 that is stable, and all later candidates too."""
         found = None
         for epochs, barrier in zip(self.candidates[::-1], self.barriers[::-1], strict=True):
-            if barrier >= self.epsilon:
+            if not barrier < self.epsilon:  # NaN is not stable
                 break
             found = epochs
         return found

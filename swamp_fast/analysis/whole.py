@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from swamp_fast.analysis.barrier import barrier_matrix, consecutive, loss_barrier
+from swamp_fast.analysis.barrier import barrier_matrix, consecutive, highest, loss_barrier
 from swamp_fast.analysis.core import WHAT, Analysis, Scores, State, averages, particles
 from swamp_fast.analysis.cost import inference_cost
 from swamp_fast.analysis.ensemble import ensemble
@@ -126,7 +126,7 @@ def table(found: dict[str, Any]) -> str:
         ]
         lines.append("  ".join(cells))
     if found["particles"] is not None:
-        loss = max(map(max, found["particles"]["matrix"]["train_loss"]))
+        loss = highest([highest(row) for row in found["particles"]["matrix"]["train_loss"]])
         lines.append(
             f"highest barrier among the particles of cycle {found['particles']['cycle']}: {loss:.4f} train loss"
         )
