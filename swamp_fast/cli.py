@@ -193,6 +193,7 @@ def analyze(given: argparse.Namespace) -> None:
         val=given.val,
         prunable=sorted(result.masks),
         config=config,
+        standardise=result.standardise,
         samples=given.samples,
     )
     against = None if given.against is None else SwampResult.load(given.against, model)

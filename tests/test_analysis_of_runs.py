@@ -6,6 +6,7 @@ import doctest
 import json
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from networks import ResidualCNN
@@ -206,6 +207,37 @@ def test_a_run_with_a_loss_of_its_own_is_not_scored_with_another(tmp_path, capsy
     assert differing(Analysis(model, "digits", config=result.config, loss=halved), result) == []
     called = Analysis(model, "digits", val=0.2, config=result.config, forward=lambda model, x: model(x))
     assert differing(called, result) == ["train", "val", "loss", "forward"]
+
+
+def test_other_data_are_standardised_as_the_run_did(tmp_path, capsys, digits):
+    """A shift of the data shows in the scores: it isn't taken out by the new data's own mean and std."""
+    (inputs, targets), test = digits
+    dark = tmp_path / "dark.npz"
+    images = {f"{name}_images": (each // 3).movedim(1, -1) for name, each in (("train", inputs), ("test", test[0]))}
+    np.savez(dark, **images, train_labels=targets, test_labels=test[1])
+    run = {
+        "epochs": 4,
+        "ticket_epochs": 1,
+        "cycles": 0,
+        "particles": 1,
+        "progress": False,
+        "batch_size": 16,
+        "engine": "eager",
+    }
+    out = tmp_path / "run"
+    torch.manual_seed(0)
+    model = build_model("mlp", 1, 8, 8, 10)
+    result = fast_swamp(model, (inputs, targets), test, run_dir=out, **run)
+    mean, std = (torch.tensor(result.standardise[name]).view(-1, 1, 1) for name in ("mean", "std"))
+    with torch.no_grad():
+        outputs = result.model(((inputs // 3) / 255 - mean) / std)
+    loss = float(nn.functional.cross_entropy(outputs, targets))
+    shifted = Analysis(model, str(dark), config=result.config, standardise=result.standardise)
+    assert shifted.evaluate([result.state_dict]).train_loss == pytest.approx([loss], rel=1e-4)
+    few = ["--probes", "0", "--mixtures", "0", "--size", "2", "--repeats", "0", "--points", "3", "--anyway"]
+    assert main(["analyze", str(out), "--model", "mlp", "--data", str(dark), *few, "--random-plane"]) == 0
+    found = json.loads((out / "analysis.json").read_text())
+    assert found["random_plane"]["at_points"]["train_loss"] == pytest.approx([loss], rel=1e-4)
 
 
 def test_the_walk_throughs():

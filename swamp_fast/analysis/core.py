@@ -76,7 +76,9 @@ class Analysis:
 
     Args:
         model, train, test, val, forward, loss, prunable, config, settings: as of fast_swamp, and as the run had them:
-            a `val` that was held out is held out here, and pictures are standardised as in training.
+            a `val` that was held out is held out here.
+        standardise: the run's, result.standardise, by which its model takes uint8 pictures; None: the mean and std of
+            `train`, which are the same where the data are.
         samples: the first so many training samples stand for all of them, in losses and for BatchNorm; None: all.
 
     Losses are means over un-augmented samples; M models are M lanes of an engine, in chunks that fit the memory.
@@ -94,6 +96,7 @@ class Analysis:
         loss: Loss | None = None,
         prunable: Prunable = None,
         config: SwampConfig | None = None,
+        standardise: Mapping[str, Sequence[float]] | None = None,
         samples: int | None = None,
         **settings: Any,
     ) -> None:
@@ -107,6 +110,7 @@ class Analysis:
             prunable=prunable,
             config=own,
             settings={name: settings[name] for name in ("batch_size",) if name in settings},
+            standardise=standardise,
         )
         self.train, self.test = first_of(self.problem.train, samples), self.problem.test
         self.engine: EagerEngine | FusedEngine | None = None

@@ -214,12 +214,12 @@ def build(
     dtype: torch.dtype,
     *,
     augment: str = "none",
-    like: Built | None = None,
+    like: Standardise | None = None,
 ) -> Built:
     """Put a split on the device if it fits, else stream it.
 
     augment  "none", "crop_flip", or "auto": what the named set asks for
-    like     the training split, by whose statistics this one is standardised
+    like     what uint8 pictures are standardised by; None: by their own statistics
     """
     why = ""
     if isinstance(source, Samples):
@@ -234,11 +234,9 @@ def build(
         sample, how = reading.one_input(source), f"streamed ({why})"
     standardise = None
     if reading.is_picture(sample):
-        standardise = like.standardise if like is not None else None
-        if standardise is None:
-            standardise = Standardise.measured(
-                source.inputs if isinstance(source, Arrays) else reading.some_pictures(source, TABLE_PICTURES)
-            )
+        standardise = like or Standardise.measured(
+            source.inputs if isinstance(source, Arrays) else reading.some_pictures(source, TABLE_PICTURES)
+        )
     crop_flip = augment == "crop_flip" or (augment == "auto" and source.crops)
     croppable = isinstance(sample, Tensor) and sample.dim() == 3 and (standardise or sample.is_floating_point())
     if crop_flip and not croppable:
