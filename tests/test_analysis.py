@@ -536,6 +536,21 @@ def test_dead_channels_by_hand():
     assert channels(own, analysis(vit))["patches.weight"] == swamp_fast.analysis.Channels(16, 16, None)
 
 
+def test_dead_channels_of_a_transposed_convolution():
+    """Its weight is [in, out / groups, ...]: 4 inputs and 6 outputs in 2 groups."""
+    model = nn.Sequential(
+        *(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.ConvTranspose2d(4, 6, 2, groups=2), nn.ReLU(), nn.Flatten()),
+        nn.Linear(6 * 49, 10),
+    )
+    own = torch.ones(4, 3, 2, 2, dtype=torch.bool)
+    own[2:, 1] = False  # nothing comes into output 4
+    found = channels({"2.weight": own}, analysis(model))
+    assert found["2.weight"] == swamp_fast.analysis.Channels(6, 1, None)
+    own[:] = True
+    own[2] = False  # an input alone
+    assert channels({"2.weight": own}, analysis(model))["2.weight"].dead_in == 0
+
+
 def test_calibration_by_hand():
     """Three samples in one bin of 15, (9 / 15, 10 / 15], and one at certainty."""
     p = torch.tensor([[0.65, 0.35], [0.36, 0.64], [0.62, 0.38], [1.0, 0.0]], dtype=torch.float64)
