@@ -165,6 +165,10 @@ def prepare(
             "train to hold out, such as 0.1."
         )
 
+    lines = [f"data     {each.line}" for each in (built, *others) if each]
+    if found.uncounted:
+        lines.append(f"flops    unknown of {', '.join(found.uncounted)}: pruning them leaves the number as it is")
+
     trained = ((name, p) for name, p in template.named_parameters() if p.requires_grad)
     layout = Layout.of(trained, found.prunable)
     mask = layout.full_mask(device)
@@ -190,7 +194,7 @@ def prepare(
         on_cycle=on_cycle,
         drop_last=opened.drop_last,
         probe=found,
-        lines=(_model_line(template, layout), *(f"data     {each.line}" for each in (built, *others) if each)),
+        lines=(_model_line(template, layout), *lines),
         fingerprints={
             "model": model_fingerprint(model),
             "mask": tensor_fingerprint(mask),

@@ -573,6 +573,28 @@ def test_an_ensemble_is_the_mean_of_softmax(residual):
         assert getattr(found.mean_single, name) == pytest.approx(sum(singles) / 5, **SAME)
 
 
+class Bare(nn.Module):
+    """A recurrent layer and a bare weight, whose products no layer tells."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows, self.bare, self.head = nn.LSTM(8, 6), nn.Parameter(torch.randn(6, 6)), nn.Linear(6, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.rows(x.squeeze(1).transpose(0, 1))[0][-1] @ self.bare)
+
+
+def test_flops_that_no_layer_tells_are_none():
+    on = analysis(Bare(), prunable=["bare", "rows.weight_*", "head"])
+    found = inference_cost(on, Bare().double().state_dict(), {}, repeats=0)
+    unknown = ["bare", "rows.weight_ih_l0", "rows.weight_hh_l0"]
+    assert found.flops is None
+    assert [name for name, each in found.layers.items() if each.flops is None] == unknown
+    assert found.layers["head.weight"].flops == 2 * 60
+    assert f"flops    unknown of {', '.join(unknown)}: pruning them leaves the number as it is" in on.problem.lines
+    assert analysis(build("vit")).problem.probe.uncounted == []
+
+
 def test_cost_by_hand():
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10), nn.ReLU(), nn.Linear(10, 10))
     on = Analysis(model, pictures(), batch_size=32, engine="eager")

@@ -120,7 +120,7 @@ def table(found: dict[str, Any]) -> str:
             f"{_interval(trace, 'trace'):>22}",
             f"{_interval(trace, 'scaled'):>18}",
             f"{masks['dead_in']}/{dead_out}".rjust(11),
-            f"{percent(cost['flops'] / max(cost['dense_flops'], 1)):>8}",
+            f"{percent(None if cost['flops'] is None else cost['flops'] / max(cost['dense_flops'], 1)):>8}",
             f"{_number(cost['sparse_ms'], '.2f'):>8}",
             f"{_number(cost['dense_ms'], '.2f'):>8}",
         ]
