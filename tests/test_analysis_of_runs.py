@@ -89,6 +89,21 @@ def test_the_ticket_needs_a_classification():
         ticket_stability(Product(5), (inputs, torch.zeros(12, 1)), 0.25, [0], batch_size=3, **regression)
 
 
+def test_runs_of_all_methods_can_be_analysed(digits):
+    """What is about masks and the choice of a particle is no part of an analysis, nor of a ticket."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 10))
+    small = {"epochs": 1, "ticket_epochs": 0, "batch_size": 40, "progress": False, "engine": "eager"}
+    random = {"cycles": 1, "particles": 1, "mask_score": "random", "layer_kept": [[400]], "combine": "best"}
+    result = fast_swamp(model, *digits, val=0.25, **small, **random)
+    on = Analysis(model, *digits, config=result.config, standardise=result.standardise)
+    assert on.evaluate([result.state_dict]).test_loss == pytest.approx([result.history[-1]["loss"]], rel=1e-5)
+    with (
+        mock.patch("swamp_fast.analysis.ticket.fast_swamp", side_effect=InterruptedError("trained")),
+        pytest.raises(InterruptedError, match="trained"),
+    ):
+        ticket_stability(model, digits[0], 0.25, [0], config=result.config)
+
+
 def test_the_ticket_on_the_command_line(capsys):
     few = ["--epochs", "1", "--points", "3", "--samples", "64", "--no-progress", "--engine", "eager"]
     assert main(["ticket", "--model", "mlp", "--data", "digits", "--val", "0.1", "--candidates", "0", *few]) == 0

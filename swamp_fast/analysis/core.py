@@ -38,6 +38,7 @@ Found = TypeVar("Found")
 
 WHAT = ("train_loss", "train_error", "test_loss", "test_error")
 FOLDED = 4  # lanes that are folded at once: so many are proven to give what they give alone
+PLAIN = {"layer_kept": None, "mask_score": "abs-mean", "combine": "mean"}  # no masks are made, no particle is chosen
 SHARE = 0.4  # of the free memory that the lanes may take
 
 
@@ -101,7 +102,7 @@ class Analysis:
         **settings: Any,
     ) -> None:
         own = SwampConfig.of(config, settings)
-        own = own.replace(cycles=0, particles=FOLDED, run_dir=None, tensorboard=False, progress=False)
+        own = own.replace(cycles=0, particles=FOLDED, run_dir=None, tensorboard=False, progress=False, **PLAIN)
         self.problem = prepare(
             *(model, train, test),
             val=val,
