@@ -197,7 +197,9 @@ def analyze(given: argparse.Namespace) -> None:
         samples=given.samples,
     )
     against = None if given.against is None else SwampResult.load(given.against, model)
-    _check_same(analysis.differing(on, result), given.anyway)
+    _check_same(analysis.differing(on, result), given.anyway, "the run")
+    if against is not None:
+        _check_same(analysis.differing(on, against), given.anyway, given.against)
     names = ("points", "probes", "mixtures", "size", "repeats")
     own = {name: getattr(given, name) for name in names}
     found = analysis.analyze(on, result, **own, against=against, random=given.random_plane)
@@ -209,21 +211,19 @@ def analyze(given: argparse.Namespace) -> None:
     print(f"{analysis.table(found)}\n\nall of it: {path}")
 
 
-def _check_same(differs: list[str], anyway: bool) -> None:
-    """Raises ValueError if the run was scored otherwise, or on other data and that isn't wanted."""
+def _check_same(differs: list[str], anyway: bool, run: str) -> None:
+    """Raises ValueError if a run was scored otherwise, or on other data and that isn't wanted."""
     own = [f"`{name}`" for name in ("loss", "forward") if name in differs]
     if own:
-        raise ValueError(
-            f"the run had a {' and a '.join(own)} of its own: use swamp_fast.analysis from Python with it."
-        )
+        raise ValueError(f"{run} had a {' and a '.join(own)} of its own: use swamp_fast.analysis from Python with it.")
     data = [name for name in ("train", "val", "test") if name in differs]
     if data and not anyway:
         raise ValueError(
-            f"the {', '.join(data)} data are not the run's; give the --data, the --test and the --val that it had, or "
+            f"the {', '.join(data)} data are not {run}'s; give the --data, the --test and the --val that it had, or "
             "--anyway to have it analysed on these."
         )
     if data:
-        print(f"swamp-fast: the {', '.join(data)} data are not the run's.", file=sys.stderr)
+        print(f"swamp-fast: the {', '.join(data)} data are not {run}'s.", file=sys.stderr)
 
 
 def ticket(given: argparse.Namespace) -> None:

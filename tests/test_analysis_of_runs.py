@@ -28,6 +28,7 @@ from swamp_fast.analysis import (
 )
 from swamp_fast.cli import main
 from swamp_fast.models import build_model
+from swamp_fast.report.console import percent
 
 
 def test_ticket_stability(digits):
@@ -195,6 +196,8 @@ def test_analyze_on_the_command_line(tmp_path, capsys):
     assert [each["cycle"] for each in found["against"]["barriers"]] == [0, 1]
     between_them = found["against"]["barriers"][1]["barriers"]["train_loss"]
     assert between_them == pytest.approx(path.barriers()["train_loss"], abs=1e-4)
+    ends = found["against"]["barriers"][1]["ends"]
+    assert ends["test_loss"] == pytest.approx([path.test_loss[0], path.test_loss[-1]], abs=1e-4)
     assert (found["random_plane"]["points"], found["random_plane"]["cycle"]) == ([[0.0, 0.0]], 1)
     assert found["random_plane"]["at_points"]["train_loss"] == pytest.approx([path.train_loss[0]], rel=1e-3)
     assert {"train_loss", "test_error"} <= set(found["consecutive"][0]["barriers_as_given"])
@@ -253,6 +256,29 @@ def test_other_data_are_standardised_as_the_run_did(tmp_path, capsys, digits):
     assert main(["analyze", str(out), "--model", "mlp", "--data", str(dark), *few, "--random-plane"]) == 0
     found = json.loads((out / "analysis.json").read_text())
     assert found["random_plane"]["at_points"]["train_loss"] == pytest.approx([loss], rel=1e-4)
+
+
+def test_a_run_on_other_data_is_told_before_it_is_compared(tmp_path, capsys, digits):
+    """Two runs that don't solve one task: their barrier says nothing without their errors."""
+    run = {"epochs": 2, "ticket_epochs": 0, "cycles": 0, "particles": 1, "progress": False, "engine": "eager"}
+    (inputs, targets), test = digits
+    one, two, data = str(tmp_path / "one"), str(tmp_path / "two"), str(tmp_path / "data.npz")
+    images = {f"{name}_images": each.movedim(1, -1) for name, each in (("train", inputs), ("test", test[0]))}
+    np.savez(data, **images, train_labels=targets, test_labels=test[1])
+    model = build_model("mlp", 1, 8, 8, 10)
+    fast_swamp(model, data, run_dir=one, batch_size=16, **run)
+    fast_swamp(model, (255 - inputs, targets), test, run_dir=two, batch_size=16, **run)
+    few = ["--probes", "0", "--mixtures", "0", "--size", "0", "--repeats", "0", "--points", "3"]
+    call = ["analyze", one, "--model", "mlp", "--data", data, *few, "--against", two]
+    assert main(call) == 2
+    assert f"the train data are not {two}'s" in capsys.readouterr().err
+    assert main([*call, "--anyway"]) == 0
+    shown = capsys.readouterr()
+    assert f"the train data are not {two}'s" in shown.err
+    against = json.loads((tmp_path / "one" / "analysis.json").read_text())["against"]
+    own, theirs = against["barriers"][0]["ends"]["test_error"]
+    assert f"error between {percent(own)} and {percent(theirs)}" in shown.out
+    assert against["differs"] == ["train"]
 
 
 def test_the_walk_throughs():

@@ -131,12 +131,14 @@ def table(found: dict[str, Any]) -> str:
             f"highest barrier among the particles of cycle {found['particles']['cycle']}: {loss:.4f} train loss"
         )
     if found.get("against") is not None:
-        last, where = found["against"]["overlap"][-1], found["against"]["barriers"][-1]["barriers"]
+        last, both = found["against"]["overlap"][-1], found["against"]["barriers"][-1]
+        where, ends = both["barriers"], both["ends"]
         split = "test" if "test_loss" in where else "train"
         error = where.get(f"{split}_error", {}).get("max")
+        own, theirs = (percent(each) for each in ends[f"{split}_error"] or (None, None))
         lines.append(
             f"against {found['against']['run']}, cycle {last['cycle']}: IoU of the masks {last['iou']:.3f}, barrier "
-            f"{where[f'{split}_loss']['max']:.4f} {split} loss, {percent(error)} error"
+            f"{where[f'{split}_loss']['max']:.4f} {split} loss, {percent(error)} error between {own} and {theirs}"
         )
     if found["ensemble"] is not None:
         together, single = found["ensemble"], found["ensemble"]["single"]
@@ -203,14 +205,15 @@ def _overlap(result: SwampResult, other: SwampResult) -> list[dict[str, Any]]:
 
 
 def _against(on: Analysis, result: SwampResult, other: SwampResult, points: int) -> dict[str, Any]:
-    """The barriers between the averages of equal cycles of two runs."""
+    """The barriers between the averages of equal cycles of two runs, and the scores of both."""
+    found = []
     pairs = list(zip(result.history, averages(result), averages(other), strict=False))
-    # The sparsest first: at its density the engine is chosen.
-    found = [
-        {"cycle": row["cycle"], "barriers": loss_barrier(on, own, theirs, points).barriers()}
-        for row, (own, _), (theirs, _) in pairs[::-1]
-    ]
-    return {"run": Path(other.config.run_dir or "another run").name, "barriers": found[::-1]}
+    for row, (own, _), (theirs, _) in pairs[::-1]:  # the sparsest first: at its density the engine is chosen
+        path = loss_barrier(on, own, theirs, points)
+        ends = _plain(Scores(**path.part([0, -1])))
+        found.append({"cycle": row["cycle"], "barriers": path.barriers(), "ends": ends})
+    name = Path(other.config.run_dir or "another run").name
+    return {"run": name, "differs": differing(on, other), "barriers": found[::-1]}
 
 
 def _ensemble(on: Analysis, states: list[State]) -> dict[str, Any]:
