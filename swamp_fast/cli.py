@@ -371,7 +371,7 @@ def _parser() -> argparse.ArgumentParser:
     each.add_argument("--against", metavar="RUN_DIR2", help="another run of the model: overlap of masks, and barriers")
     each.add_argument("--random-plane", action="store_true", help="also a random plane at the last average")
     each.add_argument("--repeats", type=int, default=15, help="of timing, default 15; 0: none")
-    each.add_argument("--samples", type=int, metavar="N", help="the first N training samples stand for all")
+    each.add_argument("--samples", type=int, metavar="N", help="N training samples stand for all")
     each.add_argument("--anyway", action="store_true", help="on other data than the run's too")
     each.add_argument("--engine", choices=CHOICES["engine"], help="instead of the run's")
     each.add_argument("--device", help="instead of the run's")
@@ -385,7 +385,7 @@ def _parser() -> argparse.ArgumentParser:
     each.add_argument("--candidates", type=_numbers, required=True, metavar="T0,T0,…", help="in epochs, such as 0,2,5")
     each.add_argument("--epsilon", type=float, default=0.02, help="the highest error barrier, default 0.02")
     each.add_argument("--points", type=int, default=11, help="of a path, default 11")
-    each.add_argument("--samples", type=int, metavar="N", help="the first N training samples stand for all")
+    each.add_argument("--samples", type=int, metavar="N", help="N training samples stand for all")
     each.add_argument("--out", metavar="DIR", help="a folder for the trainings; started again with it, it goes on")
     settings = each.add_argument_group("settings", "the fields of SwampConfig, see its docs")
     for name, field in SETTINGS.items():

@@ -10,6 +10,7 @@ import pytest
 import torch
 from networks import build
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import swamp_fast.analysis
 from swamp_fast.analysis import (
@@ -32,6 +33,8 @@ from swamp_fast.analysis import (
     table,
 )
 from swamp_fast.analysis.hessian import quadratic_forms
+from swamp_fast.data.store import pass_in_stored_order
+from swamp_fast.data.streams import split_order
 from swamp_fast.engines.eager import Choice
 from swamp_fast.interval import quantile
 
@@ -134,7 +137,8 @@ def test_the_trace_of_a_quadratic_is_exact():
     assert (found.layers["layer.weight"].kept, found.samples) == (5, 7)
     assert found.layers["layer.weight"].norm == pytest.approx(norm, **EXACT)
     fewer = hessian_trace(on, {"layer.weight": weight * kept}, {"layer.weight": kept}, probes=2, samples=3)
-    assert fewer.trace == pytest.approx((1 + 9) / 3, **EXACT)
+    some = [(i + 1) ** 2 for i in split_order(7)[:3].tolist() if kept[0, i]]
+    assert fewer.trace == pytest.approx(sum(some) / 3, **EXACT)
     with pytest.raises(ValueError, match="`probes` must be at least 2"):
         hessian_trace(on, {"layer.weight": weight}, {}, probes=1)
 
@@ -182,8 +186,10 @@ def test_nan_on_a_path_is_no_connection():
     assert TicketStability([0, 2], [sound, broken], 0.02).recommended is None
     assert TicketStability([0, 2], [broken, sound], 0.02).recommended == 2
     matrix = BarrierMatrix(3, {(0, 1): sound, (0, 2): broken, (1, 2): sound}).matrix()
+    about = {"train_samples": 1, "of_training_samples": 1}
     particles = {"cycle": 0, "matrix": {"train_loss": matrix}}
-    shown = table({"consecutive": [], "hessian": [], "masks": [], "cost": [], "particles": particles, "ensemble": None})
+    nothing = {"consecutive": [], "hessian": [], "masks": [], "cost": [], "ensemble": None}
+    shown = table({"about": about, "particles": particles, **nothing})
     assert "highest barrier among the particles of cycle 0: nan" in shown
 
 
@@ -343,10 +349,12 @@ def test_a_matrix_of_barriers_is_that_of_its_pairs(residual):
     assert [matrix[i][i] for i in range(3)] == [0, 0, 0]
 
 
-def test_the_first_samples_stand_for_all(residual):
+def test_some_samples_stand_for_all(residual):
+    """The first of a shuffle: on data sorted by class the first stored ones are of a few classes."""
     state = state_of(residual)
-    found = analysis(residual, samples=64).evaluate([state])
-    first = tuple(each[:64] for each in pictures())
+    on = analysis(residual, samples=64)
+    found = on.evaluate([state])
+    first = tuple(each[split_order(96)[:64]] for each in pictures())
     loss, error, _ = alone(residual, state, first, first, 32)
     assert found.train_loss == pytest.approx([loss], **SAME)
     assert found.train_error == pytest.approx([error], **SAME)
@@ -354,6 +362,12 @@ def test_the_first_samples_stand_for_all(residual):
     assert found.test_loss == pytest.approx([alone(residual, state, first, pictures(50, 2), 32)[0]], **SAME)
     with pytest.raises(ValueError, match=r"`samples` must lie in \[1, 96\]"):
         analysis(residual, samples=97)
+    read = DataLoader(TensorDataset(*pictures()), batch_size=32)
+    streamed = Analysis(residual, read, config=on.problem.config, samples=64)
+    assert streamed.evaluate([state]).train_loss == pytest.approx([loss], **SAME)
+    inputs, targets = (each[pictures()[1].argsort()] for each in pictures())
+    mixed = Analysis(residual, (inputs, targets), config=on.problem.config, samples=64).train
+    assert len(torch.cat([own for _, own, _ in pass_in_stored_order(mixed, 32)]).unique()) == 10
 
 
 def test_a_diverged_model_reaches_no_other(residual):

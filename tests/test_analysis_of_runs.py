@@ -140,6 +140,7 @@ def test_analyze_on_the_command_line(tmp_path, capsys):
     assert main(["analyze", out, *common, *few]) == 0
     shown = capsys.readouterr()
     assert len([line for line in shown.out.splitlines() if line.split()[:1] in (["0"], ["1"])]) == 2
+    assert "on 256 of 1,294 training samples" in shown.out
     assert not shown.err
     found = json.loads((tmp_path / "run" / "analysis.json").read_text())
     scores = ["train_loss", "train_error", "test_loss", "test_error"]

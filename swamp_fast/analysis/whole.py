@@ -145,6 +145,8 @@ def table(found: dict[str, Any]) -> str:
         lines.append(
             f"ensemble of them: {percent(together['accuracy'])}, alone {percent(single['accuracy'])} in the mean"
         )
+    about = found["about"]
+    lines.append(f"on {about['train_samples']:,} of {about['of_training_samples']:,} training samples")
     return "\n".join(lines)
 
 
