@@ -18,6 +18,7 @@ from swamp_fast import SwampResult, fast_swamp
 from swamp_fast.analysis import (
     Analysis,
     TicketStability,
+    analyze,
     averages,
     consecutive,
     differing,
@@ -280,6 +281,24 @@ def test_a_run_on_other_data_is_told_before_it_is_compared(tmp_path, capsys, dig
     own, theirs = against["barriers"][0]["ends"]["test_error"]
     assert f"error between {percent(own)} and {percent(theirs)}" in shown.out
     assert against["differs"] == ["train"]
+
+
+def test_what_analyze_refuses_and_leaves_out(digits):
+    """Wrong arguments are told before the work; particles that are the same have no plane, and lose nothing else."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 10))
+    run = {"epochs": 1, "ticket_epochs": 0, "cycles": 0, "particles": 3, "progress": False, "engine": "eager"}
+    rates = {"lr": 0.0, "swa_lr": 0.0, "batch_size": 40}
+    result = fast_swamp(model, *digits, keep_particles=True, **run, **rates)
+    on = Analysis(model, *digits, config=result.config)
+    wrong = [{"points": 2}, {"probes": 1}, {"size": 1}, *({name: -1} for name in ("probes", "mixtures", "size"))]
+    with mock.patch("swamp_fast.analysis.core.start_engine", side_effect=AssertionError("worked")):
+        for each in (*wrong, {"repeats": -1}):
+            (name,) = each
+            with pytest.raises(ValueError, match=f"`{name}` must be at least"):
+                analyze(on, result, **each)
+    found = analyze(on, result, points=3, probes=2, mixtures=2, size=2, repeats=0)
+    assert found["plane"] is None
+    assert found["particles"]["matrix"]["train_loss"] == [[0] * 3] * 3
 
 
 def test_the_walk_throughs():

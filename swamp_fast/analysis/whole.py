@@ -13,7 +13,7 @@ from swamp_fast.analysis.ensemble import ensemble
 from swamp_fast.analysis.hessian import hessian_trace
 from swamp_fast.analysis.hull import hull
 from swamp_fast.analysis.masks import channels, densities, mask_overlap
-from swamp_fast.analysis.plane import Plane, loss_plane, random_plane
+from swamp_fast.analysis.plane import OnOneLine, Plane, loss_plane, random_plane
 from swamp_fast.batchnorm import norms_of
 from swamp_fast.report.console import percent
 from swamp_fast.result import SwampResult
@@ -37,13 +37,20 @@ def analyze(
     """Every analysis of a run that its result allows, as plain values: what `swamp-fast analyze` writes.
 
     probes = 0 leaves the Hessian out, mixtures = 0 the hull, size = 0 the plane, repeats = 0 the latency. What is about
-    particles needs those of the last cycle (keep_particles=True), the plane three of them, the ensemble test data; what
-    can't be had is None. Barriers between cycles are also given without BatchNorm's re-estimation. `against` is another
-    run of the same model: the masks of equal cycles are compared, and the barriers between their averages measured, on
-    this run's data. `random` adds a random plane at the last average.
+    particles needs those of the last cycle (keep_particles=True), the plane three that aren't on one line, the ensemble
+    test data; what can't be had is None. Barriers between cycles are also given without BatchNorm's re-estimation.
+    `against` is another run of the same model: the masks of equal cycles are compared, and the barriers between their
+    averages measured, on this run's data. `random` adds a random plane at the last average.
     """
+    if points < 3:
+        raise ValueError(f"`points` must be at least 3, both ends and one between; got {points}.")
     if probes == 1:
         raise ValueError("`probes` must be at least 2 for an interval, or 0 for no trace; got 1.")
+    if size == 1:
+        raise ValueError("`size` must be at least 2 points an axis, or 0 for no plane; got 1.")
+    for name, value in (("probes", probes), ("mixtures", mixtures), ("size", size), ("repeats", repeats)):
+        if value < 0:
+            raise ValueError(f"`{name}` must be at least 0, for none; got {value}.")
     overlap = None if against is None else _overlap(result, against)  # other layers are told before the work
     cycles = averages(result)
     lanes = None if result.particles is None else particles(result)
@@ -186,10 +193,12 @@ def _hull(on: Analysis, states: list[State], mixtures: int) -> dict[str, Any]:
     }
 
 
-def _plane(on: Analysis, states: list[State], size: int) -> dict[str, Any]:
+def _plane(on: Analysis, states: list[State], size: int) -> dict[str, Any] | None:
     first, second, third, *_ = states
-    found = loss_plane(on, first, second, third, size, names=_names(states)[:3])
-    return _whole_plane(found)
+    try:
+        return _whole_plane(loss_plane(on, first, second, third, size, names=_names(states)[:3]))
+    except OnOneLine:
+        return None
 
 
 def _whole_plane(found: Plane) -> dict[str, Any]:
