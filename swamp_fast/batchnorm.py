@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -35,8 +36,8 @@ def reestimate(
 ) -> None:
     """Set the running statistics to the mean over the batches of a pass in stored order, weighted by samples.
 
-    run(inputs [B, ...], time) runs all modules on one batch. Only norms are in train mode: dropout stays off.
-    Leaves the modules in eval mode.
+    run(inputs [B, ...], time) runs all modules on one batch. Only norms are in train mode: dropout stays off. Each call
+    of a norm that a forward uses several times counts as a batch. Leaves the modules in eval mode.
     """
     norms = norms_of(modules)
     momenta = [norm.momentum for norm in norms]
@@ -47,12 +48,20 @@ def reestimate(
     for norm in norms:
         norm.reset_running_stats()
         norm.train()
-    seen = 0
-    for number, (inputs, _, count) in enumerate(pass_in_stored_order(data, batch_size, channels_last)):
-        seen += count
+    seen, count, own = 0, 0, dict.fromkeys(norms, 0)
+
+    def before_call(norm: Any, _: object) -> None:
+        own[norm] += count
+        norm.momentum = count / own[norm]
+
+    with ExitStack() as hooks:
         for norm in norms:
-            norm.momentum = count / seen
-        run(inputs, evaluation_time(0, number))
+            hooks.enter_context(norm.register_forward_pre_hook(before_call))
+        for number, (inputs, _, count) in enumerate(pass_in_stored_order(data, batch_size, channels_last)):
+            seen += count
+            for norm in norms:
+                norm.momentum = count / seen  # the fused engine reads it and calls no module
+            run(inputs, evaluation_time(0, number))
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
         norm.eval()

@@ -193,10 +193,13 @@ def analyze(given: argparse.Namespace) -> None:
         val=given.val,
         prunable=sorted(result.masks),
         config=config,
+        standardise=result.standardise,
         samples=given.samples,
     )
     against = None if given.against is None else SwampResult.load(given.against, model)
-    _check_same(analysis.differing(on, result), given.anyway)
+    _check_same(analysis.differing(on, result), given.anyway, "the run")
+    if against is not None:
+        _check_same(analysis.differing(on, against), given.anyway, given.against)
     names = ("points", "probes", "mixtures", "size", "repeats")
     own = {name: getattr(given, name) for name in names}
     found = analysis.analyze(on, result, **own, against=against, random=given.random_plane)
@@ -208,21 +211,19 @@ def analyze(given: argparse.Namespace) -> None:
     print(f"{analysis.table(found)}\n\nall of it: {path}")
 
 
-def _check_same(differs: list[str], anyway: bool) -> None:
-    """Raises ValueError if the run was scored otherwise, or on other data and that isn't wanted."""
+def _check_same(differs: list[str], anyway: bool, run: str) -> None:
+    """Raises ValueError if a run was scored otherwise, or on other data and that isn't wanted."""
     own = [f"`{name}`" for name in ("loss", "forward") if name in differs]
     if own:
-        raise ValueError(
-            f"the run had a {' and a '.join(own)} of its own: use swamp_fast.analysis from Python with it."
-        )
+        raise ValueError(f"{run} had a {' and a '.join(own)} of its own: use swamp_fast.analysis from Python with it.")
     data = [name for name in ("train", "val", "test") if name in differs]
     if data and not anyway:
         raise ValueError(
-            f"the {', '.join(data)} data are not the run's; give the --data, the --test and the --val that it had, or "
+            f"the {', '.join(data)} data are not {run}'s; give the --data, the --test and the --val that it had, or "
             "--anyway to have it analysed on these."
         )
     if data:
-        print(f"swamp-fast: the {', '.join(data)} data are not the run's.", file=sys.stderr)
+        print(f"swamp-fast: the {', '.join(data)} data are not {run}'s.", file=sys.stderr)
 
 
 def ticket(given: argparse.Namespace) -> None:
@@ -370,7 +371,7 @@ def _parser() -> argparse.ArgumentParser:
     each.add_argument("--against", metavar="RUN_DIR2", help="another run of the model: overlap of masks, and barriers")
     each.add_argument("--random-plane", action="store_true", help="also a random plane at the last average")
     each.add_argument("--repeats", type=int, default=15, help="of timing, default 15; 0: none")
-    each.add_argument("--samples", type=int, metavar="N", help="the first N training samples stand for all")
+    each.add_argument("--samples", type=int, metavar="N", help="N training samples stand for all")
     each.add_argument("--anyway", action="store_true", help="on other data than the run's too")
     each.add_argument("--engine", choices=CHOICES["engine"], help="instead of the run's")
     each.add_argument("--device", help="instead of the run's")
@@ -384,7 +385,7 @@ def _parser() -> argparse.ArgumentParser:
     each.add_argument("--candidates", type=_numbers, required=True, metavar="T0,T0,…", help="in epochs, such as 0,2,5")
     each.add_argument("--epsilon", type=float, default=0.02, help="the highest error barrier, default 0.02")
     each.add_argument("--points", type=int, default=11, help="of a path, default 11")
-    each.add_argument("--samples", type=int, metavar="N", help="the first N training samples stand for all")
+    each.add_argument("--samples", type=int, metavar="N", help="N training samples stand for all")
     each.add_argument("--out", metavar="DIR", help="a folder for the trainings; started again with it, it goes on")
     settings = each.add_argument_group("settings", "the fields of SwampConfig, see its docs")
     for name, field in SETTINGS.items():

@@ -299,23 +299,31 @@ def draw(config: SwampConfig, kept: Tensor, count: int, cycle: int, layer: int) 
 
 @torch.no_grad()
 def reestimate_batchnorm(problem: Problem, model: nn.Module, keys: Tensor) -> None:
-    """Running statistics as the mean over a pass through the training data, weighted by samples; eval mode after."""
+    """Running statistics as the mean over a pass through the training data, weighted by samples; eval mode after.
+
+    Each call of a norm counts, where a forward has several.
+    """
     model.eval()
     norms = [m for m in model.modules() if isinstance(m, _NormBase) and m.running_mean is not None]
     momenta = [norm.momentum for norm in norms]
+    seen, count = dict.fromkeys(norms, 0), 0
+
+    def before_call(norm: Any, _: object) -> None:
+        seen[norm] += count
+        norm.momentum = count / seen[norm]
+
+    hooks = [norm.register_forward_pre_hook(before_call) for norm in norms]
     for norm in norms:
         norm.reset_running_stats()
         norm.train()
-    seen = 0
     batches = pass_in_stored_order(problem.train, problem.config.batch_size) if norms else ()
-    for number, (inputs, _, count) in enumerate(batches):
-        seen += count
-        for norm in norms:
-            norm.momentum = count / seen
+    for number, (inputs, _, samples) in enumerate(batches):
+        count = samples  # the weight of every call in this batch
         outputs_of(problem, model, inputs, at_time(keys, evaluation_time(0, number)))
-    for norm, momentum in zip(norms, momenta, strict=True):
+    for norm, momentum, hook in zip(norms, momenta, hooks, strict=True):
         norm.momentum = momentum
         norm.eval()
+        hook.remove()
 
 
 def evaluation_keys(problem: Problem, cycle: int, number: int) -> Tensor:

@@ -49,8 +49,16 @@ class Probe:
     dense_flops: int  # of one sample's forward, 2 a multiply-add, matrix products and convolutions
     uses: dict[str, float]  # multiply-adds of one sample per weight of a parameter
 
+    @property
+    def uncounted(self) -> list[str]:
+        """Prunable weights that no convolution, linear or attention layer uses: how often they multiply isn't known."""
+        return [name for name, times in self.uses.items() if name in self.prunable and not times]
+
     def flops(self, kept: dict[str, int], sizes: dict[str, int]) -> int:
-        """FLOPs of one sample's forward when only `kept` weights of the prunable parameters count."""
+        """FLOPs of one sample's forward when only `kept` weights of the prunable parameters count.
+
+        Those of `uncounted` weights stay as in the dense model, or are missing there too (as nn.LSTM's on a CPU).
+        """
         saved = sum(2 * self.uses.get(name, 0.0) * (sizes[name] - kept[name]) for name in kept)
         return round(self.dense_flops - saved)
 

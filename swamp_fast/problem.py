@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -113,8 +113,11 @@ def prepare(
     on_cycle: OnCycle | None = None,
     config: SwampConfig | None = None,
     settings: Mapping[str, Any],
+    standardise: Mapping[str, Sequence[float]] | None = None,
 ) -> Problem:
     """Check every argument of a call, and make the model's copy, the data and the layout of the weights.
+
+    standardise  as SwampResult.standardise, instead of the mean and std of uint8 training pictures
 
     Raises ValueError, TypeError, FileNotFoundError or RuntimeError that say what was expected, what came, and what
     to do; nothing has been trained or written by then.
@@ -133,7 +136,8 @@ def prepare(
 
     opened = open_source(train, "train", config.data_dir)
     config = _with_loader(config, opened, settings)
-    built, *others = _build_splits(opened, test, val, config, device, dtype)
+    like = None if standardise is None else Standardise.of(standardise)
+    built, *others = _build_splits(opened, test, val, config, device, dtype, like)
     train_data = built.data
     val_data, test_data = (None if other is None else other.data for other in others)
     forward, loss = forward or call, loss or cross_entropy
@@ -161,6 +165,10 @@ def prepare(
             "train to hold out, such as 0.1."
         )
 
+    lines = [f"data     {each.line}" for each in (built, *others) if each]
+    if found.uncounted:
+        lines.append(f"flops    unknown of {', '.join(found.uncounted)}: pruning them leaves the number as it is")
+
     trained = ((name, p) for name, p in template.named_parameters() if p.requires_grad)
     layout = Layout.of(trained, found.prunable)
     mask = layout.full_mask(device)
@@ -186,7 +194,7 @@ def prepare(
         on_cycle=on_cycle,
         drop_last=opened.drop_last,
         probe=found,
-        lines=(_model_line(template, layout), *(f"data     {each.line}" for each in (built, *others) if each)),
+        lines=(_model_line(template, layout), *lines),
         fingerprints={
             "model": model_fingerprint(model),
             "mask": tensor_fingerprint(mask),
@@ -220,9 +228,15 @@ def _with_loader(config: SwampConfig, opened: Opened, settings: Mapping[str, Any
 
 
 def _build_splits(
-    opened: Opened, test: object, val: object, config: SwampConfig, device: torch.device, dtype: torch.dtype
+    opened: Opened,
+    test: object,
+    val: object,
+    config: SwampConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    like: Standardise | None,
 ) -> tuple[Built, Built | None, Built | None]:
-    """The splits train, val, test, ready on the device."""
+    """The splits train, val, test, ready on the device; `like` or the training split's statistics standardise all."""
     source: Source = opened.source
     val_source: Source | None = None
     if isinstance(val, float | int) and not isinstance(val, bool):
@@ -237,9 +251,10 @@ def _build_splits(
     for name, split in (("train", source), ("val", val_source), ("test", tested)):
         if split is not None and len(split) == 0:
             raise ValueError(f"`{name}` is empty; at least one sample is needed.")
-    built = build(source, device, dtype, augment=config.augment)
-    held_out = None if val_source is None else build(val_source, device, dtype, like=built)
-    return built, held_out, None if tested is None else build(tested, device, dtype, like=built)
+    built = build(source, device, dtype, augment=config.augment, like=like)
+    like = built.standardise
+    held_out = None if val_source is None else build(val_source, device, dtype, like=like)
+    return built, held_out, None if tested is None else build(tested, device, dtype, like=like)
 
 
 def _model_line(model: nn.Module, layout: Layout) -> str:

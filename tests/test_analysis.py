@@ -10,10 +10,14 @@ import pytest
 import torch
 from networks import build
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import swamp_fast.analysis
 from swamp_fast.analysis import (
     Analysis,
+    BarrierMatrix,
+    Path,
+    TicketStability,
     barrier_matrix,
     channels,
     contour,
@@ -26,8 +30,11 @@ from swamp_fast.analysis import (
     mask_overlap,
     predictions,
     random_plane,
+    table,
 )
 from swamp_fast.analysis.hessian import quadratic_forms
+from swamp_fast.data.store import pass_in_stored_order
+from swamp_fast.data.streams import split_order
 from swamp_fast.engines.eager import Choice
 from swamp_fast.interval import quantile
 
@@ -130,7 +137,8 @@ def test_the_trace_of_a_quadratic_is_exact():
     assert (found.layers["layer.weight"].kept, found.samples) == (5, 7)
     assert found.layers["layer.weight"].norm == pytest.approx(norm, **EXACT)
     fewer = hessian_trace(on, {"layer.weight": weight * kept}, {"layer.weight": kept}, probes=2, samples=3)
-    assert fewer.trace == pytest.approx((1 + 9) / 3, **EXACT)
+    some = [(i + 1) ** 2 for i in split_order(7)[:3].tolist() if kept[0, i]]
+    assert fewer.trace == pytest.approx(sum(some) / 3, **EXACT)
     with pytest.raises(ValueError, match="`probes` must be at least 2"):
         hessian_trace(on, {"layer.weight": weight}, {}, probes=1)
 
@@ -165,6 +173,24 @@ def test_the_barrier_of_a_quadratic_is_exact():
 
 
 # The Hessian of networks.
+
+
+def test_nan_on_a_path_is_no_connection():
+    def path(*losses: float) -> Path:
+        rest = {"train_error": None, "test_loss": None, "train_samples": 1}
+        return Path(t=[0, 0.5, 1], train_loss=list(losses), test_error=list(losses), **rest)
+
+    for losses in ((0.1, math.nan, 0.1), (0.1, 0.1, math.nan), (math.nan, 0.1, 0.1)):
+        assert all(math.isnan(path(*losses).barrier(over=over)) for over in ("max", "mean", "line"))
+    broken, sound = path(0.1, math.nan, 0.1), path(0.1, 0.1, 0.1)
+    assert TicketStability([0, 2], [sound, broken], 0.02).recommended is None
+    assert TicketStability([0, 2], [broken, sound], 0.02).recommended == 2
+    matrix = BarrierMatrix(3, {(0, 1): sound, (0, 2): broken, (1, 2): sound}).matrix()
+    about = {"train_samples": 1, "of_training_samples": 1}
+    particles = {"cycle": 0, "matrix": {"train_loss": matrix}}
+    nothing = {"consecutive": [], "hessian": [], "masks": [], "cost": [], "ensemble": None}
+    shown = table({"about": about, "particles": particles, **nothing})
+    assert "highest barrier among the particles of cycle 0: nan" in shown
 
 
 class Curved(nn.Module):
@@ -323,10 +349,12 @@ def test_a_matrix_of_barriers_is_that_of_its_pairs(residual):
     assert [matrix[i][i] for i in range(3)] == [0, 0, 0]
 
 
-def test_the_first_samples_stand_for_all(residual):
+def test_some_samples_stand_for_all(residual):
+    """The first of a shuffle: on data sorted by class the first stored ones are of a few classes."""
     state = state_of(residual)
-    found = analysis(residual, samples=64).evaluate([state])
-    first = tuple(each[:64] for each in pictures())
+    on = analysis(residual, samples=64)
+    found = on.evaluate([state])
+    first = tuple(each[split_order(96)[:64]] for each in pictures())
     loss, error, _ = alone(residual, state, first, first, 32)
     assert found.train_loss == pytest.approx([loss], **SAME)
     assert found.train_error == pytest.approx([error], **SAME)
@@ -334,6 +362,12 @@ def test_the_first_samples_stand_for_all(residual):
     assert found.test_loss == pytest.approx([alone(residual, state, first, pictures(50, 2), 32)[0]], **SAME)
     with pytest.raises(ValueError, match=r"`samples` must lie in \[1, 96\]"):
         analysis(residual, samples=97)
+    read = DataLoader(TensorDataset(*pictures()), batch_size=32)
+    streamed = Analysis(residual, read, config=on.problem.config, samples=64)
+    assert streamed.evaluate([state]).train_loss == pytest.approx([loss], **SAME)
+    inputs, targets = (each[pictures()[1].argsort()] for each in pictures())
+    mixed = Analysis(residual, (inputs, targets), config=on.problem.config, samples=64).train
+    assert len(torch.cat([own for _, own, _ in pass_in_stored_order(mixed, 32)]).unique()) == 10
 
 
 def test_a_diverged_model_reaches_no_other(residual):
@@ -516,6 +550,21 @@ def test_dead_channels_by_hand():
     assert channels(own, analysis(vit))["patches.weight"] == swamp_fast.analysis.Channels(16, 16, None)
 
 
+def test_dead_channels_of_a_transposed_convolution():
+    """Its weight is [in, out / groups, ...]: 4 inputs and 6 outputs in 2 groups."""
+    model = nn.Sequential(
+        *(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.ConvTranspose2d(4, 6, 2, groups=2), nn.ReLU(), nn.Flatten()),
+        nn.Linear(6 * 49, 10),
+    )
+    own = torch.ones(4, 3, 2, 2, dtype=torch.bool)
+    own[2:, 1] = False  # nothing comes into output 4
+    found = channels({"2.weight": own}, analysis(model))
+    assert found["2.weight"] == swamp_fast.analysis.Channels(6, 1, None)
+    own[:] = True
+    own[2] = False  # an input alone
+    assert channels({"2.weight": own}, analysis(model))["2.weight"].dead_in == 0
+
+
 def test_calibration_by_hand():
     """Three samples in one bin of 15, (9 / 15, 10 / 15], and one at certainty."""
     p = torch.tensor([[0.65, 0.35], [0.36, 0.64], [0.62, 0.38], [1.0, 0.0]], dtype=torch.float64)
@@ -536,6 +585,28 @@ def test_an_ensemble_is_the_mean_of_softmax(residual):
         singles = [getattr(predictions(own, targets), name) for own in each]
         assert [getattr(own, name) for own in found.single] == pytest.approx(singles, **SAME)
         assert getattr(found.mean_single, name) == pytest.approx(sum(singles) / 5, **SAME)
+
+
+class Bare(nn.Module):
+    """A recurrent layer and a bare weight, whose products no layer tells."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows, self.bare, self.head = nn.LSTM(8, 6), nn.Parameter(torch.randn(6, 6)), nn.Linear(6, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.rows(x.squeeze(1).transpose(0, 1))[0][-1] @ self.bare)
+
+
+def test_flops_that_no_layer_tells_are_none():
+    on = analysis(Bare(), prunable=["bare", "rows.weight_*", "head"])
+    found = inference_cost(on, Bare().double().state_dict(), {}, repeats=0)
+    unknown = ["bare", "rows.weight_ih_l0", "rows.weight_hh_l0"]
+    assert found.flops is None
+    assert [name for name, each in found.layers.items() if each.flops is None] == unknown
+    assert found.layers["head.weight"].flops == 2 * 60
+    assert f"flops    unknown of {', '.join(unknown)}: pruning them leaves the number as it is" in on.problem.lines
+    assert analysis(build("vit")).problem.probe.uncounted == []
 
 
 def test_cost_by_hand():

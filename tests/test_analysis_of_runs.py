@@ -6,6 +6,7 @@ import doctest
 import json
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from networks import ResidualCNN
@@ -17,6 +18,7 @@ from swamp_fast import SwampResult, fast_swamp
 from swamp_fast.analysis import (
     Analysis,
     TicketStability,
+    analyze,
     averages,
     consecutive,
     differing,
@@ -27,6 +29,7 @@ from swamp_fast.analysis import (
 )
 from swamp_fast.cli import main
 from swamp_fast.models import build_model
+from swamp_fast.report.console import percent
 
 
 def test_ticket_stability(digits):
@@ -88,6 +91,21 @@ def test_the_ticket_needs_a_classification():
         ticket_stability(Product(5), (inputs, torch.zeros(12, 1)), 0.25, [0], batch_size=3, **regression)
 
 
+def test_runs_of_all_methods_can_be_analysed(digits):
+    """What is about masks and the choice of a particle is no part of an analysis, nor of a ticket."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 10))
+    small = {"epochs": 1, "ticket_epochs": 0, "batch_size": 40, "progress": False, "engine": "eager"}
+    random = {"cycles": 1, "particles": 1, "mask_score": "random", "layer_kept": [[400]], "combine": "best"}
+    result = fast_swamp(model, *digits, val=0.25, **small, **random)
+    on = Analysis(model, *digits, config=result.config, standardise=result.standardise)
+    assert on.evaluate([result.state_dict]).test_loss == pytest.approx([result.history[-1]["loss"]], rel=1e-5)
+    with (
+        mock.patch("swamp_fast.analysis.ticket.fast_swamp", side_effect=InterruptedError("trained")),
+        pytest.raises(InterruptedError, match="trained"),
+    ):
+        ticket_stability(model, digits[0], 0.25, [0], config=result.config)
+
+
 def test_the_ticket_on_the_command_line(capsys):
     few = ["--epochs", "1", "--points", "3", "--samples", "64", "--no-progress", "--engine", "eager"]
     assert main(["ticket", "--model", "mlp", "--data", "digits", "--val", "0.1", "--candidates", "0", *few]) == 0
@@ -123,6 +141,7 @@ def test_analyze_on_the_command_line(tmp_path, capsys):
     assert main(["analyze", out, *common, *few]) == 0
     shown = capsys.readouterr()
     assert len([line for line in shown.out.splitlines() if line.split()[:1] in (["0"], ["1"])]) == 2
+    assert "on 256 of 1,294 training samples" in shown.out
     assert not shown.err
     found = json.loads((tmp_path / "run" / "analysis.json").read_text())
     scores = ["train_loss", "train_error", "test_loss", "test_error"]
@@ -179,6 +198,8 @@ def test_analyze_on_the_command_line(tmp_path, capsys):
     assert [each["cycle"] for each in found["against"]["barriers"]] == [0, 1]
     between_them = found["against"]["barriers"][1]["barriers"]["train_loss"]
     assert between_them == pytest.approx(path.barriers()["train_loss"], abs=1e-4)
+    ends = found["against"]["barriers"][1]["ends"]
+    assert ends["test_loss"] == pytest.approx([path.test_loss[0], path.test_loss[-1]], abs=1e-4)
     assert (found["random_plane"]["points"], found["random_plane"]["cycle"]) == ([[0.0, 0.0]], 1)
     assert found["random_plane"]["at_points"]["train_loss"] == pytest.approx([path.train_loss[0]], rel=1e-3)
     assert {"train_loss", "test_error"} <= set(found["consecutive"][0]["barriers_as_given"])
@@ -206,6 +227,78 @@ def test_a_run_with_a_loss_of_its_own_is_not_scored_with_another(tmp_path, capsy
     assert differing(Analysis(model, "digits", config=result.config, loss=halved), result) == []
     called = Analysis(model, "digits", val=0.2, config=result.config, forward=lambda model, x: model(x))
     assert differing(called, result) == ["train", "val", "loss", "forward"]
+
+
+def test_other_data_are_standardised_as_the_run_did(tmp_path, capsys, digits):
+    """A shift of the data shows in the scores: it isn't taken out by the new data's own mean and std."""
+    (inputs, targets), test = digits
+    dark = tmp_path / "dark.npz"
+    images = {f"{name}_images": (each // 3).movedim(1, -1) for name, each in (("train", inputs), ("test", test[0]))}
+    np.savez(dark, **images, train_labels=targets, test_labels=test[1])
+    run = {
+        "epochs": 4,
+        "ticket_epochs": 1,
+        "cycles": 0,
+        "particles": 1,
+        "progress": False,
+        "batch_size": 16,
+        "engine": "eager",
+    }
+    out = tmp_path / "run"
+    torch.manual_seed(0)
+    model = build_model("mlp", 1, 8, 8, 10)
+    result = fast_swamp(model, (inputs, targets), test, run_dir=out, **run)
+    mean, std = (torch.tensor(result.standardise[name]).view(-1, 1, 1) for name in ("mean", "std"))
+    with torch.no_grad():
+        outputs = result.model(((inputs // 3) / 255 - mean) / std)
+    loss = float(nn.functional.cross_entropy(outputs, targets))
+    shifted = Analysis(model, str(dark), config=result.config, standardise=result.standardise)
+    assert shifted.evaluate([result.state_dict]).train_loss == pytest.approx([loss], rel=1e-4)
+    few = ["--probes", "0", "--mixtures", "0", "--size", "2", "--repeats", "0", "--points", "3", "--anyway"]
+    assert main(["analyze", str(out), "--model", "mlp", "--data", str(dark), *few, "--random-plane"]) == 0
+    found = json.loads((out / "analysis.json").read_text())
+    assert found["random_plane"]["at_points"]["train_loss"] == pytest.approx([loss], rel=1e-4)
+
+
+def test_a_run_on_other_data_is_told_before_it_is_compared(tmp_path, capsys, digits):
+    """Two runs that don't solve one task: their barrier says nothing without their errors."""
+    run = {"epochs": 2, "ticket_epochs": 0, "cycles": 0, "particles": 1, "progress": False, "engine": "eager"}
+    (inputs, targets), test = digits
+    one, two, data = str(tmp_path / "one"), str(tmp_path / "two"), str(tmp_path / "data.npz")
+    images = {f"{name}_images": each.movedim(1, -1) for name, each in (("train", inputs), ("test", test[0]))}
+    np.savez(data, **images, train_labels=targets, test_labels=test[1])
+    model = build_model("mlp", 1, 8, 8, 10)
+    fast_swamp(model, data, run_dir=one, batch_size=16, **run)
+    fast_swamp(model, (255 - inputs, targets), test, run_dir=two, batch_size=16, **run)
+    few = ["--probes", "0", "--mixtures", "0", "--size", "0", "--repeats", "0", "--points", "3"]
+    call = ["analyze", one, "--model", "mlp", "--data", data, *few, "--against", two]
+    assert main(call) == 2
+    assert f"the train data are not {two}'s" in capsys.readouterr().err
+    assert main([*call, "--anyway"]) == 0
+    shown = capsys.readouterr()
+    assert f"the train data are not {two}'s" in shown.err
+    against = json.loads((tmp_path / "one" / "analysis.json").read_text())["against"]
+    own, theirs = against["barriers"][0]["ends"]["test_error"]
+    assert f"error between {percent(own)} and {percent(theirs)}" in shown.out
+    assert against["differs"] == ["train"]
+
+
+def test_what_analyze_refuses_and_leaves_out(digits):
+    """Wrong arguments are told before the work; particles that are the same have no plane, and lose nothing else."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 10))
+    run = {"epochs": 1, "ticket_epochs": 0, "cycles": 0, "particles": 3, "progress": False, "engine": "eager"}
+    rates = {"lr": 0.0, "swa_lr": 0.0, "batch_size": 40}
+    result = fast_swamp(model, *digits, keep_particles=True, **run, **rates)
+    on = Analysis(model, *digits, config=result.config)
+    wrong = [{"points": 2}, {"probes": 1}, {"size": 1}, *({name: -1} for name in ("probes", "mixtures", "size"))]
+    with mock.patch("swamp_fast.analysis.core.start_engine", side_effect=AssertionError("worked")):
+        for each in (*wrong, {"repeats": -1}):
+            (name,) = each
+            with pytest.raises(ValueError, match=f"`{name}` must be at least"):
+                analyze(on, result, **each)
+    found = analyze(on, result, points=3, probes=2, mixtures=2, size=2, repeats=0)
+    assert found["plane"] is None
+    assert found["particles"]["matrix"]["train_loss"] == [[0] * 3] * 3
 
 
 def test_the_walk_throughs():

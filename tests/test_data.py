@@ -222,7 +222,9 @@ def test_standardising():
     assert torch.allclose(batch, (floats - mean[:, None, None]) / std[:, None, None], atol=1e-12)
     assert torch.allclose(built.standardise.mean, mean)
     assert built.standardise.to_dict()["std"] == pytest.approx(std.tolist())
-    other = build(open_source((images[:9], labels[:9]), "test", None).source, CPU, torch.float64, like=built)
+    other = build(
+        open_source((images[:9], labels[:9]), "test", None).source, CPU, torch.float64, like=built.standardise
+    )
     assert torch.allclose(torch.cat([i for i, _, _ in pass_in_stored_order(other.data, 7)]), batch[:9])
     constant = Standardise.measured(torch.full((5, 2, 2, 1), 9, dtype=torch.uint8)).table(torch.float64, CPU)
     assert constant[0, 9].abs() < 1e-12

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import numpy as np
@@ -146,6 +147,11 @@ class SharesAModule(Odd):
         return F.relu(self.again[1](self.again[0](h)))
 
 
+class SharesANorm(Odd):
+    def odd(self, h):
+        return self.norm(h)
+
+
 class AsksForSizes(Odd):
     def odd(self, h):
         return h.view(len(h), self.second.in_features)
@@ -172,7 +178,7 @@ class ViewsAfterConvolution(nn.Module):
         return self.head(F.relu(self.second(x.view(len(x), -1))))
 
 
-FOLDS = [AsksForSizes, SharesAModule, ReturnsAMapping, ViewsAfterConvolution]
+FOLDS = [AsksForSizes, SharesAModule, SharesANorm, ReturnsAMapping, ViewsAfterConvolution]
 LANES_ONLY = [
     *(ReadsByNumpy, ReadsByIsNonzero, SelectsByMask, LooksAtTheLargest, NormOfChunks, SharedDropout, AlwaysNoisy),
     *(Counts, OwnGenerator, ReassignsWeights),
@@ -230,6 +236,22 @@ def test_what_is_chosen_gives_what_the_naive_loop_gives(kind, few):
         function(made(kind), *data(kind, few), **arguments(kind), **SETTINGS) for function in (fast_swamp, naive_swamp)
     )
     same(fast, naive)
+
+
+def test_statistics_of_a_norm_used_twice_are_the_mean_over_its_calls(few):
+    result = fast_swamp(made(SharesANorm), *few, **{**SETTINGS, "batch_size": 40, "cycles": 0})
+    module = copy.deepcopy(result.model)
+    norm, found = module.norm, []
+    norm.register_forward_pre_hook(lambda _, args: found.append(args[0]))
+    norm.train()
+    with torch.no_grad():
+        for part in few[0][0].double().split(40):
+            module(part)
+    weights = torch.tensor([len(each) for each in found], dtype=torch.float64)
+    assert weights.tolist() == [40, 40, 40, 40, 20, 20]
+    for name, each in (("running_mean", [x.mean(0) for x in found]), ("running_var", [x.var(0) for x in found])):
+        mean = (weights[:, None] * torch.stack(each)).sum(0) / weights.sum()
+        torch.testing.assert_close(getattr(result.model.norm, name).double(), mean, rtol=1e-9, atol=1e-9)
 
 
 def test_a_fold_that_wins_is_checked_at_the_runs_own_sizes(few, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations, pairwise
@@ -25,15 +26,17 @@ class Path(Scores):
         over  "max": the highest point minus the higher end; "mean": minus the mean of the ends (Frankle et al. 2020,
               1912.05671); "line": the highest rise above the straight line between them (Entezari et al. 2022,
               2110.06296). All are the same where the ends are equally good.
+
+        NaN if any point's score is NaN.
         """
         values = self.of(what)
         if over == "max":
-            return max(values) - max(values[0], values[-1])
+            return highest(values) - highest([values[0], values[-1]])
         if over == "mean":
-            return max(values) - (values[0] + values[-1]) / 2
+            return highest(values) - (values[0] + values[-1]) / 2
         if over == "line":
             line = [(1 - t) * values[0] + t * values[-1] for t in self.t]
-            return max(value - on_line for value, on_line in zip(values, line, strict=True))
+            return highest([value - on_line for value, on_line in zip(values, line, strict=True)])
         raise ValueError(f'`over` must be one of "max", "mean", "line", got "{over}".')
 
     def barriers(self) -> dict[str, dict[str, float]]:
@@ -55,6 +58,11 @@ class BarrierMatrix:
         for (i, j), path in self.paths.items():
             found[i][j] = found[j][i] = path.barrier(what, over)
         return found
+
+
+def highest(values: Sequence[float]) -> float:
+    """The largest, or NaN if there is one among them: max() passes over NaN that doesn't stand first."""
+    return math.nan if any(map(math.isnan, values)) else max(values)
 
 
 def loss_barrier(

@@ -19,7 +19,7 @@ from swamp_fast.batchnorm import norms_of, reestimate
 from swamp_fast.config import SwampConfig
 from swamp_fast.data.samples import free_memory
 from swamp_fast.data.store import Data, pass_in_stored_order
-from swamp_fast.data.streams import at_time, evaluation_time, generators_left_alone, lane_keys, stream_of
+from swamp_fast.data.streams import at_time, evaluation_time, generators_left_alone, lane_keys, split_order, stream_of
 from swamp_fast.driver import solution
 from swamp_fast.engines import start_engine
 from swamp_fast.engines.by_density import EngineByDensity
@@ -38,6 +38,7 @@ Found = TypeVar("Found")
 
 WHAT = ("train_loss", "train_error", "test_loss", "test_error")
 FOLDED = 4  # lanes that are folded at once: so many are proven to give what they give alone
+PLAIN = {"layer_kept": None, "mask_score": "abs-mean", "combine": "mean"}  # no masks are made, no particle is chosen
 SHARE = 0.4  # of the free memory that the lanes may take
 
 
@@ -45,7 +46,7 @@ SHARE = 0.4  # of the free memory that the lanes may take
 class Scores:
     """Mean losses and errors (1 - accuracy) of M models, [M] each; None without test data, or without accuracies.
 
-    train_samples  how many training samples, from the first on, stand for them
+    train_samples  how many training samples stand for all
     """
 
     train_loss: list[float]
@@ -76,11 +77,15 @@ class Analysis:
 
     Args:
         model, train, test, val, forward, loss, prunable, config, settings: as of fast_swamp, and as the run had them:
-            a `val` that was held out is held out here, and pictures are standardised as in training.
-        samples: the first so many training samples stand for all of them, in losses and for BatchNorm; None: all.
+            a `val` that was held out is held out here.
+        standardise: the run's, result.standardise, by which its model takes uint8 pictures; None: the mean and std of
+            `train`, which are the same where the data are.
+        samples: so many training samples stand for all of them, in losses and for BatchNorm: the first of a fixed
+            shuffle; None: all.
 
     Losses are means over un-augmented samples; M models are M lanes of an engine, in chunks that fit the memory.
-    BatchNorm statistics are re-estimated for every model on the training data in stored order. Raises as fast_swamp.
+    BatchNorm statistics are re-estimated for every model on the training data, all of them in stored order. Raises as
+    fast_swamp.
     """
 
     def __init__(
@@ -94,11 +99,12 @@ class Analysis:
         loss: Loss | None = None,
         prunable: Prunable = None,
         config: SwampConfig | None = None,
+        standardise: Mapping[str, Sequence[float]] | None = None,
         samples: int | None = None,
         **settings: Any,
     ) -> None:
         own = SwampConfig.of(config, settings)
-        own = own.replace(cycles=0, particles=FOLDED, run_dir=None, tensorboard=False, progress=False)
+        own = own.replace(cycles=0, particles=FOLDED, run_dir=None, tensorboard=False, progress=False, **PLAIN)
         self.problem = prepare(
             *(model, train, test),
             val=val,
@@ -107,8 +113,9 @@ class Analysis:
             prunable=prunable,
             config=own,
             settings={name: settings[name] for name in ("batch_size",) if name in settings},
+            standardise=standardise,
         )
-        self.train, self.test = first_of(self.problem.train, samples), self.problem.test
+        self.train, self.test = some_of(self.problem.train, samples), self.problem.test
         self.engine: EagerEngine | FusedEngine | None = None
 
     def evaluate(self, states: Sequence[Mapping[str, Tensor]], *, reestimate: bool = True) -> Scores:
@@ -296,15 +303,18 @@ def averages(result: SwampResult) -> list[tuple[State, dict[str, Tensor]]]:
     return [(each.state, each.masks) for each in snapshots]
 
 
-def first_of(data: Data, samples: int | None) -> Data:
-    """The first so many samples of a split; None: all. Raises ValueError for none or too many."""
-    if samples is None:
+def some_of(data: Data, samples: int | None) -> Data:
+    """So many samples of a split, the first of a fixed shuffle; all, or None: the split itself.
+
+    Stored samples are often sorted by class. Raises ValueError for none or too many.
+    """
+    if samples is None or samples == data.length:
         return data
     if not 1 <= samples <= data.length:
         raise ValueError(f"`samples` must lie in [1, {data.length}], the training samples; got {samples}.")
-    first = copy.copy(data)
-    first.length = samples
-    return first
+    some = copy.copy(data)
+    some.length, some.order = samples, data.order[split_order(data.length)[:samples].to(data.device)]
+    return some
 
 
 def mixture(stack: Tensor, row: Tensor) -> Tensor:

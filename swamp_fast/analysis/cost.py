@@ -21,10 +21,13 @@ from swamp_fast.run import one_at_a_time
 
 @dataclass(frozen=True)
 class LayerCost:
-    """One parameter's part in a forward of one sample: FLOPs (2 a multiply-add) and bytes, as kept and dense."""
+    """One parameter's part in a forward of one sample: FLOPs (2 a multiply-add) and bytes, as kept and dense.
 
-    flops: int
-    dense_flops: int
+    FLOPs are None where it is prunable, but no weight of a convolution, linear or attention layer.
+    """
+
+    flops: int | None
+    dense_flops: int | None
     bytes: int
     dense_bytes: int
     kept: int
@@ -35,6 +38,8 @@ class LayerCost:
 class InferenceCost(LayerCost):
     """The cost of one model, as kept and dense.
 
+    flops                  None if a layer's are; products without weights, as attention's, are in no layer's
+    dense_flops            as torch counts them, which leaves nn.LSTM's out
     bytes                  of the kept values and of the masks' bits; buffers are not counted
     kept                   parameters, those that are never pruned included
     sparse_ms, dense_ms    median latency of one batch on this CPU; None for the reason in `why`
@@ -68,12 +73,13 @@ def inference_cost(
         size, itemsize = parameter.numel(), parameter.element_size()
         own, uses = kept.get(name, size), problem.probe.uses.get(name, 0.0)
         bits = -(-size // 8) if name in kept else 0
-        flops, dense_flops = (round(2 * uses * number) for number in (own, size))
+        unknown = name in problem.probe.uncounted
+        flops, dense_flops = (None if unknown else round(2 * uses * number) for number in (own, size))
         layers[name] = LayerCost(flops, dense_flops, own * itemsize + bits, size * itemsize, own, size)
     batch = batch_size or problem.config.batch_size
     sparse, dense, why = _latency(on, state, mask, batch, repeats)
     return InferenceCost(
-        flops=problem.flops(mask),
+        flops=None if problem.probe.uncounted else problem.flops(mask),
         dense_flops=problem.probe.dense_flops,
         bytes=sum(each.bytes for each in layers.values()),
         dense_bytes=sum(each.dense_bytes for each in layers.values()),

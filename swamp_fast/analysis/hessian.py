@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from swamp_fast.analysis.core import Analysis, first_of
+from swamp_fast.analysis.core import Analysis, some_of
 from swamp_fast.bank import Solution
 from swamp_fast.data.store import Data, pass_in_stored_order
 from swamp_fast.data.streams import at_time, evaluation_time, generators_left_alone
@@ -60,7 +60,7 @@ def hessian_trace(
 ) -> HessianTrace:
     """The trace of the Hessian over the kept weights and all other trained parameters: how sharp the minimum is.
 
-    It is that of the mean loss of the first `samples` training samples (None: all of the analysis), un-augmented,
+    It is that of the mean loss of `samples` training samples (see Analysis; None: all of them), un-augmented,
     without weight decay, with the state's own BatchNorm statistics. Each probe is a vector v of signs on what is
     trained, 0 where pruned, and gives v H v, whose expectation is the trace (Hutchinson 1990; as in PyHessian, Yao et
     al. 2020, arXiv 1912.07145). A weight's sign depends on `seed`, the probe and its place alone, so that two models
@@ -81,7 +81,7 @@ def hessian_trace(
     signs = torch.stack(
         [torch.randint(0, 2, (layout.P,), generator=generator, dtype=torch.int8) for _ in range(probes)]
     )
-    data = first_of(on.train, samples)
+    data = some_of(on.train, samples)
     forms = quadratic_forms(on, point, (2 * signs - 1) * trained, data)
     norms, kept = {}, on.problem.kept(mask)
     for name, own in layout.views(point.weights).items():

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.modules.conv import _ConvTransposeNd
 
 from swamp_fast.analysis.core import Analysis
 from swamp_fast.data.store import pass_in_stored_order
@@ -77,16 +78,28 @@ def channels(masks: Masks | SwampResult, on: Analysis | None = None) -> dict[str
 
     A channel without kept incoming weights gives a constant, one without kept outgoing weights is never read: both
     could be cut away. What reads a channel is known if the model of an Analysis can be traced; weights that are not
-    pruned count as kept.
+    pruned count as kept. A transposed convolution's mask is [in, out / groups, ...]; only an Analysis knows that it is.
     """
     masks = masks.masks if isinstance(masks, SwampResult) else masks
     read = None if on is None else _read(on, masks)
     found = {}
-    for name, mask in masks.items():
+    for name, mask in (masks if on is None else {**masks, **_transposed(on, masks)}).items():
         own = None if read is None else read.get(name)
         dead_in = int((~mask.flatten(1).any(1)).sum()) if mask.dim() > 1 else int((~mask).sum())
         found[name] = Channels(len(mask), dead_in, None if own is None else int((~own).sum()))
     return found
+
+
+def _transposed(on: Analysis, masks: Masks) -> dict[str, Tensor]:
+    """The masks of transposed convolutions as [out, in / groups, ...]."""
+    names = {id(parameter): name for name, parameter in on.problem.template.named_parameters()}
+    layers = [each for each in on.problem.template.modules() if isinstance(each, _ConvTransposeNd)]
+    groups = {names.get(id(each.weight), ""): each.groups for each in layers}
+    return {
+        name: mask.unflatten(0, (groups[name], -1)).transpose(1, 2).flatten(0, 1)
+        for name, mask in masks.items()
+        if name in groups
+    }
 
 
 def _overlap(a: Tensor, b: Tensor) -> Overlap:

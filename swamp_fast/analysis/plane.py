@@ -17,6 +17,10 @@ from swamp_fast.report.figures import loss_contour
 Grid = list[list[float]]  # [Y, X]
 
 
+class OnOneLine(ValueError):
+    """Three states on one line, so that no one plane is theirs."""
+
+
 @dataclass(frozen=True)
 class Plane:
     """Scores at the points of a grid.
@@ -56,7 +60,7 @@ def loss_plane(
     The axes are orthonormal in the space of all trained parameters: x from a to b, y towards c; `margin` is how far the
     grid goes beyond the three, as a share of their extent (as in Garipov et al. 2018, arXiv 1802.10026). BatchNorm is
     re-estimated at every point. Distances mean little between layers that BatchNorm makes blind to scale. Raises
-    ValueError if the three lie on one line, as two particles and their average do.
+    OnOneLine if the three lie on one line, as two particles and their average do.
     """
     solutions = [on.solution(state) for state in (a, b, c)]
     first, second, third = (each.weights.double() for each in solutions)
@@ -65,7 +69,7 @@ def loss_plane(
     across = other - (other @ along) / max(length, 1e-300) ** 2 * along
     height = float(across.norm())
     if min(length, height) <= 1e-6 * float(other.norm()):
-        raise ValueError("the three states lie on one line, so no plane is theirs; take another, or use loss_barrier.")
+        raise OnOneLine("the three states lie on one line, so no plane is theirs; take another, or use loss_barrier.")
     at = float(other @ along) / length
     corners = [[0.0, 0.0], [length, 0.0], [at, height]]
     x, y = (_axis([corner[i] for corner in corners], size, margin) for i in (0, 1))

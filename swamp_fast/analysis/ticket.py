@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from swamp_fast.analysis.barrier import Path, loss_barrier
-from swamp_fast.analysis.core import Analysis, particles
+from swamp_fast.analysis.core import PLAIN, Analysis, particles
 from swamp_fast.config import SwampConfig
 from swamp_fast.driver import fast_swamp
 from swamp_fast.probe import Forward, Loss
@@ -46,7 +46,7 @@ class TicketStability:
         """The smallest T0 that is stable, and all later candidates too."""
         found = None
         for epochs, barrier in zip(self.candidates[::-1], self.barriers[::-1], strict=True):
-            if barrier >= self.epsilon:
+            if not barrier < self.epsilon:  # NaN is not stable
                 break
             found = epochs
         return found
@@ -133,7 +133,9 @@ def ticket_stability(
     for epochs in wanted:
         folder = None if own.run_dir is None else str(File(own.run_dir) / f"ticket_{epochs}")
         changes = {"particles": 2, "cycles": 0, "keep_particles": True, "ticket_epochs": epochs, "run_dir": folder}
-        result = fast_swamp(model, train, transform=transform, config=own.replace(**changes), **common, **loader)
+        result = fast_swamp(
+            model, train, transform=transform, config=own.replace(**changes, **PLAIN), **common, **loader
+        )
         first, second = particles(result)
         paths.append(loss_barrier(on, first, second, points))
     found = TicketStability(wanted, paths, epsilon)

@@ -6,14 +6,14 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from swamp_fast.analysis.barrier import barrier_matrix, consecutive, loss_barrier
+from swamp_fast.analysis.barrier import barrier_matrix, consecutive, highest, loss_barrier
 from swamp_fast.analysis.core import WHAT, Analysis, Scores, State, averages, particles
 from swamp_fast.analysis.cost import inference_cost
 from swamp_fast.analysis.ensemble import ensemble
 from swamp_fast.analysis.hessian import hessian_trace
 from swamp_fast.analysis.hull import hull
 from swamp_fast.analysis.masks import channels, densities, mask_overlap
-from swamp_fast.analysis.plane import Plane, loss_plane, random_plane
+from swamp_fast.analysis.plane import OnOneLine, Plane, loss_plane, random_plane
 from swamp_fast.batchnorm import norms_of
 from swamp_fast.report.console import percent
 from swamp_fast.result import SwampResult
@@ -37,13 +37,20 @@ def analyze(
     """Every analysis of a run that its result allows, as plain values: what `swamp-fast analyze` writes.
 
     probes = 0 leaves the Hessian out, mixtures = 0 the hull, size = 0 the plane, repeats = 0 the latency. What is about
-    particles needs those of the last cycle (keep_particles=True), the plane three of them, the ensemble test data; what
-    can't be had is None. Barriers between cycles are also given without BatchNorm's re-estimation. `against` is another
-    run of the same model: the masks of equal cycles are compared, and the barriers between their averages measured, on
-    this run's data. `random` adds a random plane at the last average.
+    particles needs those of the last cycle (keep_particles=True), the plane three that aren't on one line, the ensemble
+    test data; what can't be had is None. Barriers between cycles are also given without BatchNorm's re-estimation.
+    `against` is another run of the same model: the masks of equal cycles are compared, and the barriers between their
+    averages measured, on this run's data. `random` adds a random plane at the last average.
     """
+    if points < 3:
+        raise ValueError(f"`points` must be at least 3, both ends and one between; got {points}.")
     if probes == 1:
         raise ValueError("`probes` must be at least 2 for an interval, or 0 for no trace; got 1.")
+    if size == 1:
+        raise ValueError("`size` must be at least 2 points an axis, or 0 for no plane; got 1.")
+    for name, value in (("probes", probes), ("mixtures", mixtures), ("size", size), ("repeats", repeats)):
+        if value < 0:
+            raise ValueError(f"`{name}` must be at least 0, for none; got {value}.")
     overlap = None if against is None else _overlap(result, against)  # other layers are told before the work
     cycles = averages(result)
     lanes = None if result.particles is None else particles(result)
@@ -120,29 +127,33 @@ def table(found: dict[str, Any]) -> str:
             f"{_interval(trace, 'trace'):>22}",
             f"{_interval(trace, 'scaled'):>18}",
             f"{masks['dead_in']}/{dead_out}".rjust(11),
-            f"{percent(cost['flops'] / max(cost['dense_flops'], 1)):>8}",
+            f"{percent(None if cost['flops'] is None else cost['flops'] / max(cost['dense_flops'], 1)):>8}",
             f"{_number(cost['sparse_ms'], '.2f'):>8}",
             f"{_number(cost['dense_ms'], '.2f'):>8}",
         ]
         lines.append("  ".join(cells))
     if found["particles"] is not None:
-        loss = max(map(max, found["particles"]["matrix"]["train_loss"]))
+        loss = highest([highest(row) for row in found["particles"]["matrix"]["train_loss"]])
         lines.append(
             f"highest barrier among the particles of cycle {found['particles']['cycle']}: {loss:.4f} train loss"
         )
     if found.get("against") is not None:
-        last, where = found["against"]["overlap"][-1], found["against"]["barriers"][-1]["barriers"]
+        last, both = found["against"]["overlap"][-1], found["against"]["barriers"][-1]
+        where, ends = both["barriers"], both["ends"]
         split = "test" if "test_loss" in where else "train"
         error = where.get(f"{split}_error", {}).get("max")
+        own, theirs = (percent(each) for each in ends[f"{split}_error"] or (None, None))
         lines.append(
             f"against {found['against']['run']}, cycle {last['cycle']}: IoU of the masks {last['iou']:.3f}, barrier "
-            f"{where[f'{split}_loss']['max']:.4f} {split} loss, {percent(error)} error"
+            f"{where[f'{split}_loss']['max']:.4f} {split} loss, {percent(error)} error between {own} and {theirs}"
         )
     if found["ensemble"] is not None:
         together, single = found["ensemble"], found["ensemble"]["single"]
         lines.append(
             f"ensemble of them: {percent(together['accuracy'])}, alone {percent(single['accuracy'])} in the mean"
         )
+    about = found["about"]
+    lines.append(f"on {about['train_samples']:,} of {about['of_training_samples']:,} training samples")
     return "\n".join(lines)
 
 
@@ -182,10 +193,12 @@ def _hull(on: Analysis, states: list[State], mixtures: int) -> dict[str, Any]:
     }
 
 
-def _plane(on: Analysis, states: list[State], size: int) -> dict[str, Any]:
+def _plane(on: Analysis, states: list[State], size: int) -> dict[str, Any] | None:
     first, second, third, *_ = states
-    found = loss_plane(on, first, second, third, size, names=_names(states)[:3])
-    return _whole_plane(found)
+    try:
+        return _whole_plane(loss_plane(on, first, second, third, size, names=_names(states)[:3]))
+    except OnOneLine:
+        return None
 
 
 def _whole_plane(found: Plane) -> dict[str, Any]:
@@ -203,14 +216,15 @@ def _overlap(result: SwampResult, other: SwampResult) -> list[dict[str, Any]]:
 
 
 def _against(on: Analysis, result: SwampResult, other: SwampResult, points: int) -> dict[str, Any]:
-    """The barriers between the averages of equal cycles of two runs."""
+    """The barriers between the averages of equal cycles of two runs, and the scores of both."""
+    found = []
     pairs = list(zip(result.history, averages(result), averages(other), strict=False))
-    # The sparsest first: at its density the engine is chosen.
-    found = [
-        {"cycle": row["cycle"], "barriers": loss_barrier(on, own, theirs, points).barriers()}
-        for row, (own, _), (theirs, _) in pairs[::-1]
-    ]
-    return {"run": Path(other.config.run_dir or "another run").name, "barriers": found[::-1]}
+    for row, (own, _), (theirs, _) in pairs[::-1]:  # the sparsest first: at its density the engine is chosen
+        path = loss_barrier(on, own, theirs, points)
+        ends = _plain(Scores(**path.part([0, -1])))
+        found.append({"cycle": row["cycle"], "barriers": path.barriers(), "ends": ends})
+    name = Path(other.config.run_dir or "another run").name
+    return {"run": name, "differs": differing(on, other), "barriers": found[::-1]}
 
 
 def _ensemble(on: Analysis, states: list[State]) -> dict[str, Any]:

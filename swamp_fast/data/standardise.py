@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +28,11 @@ class Standardise:
         share = counts.double() / counts.sum(1, keepdim=True)
         mean = share @ VALUES
         return cls(mean, (share * (VALUES - mean[:, None]).square()).sum(1).sqrt())
+
+    @classmethod
+    def of(cls, given: Mapping[str, Sequence[float]]) -> Standardise:
+        """From what to_dict gave, such as a result's `standardise`."""
+        return cls(*(torch.tensor(given[name], dtype=torch.float64) for name in ("mean", "std")))
 
     def table(self, dtype: torch.dtype, device: torch.device) -> Tensor:
         """The standardised value of every byte, [C, 256]; a constant channel is only centred."""

@@ -47,7 +47,10 @@ class Batch:
 
 
 class Stored:
-    """A split on the device, as stored. A handle is its index [L, B]: fetching it is tensor operations alone."""
+    """A split on the device, as stored. A handle is its index [L, B]: fetching it is tensor operations alone.
+
+    order  [length] int64, in which evaluation reads the samples
+    """
 
     streamed = False
     stacked = True
@@ -61,6 +64,7 @@ class Stored:
         crop_flip: bool,
     ) -> None:
         self.name, self.length, self.crop_flip, self.device = source.name, len(source), crop_flip, device
+        self.order = torch.arange(self.length, device=device)
         self.table = standardise.table(dtype, device) if standardise is not None else None
         self.inputs = tree_map(lambda leaf: _on_device(leaf, device, dtype), source.inputs)
         if crop_flip and self.table is None:
@@ -102,7 +106,10 @@ class Stored:
 
 
 class Streamed:
-    """A split that is read from the user's Dataset for every batch. A handle is the collated lanes, on the host."""
+    """A split that is read from the user's Dataset for every batch. A handle is the collated lanes, on the host.
+
+    order  as Stored.order
+    """
 
     streamed = True
 
@@ -117,6 +124,7 @@ class Streamed:
         self.name, self.length, self.crop_flip, self.device = source.name, len(source), crop_flip, device
         self.source, self.dtype = source, dtype
         self.stacked = source.collate is default_collate
+        self.order = torch.arange(self.length, device=device)
         self.table = standardise.table(dtype, device) if standardise is not None else None
         self.classes: int | None = None
 
@@ -130,7 +138,7 @@ class Streamed:
         Randomness in the Dataset runs under a seed for each sample, drawn with the keys [L, 3].
         """
         lanes = len(order)
-        seeds, order = seeds_for(keys, SAMPLE_SEED, self.length).tolist(), order.cpu()
+        seeds, order = seeds_for(keys, SAMPLE_SEED, len(self.source)).tolist(), order.cpu()
         wanted = [order[lane, begin:end] for begin, end in bounds for lane in range(lanes)]
         plan = [[(i, seeds[number % lanes][i]) for i in picked.tolist()] for number, picked in enumerate(wanted)]
         loader: DataLoader[Any] = DataLoader(
@@ -214,12 +222,12 @@ def build(
     dtype: torch.dtype,
     *,
     augment: str = "none",
-    like: Built | None = None,
+    like: Standardise | None = None,
 ) -> Built:
     """Put a split on the device if it fits, else stream it.
 
     augment  "none", "crop_flip", or "auto": what the named set asks for
-    like     the training split, by whose statistics this one is standardised
+    like     what uint8 pictures are standardised by; None: by their own statistics
     """
     why = ""
     if isinstance(source, Samples):
@@ -234,11 +242,9 @@ def build(
         sample, how = reading.one_input(source), f"streamed ({why})"
     standardise = None
     if reading.is_picture(sample):
-        standardise = like.standardise if like is not None else None
-        if standardise is None:
-            standardise = Standardise.measured(
-                source.inputs if isinstance(source, Arrays) else reading.some_pictures(source, TABLE_PICTURES)
-            )
+        standardise = like or Standardise.measured(
+            source.inputs if isinstance(source, Arrays) else reading.some_pictures(source, TABLE_PICTURES)
+        )
     crop_flip = augment == "crop_flip" or (augment == "auto" and source.crops)
     croppable = isinstance(sample, Tensor) and sample.dim() == 3 and (standardise or sample.is_floating_point())
     if crop_flip and not croppable:
@@ -261,16 +267,15 @@ def batch_bounds(samples: int, batch_size: int, drop_last: bool = False) -> list
 
 
 def pass_in_stored_order(data: Data, batch_size: int, channels_last: bool = False) -> Iterator[tuple[Any, Any, int]]:
-    """Inputs [B, ...], targets [B, ...] and B, un-augmented, over the whole split: what evaluation reads.
+    """Inputs [B, ...], targets [B, ...] and B, un-augmented, over `data.order`: what evaluation reads.
 
     A last batch of a single sample joins the one before, for BatchNorm.
     """
     bounds = batch_bounds(data.length, batch_size)
     if len(bounds) > 1 and bounds[-1][1] - bounds[-1][0] == 1:
         bounds[-2:] = [(bounds[-2][0], bounds[-1][1])]
-    order = torch.arange(data.length, device=data.device)[None]
     keys = torch.zeros(1, 3, dtype=torch.int64, device=data.device)
-    for handle, (begin, end) in zip(data.batches(order, keys, bounds), bounds, strict=True):
+    for handle, (begin, end) in zip(data.batches(data.order[None], keys, bounds), bounds, strict=True):
         yield *data.fetch(handle, None, channels_last).lane(0), end - begin
 
 

@@ -59,7 +59,7 @@ def epoch_order(keys: Tensor, samples: int) -> Tensor:
 
 
 def split_order(samples: int) -> Tensor:
-    """A fixed order [samples] int64, to hold a part of a data set out; the same for every run and seed."""
+    """A fixed order [samples] int64, to take a part of a data set; the same for every run and seed."""
     words = ops.philox(torch.zeros(1, 3, dtype=torch.int64), SPLIT, 2 * samples)
     return words.view(torch.int64).argsort(dim=1, stable=True)[0]
 
