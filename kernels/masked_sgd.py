@@ -48,11 +48,9 @@ def masked_sgd_kernel(
         g = tl.load(grads + columns, mask=inside)
         buffer = tl.load(momentum_buffer + columns, mask=inside)
         mu = tl.load(momentum + lane).to(w.dtype)
-        step = w * tl.load(weight_decay + lane).to(w.dtype)
         if SCALED:
-            step = tl.fma(g, tl.load(grad_scale + lane).to(w.dtype), step)  # either product could be fused otherwise
-        else:
-            step += g
+            g *= tl.load(grad_scale + lane).to(w.dtype)
+        step = tl.fma(w, tl.load(weight_decay + lane).to(w.dtype), g)  # else either product could be fused
         buffer = tl.where(keep, buffer * mu + step, 0.0)
         if NESTEROV:
             step = step + buffer * mu

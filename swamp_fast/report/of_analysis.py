@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -235,7 +236,9 @@ def inference(run: RunFacts) -> Section | None:
 
 
 def _ends(values: Sequence[float] | None) -> tuple[float | None, float | None]:
-    return (min(values), max(values)) if values else (None, None)
+    if not values or any(map(math.isnan, values)):
+        return None, None
+    return min(values), max(values)
 
 
 def _interval(row: Row, name: str) -> str:
