@@ -79,6 +79,16 @@ def digits() -> tuple[tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, tor
     )
 
 
+@pytest.fixture
+def large_tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter takes milliseconds a program, whatever its size; `as_launched` keeps the GPU's tiles."""
+    from swamp_fast.kernels import convolution
+
+    if not HAS_GPU and "as_launched" not in request.keywords:
+        for size in (2, 4, 8):
+            monkeypatch.setitem(convolution.PIXELS, size, 512)
+
+
 class Implementation:
     """One way an op can run: "generic", "avx2", "avx512" (C++), "triton" (in the interpreter) or "cuda"."""
 

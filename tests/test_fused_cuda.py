@@ -30,17 +30,12 @@ from swamp_fast.models import MODELS
 from swamp_fast.plan import Convolution
 
 DEVICE = "cuda" if HAS_GPU else "cpu"
-pytestmark = pytest.mark.skipif(
-    not HAS_GPU and not _interprets(), reason="the interpreter of Triton before 3.9 needs NumPy before 2.4"
-)
-
-
-@pytest.fixture(autouse=True)
-def _large_tiles(request, monkeypatch):
-    """The interpreter takes milliseconds a program, whatever its size; `as_launched` keeps the GPU's tiles."""
-    if not HAS_GPU and "as_launched" not in request.keywords:
-        for size in (2, 4, 8):
-            monkeypatch.setitem(convolution.PIXELS, size, 512)
+pytestmark = [
+    pytest.mark.usefixtures("large_tiles"),
+    pytest.mark.skipif(
+        not HAS_GPU and not _interprets(), reason="the interpreter of Triton before 3.9 needs NumPy before 2.4"
+    ),
+]
 
 
 def differs(name: str, batch: int, density: float) -> float:

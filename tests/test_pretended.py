@@ -9,10 +9,10 @@ import json
 import networks
 import pytest
 import torch
-from conftest import HAS_GPU, _interprets
+from conftest import HAS_GPU
 from pretended import CUDA, Graph, OnGpu, gpu
 from stops import ALWAYS, Interrupted, before_steps, stop_at
-from test_cuda_kernels import launch_on_host
+from test_cuda_kernels import INTERPRETED, launch_on_host
 from test_odd_models import same
 
 from benchmarks import protocol
@@ -27,7 +27,7 @@ ON_GPU = SETTINGS | {"device": "cuda", "precision": "float64", "keep_particles":
 
 def tiny(digits):
     (inputs, targets), (test_inputs, test_targets) = digits
-    return (inputs[:12], targets[:12]), (test_inputs[:4], test_targets[:4])
+    return (inputs[:12, :, ::2, ::2], targets[:12]), (test_inputs[:4, :, ::2, ::2], test_targets[:4])
 
 
 def test_it_refuses_what_a_gpu_refuses():
@@ -217,23 +217,30 @@ class Small(torch.nn.Module):
         return self.head(torch.nn.functional.dropout(x, 0.2, self.training))
 
 
-@pytest.mark.skipif(not _interprets(), reason="the interpreter of Triton before 3.9 needs NumPy before 2.4")
-@pytest.mark.parametrize(
-    ("precision", "cores"), [("float64", False), pytest.param("bfloat16", True, marks=pytest.mark.slow)]
-)
-def test_the_fused_engine_s_graph_gives_what_its_steps_give(precision, cores, digits, monkeypatch):
-    data = tuple((inputs[:, :, ::2, ::2], targets) for inputs, targets in tiny(digits))
-    settings = ON_GPU | {"engine": "fused", "precision": precision, "batch_size": 6, "epochs": 1}
-    torch.manual_seed(0)
+@INTERPRETED
+@INTERPRETED
+@pytest.mark.usefixtures("large_tiles")
+def test_a_fused_run_equals_the_naive_loops(digits):
+    model, few = Small(), {"batch_size": 6, "epochs": 1}
+    with gpu(triton=True):
+        fast = fast_swamp(model, *tiny(digits), **{**ON_GPU, **few}, engine="fused")
+    assert fast.engine["cuda_graph"], fast.engine
+    same(fast, naive_swamp(model, *tiny(digits), **{**ON_GPU, **few, "device": "cpu"}))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("large_tiles")
+@INTERPRETED
+def test_the_fused_engine_s_graph_gives_what_its_steps_give(digits):
+    """With the kernels of csrc/cuda."""
     model, results = Small(), []
     for why_not in (None, "it is told not to"):
-        with gpu(triton=True, launch=launch_on_host if cores else None), pytest.MonkeyPatch.context() as patch:
+        with gpu(triton=True, launch=launch_on_host), pytest.MonkeyPatch.context() as patch:
             if why_not:
                 patch.setattr("swamp_fast.engines.trainer._why_not_captured", lambda problem, why=why_not: why)
-            results.append(fast_swamp(model, *data, **settings))
+            settings = ON_GPU | {"precision": "bfloat16", "batch_size": 6, "epochs": 1}
+            results.append(fast_swamp(model, *tiny(digits), **settings, engine="fused"))
         assert results[-1].engine["no_cuda_graph"] == why_not
-        assert results[-1].engine["tensor_cores"] == cores
+        assert results[-1].engine["tensor_cores"]
     for name, value in results[0].particles.items():
         assert torch.equal(value, results[1].particles[name]), name
-    if precision == "float64":
-        same(results[0], naive_swamp(model, *data, **{**ON_GPU, "device": "cpu", "batch_size": 6, "epochs": 1}))
