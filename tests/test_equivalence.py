@@ -13,9 +13,9 @@ from swamp_fast import fast_swamp, naive_swamp
 from swamp_fast.engines.eager import Choice
 
 WAYS = [("lanes", False), ("lanes", True), ("fold", False), ("fold", True), ("fold grouped", False)]
-# Every network in every way that it can run; what can't be folded test_fold names. ResNet-18 is slow.
-CASES = [  # half a minute for one way more of the largest
-    pytest.param(name, way, channels_last, marks=[pytest.mark.slow] * (name == "resnet18" and way != "fold"))
+# Every network in every way that it can run; what can't be folded test_fold names. ResNet-18 takes half a minute a way.
+CASES = [
+    pytest.param(name, way, channels_last, marks=[pytest.mark.slow] * (name == "resnet18"))
     for name in networks.NETWORKS
     for way, channels_last in WAYS
     if (way == "lanes" or name in networks.FOLDS) and not (name == "resnet18" and channels_last)

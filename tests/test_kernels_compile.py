@@ -16,16 +16,16 @@ KERNELS = {line.split("(")[0].removeprefix("def ") for path in (ROOT / "kernels"
            for line in path.read_text().splitlines() if line.startswith("def ") and "_kernel(" in line}  # fmt: skip
 # A halo of four times the pixels, and two tiles a block: over with the NVRTC of CUDA 13.0, a small part of its network.
 KNOWN_SLOW = {"prologue, VGG-19 512-512 channels 2x2": 1.2}
-ARCHITECTURES = ["sm_80", "sm_90", "gfx942"]
+ARCHITECTURES, SLOW = ["sm_90", "gfx942"], ["sm_80"]
 SHARED_BYTES = 99 * 1024  # what a block may have on every GPU from sm_80 on
 LDS_BYTES = 64 * 1024  # and on gfx942
 
 
 @pytest.fixture(scope="module")
-def compiling(tmp_path_factory):
+def compiling(tmp_path_factory, request):
     """A process for each architecture, side by side."""
     running = {}
-    for arch in ARCHITECTURES:
+    for arch in ARCHITECTURES + SLOW * request.config.getoption("--slow"):
         folder = str(tmp_path_factory.mktemp(arch))  # nothing compiled before counts
         environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
         environment |= {"TRITON_CACHE_DIR": folder, "SWAMP_FAST_CACHE": folder}
@@ -38,7 +38,7 @@ def compiling(tmp_path_factory):
         process.kill()
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("arch", [*ARCHITECTURES, *(pytest.param(each, marks=pytest.mark.slow) for each in SLOW)])
 def test_compiles(arch, compiling):
     said, errors = compiling[arch].communicate()
     assert compiling[arch].returncode == 0, errors[-3000:]
