@@ -113,7 +113,7 @@ def test_a_rehearsal_in_slices_on_two_machines_gives_what_one_slice_gives(tmp_pa
     main([*told, str(whole), "--budget-minutes", "10"])
     assert "left: nothing" in capsys.readouterr().out
     stopped = 0
-    with before_steps(lambda *_: time.sleep(0.04)):
+    with before_steps(lambda *_: time.sleep(0.1)):
         for number in range(100):
             out = here if number < 3 else there
             began = time.monotonic()
