@@ -6,16 +6,16 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
-from unittest import mock
+from functools import partial
 
 import torch
 
 from benchmarks.timing import header, write
 from swamp_fast import SwampResult, fast_swamp, naive_swamp
-from swamp_fast.engines.eager import Choice
+from swamp_fast.engines.rule import Choice
 from swamp_fast.models import SmallCNN
 
-WAYS = [("lanes", False), ("lanes", True), ("fold", False), ("fold grouped", False)]
+WAYS = [("lanes", False), ("lanes", True), ("fold", False), ("fold_grouped", False)]
 SEEDS = 6
 
 
@@ -27,7 +27,7 @@ def pruned(function: Callable[..., SwampResult], seed: int, threads: int) -> Swa
     torch.set_num_threads(threads)
     try:
         sizes = {"particles": 3, "cycles": 6, "epochs": 4, "ticket_epochs": 2, "batch_size": 64}
-        return function(model, "digits", seed=seed, engine="eager", progress=False, **sizes)
+        return function(model, "digits", seed=seed, progress=False, **sizes)
     finally:
         torch.set_num_threads(before)
 
@@ -43,8 +43,8 @@ def agreements(way: str, channels_last: bool) -> tuple[list[float], list[float]]
     ours, theirs = [], []
     for seed in range(SEEDS):
         naive = pruned(naive_swamp, seed, 2)
-        with mock.patch("swamp_fast.engines.choose", return_value=Choice(way, channels_last, "asked for", {})):
-            ours.append(agreement(pruned(fast_swamp, seed, 2), naive))
+        engine = Choice(way, channels_last, "", {}).name
+        ours.append(agreement(pruned(partial(fast_swamp, engine=engine), seed, 2), naive))
         theirs.append(agreement(pruned(naive_swamp, seed, 1), naive))
     return ours, theirs
 

@@ -17,7 +17,8 @@ import torch
 from benchmarks.timing import header, interleaved, write
 from swamp_fast import naive, ops
 from swamp_fast.bank import Solution
-from swamp_fast.engines.eager import EagerEngine, choose
+from swamp_fast.engines.eager import EagerEngine
+from swamp_fast.engines.rule import eager_by_rule
 from swamp_fast.models import build_model
 from swamp_fast.ops import reference
 from swamp_fast.problem import Problem, prepare
@@ -103,7 +104,7 @@ def eager(rounds: int = 7, steps: int = 4) -> None:
     problem = resnet20(128 * steps)
     last = dataclasses.replace(problem, template=problem.template.to(memory_format=torch.channels_last))
     problem = resnet20(128 * steps)  # `to` changed the first one's template in place
-    choice = choose(problem, 4)
+    choice = eager_by_rule(problem)
     engine, start = EagerEngine(problem, choice), ticket(problem)
     training = cycle_training(problem.config, steps)
 

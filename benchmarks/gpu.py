@@ -30,9 +30,10 @@ from benchmarks import sweeps, timing
 from benchmarks.cpu import ticket
 from benchmarks.fused import LANES, pictures, stacked_step
 from swamp_fast import fast_swamp, naive_swamp, ops
-from swamp_fast.engines.eager import EagerEngine, choose
+from swamp_fast.engines.eager import EagerEngine
 from swamp_fast.engines.fused.check import differs_from_autograd, tensor_cores
 from swamp_fast.engines.fused.engine import FusedEngine, faster_branch, fused_plan
+from swamp_fast.engines.rule import eager_by_rule
 from swamp_fast.engines.trainer import first_handle
 from swamp_fast.estimate import estimate, measured_ceilings
 from swamp_fast.models import build_model
@@ -236,7 +237,7 @@ def step(bench: Bench) -> None:
     """ResNet-20, 8 particles: fused, eager, and the naive loop; share of the memory roofline."""
     particles = 2 if bench.rehearse else 8
     problem = bench.problem("resnet20", particles)
-    eager = EagerEngine(problem, choose(problem, particles))
+    eager = EagerEngine(problem, eager_by_rule(problem))
     contenders = {
         "fused": (particles, fused(problem, particles)),
         "eager engine": (particles, step_of(eager, problem, particles)),

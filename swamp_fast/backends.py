@@ -16,6 +16,12 @@ def backends() -> dict[str, dict[str, Any]]:
     return {"cpp": _cpp(), "triton": _triton(), "cuda": _cuda()}
 
 
+def has_amx() -> bool:
+    """Whether the processor has Intel's AMX: products of bfloat16 in tiles."""
+    supported = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return supported is not None and bool(supported())
+
+
 def _cpp() -> dict[str, Any]:
     try:
         import swamp_fast._C as _C

@@ -373,7 +373,7 @@ def _parser() -> argparse.ArgumentParser:
     each.add_argument("--repeats", type=int, default=15, help="of timing, default 15; 0: none")
     each.add_argument("--samples", type=int, metavar="N", help="N training samples stand for all")
     each.add_argument("--anyway", action="store_true", help="on other data than the run's too")
-    each.add_argument("--engine", choices=CHOICES["engine"], help="instead of the run's")
+    each.add_argument("--engine", help="instead of the run's")
     each.add_argument("--device", help="instead of the run's")
     each.add_argument("--data-dir", help="instead of the run's")
     each.set_defaults(command=analyze)

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import numbers
+import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,11 +20,15 @@ CHOICES = {
     "mask_score": ("abs-mean", "mean-abs", "rms", "signal-to-noise", "random"),
     "mask_from": ("last", "dense"),
     "combine": ("mean", "best"),
-    "engine": ("auto", "eager", "fused"),
     "precision": ("float32", "float64", "bfloat16"),
     "optimizer": ("sgd", "adamw"),
     "on_divergence": ("stop", "drop"),
 }
+ENGINES = ("auto", "eager", "fused", "fastest")
+# The other values of `engine`, as swamp_fast/engines/rule.py describes them.
+ENGINE_NAME = re.compile(
+    r"fused|(fused@(?P<up_to>0\.\d*[1-9]\d*),)?eager:(?P<way>lanes|fold|fold_grouped)(?P<last>:channels_last)?"
+)
 # What belongs to one optimizer alone.
 OPTIMIZERS = {"momentum": "sgd", "nesterov": "sgd", "beta1": "adamw", "beta2": "adamw", "adam_eps": "adamw"}
 LEAST_EPS = 2.0**-126  # the smallest normal float32 number
@@ -82,7 +87,10 @@ class SwampConfig:
             which each cycle is one-shot magnitude pruning to its density.
         seed: of the batch order, augmentation and dropout. The initial weights are those of the model.
         device: "auto" is CUDA where there is one, else the CPU; or any torch device.
-        engine: "auto" takes the fastest that can run the model, cycle by cycle, and says why.
+        engine: "auto" chooses by a rule, so that a seed has one result on a machine: the fused engine in the cycles
+            where it covers the model and the mask is sparse enough for it, else the eager one. "eager" and "fused" run
+            every cycle on one of them; "fastest" takes what is faster here and now by a stopwatch. The string in
+            `result.engine["name"]` selects the same engines again.
         precision: of activations and weights; "bfloat16" runs under autocast over float32 weights.
         keep_particles: keep the particles' SWA means of the last cycle in the result.
         on_divergence: when a particle's loss or weights are no longer finite at an epoch's end, "stop" ends the run
@@ -144,6 +152,11 @@ class SwampConfig:
             if getattr(self, name) not in known:
                 wanted = ", ".join(f'"{each}"' for each in known)
                 raise ValueError(f'`{name}` must be one of {wanted}; got "{getattr(self, name)}".')
+        if self.engine not in ENGINES and ENGINE_NAME.fullmatch(self.engine) is None:
+            raise ValueError(
+                f"`engine` must be one of {', '.join(json.dumps(each) for each in ENGINES)}, or a result's "
+                f'engine["name"] such as "eager:lanes:channels_last"; got "{self.engine}".'
+            )
         self._check_ranges()
         if self.target_density is not None:
             self._derive_cycles(self.target_density)

@@ -46,6 +46,7 @@ class Probe:
     changed: tuple[str, ...]  # buffers that a forward changes, besides the running statistics of norms, and weights
     keeps_state: bool  # plain attributes that a forward changes, or generators of its own
     reads_values: str | None  # by which function the forward looks at values, and may branch on them
+    convolves: bool  # whether pictures [B, C, H, W] go through a convolution
     dense_flops: int  # of one sample's forward, 2 a multiply-add, matrix products and convolutions
     uses: dict[str, float]  # multiply-adds of one sample per weight of a parameter
 
@@ -127,7 +128,8 @@ def look_at(
         return outputs, each.sum()
 
     found = _probe(copy_of(template), run, keys, batch, prunable)
-    return dataclasses.replace(found, classifies=classifies, reads_values=reads.found)
+    convolves = found.convolves and any(leaf.dim() == 4 for leaf in tensors(inputs))
+    return dataclasses.replace(found, classifies=classifies, reads_values=reads.found, convolves=convolves)
 
 
 def _transformed(transform: Callable[[Any], Any], inputs: Any) -> Any:
@@ -208,6 +210,7 @@ def _probe(
         changed=changed,
         keeps_state=keeps_state and not changed,
         reads_values=None,
+        convolves=any("convolution" in str(op) for op in counter.get_flop_counts().get("Global", {})),
         dense_flops=counter.get_total_flops() // batch,
         uses=uses,
     )

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from swamp_fast.backends import backends
+from swamp_fast import nvrtc
+from swamp_fast.backends import backends, has_amx
 from swamp_fast.checkpoint import Damaged, Packed, RunDirectory, Unfinished, load_tensors
 from swamp_fast.config import NOT_IDENTITY, SwampConfig
 
@@ -21,7 +22,7 @@ class Found:
 
     snapshots   each cycle's average, where its file is; the last one's content, for ranks that can't read it
     unfinished  the middle of the training after those that are whole
-    engine      what the stopwatch chose; empty where it was on another kind of device
+    engine      what ran; empty where it was on another kind of device
     moved       the places that the run was in before, each with the cycle in which it left
     began       when the run was first started, if its folder says so
     elsewhere   whether this is another place than the last
@@ -82,9 +83,12 @@ def refuse_another(folder: RunDirectory, there: dict[str, Any], config: SwampCon
 def place_of(device: torch.device) -> dict[str, Any]:
     """What the bits of a run depend on, besides the run itself."""
     if device.type == "cuda":
-        return {"device": "cuda", "processor": torch.cuda.get_device_name(device), "torch": torch.__version__}
-    sets = {"processor": torch.backends.cpu.get_cpu_capability(), "kernels": backends()["cpp"].get("instruction_set")}
-    return {"device": device.type, **sets, "threads": torch.get_num_threads(), "torch": torch.__version__}
+        own: dict[str, Any] = {"processor": torch.cuda.get_device_name(device), "nvrtc": nvrtc.why_missing() is None}
+        own["capability"] = list(torch.cuda.get_device_capability(device))
+    else:
+        own = {"processor": torch.backends.cpu.get_cpu_capability(), "amx": has_amx()}
+        own |= {"kernels": backends()["cpp"].get("instruction_set"), "threads": torch.get_num_threads()}
+    return {"device": device.type, **own, "torch": torch.__version__, "triton": backends()["triton"].get("version")}
 
 
 def _read_ticket(folder: RunDirectory, found: Found) -> None:
@@ -148,7 +152,7 @@ def _compare_places(there: dict[str, Any], found: Found, now: dict[str, Any]) ->
     found.moved.append({"cycle": len(found.rows), "from": before, "engine": there["engine"]})
     text = f"the run goes on in another place: {'; '.join(differences)}. Bits may differ from here on."
     if before.get("device") != now["device"]:
-        text += " What the stopwatch chose is measured anew."
+        text += " The engine is chosen anew."
         found.engine = {}
     _tell(found, text)
 

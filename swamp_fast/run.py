@@ -145,7 +145,7 @@ class Run:
         self._training_is_over()
 
     def keep_engine(self, engine: dict[str, Any]) -> None:
-        """Record what runs, so that resuming replays what was chosen by a stopwatch."""
+        """Record what runs, so that resuming replays it."""
         self.engine = self.about["engine"] = engine
         if self.folder is not None:
             self.folder.write_about(self.about)

@@ -32,6 +32,7 @@ from swamp_fast.ranks import Ranks
 from swamp_fast.report.console import Console, duration, percent
 from swamp_fast.report.figures import accuracy_of_points
 from swamp_fast.result import SwampResult
+from swamp_fast.resume import place_of
 from swamp_fast.run import FIRST_ESTIMATE_SECONDS, Run, one_at_a_time
 from swamp_fast.schedule import total_particle_epochs
 from swamp_fast.signals import StopSignals
@@ -251,7 +252,7 @@ def points_of(grid: Grid) -> list[dict[str, Any]]:
 
 
 def _packs(problems: Sequence[Problem], runs: Sequence[SweptRun], console: Console) -> list[Pack]:
-    """The runs that are still to be done. What a stopwatch chose before for others like them is used again."""
+    """The runs that are still to be done. The engine of others like them that were begun here is used again."""
     packs = []
     for numbers in packs_of(problems):
         waiting = [number for number in numbers if not _finished(runs[number], problems[number])]
@@ -266,19 +267,19 @@ def _packs(problems: Sequence[Problem], runs: Sequence[SweptRun], console: Conso
 
 
 def _begun_with(run: SweptRun, problem: Problem) -> tuple[dict[str, Any], int] | None:
-    """The engine of a run that was begun on such a device, and how many it was trained with."""
+    """The engine of a run that was begun in this place, and how many it was trained with."""
     if run.folder is None or not (run.folder / "run.json").exists():
         return None
     try:
         about = RunDirectory(run.folder).about()
     except ValueError:  # what is wrong with it is told when it is opened
         return None
-    same = about["place"].get("device") == problem.device.type
+    same = about["place"] == place_of(problem.device)
     return (about["engine"], about.get("at_once", 1)) if same and about["engine"] else None
 
 
 def _measured(problems: Sequence[Problem], console: Console) -> tuple[dict[str, Any], int]:
-    """The fastest engine for runs that can share a step, and how many at once."""
+    """The engine for runs that can share a step, and how many at once."""
     config = problems[0].config.replace(run_dir=None, tensorboard=False, progress=False)
     with Run(dataclasses.replace(problems[0], config=config), "fast_swamp") as scratch:
         engine = start_engine(problems[0], scratch)
@@ -477,7 +478,7 @@ def _run_pack(
 
 def _engine_for(record: Run, begun: bool, there: Engine | None) -> Engine:
     """The engine of a pack, as the run recorded it if it was begun before."""
-    if there is None or there.name != record.engine["engine"]:
+    if there is None or there.name != record.engine.get("name"):
         return start_engine(record.problem, record)
     if begun:
         there.replay(record.engine)

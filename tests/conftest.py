@@ -158,24 +158,8 @@ def implementation(request: pytest.FixtureRequest) -> object:
 
 
 @pytest.fixture
-def on(monkeypatch):
-    """The settings by which a run is on a way, with what a stopwatch would choose fixed."""
-    from stops import RUN
+def on():
+    """The settings by which a run is on a way."""
+    from stops import RUN, WAYS
 
-    from swamp_fast import engines
-    from swamp_fast.engines import by_density
-    from swamp_fast.engines.eager import Choice, EagerEngine
-
-    def settings(way: str) -> dict[str, object]:
-        choice = Choice("lanes" if way in ("fused", "by density") else way, False, "forced", {})
-        monkeypatch.setattr(engines, "choose", lambda *_: choice)
-        if way == "by density":
-
-            def seconds(engine, problem, mask):
-                return 1.0 if isinstance(engine, EagerEngine) else 1.5 * float(mask.float().mean())
-
-            for module in (engines, by_density):
-                monkeypatch.setattr(module, "seconds_of_steps", seconds)
-        return RUN | {"engine": {"fused": "fused", "by density": "auto"}.get(way, "eager")}
-
-    return settings
+    return lambda way: RUN | {"engine": WAYS[way]}

@@ -10,7 +10,13 @@ from swamp_fast.engines.trainer import Trainer
 ALWAYS = 1e-9  # minutes: a checkpoint after every step
 RUN = {"batch_size": 64, "cycles": 1, "epochs": 3, "ticket_epochs": 1, "particles": 2, "prune": 0.5, "progress": False}
 STEPS = 3  # of an epoch: 160 samples
-WAYS = ["lanes", "fold", "fold grouped", "fused", "by density"]
+WAYS = {  # ways to run, as the setting `engine` names them
+    "lanes": "eager:lanes",
+    "fold": "eager:fold",
+    "fold_grouped": "eager:fold_grouped",
+    "fused": "fused",
+    "by density": "fused@0.7,eager:lanes",
+}
 
 
 class Interrupted(BaseException):

@@ -35,7 +35,6 @@ from swamp_fast.analysis import (
 from swamp_fast.analysis.hessian import quadratic_forms
 from swamp_fast.data.store import pass_in_stored_order
 from swamp_fast.data.streams import split_order
-from swamp_fast.engines.eager import Choice
 from swamp_fast.interval import quantile
 
 EXACT = {"rel": 1e-12, "abs": 1e-12}
@@ -307,15 +306,15 @@ def test_students_t():
 # Many models at once.
 
 
-@pytest.mark.parametrize("way", ["lanes", "fold", "fold grouped", "fused"])
+@pytest.mark.parametrize("way", ["lanes", "fold", "fold_grouped", "fused"])
 def test_lanes_are_what_models_are_alone(residual, way):
     """Of different supports, in chunks smaller than their number."""
     a, b = state_of(residual, 1, density=0.5), state_of(residual, 2, density=0.3)
-    on = analysis(residual, "fused" if way == "fused" else "eager")
-    with mock.patch("swamp_fast.engines.choose", return_value=Choice(way, False, "asked for", {})):
-        path = loss_barrier(on, a, b, points=7)
-    assert on.engine is not None
-    assert on.engine.name == ("fused" if way == "fused" else "eager")
+    name = "fused" if way == "fused" else f"eager:{way}"
+    on = analysis(residual, name)
+    path = loss_barrier(on, a, b, points=7)
+    assert on.engines is not None
+    assert on.engines.name == name
     with mock.patch.object(Analysis, "_lanes_at_once", return_value=3):
         assert loss_barrier(on, a, b, points=7).train_loss == pytest.approx(path.train_loss, **SAME)
     for place, t in enumerate(path.t):
@@ -405,10 +404,9 @@ def test_frozen_parameters_buffers_and_regression(way):
         loss=lambda outputs, wanted: (outputs - wanted).square(),
         batch_size=40,
         precision="float64",
-        engine="eager",
+        engine=f"eager:{way}",
     )
-    with mock.patch("swamp_fast.engines.choose", return_value=Choice(way, False, "asked for", {})):
-        found = on.evaluate([a, b])
+    found = on.evaluate([a, b])
     for loss, state in zip(found.train_loss, (a, b), strict=True):
         module = copy.deepcopy(model).double()
         module.load_state_dict(state)

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from swamp_fast import fast_swamp, naive_swamp
-from swamp_fast.engines.eager import Choice
 
 SETTINGS = {
     "engine": "eager",
@@ -18,17 +17,16 @@ SETTINGS = {
     "particles": 3,
     "progress": False,
 }
-WAYS = ["lanes", "fold", "fold grouped"]
+WAYS = ["lanes", "fold", "fold_grouped"]
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", list(networks.NETWORKS))
-def test_on_a_gpu_equal_to_the_naive_loop(name, way, digits, monkeypatch):
+def test_on_a_gpu_equal_to_the_naive_loop(name, way, digits):
     if way != "lanes" and name not in networks.FOLDS:
         pytest.skip("can't be folded, which test_fold proves is seen")
-    monkeypatch.setattr("swamp_fast.engines.choose", lambda *_: Choice(way, False, "forced", {}))
-    settings = SETTINGS | {"precision": "float64", "device": "cuda"}
+    settings = SETTINGS | {"precision": "float64", "device": "cuda", "engine": f"eager:{way}"}
     fast, naive = (function(networks.build(name), *digits, **settings) for function in (fast_swamp, naive_swamp))
     assert fast.engine["cuda_graph"] == (name != "branching")
     for mask, expected in zip(fast.masks.values(), naive.masks.values(), strict=True):

@@ -17,7 +17,6 @@ from swamp_fast import SwampConfig, compare, fast_swamp
 from swamp_fast import sweeps as module
 from swamp_fast.cli import main
 from swamp_fast.compare import _summary as summary_of
-from swamp_fast.engines.eager import Choice
 from swamp_fast.methods import METHODS, seeds_of
 from swamp_fast.reporting import write_report
 
@@ -32,7 +31,6 @@ def made() -> nn.Module:
 
 
 def lane_by_lane(monkeypatch) -> None:
-    monkeypatch.setattr("swamp_fast.engines.choose", lambda problem, particles: Choice("lanes", False, "forced", {}))
     monkeypatch.setattr(module, "runs_at_once", lambda engine, problems: (len(problems), "forced"))
 
 

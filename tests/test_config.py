@@ -42,7 +42,11 @@ BAD = [
     ({"swa_lr": 0.2}, ValueError, "`swa_lr` must be at most `lr`, got swa_lr = 0.2 and lr = 0.1"),
     ({"target_density": 0.05, "cycles": 3}, ValueError, "0.05 takes 14 cycles at prune = 0.2, got cycles = 3 too"),
     ({"target_density": 1.0}, ValueError, "`target_density` must lie strictly between 0 and 1"),
-    ({"engine": "quick"}, ValueError, '`engine` must be one of "auto", "eager", "fused"; got "quick"'),
+    (
+        {"engine": "quick"},
+        ValueError,
+        r'`engine` must be one of "auto", "eager", "fused", "fastest", or a result.s engine.*; got "quick"',
+    ),
     ({"precision": "float16"}, ValueError, "`precision` must be one of"),
     ({"rewind": "zero"}, ValueError, "`rewind` must be one of"),
     ({"augment": "flip"}, ValueError, "`augment` must be one of"),

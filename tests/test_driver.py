@@ -164,7 +164,7 @@ class Counting(networks.Tied):
 def test_buffers_of_the_model_are_averaged_like_the_naive_loops(digits):
     settings = SETTINGS | {"precision": "float64", "rewind": "average"}
     fast, naive = (function(Counting(), *digits, **settings) for function in (fast_swamp, naive_swamp))
-    assert fast.engine["why"] == "it can't be folded, its forward changes buffers or weights: sum, calls"
+    assert fast.engine["name"] == "eager:lanes"
     for cycle in range(5):
         states = [result._snapshot(cycle).state for result in (fast, naive)]
         for name in ("sum", "calls", "fixed"):
@@ -181,9 +181,6 @@ class Noisy(networks.Tied):
 
 def test_other_randomness_runs_under_a_seed_per_lane(digits):
     settings = SETTINGS | {"precision": "float64"}
-    fast = fast_swamp(Noisy(), *digits, **settings)
-    why = "it can't be folded, it draws random numbers besides dropout (reproducible on one kind of device only)"
-    assert fast.engine["why"] == why
     torch.manual_seed(0)
     model = Noisy()
     results = []
@@ -367,7 +364,6 @@ def test_dicts_collate_functions_and_recurrent_networks(digits):
         )
         for function in (fast_swamp, naive_swamp)
     )
-    assert "collate function" in fast.engine["why"]
     assert set(fast.masks) == {"mix.weight", "lstm.weight_ih_l0", "lstm.weight_hh_l0"}
     for name, value in naive.state_dict.items():
         assert torch.allclose(fast.state_dict[name], value, atol=1e-9), name

@@ -20,17 +20,17 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.durability import crash, same_bits
-from swamp_fast import SwampConfig, engines, fast_swamp
+from swamp_fast import SwampConfig, fast_swamp
 from swamp_fast.bank import ParticleBank
 from swamp_fast.checkpoint import RunDirectory, load_tensors
 from swamp_fast.data import samples
-from swamp_fast.engines.eager import Choice
 from swamp_fast.engines.fused.compact import Compact, CompactBank
+from swamp_fast.engines.rule import named
 from swamp_fast.layout import Layout
 
 # Of the steps of a ticket (0-2) and of two trainings (3-11, 12-20): inside an epoch, between two, in the SWA window,
 # and in the second cycle, whose mask is sparse.
-MOMENTS = {"lanes": (1, 6, 20), "fold": (13,), "fold grouped": (19,), "fused": (4, 14), "by density": (11, 16)}
+MOMENTS = {"lanes": (1, 6, 20), "fold": (13,), "fold_grouped": (19,), "fused": (4, 14), "by density": (11, 16)}
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -208,16 +208,16 @@ def test_a_model_with_state_of_its_own_has_a_checkpoint_a_cycle(on, digits, tmp_
 
 
 def test_going_on_in_another_place_is_told(on, digits, tmp_path, monkeypatch):
-    settings = on("lanes") | {"checkpoint_minutes": ALWAYS, "run_dir": tmp_path}
+    settings = on("lanes") | {"checkpoint_minutes": ALWAYS, "run_dir": tmp_path, "engine": "eager"}
     with before_steps(stop_at(10)), pytest.raises(Interrupted):
         fast_swamp(networks.build("tied"), *digits, **settings)
     about = json.loads((tmp_path / "run.json").read_text())
     elsewhere = {"device": "cuda", "processor": "a GPU", "torch": about["place"]["torch"]}
     (tmp_path / "run.json").write_text(json.dumps({**about, "place": elsewhere}))
-    monkeypatch.setattr(engines, "choose", lambda *_: Choice("lanes", True, "chosen anew", {}))
+    monkeypatch.setattr("swamp_fast.engines.by_rule", lambda *_: named("eager:lanes", "chosen anew"))
     with before_steps() as count, pytest.warns(UserWarning, match="device was cuda, is cpu") as told:
         result = fast_swamp(networks.build("tied"), *digits, **settings)
-    assert "Bits may differ from here on. What the stopwatch chose is measured anew" in str(told[0].message)
+    assert "Bits may differ from here on. The engine is chosen anew" in str(told[0].message)
     assert result.history[0]["warnings"][0] == str(told[0].message)
     assert count[0] == 21 - 10
     assert result.engine["why"] == "chosen anew"

@@ -8,11 +8,10 @@ import networks
 import pytest
 import torch
 
-import swamp_fast.engines as engines
 from swamp_fast import fast_swamp, naive_swamp
-from swamp_fast.engines.eager import Choice
+from swamp_fast.engines.rule import Choice
 
-WAYS = [("lanes", False), ("lanes", True), ("fold", False), ("fold", True), ("fold grouped", False)]
+WAYS = [("lanes", False), ("lanes", True), ("fold", False), ("fold", True), ("fold_grouped", False)]
 # Every network in every way that it can run; what can't be folded test_fold names. ResNet-18 takes half a minute a way.
 CASES = [
     pytest.param(name, way, channels_last, marks=[pytest.mark.slow] * (name == "resnet18"))
@@ -20,11 +19,6 @@ CASES = [
     for way, channels_last in WAYS
     if (way == "lanes" or name in networks.FOLDS) and not (name == "resnet18" and channels_last)
 ]
-
-
-def force(monkeypatch: pytest.MonkeyPatch, way: str, channels_last: bool) -> None:
-    """Run the lanes in a given way instead of the one that a stopwatch picks."""
-    monkeypatch.setattr(engines, "choose", lambda problem, particles: Choice(way, channels_last, "forced", {}))
 
 
 def settings(name: str) -> dict[str, object]:
@@ -65,11 +59,11 @@ def naive_results(digits):
 
 
 @pytest.mark.parametrize(("name", "way", "channels_last"), CASES)
-def test_equal_to_the_naive_loop(name, way, channels_last, digits, naive_results, monkeypatch):
-    force(monkeypatch, way, channels_last)
+def test_equal_to_the_naive_loop(name, way, channels_last, digits, naive_results):
     model = networks.build(name)
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    fast = fast_swamp(model, *data_for(name, digits), **settings(name))
+    choice = Choice(way, channels_last, "", {})
+    fast = fast_swamp(model, *data_for(name, digits), **settings(name) | {"engine": choice.name})
     naive = naive_results(name)
     assert fast.engine["way"] == way
     assert naive.engine["engine"] == "naive"
@@ -97,9 +91,8 @@ def test_the_networks_learn(naive_results):
     assert max(losses.values()) < 2.2, losses
 
 
-def test_variants_agree_too(digits, monkeypatch):
+def test_variants_agree_too(digits):
     """SMS's rewind, no SWA, Nesterov, a schedule of particles, initial masks, other prune: all are settings."""
-    force(monkeypatch, "lanes", False)
     common = settings("tied") | {"epochs": 3}
     half = {"middle.weight": torch.rand(32, 32, generator=torch.Generator().manual_seed(3)) < 0.5}
     for change in (

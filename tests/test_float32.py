@@ -17,7 +17,8 @@ from benchmarks.agreement import agreement, agreements, pruned
 from swamp_fast import fast_swamp, naive_swamp
 from swamp_fast.data.streams import at_time, epoch_order, lane_keys, stream_of
 from swamp_fast.dropout import DropoutStream
-from swamp_fast.engines.eager import Choice, eager_trainer
+from swamp_fast.engines.eager import eager_trainer
+from swamp_fast.engines.rule import Choice
 from swamp_fast.problem import Problem, prepare
 
 STATES = (0, 4, 11)  # steps of the trajectory whose states are compared
@@ -146,7 +147,7 @@ def test_lane_by_lane_has_the_bits_of_the_naive_loop(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("way", "channels_last"), [("lanes", True), ("fold", False), ("fold grouped", False)])
+@pytest.mark.parametrize(("way", "channels_last"), [("lanes", True), ("fold", False), ("fold_grouped", False)])
 def test_masks_agree_as_two_naive_runs_do(way, channels_last):
     """Over seeds, the final masks agree with the naive loop's at least as well as its own at another thread count."""
     ours, theirs = agreements(way, channels_last)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from swamp_fast import fast_swamp
 from swamp_fast.engines.check import why_not_fold
-from swamp_fast.engines.eager import choose
+from swamp_fast.engines.eager import fastest_choice
 from swamp_fast.problem import prepare
 
 SETTINGS = {"engine": "eager", "batch_size": 32, "progress": False}
@@ -92,19 +92,21 @@ def test_frozen_parameters_fold(digits):
 
 def test_the_choice_is_measured_and_says_why(digits):
     problem = prepare(networks.build("residual"), *digits, settings=SETTINGS)
-    choice = choose(problem, 4)
+    choice = fastest_choice(problem, 4)
     assert choice.why == "the fastest measured"
-    assert {name.split(",")[0] for name in choice.milliseconds} == {"lanes", "fold", "fold grouped"}
+    assert {name.split(",")[0] for name in choice.milliseconds} == {"lanes", "fold", "fold_grouped"}
     assert all(value > 0 for value in choice.milliseconds.values())
-    choice = choose(prepare(networks.build("branching"), *digits, settings=SETTINGS), 4)
+    choice = fastest_choice(prepare(networks.build("branching"), *digits, settings=SETTINGS), 4)
     assert choice.way == "lanes"
     assert choice.why.startswith("it can't be folded, its forward looks at values")
-    assert choose(problem, 1).why == "there is one particle"
+    assert fastest_choice(problem, 1).why == "there is one particle"
 
 
 def test_a_model_that_mixes_runs_lane_by_lane_and_says_so(digits):
-    result = fast_swamp(
-        Mixed(lambda m, x: x - x.mean(0)), *digits, cycles=1, epochs=1, ticket_epochs=0, particles=2, **SETTINGS
-    )
+    settings = SETTINGS | {"cycles": 1, "epochs": 1, "ticket_epochs": 0, "particles": 2}
+    model = Mixed(lambda m, x: x - x.mean(0))
+    result = fast_swamp(model, *digits, **settings | {"engine": "fastest"})
     assert result.engine["way"] == "lanes"
     assert "mixes samples" in result.engine["why"]
+    with pytest.raises(ValueError, match=r'engine="eager:fold" can\'t run the model: .*mixes samples'):
+        fast_swamp(model, *digits, **settings | {"engine": "eager:fold"})

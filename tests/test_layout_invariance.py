@@ -9,7 +9,8 @@ from test_equivalence import WAYS
 
 from swamp_fast.bank import Solution
 from swamp_fast.data.streams import CROP_FLIP, ORDER, epoch_order, lane_keys, stream_of
-from swamp_fast.engines.eager import Choice, EagerEngine
+from swamp_fast.engines.eager import EagerEngine
+from swamp_fast.engines.rule import Choice
 from swamp_fast.problem import prepare
 from swamp_fast.schedule import cycle_training
 

@@ -13,7 +13,6 @@ from swamp_fast import SwampConfig, SwampResult, fast_swamp, naive_swamp, sweep
 from swamp_fast import sweeps as module
 from swamp_fast.checkpoint import load_tensors
 from swamp_fast.data.streams import layer_order, stream_of
-from swamp_fast.engines.eager import Choice
 from swamp_fast.engines.trainer import Trainer
 from swamp_fast.methods import METHODS, seeds_of
 from swamp_fast.prune import kept_after, particles_score
@@ -40,11 +39,6 @@ CHANGES = [
     {"schedule": "swa", "swa": False},
     {"schedule": "cosine", "epochs": 4},
 ]
-
-
-@pytest.fixture(autouse=True)
-def _lane_by_lane(monkeypatch):
-    monkeypatch.setattr("swamp_fast.engines.choose", lambda problem, particles: Choice("lanes", False, "forced", {}))
 
 
 def run(digits, name="tied", **changes) -> SwampResult:
@@ -312,7 +306,6 @@ def test_only_what_needs_scores_has_them_in_its_files(digits, tmp_path):
 
 @pytest.mark.parametrize("way", ["lanes", "fold"])
 def test_packed_they_give_what_they_give_alone(way, digits, monkeypatch):
-    monkeypatch.setattr("swamp_fast.engines.choose", lambda problem, particles: Choice(way, False, "forced", {}))
     points = [
         {"seed": 0},
         {"swa": False, "mask_score": "rms"},
@@ -324,7 +317,7 @@ def test_packed_they_give_what_they_give_alone(way, digits, monkeypatch):
     ]
     sizes = []
     monkeypatch.setattr(module, "runs_at_once", lambda engine, problems: (sizes.append(len(problems)) or 7, "forced"))
-    settings = {name: value for name, value in SETTINGS.items() if name != "cycles"}
+    settings = {name: value for name, value in SETTINGS.items() if name != "cycles"} | {"engine": f"eager:{way}"}
     found = sweep(lambda: networks.build("residual"), *digits, points, val=0.2, cycles=3, **settings)
     assert sizes == [7]
     for each in found.runs:

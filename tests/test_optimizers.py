@@ -11,7 +11,8 @@ from test_equivalence import force
 from test_odd_models import same
 
 from swamp_fast import fast_swamp, naive_swamp
-from swamp_fast.engines.eager import Choice, eager_trainer
+from swamp_fast.engines.eager import eager_trainer
+from swamp_fast.engines.rule import Choice
 from swamp_fast.problem import prepare
 
 ADAMW = {"optimizer": "adamw", "lr": 3e-3, "swa_lr": 1e-3, "weight_decay": 0.1, "beta1": 0.8, "beta2": 0.99}

@@ -18,7 +18,6 @@ from test_odd_models import same
 from benchmarks import protocol
 from swamp_fast import fast_swamp, naive_swamp, sweep
 from swamp_fast.analysis import Analysis, barrier_matrix, ensemble, hessian_trace, loss_barrier
-from swamp_fast.engines.eager import Choice
 
 pytestmark = pytest.mark.skipif(HAS_GPU, reason="there is a real GPU")
 SETTINGS = {"particles": 2, "cycles": 1, "epochs": 2, "ticket_epochs": 1, "batch_size": 48, "progress": False}
@@ -70,18 +69,17 @@ def test_a_replay_repeats_operations_at_their_places_with_the_numbers_of_the_cap
 @pytest.mark.parametrize(
     ("name", "way", "settings"),
     [
-        ("residual", "fold grouped", {"clip_norm": 1.0}),
+        ("residual", "fold_grouped", {"clip_norm": 1.0}),
         ("dropout", "fold", {"augment": "crop_flip"}),
         ("vit_dropout", "lanes", {"optimizer": "adamw", "lr": 1e-3, "swa_lr": 5e-4}),
         ("branching", "lanes", {"schedule": "cosine"}),
     ],
 )
-def test_a_run_equals_the_naive_loops(name, way, settings, digits, monkeypatch):
-    monkeypatch.setattr("swamp_fast.engines.choose", lambda *_: Choice(way, False, "forced", {}))
+def test_a_run_equals_the_naive_loops(name, way, settings, digits):
     model = networks.build(name)
     naive = naive_swamp(model, *digits, **{**ON_GPU, **settings, "device": "cpu"})
     with gpu():
-        fast = fast_swamp(model, *digits, **{**ON_GPU, **settings}, engine="eager")
+        fast = fast_swamp(model, *digits, **{**ON_GPU, **settings}, engine=f"eager:{way}")
         on_gpu = naive_swamp(model, *digits, **{**ON_GPU, **settings})
     assert fast.engine["cuda_graph"] == (name != "branching"), fast.engine
     assert next(fast.model.parameters()).device.type == "cpu"  # where the user's model was
@@ -89,9 +87,7 @@ def test_a_run_equals_the_naive_loops(name, way, settings, digits, monkeypatch):
         same(each, naive)
 
 
-def test_what_can_t_be_captured_runs_all_the_same_and_leaves_the_next_run_s_alone(digits, monkeypatch):
-    monkeypatch.setattr("swamp_fast.engines.choose", lambda *_: Choice("lanes", False, "forced", {}))
-
+def test_what_can_t_be_captured_runs_all_the_same_and_leaves_the_next_run_s_alone(digits):
     def loss(outputs, targets):
         weight = torch.tensor([1.0] * 10, dtype=outputs.dtype, device=outputs.device)  # from the host, each time
         return torch.nn.functional.cross_entropy(outputs, targets, weight, reduction="none")
@@ -109,7 +105,7 @@ def test_the_engine_is_chosen_and_folding_proven_there(digits):
     with gpu():
         engine = fast_swamp(networks.build("residual"), *digits, **ON_GPU | {"engine": "eager"}).engine
     assert engine["cuda_graph"]
-    assert any("fold grouped" in way for way in engine["milliseconds"])
+    assert any("fold_grouped" in way for way in engine["milliseconds"])
 
 
 class Rows(torch.utils.data.Dataset):
@@ -134,9 +130,8 @@ def test_streamed_data_and_a_user_s_transform(digits):
 
 
 def test_a_stopped_run_and_a_packed_sweep_go_on_to_what_an_unstopped_one_gives(digits, tmp_path, monkeypatch):
-    monkeypatch.setattr("swamp_fast.engines.choose", lambda *_: Choice("fold", False, "forced", {}))
     monkeypatch.setattr("swamp_fast.sweeps.runs_at_once", lambda engine, problems: (len(problems), "forced"))
-    settings = ON_GPU | {"engine": "eager", "checkpoint_minutes": ALWAYS}
+    settings = ON_GPU | {"engine": "eager:fold", "checkpoint_minutes": ALWAYS}
     points = [{"seed": 0}, {"seed": 1, "lr": 0.05}]
     with gpu():
         whole = [fast_swamp(networks.build("residual"), *digits, **settings, **point) for point in points]

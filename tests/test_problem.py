@@ -143,7 +143,7 @@ def test_refuses_settings_and_callables(digits):
     loader = DataLoader(TensorDataset(*digits[0]), batch_size=16)
     masks = {"middle.weight": torch.ones(32, 32, dtype=torch.bool)}
     cases = [
-        ({"engine": "fused"}, ValueError, 'engine="fused" can\'t be had'),
+        ({"engine": "fused"}, ValueError, 'engine="fused" can\'t run the model'),
         ({"device": "cuda:99"}, ValueError, '"cuda:99" can\'t be had'),
         ({"device": "mps"}, ValueError, 'must be a CPU or a CUDA device, got "mps"'),
         ({"device": "gpu"}, ValueError, '`device` must be "auto", "cpu", "cuda"'),

@@ -13,15 +13,13 @@ from benchmarks import protocol as module
 from benchmarks.gpu import SLICES
 from benchmarks.protocol import Item, Protocol, main
 from swamp_fast.checkpoint import RunDirectory, load_tensors
-from swamp_fast.engines.eager import Choice
 
 BUDGET = 3.0  # seconds of a slice
 
 
 @pytest.fixture(autouse=True)
-def _chosen(monkeypatch):
+def _packed(monkeypatch):
     """What a stopwatch would choose."""
-    monkeypatch.setattr("swamp_fast.engines.choose", lambda *_: Choice("lanes", False, "forced", {}))
     monkeypatch.setattr("swamp_fast.sweeps.runs_at_once", lambda engine, problems: (len(problems), "forced"))
 
 

@@ -15,7 +15,8 @@ from test_odd_models import same
 
 from swamp_fast import fast_swamp, sweep
 from swamp_fast import sweeps as module
-from swamp_fast.engines.eager import Choice, EagerEngine
+from swamp_fast.engines.eager import EagerEngine
+from swamp_fast.engines.rule import named
 from swamp_fast.interval import half_width
 from swamp_fast.problem import prepare
 from swamp_fast.run import Run
@@ -52,10 +53,8 @@ def bits(a, b) -> None:
 
 @pytest.mark.parametrize("way", ["lanes", "fold"])
 def test_packed_equals_alone_in_float64(way, data, monkeypatch):
-    choice = Choice(way, False, "forced", {})
-    monkeypatch.setattr("swamp_fast.engines.choose", lambda problem, particles: choice)
     monkeypatch.setattr(module, "runs_at_once", lambda engine, problems: (3, "forced"))
-    how = {"engine": "eager", "precision": "float64", "keep_particles": True}
+    how = {"engine": f"eager:{way}", "precision": "float64", "keep_particles": True}
     points = [{"seed": 0}, {"seed": 3, "lr": 0.07, "swa_lr": 0.03}, {"weight_decay": 1e-3, "momentum": 0.8}]
     points[2]["prune"] = 0.3
     found = sweep(made, *data, points, **SETTINGS, **how)
@@ -67,7 +66,6 @@ def test_packed_equals_alone_in_float64(way, data, monkeypatch):
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_packed_equals_alone_bit_for_bit(optimizer, data, monkeypatch):
     """On the fused engine, and lane by lane on the eager one."""
-    monkeypatch.setattr("swamp_fast.engines.choose", lambda problem, particles: Choice("lanes", False, "forced", {}))
     monkeypatch.setattr(module, "runs_at_once", lambda engine, problems: (4, "forced"))
     rates = {"optimizer": optimizer} | ({} if optimizer == "sgd" else {"lr": 1e-3, "swa_lr": 5e-4})
     grid = {"seed": [0, 1], "weight_decay": [0.0, 1e-3]}
@@ -106,7 +104,6 @@ def test_nothing_is_computed_twice(data, tmp_path, monkeypatch):
 
 
 def test_a_run_that_diverges_stops_no_other(data, monkeypatch):
-    monkeypatch.setattr("swamp_fast.engines.choose", lambda problem, particles: Choice("lanes", False, "forced", {}))
     monkeypatch.setattr(module, "runs_at_once", lambda engine, problems: (3, "forced"))
     found = sweep(made, *data, {"lr": [0.1, 1e30, 0.05]}, swa_lr=0.05, engine="eager", **SETTINGS)
     good, bad, other = found.runs
@@ -119,7 +116,6 @@ def test_a_run_that_diverges_stops_no_other(data, monkeypatch):
 
 @pytest.mark.parametrize("engine", ["eager", "fused"])
 def test_stopped_it_goes_on(engine, data, tmp_path, monkeypatch):
-    monkeypatch.setattr("swamp_fast.engines.choose", lambda problem, particles: Choice("lanes", False, "forced", {}))
     monkeypatch.setattr(module, "runs_at_once", lambda engine, problems: (2, "forced"))
     whole = sweep(made, *data, {"seed": [0, 1]}, engine=engine, **SETTINGS)
     original, steps = Run.step, []
@@ -142,12 +138,12 @@ def test_stopped_it_goes_on(engine, data, tmp_path, monkeypatch):
 
 @pytest.fixture
 def three_at_once(monkeypatch):
-    monkeypatch.setattr("swamp_fast.engines.choose", lambda problem, particles: Choice("lanes", False, "forced", {}))
     monkeypatch.setattr(module, "runs_at_once", lambda engine, problems: (3, "forced"))
 
 
 SEEDS = {"seed": [0, 1, 2]}
 EAGER = {**SETTINGS, "engine": "eager", "cycles": 1}
+FASTEST = {**EAGER, "engine": "fastest"}
 STEPS = 3 * (5 + 2 * 2 * 5)  # of the runs: a ticket's epoch, and two trainings of two
 
 
@@ -263,11 +259,10 @@ def test_whatever_a_run_fails_by_the_others_go_on(three_at_once, data, tmp_path,
 
 
 def test_what_was_chosen_is_chosen_again(data, tmp_path, monkeypatch):
-    """Also for new runs of an extended grid."""
-    monkeypatch.setattr("swamp_fast.engines.choose", lambda problem, particles: Choice("lanes", False, "first", {}))
-    sweep(made, *data, {"seed": [0, 1]}, out=tmp_path, **EAGER)
-    monkeypatch.setattr("swamp_fast.engines.choose", lambda problem, particles: Choice("fold", False, "then", {}))
-    again = sweep(made, *data, SEEDS, out=tmp_path, **EAGER)
+    """By a stopwatch: also for new runs of an extended grid."""
+    for way, why in (("lanes", "first"), ("fold", "then")):
+        monkeypatch.setattr("swamp_fast.engines._fastest", lambda *_, w=way, y=why: named(f"eager:{w}", y))
+        again = sweep(made, *data, SEEDS if way == "fold" else {"seed": [0, 1]}, out=tmp_path, **FASTEST)
     assert [run.result.engine["why"] for run in again.runs] == ["first"] * 3
 
 

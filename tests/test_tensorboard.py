@@ -9,8 +9,7 @@ import networks
 import pytest
 from stops import Interrupted
 
-from swamp_fast import engines, fast_swamp, naive_swamp
-from swamp_fast.engines.eager import Choice
+from swamp_fast import fast_swamp, naive_swamp
 from swamp_fast.engines.trainer import Trainer
 
 SETTINGS = {"engine": "eager", "batch_size": 32, "cycles": 2, "epochs": 3, "ticket_epochs": 2, "particles": 2}
@@ -127,7 +126,6 @@ def test_without_a_folder_it_is_refused(digits):
 @pytest.mark.parametrize("moment", [7, 20, 22])  # of 5 steps an epoch: in the ticket, between two epochs, inside one
 def test_a_run_that_goes_on_inside_a_training_shows_nothing_twice(moment, digits, tmp_path, events, monkeypatch):
     settings = SETTINGS | {"checkpoint_minutes": 1e-9}
-    monkeypatch.setattr(engines, "choose", lambda *_: Choice("lanes", False, "so that both runs are alike", {}))
     fast_swamp(networks.build("tied"), *digits, run_dir=tmp_path / "whole", **settings)
     step, count = Trainer.step, [0]
 
@@ -157,7 +155,6 @@ def test_a_particle_that_is_dropped_leaves_the_others_their_numbers(digits, tmp_
             trainer.bank.weights[0, 3] = float("nan")
         step(trainer, handle)
 
-    monkeypatch.setattr(engines, "choose", lambda *_: Choice("lanes", False, "forced", {}))
     monkeypatch.setattr(Trainer, "step", spoil)
     with pytest.warns(UserWarning, match="particle 0 diverged"):
         fast_swamp(networks.build("tied"), *digits, run_dir=tmp_path, **SETTINGS, on_divergence="drop")

@@ -21,10 +21,11 @@ from swamp_fast.data.samples import free_memory
 from swamp_fast.data.store import Data, pass_in_stored_order
 from swamp_fast.data.streams import at_time, evaluation_time, generators_left_alone, lane_keys, split_order, stream_of
 from swamp_fast.driver import solution
-from swamp_fast.engines import start_engine
+from swamp_fast.engines import Engine, start_engine
 from swamp_fast.engines.by_density import EngineByDensity
-from swamp_fast.engines.eager import Choice, EagerEngine
+from swamp_fast.engines.eager import EagerEngine
 from swamp_fast.engines.fused.engine import FusedEngine
+from swamp_fast.engines.rule import Choice
 from swamp_fast.probe import Forward, Loss
 from swamp_fast.problem import prepare
 from swamp_fast.prunable import Prunable
@@ -116,7 +117,7 @@ class Analysis:
             standardise=standardise,
         )
         self.train, self.test = some_of(self.problem.train, samples), self.problem.test
-        self.engine: EagerEngine | FusedEngine | None = None
+        self.engines: Engine | None = None
 
     def evaluate(self, states: Sequence[Mapping[str, Tensor]], *, reestimate: bool = True) -> Scores:
         """The scores of models; `reestimate=False` takes their BatchNorm statistics as they are."""
@@ -213,7 +214,7 @@ class Analysis:
 
     @cached_property
     def fused(self) -> FusedEngine | str:
-        """The fused engine on the model, or why it can't be had."""
+        """The fused engine on the model, or why it can't run it."""
         problem = dataclasses.replace(self.problem, config=self.problem.config.replace(engine="fused"))
         try:
             engine = start_engine(problem, Run(problem, "analysis"))
@@ -223,14 +224,14 @@ class Analysis:
         return engine
 
     def _engine_under(self, mask: Tensor, start: Solution) -> EagerEngine | FusedEngine:
-        """The engine, ready for models under a mask [Q]; at first it is chosen, by how fast it is under this one."""
-        if self.engine is None:
+        """The engine that the settings select for a mask [Q], ready for models under it."""
+        if self.engines is None:
             problem = dataclasses.replace(self.problem, mask=mask)
-            engine = start_engine(problem, Run(problem, "analysis"))
-            self.engine = engine.fused if isinstance(engine, EngineByDensity) else engine
-        if isinstance(self.engine, FusedEngine):
-            self.engine.spawn(start, mask, range(1), None)
-        return self.engine
+            self.engines = start_engine(problem, Run(problem, "analysis"))
+        engine = self.engines.under(mask) if isinstance(self.engines, EngineByDensity) else self.engines
+        if isinstance(engine, FusedEngine):
+            engine.spawn(start, mask, range(1), None)
+        return engine
 
     @torch.no_grad()
     def _chunk(

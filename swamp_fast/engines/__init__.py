@@ -1,20 +1,22 @@
 """The engines: eager (any model, any device), fused (a traced model on this project's kernels), by density (both).
 
-Each trains a bank of particles, and runs models side by side.
+Each trains a bank of particles, and runs models side by side. `rule` has their names, and chooses among them.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from swamp_fast.engines.by_density import EngineByDensity
-from swamp_fast.engines.eager import NAMES, Choice, EagerEngine, choose
+from swamp_fast.engines.eager import EagerEngine, fastest_choice, why_not
 from swamp_fast.engines.fused.check import differs_from_autograd, tensor_cores
 from swamp_fast.engines.fused.cpu.program import Rows
 from swamp_fast.engines.fused.engine import FusedEngine, faster_branch, fused_plan, seconds_of_steps
+from swamp_fast.engines.rule import Choice, Selection, by_rule, flop_density, named
 from swamp_fast.plan import Plan
 from swamp_fast.problem import Problem
 from swamp_fast.run import Run
@@ -23,107 +25,132 @@ Engine = EagerEngine | FusedEngine | EngineByDensity
 
 
 def start_engine(problem: Problem, run: Run) -> Engine:
-    """The engine that the settings ask for; what a stopwatch chose is recorded in the run, and replayed from it.
+    """The engine that the settings name or the rule selects; the run records it, and one that goes on replays it.
 
-    Raises ValueError for an engine that can't be had.
+    Raises ValueError for an engine that can't run the model.
     """
-    run.console.status("trying how the particles run fastest")
-    wanted = run.engine.get("engine", problem.config.engine)
-    plan = "eager was asked for" if wanted == "eager" else _proven_plan(problem)  # by all ranks at the same time
+    run.console.status("choosing the engine")
+    wanted = run.engine.get("name", "") if run.engine else problem.config.engine
+    plan = "it was not requested" if wanted.startswith("eager") else _proven_plan(problem)  # by all ranks at a time
     mine: list[Engine] = []
 
-    def chosen() -> dict[str, Any]:
-        mine.append(_chosen(problem, run, plan))
+    def selected() -> dict[str, Any]:
+        mine.append(_started(problem, _selection(problem, plan), plan, run))
         return mine[0].describe()
 
     if not run.engine:
-        run.keep_engine(run.ranks.decided(chosen))
-    engine = mine[0] if mine else _recorded(problem, run, plan)
+        run.keep_engine(run.ranks.decided(selected))
+    engine = mine[0] if mine else _recorded(problem, plan, run)
     threads = f", {torch.get_num_threads()} threads" if problem.device.type == "cpu" else ""
     run.console.line(f"engine   {engine.name} on {problem.device}{threads}, {problem.config.precision}; {engine.why}")
     return engine
 
 
-def _chosen(problem: Problem, run: Run, plan: Plan | str) -> Engine:
-    """The fastest that can run the model, or the one that is asked for."""
+def _selection(problem: Problem, plan: Plan | str) -> Selection:
+    """The engines that the settings ask for."""
     wanted = problem.config.engine
-    if wanted == "fused":
-        if isinstance(plan, str):
-            raise ValueError(f'engine="fused" can\'t be had: {plan}. Use "auto" or "eager".')
-        fused = _fused(problem, plan, "asked for", {})
-        fused.branch = faster_branch(problem, plan, fused.launch)
-        return fused
-    most = max(problem.config.particles_at(cycle) for cycle in range(problem.config.cycles + 1))
-    choice = choose(problem, most)
+    if wanted in ("auto", "eager"):
+        return by_rule(problem, plan)
+    if wanted == "fastest":
+        return _fastest(problem, plan)
+    selection = named(wanted, "requested")
+    assert selection is not None  # the settings were checked
+    if selection.fused_up_to > 0 and isinstance(plan, str):
+        raise ValueError(f'engine="{wanted}" can\'t run the model: {plan}. Use "auto" or "eager".')
+    if selection.eager is not None:
+        reason = why_not(problem, selection.eager, _most_particles(problem))
+        if reason is not None:
+            raise ValueError(f'engine="{wanted}" can\'t run the model: {reason}. Use "auto" or "eager".')
+    return selection
+
+
+def _fastest(problem: Problem, plan: Plan | str) -> Selection:
+    """What a stopwatch finds fastest here and now: under the first mask, and one as sparse as the last."""
+    choice = fastest_choice(problem, _most_particles(problem))
     if isinstance(plan, str):
-        return EagerEngine(problem, choice, None if wanted == "eager" else plan)
-    eager = EagerEngine(problem, choice, None)
-    eager_seconds = seconds_of_steps(eager, problem, problem.mask)
+        return Selection(0.0, choice, choice.why)
+    eager_seconds = seconds_of_steps(EagerEngine(problem, choice), problem, problem.mask)
     fused = _fused(problem, plan, "", {})
-    fused.branch = faster_branch(problem, plan, fused.launch)
-    first, last = (seconds_of_steps(fused.anew(), problem, mask) for mask in _first_and_last(problem))
+    masks = _first_and_last(problem)
+    first, last = (seconds_of_steps(fused.anew(), problem, mask) for mask in masks)
     figures = (
-        f"a step takes {first * 1e3:.1f} ms at first and {last * 1e3:.1f} at last, against {eager_seconds * 1e3:.1f}"
+        f"the fastest measured: a step takes the fused engine {first * 1e3:.1f} ms at first and {last * 1e3:.1f} at "
+        f"last, the eager one {eager_seconds * 1e3:.1f}"
     )
     if first < eager_seconds:
-        fused.why = f"the fastest measured: {figures} of the eager engine{fused.why}"
-        return fused
-    if last < eager_seconds:
-        why = f"the fused engine from the density on where it is faster: {figures} of the eager engine"
-        return EngineByDensity(fused, eager, eager_seconds, {}, why, run.console.line)
-    return EagerEngine(problem, choice, f"it was slower: {figures}")
+        return Selection(1.0, None, figures)
+    if last >= eager_seconds:
+        return Selection(0.0, choice, figures)
+    densities = [flop_density(problem, mask) for mask in masks]
+    share = (eager_seconds - last) / (first - last)  # between the two, time is about linear in the FLOP density
+    return Selection(max(0.001, round(densities[1] + share * (densities[0] - densities[1]), 3)), choice, figures)
 
 
-def _recorded(problem: Problem, run: Run, plan: Plan | str) -> Engine:
+def _started(
+    problem: Problem, selection: Selection, plan: Plan | str, run: Run, there: dict[str, Any] | None = None
+) -> Engine:
+    """The engines of a selection; `there` is what a run recorded of them, from which it goes on."""
+    fused = eager = None
+    if isinstance(plan, Plan) and selection.fused_up_to > 0:
+        own = None if there is None else there.get("fused", there)
+        fused = _new_fused(problem, plan, selection.why) if own is None else _recorded_fused(problem, plan, own)
+    if selection.eager is not None and there is not None:
+        eager = _recorded_eager(problem, selection.eager, there.get("eager", there))
+    elif selection.eager is not None:
+        covered = isinstance(plan, Plan) or problem.config.engine.startswith("eager")
+        eager = EagerEngine(problem, selection.eager, None if covered else str(plan))
+    if fused is None or eager is None:
+        alone = eager or fused
+        assert alone is not None
+        return alone
+    both = EngineByDensity(fused, eager, selection, run.console.line)
+    if there is not None:
+        both.replay(there)
+    return both
+
+
+def _recorded(problem: Problem, plan: Plan | str, run: Run) -> Engine:
     """The engine of a run that goes on."""
     there = run.engine
-    if there.get("engine") == EngineByDensity.name:
-        _must_have(there, "fused", "eager", "eager_seconds", "engines", "why")
-        fused, eager = _recorded_fused(problem, plan, there["fused"]), _recorded_eager(problem, there["eager"])
-        figures = there["eager_seconds"], there["engines"], there["why"]
-        return EngineByDensity(fused, eager, *figures, run.console.line)
-    if there.get("engine") == FusedEngine.name:
-        return _recorded_fused(problem, plan, there)
-    return _recorded_eager(problem, there)
+    selection = named(there.get("name", ""), there.get("why", ""))
+    needed = () if selection is None or "@" not in selection.name else ("fused", "engines")
+    if selection is None or any(name not in there for name in needed):
+        raise ValueError(
+            f"the run's run.json tells no engine that this version knows (name = {there.get('name')!r}): an earlier "
+            "version wrote it, or it is damaged. Name another run_dir to start afresh."
+        )
+    if selection.fused_up_to > 0 and isinstance(plan, str):
+        raise ValueError(f"the run was begun by the fused engine, which can't run the model here: {plan}.")
+    return _started(problem, selection, plan, run, there)
 
 
-def _recorded_fused(problem: Problem, plan: Plan | str, there: dict[str, Any]) -> FusedEngine:
-    if isinstance(plan, str):
-        raise ValueError(f"the run was begun by the fused engine, which can't be had here: {plan}.")
+def _new_fused(problem: Problem, plan: Plan, why: str) -> FusedEngine:
+    fused = _fused(problem, plan, why, {})
+    fused.branch = faster_branch(problem, plan, fused.launch)
+    return fused
+
+
+def _recorded_fused(problem: Problem, plan: Plan, there: dict[str, Any]) -> FusedEngine:
     fused = _fused(problem, plan, there.get("why", ""), there.get("rows", {}), there.get("tensor_cores", True))
     fused.branch = there.get("branch")
     return fused
 
 
+def _recorded_eager(problem: Problem, choice: Choice, there: dict[str, Any]) -> EagerEngine:
+    told = {name: there[name] for name in ("why", "milliseconds") if name in there}
+    return EagerEngine(problem, dataclasses.replace(choice, **told), there.get("why_not_fused"))
+
+
 def _fused(
     problem: Problem, plan: Plan, why: str, rows: dict[str, Rows], with_tensor_cores: bool = True
 ) -> FusedEngine:
-    """The fused engine, on a GPU with the kernels of csrc/cuda where they can be had."""
+    """The fused engine, on a GPU with the kernels of csrc/cuda where they can be compiled."""
     launch = tensor_cores(problem, plan) if with_tensor_cores else "the run was begun without"
     if isinstance(launch, str):
-        if problem.device.type == "cuda":
+        if problem.device.type == "cuda" and "by Triton alone" not in why:
             why = f"{why}; by Triton alone, without the CUDA kernels: {launch}"
         return FusedEngine(problem, plan, why, rows)
     return FusedEngine(problem, plan, why, rows, launch)
-
-
-def _recorded_eager(problem: Problem, there: dict[str, Any]) -> EagerEngine:
-    _must_have(there, *Choice.__dataclass_fields__)
-    if there["way"] not in NAMES:
-        raise ValueError(
-            f'the run\'s run.json is damaged: its engine has the way "{there["way"]}". Name another run_dir.'
-        )
-    choice = Choice(**{name: there[name] for name in Choice.__dataclass_fields__})
-    return EagerEngine(problem, choice, there.get("why_not_fused"))
-
-
-def _must_have(there: dict[str, Any], *names: str) -> None:
-    missing = [name for name in names if name not in there]
-    if missing:
-        raise ValueError(
-            f"the run's run.json is damaged: its engine lacks {', '.join(missing)}. Name another run_dir to start "
-            "afresh."
-        )
 
 
 def _proven_plan(problem: Problem) -> Plan | str:
@@ -132,6 +159,10 @@ def _proven_plan(problem: Problem) -> Plan | str:
     if isinstance(plan, Plan):
         return differs_from_autograd(problem, plan) or plan
     return plan
+
+
+def _most_particles(problem: Problem) -> int:
+    return max(problem.config.particles_at(cycle) for cycle in range(problem.config.cycles + 1))
 
 
 def _first_and_last(problem: Problem) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""The eager engine for the dense cycles, and the fused one from the first cycle on in which it is faster."""
+"""The eager engine for the dense cycles, and the fused one for those whose mask is sparse enough."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from torch import Tensor
 from swamp_fast.bank import ParticleBank, Solution
 from swamp_fast.config import SwampConfig
 from swamp_fast.engines.eager import EagerEngine
-from swamp_fast.engines.fused.engine import FusedEngine, seconds_of_steps
+from swamp_fast.engines.fused.engine import FusedEngine
+from swamp_fast.engines.rule import Selection, flop_density
 from swamp_fast.engines.trainer import Way
 from swamp_fast.schedule import Training
 
@@ -18,27 +19,35 @@ from swamp_fast.schedule import Training
 class EngineByDensity:
     """Runs each cycle on one of two engines; all that a cycle takes from the one before it is a mask and the ticket.
 
-    eager_seconds  of a step of one particle: what the fused engine is measured against, before a cycle, until it wins
-    engines        the name of each cycle's engine ("ticket" for the ticket's); part of a run's state, so that resuming
-                   replays it
-    say            prints a line
+    engines  the name of each training's engine so far ("ticket" for the ticket's), for the record: it follows from the
+             selection and the training's mask
+    say      prints a line
     """
 
-    name = "by density"
+    kind = "by density"
     joins = False
 
     def __init__(
-        self,
-        fused: FusedEngine,
-        eager: EagerEngine,
-        eager_seconds: float,
-        engines: dict[str, str],
-        why: str,
-        say: Callable[[str], None],
+        self, fused: FusedEngine, eager: EagerEngine, selection: Selection, say: Callable[[str], None]
     ) -> None:
-        self.fused, self.eager, self.eager_seconds, self.engines = fused, eager, eager_seconds, engines
-        self.why, self.say = why, say
+        self.fused, self.eager, self.selection, self.say = fused, eager, selection, say
+        self.engines: dict[str, str] = {}
         self.now: FusedEngine | EagerEngine = eager
+
+    @property
+    def name(self) -> str:
+        """As in the setting `engine`."""
+        return self.selection.name
+
+    @property
+    def why(self) -> str:
+        """Why these engines run."""
+        return self.selection.why
+
+    def under(self, mask: Tensor) -> FusedEngine | EagerEngine:
+        """The engine for a mask [Q]."""
+        density = flop_density(self.fused.problem, mask)
+        return self.fused if density <= self.selection.fused_up_to else self.eager
 
     def spawn(
         self,
@@ -49,12 +58,14 @@ class EngineByDensity:
         config: SwampConfig | None = None,
     ) -> ParticleBank:
         """As EagerEngine.spawn."""
-        key = "ticket" if cycle is None else str(cycle)
-        if key not in self.engines:
-            self.engines[key] = self._faster(mask)
-        fused = self.engines[key] == self.fused.name
-        (self.eager if fused else self.fused).release()
-        self.now = self.fused if fused else self.eager
+        before, self.now = self.now, self.under(mask)
+        if before is not self.now:
+            before.release()
+            density = flop_density(self.fused.problem, mask)
+            self.say(f"engine   {self.now.kind} from here on, at a FLOP density of {density:.3f}")
+        earlier = () if cycle is None else ("ticket", *map(str, range(cycle)))
+        self.engines = {key: self.engines[key] for key in earlier if key in self.engines}
+        self.engines["ticket" if cycle is None else str(cycle)] = self.now.kind
         return self.now.spawn(start, mask, particles, cycle, config)
 
     def train(
@@ -79,26 +90,15 @@ class EngineByDensity:
     def describe(self) -> dict[str, Any]:
         """What ran, how, and why."""
         return {
-            "engine": self.name,
+            "engine": self.kind,
+            "name": self.name,
             "why": self.why,
             "engines": self.engines,
-            "eager_seconds": self.eager_seconds,
             "fused": self.fused.describe(),
             "eager": self.eager.describe(),
         }
 
     def replay(self, there: dict[str, Any]) -> None:
         """As FusedEngine.replay."""
-        self.engines = there["engines"]
+        self.engines = dict(there["engines"])
         self.fused.replay(there["fused"])
-
-    def _faster(self, mask: Tensor) -> str:
-        if self.fused.name in self.engines.values():
-            return self.fused.name
-        problem = self.fused.problem
-        seconds = seconds_of_steps(self.fused.anew(), problem, mask)
-        if seconds >= self.eager_seconds:
-            return self.eager.name
-        figures = f"{seconds * 1e3:.1f} against {self.eager_seconds * 1e3:.1f} ms a step of one particle"
-        self.say(f"engine   fused from here on: {figures}")
-        return self.fused.name

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -43,6 +44,26 @@ def why_not_fold(problem: Problem, grouped: bool) -> str | None:
         return str(reason)
     except Exception as error:
         return f"folded it raises {type(error).__name__}: {(str(error).splitlines() or ['no reason given'])[0]}"
+
+
+def why_not_channels_last(problem: Problem) -> str | None:
+    """Why pictures can't have their channels last; None if they can. A few samples of one lane, in float64."""
+    problem = in_float64(problem)
+    keys = lane_keys([problem.config.seed], [stream_of(None, 0)], problem.device)
+    weights = different_weights(problem)[:1]
+    found = []
+    with generators_left_alone():
+        batch = few_samples(problem, keys)
+        for last in (False, True):
+            try:
+                found.append(_run(problem, partial(LaneByLane, problem, channels_last=last), weights, batch, keys))
+            except Exception as error:  # of a view that channels last doesn't have, for one
+                return f"channels {'last' if last else 'first'} in float64 it raises {type(error).__name__}"
+    first, after = found
+    for what, expected in first.items():
+        if not close(after[what], expected):
+            return f"channels last, its {what} differ from those with channels first"
+    return None
 
 
 def _difference(problem: Problem, grouped: bool) -> str | None:
@@ -121,7 +142,7 @@ def few_samples(problem: Problem, keys: Tensor) -> Batch:
     order = torch.stack([order.roll(-lane * size) for lane in range(lanes)])
     handle = next(iter(data.batches(order, keys, [(0, size)])))
     batch = data.fetch(handle, None)
-    return Batch(_double(batch.inputs), _double(batch.targets))
+    return Batch(_double(batch.inputs), _double(batch.targets), batch.stacked)
 
 
 def different_weights(problem: Problem) -> Tensor:

@@ -6,7 +6,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from swamp_fast.bank import ParticleBank, Solution, initial
 from swamp_fast.config import SwampConfig
-from swamp_fast.engines.check import differs_at_full_size, roughly, why_not_fold
+from swamp_fast.engines.check import differs_at_full_size, roughly, why_not_channels_last, why_not_fold
 from swamp_fast.engines.fold import Folded
 from swamp_fast.engines.lanes import LaneByLane
+from swamp_fast.engines.rule import Choice
 from swamp_fast.engines.trainer import OfOneTrainer, Trainer, Way, first_handle
 from swamp_fast.problem import Problem
 
@@ -26,27 +27,10 @@ WORTH = 0.97  # a way must take less than this share of the one before it in the
 LOST = 2.0  # a way whose first step takes so many times the first way's is not timed again
 
 
-@dataclass(frozen=True)
-class Choice:
-    """How the lanes are run; part of a run's state, so that resuming replays it."""
-
-    way: str  # "lanes", "fold" or "fold grouped"
-    channels_last: bool
-    why: str
-    milliseconds: dict[str, float]  # measured, a step of one particle
-
-    def __str__(self) -> str:
-        memory = "channels last" if self.channels_last else "channels first"
-        return f"{NAMES[self.way]}, {memory}: {self.why}"
-
-
-NAMES = {"lanes": "lane by lane", "fold": "folded", "fold grouped": "folded with grouped convolutions"}
-
-
 class EagerEngine(OfOneTrainer):
     """Trains a bank of particles and runs models side by side for evaluation."""
 
-    name = "eager"
+    kind = "eager"
 
     def __init__(self, problem: Problem, choice: Choice, why_not_fused: str | None = None) -> None:
         self.problem, self.choice, self.why_not_fused = problem, choice, why_not_fused
@@ -54,6 +38,11 @@ class EagerEngine(OfOneTrainer):
         self.trainer = None
         self.joins = not problem.probe.keeps_state
         self.evaluated: tuple[Tensor, Way] | None = None
+
+    @property
+    def name(self) -> str:
+        """As in the setting `engine`."""
+        return self.choice.name
 
     def spawn_runs(
         self,
@@ -101,7 +90,8 @@ class EagerEngine(OfOneTrainer):
         """What ran, how, and why."""
         why_not = self.trainer.not_captured if self.trainer is not None else "nothing was trained"
         return {
-            "engine": self.name,
+            "engine": self.kind,
+            "name": self.name,
             **asdict(self.choice),
             "why_not_fused": self.why_not_fused,
             "cuda_graph": why_not is None,
@@ -109,7 +99,7 @@ class EagerEngine(OfOneTrainer):
         }
 
     def replay(self, there: dict[str, Any]) -> None:
-        """As FusedEngine.replay: its stopwatch decides before the first training alone."""
+        """As FusedEngine.replay: nothing is decided after the start."""
 
 
 def make_way(
@@ -122,7 +112,7 @@ def make_way(
     """Lanes over weights [L, P] as chosen; lane by lane they may be copies of `templates`."""
     if choice.way == "lanes":
         return LaneByLane(problem, weights, grads, choice.channels_last, templates)
-    return Folded(problem, weights, grads, choice.channels_last, choice.way == "fold grouped")
+    return Folded(problem, weights, grads, choice.channels_last, choice.way == "fold_grouped")
 
 
 def eager_trainer(
@@ -134,14 +124,13 @@ def eager_trainer(
     return Trainer(problem, bank, grads, make_way(problem, choice, bank.weights, grads))
 
 
-def choose(problem: Problem, particles: int) -> Choice:
+def fastest_choice(problem: Problem, particles: int) -> Choice:
     """Prove which ways can run the model, time them on its own data, and take the fastest."""
     lanes = min(particles, 2 if problem.device.type == "cpu" else 8)
-    pictures = _has_pictures(problem)
     milliseconds: dict[str, float] = {}
-    first = [Choice("lanes", last, "", {}) for last in ((False, True) if pictures else (False,))]
-    best = _fastest(problem, first, 1, milliseconds)
-    why_not = {way: why_not_fold(problem, way == "fold grouped") for way in ("fold", "fold grouped")}
+    formats = (False, True) if problem.probe.convolves and why_not_channels_last(problem) is None else (False,)
+    best = _fastest(problem, [Choice("lanes", last, "", {}) for last in formats], 1, milliseconds)
+    why_not = {way: why_not_fold(problem, way == "fold_grouped") for way in ("fold", "fold_grouped")}
     folds = [Choice(way, best.channels_last, "", {}) for way, reason in why_not.items() if reason is None]
     if folds and lanes > 1:
         alone = best
@@ -158,6 +147,20 @@ def choose(problem: Problem, particles: int) -> Choice:
     else:
         why = "the fastest measured"
     return Choice(best.way, best.channels_last, why, milliseconds)
+
+
+def why_not(problem: Problem, choice: Choice, particles: int) -> str | None:
+    """Why the lanes can't run as a choice has it; None if they can."""
+    if choice.channels_last:
+        reason = why_not_channels_last(problem) if problem.probe.convolves else "no convolution reads pictures"
+        if reason is not None:
+            return reason
+    if choice.way == "lanes":
+        return None
+    reason = why_not_fold(problem, choice.way == "fold_grouped")
+    if reason is None:
+        reason = differs_at_full_size(problem, lambda w, g: make_way(problem, choice, w, g), particles)
+    return reason
 
 
 def _fastest(problem: Problem, choices: list[Choice], lanes: int, milliseconds: dict[str, float]) -> Choice:
@@ -213,14 +216,3 @@ def _seconds(step: Callable[[], None], device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter() - began
-
-
-def _has_pictures(problem: Problem) -> bool:
-    handle = next(iter(problem.train.batches(*_one_sample(problem), [(0, 1)])))
-    inputs, _ = problem.train.fetch(handle, None).lane(0)
-    return isinstance(inputs, Tensor) and inputs.dim() == 4
-
-
-def _one_sample(problem: Problem) -> tuple[Tensor, Tensor]:
-    keys = torch.zeros(1, 3, dtype=torch.int64, device=problem.device)
-    return torch.arange(problem.train.length, device=problem.device)[None], keys

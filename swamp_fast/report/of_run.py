@@ -220,7 +220,7 @@ def _engine(run: RunFacts) -> Section | None:
     engine = run.about["engine"]
     if not engine:
         return None
-    text: list[Any] = [f"{engine.get('engine', 'engine')}: {engine.get('why') or 'as asked'}."]
+    text: list[Any] = [f"{engine.get('name', 'engine')}: {engine.get('why') or 'as requested'}."]
     choices = engine.get("engines") or {}
     if choices:
         spans = []
@@ -249,7 +249,7 @@ def _engine(run: RunFacts) -> Section | None:
 
 
 def _tells(name: str, value: Any) -> bool:
-    if name in ("engine", "why", "engines", "milliseconds", "rows"):
+    if name in ("engine", "name", "why", "engines", "milliseconds", "rows"):
         return False
     simple = isinstance(value, Mapping) and all(not isinstance(each, Mapping | list) for each in value.values())
     return value not in (None, "", {}) and (not isinstance(value, Mapping | list) or simple)
@@ -333,8 +333,10 @@ def _again(run: RunFacts) -> Section:
             f"config = SwampConfig.from_toml(Path({in_python(settings)})).replace(run_dir={in_python(out)})\n"
             f"result = fast_swamp(model, train, test, {val}config=config)"
         )]  # fmt: skip
-    chosen = "The engine and its ways are chosen by a stopwatch, so other bits may come on another machine; "
-    text += [f"{chosen}what was chosen here is in run.json. The settings, config.toml:", code(run.settings.rstrip())]
+    chosen = (
+        "The engine's name and where it ran are in run.json; another processor or other versions may give other bits."
+    )
+    text += [f"{chosen} The settings, config.toml:", code(run.settings.rstrip())]
     return Section("Reproduce it", text)
 
 

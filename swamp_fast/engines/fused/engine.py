@@ -37,7 +37,7 @@ class FusedEngine(OfOneTrainer):
     branch  how many lanes of a GPU run as one of several groups beside each other, if that measured faster; else None
     """
 
-    name = "fused"
+    kind = name = "fused"
 
     def __init__(
         self,
@@ -94,7 +94,8 @@ class FusedEngine(OfOneTrainer):
         """What ran, how, and why."""
         why_not = self.trainer.not_captured if self.trainer is not None else "nothing was trained"
         return {
-            "engine": self.name,
+            "engine": self.kind,
+            "name": self.name,
             "why": self.why,
             "operations": self.plan.count(),
             "rows": self.rows,

@@ -1,0 +1,109 @@
+"""What the rule of engine="auto" stands on: a step of the eager engine against one of the fused engine, by density.
+
+    python -m benchmarks.engine_rule [--model NAME ...] [--precision float32 bfloat16]
+
+Both engines gather and augment their own batch, update and average; masks are uniform at random, so that the FLOP
+density is the density. One table per model and precision, benchmarks/results/engine_rule_*.json, by processor: tests
+hold the entries of swamp_fast/engines/rule.py against all of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Callable
+
+import torch
+
+from benchmarks.cpu import ticket
+from benchmarks.timing import header, interleaved, processor, write
+from swamp_fast.backends import has_amx
+from swamp_fast.engines.eager import EagerEngine
+from swamp_fast.engines.fused.engine import FusedEngine, fused_plan
+from swamp_fast.engines.rule import eager_by_rule, kind_of
+from swamp_fast.engines.trainer import first_handle
+from swamp_fast.models import build_model
+from swamp_fast.plan import Plan
+from swamp_fast.problem import Problem, prepare
+
+LANES = 2
+PRECISIONS = ("float32", "bfloat16", "float64")
+SHAPES = {  # model -> picture, batch
+    "resnet20": ((3, 32, 32), 128),
+    "small_cnn": ((1, 8, 8), 64),
+    "wrn28_2": ((3, 32, 32), 128),
+    "vgg13": ((3, 32, 32), 128),
+    "mlp": ((1, 28, 28), 128),
+}
+CYCLES = (0, 1, 2, 3, 4, 5, 6, 8, 10, 14)  # 0.8 ** cycle are the densities
+
+
+def problem_of(model: str, precision: str) -> Problem:
+    """A network on random pictures."""
+    shape, batch = SHAPES[model]
+    images = torch.randint(0, 256, (4 * batch, *shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    settings = {"particles": LANES, "batch_size": batch, "precision": precision, "progress": False, "device": "cpu"}
+    settings["augment"] = "none" if model == "mlp" else "crop_flip"
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = build_model(model, *shape, 10)
+    return prepare(network, (images, torch.arange(len(images)) % 10), settings=settings)
+
+
+def step_of(engine: EagerEngine | FusedEngine, problem: Problem, mask: torch.Tensor) -> Callable[[], None]:
+    """A step of LANES particles under a mask [Q]."""
+    bank = engine.spawn(ticket(problem), mask, range(LANES), 1)
+    trainer = engine.trainer
+    assert trainer is not None
+    trainer.way.set_buffers(bank.buffers)
+    trainer.lr.fill_(1e-3)
+    for module in trainer.way.modules:
+        module.train()
+    handle = first_handle(problem, bank)
+    return lambda: trainer.step(handle)
+
+
+def measure(model: str, precision: str, rounds: int) -> None:
+    """One table."""
+    problem = problem_of(model, precision)
+    plan = fused_plan(problem)
+    assert isinstance(plan, Plan), plan
+    eager = EagerEngine(problem, eager_by_rule(problem), None)
+    contenders = {"eager": step_of(eager, problem, problem.mask)}
+    drawn = torch.rand(problem.mask.shape, generator=torch.Generator().manual_seed(0))
+    densities = {}
+    for cycle in CYCLES:
+        mask = problem.mask & (drawn < 0.8**cycle)
+        densities[f"fused {cycle}"] = problem.flops(mask) / problem.flops(problem.mask)
+        contenders[f"fused {cycle}"] = step_of(FusedEngine(problem, plan, "benchmark", {}), problem, mask)
+    times = interleaved(contenders, rounds)
+    eager_seconds = times["eager"]["median"]
+    table = [
+        {"": name.split()[0], "FLOP density": round(densities.get(name, 1.0), 4),
+         **{key: f"{value / LANES * 1e3:.2f}" for key, value in each.items()},
+         "eager / this": round(eager_seconds / each["median"], 3)}
+        for name, each in times.items()
+    ]  # fmt: skip
+    _, batch = SHAPES[model]
+    about = header(rounds) | {"capability": torch.backends.cpu.get_cpu_capability(), "amx": has_amx()}
+    about |= {"model": model, "kind": kind_of(problem, plan), "precision": precision, "lanes": LANES, "batch": batch}
+    about |= {"eager": str(eager.choice), "times": "ms per particle-step"}
+    machine = re.sub(r"\W+", "_", processor().split(",")[0].lower())
+    command = f"python -m benchmarks.engine_rule --model {model} --precision {precision}"
+    write(f"engine_rule_{model}_{precision}_{machine}", command, about, table)
+
+
+def main() -> None:
+    """Measure what is asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
+    parser.add_argument("--rounds", type=int, default=7)
+    given = parser.parse_args()
+    for model in given.model:
+        for precision in given.precision:
+            measure(model, precision, given.rounds)
+
+
+if __name__ == "__main__":
+    main()
