@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import copy
 import statistics
+from functools import partial
 
 import networks
 import pytest
 import torch
-from test_equivalence import CASES, force
+from test_equivalence import CASES
 
 from benchmarks.agreement import agreement, agreements, pruned
 from swamp_fast import fast_swamp, naive_swamp
@@ -137,10 +138,9 @@ def test_one_step_errs_at_most_twice_as_much(name, way, channels_last, digits):
     print(f"{name}, {way}, channels {'last' if channels_last else 'first'}: {worst:.2f} of the naive loop's error")
 
 
-def test_lane_by_lane_has_the_bits_of_the_naive_loop(monkeypatch):
+def test_lane_by_lane_has_the_bits_of_the_naive_loop():
     """At one thread count and in one memory format both run the same kernels: masks and weights are equal."""
-    force(monkeypatch, "lanes", False)
-    fast, naive = pruned(fast_swamp, 0, 1), pruned(naive_swamp, 0, 1)
+    fast, naive = pruned(partial(fast_swamp, engine="eager:lanes"), 0, 1), pruned(naive_swamp, 0, 1)
     assert agreement(fast, naive) == 1.0
     for name, value in naive.ticket.items():
         assert torch.equal(fast.ticket[name], value), name

@@ -6,11 +6,14 @@ import networks
 import pytest
 import torch
 from test_equivalence import WAYS
+from torch import nn
 
 from swamp_fast.bank import Solution
 from swamp_fast.data.streams import CROP_FLIP, ORDER, epoch_order, lane_keys, stream_of
 from swamp_fast.engines.eager import EagerEngine
-from swamp_fast.engines.rule import Choice
+from swamp_fast.engines.fused.engine import FusedEngine, fused_plan
+from swamp_fast.engines.rule import Choice, eager_by_rule
+from swamp_fast.plan import Plan
 from swamp_fast.problem import prepare
 from swamp_fast.schedule import cycle_training
 
@@ -19,7 +22,11 @@ def trained(name: str, digits, precision: str, choice: Choice, particles: list[i
     """The SWA means [L, P] of the given particles of a run's cycle 0, trained together as L lanes."""
     settings = {"particles": 8, "epochs": 3, "batch_size": 32, "precision": precision, "progress": False}
     problem = prepare(networks.build(name), *digits, settings=settings)
-    engine = EagerEngine(problem, choice)
+    return trained_by(EagerEngine(problem, choice), problem, particles)
+
+
+def trained_by(engine, problem, particles: list[int]) -> torch.Tensor:
+    """As `trained`, by an engine."""
     parameters, buffers = problem.template.named_parameters(), problem.template.named_buffers()
     start = Solution(problem.layout.flat(dict(parameters), problem.dtype, problem.device), dict(buffers))
     bank = engine.spawn(start, problem.mask, particles, 0)
@@ -47,6 +54,27 @@ def test_lane_by_lane_bit_for_bit(name, channels_last, digits):
     assert torch.equal(trained(name, digits, "float32", choice, [0, 1]), eight[:2])
     assert torch.equal(trained(name, digits, "float32", choice, [6, 3])[1], eight[3])
     assert torch.equal(trained(name, digits, "float32", choice, [3])[0], eight[3])
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize(("shape", "batch"), [((5,), 7), ((13,), 33), ((301,), 33), ((3, 7, 7), 5), ((1, 9, 9), 3)])
+def test_bit_for_bit_where_a_lane_s_batch_starts_at_any_address(shape, batch, fused):
+    """The CPU's libraries sum in an order that depends on it."""
+    inputs, targets = 0.3 * torch.randn(100, *shape), torch.arange(100) % 3
+    side = shape[-1] - 4
+    layers = [nn.Linear(shape[0], 37), nn.ReLU(), nn.Linear(37, 19), nn.ReLU(), nn.Linear(19, 3)]
+    if len(shape) == 3:
+        layers = [nn.Conv2d(shape[0], 5, 3), nn.ReLU(), nn.Conv2d(5, 7, 3), nn.Flatten(), nn.Linear(7 * side**2, 3)]
+    settings = {"particles": 8, "epochs": 2, "batch_size": batch, "device": "cpu", "progress": False}
+    problem = prepare(nn.Sequential(*layers), (inputs, targets), settings=settings)
+    plan = fused_plan(problem)
+    assert isinstance(plan, Plan), plan
+    eight, one = (
+        trained_by(FusedEngine(problem, plan, "", {}) if fused else EagerEngine(problem, eager_by_rule(problem)), *own)
+        for own in ((problem, list(range(8))), (problem, [3]))
+    )
+    assert bool(eight.isfinite().all())
+    assert torch.equal(eight[3], one[0])
 
 
 def test_orders_are_permutations_that_differ_by_seed_cycle_particle_and_epoch():

@@ -7,7 +7,6 @@ import pytest
 import torch
 from conftest import HAS_GPU
 from pretended import gpu
-from test_equivalence import force
 from test_odd_models import same
 
 from swamp_fast import fast_swamp, naive_swamp
@@ -46,20 +45,16 @@ def naive(digits):
 
 
 @pytest.mark.parametrize("optimizer", NEW)
-@pytest.mark.parametrize("way", ["lanes", "fold", "fused"])
-def test_equal_to_the_naive_loop(way, optimizer, digits, naive, monkeypatch):
-    if way != "fused":
-        force(monkeypatch, way, False)
-    engine = "fused" if way == "fused" else "eager"
-    fast = fast_swamp(networks.build("residual"), *digits, engine=engine, **SETTINGS, **OPTIMIZERS[optimizer])
-    assert fast.engine["engine"] == engine
+@pytest.mark.parametrize("way", ["eager:lanes", "eager:fold", "fused"])
+def test_equal_to_the_naive_loop(way, optimizer, digits, naive):
+    fast = fast_swamp(networks.build("residual"), *digits, engine=way, **SETTINGS, **OPTIMIZERS[optimizer])
+    assert fast.engine["name"] == way
     same(fast, naive("residual", optimizer))
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd, clipped"])
-def test_what_is_not_used_in_a_step_decays_all_the_same(optimizer, digits, naive, monkeypatch):
+def test_what_is_not_used_in_a_step_decays_all_the_same(optimizer, digits, naive):
     """A tied parameter counts once in the norm; one without a gradient moves by its moments and its decay."""
-    force(monkeypatch, "lanes", False)
     for name in ("tied", "branching"):
         fast = fast_swamp(networks.build(name), *digits, engine="eager", **SETTINGS, **OPTIMIZERS[optimizer])
         same(fast, naive(name, optimizer))
@@ -74,8 +69,7 @@ def test_what_is_compared_is_training_with_the_setting_on(changed, plain, naive)
 
 
 @pytest.mark.parametrize("engine", ["eager", "fused"])
-def test_a_lane_has_the_same_bits_alone_and_among_eight(engine, digits, monkeypatch):
-    force(monkeypatch, "lanes", False)
+def test_a_lane_has_the_same_bits_alone_and_among_eight(engine, digits):
     settings = SETTINGS | ADAMW | CLIP | {"cycles": 0, "precision": "float32", "epochs": 2, "engine": engine}
     eight, one = (
         fast_swamp(networks.build("residual"), *digits, **settings | {"particles": number}) for number in (8, 1)
@@ -95,9 +89,8 @@ def test_only_adamw_has_a_second_moment(digits):
 
 @pytest.mark.skipif(HAS_GPU, reason="there is a real GPU")
 @pytest.mark.parametrize("optimizer", NEW)
-def test_replaying_a_graph_is_stepping(optimizer, digits, monkeypatch):
+def test_replaying_a_graph_is_stepping(optimizer, digits):
     """The step's number and the second moment stand at fixed addresses; capturing leaves them as they were."""
-    force(monkeypatch, "lanes", False)
     settings = SETTINGS | {"batch_size": 48} | OPTIMIZERS[optimizer]
     with gpu():
         fast = fast_swamp(networks.build("residual"), *digits, engine="eager", **settings, device="cuda")
@@ -106,9 +99,8 @@ def test_replaying_a_graph_is_stepping(optimizer, digits, monkeypatch):
 
 
 @pytest.mark.parametrize("optimizer", NEW[1:])
-def test_a_gradient_that_is_not_finite_is_not_clipped_away(optimizer, digits, monkeypatch):
+def test_a_gradient_that_is_not_finite_is_not_clipped_away(optimizer, digits):
     """A norm beyond float64 is infinite, and the scale NaN, not 0: the run stops and names the particle."""
-    force(monkeypatch, "lanes", False)
     calls = 0
 
     def loss(outputs, targets):

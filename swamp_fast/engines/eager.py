@@ -151,12 +151,9 @@ def fastest_choice(problem: Problem, particles: int) -> Choice:
 
 def why_not(problem: Problem, choice: Choice, particles: int) -> str | None:
     """Why the lanes can't run as a choice has it; None if they can."""
-    if choice.channels_last:
-        reason = why_not_channels_last(problem) if problem.probe.convolves else "no convolution reads pictures"
-        if reason is not None:
-            return reason
-    if choice.way == "lanes":
-        return None
+    reason = why_not_channels_last(problem) if choice.channels_last else None
+    if reason is not None or choice.way == "lanes":
+        return reason
     reason = why_not_fold(problem, choice.way == "fold_grouped")
     if reason is None:
         reason = differs_at_full_size(problem, lambda w, g: make_way(problem, choice, w, g), particles)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Any
 
 import torch
@@ -71,6 +72,8 @@ class LaneByLane:
         return read_buffers(self.modules)
 
     def _formatted(self, inputs: Any) -> Any:
+        if self.problem.device.type == "cpu":
+            return tree_map(partial(_placed_anew, last=self.channels_last), inputs)
         return channels_last(inputs) if self.channels_last else inputs
 
 
@@ -85,6 +88,17 @@ def read_buffers(modules: list[nn.Module]) -> dict[str, Tensor]:
     """The buffers of L modules, [L, ...]."""
     each = [dict(module.named_buffers()) for module in modules]
     return {name: torch.stack([buffers[name] for buffers in each]) for name in each[0]}
+
+
+def _placed_anew(leaf: Any, last: bool) -> Any:
+    """A copy of a lane's inputs at an address of its own.
+
+    The CPU's libraries sum in an order that depends on address and strides, and a lane's batch stands behind those of
+    the lanes before it: where it stands, a particle's bits would depend on its place.
+    """
+    if not isinstance(leaf, Tensor):
+        return leaf
+    return leaf.clone(memory_format=torch.channels_last if last and leaf.dim() == 4 else torch.contiguous_format)
 
 
 class Bound:

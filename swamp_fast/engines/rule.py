@@ -113,9 +113,10 @@ def by_rule(problem: Problem, plan: Plan | str) -> Selection:
         return Selection(1.0, None, "by rule: it covers the model. On GPUs the rule is not measured yet")
     kind, precision = kind_of(problem, plan), problem.config.precision
     density = CROSSOVER[precision, kind]
+    about = f"by rule, for a model whose work is mostly {kind} in {precision}"
     if precision == "bfloat16" and has_amx():
         density *= AMX_SHARE
-    about = f"by rule, for a model whose work is mostly {kind} in {precision}"
+        about += " on a processor with AMX, where the rule is not measured yet"
     if density >= 1:
         return Selection(1.0, None, f"{about}: the fused engine at every density")
     return Selection(density, eager_by_rule(problem), f"{about}: the fused engine up to a FLOP density of {density:g}")

@@ -1,0 +1,140 @@
+"""A seed has one result on a machine: in any process, beside other work, in a sweep, as the start of a longer run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from test_structure import ROOT
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from swamp_fast import fast_swamp, models, sweep
+from swamp_fast import sweeps as sweeps_module
+
+SETTINGS = {"particles": 2, "cycles": 1, "epochs": 2, "ticket_epochs": 1, "batch_size": 48, "device": "cpu"}
+SETTINGS |= {"seed": 1, "progress": False}
+
+
+class Branching(nn.Module):
+    """A convolutional network that the fused engine doesn't cover: its forward looks at values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(1, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.head = nn.Linear(8, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.second(torch.relu(self.first(x))))
+        x = x * 2 if float(x.detach().mean()) > 0 else x
+        return self.head(x.mean((2, 3)))
+
+
+def dropping() -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 40), nn.ReLU(), nn.Dropout(0.3), nn.Linear(40, 10))
+
+
+KINDS = {  # network, settings, whether the data are streamed
+    "fused": (lambda: models.SmallCNN(1, 10, 8), {}, False),
+    "eager": (Branching, {}, False),
+    "both engines": (dropping, {"precision": "float64", "prune": 0.8}, False),
+    "bfloat16": (lambda: models.SmallCNN(1, 10, 8), {"precision": "bfloat16", "cycles": 2, "prune": 0.6}, False),
+    "dropout": (dropping, {"prune": 0.7}, False),
+    "streamed": (lambda: models.SmallCNN(1, 10, 8), {}, True),
+}
+EXPECTED = {  # the kinds of engine that "auto" takes
+    "fused": "fused",
+    "eager": "eager",
+    "both engines": "by density",
+    "bfloat16": "by density",
+    "dropout": "by density",
+    "streamed": "fused",
+}
+
+
+def made(kind: str) -> nn.Module:
+    torch.manual_seed(0)
+    return KINDS[kind][0]()
+
+
+def data(kind: str):
+    generator = torch.Generator().manual_seed(0)
+    pictures = torch.rand(160, 1, 8, 8, generator=generator)
+    targets = (pictures.mean((1, 2, 3)) * 7919).long() % 10
+    if KINDS[kind][2]:
+        return DataLoader(TensorDataset(pictures, targets), batch_size=SETTINGS["batch_size"])
+    return pictures, targets
+
+
+def digest(result) -> str:
+    """Of every cycle's weights and masks, and of what the history says besides time and memory."""
+    found = hashlib.blake2b(digest_size=8)
+    for cycle, row in enumerate(result.history):
+        snapshot = result._snapshot(cycle)
+        for tensor in (*snapshot.state.values(), *snapshot.masks.values()):
+            found.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+        clocks = ("seconds", "train_seconds", "peak_memory")
+        found.update(json.dumps({name: value for name, value in row.items() if name not in clocks}).encode())
+    return found.hexdigest()
+
+
+def run(kind: str, **changes):
+    return fast_swamp(made(kind), data(kind), **SETTINGS | KINDS[kind][1] | changes)
+
+
+def main() -> None:
+    """What a fresh process gives: a line for each kind."""
+    torch.set_num_threads(2)
+    results = {kind: run(kind) for kind in KINDS}
+    print(json.dumps({kind: (result.engine["engine"], digest(result)) for kind, result in results.items()}))
+
+
+def processes(count: int) -> list[dict[str, list[str]]]:
+    """The results of that many processes at a time."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    environment["OMP_WAIT_POLICY"] = "passive"  # threads that wait for each other leave the cores to other processes
+    command = [sys.executable, "-c", "import test_one_seed; test_one_seed.main()"]
+    running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) for _ in range(count)]
+    said = [process.communicate()[0] for process in running]
+    assert [process.returncode for process in running] == [0] * count
+    return [json.loads(each.splitlines()[-1]) for each in said]
+
+
+def test_fresh_processes_give_the_same_bits_idle_and_under_load():
+    (alone,) = processes(1)
+    assert {kind: engine for kind, (engine, _) in alone.items()} == EXPECTED
+    assert processes(3) == [alone] * 3  # three processes with two threads each are load enough for a small machine
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_short_run_is_the_start_of_a_longer_one(kind):
+    short, long = run(kind, cycles=2), run(kind, cycles=4)
+    assert short.engine["name"] == long.engine["name"]
+    for cycle in range(3):
+        own, other = short._snapshot(cycle), long._snapshot(cycle)
+        assert all(torch.equal(own.masks[name], each) for name, each in other.masks.items())
+        assert all(torch.equal(own.state[name], each) for name, each in other.state.items())
+
+
+@pytest.mark.parametrize("kind", ["fused", "eager", "dropout"])
+def test_a_run_alone_is_one_of_eight_in_a_sweep(kind, monkeypatch):
+    """Also where all eight are trained in one bank."""
+    monkeypatch.setattr(sweeps_module, "runs_at_once", lambda engine, problems: (len(problems), "forced"))
+    common = {name: value for name, value in (SETTINGS | KINDS[kind][1]).items() if name != "seed"}
+    found = sweep(made(kind), data(kind), grid={"seed": [1, 2], "lr": [0.1, 0.08], "weight_decay": [0, 5e-4]}, **common)
+    assert len({digest(each.result) for each in found.runs}) == 8
+    for each in (found.runs[0], found.runs[5]):
+        assert digest(each.result) == digest(run(kind, **each.point))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_name_of_the_engine_gives_the_run_again(kind):
+    first = run(kind)
+    again = run(kind, engine=first.engine["name"])
+    assert again.engine["name"] == first.engine["name"]
+    assert digest(again) == digest(first)
