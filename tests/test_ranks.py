@@ -23,14 +23,14 @@ from swamp_fast.engines.trainer import Trainer, joined, part_of
 from swamp_fast.ranks import Ranks
 
 ALWAYS, SELDOM = 1e-9, 5.0  # minutes between checkpoints
-# Two lanes leave a third rank without. Eager lanes are float64: how they are packed is seen in the last bits.
+# Two lanes leave a third rank without.
 RUNS = {
     "fused": ("fused", {"particles": 4}),
     "few": ("fused", {"particles": 2, "progress": True, "rewind": "average", "keep_particles": True}),
     "by density": ("by density", {"particles": 3}),
     "scores": ("fused", {"particles": 3, "mask_score": "signal-to-noise"}),
     "drawn": ("fused", {"particles": 2, "mask_score": "random", "mask_from": "dense"}),
-    "eager": ("eager", {"particles": 4, "precision": "float64", "cycles": 1}),
+    "eager": ("eager", {"particles": 4, "cycles": 1}),
 }
 
 
@@ -60,22 +60,11 @@ def by(tmp_path_factory):
 
 
 @pytest.mark.parametrize("world", [2, 3])
-@pytest.mark.parametrize("run", ["fused", "few", "by density", "scores", "drawn"])
+@pytest.mark.parametrize("run", [*RUNS])
 def test_the_same_bits_by_any_number_of_ranks(world, run, by):
     assert same_bits(by / "1" / run, by / str(world) / run)
     if run == "by density":
         assert set(SwampResult.load(by / str(world) / run).engine["engines"].values()) == {"eager", "fused"}
-
-
-@pytest.mark.parametrize("world", [2, 3])
-def test_the_eager_engine_in_float64(world, by):
-    one, more = (SwampResult.load(by / str(each) / "eager") for each in (1, world))
-    assert len(one.history) == len(more.history) == 2
-    for cycle in (0, 1):
-        found, expected = more._snapshot(cycle), one._snapshot(cycle)
-        assert all(torch.equal(mask, found.masks[name]) for name, mask in expected.masks.items())
-        for name, tensor in expected.state.items():
-            assert (tensor.double() - found.state[name].double()).abs().max() <= 1e-10
 
 
 def test_only_the_first_rank_speaks(by):
