@@ -9,7 +9,10 @@ import ctypes
 import functools
 import hashlib
 import os
+import re
+import struct
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,6 +23,8 @@ HEADERS = ("tile.h", "matrix.h")
 Constants = Mapping[str, int]
 Argument = Any  # a ctypes number, as the kernel's signature has it
 THREADS = 256
+# Of a cubin: its magic, where the tables of programs and of sections begin, and the sizes and numbers of their entries.
+ELF_HEADER = struct.Struct("<4s28xQQ6xHHHH2x")
 
 
 class Launch(Protocol):
@@ -51,19 +56,46 @@ def why_missing() -> str | None:
 
 
 def compile_kernel(name: str, constants: Constants, arch: str) -> bytes:
-    """Machine code of csrc/cuda/`name`.cu for an architecture ("sm_90"). Raises RuntimeError with NVRTC's log."""
+    """Machine code of csrc/cuda/`name`.cu for an architecture ("sm_90"). Raises RuntimeError with NVRTC's log.
+
+    Where MIN_BLOCKS of a processor would leave a thread too few registers, it is for fewer.
+    """
     from cuda.bindings import nvrtc
 
-    folder = files("swamp_fast.cuda_sources")
-    sources: dict[str, bytes] = {each: (folder / each).read_bytes() for each in (f"{name}.cu", *HEADERS)}
-    options = [f"--gpu-architecture={arch}", "--std=c++17", *(f"-D{key}={value}" for key, value in constants.items())]
+    sources = sources_of(name)
     _, *version = nvrtc.nvrtcVersion()
     digest = hashlib.blake2b(digest_size=16)
-    for part in (*sources.values(), *(each.encode() for each in options), str(version).encode()):
+    for part in (*sources.values(), *(each.encode() for each in _options(constants, arch)), str(version).encode()):
         digest.update(len(part).to_bytes(8, "little") + part)
     kept = _cache() / f"{name}-{arch}-{digest.hexdigest()}.cubin"
-    if kept.exists():
-        return kept.read_bytes()
+    with suppress(OSError):
+        found = kept.read_bytes()
+        if _is_whole(found):
+            return found
+    for least in range(constants["MIN_BLOCKS"], 0, -1):
+        code, log = build(name, sources, {**constants, "MIN_BLOCKS": least}, arch)
+        spilled = re.search(r"(\d+) bytes stack frame", log)
+        if spilled is None or spilled[1] == "0":
+            break
+    with suppress(OSError):  # a cache that can't be written costs time, nothing else
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        beside = kept.with_suffix(f".{os.getpid()}")
+        beside.write_bytes(code)
+        beside.replace(kept)
+    return code
+
+
+def sources_of(name: str) -> dict[str, bytes]:
+    """A kernel's source and the headers, by their files' names."""
+    folder = files("swamp_fast.cuda_sources")
+    return {each: (folder / each).read_bytes() for each in (f"{name}.cu", *HEADERS)}
+
+
+def build(name: str, sources: Mapping[str, bytes], constants: Constants, arch: str) -> tuple[bytes, str]:
+    """Machine code, or PTX for "compute_90", from sources that are given; and NVRTC's log. Raises as compile_kernel."""
+    from cuda.bindings import nvrtc
+
+    options = _options(constants, arch)
     headers = [sources[each] for each in HEADERS]
     program = _checked(
         nvrtc.nvrtcCreateProgram(
@@ -71,21 +103,15 @@ def compile_kernel(name: str, constants: Constants, arch: str) -> bytes:
         )
     )
     (error,) = nvrtc.nvrtcCompileProgram(program, len(options), [each.encode() for each in options])
+    log = b" " * _checked(nvrtc.nvrtcGetProgramLogSize(program))
+    nvrtc.nvrtcGetProgramLog(program, log)
     if int(error):
-        log = b" " * _checked(nvrtc.nvrtcGetProgramLogSize(program))
-        nvrtc.nvrtcGetProgramLog(program, log)
         raise RuntimeError(f"{name}.cu doesn't compile for {arch} with {dict(constants)}:\n{log.decode()}")
-    code: bytes = b" " * _checked(nvrtc.nvrtcGetCUBINSize(program))
-    nvrtc.nvrtcGetCUBIN(program, code)
+    is_ptx = arch.startswith("compute_")
+    code: bytes = b" " * _checked((nvrtc.nvrtcGetPTXSize if is_ptx else nvrtc.nvrtcGetCUBINSize)(program))
+    (nvrtc.nvrtcGetPTX if is_ptx else nvrtc.nvrtcGetCUBIN)(program, code)
     nvrtc.nvrtcDestroyProgram(program)
-    try:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        beside = kept.with_suffix(f".{os.getpid()}")
-        beside.write_bytes(code)
-        beside.replace(kept)
-    except OSError:
-        return code  # a cache that can't be written costs time, nothing else
-    return code
+    return code, log.decode()
 
 
 class Launcher:
@@ -137,6 +163,20 @@ def _checked(result: Any) -> Any:
     if int(error):
         raise RuntimeError(f"CUDA reports {error!r}")
     return values[0] if values else None
+
+
+def _options(constants: Constants, arch: str) -> list[str]:
+    defined = [f"-D{key}={value}" for key, value in constants.items()]
+    return [f"--gpu-architecture={arch}", "--std=c++17", "--ptxas-options=-v", *defined]  # -v: resources in the log
+
+
+def _is_whole(code: bytes) -> bool:
+    """Whether a file of the cache is a cubin to its end: a full disk or a lost node may leave less."""
+    if len(code) < ELF_HEADER.size:
+        return False
+    magic, programs, sections, program_size, program_count, section_size, section_count = ELF_HEADER.unpack_from(code)
+    end = max(programs + program_size * program_count, sections + section_size * section_count)
+    return bool(magic == b"\x7fELF" and end <= len(code))
 
 
 def _cache() -> Path:

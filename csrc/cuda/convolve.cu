@@ -3,7 +3,7 @@
 // By the input it is the same with the taps turned round.
 //
 // Compiled in: HEIGHT, WIDTH; IN, OUT channels; BLOCK_OUT of them by one block; CHUNK channels of the input at a time;
-// BY_INPUT, PROLOGUE, HAS_BIAS, ACCUMULATE, STATISTICS.
+// BY_INPUT, PROLOGUE, HAS_BIAS, ACCUMULATE, STATISTICS; MIN_BLOCKS that an SM shall hold at once.
 // Grid: blocks, OUT / BLOCK_OUT, lanes.
 #include "tile.h"
 
@@ -31,7 +31,7 @@ __device__ void load_weights(bfloat16* to, const bfloat16* weights, int first_in
 
 }  // namespace
 
-extern "C" __global__ void __launch_bounds__(256) convolve(
+extern "C" __global__ void __launch_bounds__(256, MIN_BLOCKS) convolve(
     const bfloat16* source,   // [L, B, HEIGHT, WIDTH, IN]
     const bfloat16* weights,  // [L, ...], this layer's [9, IN, OUT] (by the input too: as dense.py lays them out)
     long long weights_stride,

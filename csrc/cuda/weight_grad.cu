@@ -2,7 +2,7 @@
 // shifted input, transposed, with the output's gradient, over many tiles in registers; BatchNorm and ReLU at the load.
 //
 // Compiled in: HEIGHT, WIDTH; IN, OUT channels; BLOCK_IN, BLOCK_OUT of them by one block, (BLOCK_IN / 16) * (BLOCK_OUT / 16)
-// being 1, 2, 4 or 8; PROLOGUE.
+// being 1, 2, 4 or 8; PROLOGUE; MIN_BLOCKS that an SM shall hold at once.
 // Grid: parts, (IN / BLOCK_IN) * (OUT / BLOCK_OUT), lanes. A part takes tiles in order, so that bits don't depend on the
 // device.
 #include "tile.h"
@@ -30,7 +30,7 @@ __device__ void load_gradient(bfloat16* to, const bfloat16* lane, Tile tile, int
 
 }  // namespace
 
-extern "C" __global__ void __launch_bounds__(256) weight_grad(
+extern "C" __global__ void __launch_bounds__(256, MIN_BLOCKS) weight_grad(
     const bfloat16* source,    // [L, B, HEIGHT, WIDTH, IN]
     const float* scale,        // [L, ...], this norm's IN channels, if PROLOGUE
     const float* offset,

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from swamp_fast.nvrtc import Launch
+from swamp_fast.nvrtc import THREADS, Launch
 from swamp_fast.plan import Convolution, Shape
 
 PIXELS = 256  # of a tile
 PAD = 8  # as csrc/cuda/tile.h
-BLOCKS = 64  # of a convolution of one lane, if there are as many tiles
-MOST_TILES = 8  # that a block takes
+BLOCKS = 64  # of a convolution of one lane with statistics, if there are as many tiles
+MOST_TILES = 8  # that a block of it takes
+STARTED = 1  # tiles, whose time the beginning of a block takes about
+PROCESSORS = 132  # of an H100 or H200, which is planned for where there is no GPU
+REGISTERS, SHARED = 64 * 1024, 228 * 1024  # of a processor, and bytes; each block takes RESERVED of them besides
+RESERVED = 1024
 PARTS = 32  # of a weight gradient, at most
 PART_TILES = 8
 LEAST_BLOCKS = 16  # of a weight gradient of one lane, if there are as many tiles
 MOST_OUT = 64  # channels that a block of a convolution gives
-MOST_OUT_STATISTICS = 32  # with statistics, whose sums take registers
+MOST_OUT_WITH_MORE = 32  # with statistics or a prologue, which take registers
 QUADRANTS = 8  # of 16 by 16 weights that a block of a weight gradient gives, at most
 MOST_SHARED = 99 * 1024  # bytes: what every GPU from sm_80 on has
 
@@ -94,12 +99,8 @@ class Halo:
         """Of a batch of one lane."""
         return -(-samples // self.pictures) * (self.height // self.rows)
 
-    def blocks(self, samples: int) -> int:
-        """Of a convolution."""
-        return -(-self.tiles(samples) // self.block_tiles(samples))
-
     def block_tiles(self, samples: int) -> int:
-        """That a block of a convolution takes; by the sizes alone, so that bits are too."""
+        """That a block of a convolution with statistics takes; by the sizes alone, so that bits are too."""
         return max(1, min(MOST_TILES, self.tiles(samples) // BLOCKS))
 
     def parts(self, samples: int) -> int:
@@ -132,18 +133,24 @@ class Halo:
             by_input, prologue is not None, bias is not None, accumulate, to is not None
         )
         lanes, samples = source.shape[:2]
-        blocks = self.blocks(samples)
+        tiles, columns = self.tiles(samples), outputs // constants["BLOCK_OUT"]
+        if to is not None:
+            block_tiles = self.block_tiles(samples)
+        else:  # no bit depends on it
+            at_once = processors(out.device) * min(constants["MIN_BLOCKS"], blocks_by_shared(shared))
+            block_tiles = in_waves(tiles, columns * lanes, at_once)
+        blocks = -(-tiles // block_tiles)
         scratch = None if to is None else torch.empty(2, lanes, blocks, outputs, dtype=torch.float32, device=out.device)
         launch(
             "convolve",
             constants,
-            (blocks, outputs // constants["BLOCK_OUT"], lanes),
+            (blocks, columns, lanes),
             shared,
             [
                 *(_address(source), _address(weights, first), _long(weights.stride(0))),
                 *_prologue(prologue),
                 *((_address(None), _long(0)) if bias is None else (_address(*bias), _long(bias[0].stride(0)))),
-                *(_address(out), _int(samples), _int(self.tiles(samples)), _int(self.block_tiles(samples))),
+                *(_address(out), _int(samples), _int(tiles), _int(block_tiles)),
                 *(_address(scratch), *_statistics(to)),
             ],
         )
@@ -153,7 +160,7 @@ class Halo:
     ) -> tuple[dict[str, int], int]:
         """What is compiled in, and the bytes of shared memory."""
         inputs, outputs = (self.outputs, self.inputs) if by_input else (self.inputs, self.outputs)
-        most = MOST_OUT_STATISTICS if statistics else MOST_OUT
+        most = MOST_OUT_WITH_MORE if statistics or prologue else MOST_OUT
         block, chunk = next(
             (block, chunk)
             for block in range(most, 0, -16)
@@ -173,6 +180,7 @@ class Halo:
             "ACCUMULATE": int(accumulate),
             "STATISTICS": int(statistics),
         }
+        constants["MIN_BLOCKS"] = _convolve_blocks(constants)
         return constants, self._shared(inputs, chunk, block)
 
     def weight_grad(
@@ -218,6 +226,7 @@ class Halo:
             "BLOCK_IN": block_in,
             "BLOCK_OUT": block_out,
             "PROLOGUE": int(prologue),
+            "MIN_BLOCKS": 2 if block_in * block_out == 256 or (block_in * block_out <= 1024 and not prologue) else 1,
         }
         return constants, self._weight_grad_shared(block_in, block_out)
 
@@ -235,8 +244,54 @@ class Halo:
         return 2 * (self._halo_pixels * (chunk + PAD) + numbers) + 4 * 17 * block
 
 
+def processors(device: torch.device) -> int:
+    """Of a GPU; of the one that is planned for, without."""
+    if device.type != "cuda":
+        return PROCESSORS
+    count: int = torch.cuda.get_device_properties(device).multi_processor_count
+    return count
+
+
+def blocks_at_once(registers: int, shared_bytes: int) -> int:
+    """Blocks that a processor of an H100 holds, by the registers of a thread, of which each gets a multiple of 8."""
+    return min(REGISTERS // (THREADS * -(-registers // 8) * 8), blocks_by_shared(shared_bytes))
+
+
+def blocks_by_shared(shared_bytes: int) -> int:
+    """Blocks for which the shared memory of a processor of an H100 is enough."""
+    return SHARED // (shared_bytes + RESERVED)
+
+
+@functools.cache
+def in_waves(tiles: int, rows: int, at_once: int) -> int:
+    """How many tiles a block takes, for each of some rows of tiles, if so many blocks run at once.
+
+    Blocks run in waves, of which the last may leave most processors idle.
+    """
+
+    def time(block_tiles: int) -> int:
+        blocks = rows * -(-tiles // block_tiles)
+        return -(-blocks // at_once) * (block_tiles + STARTED)
+
+    return min(range(1, tiles + 1), key=time)
+
+
 def _address(tensor: Tensor | None, first: int = 0) -> Any:
     return ctypes.c_void_p(None if tensor is None else tensor.data_ptr() + first * tensor.element_size())
+
+
+def _convolve_blocks(constants: dict[str, int]) -> int:
+    """Blocks of a convolution that a processor shall hold at once: as many as NVRTC 13.0 spills no register for.
+
+    Where another would, nvrtc.py takes fewer. A third one of 16 channels with statistics and a prologue fits, but takes
+    more instructions for a pixel than an H200 issues while its memory is at work (see tests/test_kernels_compile.py).
+    """
+    block_out = constants["BLOCK_OUT"]
+    if block_out == 16:
+        return 2 if constants["STATISTICS"] and (constants["HAS_BIAS"] or constants["PROLOGUE"]) else 3
+    if block_out == 32 and constants["CHUNK"] == constants["IN"] and not constants["PROLOGUE"]:
+        return 3 if constants["ACCUMULATE"] and constants["WIDTH"] <= 16 else 2
+    return 1
 
 
 def _prologue(prologue: Prologue | None) -> tuple[Any, Any, Any]:

@@ -1,0 +1,425 @@
+"""What the instructions of PTX do, for ptx.py: of each a function that makes its step out of its operands."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from ptx import Kernel, Warp
+
+Values = NDArray[Any]  # [32], a number of each lane
+Mask = NDArray[np.bool_]  # [32], which lanes take part
+Source = Callable[["Warp"], Values]
+Step = Callable[["Warp", Mask], None]
+
+LANES = np.arange(32)
+ALL: Mask = np.ones(32, np.bool_)  # this very one, where a warp is whole
+SEVERAL = -2  # instead of a thread's number
+TYPES = {
+    f"{kind}{8 * size}": np.dtype(f"{letter}{size}")
+    for kind, letter in (("b", "u"), ("u", "u"), ("s", "i"), ("f", "f"))
+    for size in (1, 2, 4, 8)
+    if (kind, size) != ("f", 1)
+} | {"pred": np.dtype(np.bool_)}
+
+
+class Fault(Exception):
+    """What a GPU traps at, or leaves undefined."""
+
+
+class Race(Fault):
+    """Two threads at one place of shared memory without a barrier between them, one of which writes."""
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One instruction, without its guard: "add.s32 %r1, %r2, 3" is ("add", "s32") of ("%r1", "%r2", "3")."""
+
+    text: str
+    opcode: tuple[str, ...]
+    operands: tuple[str, ...]
+
+    def type(self, place: int = -1) -> np.dtype[Any]:
+        """The type that one part of the opcode names."""
+        if self.opcode[place] not in TYPES:
+            raise self.unknown()
+        return TYPES[self.opcode[place]]
+
+    def unknown(self) -> NotImplementedError:
+        """To be raised."""
+        return NotImplementedError(f"not known to the interpreter of PTX: {self.text}")
+
+
+def split(operands: str) -> list[str]:
+    """Operands at their commas; what is in braces or brackets stays whole."""
+    return [each.strip() for each in re.findall(r"(?:\{[^}]*\}|\[[^\]]*\]|[^,])+", operands) if each.strip()]
+
+
+def _memory(kernel: Kernel, own: Instruction) -> Step:
+    """Loads and stores, of vectors too."""
+    kind, is_load = own.type(), own.opcode[0] == "ld"
+    if "param" in own.opcode:
+        return _parameter(kernel, own)
+    registers, place = own.operands if is_load else own.operands[::-1]
+    names = split(registers[1:-1]) if registers.startswith("{") else [registers]
+    address, size = kernel.address(place), kind.itemsize * len(names)
+    if is_load:
+        sinks = [kernel.sink(name) for name in names]
+
+        def load(warp: Warp, active: Mask) -> None:
+            found = warp.read(address(warp), size, active, warp.threads).view(kind).reshape(32, -1)
+            for column, sink in enumerate(sinks):
+                sink(warp, found[:, column].copy(), active)
+
+        return load
+    sources = [kernel.source(name, kind) for name in names]
+
+    def store(warp: Warp, active: Mask) -> None:
+        content = np.stack([source(warp) for source in sources], 1)
+        warp.write(address(warp), content.view(f"V{size}")[:, 0], active)
+
+    return store
+
+
+def _parameter(kernel: Kernel, own: Instruction) -> Step:
+    kind, name, sink = own.type(), own.operands[1].strip("[] "), kernel.sink(own.operands[0])
+    if name not in dict(kernel.parameters):
+        raise own.unknown()
+    return lambda warp, active: sink(warp, np.frombuffer(warp.block.given[name], kind).repeat(32), active)
+
+
+def _move(kernel: Kernel, own: Instruction) -> Step:
+    """Copies: generic addresses are those of global and of shared memory here."""
+    to, source = own.operands
+    if "{" in to + source:
+        raise own.unknown()
+    return _mapped(kernel, own, own.type(), lambda value: value)
+
+
+def _mapped(kernel: Kernel, own: Instruction, kind: np.dtype[Any], function: Callable[..., Values]) -> Step:
+    """A function of operands of one type."""
+    sink, sources = kernel.sink(own.operands[0]), [kernel.source(each, kind) for each in own.operands[1:]]
+    return lambda warp, active: sink(warp, function(*(source(warp) for source in sources)), active)
+
+
+def _of_all(function: Callable[..., Values]) -> Callable[[Kernel, Instruction], Step]:
+    """The handler of a function that means the same for each type."""
+    return lambda kernel, own: _mapped(kernel, own, own.type(), function)
+
+
+def _load_matrices(kernel: Kernel, own: Instruction) -> Step:
+    """Load 8x8 matrices of 16 bits, of which lane l has (l / 4, 2 * (l % 4)) and the next, or of the transpose."""
+    if own.opcode[1:5] != ("sync", "aligned", "m8n8", "x4"):
+        raise own.unknown()
+    sinks = [kernel.sink(each) for each in split(own.operands[0][1:-1])]
+    address, transposed = kernel.address(own.operands[1]), "trans" in own.opcode
+    row, column = LANES // 4, LANES % 4 * 2
+
+    def load(warp: Warp, active: Mask) -> None:
+        _whole(active)
+        rows = warp.read(address(warp), 16, active, np.full(32, SEVERAL)).view(np.uint16).reshape(4, 8, 8)
+        for matrix, sink in zip(rows.transpose(0, 2, 1) if transposed else rows, sinks, strict=True):
+            pair = np.stack([matrix[row, column], matrix[row, column + 1]], 1)
+            sink(warp, pair.view(np.uint32)[:, 0], active)
+
+    return load
+
+
+def _whole(active: Mask) -> None:
+    if active is not ALL:
+        raise Fault("only a part of a warp takes part")
+
+
+def _fragment(registers: int, places: Callable[[int], tuple[Values, Values]], width: int) -> Values:
+    """Of a matrix by rows, [rows * width]: which number of the lanes' registers, [registers * 32], stands there."""
+    out = np.empty(registers * 32, np.int64)
+    for register in range(registers):
+        row, column = places(register)
+        out[row * width + column] = register * 32 + LANES
+    return out
+
+
+GROUP, WITHIN = LANES // 4, LANES % 4 * 2
+A = _fragment(
+    8, lambda i: (GROUP + i // 2 % 2 * 8, WITHIN + i % 2 + i // 4 * 8), 16
+)  # 16 x 16, a number a half register
+B = _fragment(4, lambda i: (WITHIN + i % 2 + i // 2 * 8, GROUP), 8)  # 16 x 8
+C = _fragment(4, lambda i: (GROUP + i // 2 * 8, WITHIN + i % 2), 8)  # 16 x 8, a number a register
+OF_C = np.argsort(C)
+
+
+def _multiply_add(kernel: Kernel, own: Instruction) -> Step:
+    """Products of bfloat16 matrices, as PTX lays its fragments out."""
+    if own.opcode[1:] != ("sync", "aligned", "m16n8k16", "row", "col", "f32", "bf16", "bf16", "f32"):
+        raise own.unknown()
+    d, a, b, c = (split(each[1:-1]) for each in own.operands)
+    halves = [[kernel.source(each, TYPES["u32"]) for each in registers] for registers in (a, b)]
+    sums, sinks = [kernel.source(each, TYPES["f32"]) for each in c], [kernel.sink(each) for each in d]
+
+    def multiply(warp: Warp, active: Mask) -> None:
+        _whole(active)
+        left, right = (_halves(np.stack([source(warp) for source in each])) for each in halves)
+        before = np.stack([source(warp) for source in sums]).ravel()[C].reshape(16, 8)
+        product = left[A].reshape(16, 16).astype(np.float64) @ right[B].reshape(16, 8).astype(np.float64)
+        out = (product + before).astype(np.float32).ravel()[OF_C].reshape(4, 32)
+        for sink, value in zip(sinks, out, strict=True):
+            sink(warp, value, active)
+
+    return multiply
+
+
+def _halves(pairs: Values) -> Values:
+    """Registers [n, 32] of two bfloat16 each as float32 [2 n * 32], the lower half first."""
+    both = np.stack([pairs << np.uint32(16), pairs & np.uint32(0xFFFF0000)], 1)
+    return both.view(np.float32).ravel()
+
+
+def _shuffle(kernel: Kernel, own: Instruction) -> Step:
+    """The number of the lane whose own differs by the bits of the second operand."""
+    if own.opcode[1:] != ("sync", "bfly", "b32"):
+        raise own.unknown()
+    sink = kernel.sink(own.operands[0].split("|")[0])
+    value, bits, clamp, members = (kernel.source(each, TYPES["u32"]) for each in own.operands[1:])
+
+    def shuffle(warp: Warp, active: Mask) -> None:
+        _whole(active)
+        if (clamp(warp) != 31).any() or (members(warp) != 2**32 - 1).any():
+            raise own.unknown()
+        sink(warp, value(warp)[LANES ^ bits(warp)], active)
+
+    return shuffle
+
+
+def _convert(kernel: Kernel, own: Instruction) -> Step:
+    """Conversions, where no rounding but to the nearest is needed."""
+    if own.opcode[-2:] == ("bf16x2", "f32"):
+        return _round_pair(kernel, own)
+    to, kind = own.type(-2), own.type()
+    narrows = to.kind == "f" and (kind.kind != "f" or to.itemsize < kind.itemsize)
+    if own.opcode[1:-2] not in ((), ("rn",) if narrows else ()) or (kind.kind == "f" and to.kind != "f"):
+        raise own.unknown()
+    return _mapped(kernel, own, kind, lambda value: value.astype(to))
+
+
+def _round_pair(kernel: Kernel, own: Instruction) -> Step:
+    """Two float32 to bfloat16, the first in the upper half."""
+    if own.opcode[1:-2] not in (("rn",), ("rn", "relu")):
+        raise own.unknown()
+    relu = "relu" in own.opcode
+
+    def rounded(value: Values) -> Values:
+        if relu:
+            value = np.where(value < 0, np.float32(0), value)
+        bits = value.view(np.uint32)
+        bits = (bits + np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1))) >> np.uint32(16)
+        return np.where(np.isnan(value), np.uint32(0x7FFF), bits)
+
+    return _mapped(*(kernel, own, TYPES["f32"]), lambda high, low: rounded(low) | rounded(high) << np.uint32(16))
+
+
+COMPARISONS: dict[str, Callable[..., Values]] = {
+    "eq": np.equal,
+    "ne": np.not_equal,
+    "lt": np.less,
+    "le": np.less_equal,
+    "gt": np.greater,
+    "ge": np.greater_equal,
+    "lo": np.less,
+    "ls": np.less_equal,
+    "hi": np.greater,
+    "hs": np.greater_equal,
+    "equ": lambda x, y: (x == y) | _unordered(x, y),
+    "neu": lambda x, y: ~(x == y),
+    "ltu": lambda x, y: ~(x >= y),
+    "leu": lambda x, y: ~(x > y),
+    "gtu": lambda x, y: ~(x <= y),
+    "geu": lambda x, y: ~(x < y),
+}
+
+
+def _unordered(x: Values, y: Values) -> Values:
+    return np.isnan(x) | np.isnan(y)
+
+
+def _compare(kernel: Kernel, own: Instruction) -> Step:
+    """Comparisons; "ne" of floats is ordered: false beside a NaN."""
+    kind, which = own.type(), own.opcode[1]
+    if len(own.opcode) != 3 or which not in COMPARISONS:
+        raise own.unknown()
+    compare = COMPARISONS[which]
+    if kind.kind == "f" and which == "ne":
+        return _mapped(kernel, own, kind, lambda x, y: (x != y) & ~_unordered(x, y))
+    return _mapped(kernel, own, kind, compare)
+
+
+def _select(kernel: Kernel, own: Instruction) -> Step:
+    """The first where the predicate is true."""
+    to, first, second, predicate = own.operands
+    sink, chosen = kernel.sink(to), kernel.source(predicate, TYPES["pred"])
+    a, b = (kernel.source(each, own.type()) for each in (first, second))
+    return lambda warp, active: sink(warp, np.where(chosen(warp), a(warp), b(warp)), active)
+
+
+def _shift(kernel: Kernel, own: Instruction) -> Step:
+    """Shifts: what is shifted by more than there are bits is 0, or the sign."""
+    kind, left = own.type(), own.opcode[0] == "shl"
+    to, value, by = own.operands
+    sink, source, amount = kernel.sink(to), kernel.source(value, kind), kernel.source(by, TYPES["u32"])
+    bits = 8 * kind.itemsize
+
+    def shift(warp: Warp, active: Mask) -> None:
+        wanted, own_value = amount(warp), source(warp)
+        few = np.minimum(wanted, bits - 1).astype(kind)
+        out = own_value << few if left else own_value >> few
+        if left or kind.kind == "u":
+            out = np.where(wanted < bits, out, kind.type(0))
+        sink(warp, out, active)
+
+    return shift
+
+
+def _multiply(kernel: Kernel, own: Instruction) -> Step:
+    """Products, and mad, which adds: of floats, or a half or all of a product of integers."""
+    kind = own.type()
+    if kind.kind == "f" and own.opcode[0] == "mul":
+        return _mapped(kernel, own, kind, np.multiply)
+    if own.opcode[1] == "hi" and own.opcode[0] == "mul" and kind.itemsize == 4:
+        wide = np.dtype(f"{kind.kind}8")
+        return _mapped(kernel, own, kind, lambda x, y: (x.astype(wide) * y >> wide.type(32)).astype(kind))
+    if kind.kind == "f" or own.opcode[1] not in ("lo", "wide"):
+        raise own.unknown()
+    out = np.dtype(f"{kind.kind}{2 * kind.itemsize}") if own.opcode[1] == "wide" else kind
+    to, first, second, *rest = own.operands
+    sink, a, b = kernel.sink(to), kernel.source(first, kind), kernel.source(second, kind)
+    added = [kernel.source(each, out) for each in rest]
+
+    def multiply(warp: Warp, active: Mask) -> None:
+        value = a(warp).astype(out) * b(warp).astype(out)
+        sink(warp, sum((each(warp) for each in added), value), active)
+
+    return multiply
+
+
+def _fused(kernel: Kernel, own: Instruction) -> Step:
+    kind = own.type()
+    return _mapped(kernel, own, kind, lambda x, y, z: (x.astype(np.float64) * y + z).astype(kind))
+
+
+def _divide(kernel: Kernel, own: Instruction) -> Step:
+    """Quotients and remainders: integers are cut towards zero."""
+    kind, remainder = own.type(), own.opcode[0] == "rem"
+    if kind.kind == "f":
+        if remainder:
+            raise own.unknown()
+        return _mapped(kernel, own, kind, np.divide)
+
+    def divide(x: Values, y: Values) -> Values:
+        y = np.where(y == 0, kind.type(1), y)  # undefined, in lanes that don't use it
+        rest = np.fmod(x, y)
+        return rest if remainder else (x - rest) // y
+
+    return _mapped(kernel, own, kind, divide)
+
+
+def _insert(kernel: Kernel, own: Instruction) -> Step:
+    """The lower bits of the first into the second, from a bit on."""
+    to, first, second, at, count = own.operands
+    sink, (a, b) = kernel.sink(to), (kernel.source(each, own.type()) for each in (first, second))
+    begin, mask = int(at), ((1 << int(count)) - 1) << int(at)
+    keep = own.type().type(~mask % (1 << 8 * own.type().itemsize))
+    kind = own.type().type
+    return lambda warp, active: sink(warp, (b(warp) & keep) | (a(warp) << kind(begin) & kind(mask)), active)
+
+
+def _permute(kernel: Kernel, own: Instruction) -> Step:
+    """Four of the eight bytes of two registers, by constant numbers."""
+    if own.opcode[1:] != ("b32",) or kernel.is_register(own.operands[3]):
+        raise own.unknown()
+    chosen = int(own.operands[3].rstrip("U"), 0)
+    bytes_ = [chosen >> 4 * i & 15 for i in range(4)]
+    if max(bytes_) > 7:
+        raise own.unknown()
+    sink = kernel.sink(own.operands[0])
+    a, b = (kernel.source(each, TYPES["u32"]) for each in own.operands[1:3])
+
+    def permute(warp: Warp, active: Mask) -> None:
+        both = np.stack([a(warp), b(warp)], 1).view(np.uint8)  # [32, 8], the lowest first
+        sink(warp, both[:, bytes_].copy().view(np.uint32)[:, 0], active)
+
+    return permute
+
+
+def _atomic(kernel: Kernel, own: Instruction) -> Step:
+    """Add to integers in global memory at once; lanes one after another."""
+    kind = own.type()
+    if "add" not in own.opcode or "shared" in own.opcode or kind.kind == "f":
+        raise own.unknown()
+    sink, address, value = (
+        kernel.sink(own.operands[0]),
+        kernel.address(own.operands[1]),
+        kernel.source(own.operands[2], kind),
+    )
+
+    def add(warp: Warp, active: Mask) -> None:
+        before = np.zeros(32, kind)
+        for lane in np.flatnonzero(active):
+            only = np.eye(32, dtype=np.bool_)[lane]
+            found = warp.read(address(warp), kind.itemsize, only, warp.threads).view(kind)
+            before[lane] = found[lane]
+            warp.write(address(warp), (found + value(warp)).view(f"V{kind.itemsize}"), only)
+        sink(warp, before, active)
+
+    return add
+
+
+def _fence(kernel: Kernel, own: Instruction) -> Step:
+    """Fences: everything is seen in order here."""
+    return lambda warp, active: None
+
+
+def _inverted(value: Values) -> Values:
+    return ~value
+
+
+HANDLERS: dict[str, Callable[[Kernel, Instruction], Step]] = {
+    "ld": _memory,
+    "st": _memory,
+    "mov": _move,
+    "cvta": _move,
+    "atom": _atomic,
+    "membar": _fence,
+    "fence": _fence,
+    "ldmatrix": _load_matrices,
+    "mma": _multiply_add,
+    "shfl": _shuffle,
+    "cvt": _convert,
+    "setp": _compare,
+    "selp": _select,
+    "shl": _shift,
+    "shr": _shift,
+    "mul": _multiply,
+    "mad": _multiply,
+    "fma": _fused,
+    "div": _divide,
+    "rem": _divide,
+    "bfi": _insert,
+    "prmt": _permute,
+    "add": _of_all(np.add),
+    "sub": _of_all(np.subtract),
+    "min": _of_all(np.fmin),
+    "max": _of_all(np.fmax),
+    "and": _of_all(np.bitwise_and),
+    "or": _of_all(np.bitwise_or),
+    "xor": _of_all(np.bitwise_xor),
+    "not": _of_all(_inverted),
+    "neg": _of_all(np.negative),
+    "abs": _of_all(np.abs),
+    "sqrt": _of_all(np.sqrt),
+    "rcp": _of_all(np.reciprocal),
+}
