@@ -29,7 +29,7 @@ def expand_weights_kernel(
 @triton.jit
 def collect_gradients_kernel(
     partial,  # [L, ...] parts of dense gradients
-    base,  # [R, P'] int32, where the first part of each weight's gradient stands, -1 for none
+    base,  # [R, P'] int32, or int64 in rows of 2^31 and more: where each weight's first part stands, -1 for none
     step,  # [R, P'] int32, how far the next is
     parts,  # [R, P'] int32, how many there are
     run_of_lane,  # [L] int64
@@ -45,7 +45,7 @@ def collect_gradients_kernel(
     where = tl.load(base + of_run, mask=at < size, other=-1)
     there = where >= 0
     count = tl.load(parts + of_run, mask=there, other=0)
-    far = tl.load(step + of_run, mask=there, other=0)
+    far = tl.load(step + of_run, mask=there, other=0).to(where.dtype)  # all parts of a layer are a row's, so they fit
     total = tl.zeros((BLOCK,), grads.dtype.element_ty)
     for part in range(tl.max(count)):
         total += tl.load(partial + lane * partial_stride + where + part * far, mask=there & (part < count), other=0.0)

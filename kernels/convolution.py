@@ -16,7 +16,11 @@ MOST_OUT = {2: 128, 4: 64, 8: 16}
 MOST_IN = {2: 32, 4: 32, 8: 16}
 LEAST = 16  # of any side of a matrix product
 BIAS_ELEMENTS = 2048  # of a tile of pixels and channels
-SPLIT_PIXELS = 4096  # that one program of a weight gradient sums over, at least
+SPLIT_PIXELS = 512  # that one program of a weight gradient sums over, at least
+SPLITS = 64  # of it, at most
+# Numbers that all parts of a layer's gradient hold, unless one part alone holds more: 4 MiB a lane in float32. A layer
+# of that many weights has enough programs without being split.
+PART_NUMBERS = 2**20
 
 
 @triton.jit
@@ -70,7 +74,7 @@ def added_product(sums, a, b, PRECISION: tl.constexpr):
     return tl.dot(a, b, sums, input_precision=PRECISION, out_dtype=sums.dtype)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["samples"])
 def convolve_kernel(
     source,  # [L, B, H, W, groups * IN]
     weights,  # [L, ...], this layer's [groups, taps, IN, OUT] at `first`
@@ -184,7 +188,7 @@ def convolve_kernel(
             )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["samples", "splits", "split_pixels"])
 def weight_grad_kernel(
     source,  # [L, B, H, W, groups * IN]
     out_grad,  # [L, B, OH, OW, groups * OUT]
@@ -257,7 +261,7 @@ def weight_grad_kernel(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pixels"])
 def bias_grad_kernel(
     out_grad,  # [L, pixels, C]
     partial,  # [L, tiles, C]
@@ -395,9 +399,9 @@ def bias_grad(out_grad, grads, first, arrivals):
         )
 
 
-def weight_grad_splits(pixels):
-    """Parts of a weight gradient over so many pixels; by the sizes alone, so that bits are too."""
-    return max(1, min(64, pixels // SPLIT_PIXELS))
+def weight_grad_splits(pixels, weights):
+    """Parts of the gradient of so many weights over so many pixels; by the sizes alone, so that bits are too."""
+    return max(1, min(SPLITS, pixels // SPLIT_PIXELS, PART_NUMBERS // weights))
 
 
 def _block(size, most):

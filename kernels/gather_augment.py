@@ -8,7 +8,7 @@ BLOCK = 1024
 CROP_FLIP = tl.constexpr(1)  # the purpose word
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch"])
 def gather_augment_kernel(
     images,  # [n, H, W, C]
     table,  # [C, 256], or images again if not HAS_TABLE

@@ -9,7 +9,7 @@ MOST_CLASSES = 1024
 IGNORED = -100  # torch's target of a sample without a loss
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["samples"])
 def cross_entropy_kernel(
     outputs,  # [L, B, K]
     targets,  # [L, B] int64

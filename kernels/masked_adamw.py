@@ -7,7 +7,7 @@ import triton.language as tl
 BLOCK = 512
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["lanes"])
 def masked_adamw_kernel(
     weights,  # [L, P]
     grads,  # [L, P]

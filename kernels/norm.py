@@ -96,7 +96,7 @@ def merge_statistics(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pixels"])
 def statistics_kernel(
     source,  # [L, pixels, C]
     means,  # [L, tiles, C]
@@ -173,7 +173,7 @@ def scale_offset_kernel(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pixels"])
 def norm_kernel(
     source,  # [L, pixels, C]
     side,  # [L, pixels, C], added if HAS_SIDE
@@ -210,7 +210,7 @@ def norm_kernel(
     tl.store(out + place, value.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pixels", "lanes"])
 def norm_grad_sums_kernel(
     source,  # [L, pixels, C]
     out,  # [L, pixels, C], read if RELU and HAS_OUT
@@ -301,7 +301,7 @@ def norm_grad_sums_kernel(
         tl.store(merged + lanes * channels + at, (sum_centred / pixels * rstd * rstd).to(kind), mask=there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pixels", "lanes"])
 def norm_grad_kernel(
     source,  # [L, pixels, C]
     out,  # [L, pixels, C], read if RELU and HAS_OUT

@@ -69,24 +69,38 @@ class Gradients:
     """Parts of the weights' dense gradients, [L, parts of all layers], and where each compact weight's stand.
 
     splits  parts of every convolution, by its output's number; they depend on the sizes alone
+    first   where those of each begin in a row of `length`
     """
 
     def __init__(self, dense: DenseWeights, splits: dict[int, int]) -> None:
         compacts = dense.compacts
-        self.splits, self.first = splits, dict[int, int]()
-        self.base = torch.full((len(compacts), compacts[0].P), -1, dtype=torch.int32, device=dense.index.device)
-        self.step, self.parts = torch.zeros_like(self.base), torch.zeros_like(self.base)
-        self.length = 0
+        self.splits = splits
+        self.first, self.length = begins_of({output: place.size for output, place in dense.places.items()}, splits)
+        shape, device = (len(compacts), compacts[0].P), dense.index.device
+        self.base = torch.full(shape, -1, dtype=index_type(self.length), device=device)
+        self.step, self.parts = torch.zeros(2, *shape, dtype=torch.int32, device=device)
         for output, place in dense.places.items():
             own = dense.index[:, place.forward : place.forward + place.size]
             run, there = (own >= 0).nonzero(as_tuple=True)
             where = own[run, there].long()
-            self.first[output] = self.length
-            self.base[run, where] = (self.length + there).int()
+            self.base[run, where] = (self.first[output] + there).to(self.base.dtype)
             self.step[run, where], self.parts[run, where] = place.size, splits[output]
-            self.length += place.size * splits[output]
 
     def collect(self, partial: Tensor, run_of_lane: Tensor, grads: Tensor) -> None:
         """Add the sums over the parts, [L, self.length], to grads [L, P']."""
         tables = self.base, self.step, self.parts
         triton_kernels("compact").collect_gradients(partial, *tables, run_of_lane, grads)
+
+
+def begins_of(sizes: dict[int, int], splits: dict[int, int]) -> tuple[dict[int, int], int]:
+    """Where each layer's parts begin in a row of all, and that row's length, by the layers' weights and their parts."""
+    first, length = {}, 0
+    for layer, size in sizes.items():
+        first[layer] = length
+        length += size * splits[layer]
+    return first, length
+
+
+def index_type(length: int) -> torch.dtype:
+    """What numbers the places of a row; the kernel multiplies and adds in 64 bits where this has them."""
+    return torch.int32 if length <= torch.iinfo(torch.int32).max else torch.int64

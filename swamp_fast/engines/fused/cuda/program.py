@@ -109,7 +109,7 @@ class Program:
                 op.output: self.halos[op.output].parts(samples)
                 if op.output in self.halos
                 else self.kernels("convolution").weight_grad_splits(
-                    samples * math.prod(picture(self.plan.shapes[op.output])[:2])
+                    samples * math.prod(picture(self.plan.shapes[op.output])[:2]), self.dense.places[op.output].size
                 )
                 for op in self.plan.ops
                 if isinstance(op, Convolution)
