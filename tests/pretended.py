@@ -78,6 +78,7 @@ class Graph:
 
     capturing: list[Call] | None = None
     underway: list[object] = []  # noqa: RUF012
+    elsewhere = False  # whether another GPU than the tensors' is the current one
 
     def __init__(self) -> None:
         self.calls: list[Call] = []
@@ -85,11 +86,14 @@ class Graph:
     @staticmethod
     @contextlib.contextmanager
     def capture(graph: Graph, pool: object = None) -> Iterator[None]:
-        """As torch.cuda.graph: one that breaks off lets none begin until its pool is ended."""
+        """As torch.cuda.graph: one that breaks off lets none begin until its pool is ended.
+
+        It begins on the current GPU: what runs on the tensors' is in no graph, if that is another.
+        """
         if Graph.underway:
             raise RuntimeError("captures_underway.empty() INTERNAL ASSERT FAILED")
         Graph.underway.append(pool)
-        Graph.capturing = graph.calls
+        Graph.capturing = None if Graph.elsewhere else graph.calls
         try:
             yield
         except RuntimeError as error:
@@ -111,6 +115,30 @@ class Graph:
             for new, old in zip(_tensors(again), _tensors(out), strict=True):
                 if new.data_ptr() != old.data_ptr():
                     old.copy_(new)
+
+
+@contextlib.contextmanager
+def current(device: Any) -> Iterator[None]:
+    """As torch.cuda.device."""
+    before, Graph.elsewhere = Graph.elsewhere, _index(device) != CUDA.index
+    try:
+        yield
+    finally:
+        Graph.elsewhere = before
+
+
+def stream(device: Any = None) -> Any:
+    """As torch.cuda.Stream, and torch.cuda.current_stream."""
+    index = int(Graph.elsewhere) if device is None else _index(device)
+    own = torch.device("cuda", index)
+    return SimpleNamespace(cuda_stream=0, device=own, wait_stream=lambda other: None, synchronize=lambda: None)
+
+
+def _index(device: Any) -> int:
+    if device is None or isinstance(device, int):
+        return CUDA.index if device is None else device
+    index: int | None = torch.device(device).index
+    return int(Graph.elsewhere) if index is None else index
 
 
 def not_captured(what: str) -> None:
@@ -244,22 +272,23 @@ def _launched(call: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @contextlib.contextmanager
-def gpu(triton: bool = False, launch: Callable[..., None] | None = None) -> Iterator[None]:
+def gpu(triton: bool = False, launch: Callable[..., None] | None = None, elsewhere: bool = False) -> Iterator[None]:
     """While it is open, torch has the GPU.
 
-    triton  whether this project's operations run their Triton kernels, in the interpreter, or those of the CPU
-    launch  stands for swamp_fast.nvrtc.Launcher.__call__; without one the kernels of csrc/cuda can't be had
+    triton     whether this project's operations run their Triton kernels, in the interpreter, or those of the CPU
+    launch     stands for swamp_fast.nvrtc.Launcher.__call__; without one the kernels of csrc/cuda can't be had
+    elsewhere  whether a second GPU, on which nothing is, is the current one
     """
     from triton.runtime.interpreter import GridExecutor
 
     properties = SimpleNamespace(name="pretended", total_memory=MEMORY, L2_cache_size=50 << 20, major=9, minor=0)
-    stream = SimpleNamespace(cuda_stream=0, wait_stream=lambda other: None, synchronize=lambda: None)
+    properties.multi_processor_count = 132
     instead = {
         "_lazy_init": lambda: None,
         "is_available": lambda: True,
         "is_initialized": lambda: True,
-        "device_count": lambda: 1,
-        "current_device": lambda: 0,
+        "device_count": lambda: 1 + elsewhere,
+        "current_device": lambda: int(Graph.elsewhere),
         "get_device_name": lambda *_: properties.name,
         "get_device_capability": lambda *_: (properties.major, properties.minor),
         "get_device_properties": lambda *_: properties,
@@ -276,11 +305,11 @@ def gpu(triton: bool = False, launch: Callable[..., None] | None = None) -> Iter
         "set_rng_state_all": lambda _: not_captured("set_rng_state"),
         "manual_seed": lambda _: not_captured("manual_seed"),
         "manual_seed_all": lambda _: not_captured("manual_seed"),
-        "Stream": lambda *_: stream,
-        "current_stream": lambda *_: stream,
-        "stream": lambda _: contextlib.nullcontext(),
-        "device": lambda _: contextlib.nullcontext(),
-        "device_of": lambda _: contextlib.nullcontext(),
+        "Stream": stream,
+        "current_stream": stream,
+        "stream": lambda own: current(own.device),
+        "device": current,
+        "device_of": lambda tensor: current(tensor.device),
         "set_stream": lambda _: None,
         "graph_pool_handle": object,
         "CUDAGraph": Graph,
@@ -289,6 +318,7 @@ def gpu(triton: bool = False, launch: Callable[..., None] | None = None) -> Iter
     autocast = torch.autocast
     overwrites = torch.__future__.get_overwrite_module_params_on_conversion()
     with contextlib.ExitStack() as stack:
+        stack.enter_context(current(int(elsewhere)))
         for name, value in instead.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, value))
         stack.enter_context(

@@ -21,6 +21,7 @@ from swamp_fast.kernels import convolution
 from test_fused import error, masked, problem_of, step
 from torch import nn
 
+from swamp_fast.engines.fused import check
 from swamp_fast.engines.fused.check import tensor_cores_differ
 from swamp_fast.engines.fused.cuda import halo as halo_module
 from swamp_fast.engines.fused.cuda.halo import Halo, Prologue, Statistics
@@ -259,6 +260,26 @@ def test_wrong_kernels_are_found(monkeypatch):
 
 def fails(*arguments) -> None:
     raise RuntimeError("no such device")
+
+
+@INTERPRETED
+@pytest.mark.parametrize(("which", "what"), [(1, "gradients by the input"), (2, "gradients by the weights")])
+def test_a_slightly_wrong_border_is_found(which, what, monkeypatch):
+    """The first row of pictures, or the first taps, wrong by a 64th of the largest gradient."""
+    if not HAS_GPU:
+        monkeypatch.setitem(convolution.PIXELS, 2, 1024)
+    right = check._of_halo
+
+    def wrong(halo, launch, device):
+        found = right(halo, launch, device)
+        if launch is not None:
+            rows = found[1][:, :, 0] if which == 1 else found[2][:, : 3 * 16 * 16]
+            rows += found[which].abs().max() / 64
+        return found
+
+    monkeypatch.setattr(check, "_of_halo", wrong)
+    differs = tensor_cores_differ([Halo(8, 8, 16, 16)], LAUNCH, torch.device(DEVICE))
+    assert differs.startswith(f"their {what} differ from those of the Triton kernels")
 
 
 @pytest.mark.parametrize("size", [2, 4, 8, 16, 32, 64])

@@ -13,11 +13,15 @@ from conftest import HAS_GPU
 from pretended import CUDA, Graph, OnGpu, gpu
 from stops import ALWAYS, Interrupted, before_steps, stop_at
 from test_cuda_kernels import INTERPRETED, launch_on_host
+from test_fused import problem_of
 from test_odd_models import same
 
 from benchmarks import protocol
 from swamp_fast import fast_swamp, naive_swamp, sweep
 from swamp_fast.analysis import Analysis, barrier_matrix, ensemble, hessian_trace, loss_barrier
+from swamp_fast.bank import initial
+from swamp_fast.engines.fused.engine import FusedEngine, fused_plan
+from swamp_fast.engines.trainer import first_handle
 
 pytestmark = pytest.mark.skipif(HAS_GPU, reason="there is a real GPU")
 SETTINGS = {"particles": 2, "cycles": 1, "epochs": 2, "ticket_epochs": 1, "batch_size": 48, "progress": False}
@@ -85,6 +89,26 @@ def test_a_run_equals_the_naive_loops(name, way, settings, digits):
     assert next(fast.model.parameters()).device.type == "cpu"  # where the user's model was
     for each in (fast, on_gpu):
         same(each, naive)
+
+
+@INTERPRETED
+@pytest.mark.parametrize("branch", [None, 1])
+def test_an_engine_alone_captures_on_the_gpu_of_its_problem(branch):
+    """Where another GPU is the current one, since no run makes its own current around it."""
+    with gpu(triton=True, elsewhere=True):
+        problem = problem_of(networks.build("residual"), 4, "float32", (1, 8, 8), "cuda:0")
+        engine = FusedEngine(problem, fused_plan(problem), "forced", {}, None, branch)
+        bank = engine.spawn(initial(problem), problem.mask, range(2), None)
+        trainer, before = engine.trainer, bank.weights.clone()
+        trainer.way.set_buffers(bank.buffers)
+        trainer.lr.fill_(0.1)
+        trainer.step(first_handle(problem, bank))
+        assert trainer.not_captured is None
+        ((_, graph),) = trainer.graphs.values()
+        assert graph.calls
+        assert not torch.equal(bank.weights.cpu(), before.cpu())
+        assert [each.device for each in trainer.way.streams] == ([] if branch is None else [CUDA, CUDA])
+        assert torch.cuda.current_device() == 1
 
 
 def test_what_can_t_be_captured_runs_all_the_same_and_leaves_the_next_run_s_alone(digits):

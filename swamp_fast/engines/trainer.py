@@ -174,6 +174,14 @@ class Trainer:
         state = [*self.bank.moving().values(), self.loss_sum]
         state += [buffer for module in self.way.modules for buffer in module.buffers()]
         saved = [tensor.clone() for tensor in state]
+        try:
+            with torch.cuda.device(self.problem.device):  # streams, graphs and pools are made on the current one
+                self._record(index)
+        finally:
+            for tensor, value in zip(state, saved, strict=True):
+                tensor.copy_(value)
+
+    def _record(self, index: Tensor) -> None:
         here, pool = torch.cuda.current_stream(), torch.cuda.graph_pool_handle()
         try:
             side = torch.cuda.Stream()
@@ -194,9 +202,6 @@ class Trainer:
             torch.cuda.synchronize()  # what is under way must not change what is put back
             first = error.__context__ or error  # ending the capture raises too
             self.not_captured = f"capture failed: {str(first).splitlines()[0]}"
-        finally:
-            for tensor, value in zip(state, saved, strict=True):
-                tensor.copy_(value)
 
 
 class OfOneTrainer:

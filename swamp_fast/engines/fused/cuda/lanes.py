@@ -132,9 +132,10 @@ class CudaLanes:
 
     def _in_branches(self, backward: Callable[[slice], Tensor]) -> list[Tensor]:
         """Each group on a stream that begins and ends with the current one: parallel branches, where it is captured."""
-        groups, here, losses = self._groups(self.programs.branch), torch.cuda.current_stream(), []
+        device, groups, losses = self.compact_weights.device, self._groups(self.programs.branch), []
+        here = torch.cuda.current_stream(device)
         while len(self.streams) < len(groups):  # the same ones each step: memory is kept for a stream
-            self.streams.append(torch.cuda.Stream())
+            self.streams.append(torch.cuda.Stream(device))
         for stream in self.streams:
             stream.wait_stream(here)
         for lanes, stream in zip(groups, self.streams, strict=True):
