@@ -188,7 +188,7 @@ def convolve_kernel(
             )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["samples", "splits", "split_pixels"])
+@triton.jit(do_not_specialize=["samples", "splits"])
 def weight_grad_kernel(
     source,  # [L, B, H, W, groups * IN]
     out_grad,  # [L, B, OH, OW, groups * OUT]
@@ -202,7 +202,7 @@ def weight_grad_kernel(
     out_width,
     groups,
     splits,
-    split_pixels,
+    split_pixels,  # a multiple of 16; the last splits may have fewer, or none
     IN: tl.constexpr,
     OUT: tl.constexpr,
     TAPS: tl.constexpr,
@@ -357,11 +357,12 @@ def weight_grad(source, out_grad, partial, first, splits, window, precision):
     taps = kernel[0] * kernel[1]
     block_in, block_out = _block(inner, MOST_IN[size]), _block(outer, min(64, MOST_OUT[size]))
     pixels = samples * out_height * out_width
+    split_pixels = LEAST * triton.cdiv(pixels, LEAST * splits)  # always a multiple, so that one kernel is for all sizes
     grid = (triton.cdiv(inner, block_in) * taps * splits * groups * lanes, triton.cdiv(outer, block_out))
     with torch.cuda.device_of(source):
         weight_grad_kernel[grid](
             *(source, out_grad, partial, partial.stride(0), first),
-            *(samples, height, width, out_height, out_width, groups, splits, triton.cdiv(pixels, splits)),
+            *(samples, height, width, out_height, out_width, groups, splits, split_pixels),
             IN=inner,
             OUT=outer,
             TAPS=taps,

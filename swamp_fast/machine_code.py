@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from swamp_fast import nvrtc
-from swamp_fast.engines.fused.cuda.halo import PIXELS, Halo, Statistics
+from swamp_fast.engines.fused.cuda.halo import PIXELS, Halo, Statistics, blocks_at_once
 
 BATCH = 128
 WARPS = 8  # of a block of csrc/cuda
@@ -41,6 +41,7 @@ class Compiled:
     instructions_per_pixel  that warps issue for a pixel of the output, in a batch of 128; None where it isn't counted
     slots_per_pixel         that an H200 has while memory or tensor cores are at work on it: with no more instructions
                             than that, they don't decide
+    blocks                  that an SM of an H100 holds at once, of csrc/cuda
     """
 
     name: str
@@ -51,6 +52,7 @@ class Compiled:
     instructions: int | None
     instructions_per_pixel: float | None = None
     slots_per_pixel: float | None = None
+    blocks: int | None = None
 
 
 def compiled(arch: str) -> list[Compiled]:
@@ -108,9 +110,11 @@ def _cuda_kernel(name: str, config: str, constants: dict[str, int], shared: int,
     count += once // tiles + (len(instructions) - arrival) // halo.tiles(BATCH)
     numbers = constants["IN"] + constants["OUT"] * (1 + constants.get("ACCUMULATE", 0))
     clocks = max(2 * numbers / BYTES, 9 * constants["IN"] * constants["OUT"] / PRODUCTS)
+    resources = _resources(cubin)
     return Compiled(
-        name, config, **_resources(cubin), shared_bytes=shared, instructions=len(instructions),
+        name, config, **resources, shared_bytes=shared, instructions=len(instructions),
         instructions_per_pixel=round(count * WARPS / PIXELS * blocks, 1), slots_per_pixel=round(clocks * SLOTS, 1),
+        blocks=blocks_at_once(resources["registers"], shared),
     )  # fmt: skip
 
 

@@ -21,10 +21,11 @@ from swamp_fast.kernels import convolution
 from test_fused import error, masked, problem_of, step
 from torch import nn
 
+from swamp_fast import nvrtc
 from swamp_fast.engines.fused import check
 from swamp_fast.engines.fused.check import tensor_cores_differ
 from swamp_fast.engines.fused.cuda import halo as halo_module
-from swamp_fast.engines.fused.cuda.halo import Halo, Prologue, Statistics
+from swamp_fast.engines.fused.cuda.halo import Halo, Prologue, Statistics, blocks_at_once, in_waves
 from swamp_fast.engines.fused.cuda.lanes import CudaPrograms
 from swamp_fast.engines.fused.engine import fused_plan
 from swamp_fast.nvrtc import Launcher
@@ -137,13 +138,17 @@ def statistics_of(lanes: int, channels: int) -> Statistics:
 
 
 @pytest.mark.parametrize(("halo", "samples"), HALOS, ids=str)
-def test_convolve_by_input(halo, samples):
+def test_convolve_by_input(halo, samples, monkeypatch):
+    """The same bits however many tiles a block takes."""
     lanes, inputs, outputs = 2, halo.inputs, halo.outputs
     out_grad = normal(lanes, samples, halo.height, halo.width, outputs)
     weights = normal(lanes, 9 * inputs * outputs) / (3 * outputs**0.5)
     in_grad = normal(lanes, samples, halo.height, halo.width, inputs)
-    before = in_grad.double()
+    before, again = in_grad.double(), in_grad.clone()
     halo.convolve(LAUNCH, out_grad, None, weights, 0, None, in_grad, True, True, None)
+    monkeypatch.setattr(halo_module, "processors", lambda device: 1)
+    halo.convolve(LAUNCH, out_grad, None, weights, 0, None, again, True, True, None)
+    assert torch.equal(in_grad, again)
     for lane in range(lanes):
         kernel = weights[lane].double().view(3, 3, outputs, inputs).permute(2, 3, 0, 1)
         exact = F.conv_transpose2d(as_pictures(out_grad[lane].double()), kernel, padding=1)
@@ -280,6 +285,61 @@ def test_a_slightly_wrong_border_is_found(which, what, monkeypatch):
     monkeypatch.setattr(check, "_of_halo", wrong)
     differs = tensor_cores_differ([Halo(8, 8, 16, 16)], LAUNCH, torch.device(DEVICE))
     assert differs.startswith(f"their {what} differ from those of the Triton kernels")
+
+
+def test_blocks_fill_whole_waves():
+    """ResNet-20's first stage by the input, 8 lanes on 132 processors of three blocks: 1.29 waves of 8 tiles before."""
+    tiles = Halo(32, 32, 16, 16).tiles(128)
+    block_tiles = in_waves(tiles, 8, 132 * 3)
+    blocks = 8 * -(-tiles // block_tiles)
+    assert (block_tiles, blocks) == (11, 376)
+    assert blocks <= 132 * 3 < 8 * -(-tiles // 10)
+    assert in_waves(tiles, 1, 132 * 3) == 2  # one lane: 256 blocks, where one tile each would be a second wave
+    assert in_waves(1, 5, 396) == 1
+    for rows in (3, 64):  # never later than with all tiles in one block, or each in its own
+        for many in (1, tiles):
+            waves, least = (-(-rows * -(-tiles // each) // 396) for each in (many, in_waves(tiles, rows, 396)))
+            assert least * (in_waves(tiles, rows, 396) + 1) <= waves * (many + 1)
+
+
+def test_blocks_of_a_processor():
+    """Of 64 K registers a thread gets a multiple of 8, of 228 KB of shared memory a block 1 KB besides its own."""
+    by_registers = {32: 8, 64: 4, 78: 3, 80: 3, 81: 2, 128: 2, 129: 1, 255: 1}
+    assert {registers: blocks_at_once(registers, 1024) for registers in by_registers} == by_registers
+    by_shared = {37: 6, 75: 3, 76: 2, 113: 2, 114: 1, 227: 1}
+    assert {kilobytes: blocks_at_once(32, kilobytes * 1024) for kilobytes in by_shared} == by_shared
+
+
+@pytest.mark.skipif(nvrtc.why_missing() is not None, reason=f"{nvrtc.why_missing()}")
+def test_a_broken_file_in_the_cache_is_compiled_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("SWAMP_FAST_CACHE", str(tmp_path))
+    constants, _ = Halo(4, 4, 16, 16).convolve_constants(True, False, False, False, False)
+    code = nvrtc.compile_kernel("convolve", constants, "sm_90")
+    (kept,) = tmp_path.iterdir()
+    for broken in (b"", b"\x7fELF", code[: len(code) // 2], code[:-1], b"\0" * len(code)):
+        kept.write_bytes(broken)
+        assert nvrtc.compile_kernel("convolve", constants, "sm_90") == code
+        assert kept.read_bytes() == code
+    kept.unlink()
+    kept.mkdir()  # can be neither read nor replaced
+    assert nvrtc.compile_kernel("convolve", constants, "sm_90") == code
+
+
+@pytest.mark.skipif(nvrtc.why_missing() is not None, reason=f"{nvrtc.why_missing()}")
+def test_no_register_is_spilled_for_more_blocks(tmp_path, monkeypatch):
+    """Asked for so many that nothing would fit, the compiler is asked again for fewer."""
+    monkeypatch.setenv("SWAMP_FAST_CACHE", str(tmp_path))
+    constants, _ = Halo(4, 4, 16, 16).convolve_constants(True, False, False, False, False)
+    code = nvrtc.compile_kernel("convolve", {**constants, "MIN_BLOCKS": 6}, "sm_90")
+    sources, spills = nvrtc.sources_of("convolve"), []
+    for blocks in range(6, 0, -1):
+        own, log = nvrtc.build("convolve", sources, {**constants, "MIN_BLOCKS": blocks}, "sm_90")
+        spills.append(" 0 bytes stack frame" not in log)
+        if not spills[-1]:
+            break
+    assert spills[0]
+    assert not spills[-1]
+    assert code == own
 
 
 @pytest.mark.parametrize("size", [2, 4, 8, 16, 32, 64])

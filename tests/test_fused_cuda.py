@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import HAS_GPU, _interprets
-from swamp_fast.kernels import convolution, loss, norm
+from swamp_fast.kernels import compact, convolution, loss, norm
 from test_fused import NETS, error, masked, problem_of, seeded, step
 from test_odd_models import same
 from torch import nn
@@ -22,6 +22,7 @@ from triton.runtime.interpreter import InterpretedFunction
 from swamp_fast import fast_swamp, naive_swamp, sweep, sweeps
 from swamp_fast.engines.fused import check, engine
 from swamp_fast.engines.fused.compact import CompactBank
+from swamp_fast.engines.fused.cuda import dense
 from swamp_fast.engines.fused.cuda.halo import Statistics
 from swamp_fast.engines.fused.cuda.lanes import CudaPrograms, lanes_in_cache, lanes_that_fit
 from swamp_fast.engines.fused.cuda.narrow import narrow
@@ -207,6 +208,29 @@ def test_groups_beside_each_other_give_the_same_bits(precision):
         assert results[-1].engine["cuda_graph"]
     for name, each in results[0].particles.items():
         assert torch.equal(each, results[1].particles[name]), name
+
+
+def test_parts_of_weight_gradients():
+    """Of 512 pixels each; fewer where all of them together would hold more than 2^20 numbers."""
+    splits = convolution.weight_grad_splits
+    assert [splits(128 * 8 * 8, 9 * 32 * 64), splits(128 * 32 * 32, 9 * 3 * 16), splits(100, 640)] == [16, 64, 1]
+    assert [splits(10**6, 9 * 128 * 256), splits(10**6, 9 * 512 * 512), splits(10**6, 2**31)] == [3, 1, 1]
+
+
+def test_gradients_beyond_what_32_bits_number(tmp_path):
+    """Layers whose parts are more than 2^31 numbers a lane: sizes alone, and a row in a file mostly of holes."""
+    first, length = dense.begins_of({3: 36_000_000, 5: 4096}, {3: 64, 5: 2})
+    assert (first, length) == ({3: 0, 5: 36_000_000 * 64}, 36_000_000 * 64 + 2 * 4096)
+    assert [dense.index_type(each) for each in (length, 2**31 - 1)] == [torch.int64, torch.int32]
+    if HAS_GPU:
+        return
+    far, lanes = 2**30, torch.zeros(1, dtype=torch.int64)
+    partial, grads = torch.from_file(str(tmp_path / "sparse"), shared=True, size=3 * far + 64)[None], torch.ones(1, 16)
+    partial[0, 7 : 3 * far + 8 : far] = torch.tensor([1.0, 10.0, 100.0, 1000.0])
+    base, step, parts = torch.full((1, 16), -1), *torch.zeros(2, 1, 16, dtype=torch.int32)
+    base[0, 5], step[0, 5], parts[0, 5] = 7, far, 4
+    compact.collect_gradients(partial, base, step, parts, lanes, grads)
+    assert grads[0].tolist() == [1.0] * 5 + [1112.0] + [1.0] * 10
 
 
 def test_lanes_in_cache():

@@ -16,6 +16,21 @@ KERNELS = {line.split("(")[0].removeprefix("def ") for path in (ROOT / "kernels"
            for line in path.read_text().splitlines() if line.startswith("def ") and "_kernel(" in line}  # fmt: skip
 # A halo of four times the pixels, and two tiles a block: over with the NVRTC of CUDA 13.0, a small part of its network.
 KNOWN_SLOW = {"prologue, VGG-19 512-512 channels 2x2": 1.2}
+# Blocks that an SM of an H100 holds at once, at least: while one waits for memory another one multiplies.
+BLOCKS = {
+    ("convolve", "forward, ResNet-20 16-16 channels 32x32"): 3,
+    ("convolve", "forward, prologue, ResNet-20 16-16 channels 32x32"): 2,
+    ("convolve", "by input, ResNet-20 16-16 channels 32x32"): 3,
+    ("convolve", "by input, adds, ResNet-20 16-16 channels 32x32"): 3,
+    ("weight_grad", "ResNet-20 16-16 channels 32x32"): 2,
+    ("weight_grad", "prologue, ResNet-20 16-16 channels 32x32"): 2,
+    ("convolve", "forward, ResNet-20 32-32 channels 16x16"): 2,
+    ("convolve", "forward, prologue, ResNet-20 32-32 channels 16x16"): 1,
+    ("convolve", "by input, ResNet-20 32-32 channels 16x16"): 2,
+    ("convolve", "by input, adds, ResNet-20 32-32 channels 16x16"): 3,
+    ("weight_grad", "ResNet-20 32-32 channels 16x16"): 2,
+    ("weight_grad", "prologue, ResNet-20 32-32 channels 16x16"): 1,
+}  # and of 64 channels 1
 ARCHITECTURES, SLOW = ["sm_90", "gfx942"], ["sm_80"]
 SHARED_BYTES = 99 * 1024  # what a block may have on every GPU from sm_80 on
 LDS_BYTES = 64 * 1024  # and on gfx942
@@ -46,11 +61,15 @@ def test_compiles(arch, compiling):
     cuda = arch.startswith("sm_")
     sources = {path.stem for path in (ROOT / "csrc" / "cuda").glob("*.cu")} if cuda else set()
     assert {kernel["name"] for kernel in compiled} == KERNELS | sources
+    if cuda:
+        assert BLOCKS.keys() <= {(kernel["name"], kernel["config"]) for kernel in compiled}
     for kernel in compiled:
         assert kernel["shared_bytes"] <= (SHARED_BYTES if cuda else LDS_BYTES), kernel
         if cuda:
             assert kernel["spills"] == 0, kernel
             assert kernel["instructions"] > 0
+        if arch == "sm_90" and kernel["blocks"] is not None:
+            assert kernel["blocks"] >= BLOCKS.get((kernel["name"], kernel["config"]), 1), kernel
         if kernel["slots_per_pixel"] is not None:
             slots = kernel["slots_per_pixel"] * (
                 KNOWN_SLOW.get(kernel["config"], 1) if kernel["name"] == "weight_grad" else 1

@@ -92,6 +92,7 @@ def test_a_run_equals_the_naive_loops(name, way, settings, digits):
 
 
 @INTERPRETED
+@pytest.mark.usefixtures("large_tiles")
 @pytest.mark.parametrize("branch", [None, 1])
 def test_an_engine_alone_captures_on_the_gpu_of_its_problem(branch):
     """Where another GPU is the current one, since no run makes its own current around it."""

@@ -17,7 +17,6 @@ from conftest import HAS_GPU
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from swamp_fast import nvrtc
-from swamp_fast.engines.fused.cuda import halo as halo_module
 from swamp_fast.engines.fused.cuda.halo import Halo
 
 # Whole rows of a picture to a tile, and several whole pictures, of which the last tile has fewer.
@@ -65,7 +64,6 @@ def emulated(monkeypatch):
     reason = nvrtc.why_missing()
     if reason is not None:
         pytest.skip(f"the kernels can't be compiled: {reason}")
-    monkeypatch.setattr(halo_module, "PROCESSORS", 1)  # so that a block takes several tiles here too
 
     def made(without: int | None = None) -> Emulated:
         launch = Emulated(without)
@@ -86,11 +84,11 @@ def test_convolve(halo, samples, emulated, monkeypatch):
 
 @slow
 @pytest.mark.parametrize(("halo", "samples"), CONVOLVED, ids=str)
-def test_convolve_by_input(halo, samples, emulated):
-    """Added to what is there."""
+def test_convolve_by_input(halo, samples, emulated, monkeypatch):
+    """Added to what is there; by blocks of one tile, and of several."""
     with emulated() as launch:
-        test_cuda_kernels.test_convolve_by_input(halo, samples)
-    assert launch.launches == 1
+        test_cuda_kernels.test_convolve_by_input(halo, samples, monkeypatch)
+    assert launch.launches == 2
 
 
 @slow
