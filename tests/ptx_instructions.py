@@ -337,24 +337,6 @@ def _insert(kernel: Kernel, own: Instruction) -> Step:
     return lambda warp, active: sink(warp, (b(warp) & keep) | (a(warp) << kind(begin) & kind(mask)), active)
 
 
-def _permute(kernel: Kernel, own: Instruction) -> Step:
-    """Four of the eight bytes of two registers, by constant numbers."""
-    if own.opcode[1:] != ("b32",) or kernel.is_register(own.operands[3]):
-        raise own.unknown()
-    chosen = int(own.operands[3].rstrip("U"), 0)
-    bytes_ = [chosen >> 4 * i & 15 for i in range(4)]
-    if max(bytes_) > 7:
-        raise own.unknown()
-    sink = kernel.sink(own.operands[0])
-    a, b = (kernel.source(each, TYPES["u32"]) for each in own.operands[1:3])
-
-    def permute(warp: Warp, active: Mask) -> None:
-        both = np.stack([a(warp), b(warp)], 1).view(np.uint8)  # [32, 8], the lowest first
-        sink(warp, both[:, bytes_].copy().view(np.uint32)[:, 0], active)
-
-    return permute
-
-
 def _atomic(kernel: Kernel, own: Instruction) -> Step:
     """Add to integers in global memory at once; lanes one after another."""
     kind = own.type()
@@ -409,7 +391,6 @@ HANDLERS: dict[str, Callable[[Kernel, Instruction], Step]] = {
     "div": _divide,
     "rem": _divide,
     "bfi": _insert,
-    "prmt": _permute,
     "add": _of_all(np.add),
     "sub": _of_all(np.subtract),
     "min": _of_all(np.fmin),
@@ -419,7 +400,6 @@ HANDLERS: dict[str, Callable[[Kernel, Instruction], Step]] = {
     "xor": _of_all(np.bitwise_xor),
     "not": _of_all(_inverted),
     "neg": _of_all(np.negative),
-    "abs": _of_all(np.abs),
     "sqrt": _of_all(np.sqrt),
     "rcp": _of_all(np.reciprocal),
 }
