@@ -18,8 +18,8 @@ LEAST = 16  # of any side of a matrix product
 BIAS_ELEMENTS = 2048  # of a tile of pixels and channels
 SPLIT_PIXELS = 512  # that one program of a weight gradient sums over, at least
 SPLITS = 64  # of it, at most
-# Numbers that all parts of a layer's gradient hold, unless one part alone holds more: 4 MiB a lane in float32. A layer
-# of that many weights has enough programs without being split.
+# Numbers that all parts of a layer's gradient hold, unless one part alone holds more: 4 MiB a lane in float32, and in
+# blocks of 32 x 64 weights 512 programs a lane, enough for any GPU.
 PART_NUMBERS = 2**20
 
 

@@ -92,12 +92,12 @@ def test_a_run_equals_the_naive_loops(name, way, settings, digits):
 
 
 @INTERPRETED
-@pytest.mark.usefixtures("large_tiles")
 @pytest.mark.parametrize("branch", [None, 1])
 def test_an_engine_alone_captures_on_the_gpu_of_its_problem(branch):
     """Where another GPU is the current one, since no run makes its own current around it."""
-    with gpu(triton=True, elsewhere=True):
-        problem = problem_of(networks.build("residual"), 4, "float32", (1, 8, 8), "cuda:0")
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 5))
+    with gpu(elsewhere=True):
+        problem = problem_of(model, 4, "float32", (1, 4, 4), "cuda:0")
         engine = FusedEngine(problem, fused_plan(problem), "forced", {}, None, branch)
         bank = engine.spawn(initial(problem), problem.mask, range(2), None)
         trainer, before = engine.trainer, bank.weights.clone()
