@@ -95,7 +95,7 @@ def test_a_run_equals_the_naive_loops(name, way, settings, digits):
 @pytest.mark.parametrize("branch", [None, 1])
 def test_an_engine_alone_captures_on_the_gpu_of_its_problem(branch):
     """Where another GPU is the current one, since no run makes its own current around it."""
-    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 5))
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 8), torch.nn.ReLU(), torch.nn.Linear(8, 5))
     with gpu(elsewhere=True):
         problem = problem_of(model, 4, "float32", (1, 4, 4), "cuda:0")
         engine = FusedEngine(problem, fused_plan(problem), "forced", {}, None, branch)
