@@ -9,17 +9,17 @@ import json
 import networks
 import pytest
 import torch
-from conftest import HAS_GPU
+from conftest import HAS_A_GPU, HAS_GPU
 from pretended import CUDA, Graph, OnGpu, gpu
 from stops import ALWAYS, Interrupted, before_steps, stop_at
-from test_cuda_kernels import INTERPRETED, launch_on_host
+from test_cuda_kernels import launch_on_host
 from test_odd_models import same
 
 from benchmarks import protocol
 from swamp_fast import fast_swamp, naive_swamp, sweep
 from swamp_fast.analysis import Analysis, barrier_matrix, ensemble, hessian_trace, loss_barrier
 
-pytestmark = pytest.mark.skipif(HAS_GPU, reason="there is a real GPU")
+pytestmark = pytest.mark.skipif(HAS_GPU, reason=HAS_A_GPU)
 SETTINGS = {"particles": 2, "cycles": 1, "epochs": 2, "ticket_epochs": 1, "batch_size": 48, "progress": False}
 ON_GPU = SETTINGS | {"device": "cuda", "precision": "float64", "keep_particles": True}
 
@@ -212,8 +212,6 @@ class Small(torch.nn.Module):
         return self.head(torch.nn.functional.dropout(x, 0.2, self.training))
 
 
-@INTERPRETED
-@INTERPRETED
 @pytest.mark.usefixtures("large_tiles")
 def test_a_fused_run_equals_the_naive_loops(digits):
     model, few = Small(), {"batch_size": 6, "epochs": 1}
@@ -225,7 +223,6 @@ def test_a_fused_run_equals_the_naive_loops(digits):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("large_tiles")
-@INTERPRETED
 def test_the_fused_engine_s_graph_gives_what_its_steps_give(digits):
     """With the kernels of csrc/cuda."""
     model, results = Small(), []
