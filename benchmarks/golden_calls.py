@@ -94,7 +94,7 @@ def of_result(result: SwampResult | None) -> Found:
 
 def a_sweep() -> Found:
     """Four runs that share a bank."""
-    grid = {"seed": [0, 1], "lr": [0.1, 0.05]}
+    grid: dict[str, list[Any]] = {"seed": [0, 1], "lr": [0.1, 0.05]}
     runs = sweep(network, TRAIN, TEST, grid, **{**SETTINGS, "engine": "fused"}).runs
     return {f"{run.point}: {name}": value for run in runs for name, value in of_result(run.result).items()}
 
