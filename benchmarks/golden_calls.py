@@ -83,7 +83,7 @@ def of_result(result: SwampResult | None) -> Found:
     """History, masks and weights of every cycle, by name."""
     if result is None:
         raise RuntimeError("a run failed.")
-    found: Found = {"engine": result.engine["engine"]}
+    found: Found = {}
     for cycle, row in enumerate(result.history):
         found |= {f"cycle {cycle}, {name}": value for name, value in row.items() if name not in CLOCKS}
         model, masks = result.at(cycle)
