@@ -5,12 +5,10 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import torch
-from packaging.version import Version
 
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
@@ -18,6 +16,7 @@ if not HAS_GPU:
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell leaves it to what it runs in the background
     signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.path.insert(0, str(Path(__file__).parent))  # importlib mode finds no neighbours: networks, tolerances
+from skips import GPU, HAS_A_GPU, SLOW, pytest_sessionfinish, pytest_terminal_summary  # noqa: E402, F401
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -27,21 +26,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("slow") and not config.getoption("--slow"):
-            item.add_marker(pytest.mark.skip(reason="slow tier: run with --slow"))
+            item.add_marker(pytest.mark.skip(reason=SLOW))
         if item.get_closest_marker("gpu") and not HAS_GPU:
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    skipped = terminalreporter.stats.get("skipped", [])
-    gpu = sum("needs a CUDA device" in str(report.longrepr) for report in skipped)
-    slow = sum("slow tier" in str(report.longrepr) for report in skipped)
-    browser = sum("needs chromium" in str(report.longrepr) for report in skipped)
-    others = len(skipped) - gpu - slow - browser
-    terminalreporter.write_line(
-        f"not run: {gpu} tests need a GPU, {slow} are in the slow tier, {browser} need chromium, "
-        f"{others} for other reasons"
-    )
+            item.add_marker(pytest.mark.skip(reason=GPU))
 
 
 @pytest.fixture(autouse=True)
@@ -50,8 +37,10 @@ def _same_start() -> None:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _interpreter_rounds() -> None:
-    """Triton's interpreter truncates to bfloat16, where a GPU rounds to the nearest."""
+def _mended_interpreter() -> None:
+    """Triton's interpreter truncates to bfloat16, where a GPU rounds to the nearest; and that of 3.6 makes numbers of
+    arrays with one element in a way that NumPy 2.4 refuses.
+    """
     if HAS_GPU:
         return
     from triton.runtime import interpreter
@@ -64,6 +53,13 @@ def _interpreter_rounds() -> None:
         return convert(data, source, target, rounding_mode)
 
     interpreter._convert_float = nearest
+    patch = interpreter._patch_lang_tensor
+
+    def with_index(tensor: type, *scope: object) -> None:
+        patch(tensor, *scope)
+        tensor.__index__ = lambda self: int(self.handle.data.squeeze())
+
+    interpreter._patch_lang_tensor = with_index
 
 
 @pytest.fixture(scope="session")
@@ -129,10 +125,6 @@ def _launch(op: str, *args: object, **kwargs: object) -> object:
     return launcher(*args, **kwargs)
 
 
-def _interprets() -> bool:
-    return Version(version("triton")) >= Version("3.9") or Version(version("numpy")) < Version("2.4")
-
-
 IMPLEMENTATIONS = ["generic", "avx2", "avx512", "triton", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
@@ -147,9 +139,7 @@ def implementation(request: pytest.FixtureRequest) -> object:
             pytest.skip(f"this processor has no {name}")
         _C.use(name)
     elif name == "triton" and HAS_GPU:
-        pytest.skip("with a GPU the kernels are compiled: see the cuda tests")
-    elif name == "triton" and not _interprets():
-        pytest.skip("the interpreter of Triton before 3.9 needs NumPy before 2.4")
+        pytest.skip(f"{HAS_A_GPU}: the kernels are compiled, see the cuda tests")
     torch.use_deterministic_algorithms(True, warn_only=True)
     assert torch.utils.deterministic.fill_uninitialized_memory
     yield Implementation(name)

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import HAS_GPU, _interprets
+from conftest import HAS_GPU
 from swamp_fast.kernels import convolution
 from test_fused import error, masked, problem_of, step
 from torch import nn
@@ -58,9 +58,6 @@ def launch_on_host(name, constants, grid, shared_bytes, arguments) -> None:
 
 LAUNCH = Launcher(torch.device("cuda")) if HAS_GPU else launch_on_host
 DEVICE = "cuda" if HAS_GPU else "cpu"
-INTERPRETED = pytest.mark.skipif(
-    not HAS_GPU and not _interprets(), reason="the interpreter of Triton before 3.9 needs NumPy before 2.4"
-)
 
 
 def normal(*shape: int, dtype=torch.bfloat16) -> torch.Tensor:
@@ -229,7 +226,6 @@ class Chain(nn.Module):
         return self.head(F.relu(self.convolutions[-1](x)).mean((2, 3)))
 
 
-@INTERPRETED
 @pytest.mark.parametrize("network", [Residual, Chain])
 def test_in_a_plan(network, monkeypatch):
     """The error against float64 is at most twice that of autograd under bfloat16 autocast."""
@@ -250,7 +246,6 @@ def test_in_a_plan(network, monkeypatch):
         assert ours[what] <= 2 * bound + 1e-3, what
 
 
-@INTERPRETED
 def test_wrong_kernels_are_found(monkeypatch):
     """What the engine does before it uses them."""
     if not HAS_GPU:
@@ -267,7 +262,6 @@ def fails(*arguments) -> None:
     raise RuntimeError("no such device")
 
 
-@INTERPRETED
 @pytest.mark.parametrize(("which", "what"), [(1, "gradients by the input"), (2, "gradients by the weights")])
 def test_a_slightly_wrong_border_is_found(which, what, monkeypatch):
     """The first row of pictures, or the first taps, wrong by a 64th of the largest gradient."""

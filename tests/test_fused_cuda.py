@@ -11,7 +11,7 @@ import networks
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import HAS_GPU, _interprets
+from conftest import HAS_A_GPU, HAS_GPU
 from swamp_fast.kernels import compact, convolution, loss, norm
 from test_fused import NETS, error, masked, problem_of, seeded, step
 from test_odd_models import same
@@ -31,12 +31,7 @@ from swamp_fast.models import MODELS
 from swamp_fast.plan import Convolution
 
 DEVICE = "cuda" if HAS_GPU else "cpu"
-pytestmark = [
-    pytest.mark.usefixtures("large_tiles"),
-    pytest.mark.skipif(
-        not HAS_GPU and not _interprets(), reason="the interpreter of Triton before 3.9 needs NumPy before 2.4"
-    ),
-]
+pytestmark = pytest.mark.usefixtures("large_tiles")
 
 
 def differs(name: str, batch: int, density: float) -> float:
@@ -343,7 +338,7 @@ def test_what_is_mixed_stays_whole():
     assert max(error(step(problem, "cuda", mask), step(problem, "autograd", mask)).values()) <= 1e-12
 
 
-@pytest.mark.skipif(HAS_GPU, reason="counts calls of the interpreter")
+@pytest.mark.skipif(HAS_GPU, reason=f"{HAS_A_GPU}: counts calls of the interpreter")
 @pytest.mark.parametrize("lanes", [1, 8])
 def test_launches_of_a_step(lanes, monkeypatch):
     """ResNet-20: one is about 3 us of a GPU's time at its beginning and end, whatever it does."""

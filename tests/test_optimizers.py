@@ -5,7 +5,7 @@ from __future__ import annotations
 import networks
 import pytest
 import torch
-from conftest import HAS_GPU
+from conftest import HAS_A_GPU, HAS_GPU
 from pretended import gpu
 from test_odd_models import same
 
@@ -87,7 +87,7 @@ def test_only_adamw_has_a_second_moment(digits):
     assert sizes == {"sgd": 3, "adamw": 4}
 
 
-@pytest.mark.skipif(HAS_GPU, reason="there is a real GPU")
+@pytest.mark.skipif(HAS_GPU, reason=HAS_A_GPU)
 @pytest.mark.parametrize("optimizer", NEW)
 def test_replaying_a_graph_is_stepping(optimizer, digits):
     """The step's number and the second moment stand at fixed addresses; capturing leaves them as they were."""

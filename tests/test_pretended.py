@@ -9,10 +9,10 @@ import json
 import networks
 import pytest
 import torch
-from conftest import HAS_GPU
+from conftest import HAS_A_GPU, HAS_GPU
 from pretended import CUDA, Graph, OnGpu, gpu
 from stops import ALWAYS, Interrupted, before_steps, stop_at
-from test_cuda_kernels import INTERPRETED, launch_on_host
+from test_cuda_kernels import launch_on_host
 from test_fused import problem_of
 from test_odd_models import same
 
@@ -23,7 +23,7 @@ from swamp_fast.bank import initial
 from swamp_fast.engines.fused.engine import FusedEngine, fused_plan
 from swamp_fast.engines.trainer import first_handle
 
-pytestmark = pytest.mark.skipif(HAS_GPU, reason="there is a real GPU")
+pytestmark = pytest.mark.skipif(HAS_GPU, reason=HAS_A_GPU)
 SETTINGS = {"particles": 2, "cycles": 1, "epochs": 2, "ticket_epochs": 1, "batch_size": 48, "progress": False}
 ON_GPU = SETTINGS | {"device": "cuda", "precision": "float64", "keep_particles": True}
 
@@ -91,7 +91,6 @@ def test_a_run_equals_the_naive_loops(name, way, settings, digits):
         same(each, naive)
 
 
-@INTERPRETED
 @pytest.mark.parametrize("branch", [None, 1])
 def test_an_engine_alone_captures_on_the_gpu_of_its_problem(branch):
     """Where another GPU is the current one, since no run makes its own current around it."""
@@ -237,8 +236,6 @@ class Small(torch.nn.Module):
         return self.head(torch.nn.functional.dropout(x, 0.2, self.training))
 
 
-@INTERPRETED
-@INTERPRETED
 @pytest.mark.usefixtures("large_tiles")
 def test_a_fused_run_equals_the_naive_loops(digits):
     model, few = Small(), {"batch_size": 6, "epochs": 1}
@@ -250,7 +247,6 @@ def test_a_fused_run_equals_the_naive_loops(digits):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("large_tiles")
-@INTERPRETED
 def test_the_fused_engine_s_graph_gives_what_its_steps_give(digits):
     """With the kernels of csrc/cuda."""
     model, results = Small(), []

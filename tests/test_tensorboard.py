@@ -19,7 +19,7 @@ SETTINGS |= {"progress": False, "tensorboard": True}
 @pytest.fixture
 def events():
     """Reads all scalars in a folder, as TensorBoard shows them: {tag: [(step, value)]}."""
-    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    from tensorboard.backend.event_processing import event_accumulator as reader
 
     def read(folder) -> dict[str, list[tuple[int, float]]]:
         found = reader.EventAccumulator(str(folder / "tensorboard"), size_guidance={reader.SCALARS: 0})
