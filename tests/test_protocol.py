@@ -9,6 +9,7 @@ import pytest
 import torch
 from stops import Interrupted, before_steps, stop_at
 
+from benchmarks import cifar10
 from benchmarks import protocol as module
 from benchmarks.gpu import SLICES
 from benchmarks.protocol import Item, Protocol, main
@@ -97,7 +98,7 @@ def test_an_export_holds_what_is_needed_and_no_more_than_may_be_committed(tmp_pa
 
 
 def test_without_data_or_gpu_nothing_is_begun(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "ROOT", tmp_path / "a" / "b")
+    monkeypatch.setattr(cifar10, "ROOT", tmp_path / "a" / "b")
     with pytest.raises(FileNotFoundError, match=r"--data cifar10.npz is needed"):
         main(["--out", str(tmp_path)])
     if not torch.cuda.is_available():
