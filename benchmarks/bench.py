@@ -35,6 +35,7 @@ class Bench:
         self.name = "cpu" if rehearse else torch.cuda.get_device_name().lower().replace(" ", "_")
         self.proofs: dict[str, tuple[Plan, Launch | None] | str] = {}
         self.branches: dict[tuple[str, int], int | None] = {}
+        self.said = ""  # of a slice, in a line
         timing.RESULTS = out
 
     def write(self, slice_: str, table: list[dict[str, Any]], of: str = "", **more: Any) -> None:
@@ -135,6 +136,8 @@ class Bench:
                     if against in each:
                         row[f"this / {against}"] = round(each[name] / each[against], 2)
                 table.append(row)
+            told = "; ".join(f"{row['']} {row['ms a particle-step']}" for row in table)
+            self.said = f"ms a particle-step: {told}; "
             self.write(slice_, table, **about)
 
         self.timed({name: make for name, (_, make) in contenders.items()}, write)

@@ -22,7 +22,7 @@ GRACE = 3.0  # seconds between asking a child to end and ending it
 LEAST = 10.0  # seconds that must be left for a child to begin
 RESERVE = 5.0  # seconds of the budget that are kept for packing
 LINES = 15  # of a log, that are shown
-NEEDS_GPU = "needs a GPU"  # how the last line of a child begins that had nothing to do without one
+NEEDS_GPU = "needs a GPU"  # in the last line of a child that had something, or all, to do on one
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class Visit:
         said = self.last(child.name, 1)
         if result == "passed" and child.tests and not re.search(r"\d+ passed", said):
             result = NEEDS_GPU if "skipped" in said else "failed, no test ran"
-        elif result == "passed" and said.startswith(NEEDS_GPU):
+        elif result == "passed" and NEEDS_GPU in said:
             result = NEEDS_GPU
         self._add(Row(child.name, result, time.monotonic() - began, said))
 

@@ -11,10 +11,10 @@ next one starts. DIR gets steps.md and results.tgz after each step, at the end c
 from visit 2 protocol.zip. The last lines say what to mend first; the exit code is 1 if anything is to be mended.
 
 Nothing needs to be installed on that machine but torch, Triton, NumPy, safetensors and pytest. To carry what it would
-compile first, as for Python 3.12, torch 2.11 and Triton 3.6 on an H100 or H200, fill a folder here with the same torch
-and Triton, which needs no GPU, and take the data along, the JPEG copy of CIFAR-10 with the script that decodes it:
+compile first, as for Python 3.12, torch 2.11 and Triton 3.6 on an H100 or H200, fill a folder here by the same Python,
+torch and Triton, which needs no GPU, and take the JPEG copy of CIFAR-10 along, with the script that decodes it:
 
-    python -m benchmarks.machine_code --arch sm_90 --fill .first_contact --python python3.12
+    python3.12 -m benchmarks.machine_code --arch sm_90 --fill .first_contact --python python3.12
     cp -r ../shared/data .first_contact/data
 
 That is for ResNet-20 at N = 8 in bfloat16; for visit 2 fill the folder also with `--particles 1 2 4 16 32 64`, and with

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 import traceback
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,7 @@ def ceilings(bench: Bench) -> None:
     """How fast the device copies and multiplies."""
     found = measured_ceilings(bench.device, "bfloat16")
     row = {"copies, GB/s": round(found.bytes / 1e9), "bfloat16 products, TFLOP/s": round(found.flops / 1e12, 1)}
+    bench.said = ", ".join(f"{value} {what}" for what, value in row.items()) + ", "
     bench.write("ceilings", [row])
 
 
@@ -92,6 +94,7 @@ def step(bench: Bench) -> None:
         if isinstance(times, dict):
             median, *others = (round(times[key] / particles * 1e3, 4) for key in ("median", "p20", "p80"))
             row |= {"ms a particle-step": median, **dict(zip(("p20", "p80"), others, strict=True))}
+        bench.said = f"{row['ms a particle-step']} ms a particle-step, "
         bench.write("step", [row], **about)
 
     bench.timed({"fused": checked}, write)
@@ -100,6 +103,7 @@ def step(bench: Bench) -> None:
 def profile(bench: Bench) -> None:
     """Microseconds of every launch of that step."""
     table, sums = profiled(bench.fused("resnet20", bench.particles), bench.device)
+    bench.said = ", ".join(f"{name} {value}" for name, value in sums.items()) + ", "
     bench.write("profile", table, model="resnet20", particles=bench.particles, **sums)
 
 
@@ -122,7 +126,7 @@ def light(bench: Bench) -> None:
 def variants(bench: Bench) -> None:
     """The kernels of csrc/cuda for ResNet-20, compiled for 1, 2 or 3 blocks of a processor."""
     if bench.rehearse:
-        print("needs a GPU: variants of the kernels of csrc/cuda", flush=True)
+        bench.said = "needs a GPU, "
         return
     named = {
         (kind, halo.inputs, blocks): partial(halo_step, halo, kind, blocks, bench.particles, bench.batch)
@@ -288,9 +292,11 @@ def epoch(bench: Bench) -> None:
     began = time.perf_counter()
     result = fast_swamp(model, train, **settings)
     row = result.history[-1]
+    seconds = round(row["train_seconds"] / settings["epochs"], 3)
+    bench.said = f"{seconds} s an epoch, "
     bench.write(
         "epoch",
-        [{"particles": particles, "seconds an epoch": round(row["train_seconds"] / settings["epochs"], 3),
+        [{"particles": particles, "seconds an epoch": seconds,
           "whole run, s": round(time.perf_counter() - began, 1), "epochs": settings["epochs"]}],
         pictures=count,
     )  # fmt: skip
@@ -370,17 +376,26 @@ def main() -> None:
     if not given.rehearse and not torch.cuda.is_available():
         sys.exit("benchmarks.gpu: no CUDA device here; --rehearse tries the command on the CPU.")
     bench = Bench(given.out, given.data, given.rehearse)
+    compiled_here: Counter[bool] = Counter()
+    if not given.rehearse:
+        from triton import knobs
+
+        knobs.compilation.listener = lambda *, cache_hit, **_: compiled_here.update([not cache_hit])
     failed = []
     for name in given.only:
-        began = time.perf_counter()
+        began, bench.said = time.perf_counter(), ""
+        compiled_here.clear()
         try:
             SLICES[name](bench)
-        except Exception:
-            failed.append(name)
+        except Exception as error:
+            failed.append(f"{name}: {(str(error) or type(error).__name__).splitlines()[0]}")
             traceback.print_exc()
-        print(f"{name}: {time.perf_counter() - began:.0f} s", flush=True)
+        found = f", Triton found {compiled_here[False]} kernels and compiled {compiled_here[True]}" * (
+            not given.rehearse
+        )
+        print(f"{name}: {bench.said}{time.perf_counter() - began:.0f} s{found}", flush=True)
     if failed:
-        sys.exit(f"benchmarks.gpu: {', '.join(failed)} failed")
+        sys.exit(f"benchmarks.gpu: failed {'; '.join(failed)}")
 
 
 if __name__ == "__main__":

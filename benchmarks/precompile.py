@@ -1,6 +1,6 @@
 """Compile for a GPU that needn't be there: `machine_code --fill` fills the caches that a process on a GPU looks in.
 
-FOLDER/triton   Triton's cache (TRITON_CACHE_DIR)
+FOLDER/triton   Triton's cache (TRITON_CACHE_DIR), up to 3.6 with the modules in C that launch its kernels
 FOLDER/cubins   the kernels of csrc/cuda (SWAMP_FAST_CACHE)
 FOLDER/_C.*.so  the extension, for another Python
 FOLDER/.commit  what all of it was made from
@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -138,11 +138,17 @@ def fill(
     def seen(*, cache_hit: bool, **_: object) -> None:
         count["triton_found" if cache_hit else "triton_compiled"] += 1
 
+    kernels: dict[str, Any] = {}
+
+    def keep(function: Any, args: Any, kwargs: Any, kernel: Any) -> None:
+        kernels[kernel.hash] = kernel
+
     cubins = len(list((folder / "cubins").glob("*.cubin")))
-    with mock.patch.object(knobs.compilation, "listener", seen), compiling(arch):
+    with mock.patch.object(knobs.compilation, "listener", seen), compiling(arch, keep):
         for model in models:
             for precision in precisions:
                 _fill(arch, model, particles, batch, precision)
+    _build_launchers(kernels.values())
     (folder / ".commit").write_text(commit() + "\n")
     now = len(list((folder / "cubins").glob("*.cubin")))
     return {**count, "cubins_found": cubins, "cubins_compiled": now - cubins}
@@ -201,6 +207,27 @@ def _cycle(problem: Problem, plan: Plan, particles: int, launch: nvrtc.Launch | 
         way.outputs(inputs, torch.cat([keys, keys[-1:]]))
     masks = problem.mask[None]
     triton_kernels("global_threshold").global_threshold(mean[:, : masks.shape[1]], masks, masks.sum(1))
+
+
+def _build_launchers(kernels: Iterable[Any]) -> None:
+    """What Triton up to 3.6 builds with a C compiler at a kernel's first launch, a second for each signature."""
+    from triton import knobs
+    from triton.backends.nvidia import driver
+    from triton.runtime import build
+
+    if not hasattr(driver, "compile_module_from_src"):
+        return
+    with tempfile.TemporaryDirectory() as stub, mock.patch.object(build, "_load_module_from_path"):
+        # The driver's library is there on the GPU's machine; its name is enough to link.
+        library = ["-o", f"{stub}/libcuda.so.1", "-Wl,-soname,libcuda.so.1"]
+        subprocess.run(["cc", "-shared", "-x", "c", "/dev/null", *library], check=True)
+        with knobs.nvidia.scope():
+            knobs.nvidia.libcuda_path = stub
+            driver.libcuda_dirs.cache_clear()
+            driver.library_dirs.cache_clear()
+            driver.CudaUtils()
+            for kernel in kernels:
+                driver.CudaLauncher(kernel.src, kernel.metadata)
 
 
 def build_extension(folder: Path, python: str) -> Path:

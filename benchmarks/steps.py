@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 import torch
 import torch.nn.functional as F
@@ -153,9 +154,16 @@ def in_one_graph(loops: Sequence[Loop]) -> Step:
     with torch.cuda.stream(side):
         for _ in range(3):
             fork()
-    torch.cuda.current_stream().wait_stream(side)
+    here, pool = torch.cuda.current_stream(), torch.cuda.graph_pool_handle()
+    here.wait_stream(side)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        fork()
+    try:
+        with torch.cuda.graph(graph, pool=pool):
+            fork()
+    except RuntimeError:  # put back what a capture leaves that breaks off, or no contender behind it could capture
+        torch.cuda.set_stream(here)
+        with suppress(Exception):
+            torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
+        raise
     return graph.replay
