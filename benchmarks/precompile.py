@@ -27,7 +27,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.first_contact import relocate
+from benchmarks.first_contact import NOT_CARRIED, relocate
 from benchmarks.steps import problem_of
 from benchmarks.timing import ROOT, commit
 from swamp_fast import nvrtc, ops
@@ -149,6 +149,9 @@ def fill(
             for precision in precisions:
                 _fill(arch, model, particles, batch, precision)
     _build_launchers(kernels.values())
+    for path in (folder / "triton").rglob("*"):
+        if path.suffix in NOT_CARRIED:
+            path.unlink()
     (folder / ".commit").write_text(commit() + "\n")
     now = len(list((folder / "cubins").glob("*.cubin")))
     return {**count, "cubins_found": cubins, "cubins_compiled": now - cubins}
