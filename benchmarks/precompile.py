@@ -130,6 +130,9 @@ def fill(
     """
     from triton import knobs
 
+    missing = nvrtc.why_missing()
+    if missing is not None and "bfloat16" in precisions:
+        raise RuntimeError(f"the CUDA kernels can't be compiled here: {missing}.")
     folder = folder.resolve()
     os.environ |= {"TRITON_CACHE_DIR": str(folder / "triton"), "SWAMP_FAST_CACHE": str(folder / "cubins")}
     relocate(folder / "triton")
@@ -161,7 +164,7 @@ def _fill(arch: str, model: str, particles: Sequence[int], batch: int, precision
     def launch(name: str, constants: nvrtc.Constants, *_: object) -> None:
         nvrtc.compile_kernel(name, constants, arch)
 
-    tensor_cores = launch if precision == "bfloat16" and nvrtc.why_missing() is None else None
+    tensor_cores = launch if precision == "bfloat16" else None
     for place, count in enumerate(particles):
         made = problem_of(model, count, batch, precision, torch.device("cpu"))
         problem = OnGpu(**{field.name: getattr(made, field.name) for field in dataclasses.fields(made)})

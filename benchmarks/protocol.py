@@ -473,6 +473,7 @@ def _restore(folder: RunDirectory, tickets: Path) -> None:
     """Write the ticket of a run that goes on here."""
     of = folder.path / "ticket"
     if of.exists():
+        folder.about()  # whose file it is
         folder.write_ticket(load_tensors(tickets / f"{of.read_text()}.safetensors")[0])
         of.unlink()
 

@@ -144,6 +144,7 @@ def test_a_rehearsal_in_slices_on_two_machines_gives_what_one_slice_gives(tmp_pa
             if number == 2:
                 main([*told, str(here), "--export", str(state)])
                 main([*told, str(there), "--import", str(state), "--budget-minutes", "0.01"])
+                assert "0 failed" in capsys.readouterr().out
         else:
             pytest.fail("100 slices were not enough")
     assert stopped > 3
