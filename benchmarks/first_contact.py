@@ -128,10 +128,14 @@ def _installed_from() -> Path | None:
 
 
 def relocate(cache: Path) -> None:
-    """Make a Triton cache that came from another path usable: its group files name their members in full."""
+    """Make a Triton cache that came from another path usable, or one of which not all is there.
+
+    A kernel's group file names its members by absolute paths, and Triton compiles again if one is missing.
+    """
     for path in cache.glob("*/__grp__*.json"):
         group = json.loads(path.read_text())
-        members = {name: str(path.parent / Path(member).name) for name, member in group["child_paths"].items()}
+        here = {name: path.parent / Path(member).name for name, member in group["child_paths"].items()}
+        members = {name: str(member) for name, member in here.items() if member.exists()}
         if members != group["child_paths"]:
             path.write_text(json.dumps({**group, "child_paths": members}))
 

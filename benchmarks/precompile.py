@@ -155,6 +155,7 @@ def fill(
     for path in (folder / "triton").rglob("*"):
         if path.suffix in NOT_CARRIED:
             path.unlink()
+    relocate(folder / "triton")
     (folder / ".commit").write_text(commit() + "\n")
     now = len(list((folder / "cubins").glob("*.cubin")))
     return {**count, "cubins_found": cubins, "cubins_compiled": now - cubins}

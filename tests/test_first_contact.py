@@ -176,7 +176,9 @@ def test_a_tree_is_put_in_place_once(tmp_path, monkeypatch):
     (carried / extension).write_text("built")
     (carried / ".commit").write_text("abc1234\n")
     group = carried / "triton" / "KEY" / "__grp__kernel.json"
-    group.write_text(json.dumps({"child_paths": {"kernel.cubin": "/elsewhere/triton/KEY/kernel.cubin"}}))
+    (group.parent / "kernel.cubin").touch()
+    members = {name: f"/elsewhere/triton/KEY/{name}" for name in ("kernel.cubin", "kernel.ptx")}
+    group.write_text(json.dumps({"child_paths": members}))
     monkeypatch.setattr(first_contact, "ROOT", root)
     for _ in range(2):
         environment = first_contact.put_in_place(carried)
