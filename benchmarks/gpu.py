@@ -19,6 +19,7 @@ import sys
 import time
 import traceback
 from collections import Counter
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from benchmarks.cifar10 import decoded
 from benchmarks.fused import LANES, pictures, stacked_step
 from benchmarks.launches import HALO_KINDS, halo_step, profiled
 from benchmarks.steps import Loop, Step, errors, in_one_graph, step_of
-from swamp_fast import fast_swamp, naive_swamp, ops
+from swamp_fast import SwampResult, fast_swamp, naive_swamp, ops
 from swamp_fast.engines.eager import EagerEngine
 from swamp_fast.engines.fused.cuda.halo import Halo
 from swamp_fast.engines.rule import eager_by_rule
@@ -309,11 +310,12 @@ def accuracy(bench: Bench, seeds: int = 5) -> None:
         settings |= {"cycles": 1, "epochs": 1}
     table: list[dict[str, Any]] = []
     failed = []
-    for name, function, own in (
-        ("naive_swamp", naive_swamp, {}),
-        ("fused", fast_swamp, {"engine": "fused"}),
-        ("fused, bfloat16", fast_swamp, {"engine": "fused", "precision": "bfloat16"}),
-    ):
+    ways: dict[str, tuple[Callable[..., SwampResult], dict[str, Any]]] = {
+        "naive_swamp": (naive_swamp, {}),
+        "fused": (fast_swamp, {"engine": "fused"}),
+        "fused, bfloat16": (fast_swamp, {"engine": "fused", "precision": "bfloat16"}),
+    }
+    for name, (function, own) in ways.items():
         found: list[float] = []
         row: dict[str, Any] = {"": name, "accuracy": "", "spread": "", "seeds": 0}
         try:

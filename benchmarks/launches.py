@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +70,14 @@ def halo_step(halo: Halo, kind: str, blocks: int, lanes: int, samples: int) -> S
     device = torch.device("cuda", 0)
     launcher = nvrtc.launcher(device)
 
-    def launch(name: str, constants: nvrtc.Constants, *rest: Any) -> None:
-        launcher(name, {**constants, "MIN_BLOCKS": blocks}, *rest)
+    def launch(
+        name: str,
+        constants: nvrtc.Constants,
+        grid: tuple[int, int, int],
+        shared_bytes: int,
+        arguments: Sequence[nvrtc.Argument],
+    ) -> None:
+        launcher(name, {**constants, "MIN_BLOCKS": blocks}, grid, shared_bytes, arguments)
 
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(shape, device=device)

@@ -104,7 +104,7 @@ class OnGpu(Problem):
 class _Factories(TorchFunctionMode):
     """What is made on, or moved to, the GPU is on the CPU."""
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         def here(value: Any) -> Any:
             return torch.device("cpu") if isinstance(value, torch.device) and value.type == "cuda" else value
 
@@ -114,10 +114,28 @@ class _Factories(TorchFunctionMode):
 class _Ops(TorchDispatchMode):
     """This project's operations launch their Triton kernels."""
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace != "swamp_fast":
             return func(*args, **(kwargs or {}))
         return func.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA), *args, **(kwargs or {}))
+
+
+class _Compile:
+    """Stands for a launcher of csrc/cuda's kernels."""
+
+    def __init__(self, arch: str) -> None:
+        self.arch = arch
+
+    def __call__(
+        self,
+        name: str,
+        constants: nvrtc.Constants,
+        grid: tuple[int, int, int],
+        shared_bytes: int,
+        arguments: Sequence[nvrtc.Argument],
+    ) -> None:
+        """As nvrtc.Launch, without running."""
+        nvrtc.compile_kernel(name, constants, self.arch)
 
 
 def fill(
@@ -162,10 +180,7 @@ def fill(
 
 
 def _fill(arch: str, model: str, particles: Sequence[int], batch: int, precision: str) -> None:
-    def launch(name: str, constants: nvrtc.Constants, *_: object) -> None:
-        nvrtc.compile_kernel(name, constants, arch)
-
-    tensor_cores = launch if precision == "bfloat16" else None
+    tensor_cores = _Compile(arch) if precision == "bfloat16" else None
     for place, count in enumerate(particles):
         made = problem_of(model, count, batch, precision, torch.device("cpu"))
         problem = OnGpu(**{field.name: getattr(made, field.name) for field in dataclasses.fields(made)})

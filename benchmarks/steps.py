@@ -75,7 +75,7 @@ def errors(engine: FusedEngine, problem: Problem, particles: int) -> dict[str, f
     own = _autograd(problem, weights, batch, trainer.step_keys)
     exact_batch = Batch(batch.inputs.double(), batch.targets)
     exact = _autograd(in_float64(problem), weights.double(), exact_batch, trainer.step_keys)
-    told = {}
+    told: dict[str, float] = {}
     for what, mine, theirs, expected in zip(("losses", "gradients"), found, own, exact, strict=True):
         mine_off, theirs_off = _off(mine, expected), _off(theirs, expected)
         told |= {f"{what}, error": mine_off, f"{what}, autograd's error": theirs_off}
