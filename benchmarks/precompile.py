@@ -184,7 +184,7 @@ def _fill(arch: str, model: str, particles: Sequence[int], batch: int, precision
     for place, count in enumerate(particles):
         made = problem_of(model, count, batch, precision, torch.device("cpu"))
         problem = OnGpu(**{field.name: getattr(made, field.name) for field in dataclasses.fields(made)})
-        with _Factories(), _Ops(), mock.patch.object(CudaPrograms, "measure"):
+        with _Factories(), _Ops(), mock.patch.object(CudaPrograms, "measure"):  # type: ignore[no-untyped-call]
             plan = fused_plan(problem)
             if not isinstance(plan, Plan):
                 raise RuntimeError(f"the fused engine doesn't cover {model}: {plan}")

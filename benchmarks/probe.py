@@ -24,17 +24,8 @@ from swamp_fast.engines.fused.check import tensor_cores_differ
 from swamp_fast.engines.fused.cuda.halo import Halo
 from swamp_fast.ops import reference
 
-PACKAGES: tuple[str, ...] = (
-    "torch",
-    "triton",
-    "numpy",
-    "safetensors",
-    "cuda-bindings",
-    "nvidia-cuda-nvrtc",
-    "packaging",
-    "pytest",
-)
-PACKAGES += ("pytest-xdist", "hypothesis", "scikit-learn", "pillow", "setuptools", "pybind11")
+PACKAGES = ["torch", "triton", "numpy", "safetensors", "cuda-bindings", "nvidia-cuda-nvrtc", "packaging", "pytest"]
+PACKAGES += ["pytest-xdist", "hypothesis", "scikit-learn", "pillow", "setuptools", "pybind11"]
 HALO = Halo(8, 8, 16, 16)
 
 
