@@ -29,13 +29,15 @@ NEEDS_GPU = "needs a GPU"  # in the last line of a child that had something, or 
 class Child:
     """A command and the seconds that it may take; "{minutes}" in it stands for those that it has.
 
-    tests  whether it is pytest's: then a run in which no test passes has failed
+    tests   whether it is pytest's: then a run in which no test passes has failed
+    leaves  seconds of the budget for what comes behind
     """
 
     name: str
     seconds: float
     command: Sequence[str]
     tests: bool = False
+    leaves: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -84,10 +86,11 @@ class Visit:
                 self.pack()
 
     def _run(self, child: Child) -> None:
-        if self.left < LEAST:
+        if self.left - child.leaves < LEAST:
             self._add(Row(child.name, "skipped, too late", 0.0, ""))
             return
-        limit, began, log = min(child.seconds, self.left), time.monotonic(), self.log(child.name)
+        limit = min(child.seconds, self.left - child.leaves)
+        began, log = time.monotonic(), self.log(child.name)
         command = [part.replace("{minutes}", f"{0.9 * limit / 60:.2f}") for part in child.command]
         with log.open("wb") as file:
             process = subprocess.Popen(

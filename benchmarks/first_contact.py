@@ -8,7 +8,8 @@ compiler, the tests of the fused engine, capture and resume, the bank's ops, an 
 rivals, the eager engine, WRN-28-2 and VGG-19, N from 1 to 64, variants of launch bounds, then the protocol. Each step
 is a process with a limit of its own inside the --minutes; one that fails, hangs or comes too late is a row, and the
 next one starts. DIR gets steps.md and results.tgz after each step, at the end caches.tgz (what was compiled there), and
-from visit 2 protocol.zip. The last lines say what to mend first; the exit code is 1 if anything is to be mended.
+from visit 2 protocol.zip, which `benchmarks.protocol --import` takes. The last lines say what to mend first; the exit
+code is 1 if anything is to be mended.
 
 Nothing needs to be installed on that machine but torch, Triton, NumPy, safetensors and pytest. To carry what it would
 compile first, as for Python 3.12, torch 2.11 and Triton 3.6 on an H100 or H200, fill a folder here by the same Python,
@@ -55,7 +56,10 @@ MOST_BYTES = 15_000_000  # of caches.tgz
 def children(
     visit: int, work: Path, out: Path, rehearse: bool, data: Path | None = None, carried: Path = CARRIED
 ) -> list[Child]:
-    """The steps of a visit, in order."""
+    """The steps of a visit, in order.
+
+    work  is packed; what the protocol goes on from stands beside it, since it is large, and is exported
+    """
 
     def slice_(name: str, seconds: float) -> Child:
         command = [sys.executable, "-m", "benchmarks.gpu", "--out", str(work / "gpu"), "--only", name]
@@ -82,7 +86,7 @@ def children(
             tests("ops", 80, "-m", "gpu", *(f"tests/test_{name}.py" for name in OPS)),
             slice_("epoch", 75),
         ]
-    protocol = [sys.executable, "-m", "benchmarks.protocol", "--out", str(work / "protocol")]
+    protocol = [sys.executable, "-m", "benchmarks.protocol", "--out", str(work.with_name("protocol"))]
     protocol += ["--rehearse"] if rehearse else ["--seeds-at-once", "1"]
     protocol += ["--data", str(data)] if data is not None else []
     before = carried / "protocol.zip"
@@ -94,7 +98,7 @@ def children(
         slice_("networks", 120),
         slice_("scale", 90),
         slice_("variants", 60),
-        Child("protocol", 60 if rehearse else 480, [*protocol, *go_on]),
+        Child("protocol", 60 if rehearse else 480, [*protocol, *go_on], leaves=35),
         Child("protocol_export", 30, [*protocol, "--export", str(out / "protocol.zip")]),
     ]
 
@@ -173,10 +177,11 @@ def main(arguments: list[str] | None = None) -> int:
     environment = put_in_place(carried)
     before = _compiled(carried)
     title = f"First contact, visit {given.visit}" + ", rehearsed on a CPU: its figures mean nothing" * given.rehearse
-    with tempfile.TemporaryDirectory() as work:
-        visit = Visit(out, Path(work), 60 * given.minutes, environment, ROOT, title)
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder) / "results"
+        visit = Visit(out, work, 60 * given.minutes, environment, ROOT, title)
         data = None if given.data is None else given.data.resolve()
-        visit.run(children(given.visit, Path(work), out, given.rehearse, data, carried))
+        visit.run(children(given.visit, work, out, given.rehearse, data, carried))
         pack_caches(carried, before, out / "caches.tgz")
         return 0 if visit.conclude() else 1
 

@@ -44,7 +44,7 @@ def header(rounds: int) -> dict[str, Any]:
         "date": date.today().isoformat(),
         "device": processor(),
         "threads": torch.get_num_threads(),
-        "instruction_set": backends()["cpp"]["instruction_set"],
+        "instruction_set": backends()["cpp"].get("instruction_set", "none"),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "swamp_fast": __version__,

@@ -15,7 +15,7 @@ import pytest
 from test_structure import ROOT
 
 from benchmarks import children as module
-from benchmarks import first_contact
+from benchmarks import first_contact, timing
 from benchmarks.bench import Bench
 from benchmarks.children import Child, Visit
 from benchmarks.launches import table
@@ -98,6 +98,21 @@ def test_children_that_pass_fail_hang_and_come_too_late(tmp_path, monkeypatch, c
     last = capsys.readouterr().out.strip().splitlines()
     assert last[-3].startswith("2 of 6 steps went well; too late for comes too late. To mend first: fails")
     assert last[-2:] == ["first", "why it failed"]
+
+
+def test_a_long_child_leaves_time_for_the_next(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "RESERVE", 0.0)
+    monkeypatch.setattr(module, "LEAST", 1.0)
+    visit = visit_of(tmp_path, 9)
+    sleeps = python("import time; time.sleep(60)")
+    visit.run(
+        [
+            Child("long", 60, sleeps, leaves=7),
+            Child("next", 7, python("print('there')")),
+            Child("late", 9, sleeps, leaves=9),
+        ]
+    )
+    assert [row.result for row in visit.rows] == ["killed after 2 s", "passed", "skipped, too late"]
 
 
 def test_where_all_goes_well(tmp_path, capsys):
@@ -202,6 +217,19 @@ def test_what_was_compiled_there_is_brought_back(tmp_path):
     first_contact.pack_caches(tmp_path, before, tmp_path / "caches.tgz")
     with tarfile.open(tmp_path / "caches.tgz") as archive:
         assert archive.getnames() == ["cubins/new.cubin"]
+
+
+def test_a_copy_without_git_knows_its_commit(tmp_path, monkeypatch):
+    """One in somebody else's repository too."""
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    subprocess.run(["git", "init", "--quiet", tmp_path], check=True)
+    monkeypatch.setattr(timing, "ROOT", copy)
+    assert timing.commit() == "unknown"
+    (copy / ".commit").write_text("abc1234 and uncommitted changes\n")
+    assert timing.commit() == "abc1234 and uncommitted changes"
+    monkeypatch.setenv("PATH", "")
+    assert timing.commit() == "abc1234 and uncommitted changes"
 
 
 def test_contenders_are_kept_apart(tmp_path):
