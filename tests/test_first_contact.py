@@ -19,6 +19,8 @@ from benchmarks import first_contact, timing
 from benchmarks.bench import Bench
 from benchmarks.children import Child, Visit
 from benchmarks.launches import table
+from benchmarks.steps import errors
+from swamp_fast.engines.fused.cpu.lanes import CpuLanes
 
 
 def python(code: str) -> list[str]:
@@ -276,6 +278,24 @@ def test_a_network_is_planned_and_checked_once(tmp_path, monkeypatch):
         with pytest.raises(RuntimeError, match="it is not covered"):
             bench.engine("mlp", 1)
     assert len(seen) == 2
+
+
+def test_a_wrong_step_gets_no_time(tmp_path, monkeypatch):
+    """Its gradients are compared with autograd's in float64 first."""
+    bench = Bench(tmp_path, None, rehearse=True)
+    engine, problem = bench.engine("small_cnn", 2)
+    told = errors(engine, problem, 2)
+    assert 0 < told["gradients, error"] < 2 * told["gradients, autograd's error"]
+    backward = CpuLanes.backward
+
+    def doubled(self, batch, step_keys):
+        losses = backward(self, batch, step_keys)
+        self.grads[1].mul_(2)
+        return losses
+
+    monkeypatch.setattr(CpuLanes, "backward", doubled)
+    with pytest.raises(RuntimeError, match="the gradients of a step are 1 from float64's"):
+        errors(engine, problem, 2)
 
 
 def test_launches_are_summed_by_kernel_and_grid():
