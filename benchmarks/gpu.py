@@ -2,174 +2,63 @@
 
     python -m benchmarks.gpu --out DIR [--data cifar10.npz] [--only tests step scale ...]
 
-Slices, in this order: tests (pytest -m gpu, and the fused engine's), ceilings, bank (update and threshold), step
-(against the naive loop), rivals (compiled, a graph of streams, vmap), processes (sharing the GPU), networks, scale
-(particles), epoch, accuracy (over seeds), sweep (of runs). A slice that fails is reported and the next one runs. One
-JSON and one Markdown table a slice, with the device in the file's name. Without a GPU, --rehearse runs what can be run
-on a CPU, at a tiny size, to try the command itself; its figures mean nothing.
+Slices, in this order: tests (pytest -m gpu, and the fused engine's), ceilings, step (of the fused engine, against
+float64), profile (microseconds of its launches), light (the naive loop, as one CUDA graph, and forked streams in one
+graph), bank (update and threshold), epoch, eager (the eager engine), compiled (torch.compile, vmap), variants (of
+launch bounds), processes (sharing the GPU), networks, scale (particles), accuracy (over seeds), sweep (of runs). A
+slice that fails is reported and the next one runs; a contender that fails is a row, and a table is written after each
+contender. One JSON and one Markdown table for each slice, with the device in the file's name. Without a GPU, --rehearse
+runs what can be run on a CPU, at a tiny size, to try the command itself; its figures mean nothing.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
-import os
 import subprocess
 import sys
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from benchmarks import sweeps, timing
-from benchmarks.cpu import ticket
+from benchmarks import sweeps
+from benchmarks.bench import Bench, Contender, Times, failure
+from benchmarks.children import pytest_command
+from benchmarks.cifar10 import decoded
 from benchmarks.fused import LANES, pictures, stacked_step
-from swamp_fast import fast_swamp, naive_swamp, ops
+from benchmarks.launches import HALO_KINDS, halo_step, profiled
+from benchmarks.steps import Loop, Step, errors, in_one_graph, step_of
+from swamp_fast import SwampResult, fast_swamp, naive_swamp, ops
 from swamp_fast.engines.eager import EagerEngine
-from swamp_fast.engines.fused.check import differs_from_autograd, tensor_cores
-from swamp_fast.engines.fused.engine import FusedEngine, faster_branch, fused_plan
+from swamp_fast.engines.fused.cuda.halo import Halo
 from swamp_fast.engines.rule import eager_by_rule
-from swamp_fast.engines.trainer import first_handle
 from swamp_fast.estimate import estimate, measured_ceilings
 from swamp_fast.models import build_model
-from swamp_fast.plan import Plan
-from swamp_fast.problem import Problem, prepare
-
-ROUNDS = 10
-STEPS = 20  # between two looks at the clock
-
-
-class Bench:
-    """What the slices share: the device, sizes, and where results go."""
-
-    def __init__(self, out: Path, data: Path | None, rehearse: bool) -> None:
-        self.device = torch.device("cpu" if rehearse else "cuda")
-        self.data, self.rehearse = data, rehearse
-        self.batch, self.numbers = (8, 200_000) if rehearse else (128, 20_000_000)
-        self.size = 8 if rehearse else 32
-        self.name = "cpu" if rehearse else torch.cuda.get_device_name().lower().replace(" ", "_")
-        timing.RESULTS = out
-
-    def write(self, slice_: str, table: list[dict[str, Any]], of: str = "", **more: Any) -> None:
-        """One table, as timing.write."""
-        about = timing.header(ROUNDS) | {"device": self.name, "batch": self.batch, **more}
-        if not self.rehearse:
-            import triton
-
-            about |= {"triton": triton.__version__, "cuda": torch.version.cuda}
-        timing.write(
-            "_".join(filter(None, ("gpu", slice_, of, self.name))),
-            f"python -m benchmarks.gpu --only {slice_}",
-            about,
-            table,
-        )
-
-    def seconds(self, contenders: dict[str, Callable[[], object]], steps: int = STEPS) -> dict[str, dict[str, float]]:
-        """Seconds of one call of each, in turns of `steps` calls, after one turn to warm up."""
-
-        def turn(run: Callable[[], object]) -> Callable[[], None]:
-            def many() -> None:
-                for _ in range(steps):
-                    run()
-                if self.device.type == "cuda":
-                    torch.cuda.synchronize()
-
-            return many
-
-        times = timing.interleaved({name: turn(run) for name, run in contenders.items()}, ROUNDS)
-        return {name: {key: value / steps for key, value in each.items()} for name, each in times.items()}
-
-    def problem(self, model: str, particles: int, precision: str = "bfloat16") -> Problem:
-        """A network on random pictures of CIFAR-10's size."""
-        generator = torch.Generator().manual_seed(0)
-        shape = 4 * self.batch, 3, self.size, self.size
-        images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            network = build_model(model, 3, self.size, self.size, 10)
-        settings = {"particles": particles, "batch_size": self.batch, "precision": precision, "augment": "crop_flip"}
-        settings |= {"device": str(self.device), "progress": False}
-        return prepare(network, (images, torch.arange(len(images)) % 10), settings=settings)
-
-
-def step_of(engine: FusedEngine | EagerEngine, problem: Problem, particles: int) -> Callable[[], None]:
-    """A step of all particles, its data gathered and augmented on the device."""
-    bank = engine.spawn(ticket(problem), problem.mask, range(particles), 1)
-    trainer = engine.trainer
-    assert trainer is not None
-    trainer.way.set_buffers(bank.buffers)
-    trainer.lr.fill_(1e-3)
-    for module in trainer.way.modules:
-        module.train()
-    handle = first_handle(problem, bank)
-    trainer.step(handle)
-    if problem.device.type == "cuda" and trainer.not_captured is not None:
-        raise RuntimeError(f"the step is no CUDA graph: {trainer.not_captured}")
-    return lambda: trainer.step(handle)
-
-
-def fused(problem: Problem, particles: int) -> Callable[[], None]:
-    """The fused engine, its plan checked first."""
-    plan = fused_plan(problem)
-    assert isinstance(plan, Plan), plan
-    difference = differs_from_autograd(problem, plan)
-    assert difference is None, difference
-    launch = tensor_cores(problem, plan)
-    if isinstance(launch, str):
-        print(f"without the CUDA kernels: {launch}", flush=True)
-    launch = None if isinstance(launch, str) else launch
-    branch = faster_branch(problem, plan, launch)
-    print(f"lanes of a branch of the graph: {branch or 'all'}", flush=True)
-    return step_of(FusedEngine(problem, plan, "benchmark", {}, launch, branch), problem, particles)
-
-
-class Loop:
-    """What people write: one particle's network, autocast, SGD, masked weights; the data come as the fused engine's."""
-
-    def __init__(self, problem: Problem, compiled: str | None = None) -> None:
-        self.problem, device = problem, problem.device
-        self.model = copy.deepcopy(problem.original).to(device).to(memory_format=torch.channels_last).train()
-        self.run = torch.compile(self.model, mode=compiled) if compiled else self.model
-        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-3, momentum=0.9, weight_decay=5e-4, fused=True)
-        masks = problem.layout.mask_views(problem.mask)
-        parameters = dict(self.model.named_parameters())
-        self.masked = [(parameters[name], each.to(torch.float32)) for name, each in masks.items()]
-        self.keys = torch.zeros(1, 3, dtype=torch.int64, device=device)
-        order = torch.arange(problem.train.length, device=device)[None]
-        self.handle = next(iter(problem.train.batches(order, self.keys, problem.bounds[:1]))).contiguous()
-
-    def step(self) -> None:
-        """One step of one particle."""
-        inputs, targets = self.problem.train.fetch(self.handle, self.keys, True).lane(0)
-        self.optimizer.zero_grad()
-        with torch.autocast(self.problem.device.type, torch.bfloat16):
-            loss = F.cross_entropy(self.run(inputs), targets)
-        loss.backward()
-        self.optimizer.step()
-        with torch.no_grad():
-            for parameter, mask in self.masked:
-                parameter.mul_(mask)
 
 
 def tests(bench: Bench) -> None:
     """The tests of the fused engine's kernels, which run on a GPU where there is one, and all that need one."""
     kernels = [["tests/test_cuda_kernels.py"], ["tests/test_fused_cuda.py", "--slow"]]
-    rows = [_pytest(options) for options in ([] if bench.rehearse else [*kernels, ["-m", "gpu"]])]
-    bench.write("tests", rows or [{"tests": "none without a GPU", "exit": 0, "said": ""}])
+    rows: list[dict[str, Any]] = []
+    for options in [] if bench.rehearse else [*kernels, ["-m", "gpu"]]:
+        rows.append(_pytest(options))
+        bench.write("tests", rows)
+    if not rows:
+        bench.write("tests", [{"tests": "none without a GPU", "exit": 0, "said": ""}])
     if any(row["exit"] for row in rows):
         raise RuntimeError("tests failed")
 
 
 def _pytest(options: list[str]) -> dict[str, Any]:
-    """Several processes, since most of such a test is compiling; what they say is seen as they say it."""
-    processes = str(min(8, os.cpu_count() or 1))  # -n is pytest-xdist's
-    command = [sys.executable, "-m", "pytest", "-q", "-n", processes, "--durations=10", *options]
+    """What the tests say is seen as they say it."""
     last = ""
+    command = pytest_command(*options)
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         assert process.stdout is not None
         for line in process.stdout:
@@ -182,7 +71,114 @@ def ceilings(bench: Bench) -> None:
     """How fast the device copies and multiplies."""
     found = measured_ceilings(bench.device, "bfloat16")
     row = {"copies, GB/s": round(found.bytes / 1e9), "bfloat16 products, TFLOP/s": round(found.flops / 1e12, 1)}
+    bench.said = ", ".join(f"{value} {what}" for what, value in row.items()) + ", "
     bench.write("ceilings", [row])
+
+
+def step(bench: Bench) -> None:
+    """ResNet-20, 8 particles: the fused engine's step against float64 and its time; share of the memory roofline."""
+    model, particles = "resnet20", bench.particles
+    problem = bench.problem(model, particles)
+    _, cost = estimate(problem.original, torch.zeros(bench.batch, 3, bench.size, bench.size), "bfloat16")
+    floor = round(cost.moved / measured_ceilings(bench.device, "bfloat16").bytes * 1e3, 4)
+    about: dict[str, Any] = {"model": model, "memory_floor_ms": floor}
+
+    def checked() -> Step:
+        engine, own = bench.engine(model, particles)
+        about.update({name: f"{error:.2g}" for name, error in errors(engine, own, particles).items()})
+        about.update({"tensor_cores": engine.launch is not None, "branch": engine.branch})
+        return step_of(engine, own, particles)
+
+    def write(found: Times) -> None:
+        times = found["fused"]
+        row: dict[str, Any] = {"": "fused", "particles": particles, "ms a particle-step": times, "p20": "", "p80": ""}
+        if isinstance(times, dict):
+            median, *others = (round(times[key] / particles * 1e3, 4) for key in ("median", "p20", "p80"))
+            row |= {"ms a particle-step": median, **dict(zip(("p20", "p80"), others, strict=True))}
+        bench.said = f"{row['ms a particle-step']} ms a particle-step, "
+        bench.write("step", [row], **about)
+
+    bench.timed({"fused": checked}, write)
+
+
+def profile(bench: Bench) -> None:
+    """Microseconds of every launch of that step."""
+    table, sums = profiled(bench.fused("resnet20", bench.particles), bench.device)
+    bench.said = ", ".join(f"{name} {value}" for name, value in sums.items()) + ", "
+    bench.write("profile", table, model="resnet20", particles=bench.particles, **sums)
+
+
+def light(bench: Bench) -> None:
+    """ResNet-20, 8 particles, and what needs no compiler: the loop, one graph of it, forked streams in one graph."""
+    particles = bench.particles
+    problem = bench.problem("resnet20", particles)
+    contenders: dict[str, Contender] = {
+        "naive loop": (1, lambda: Loop(problem).step),
+        "naive loop, one CUDA graph": (1, lambda: in_one_graph([Loop(problem)])),
+        "forked streams in one CUDA graph": (
+            particles,
+            lambda: in_one_graph([Loop(problem) for _ in range(particles)]),
+        ),
+        "fused": (particles, partial(bench.fused, "resnet20", particles)),
+    }
+    bench.steps("light", contenders, "fused", model="resnet20")
+
+
+def variants(bench: Bench) -> None:
+    """The kernels of csrc/cuda for ResNet-20, compiled for 1, 2 or 3 blocks of a processor."""
+    if bench.rehearse:
+        bench.said = "needs a GPU, "
+        return
+    named = {
+        (kind, halo.inputs, blocks): partial(halo_step, halo, kind, blocks, bench.particles, bench.batch)
+        for halo in (Halo(32, 32, 16, 16), Halo(16, 16, 32, 32), Halo(8, 8, 64, 64))
+        for kind in HALO_KINDS
+        for blocks in (1, 2, 3)
+    }
+
+    def write(found: Times) -> None:
+        table = []
+        for (kind, channels, blocks), times in zip(named, found.values(), strict=False):
+            row: dict[str, Any] = {"": kind, "channels": channels, "blocks": blocks, "us": times, "p20": "", "p80": ""}
+            if isinstance(times, dict):
+                row |= {
+                    name: round(times[key] * 1e6, 1) for name, key in (("us", "median"), ("p20",) * 2, ("p80",) * 2)
+                }
+            table.append(row)
+        bench.write("variants", table, particles=bench.particles)
+
+    bench.timed({" ".join(map(str, name)): make for name, make in named.items()}, write)
+
+
+def eager(bench: Bench) -> None:
+    """ResNet-20, 8 particles, by the eager engine."""
+    particles = bench.particles
+    problem = bench.problem("resnet20", particles)
+
+    def chosen() -> Step:
+        return step_of(EagerEngine(problem, eager_by_rule(problem)), problem, particles)
+
+    contenders: dict[str, Contender] = {
+        "eager engine": (particles, chosen),
+        "fused": (particles, partial(bench.fused, "resnet20", particles)),
+    }
+    bench.steps("eager", contenders, "fused", model="resnet20")
+
+
+def compiled(bench: Bench) -> None:
+    """ResNet-20, 8 particles, against torch.compile in its default mode: the loop, a graph of forked streams, vmap."""
+    particles = bench.particles
+    problem = bench.problem("resnet20", particles)
+    contenders: dict[str, Contender] = {}
+    if not bench.rehearse:
+        contenders["naive loop, compiled"] = (1, lambda: Loop(problem, "default").step)
+        contenders["forked streams in one CUDA graph, compiled"] = (
+            particles,
+            lambda: in_one_graph([Loop(problem, "default") for _ in range(particles)]),
+        )
+    contenders["stacked, vmap, compiled"] = (LANES, lambda: stacked_step(problem, compiled=not bench.rehearse))
+    contenders["fused"] = (particles, partial(bench.fused, "resnet20", particles))
+    bench.steps("compiled", contenders, "fused", model="resnet20")
 
 
 def bank(bench: Bench) -> None:
@@ -195,97 +191,31 @@ def bank(bench: Bench) -> None:
     flat, kept = torch.randn(1, bench.numbers, device=bench.device), bench.numbers // 5 * 4
     all_kept = torch.ones(1, bench.numbers, dtype=torch.bool, device=bench.device)
     keep = torch.tensor([kept], device=bench.device)
-    times = bench.seconds(
-        {
-            "copy of one bank": lambda: grads.copy_(momenta),
-            "masked_sgd_ with SWA": lambda: ops.masked_sgd_(
-                *(weights, grads, momenta, masks, run_of_lane),
-                lr=rates, momentum=rates, weight_decay=rates, swa=swa, swa_weight=rates,
-            ),
-            "global_threshold": lambda: ops.global_threshold(flat, all_kept, keep),
-            "torch.topk": lambda: torch.topk(flat[0].abs(), kept),
-            "torch.kthvalue": lambda: torch.kthvalue(flat[0].abs(), bench.numbers - kept),
-        },
-        3,
-    )  # fmt: skip
+    calls: dict[str, Step] = {
+        "copy of one bank": lambda: grads.copy_(momenta),
+        "masked_sgd_ with SWA": lambda: ops.masked_sgd_(
+            *(weights, grads, momenta, masks, run_of_lane),
+            lr=rates, momentum=rates, weight_decay=rates, swa=swa, swa_weight=rates,
+        ),
+        "global_threshold": lambda: ops.global_threshold(flat, all_kept, keep),
+        "torch.topk": lambda: torch.topk(flat[0].abs(), kept),
+        "torch.kthvalue": lambda: torch.kthvalue(flat[0].abs(), bench.numbers - kept),
+    }  # fmt: skip
     moved = {"copy of one bank": 2, "masked_sgd_ with SWA": 7, "global_threshold": 5 + 5 / 4 + 1 / 4}
-    copied = 2 * 4 * bench.numbers / times["copy of one bank"]["median"]
-    table = []
-    for name, each in times.items():
-        row = {"": name, **{key: f"{value * 1e3:.3f} ms" for key, value in each.items()}}
-        share = moved[name] * 4 * bench.numbers / each["median"] / copied if name in moved else None
-        table.append(row | {"share of the copy's rate": "" if share is None else f"{share:.0%}"})
-    bench.write("bank", table, numbers=bench.numbers)
 
+    def write(found: Times) -> None:
+        copy, table = found["copy of one bank"], []
+        for name, times in found.items():
+            row: dict[str, Any] = {"": name, "median": times, "p20": "", "p80": "", "share of the copy's rate": ""}
+            if isinstance(times, dict):
+                row |= {key: f"{value * 1e3:.3f} ms" for key, value in times.items()}
+                if name in moved and isinstance(copy, dict):
+                    share = moved[name] / times["median"] * copy["median"] / moved["copy of one bank"]
+                    row["share of the copy's rate"] = f"{share:.0%}"
+            table.append(row)
+        bench.write("bank", table, numbers=bench.numbers)
 
-def _steps(bench: Bench, slice_: str, contenders: dict[str, tuple[int, Callable[[], None]]], **about: Any) -> None:
-    """A table of particle-steps; a contender is (particles of a call, call), the first what the others are against."""
-    times = bench.seconds({name: run for name, (_, run) in contenders.items()})
-    each = {name: times[name]["median"] / contenders[name][0] for name in contenders}
-    first = next(iter(each.values()))
-    table = [
-        {"": name, "particles": contenders[name][0], "ms a particle-step": round(seconds * 1e3, 4),
-         "p20": round(times[name]["p20"] / contenders[name][0] * 1e3, 4),
-         "p80": round(times[name]["p80"] / contenders[name][0] * 1e3, 4),
-         "particle-steps/s": round(1 / seconds, 1), "this / the first": round(seconds / first, 2)}
-        for name, seconds in each.items()
-    ]  # fmt: skip
-    bench.write(slice_, table, **about)
-
-
-def step(bench: Bench) -> None:
-    """ResNet-20, 8 particles: fused, eager, and the naive loop; share of the memory roofline."""
-    particles = 2 if bench.rehearse else 8
-    problem = bench.problem("resnet20", particles)
-    eager = EagerEngine(problem, eager_by_rule(problem))
-    contenders = {
-        "fused": (particles, fused(problem, particles)),
-        "eager engine": (particles, step_of(eager, problem, particles)),
-        "naive loop": (1, Loop(problem).step),
-    }
-    _, cost = estimate(problem.original, torch.zeros(bench.batch, 3, bench.size, bench.size), "bfloat16")
-    found = measured_ceilings(bench.device, "bfloat16")
-    floor = round(cost.moved / found.bytes * 1e3, 4)
-    _steps(bench, "step", contenders, model="resnet20", memory_floor_ms=floor, eager=eager.why)
-
-
-def rivals(bench: Bench) -> None:
-    """ResNet-20, 8 particles, against the cheap ways to be fast: compiled, one graph of forked streams."""
-    particles = 2 if bench.rehearse else 8
-    problem = bench.problem("resnet20", particles)
-    contenders = {"fused": (particles, fused(problem, particles))}
-    if not bench.rehearse:
-        contenders["naive loop, torch.compile(max-autotune)"] = (1, Loop(problem, "max-autotune").step)
-        contenders["one CUDA graph of forked streams, compiled"] = (particles, _forked(problem, particles))
-    contenders["stacked, vmap, compiled"] = (LANES, stacked_step(problem, compiled=not bench.rehearse))
-    _steps(bench, "rivals", contenders, model="resnet20")
-
-
-def _forked(problem: Problem, particles: int) -> Callable[[], None]:
-    """All particles' compiled steps on streams of their own, captured in one graph."""
-    loops = [Loop(problem, "max-autotune-no-cudagraphs") for _ in range(particles)]
-    streams = [torch.cuda.Stream() for _ in loops]
-
-    def fork() -> None:
-        current = torch.cuda.current_stream()
-        for loop, stream in zip(loops, streams, strict=True):
-            stream.wait_stream(current)
-            with torch.cuda.stream(stream):
-                loop.step()
-        for stream in streams:
-            current.wait_stream(stream)
-
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            fork()
-    torch.cuda.current_stream().wait_stream(side)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        fork()
-    return graph.replay
+    bench.timed({name: partial(_ready, call) for name, call in calls.items()}, write, 3)
 
 
 def processes(bench: Bench) -> None:
@@ -300,7 +230,7 @@ def processes(bench: Bench) -> None:
 
 def _rate(device: str, rehearse: bool, seconds: float) -> float:
     """Steps a second of a naive loop, measured while the others run too."""
-    loop = Loop(Bench(timing.RESULTS, None, rehearse).problem("resnet20", 1))
+    loop = Loop(Bench(Path(), None, rehearse).problem("resnet20", 1))
     count, began, measured = 0, time.perf_counter(), 0.0
     while time.perf_counter() - began < 2 * seconds:  # the first half waits until all are there
         loop.step()
@@ -312,30 +242,48 @@ def _rate(device: str, rehearse: bool, seconds: float) -> float:
     return (count - 1) / (time.perf_counter() - measured)
 
 
+def _ready(call: Step) -> Step:
+    """A contender that needn't be made."""
+    return call
+
+
 def networks(bench: Bench) -> None:
     """The other networks at 8 particles."""
-    particles = 2 if bench.rehearse else 8
+    failed = []
     for model in ("resnet20",) if bench.rehearse else ("wrn28_2", "vgg19"):
-        problem = bench.problem(model, particles)
-        contenders = {"fused": (particles, fused(problem, particles)), "naive loop": (1, Loop(problem).step)}
-        _steps(bench, "networks", contenders, of=model, model=model)
+        particles = bench.particles
+        contenders: dict[str, Contender] = {
+            "naive loop": (1, partial(_loop, bench, model)),
+            "fused": (particles, partial(bench.fused, model, particles)),
+        }
+        try:
+            bench.steps("networks", contenders, "fused", of=model, model=model)
+        except RuntimeError as error:
+            failed.append(f"{model}: {error}")
+    if failed:
+        raise RuntimeError("; ".join(failed))
+
+
+def _loop(bench: Bench, model: str) -> Step:
+    return Loop(bench.problem(model, 1)).step
 
 
 def scale(bench: Bench) -> None:
     """ResNet-20 from 1 to 64 particles: particle-steps a second should never fall."""
-    contenders = {}
-    for particles in (1, 2) if bench.rehearse else (1, 2, 4, 8, 16, 32, 64):
-        contenders[f"fused, {particles}"] = particles, fused(bench.problem("resnet20", particles), particles)
-    _steps(bench, "scale", contenders, model="resnet20")
+    contenders: dict[str, Contender] = {
+        f"fused, {count}": (count, partial(bench.fused, "resnet20", count))
+        for count in ((1, 2) if bench.rehearse else (1, 2, 4, 8, 16, 32, 64))
+    }
+    bench.steps("scale", contenders, "fused, 1", model="resnet20")
 
 
 def epoch(bench: Bench) -> None:
     """An epoch over all of CIFAR-10 at 8 particles, by fast_swamp, with what is around the steps."""
-    if bench.data is None:
-        print("epoch: needs --data cifar10.npz", flush=True)
-        return
-    particles, count = (2, 64) if bench.rehearse else (8, 50_000)
-    train = pictures(bench.data, "train", count)
+    particles, count = bench.particles, 64 if bench.rehearse else 50_000
+    if bench.rehearse and bench.data is None:
+        train = torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8), torch.arange(count) % 10
+    else:
+        train = pictures(decoded() if bench.data is None else bench.data, "train", count)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model: nn.Module = build_model("resnet20", 3, 32, 32, 10)
@@ -345,9 +293,11 @@ def epoch(bench: Bench) -> None:
     began = time.perf_counter()
     result = fast_swamp(model, train, **settings)
     row = result.history[-1]
+    seconds = round(row["train_seconds"] / settings["epochs"], 3)
+    bench.said = f"{seconds} s an epoch, "
     bench.write(
         "epoch",
-        [{"particles": particles, "seconds an epoch": round(row["train_seconds"] / settings["epochs"], 3),
+        [{"particles": particles, "seconds an epoch": seconds,
           "whole run, s": round(time.perf_counter() - began, 1), "epochs": settings["epochs"]}],
         pictures=count,
     )  # fmt: skip
@@ -358,45 +308,62 @@ def accuracy(bench: Bench, seeds: int = 5) -> None:
     settings: dict[str, Any] = {"particles": 2, "cycles": 14, "epochs": 4, "ticket_epochs": 2, "batch_size": 64}
     if bench.rehearse:
         settings |= {"cycles": 1, "epochs": 1}
-    table = []
-    for name, function, own in (
-        ("naive_swamp", naive_swamp, {}),
-        ("fused", fast_swamp, {"engine": "fused"}),
-        ("fused, bfloat16", fast_swamp, {"engine": "fused", "precision": "bfloat16"}),
-    ):
-        found = []
-        for seed in range(1 if bench.rehearse else seeds):
-            with torch.random.fork_rng():
-                torch.manual_seed(seed)
-                model = build_model("small_cnn", 1, 8, 8, 10)
-            told = {"seed": seed, "device": str(bench.device), "progress": False}
-            found.append(function(model, "digits", **settings, **own, **told).history[-1]["accuracy"])
-        accuracies = torch.tensor(found, dtype=torch.float64)
-        spread = float(accuracies.std()) if len(found) > 1 else 0.0
-        table.append({"": name, "accuracy": f"{accuracies.mean():.2%}", "spread": f"{spread:.2%}", "seeds": len(found)})
-    bench.write("accuracy", table, **settings)
+    table: list[dict[str, Any]] = []
+    failed = []
+    ways: dict[str, tuple[Callable[..., SwampResult], dict[str, Any]]] = {
+        "naive_swamp": (naive_swamp, {}),
+        "fused": (fast_swamp, {"engine": "fused"}),
+        "fused, bfloat16": (fast_swamp, {"engine": "fused", "precision": "bfloat16"}),
+    }
+    for name, (function, own) in ways.items():
+        found: list[float] = []
+        row: dict[str, Any] = {"": name, "accuracy": "", "spread": "", "seeds": 0}
+        try:
+            for seed in range(1 if bench.rehearse else seeds):
+                with torch.random.fork_rng():
+                    torch.manual_seed(seed)
+                    model = build_model("small_cnn", 1, 8, 8, 10)
+                told = {"seed": seed, "device": str(bench.device), "progress": False}
+                found.append(function(model, "digits", **settings, **own, **told).history[-1]["accuracy"])
+            accuracies = torch.tensor(found, dtype=torch.float64)
+            spread = float(accuracies.std()) if len(found) > 1 else 0.0
+            row |= {"accuracy": f"{accuracies.mean():.2%}", "spread": f"{spread:.2%}", "seeds": len(found)}
+        except Exception as error:
+            traceback.print_exc()
+            row["accuracy"] = failure(error)
+            failed.append(f"{name} {failure(error)}")
+        table.append(row)
+        bench.write("accuracy", table, **settings)
+    if failed:
+        raise RuntimeError("; ".join(failed))
 
 
 def sweep(bench: Bench) -> None:
     """8 runs of 2 particles in one bank, against one by one."""
     settings: dict[str, Any] = {**sweeps.SETTINGS, "device": str(bench.device), "engine": "fused"}
     settings |= {"cycles": 0, "epochs": 1, "ticket_epochs": 0} if bench.rehearse else {"precision": "bfloat16"}
-    ways = {"separate": lambda: sweeps.separate(settings), "packed": lambda: sweeps.packed(settings)}
-    found = timing.interleaved(ways, 1 if bench.rehearse else 3)
-    table = [
-        {
-            "": way,
-            "s": round(each["median"], 2),
-            "times as fast": round(found["separate"]["median"] / each["median"], 2),
-        }
-        for way, each in found.items()
-    ]
-    bench.write("sweep", table, **settings)
+
+    def write(found: Times) -> None:
+        separate, table = found["separate"], []
+        for way, times in found.items():
+            row: dict[str, Any] = {"": way, "s": times, "times as fast": ""}
+            if isinstance(times, dict):
+                row["s"] = round(times["median"], 2)
+                if isinstance(separate, dict):
+                    row["times as fast"] = round(separate["median"] / times["median"], 2)
+            table.append(row)
+        bench.write("sweep", table, **settings)
+
+    ways = {way.__name__: partial(_ready, partial(way, settings)) for way in (sweeps.separate, sweeps.packed)}
+    bench.timed(ways, write, 1, 1)
 
 
 SLICES = {
     each.__name__: each
-    for each in (tests, ceilings, bank, step, rivals, processes, networks, scale, epoch, accuracy, sweep)
+    for each in (
+        *(tests, ceilings, step, profile, light, bank, epoch),
+        *(eager, compiled, variants, processes, networks, scale, accuracy, sweep),
+    )
 }
 
 
@@ -411,17 +378,26 @@ def main() -> None:
     if not given.rehearse and not torch.cuda.is_available():
         sys.exit("benchmarks.gpu: no CUDA device here; --rehearse tries the command on the CPU.")
     bench = Bench(given.out, given.data, given.rehearse)
+    compiled_here: Counter[bool] = Counter()
+    if not given.rehearse:
+        from triton import knobs
+
+        knobs.compilation.listener = lambda *, cache_hit, **_: compiled_here.update([not cache_hit])
     failed = []
     for name in given.only:
-        began = time.perf_counter()
+        began, bench.said = time.perf_counter(), ""
+        compiled_here.clear()
         try:
             SLICES[name](bench)
-        except Exception:
-            failed.append(name)
+        except Exception as error:
+            failed.append(f"{name}: {(str(error) or type(error).__name__).splitlines()[0]}")
             traceback.print_exc()
-        print(f"{name}: {time.perf_counter() - began:.0f} s", flush=True)
+        found = f", Triton found {compiled_here[False]} kernels and compiled {compiled_here[True]}" * (
+            not given.rehearse
+        )
+        print(f"{name}: {bench.said}{time.perf_counter() - began:.0f} s{found}", flush=True)
     if failed:
-        sys.exit(f"benchmarks.gpu: {', '.join(failed)} failed")
+        sys.exit(f"benchmarks.gpu: failed {'; '.join(failed)}")
 
 
 if __name__ == "__main__":

@@ -51,6 +51,7 @@ import torch
 from torch import nn
 
 from benchmarks import gpu, protocol_results, timing
+from benchmarks.cifar10 import decoded
 from swamp_fast import SwampConfig, naive_swamp, sweep
 from swamp_fast.analysis import Analysis, hessian_trace, loss_barrier
 from swamp_fast.checkpoint import RunDirectory, Snapshot, checksum, load_tensors, read_snapshot, save_tensors, write
@@ -59,7 +60,6 @@ from swamp_fast.methods import METHODS
 from swamp_fast.models import build_model
 from swamp_fast.problem import prepare
 
-ROOT = Path(__file__).parents[1]
 SOFT = 0.9  # of the budget: a run that is under way then stops in order; what has not stopped at its end stops at once
 LOOKED_AT = 3  # seeds whose runs are analysed
 VAL = 0.1  # of the training data, held out
@@ -223,18 +223,7 @@ class Protocol:
         if self.rehearse:
             return "digits"
         if self.data is None:
-            scripts = [at / "shared/data/decode_cifar10.py" for at in (ROOT, ROOT.parent)]
-            script = next((path for path in scripts if path.exists()), None)
-            if script is None:
-                raise FileNotFoundError(
-                    f"--data cifar10.npz is needed: none of {', '.join(map(str, scripts))} is there."
-                )
-            decoded = Path(tempfile.gettempdir()) / "cifar10_jpeg_decoded.npz"
-            if not decoded.exists():
-                part = decoded.with_name(f"part_{decoded.name}")
-                subprocess.run([sys.executable, script, part], check=True)
-                part.replace(decoded)
-            self.data = decoded
+            self.data = decoded()
         return str(self.data)
 
     def model(self, name: str) -> nn.Module:
@@ -249,7 +238,7 @@ class Protocol:
         command = [sys.executable, "-m", "benchmarks.gpu", "--only", slice_, "--out", str(self.out / "gpu")]
         command += ["--rehearse"] if self.rehearse else ["--data", self.source()]
         (self.out / "gpu").mkdir(exist_ok=True)
-        process = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
+        process = subprocess.Popen(command, cwd=timing.ROOT, start_new_session=True)
         try:
             if process.wait():
                 raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}")
@@ -484,6 +473,7 @@ def _restore(folder: RunDirectory, tickets: Path) -> None:
     """Write the ticket of a run that goes on here."""
     of = folder.path / "ticket"
     if of.exists():
+        folder.about()  # whose file it is
         folder.write_ticket(load_tensors(tickets / f"{of.read_text()}.safetensors")[0])
         of.unlink()
 

@@ -144,8 +144,11 @@ def costs(data: Row, results: Path) -> None:
             models = trainings + cycles + 1
             seconds = epochs * naive["seconds_an_epoch"] + models * naive["evaluation_seconds_a_model"]
             lines.append(("naive loop, with evaluation", seconds, f"extrapolated from {naive['epochs']} epochs"))
-        rivals = [table for name, table in data["gpu"].items() if name.startswith("gpu_rivals")]
-        for row in rivals[0]["table"] if rivals and floor and model == "resnet20" and study != "particles" else ():
+        slices = ("gpu_light", "gpu_compiled", "gpu_rivals")  # the last of earlier versions
+        rivals = [row for name, table in data["gpu"].items() if name.startswith(slices) for row in table["table"]]
+        for row in rivals if floor and model == "resnet20" and study != "particles" else ():
+            if not isinstance(row["ms a particle-step"], float):  # it failed
+                continue
             seconds = row["ms a particle-step"] / 1e3 * floor["steps_an_epoch"] * epochs
             lines.append((f"{row['']}, training alone", seconds, "extrapolated from single steps"))
         for name, seconds, how in lines:

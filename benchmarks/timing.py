@@ -16,7 +16,8 @@ import torch
 
 from swamp_fast import __version__, backends
 
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
 
 
 def interleaved(contenders: dict[str, Callable[[], object]], rounds: int) -> dict[str, dict[str, float]]:
@@ -43,7 +44,7 @@ def header(rounds: int) -> dict[str, Any]:
         "date": date.today().isoformat(),
         "device": processor(),
         "threads": torch.get_num_threads(),
-        "instruction_set": backends()["cpp"]["instruction_set"],
+        "instruction_set": backends()["cpp"].get("instruction_set", "none"),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "swamp_fast": __version__,
@@ -53,16 +54,23 @@ def header(rounds: int) -> dict[str, Any]:
 
 
 def commit() -> str:
-    """The commit that is measured, and whether it was changed; "unknown" in a copy without git."""
+    """The commit that is measured, and whether it was changed.
+
+    A copy without git has it in a file `.commit`, which `benchmarks.machine_code --fill` writes; else it is "unknown".
+    """
 
     def git(*command: str) -> str:
-        return subprocess.run(["git", *command], capture_output=True, text=True, check=True).stdout.strip()
+        done = subprocess.run(["git", "-C", str(ROOT), *command], capture_output=True, text=True, check=True)
+        return done.stdout.strip()
 
     try:
-        changed = git("status", "--porcelain", "swamp_fast", "csrc", "kernels")
-        return git("rev-parse", "--short", "HEAD") + (" and uncommitted changes" if changed else "")
+        if Path(git("rev-parse", "--show-toplevel")).resolve() == ROOT.resolve():  # not the copy's surroundings
+            changed = git("status", "--porcelain", "swamp_fast", "csrc", "kernels")
+            return git("rev-parse", "--short", "HEAD") + (" and uncommitted changes" if changed else "")
     except (FileNotFoundError, subprocess.CalledProcessError):
-        return "unknown"
+        pass
+    beside = ROOT / ".commit"
+    return beside.read_text().strip() if beside.exists() else "unknown"
 
 
 def processor() -> str:

@@ -1,4 +1,4 @@
-"""The command line: swamp-fast demo, run, sweep, compare, show, analyze, ticket, report, plan, backends, kernels."""
+"""The command line: swamp-fast demo, run, sweep, compare, show, analyze, ticket, report, plan, backends."""
 
 from __future__ import annotations
 
@@ -25,7 +25,6 @@ from swamp_fast.data.samples import one_input
 from swamp_fast.data.sources import Arrays, Source, open_source
 from swamp_fast.driver import fast_swamp
 from swamp_fast.estimate import estimate, free_memory, measured_ceilings
-from swamp_fast.machine_code import compiled
 from swamp_fast.models import MODELS, SmallCNN, build_model
 from swamp_fast.report.figures import accuracy_over_sparsity
 from swamp_fast.report.table import history_table, summary_table
@@ -279,21 +278,6 @@ def plan(given: argparse.Namespace) -> None:
     )
 
 
-def show_kernels(given: argparse.Namespace) -> None:
-    """What the GPU kernels compile to: registers, spills, shared memory, instructions. Needs no GPU."""
-    found = compiled(given.arch)
-    if given.json:
-        print(json.dumps([dataclasses.asdict(each) for each in found], indent=1))
-        return
-    columns = {"registers": 11, "spills": 8, "shared_bytes": 14, "instructions": 14}
-    columns |= {"instructions_per_pixel": 24, "slots_per_pixel": 17}
-    print(f"{'kernel':<28}" + "".join(f"{name:>{width}}" for name, width in columns.items()) + "  config")
-    for each in found:
-        cells = [(getattr(each, name), width) for name, width in columns.items()]
-        row = "".join(f"{'' if number is None else number:>{width}}" for number, width in cells)
-        print(f"{each.name:<28}{row}  {each.config}")
-
-
 def _report(result: SwampResult, out: Path | None, title: str) -> None:
     print(history_table(result.history))
     if out is not None and result.history[-1]["accuracy"] is not None:
@@ -412,11 +396,6 @@ def _parser() -> argparse.ArgumentParser:
 
     each = commands.add_parser("backends", help=show_backends.__doc__, description=show_backends.__doc__)
     each.set_defaults(command=show_backends)
-
-    each = commands.add_parser("kernels", help=show_kernels.__doc__, description=show_kernels.__doc__)
-    each.add_argument("--arch", default="sm_90", help="sm_80, sm_90, …, or gfx942 for Triton's alone; default sm_90")
-    each.add_argument("--json", action="store_true", help="a list, for programs")
-    each.set_defaults(command=show_kernels)
     return parser
 
 

@@ -49,9 +49,9 @@ def compiling(tmp_path_factory, request):
         folder = str(tmp_path_factory.mktemp(arch))  # nothing compiled before counts
         environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
         environment |= {"TRITON_CACHE_DIR": folder, "SWAMP_FAST_CACHE": folder}
-        command = [sys.executable, "-m", "swamp_fast", "kernels", "--arch", arch, "--json"]
+        command = [sys.executable, "-m", "benchmarks.machine_code", "--arch", arch, "--json"]
         running[arch] = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=ROOT
         )
     yield running
     for process in running.values():

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import time
 
 import pytest
 import torch
 from stops import Interrupted, before_steps, stop_at
 
+from benchmarks import cifar10
 from benchmarks import protocol as module
 from benchmarks.gpu import SLICES
-from benchmarks.protocol import Item, Protocol, main
+from benchmarks.protocol import Clock, Item, Protocol, main
 from swamp_fast.checkpoint import RunDirectory, load_tensors
 
-BUDGET = 3.0  # seconds of a slice
+STEPS = 25  # of a slice
 
 
 @pytest.fixture(autouse=True)
@@ -97,26 +100,42 @@ def test_an_export_holds_what_is_needed_and_no_more_than_may_be_committed(tmp_pa
 
 
 def test_without_data_or_gpu_nothing_is_begun(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "ROOT", tmp_path / "a" / "b")
+    monkeypatch.setattr(cifar10, "ROOT", tmp_path / "a" / "b")
     with pytest.raises(FileNotFoundError, match=r"--data cifar10.npz is needed"):
         main(["--out", str(tmp_path)])
     if not torch.cuda.is_available():
         assert not Protocol(tmp_path).table_of("ceilings")
 
 
+class Counting(Clock):
+    """A budget of steps, after which all time is spent: a slice gets as far on a busy machine as on an idle one."""
+
+    now: Counting
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(3600.0)
+        self.steps, Counting.now = STEPS if seconds > 1 else 1, self
+
+    def step(self, *_) -> None:
+        self.steps -= 1
+        if self.steps <= 0:
+            self.began = time.monotonic() - self.seconds
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
 @pytest.mark.slow
-def test_a_rehearsal_in_slices_on_two_machines_gives_what_one_slice_gives(tmp_path, capsys):
+def test_a_rehearsal_in_slices_on_two_machines_gives_what_one_slice_gives(tmp_path, monkeypatch, capsys):
     whole, here, there, state = (tmp_path / name for name in ("whole", "here", "there", "state.zip"))
     told = ["--rehearse", "--seeds", "2", "--only", "runs/small_cnn_30", "analysis/small_cnn_30", "--out"]
     main([*told, str(whole), "--budget-minutes", "10"])
     assert "left: nothing" in capsys.readouterr().out
+    trace = module.hessian_trace
+    monkeypatch.setattr(module, "Clock", Counting)
+    monkeypatch.setattr(module, "hessian_trace", lambda *args, **more: (Counting.now.step(), trace(*args, **more))[1])
     stopped = 0
-    with before_steps(lambda *_: time.sleep(0.1)):
+    with before_steps(lambda *_: Counting.now.step()):
         for number in range(100):
-            out = here if number < 3 else there
-            began = time.monotonic()
-            main([*told, str(out), "--budget-minutes", str(BUDGET / 60)])
-            assert time.monotonic() - began < BUDGET + 4  # the tables are written after it
+            main([*told, str(here if number < 3 else there), "--budget-minutes", "1"])
             said = capsys.readouterr().out
             assert "0 failed" in said
             if "left: nothing" in said:
@@ -125,6 +144,9 @@ def test_a_rehearsal_in_slices_on_two_machines_gives_what_one_slice_gives(tmp_pa
             if number == 2:
                 main([*told, str(here), "--export", str(state)])
                 main([*told, str(there), "--import", str(state), "--budget-minutes", "0.01"])
+                assert "0 failed" in capsys.readouterr().out
+        else:
+            pytest.fail("100 slices were not enough")
     assert stopped > 3
     runs = {path.name: path for path in (whole / "small_cnn" / "runs").iterdir()}
     assert len(runs) == 6

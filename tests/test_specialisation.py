@@ -38,7 +38,7 @@ def what_is_compiled() -> list[list[str]]:
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
-    from swamp_fast.machine_code import _NamedTarget
+    from benchmarks.precompile import NamedTarget
 
     run, found, seen = JITFunction.run, [], set()
 
@@ -50,7 +50,7 @@ def what_is_compiled() -> list[list[str]]:
             seen.add((self.__name__, key))
             found[-1].append(self.__name__)
 
-    driver.set_active(_NamedTarget(GPUTarget("cuda", 90, 32)))
+    driver.set_active(NamedTarget(GPUTarget("cuda", 90, 32)))
     JITFunction.run, JITFunction._do_compile = named, compiled
     for lanes, samples in SIZES:
         found.append([])

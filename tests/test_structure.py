@@ -22,7 +22,7 @@ LAYERS = [
     ["compare"],
     ["sweeps", "methods", "analysis", "reporting"],
     ["driver", "naive", "models", "pack"],
-    ["machine_code", "estimate", "watch"],
+    ["estimate", "watch"],
     ["engines"],
     ["evaluate", "batchnorm", "bank"],
     ["run"],

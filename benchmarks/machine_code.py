@@ -1,5 +1,10 @@
 """What the GPU kernels compile to, for a GPU that needn't be there: registers, spills, shared memory, instructions.
 
+    python -m benchmarks.machine_code [--arch sm_90] [--json]
+    python -m benchmarks.machine_code [--arch sm_90] --fill FOLDER --model resnet20 --particles 8 [--python python3.12]
+
+The second fills FOLDER with what a machine with such a GPU would compile first: see precompile.py beside this file.
+
 The Triton launchers run on CPU tensors under a driver that only names the target: each kernel is compiled with the
 very specialisation of its launch, and not run. The kernels of csrc/cuda are compiled by NVRTC. Both are read by the
 disassemblers that Triton carries.
@@ -7,17 +12,22 @@ disassemblers that Triton carries.
 
 from __future__ import annotations
 
+import argparse
+import json
 import re
 import subprocess
+import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.precompile import build_extension, compiling, fill
 from swamp_fast import nvrtc
+from swamp_fast.config import CHOICES
 from swamp_fast.engines.fused.cuda.halo import PIXELS, Halo, Statistics, blocks_at_once
 
 BATCH = 128
@@ -120,62 +130,26 @@ def _cuda_kernel(name: str, config: str, constants: dict[str, int], shared: int,
 
 def triton_kernels(arch: str) -> list[Compiled]:
     """The Triton kernels."""
-    from triton.backends.compiler import GPUTarget
-    from triton.runtime import driver
-    from triton.runtime.jit import JITFunction
-
-    from swamp_fast.kernels import masked_sgd
-
-    if not isinstance(masked_sgd.masked_sgd_kernel, JITFunction):
-        raise RuntimeError("TRITON_INTERPRET is set: unset it to compile the kernels.")
-    is_cuda = arch.startswith("sm_")
-    target = GPUTarget("cuda", int(arch[3:]), 32) if is_cuda else GPUTarget("hip", arch, 64)
-    before, run = driver._active, JITFunction.run
     found: dict[str, Compiled] = {}
 
-    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
-        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
-        if kernel.hash not in found:
-            types = {str(each.dtype).removeprefix("torch.") for each in args if isinstance(each, torch.Tensor)}
-            constants = ", ".join(f"{name} = {value}" for name, value in kwargs.items() if name.isupper())
-            code = kernel.asm["cubin"] if is_cuda else None
-            about = {"registers": None, "spills": None} if code is None else _resources(code)
-            count = None if code is None else len(disassembled(code)[0])
-            config = f"{', '.join(sorted(types))}; {constants}"
-            found[kernel.hash] = Compiled(
-                self.__name__, config, **about, shared_bytes=kernel.metadata.shared, instructions=count
-            )
-        return kernel
+    def keep(function: Any, args: Any, kwargs: Any, kernel: Any) -> None:
+        if kernel.hash in found:
+            return
+        types = {str(each.dtype).removeprefix("torch.") for each in args if isinstance(each, torch.Tensor)}
+        constants = ", ".join(f"{name} = {value}" for name, value in kwargs.items() if name.isupper())
+        code = kernel.asm["cubin"] if arch.startswith("sm_") else None
+        about = {"registers": None, "spills": None} if code is None else _resources(code)
+        count = None if code is None else len(disassembled(code)[0])
+        config = f"{', '.join(sorted(types))}; {constants}"
+        found[kernel.hash] = Compiled(
+            function.__name__, config, **about, shared_bytes=kernel.metadata.shared, instructions=count
+        )
 
-    driver.set_active(_NamedTarget(target))
-    JITFunction.run = compile_only
-    try:
+    with compiling(arch, keep):
         _launch_bank_kernels()
         for dtype in (torch.bfloat16, torch.float32, torch.float64):
             _launch_fused_kernels(dtype)
-    finally:
-        JITFunction.run = run
-        driver._active = before
     return list(found.values())
-
-
-class _NamedTarget:
-    """As much of a Triton driver as compiling asks for."""
-
-    def __init__(self, target: Any) -> None:
-        self.target = target
-
-    def get_current_target(self) -> Any:
-        return self.target
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("cpu")
 
 
 def _launch_bank_kernels() -> None:
@@ -319,3 +293,47 @@ def disassembled(cubin: bytes) -> tuple[list[str], list[tuple[int, int]]]:
         if jump and labels.get(jump[1], number + 1) < number:
             loops.append((labels[jump[1]], number))
     return instructions, loops
+
+
+def show(found: list[Compiled]) -> None:
+    """Print a table."""
+    columns = {"registers": 11, "spills": 8, "shared_bytes": 14, "instructions": 14}
+    columns |= {"instructions_per_pixel": 24, "slots_per_pixel": 17}
+    print(f"{'kernel':<28}" + "".join(f"{name:>{width}}" for name, width in columns.items()) + "  config")
+    for each in found:
+        cells = [(getattr(each, name), width) for name, width in columns.items()]
+        row = "".join(f"{'' if number is None else number:>{width}}" for number, width in cells)
+        print(f"{each.name:<28}{row}  {each.config}")
+
+
+def main() -> None:
+    """Report, or fill a folder."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", default="sm_90", help="sm_80, sm_90, …, or gfx942 for Triton's alone; default sm_90")
+    parser.add_argument("--json", action="store_true", help="a list, for programs")
+    parser.add_argument(
+        "--fill", type=Path, metavar="FOLDER", help="compile into its caches; says in JSON what was there"
+    )
+    parser.add_argument("--model", nargs="+", default=["resnet20"], help="names, or package.module:factory")
+    parser.add_argument("--particles", nargs="+", type=int, default=[8], metavar="N")
+    parser.add_argument("--batch", type=int, default=128, metavar="B")
+    parser.add_argument("--precision", nargs="+", choices=CHOICES["precision"], default=["bfloat16"])
+    parser.add_argument("--python", help="with --fill: the extension for this Python too, such as python3.12")
+    given = parser.parse_args()
+    try:
+        if given.fill is None:
+            found = compiled(given.arch)
+            print(json.dumps([asdict(each) for each in found], indent=1)) if given.json else show(found)
+            return
+        counts: dict[str, Any] = dict(
+            fill(given.fill, given.arch, given.model, given.particles, given.batch, given.precision)
+        )
+        if given.python is not None:
+            counts["extension"] = build_extension(given.fill, given.python).name
+        print(json.dumps(counts))
+    except RuntimeError as error:
+        sys.exit(f"benchmarks.machine_code: {error}")
+
+
+if __name__ == "__main__":
+    main()

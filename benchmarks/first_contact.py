@@ -1,0 +1,190 @@
+"""What a GPU that is at hand for minutes is used for: steps in the order of their worth, results packed after each.
+
+    python -m benchmarks.first_contact --out DIR [--minutes 9] [--visit 1] [--carried FOLDER] [--data cifar10.npz]
+
+Visit 1: a probe (versions, a launch of each kind, a captured graph), the tests of the CUDA kernels, ceilings, a
+captured step of ResNet-20 at N = 8 against float64 and timed, microseconds of each of its launches, rivals that need no
+compiler, the tests of the fused engine, capture and resume, the bank's ops, an epoch of CIFAR-10. Visit 2: compiled
+rivals, the eager engine, WRN-28-2 and VGG-19, N from 1 to 64, variants of launch bounds, then the protocol. Each step
+is a process with a limit of its own inside the --minutes; one that fails, hangs or comes too late is a row, and the
+next one starts. DIR gets steps.md and results.tgz after each step, at the end caches.tgz (what was compiled there), and
+from visit 2 protocol.zip, which `benchmarks.protocol --import` takes. The last lines say what to mend first; the exit
+code is 1 if anything is to be mended.
+
+Nothing needs to be installed on that machine but torch, Triton, NumPy, safetensors and pytest. To carry what it would
+compile first, as for Python 3.12, torch 2.11 and Triton 3.6 on an H100 or H200, fill a folder here by the same Python,
+torch and Triton, which needs no GPU, and take the JPEG copy of CIFAR-10 along, with the script that decodes it:
+
+    python3.12 -m benchmarks.machine_code --arch sm_90 --fill .first_contact --python python3.12
+    cp -r ../shared/data .first_contact/data
+
+That is for ResNet-20 at N = 8 in bfloat16; for visit 2 fill the folder also with `--particles 1 2 4 16 32 64`, and with
+`--model wrn28_2 vgg19`. Take the tree with .first_contact, which git ignores, anywhere on that machine, and run there
+
+    python3 -m benchmarks.first_contact --out DIR
+
+and for visit 2 the same with `--visit 2`, after unpacking caches.tgz of the first into .first_contact, and putting
+protocol.zip of an earlier second visit there, from which the protocol goes on. --data stands for .first_contact/data.
+
+--rehearse does each step on the CPU, at a tiny size, and says which need a GPU; its figures mean nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import sys
+import sysconfig
+import tarfile
+import tempfile
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+
+from benchmarks.children import Child, Visit, pytest_command
+
+ROOT = Path(__file__).parents[1]
+CARRIED = ROOT / ".first_contact"
+MAPPED = {"kernels": Path("..", "kernels"), "cuda_sources": Path("..", "csrc", "cuda")}  # as pyproject.toml has it
+OPS = ("clip_scale", "gather_augment", "global_threshold", "masked_adamw", "masked_sgd", "particle_mean", "philox")
+NOT_CARRIED = {".source", ".ttir", ".ttgir", ".llir", ".ptx"}  # of Triton's cache: what a kernel was between two passes
+MOST_BYTES = 15_000_000  # of caches.tgz
+
+
+def children(
+    visit: int, work: Path, out: Path, rehearse: bool, data: Path | None = None, carried: Path = CARRIED
+) -> list[Child]:
+    """The steps of a visit, in order.
+
+    work  is packed; what the protocol goes on from stands beside it, since it is large, and is exported
+    """
+
+    def slice_(name: str, seconds: float) -> Child:
+        command = [sys.executable, "-m", "benchmarks.gpu", "--out", str(work / "gpu"), "--only", name]
+        command += ["--rehearse"] if rehearse else []
+        command += ["--data", str(data)] if data is not None else []
+        return Child(name, seconds, command)
+
+    def tests(name: str, seconds: float, *options: str, tiny: str = "") -> Child:
+        return Child(name, seconds, pytest_command(*options, *(["-k", tiny] if rehearse and tiny else [])), True)
+
+    if visit == 1:
+        probe = [sys.executable, "-m", "benchmarks.probe", *(["--rehearse"] if rehearse else [])]
+        on_gpu = [f"tests/test_{name}.py" for name in ("capture", "durability", "optimizers")]
+        return [
+            Child("probe", 60, probe),
+            tests("cuda_kernels", 90, "tests/test_cuda_kernels.py", tiny="test_a_constant_channel or test_every_size"),
+            slice_("ceilings", 30),
+            slice_("step", 120),
+            slice_("profile", 75),
+            slice_("light", 75),
+            tests("fused_engine", 110, "tests/test_fused_cuda.py", tiny="test_cross_entropy or test_lanes_in_cache"),
+            tests("capture_and_resume", 75, "-m", "gpu", *on_gpu),
+            slice_("bank", 40),
+            tests("ops", 80, "-m", "gpu", *(f"tests/test_{name}.py" for name in OPS)),
+            slice_("epoch", 75),
+        ]
+    protocol = [sys.executable, "-m", "benchmarks.protocol", "--out", str(work.with_name("protocol"))]
+    protocol += ["--rehearse"] if rehearse else ["--seeds-at-once", "1"]
+    protocol += ["--data", str(data)] if data is not None else []
+    before = carried / "protocol.zip"
+    go_on = ["--budget-minutes", "{minutes}", "--only", "cost", "runs", "analysis"]
+    go_on += ["--import", str(before)] if before.exists() else []
+    return [
+        slice_("compiled", 150),
+        slice_("eager", 90),
+        slice_("networks", 120),
+        slice_("scale", 90),
+        slice_("variants", 60),
+        Child("protocol", 60 if rehearse else 480, [*protocol, *go_on], leaves=35),
+        Child("protocol_export", 30, [*protocol, "--export", str(out / "protocol.zip")]),
+    ]
+
+
+def put_in_place(carried: Path) -> dict[str, str]:
+    """Make this tree run where it isn't installed, with what was carried; returns the children's environment."""
+    if _installed_from() != ROOT:
+        for name, target in MAPPED.items():
+            link = ROOT / "swamp_fast" / name
+            if not link.exists():
+                link.unlink(missing_ok=True)
+                link.symlink_to(target)
+    extension = f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+    if (carried / extension).exists() and not (ROOT / "swamp_fast" / extension).exists():
+        shutil.copy(carried / extension, ROOT / "swamp_fast")
+    if (carried / ".commit").exists() and not (ROOT / ".git").exists():
+        shutil.copy(carried / ".commit", ROOT)
+    relocate(carried / "triton")
+    environment = dict(os.environ) | {"PYTHONUNBUFFERED": "1", "TRITON_CACHE_DIR": str(carried / "triton")}
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    return environment | {"SWAMP_FAST_CACHE": str(carried / "cubins"), "PYTHONPATH": path}
+
+
+def _installed_from() -> Path | None:
+    """The tree that an editable install has the package from."""
+    try:
+        about = json.loads(distribution("swamp-fast").read_text("direct_url.json") or "{}")
+    except PackageNotFoundError:
+        return None
+    return Path(about.get("url", "").removeprefix("file://")) if about.get("dir_info", {}).get("editable") else None
+
+
+def relocate(cache: Path) -> None:
+    """Make a Triton cache that came from another path usable, or one of which not all is there.
+
+    A kernel's group file names its members by absolute paths, and Triton compiles again if one is missing.
+    """
+    for path in cache.glob("*/__grp__*.json"):
+        group = json.loads(path.read_text())
+        here = {name: path.parent / Path(member).name for name, member in group["child_paths"].items()}
+        members = {name: str(member) for name, member in here.items() if member.exists()}
+        if members != group["child_paths"]:
+            path.write_text(json.dumps({**group, "child_paths": members}))
+
+
+def pack_caches(carried: Path, before: set[Path], to: Path) -> None:
+    """What was compiled since, to be unpacked into the folder that is carried next time."""
+    new = [path for path in _compiled(carried) if path not in before]
+    with tarfile.open(to, "w:gz", compresslevel=6) as archive:
+        for path in new:
+            archive.add(path, path.relative_to(carried))
+    size = to.stat().st_size
+    print(f"\n{len(new)} compiled files, {size / 1e6:.1f} MB", flush=True)
+    if not new or size > MOST_BYTES:
+        to.unlink()
+
+
+def _compiled(carried: Path) -> set[Path]:
+    files = (path for part in ("triton", "cubins") for path in (carried / part).rglob("*") if path.is_file())
+    return {path for path in files if path.suffix not in NOT_CARRIED}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Do a visit."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--minutes", type=float, default=9.0, help="for all steps together, default 9")
+    parser.add_argument("--visit", type=int, choices=(1, 2), default=1)
+    parser.add_argument("--carried", type=Path, default=CARRIED, metavar="FOLDER", help="default .first_contact")
+    parser.add_argument("--data", type=Path, help="CIFAR-10 as an .npz")
+    parser.add_argument("--rehearse", action="store_true", help="on the CPU, tiny")
+    given = parser.parse_args(arguments)
+    carried, out = given.carried.resolve(), given.out.resolve()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
+    environment = put_in_place(carried)
+    before = _compiled(carried)
+    title = f"First contact, visit {given.visit}" + ", rehearsed on a CPU: its figures mean nothing" * given.rehearse
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder) / "results"
+        visit = Visit(out, work, 60 * given.minutes, environment, ROOT, title)
+        data = None if given.data is None else given.data.resolve()
+        visit.run(children(given.visit, work, out, given.rehearse, data, carried))
+        pack_caches(carried, before, out / "caches.tgz")
+        return 0 if visit.conclude() else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,148 @@
+"""A first look at a GPU: versions, what was carried, a launch of each kind, a captured graph.
+
+    python -m benchmarks.probe [--rehearse]
+
+Each check is a line, and the others go on where one fails. --rehearse checks what needs no GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import sys
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+from benchmarks.timing import commit
+from swamp_fast import backends, nvrtc, ops
+from swamp_fast.engines.fused.check import tensor_cores_differ
+from swamp_fast.engines.fused.cuda.halo import Halo
+from swamp_fast.ops import reference
+
+PACKAGES = ["torch", "triton", "numpy", "safetensors", "cuda-bindings", "nvidia-cuda-nvrtc", "packaging", "pytest"]
+PACKAGES += ["pytest-xdist", "hypothesis", "scikit-learn", "pillow", "setuptools", "pybind11"]
+HALO = Halo(8, 8, 16, 16)
+
+
+def versions() -> str:
+    """Of everything that the steps use."""
+    found = []
+    for name in PACKAGES:
+        try:
+            found.append(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            found.append(f"{name} missing")
+    return f"commit {commit()}, Python {platform.python_version()}, {', '.join(found)}"
+
+
+def active() -> str:
+    """What swamp_fast says of this machine."""
+    return "; ".join(f"{name}: {each['why']}" for name, each in backends().items())
+
+
+def extension() -> str:
+    """The CPU kernels."""
+    keys = torch.arange(6).view(2, 3)
+    if not torch.equal(ops.philox(keys, 3, 1001), reference.philox(keys, 3, 1001)):
+        raise RuntimeError("philox differs from its reference")
+    return "philox as its reference"
+
+
+def compiles() -> str:
+    """NVRTC, which needs no GPU."""
+    reason = nvrtc.why_missing()
+    if reason is not None:
+        raise RuntimeError(reason)
+    began = time.perf_counter()
+    arch = "sm_90"
+    if torch.cuda.is_available():
+        arch = "sm_{}{}".format(*torch.cuda.get_device_capability())
+    size = len(nvrtc.compile_kernel("weight_grad", HALO.weight_grad_constants(True)[0], arch))
+    return f"{size} bytes for {arch} in {time.perf_counter() - began:.2f} s"
+
+
+def device() -> str:
+    """The GPU."""
+    free, _ = torch.cuda.mem_get_info()
+    return f"{torch.cuda.get_device_properties(0)}, {free / 1e9:.1f} GB free"
+
+
+def triton_kernel() -> str:
+    """One launch of Triton's."""
+    keys = torch.arange(6).view(2, 3)
+    if not torch.equal(ops.philox(keys.cuda(), 3, 1001).cpu(), reference.philox(keys, 3, 1001)):
+        raise RuntimeError("philox differs from its reference")
+    return "philox as its reference"
+
+
+def cuda_kernel() -> str:
+    """One launch of each kernel of csrc/cuda."""
+    gpu = torch.device("cuda", 0)
+    difference = tensor_cores_differ([HALO], nvrtc.launcher(gpu), gpu)
+    if difference is not None:
+        raise RuntimeError(difference)
+    return "as Triton's convolutions"
+
+
+def captured() -> str:
+    """A graph with a launch of Triton's."""
+    keys, out = torch.arange(6).view(2, 3).cuda(), torch.zeros(2, 1001, dtype=torch.int64, device="cuda")
+
+    def step() -> None:
+        out.add_(ops.philox(keys, 3, 1001))
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    out.zero_()
+    for _ in range(3):
+        graph.replay()
+    if not torch.equal(out.cpu(), 3 * reference.philox(keys.cpu(), 3, 1001).long()):
+        raise RuntimeError("three replays differ from three steps")
+    return "three replays as three steps"
+
+
+ANYWHERE: tuple[Callable[[], str], ...] = (versions, active, extension, compiles)
+ON_GPU: tuple[Callable[[], str], ...] = (device, triton_kernel, cuda_kernel, captured)
+
+
+def main() -> None:
+    """Check all; exit with 1 if one fails."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rehearse", action="store_true", help="without a GPU")
+    given = parser.parse_args()
+    count: Counter[bool] = Counter()
+    if not given.rehearse:
+        from triton import knobs
+
+        knobs.compilation.listener = lambda *, cache_hit, **_: count.update([cache_hit])
+    failed = []
+    for check in ANYWHERE if given.rehearse else (*ANYWHERE, *ON_GPU):
+        began = time.perf_counter()
+        try:
+            said = check()
+        except Exception as error:
+            traceback.print_exc()
+            failed.append(check.__name__)
+            said = f"failed: {type(error).__name__}: {error}"
+        print(f"{check.__name__}: {said} ({time.perf_counter() - began:.1f} s)", flush=True)
+    if failed:
+        sys.exit(f"benchmarks.probe: {', '.join(failed)} failed")
+    if given.rehearse:
+        print(f"needs a GPU: {', '.join(check.__name__ for check in ON_GPU)}")
+    else:
+        print(f"Triton: {count[True]} kernels found in the cache, {count[False]} compiled")
+
+
+if __name__ == "__main__":
+    main()
