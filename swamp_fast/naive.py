@@ -63,7 +63,7 @@ def naive_swamp(
     )
     config = problem.config
     with Run(problem, "naive_swamp") as run:
-        run.keep_engine({"engine": "naive", "why": "plain PyTorch, one particle after the other"})
+        run.keep_engine({"engine": "naive", "name": "naive", "why": "plain PyTorch, one particle after the other"})
         if run.ticket is None:
             first = copy.deepcopy(problem.template)
             train_particle(problem, run, first, {}, None, 0)
