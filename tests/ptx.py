@@ -199,8 +199,8 @@ def _number(text: str, kind: np.dtype[Any]) -> Any:
     """A constant: 0f and 0d are the bits of floats."""
     if text[:2] in ("0f", "0d"):
         bits = np.dtype("u4" if text[:2] == "0f" else "u8")
-        value = np.array(int(text[2:], 16), bits)
-        return value.view(f"f{bits.itemsize}") if kind.kind == "f" else value
+        pattern = np.array(int(text[2:], 16), bits)
+        return pattern.view(f"f{bits.itemsize}") if kind.kind == "f" else pattern
     if re.fullmatch(r"-?(0x[0-9a-fA-F]+|\d+)U?", text) is None:
         raise NotImplementedError(f"the operand {text}")
     value = int(text.rstrip("U"), 0)
@@ -216,7 +216,8 @@ class Region:
 
     def read(self, at: Values, size: int) -> Values:
         """So many bytes at each of some addresses."""
-        return self.views[size][(at - self.begin) // size]
+        found: Values = self.views[size][(at - self.begin) // size]
+        return found
 
     def write(self, at: Values, content: Values) -> None:
         """As `read`, of bytes that are given."""
@@ -230,7 +231,7 @@ class Memory:
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         storages = {each.untyped_storage().data_ptr(): each.untyped_storage() for each in tensors}
         contents = {
-            begin: torch.empty(0, dtype=torch.uint8).set_(storage).numpy()  # type: ignore[call-overload]
+            begin: torch.empty(0, dtype=torch.uint8).set_(storage).numpy()
             for begin, storage in storages.items()
             if storage.nbytes()
         }
