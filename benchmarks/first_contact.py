@@ -18,8 +18,8 @@ torch and Triton, which needs no GPU, and take the JPEG copy of CIFAR-10 along, 
     python3.12 -m benchmarks.machine_code --arch sm_90 --fill .first_contact --python python3.12
     cp -r ../shared/data .first_contact/data
 
-That is for ResNet-20 at N = 8 in bfloat16; for visit 2 fill the folder also with `--particles 1 2 4 16 32 64`, and with
-`--model wrn28_2 vgg19`. Take the tree with .first_contact, which git ignores, anywhere on that machine, and run there
+That is for ResNet-20 in bfloat16, whatever N; for visit 2 fill the folder also with `--model wrn28_2 vgg19`. Take the
+tree with .first_contact, which git ignores, anywhere on that machine, and run there
 
     python3 -m benchmarks.first_contact --out DIR
 
