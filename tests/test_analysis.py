@@ -626,4 +626,4 @@ def test_cost_by_hand():
     vit = build("vit")
     other = inference_cost(analysis(vit), vit.state_dict(), {})
     assert (other.sparse_ms, other.dense_ms > 0) == (None, True)
-    assert 'engine="fused" can\'t be had' in other.why
+    assert 'engine="fused" can\'t run the model' in other.why

@@ -372,7 +372,7 @@ def test_what_is_not_covered_is_named(name):
 
     assert re.search(text, reason), reason
     data = torch.randn(40, 3, 9, 9), torch.arange(40) % 5
-    with pytest.raises(ValueError, match='engine="fused" can\'t be had: .*Use "auto" or "eager"'):
+    with pytest.raises(ValueError, match='engine="fused" can\'t run the model: .*Use "auto" or "eager"'):
         fast_swamp(seeded(make), data, engine="fused", **SETTINGS, batch_size=20, particles=1)
     engine = fast_swamp(seeded(make), data, **SETTINGS, batch_size=20, particles=1).engine
     assert engine["engine"] == "eager"

@@ -20,8 +20,10 @@ from benchmarks import protocol
 from swamp_fast import fast_swamp, naive_swamp, sweep
 from swamp_fast.analysis import Analysis, barrier_matrix, ensemble, hessian_trace, loss_barrier
 from swamp_fast.bank import initial
+from swamp_fast.engines.eager import fastest_choice
 from swamp_fast.engines.fused.engine import FusedEngine, fused_plan
 from swamp_fast.engines.trainer import first_handle
+from swamp_fast.problem import prepare
 
 pytestmark = pytest.mark.skipif(HAS_GPU, reason=HAS_A_GPU)
 SETTINGS = {"particles": 2, "cycles": 1, "epochs": 2, "ticket_epochs": 1, "batch_size": 48, "progress": False}
@@ -125,11 +127,11 @@ def test_what_can_t_be_captured_runs_all_the_same_and_leaves_the_next_run_s_alon
     same(fast, naive_swamp(networks.build("dropout"), *digits, **{**ON_GPU, "device": "cpu"}, loss=loss))
 
 
-def test_the_engine_is_chosen_and_folding_proven_there(digits):
+def test_the_fastest_way_is_measured_and_folding_proven_there(digits):
     with gpu():
-        engine = fast_swamp(networks.build("residual"), *digits, **ON_GPU | {"engine": "eager"}).engine
-    assert engine["cuda_graph"]
-    assert any("fold_grouped" in way for way in engine["milliseconds"])
+        problem = prepare(networks.build("residual"), *digits, settings=ON_GPU)
+        choice = fastest_choice(problem, 2)
+    assert any("fold_grouped" in way for way in choice.milliseconds)
 
 
 class Rows(torch.utils.data.Dataset):

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import torch
 
@@ -22,6 +23,7 @@ SIZES = [
 def test_lanes_and_samples_compile_nothing_anew():
     """In a process of its own, since this one interprets Triton."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(Path(__file__).parents[1])  # for benchmarks
     done = subprocess.run([sys.executable, __file__], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     first, *others = json.loads(done.stdout.splitlines()[-1])
