@@ -1,6 +1,6 @@
 """What the rule of engine="auto" stands on: a step of the eager engine against one of the fused engine, by density.
 
-    python -m benchmarks.engine_rule [--model NAME ...] [--precision float32 bfloat16]
+    python -m benchmarks.engine_rule [--model NAME ...] [--precision float32 ...] [--batch B] [--cycles C ...]
 
 Both engines gather and augment their own batch, update and average; masks are uniform at random, so that the FLOP
 density is the density. One table per model and precision, benchmarks/results/engine_rule_*.json, by processor: tests
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -38,9 +38,9 @@ SHAPES = {  # model -> picture, batch
 CYCLES = (0, 1, 2, 3, 4, 5, 6, 8, 10, 14)  # 0.8 ** cycle are the densities
 
 
-def problem_of(model: str, precision: str) -> Problem:
+def problem_of(model: str, precision: str, batch: int) -> Problem:
     """A network on random pictures."""
-    shape, batch = SHAPES[model]
+    shape, _ = SHAPES[model]
     images = torch.randint(0, 256, (4 * batch, *shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     settings = {"particles": LANES, "batch_size": batch, "precision": precision, "progress": False, "device": "cpu"}
     settings["augment"] = "none" if model == "mlp" else "crop_flip"
@@ -63,16 +63,16 @@ def step_of(engine: EagerEngine | FusedEngine, problem: Problem, mask: torch.Ten
     return lambda: trainer.step(handle)
 
 
-def measure(model: str, precision: str, rounds: int) -> None:
+def measure(model: str, precision: str, rounds: int, batch: int, cycles: Sequence[int]) -> None:
     """One table."""
-    problem = problem_of(model, precision)
+    problem = problem_of(model, precision, batch)
     plan = fused_plan(problem)
     assert isinstance(plan, Plan), plan
     eager = EagerEngine(problem, eager_by_rule(problem), None)
     contenders = {"eager": step_of(eager, problem, problem.mask)}
     drawn = torch.rand(problem.mask.shape, generator=torch.Generator().manual_seed(0))
     densities = {}
-    for cycle in CYCLES:
+    for cycle in cycles:
         mask = problem.mask & (drawn < 0.8**cycle)
         densities[f"fused {cycle}"] = problem.flops(mask) / problem.flops(problem.mask)
         contenders[f"fused {cycle}"] = step_of(FusedEngine(problem, plan, "benchmark", {}), problem, mask)
@@ -84,12 +84,13 @@ def measure(model: str, precision: str, rounds: int) -> None:
          "eager / this": round(eager_seconds / each["median"], 3)}
         for name, each in times.items()
     ]  # fmt: skip
-    _, batch = SHAPES[model]
     about = header(rounds) | {"capability": torch.backends.cpu.get_cpu_capability(), "amx": has_amx()}
     about |= {"model": model, "kind": kind_of(problem, plan), "precision": precision, "lanes": LANES, "batch": batch}
     about |= {"eager": str(eager.choice), "times": "ms per particle-step"}
     machine = re.sub(r"\W+", "_", processor().split(",")[0].lower())
     command = f"python -m benchmarks.engine_rule --model {model} --precision {precision}"
+    command += f" --batch {batch}" * (batch != SHAPES[model][1])
+    command += f" --cycles {' '.join(map(str, cycles))}" * (tuple(cycles) != CYCLES)
     write(f"engine_rule_{model}_{precision}_{machine}", command, about, table)
 
 
@@ -98,11 +99,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
+    parser.add_argument("--batch", type=int, help="instead of the model's own")
+    parser.add_argument("--cycles", type=int, nargs="+", default=CYCLES, help="0.8 ** cycle are the densities")
     parser.add_argument("--rounds", type=int, default=7)
     given = parser.parse_args()
     for model in given.model:
         for precision in given.precision:
-            measure(model, precision, given.rounds)
+            measure(model, precision, given.rounds, given.batch or SHAPES[model][1], given.cycles)
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ CROSSOVER = {
     ("bfloat16", WIDE): 0.17,
     ("bfloat16", LINEAR): 0.25,
     ("float64", NARROW): 0.33,
-    ("float64", WIDE): 0.2,
+    ("float64", WIDE): 0.33,
     ("float64", LINEAR): 0.2,
 }
 # Not measured by this project: a processor that multiplies bfloat16 in tiles (AMX) runs the eager engine about twice as
