@@ -16,7 +16,7 @@ compile first, as for Python 3.12, torch 2.11 and Triton 3.6 on an H100 or H200,
 torch and Triton, which needs no GPU, and take the JPEG copy of CIFAR-10 along, with the script that decodes it:
 
     python3.12 -m benchmarks.machine_code --arch sm_90 --fill .first_contact --python python3.12
-    cp -r ../shared/data .first_contact/data
+    cp -r FOLDER .first_contact/data  # which holds cifar10_jpeg.npz and decode_cifar10.py
 
 That is for ResNet-20 in bfloat16, whatever N; for visit 2 fill the folder also with `--model wrn28_2 vgg19`. Take the
 tree with .first_contact, which git ignores, anywhere on that machine, and run there
