@@ -11,17 +11,16 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 
-from benchmarks.cpu import ticket
+from benchmarks.steps import step_of
 from benchmarks.timing import header, interleaved, processor, write
 from swamp_fast.backends import has_amx
 from swamp_fast.engines.eager import EagerEngine
 from swamp_fast.engines.fused.engine import FusedEngine, fused_plan
 from swamp_fast.engines.rule import eager_by_rule, kind_of
-from swamp_fast.engines.trainer import first_handle
 from swamp_fast.models import build_model
 from swamp_fast.plan import Plan
 from swamp_fast.problem import Problem, prepare
@@ -50,32 +49,19 @@ def problem_of(model: str, precision: str, batch: int) -> Problem:
     return prepare(network, (images, torch.arange(len(images)) % 10), settings=settings)
 
 
-def step_of(engine: EagerEngine | FusedEngine, problem: Problem, mask: torch.Tensor) -> Callable[[], None]:
-    """A step of LANES particles under a mask [Q]."""
-    bank = engine.spawn(ticket(problem), mask, range(LANES), 1)
-    trainer = engine.trainer
-    assert trainer is not None
-    trainer.way.set_buffers(bank.buffers)
-    trainer.lr.fill_(1e-3)
-    for module in trainer.way.modules:
-        module.train()
-    handle = first_handle(problem, bank)
-    return lambda: trainer.step(handle)
-
-
 def measure(model: str, precision: str, rounds: int, batch: int, cycles: Sequence[int]) -> None:
     """One table."""
     problem = problem_of(model, precision, batch)
     plan = fused_plan(problem)
     assert isinstance(plan, Plan), plan
     eager = EagerEngine(problem, eager_by_rule(problem), None)
-    contenders = {"eager": step_of(eager, problem, problem.mask)}
+    contenders = {"eager": step_of(eager, problem, LANES)}
     drawn = torch.rand(problem.mask.shape, generator=torch.Generator().manual_seed(0))
     densities = {}
     for cycle in cycles:
         mask = problem.mask & (drawn < 0.8**cycle)
         densities[f"fused {cycle}"] = problem.flops(mask) / problem.flops(problem.mask)
-        contenders[f"fused {cycle}"] = step_of(FusedEngine(problem, plan, "benchmark", {}), problem, mask)
+        contenders[f"fused {cycle}"] = step_of(FusedEngine(problem, plan, "benchmark", {}), problem, LANES, mask)
     times = interleaved(contenders, rounds)
     eager_seconds = times["eager"]["median"]
     table = [

@@ -23,12 +23,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.cpu import ticket
+from benchmarks.steps import trainer_of
 from benchmarks.timing import RESULTS, header, interleaved, write
 from swamp_fast import fast_swamp, naive_swamp
 from swamp_fast.engines.fused.check import differs_from_autograd
 from swamp_fast.engines.fused.engine import FusedEngine, fused_plan
-from swamp_fast.engines.trainer import first_handle
 from swamp_fast.models import build_model
 from swamp_fast.plan import Plan
 from swamp_fast.problem import Problem, prepare
@@ -162,16 +161,8 @@ def fused_step(problem: Problem, mask: Tensor) -> tuple[Callable[[], None], int]
     """A step of all lanes by the fused engine, and the bytes of its weights, momentum and SWA means."""
     plan = fused_plan(problem)
     assert isinstance(plan, Plan), plan
-    engine = FusedEngine(problem, plan, "benchmark", {})
-    bank = engine.spawn(ticket(problem), mask, range(LANES), 1)
-    trainer = engine.trainer
-    assert trainer is not None
-    trainer.way.set_buffers(bank.buffers)
-    trainer.lr.fill_(1e-3)
-    for module in trainer.way.modules:
-        module.train()
-    handle = first_handle(problem, bank)
-    size = sum(tensor.numel() * tensor.element_size() for tensor in bank.moving().values())
+    trainer, handle = trainer_of(FusedEngine(problem, plan, "benchmark", {}), problem, LANES, mask)
+    size = sum(tensor.numel() * tensor.element_size() for tensor in trainer.bank.moving().values())
     return lambda: trainer.step(handle), size
 
 

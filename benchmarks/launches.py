@@ -39,7 +39,7 @@ def profiled(step: Step, device: torch.device) -> tuple[list[dict[str, Any]], di
 
 
 def table(events: Iterable[Mapping[str, Any]], steps: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Events of so many steps by kernel and grid, the longest first; and their sums.
+    """Events of `steps` steps by kernel and grid, the longest first; and their sums.
 
     The rate at which the device is busy is over the time from the first launch's begin to the last one's end.
     """
@@ -66,7 +66,7 @@ def table(events: Iterable[Mapping[str, Any]], steps: int) -> tuple[list[dict[st
 
 
 def halo_step(halo: Halo, kind: str, blocks: int, lanes: int, samples: int) -> Step:
-    """A launch of csrc/cuda as in a step, compiled so that a processor can hold so many blocks at once."""
+    """A launch of csrc/cuda as in a step, compiled so that a processor can hold `blocks` blocks at once."""
     device = torch.device("cuda", 0)
     launcher = nvrtc.launcher(device)
 

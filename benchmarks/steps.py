@@ -37,9 +37,14 @@ def problem_of(model: str, particles: int, batch: int, precision: str, device: t
     return prepare(network, (images, torch.arange(len(images)) % 10), settings=settings)
 
 
-def trainer_of(engine: FusedEngine | EagerEngine, problem: Problem, particles: int) -> tuple[Trainer, Tensor]:
-    """An engine's trainer of a fresh bank, and a batch for it. Raises RuntimeError where a GPU captures no graph."""
-    bank = engine.spawn(ticket(problem), problem.mask, range(particles), 1)
+def trainer_of(
+    engine: FusedEngine | EagerEngine, problem: Problem, particles: int, mask: Tensor | None = None
+) -> tuple[Trainer, Tensor]:
+    """An engine's trainer of a fresh bank under a mask [Q], the problem's by default, and a batch for it.
+
+    Raises RuntimeError where a GPU captures no graph.
+    """
+    bank = engine.spawn(ticket(problem), problem.mask if mask is None else mask, range(particles), 1)
     trainer = engine.trainer
     assert trainer is not None
     trainer.way.set_buffers(bank.buffers)
@@ -53,9 +58,9 @@ def trainer_of(engine: FusedEngine | EagerEngine, problem: Problem, particles: i
     return trainer, handle
 
 
-def step_of(engine: FusedEngine | EagerEngine, problem: Problem, particles: int) -> Step:
+def step_of(engine: FusedEngine | EagerEngine, problem: Problem, particles: int, mask: Tensor | None = None) -> Step:
     """A step of all particles, its data gathered and augmented on the device."""
-    trainer, handle = trainer_of(engine, problem, particles)
+    trainer, handle = trainer_of(engine, problem, particles, mask)
     return lambda: trainer.step(handle)
 
 

@@ -401,7 +401,7 @@ def bias_grad(out_grad, grads, first, arrivals):
 
 
 def weight_grad_splits(pixels, weights):
-    """Parts of the gradient of so many weights over so many pixels; by the sizes alone, so that bits are too."""
+    """In how many parts a gradient is summed; it depends on the sizes alone, and so do the bits."""
     return max(1, min(SPLITS, pixels // SPLIT_PIXELS, PART_NUMBERS // weights))
 
 

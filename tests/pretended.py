@@ -276,7 +276,7 @@ def gpu(triton: bool = False, launch: Callable[..., None] | None = None, elsewhe
     """While it is open, torch has the GPU.
 
     triton     whether this project's operations run their Triton kernels, in the interpreter, or those of the CPU
-    launch     stands for swamp_fast.nvrtc.Launcher.__call__; without one the kernels of csrc/cuda can't be had
+    launch     stands for swamp_fast.nvrtc.Launcher.__call__; without one the kernels of csrc/cuda are not available
     elsewhere  whether a second GPU, on which nothing is, is the current one
     """
     from triton.runtime.interpreter import GridExecutor

@@ -321,7 +321,7 @@ def test_a_broken_file_in_the_cache_is_compiled_again(tmp_path, monkeypatch):
 
 @pytest.mark.skipif(nvrtc.why_missing() is not None, reason=f"{nvrtc.why_missing()}")
 def test_no_register_is_spilled_for_more_blocks(tmp_path, monkeypatch):
-    """Asked for so many that nothing would fit, the compiler is asked again for fewer."""
+    """Where the requested number of blocks leaves too few registers, the compiler is asked for fewer."""
     monkeypatch.setenv("SWAMP_FAST_CACHE", str(tmp_path))
     constants, _ = Halo(4, 4, 16, 16).convolve_constants(True, False, False, False, False)
     code = nvrtc.compile_kernel("convolve", {**constants, "MIN_BLOCKS": 6}, "sm_90")

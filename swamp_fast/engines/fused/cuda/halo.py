@@ -264,7 +264,7 @@ def blocks_by_shared(shared_bytes: int) -> int:
 
 @functools.cache
 def in_waves(tiles: int, rows: int, at_once: int) -> int:
-    """How many tiles a block takes, for each of some rows of tiles, if so many blocks run at once.
+    """How many tiles a block takes, where `rows` rows of tiles are to be done and `at_once` blocks run at once.
 
     Blocks run in waves, of which the last may leave most processors idle.
     """
