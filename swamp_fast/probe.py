@@ -182,11 +182,9 @@ def _probe(
             loss.backward(retain_graph=True)
         draws_elsewhere = state != generators_state()
         changed = tuple(
-            name
-            for name, buffer in model.named_buffers()
-            if name not in norms and not torch.equal(buffer, before[name])
+            name for name, buffer in model.named_buffers() if name not in norms and not _same_bits(buffer, before[name])
         )
-        changed += tuple(name for name, p in model.named_parameters() if not torch.equal(p, weights[name]))
+        changed += tuple(name for name, p in model.named_parameters() if not _same_bits(p, weights[name]))
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         uses = dict.fromkeys(names.values(), 0.0)
 
@@ -252,6 +250,12 @@ class _DispatchedReads(TorchDispatchMode):
         if name in READS or by_mask:
             self.reads.found = "a boolean index" if by_mask else name
         return func(*args, **(kwargs or {}))
+
+
+def _same_bits(found: Tensor, expected: Tensor) -> bool:
+    """Whether two tensors of a shape are equal, NaN to NaN too."""
+    found, expected = (each.detach().contiguous().flatten() for each in (found, expected))
+    return torch.equal(found.view(torch.uint8), expected.view(torch.uint8)) if found.numel() else True
 
 
 def _same(found: Any, expected: Any) -> bool:

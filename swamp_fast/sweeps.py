@@ -22,7 +22,7 @@ from swamp_fast import ranks
 from swamp_fast.checkpoint import RunDirectory, run_id, write
 from swamp_fast.config import SwampConfig
 from swamp_fast.driver import swamp
-from swamp_fast.engines import Engine, start_engine
+from swamp_fast.engines import Engine, recorded_selection, start_engine
 from swamp_fast.interval import mean_and_spread
 from swamp_fast.pack import Pack, dealt, packed, packs_of, runs_at_once
 from swamp_fast.probe import Forward, Loss
@@ -252,7 +252,7 @@ def points_of(grid: Grid) -> list[dict[str, Any]]:
 
 
 def _packs(problems: Sequence[Problem], runs: Sequence[SweptRun], console: Console) -> list[Pack]:
-    """The runs that are still to be done. The engine of others like them that were begun here is used again."""
+    """The runs that are still to be done. What a stopwatch chose for others like them is used again."""
     packs = []
     for numbers in packs_of(problems):
         waiting = [number for number in numbers if not _finished(runs[number], problems[number])]
@@ -267,15 +267,16 @@ def _packs(problems: Sequence[Problem], runs: Sequence[SweptRun], console: Conso
 
 
 def _begun_with(run: SweptRun, problem: Problem) -> tuple[dict[str, Any], int] | None:
-    """The engine of a run that was begun in this place, and how many it was trained with."""
-    if run.folder is None or not (run.folder / "run.json").exists():
+    """What a stopwatch chose for a run that was begun in this place, and how many it was trained with."""
+    if problem.config.engine != "fastest" or run.folder is None or not (run.folder / "run.json").exists():
         return None
     try:
         about = RunDirectory(run.folder).about()
     except ValueError:  # what is wrong with it is told when it is opened
         return None
-    same = about["place"] == place_of(problem.device)
-    return (about["engine"], about.get("at_once", 1)) if same and about["engine"] else None
+    engine, at_once = about["engine"], about.get("at_once", 1)
+    usable = about["place"] == place_of(problem.device) and recorded_selection(engine) is not None
+    return (engine, at_once) if usable and isinstance(at_once, int) and at_once > 0 else None
 
 
 def _measured(problems: Sequence[Problem], console: Console) -> tuple[dict[str, Any], int]:
@@ -461,19 +462,28 @@ def _run_pack(
                     progress.failed(number, error)
             if not group:
                 continue
-            first = next(iter(group))
-            try:
-                engine = _engine_for(group[first], begun[first], engine)
-                trainings = [swamp(each.problem, engine, each) for each in group.values()]
-                ends: Sequence[SwampResult | Exception] = packed(engine, trainings)
-            except Exception as error:
-                ends = [error] * len(group)
-            for number, end in zip(group, ends, strict=True):
-                if isinstance(end, Exception):
-                    progress.failed(number, end)
-                else:
-                    runs[number].result = end
+            for alike in _by_engine(group):  # one that was begun elsewhere may have another engine
+                first = next(iter(alike))
+                try:
+                    engine = _engine_for(alike[first], begun[first], engine)
+                    trainings = [swamp(each.problem, engine, each) for each in alike.values()]
+                    ends: Sequence[SwampResult | Exception] = packed(engine, trainings)
+                except Exception as error:
+                    ends = [error] * len(alike)
+                for number, end in zip(alike, ends, strict=True):
+                    if isinstance(end, Exception):
+                        progress.failed(number, end)
+                    else:
+                        runs[number].result = end
         tell()
+
+
+def _by_engine(group: Mapping[int, Run]) -> list[dict[int, Run]]:
+    """The runs of a group by the engine that each has recorded."""
+    found: dict[str, dict[int, Run]] = {}
+    for number, record in group.items():
+        found.setdefault(str(record.engine.get("name")), {})[number] = record
+    return list(found.values())
 
 
 def _engine_for(record: Run, begun: bool, there: Engine | None) -> Engine:

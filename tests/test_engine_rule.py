@@ -108,14 +108,23 @@ def test_channels_last_where_a_convolution_reads_pictures(digits):
 
     choice = format_of(Views())
     assert not choice.channels_last
-    assert "channels last in float64 it raises RuntimeError" in choice.why
+    assert "channels last, in float64, in which that is checked, it raises RuntimeError: view" in choice.why
 
 
 def test_names_are_read_as_they_are_written():
-    for name in ("fused", "eager:lanes", "eager:fold_grouped:channels_last", "fused@0.125,eager:lanes:channels_last"):
+    names = ["fused", "eager:lanes", "eager:fold_grouped:channels_last", "fused@0.125,eager:lanes:channels_last"]
+    for name in (*names, "fused@0.00001,eager:lanes", "fused@0.999999,eager:lanes"):
         assert named(name, "").name == name
         assert SwampConfig(engine=name).engine == name
-    for name in ("fused@1.0,eager:lanes", "fused@0.0,eager:lanes", "eager:", "eager:lanes:last", "fused@0.5", "lanes"):
+    for name in (
+        "fused@1.0,eager:lanes",
+        "fused@0.0,eager:lanes",
+        "fused@0.0000001,eager:lanes",
+        "eager:",
+        "eager:lanes:last",
+        "fused@0.5",
+        "lanes",
+    ):
         assert named(name, "") is None
         with pytest.raises(ValueError, match=f"`engine` must be one of .* got {re.escape(json.dumps(name))}"):
             SwampConfig(engine=name)

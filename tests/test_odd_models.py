@@ -218,7 +218,10 @@ def few(digits):
 @pytest.mark.parametrize("kind", FOLDS + LANES_ONLY + BY_SIZE + EITHER)
 def test_every_way_gives_what_the_naive_loop_gives(kind, way, channels_last, few):
     if channels_last and kind is ViewsAfterConvolution:
-        with pytest.raises(ValueError, match="can't run the model: channels last in float64 it raises RuntimeError"):
+        with pytest.raises(
+            ValueError,
+            match="can't run the model: channels last, in float64, in which that is checked, it raises RuntimeError",
+        ):
             forced(kind, way, channels_last, few)
         return
     if way != "lanes":

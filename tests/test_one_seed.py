@@ -16,6 +16,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from swamp_fast import fast_swamp, models, sweep
 from swamp_fast import sweeps as sweeps_module
+from swamp_fast.engines import _proven_plan
+from swamp_fast.engines.rule import by_rule
+from swamp_fast.problem import prepare
 
 SETTINGS = {"particles": 2, "cycles": 1, "epochs": 2, "ticket_epochs": 1, "batch_size": 48, "device": "cpu"}
 SETTINGS |= {"seed": 1, "progress": False}
@@ -138,3 +141,50 @@ def test_the_name_of_the_engine_gives_the_run_again(kind):
     again = run(kind, engine=first.engine["name"])
     assert again.engine["name"] == first.engine["name"]
     assert digest(again) == digest(first)
+
+
+def signed(seed: int) -> nn.Module:
+    """Weights of one size and random signs: their sums on pictures of few values are often 0, where ReLU bends."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(
+        *(nn.Conv2d(1, 8, 3, padding=1, bias=False), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.ReLU()),
+        *(nn.Flatten(), nn.Linear(512, 10)),
+    )
+    for module in (model[0], model[2]):
+        module.weight.data = 0.1 * module.weight.data.sign()
+    return model
+
+
+def test_the_engine_is_the_model_s_whatever_its_seed(digits):
+    """Also where the first weights are no numbers."""
+    names = set()
+    for seed in range(4):
+        problem = prepare(signed(seed), *digits, settings=SETTINGS | {"seed": seed})
+        names.add(by_rule(problem, _proven_plan(problem)).name)
+    broken = signed(0)
+    broken[0].weight.data[0, 0, 0, 0] = torch.nan
+    problem = prepare(broken, *digits, settings=SETTINGS)
+    assert names | {by_rule(problem, _proven_plan(problem)).name} == {"fused"}
+
+
+@pytest.mark.parametrize("way", ["eager:fold", "eager:fold_grouped"])
+def test_folded_runs_of_a_sweep_are_what_they_are_alone(way, monkeypatch):
+    """On a CPU; a folded lane's bits depend on how many stand beside it."""
+    monkeypatch.setattr(sweeps_module, "runs_at_once", lambda engine, problems: (3, "forced"))
+    common = {name: value for name, value in SETTINGS.items() if name != "seed"} | {"engine": way, "batch_size": 7}
+    model = nn.Sequential(nn.Conv2d(1, 6, 3), nn.GELU(), nn.Flatten(), nn.Linear(216, 10))
+    for each in sweep(model, data("fused"), grid={"seed": [1, 2, 3]}, **common).runs:
+        assert digest(each.result) == digest(fast_swamp(model, data("fused"), **common, **each.point))
+
+
+def test_a_sweep_takes_no_engine_from_a_damaged_record(tmp_path):
+    """New runs beside it are trained; the damaged one's error is its own."""
+    common = {name: value for name, value in SETTINGS.items() if name != "seed"} | {"engine": "fastest"}
+    common |= {"cycles": 0, "ticket_epochs": 0}
+    sweep(made("eager"), data("eager"), grid={"seed": [1]}, out=tmp_path, **common)
+    (path,) = tmp_path.glob("runs/*/run.json")
+    about = json.loads(path.read_text())
+    path.write_text(json.dumps({**about, "engine": {**about["engine"], "name": None}, "at_once": "x"}))
+    found = sweep(made("eager"), data("eager"), grid={"seed": [1, 2]}, out=tmp_path, **common)
+    assert found.runs[1].error is None
+    assert found.runs[1].result.engine["name"].startswith("eager:")

@@ -30,7 +30,7 @@ def start_engine(problem: Problem, run: Run) -> Engine:
     Raises ValueError for an engine that can't run the model.
     """
     run.console.status("choosing the engine")
-    wanted = run.engine.get("name", "") if run.engine else problem.config.engine
+    wanted = str(run.engine.get("name")) if run.engine else problem.config.engine
     plan = "it was not requested" if wanted.startswith("eager") else _proven_plan(problem)  # by all ranks at a time
     mine: list[Engine] = []
 
@@ -83,7 +83,8 @@ def _fastest(problem: Problem, plan: Plan | str) -> Selection:
         return Selection(0.0, choice, figures)
     densities = [flop_density(problem, mask) for mask in masks]
     share = (eager_seconds - last) / (first - last)  # between the two, time is about linear in the FLOP density
-    return Selection(max(0.001, round(densities[1] + share * (densities[0] - densities[1]), 3)), choice, figures)
+    crossover = round(densities[1] + share * (densities[0] - densities[1]), 3)
+    return Selection(min(max(crossover, 0.001), 0.999), choice, figures)
 
 
 def _started(
@@ -112,9 +113,8 @@ def _started(
 def _recorded(problem: Problem, plan: Plan | str, run: Run) -> Engine:
     """The engine of a run that goes on."""
     there = run.engine
-    selection = named(there.get("name", ""), there.get("why", ""))
-    needed = () if selection is None or "@" not in selection.name else ("fused", "engines")
-    if selection is None or any(name not in there for name in needed):
+    selection = recorded_selection(there)
+    if selection is None:
         raise ValueError(
             f"the run's run.json tells no engine that this version knows (name = {there.get('name')!r}): an earlier "
             "version wrote it, or it is damaged. Name another run_dir to start afresh."
@@ -122,6 +122,21 @@ def _recorded(problem: Problem, plan: Plan | str, run: Run) -> Engine:
     if selection.fused_up_to > 0 and isinstance(plan, str):
         raise ValueError(f"the run was begun by the fused engine, which can't run the model here: {plan}.")
     return _started(problem, selection, plan, run, there)
+
+
+def recorded_selection(there: dict[str, Any]) -> Selection | None:
+    """What a run's record of its engine selects; None for a record that is damaged or of another version."""
+    selection = named(there.get("name"), str(there.get("why", "")))
+    if selection is None:
+        return None
+    parts: list[Any] = [there]
+    if selection.eager is not None and selection.fused_up_to > 0:
+        parts += [there.get("fused"), there.get("eager"), there.get("engines")]
+    if not all(isinstance(part, dict) for part in parts):
+        return None
+    rows = [part.get("rows", {}) for part in parts]
+    whole = all(isinstance(each, dict) and all(isinstance(own, dict) for own in each.values()) for each in rows)
+    return selection if whole else None
 
 
 def _new_fused(problem: Problem, plan: Plan, why: str) -> FusedEngine:

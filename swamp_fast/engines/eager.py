@@ -36,7 +36,9 @@ class EagerEngine(OfOneTrainer):
         self.problem, self.choice, self.why_not_fused = problem, choice, why_not_fused
         self.why = f"{choice}" + (f"; not the fused engine: {why_not_fused}" if why_not_fused else "")
         self.trainer = None
-        self.joins = not problem.probe.keeps_state
+        # On a CPU a folded lane's bits depend on how many stand beside it, and those of a run are to be its own.
+        apart = choice.way != "lanes" and problem.device.type == "cpu"
+        self.joins = not problem.probe.keeps_state and not apart
         self.evaluated: tuple[Tensor, Way] | None = None
 
     @property

@@ -76,7 +76,7 @@ class Choice:
 class Selection:
     """The engines of a run: the fused one under masks up to a FLOP density, the eager one under denser ones.
 
-    fused_up_to  0: the eager engine always; 1: the fused engine always
+    fused_up_to  0: the eager engine always; 1: the fused engine always; between them, of at most 6 decimal places
     eager        None where the fused engine runs always
     """
 
@@ -89,12 +89,13 @@ class Selection:
         """As in the setting `engine`."""
         if self.eager is None:
             return "fused"
-        return f"fused@{self.fused_up_to:.12g},{self.eager.name}" if self.fused_up_to > 0 else self.eager.name
+        up_to = f"{self.fused_up_to:.6f}".rstrip("0")
+        return f"fused@{up_to},{self.eager.name}" if self.fused_up_to > 0 else self.eager.name
 
 
-def named(name: str, why: str) -> Selection | None:
+def named(name: object, why: str) -> Selection | None:
     """What a name selects; None for what is no name of an engine."""
-    found = ENGINE_NAME.fullmatch(name)
+    found = ENGINE_NAME.fullmatch(name) if isinstance(name, str) else None
     if found is None:
         return None
     if found["way"] is None:
