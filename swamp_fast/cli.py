@@ -307,7 +307,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"swamp_fast {__version__}")
     commands = parser.add_subparsers(
         required=True,
-        metavar="demo | run | sweep | compare | show | analyze | ticket | report | plan | backends | kernels",
+        metavar="demo | run | sweep | compare | show | analyze | ticket | report | plan | backends",
     )
 
     each = commands.add_parser("demo", help=demo.__doc__, description=demo.__doc__)
