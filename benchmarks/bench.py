@@ -12,10 +12,10 @@ import torch
 from benchmarks import timing
 from benchmarks.steps import Step, problem_of, step_of
 from swamp_fast.engines.fused.check import differs_from_autograd, tensor_cores
+from swamp_fast.engines.fused.cuda.nvrtc import Launch
 from swamp_fast.engines.fused.engine import FusedEngine, faster_branch, fused_plan, timed_lanes
-from swamp_fast.nvrtc import Launch
-from swamp_fast.plan import Plan
-from swamp_fast.problem import Problem
+from swamp_fast.engines.fused.plan import Plan
+from swamp_fast.problem.problem import Problem
 
 ROUNDS = 10
 STEPS = 20  # between two looks at the clock

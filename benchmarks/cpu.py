@@ -16,14 +16,15 @@ import torch
 
 from benchmarks.timing import header, interleaved, write
 from swamp_fast import naive, ops
-from swamp_fast.bank import Solution
-from swamp_fast.engines.eager import EagerEngine
-from swamp_fast.engines.rule import eager_by_rule
+from swamp_fast.engines.eager.engine import EagerEngine
+from swamp_fast.engines.selection import eager_by_rule
 from swamp_fast.models import build_model
 from swamp_fast.ops import reference
-from swamp_fast.problem import Problem, prepare
-from swamp_fast.run import Run
-from swamp_fast.schedule import cycle_training
+from swamp_fast.particles.bank import Solution
+from swamp_fast.particles.schedule import cycle_training
+from swamp_fast.problem.prepare import prepare
+from swamp_fast.problem.problem import Problem
+from swamp_fast.runs.record import Run
 
 COMMAND = "python -m benchmarks.cpu --only"
 

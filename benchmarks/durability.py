@@ -26,10 +26,10 @@ from torch import Tensor, nn
 
 from benchmarks.timing import header, summary, write
 from swamp_fast import SwampConfig, SwampResult, fast_swamp
-from swamp_fast.checkpoint import RunDirectory, Unfinished
+from swamp_fast.cycle.training import Watch
 from swamp_fast.models import build_model
-from swamp_fast.run import Run
-from swamp_fast.watch import Watch
+from swamp_fast.runs.checkpoint import RunDirectory, Unfinished
+from swamp_fast.runs.record import Run
 
 ROOT = Path(__file__).parent.parent
 ENGINES = ("eager", "fused", "by density")

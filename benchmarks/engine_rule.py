@@ -17,13 +17,14 @@ import torch
 
 from benchmarks.steps import step_of
 from benchmarks.timing import header, interleaved, processor, write
-from swamp_fast.backends import has_amx
-from swamp_fast.engines.eager import EagerEngine
+from swamp_fast.engines.eager.engine import EagerEngine
 from swamp_fast.engines.fused.engine import FusedEngine, fused_plan
-from swamp_fast.engines.rule import eager_by_rule, kind_of
+from swamp_fast.engines.fused.plan import Plan
+from swamp_fast.engines.selection import eager_by_rule, kind_of
 from swamp_fast.models import build_model
-from swamp_fast.plan import Plan
-from swamp_fast.problem import Problem, prepare
+from swamp_fast.ops.backends import has_amx
+from swamp_fast.problem.prepare import prepare
+from swamp_fast.problem.problem import Problem
 
 LANES = 2
 PRECISIONS = ("float32", "bfloat16", "float64")

@@ -20,11 +20,11 @@ import torch
 from torch import nn
 
 from benchmarks.timing import RESULTS, header, write
-from swamp_fast import compare, ranks
+from swamp_fast import compare, distributed
 from swamp_fast.analysis import Analysis, averages, barrier_matrix, consecutive, hessian_trace, mask_overlap, particles
-from swamp_fast.compare import Comparison
 from swamp_fast.data.sources import Arrays, open_source
-from swamp_fast.result import SwampResult
+from swamp_fast.runs.result import SwampResult
+from swamp_fast.studies.compare import Comparison
 
 METHODS = ["swamp", "imp", "imp+swa", "swamp-sgd", "imp-swa-schedule", "imp-long", "imp-fine", "one-shot", "random"]
 LOOKED_AT = ["swamp", "imp+swa", "imp"]  # of which the geometry is shown
@@ -56,7 +56,7 @@ def splits(given: argparse.Namespace) -> dict[str, Split]:
 
 def geometry(compared: Comparison, data: dict[str, Split], given: argparse.Namespace) -> list[dict[str, Any]]:
     """Barriers and traces of each run of this rank's, a row a method, seed and cycle."""
-    job, rows = ranks.current(), []
+    job, rows = distributed.current(), []
     pairs = [(method, seed) for seed in range(given.seeds) for method in LOOKED_AT]
     for method, seed in pairs[job.rank :: job.world]:
         result = compared.runs[method, seed][0].result
@@ -124,7 +124,7 @@ def tables(compared: Comparison, rows: list[dict[str, Any]], given: argparse.Nam
         "model": "LeNet-300-100",
         "seeds": given.seeds,
         **settings(given),
-        "ranks": ranks.current().world,
+        "ranks": distributed.current().world,
         "test accuracy, %": "mean ± standard deviation over seeds; * at least dense SGD's and dense SWA's mean",
         "brackets": "95 % intervals of Student's t over seeds",
     }
@@ -185,7 +185,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--probes", type=int, default=64)
     given = parser.parse_args()
-    with ranks.start("cpu") as job:
+    with distributed.start("cpu") as job:
         data = splits(given)
         compared = compare(
             *(lenet, data["train"], data["test"], METHODS, range(given.seeds)),

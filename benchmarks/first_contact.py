@@ -72,18 +72,29 @@ def children(
 
     if visit == 1:
         probe = [sys.executable, "-m", "benchmarks.probe", *(["--rehearse"] if rehearse else [])]
-        on_gpu = [f"tests/test_{name}.py" for name in ("capture", "durability", "optimizers")]
+        names = ("engines/test_capture", "runs/test_interruption", "engines/test_optimizers")
+        on_gpu = [f"tests/{name}.py" for name in names]
         return [
             Child("probe", 60, probe),
-            tests("cuda_kernels", 90, "tests/test_cuda_kernels.py", tiny="test_a_constant_channel or test_every_size"),
+            tests(
+                "cuda_kernels",
+                90,
+                "tests/engines/fused/test_cuda_kernels.py",
+                tiny="test_a_constant_channel or test_every_size",
+            ),
             slice_("ceilings", 30),
             slice_("step", 120),
             slice_("profile", 75),
             slice_("light", 75),
-            tests("fused_engine", 110, "tests/test_fused_cuda.py", tiny="test_cross_entropy or test_lanes_in_cache"),
+            tests(
+                "fused_engine",
+                110,
+                "tests/engines/fused/test_fused_cuda.py",
+                tiny="test_cross_entropy or test_lanes_in_cache",
+            ),
             tests("capture_and_resume", 75, "-m", "gpu", *on_gpu),
             slice_("bank", 40),
-            tests("ops", 80, "-m", "gpu", *(f"tests/test_{name}.py" for name in OPS)),
+            tests("ops", 80, "-m", "gpu", *(f"tests/ops/test_{name}.py" for name in OPS)),
             slice_("epoch", 75),
         ]
     protocol = [sys.executable, "-m", "benchmarks.protocol", "--out", str(work.with_name("protocol"))]

@@ -28,9 +28,10 @@ from benchmarks.timing import RESULTS, header, interleaved, write
 from swamp_fast import fast_swamp, naive_swamp
 from swamp_fast.engines.fused.check import differs_from_autograd
 from swamp_fast.engines.fused.engine import FusedEngine, fused_plan
+from swamp_fast.engines.fused.plan import Plan
 from swamp_fast.models import build_model
-from swamp_fast.plan import Plan
-from swamp_fast.problem import Problem, prepare
+from swamp_fast.problem.prepare import prepare
+from swamp_fast.problem.problem import Problem
 
 LANES, BATCH = 4, 128
 SHAPES = {"resnet20": (3, 32, 32), "vgg13": (3, 32, 32), "mlp": (1, 28, 28)}
@@ -266,7 +267,7 @@ def seeds(data: Path | None, count: int = 5) -> None:
         ("fused, bfloat16", fast_swamp, "fused", "bfloat16"),
     ):
         if data is not None and engine == "eager":
-            continue  # tests/test_equivalence.py holds it to the naive loop, whose time it takes
+            continue  # tests/engines/test_equivalence.py holds it to the naive loop, whose time it takes
         accuracies = []
         for seed in range(count):
             with torch.random.fork_rng():

@@ -35,16 +35,16 @@ from benchmarks.fused import LANES, pictures, stacked_step
 from benchmarks.launches import HALO_KINDS, halo_step, profiled
 from benchmarks.steps import Loop, Step, errors, in_one_graph, step_of
 from swamp_fast import SwampResult, fast_swamp, naive_swamp, ops
-from swamp_fast.engines.eager import EagerEngine
+from swamp_fast.engines.eager.engine import EagerEngine
 from swamp_fast.engines.fused.cuda.halo import Halo
-from swamp_fast.engines.rule import eager_by_rule
-from swamp_fast.estimate import estimate, measured_ceilings
+from swamp_fast.engines.fused.estimate import estimate, measured_ceilings
+from swamp_fast.engines.selection import eager_by_rule
 from swamp_fast.models import build_model
 
 
 def tests(bench: Bench) -> None:
     """The tests of the fused engine's kernels, which run on a GPU where there is one, and all that need one."""
-    kernels = [["tests/test_cuda_kernels.py"], ["tests/test_fused_cuda.py", "--slow"]]
+    kernels = [["tests/engines/fused/test_cuda_kernels.py"], ["tests/engines/fused/test_fused_cuda.py", "--slow"]]
     rows: list[dict[str, Any]] = []
     for options in [] if bench.rehearse else [*kernels, ["-m", "gpu"]]:
         rows.append(_pytest(options))

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from benchmarks.steps import Step
-from swamp_fast import nvrtc
+from swamp_fast.engines.fused.cuda import nvrtc
 from swamp_fast.engines.fused.cuda.halo import Halo, Prologue, Statistics
 
 KINDS = ("kernel", "gpu_memcpy", "gpu_memset")  # of the profiler's events

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from benchmarks.timing import header, interleaved, write
 from swamp_fast.engines.fused.compact import Compact
 from swamp_fast.engines.fused.cpu.program import Program
-from swamp_fast.layout import Layout
-from swamp_fast.trace import plan_of
+from swamp_fast.engines.fused.trace import plan_of
+from swamp_fast.particles.layout import Layout
 
 BATCH = 128
 LAYERS = ((16, 32), (32, 16), (64, 8))  # channels and width of the map

@@ -26,9 +26,10 @@ from typing import Any
 import torch
 
 from benchmarks.precompile import build_extension, compiling, fill
-from swamp_fast import nvrtc
 from swamp_fast.config import CHOICES
+from swamp_fast.engines.fused.cuda import nvrtc
 from swamp_fast.engines.fused.cuda.halo import PIXELS, Halo, Statistics, blocks_at_once
+from swamp_fast.ops.backends import why_no_nvrtc
 
 BATCH = 128
 WARPS = 8  # of a block of csrc/cuda
@@ -75,7 +76,7 @@ def compiled(arch: str) -> list[Compiled]:
 
 def cuda_kernels(arch: str) -> list[Compiled]:
     """The kernels of csrc/cuda. Raises RuntimeError without NVRTC, or for what doesn't compile."""
-    reason = nvrtc.why_missing()
+    reason = why_no_nvrtc()
     if reason is not None:
         raise RuntimeError(f"the CUDA kernels can't be compiled here: {reason}.")
     found = []
@@ -162,7 +163,7 @@ def _launch_bank_kernels() -> None:
         masked_sgd,
         particle_mean,
         philox,
-    )  # fmt: skip
+    )
 
     for lanes in (1, 3):
         keys = torch.zeros(lanes, 3, dtype=torch.int64)

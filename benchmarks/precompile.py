@@ -30,15 +30,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.first_contact import NOT_CARRIED, relocate
 from benchmarks.steps import problem_of
 from benchmarks.timing import ROOT, commit
-from swamp_fast import nvrtc, ops
-from swamp_fast.bank import initial
+from swamp_fast import ops
 from swamp_fast.engines.fused.check import differs_from_autograd, tensor_cores_differ
-from swamp_fast.engines.fused.cuda.lanes import CudaPrograms, lanes_in_cache
+from swamp_fast.engines.fused.cuda import nvrtc
+from swamp_fast.engines.fused.cuda.runner import CudaPrograms, lanes_in_cache
 from swamp_fast.engines.fused.engine import FusedEngine, fused_plan
+from swamp_fast.engines.fused.plan import Plan
 from swamp_fast.engines.trainer import first_handle
-from swamp_fast.ops._contract import triton_kernels
-from swamp_fast.plan import Plan
-from swamp_fast.problem import Problem
+from swamp_fast.ops.backends import why_no_nvrtc
+from swamp_fast.ops.contracts import triton_kernels
+from swamp_fast.problem.problem import Problem
+from swamp_fast.problem.solutions import initial
 
 GPU = torch.device("cuda", 0)
 CACHE = 50 << 20  # bytes of the second-level cache of an H100 and an H200, for the lanes of a branch
@@ -148,7 +150,7 @@ def fill(
     """
     from triton import knobs
 
-    missing = nvrtc.why_missing()
+    missing = why_no_nvrtc()
     if missing is not None and "bfloat16" in precisions:
         raise RuntimeError(f"the CUDA kernels can't be compiled here: {missing}.")
     folder = folder.resolve()

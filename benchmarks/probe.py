@@ -19,10 +19,12 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from benchmarks.timing import commit
-from swamp_fast import backends, nvrtc, ops
+from swamp_fast import backends, ops
 from swamp_fast.engines.fused.check import tensor_cores_differ
+from swamp_fast.engines.fused.cuda import nvrtc
 from swamp_fast.engines.fused.cuda.halo import Halo
 from swamp_fast.ops import reference
+from swamp_fast.ops.backends import why_no_nvrtc
 
 PACKAGES = ["torch", "triton", "numpy", "safetensors", "cuda-bindings", "nvidia-cuda-nvrtc", "packaging", "pytest"]
 PACKAGES += ["pytest-xdist", "hypothesis", "scikit-learn", "pillow", "setuptools", "pybind11"]
@@ -55,7 +57,7 @@ def extension() -> str:
 
 def compiles() -> str:
     """NVRTC, which needs no GPU."""
-    reason = nvrtc.why_missing()
+    reason = why_no_nvrtc()
     if reason is not None:
         raise RuntimeError(reason)
     began = time.perf_counter()

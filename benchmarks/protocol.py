@@ -54,11 +54,19 @@ from benchmarks import gpu, protocol_results, timing
 from benchmarks.cifar10 import decoded
 from swamp_fast import SwampConfig, naive_swamp, sweep
 from swamp_fast.analysis import Analysis, hessian_trace, loss_barrier
-from swamp_fast.checkpoint import RunDirectory, Snapshot, checksum, load_tensors, read_snapshot, save_tensors, write
-from swamp_fast.estimate import estimate, measured_ceilings
+from swamp_fast.engines.fused.estimate import estimate, measured_ceilings
 from swamp_fast.methods import METHODS
 from swamp_fast.models import build_model
-from swamp_fast.problem import prepare
+from swamp_fast.problem.prepare import prepare
+from swamp_fast.runs.checkpoint import (
+    RunDirectory,
+    Snapshot,
+    checksum,
+    load_tensors,
+    read_snapshot,
+    save_tensors,
+    write,
+)
 
 SOFT = 0.9  # of the budget: a run that is under way then stops in order; what has not stopped at its end stops at once
 LOOKED_AT = 3  # seeds whose runs are analysed

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.timing import write
-from swamp_fast.interval import half_width
+from swamp_fast.common.statistics import half_width
 from swamp_fast.report.drawings import lines_over_density, save
 
 KEPT = ("cycle", "density", "particles", "accuracy", "loss", "mean_accuracy", "best_accuracy", "ensemble_accuracy",

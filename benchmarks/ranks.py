@@ -22,7 +22,7 @@ import torch
 
 from benchmarks.durability import small_run, workers
 from benchmarks.timing import header, summary, write
-from swamp_fast import fast_swamp, ranks
+from swamp_fast import distributed, fast_swamp
 from swamp_fast.models import build_model
 
 
@@ -50,7 +50,7 @@ def as_rank(rank: int, world: int, port: int, logs: str, target: Callable[..., N
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
     torch.set_num_threads(1)
-    with ranks.start("cpu"):
+    with distributed.start("cpu"):
         target(*args)
 
 
@@ -70,7 +70,7 @@ def cycles(given: argparse.Namespace, out: str) -> None:
     settings |= {"ticket_epochs": 0, "batch_size": 128, "augment": "crop_flip", "device": "cpu", "progress": False}
     model = build_model("resnet20", 3, 32, 32, 10)
     result = fast_swamp(model, (pictures, labels), (pictures[:512], labels[:512]), **settings)
-    if ranks.current().first:
+    if distributed.current().first:
         Path(out).write_text(json.dumps(result.history))
 
 

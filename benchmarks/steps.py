@@ -12,13 +12,14 @@ from torch import Tensor
 
 from benchmarks.cpu import ticket
 from swamp_fast.data.store import Batch
-from swamp_fast.engines.check import in_float64
-from swamp_fast.engines.eager import EagerEngine
+from swamp_fast.engines.eager.check import in_float64
+from swamp_fast.engines.eager.engine import EagerEngine
+from swamp_fast.engines.eager.lane_by_lane import LaneByLane
 from swamp_fast.engines.fused.engine import FusedEngine
-from swamp_fast.engines.lanes import LaneByLane
 from swamp_fast.engines.trainer import Trainer, first_handle
 from swamp_fast.models import build_model
-from swamp_fast.problem import Problem, prepare
+from swamp_fast.problem.prepare import prepare
+from swamp_fast.problem.problem import Problem
 
 Step = Callable[[], object]
 LR = 1e-3

@@ -11,13 +11,13 @@ The letters of all shapes:
 """
 
 from swamp_fast import ops
-from swamp_fast.backends import backends
-from swamp_fast.compare import Comparison, compare
 from swamp_fast.config import SwampConfig
 from swamp_fast.driver import fast_swamp
 from swamp_fast.naive import naive_swamp
-from swamp_fast.result import SwampResult
-from swamp_fast.sweeps import SweepResult, sweep
+from swamp_fast.ops.backends import backends
+from swamp_fast.runs.result import SwampResult
+from swamp_fast.studies.compare import Comparison, compare
+from swamp_fast.studies.sweep import SweepResult, sweep
 from swamp_fast.version import __version__
 
 __all__ = [

@@ -14,23 +14,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from swamp_fast import ops, ranks
-from swamp_fast.bank import Solution, initial
-from swamp_fast.batchnorm import reestimate
+from swamp_fast import distributed, ops
+from swamp_fast.common.exclusive import one_at_a_time
+from swamp_fast.common.format import percent
+from swamp_fast.common.memory import peak_memory
 from swamp_fast.config import SwampConfig
-from swamp_fast.data.streams import at_time
-from swamp_fast.engines import Engine, start_engine
-from swamp_fast.evaluate import score, score_row
-from swamp_fast.memory import peak_memory
-from swamp_fast.probe import Forward, Loss
-from swamp_fast.problem import OnCycle, Problem, prepare
-from swamp_fast.prunable import Prunable
-from swamp_fast.prune import by_layer, drawn, particles_score, pruned
-from swamp_fast.report.console import percent
-from swamp_fast.result import SwampResult
-from swamp_fast.run import Run, one_at_a_time
-from swamp_fast.schedule import cycle_training, ticket_training
-from swamp_fast.watch import Asked, Particles, SideBySide, Trained, Trainings, alone
+from swamp_fast.cycle.averaging import reestimate
+from swamp_fast.cycle.evaluation import score, score_row
+from swamp_fast.cycle.pruning import drawn, particles_score, pruned
+from swamp_fast.cycle.training import Asked, Particles, SideBySide, Trained, Trainings, alone
+from swamp_fast.engines.start import Engine, start_engine
+from swamp_fast.particles.bank import Solution
+from swamp_fast.particles.layout import by_layer
+from swamp_fast.particles.random import at_time
+from swamp_fast.particles.schedule import cycle_training, ticket_training
+from swamp_fast.problem.prepare import prepare
+from swamp_fast.problem.probe import Forward, Loss
+from swamp_fast.problem.problem import OnCycle, Problem
+from swamp_fast.problem.prunable import Prunable
+from swamp_fast.problem.solutions import initial, solution_of, state_of
+from swamp_fast.runs.record import Run
+from swamp_fast.runs.result import SwampResult
 
 
 @one_at_a_time
@@ -74,7 +78,7 @@ def fast_swamp(
     torch.distributed the ranks share the particles; all call with the same arguments, and get the same result.
     Source: arXiv 2305.14852, algorithm 1; what is ours in it is marked in SwampConfig.
     """
-    with ranks.current().watched() as job:
+    with distributed.current().watched() as job:
         problem = prepare(
             *(model, train, test),
             val=val,
@@ -110,11 +114,11 @@ def swamp(problem: Problem, engine: Engine, run: Run) -> Trainings[SwampResult]:
         average, particles, scores = run.ranks.decided(partial(combined, problem, trained.side_by_side, found, keep))
         row = {**about_cycle(problem, trained, mask, cycle), **scores}
         if keep:
-            run.keep_particles([named(problem, particle) for particle in particles])
+            run.keep_particles([state_of(problem, particle) for particle in particles])
         score = run.ranks.decided(partial(mask_score, problem, found, cycle))
         row["seconds"], row["peak_memory"] = time.perf_counter() - began, peak_memory(problem.device)
         run.keep_engine(run.ranks.decided(engine.describe))
-        run.keep_cycle(named(problem, average), problem.layout.mask_views(mask), row, score)
+        run.keep_cycle(state_of(problem, average), problem.layout.mask_views(mask), row, score)
     return run.result()
 
 
@@ -127,9 +131,9 @@ def train_ticket(problem: Problem, run: Run) -> Trainings[Solution]:
             trained = yield Asked(run, None, start, full, 1, ticket_training(problem.config), "ticket")
             found = trained.particles(averaged=False)
             start = Solution(found.weights[0].clone(), {name: each[0] for name, each in found.buffers.items()})
-        run.keep_ticket(named(problem, start))
+        run.keep_ticket(state_of(problem, start))
     assert run.ticket is not None
-    return solution(problem, run.ticket)
+    return solution_of(problem, run.ticket)
 
 
 def resumed(problem: Problem, run: Run, ticket: Solution) -> tuple[Solution, Tensor]:
@@ -140,7 +144,7 @@ def resumed(problem: Problem, run: Run, ticket: Solution) -> tuple[Solution, Ten
     mask = torch.zeros_like(problem.mask)
     for name, view in problem.layout.mask_views(mask).items():
         view.copy_(last.masks[name])
-    return solution(problem, last.state), mask
+    return solution_of(problem, last.state), mask
 
 
 def of_cycle(problem: Problem, run: Run, cycle: int, start: Solution, mask: Tensor) -> Asked:
@@ -223,15 +227,3 @@ def about_cycle(problem: Problem, trained: Trained, mask: Tensor, cycle: int) ->
 def mean_buffer(each: Tensor) -> Tensor:
     """The average's buffer from the particles' [N, ...]: their mean, or the first of what is no number to average."""
     return each.double().mean(0).to(each.dtype) if each.is_floating_point() else each[0]
-
-
-def solution(problem: Problem, state: Mapping[str, Tensor]) -> Solution:
-    """Named parameters and buffers as a vector on the device, and buffers."""
-    buffers = {name: state[name].to(problem.device, copy=True) for name, _ in problem.template.named_buffers()}
-    return Solution(problem.layout.flat(state, problem.dtype, problem.device), buffers)
-
-
-def named(problem: Problem, found: Solution) -> dict[str, Tensor]:
-    """The inverse of `solution`; frozen parameters included."""
-    frozen = {name: p for name, p in problem.template.named_parameters() if not p.requires_grad}
-    return {**frozen, **problem.layout.views(found.weights), **found.buffers}

@@ -16,16 +16,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from swamp_fast.common.exclusive import one_at_a_time
+from swamp_fast.common.memory import peak_memory
 from swamp_fast.config import SwampConfig
 from swamp_fast.data.store import Data, pass_in_stored_order
-from swamp_fast.data.streams import at_time, epoch_order, evaluation_time, lane_keys, layer_order, stream_of
-from swamp_fast.dropout import DropoutStream
-from swamp_fast.memory import peak_memory
-from swamp_fast.probe import Forward, Loss
-from swamp_fast.problem import OnCycle, Problem, prepare
-from swamp_fast.prunable import Prunable
-from swamp_fast.result import SwampResult
-from swamp_fast.run import Run, one_at_a_time
+from swamp_fast.particles.dropout import DropoutStream
+from swamp_fast.particles.random import at_time, epoch_order, evaluation_time, lane_keys, layer_order, stream_of
+from swamp_fast.problem.prepare import prepare
+from swamp_fast.problem.probe import Forward, Loss
+from swamp_fast.problem.problem import OnCycle, Problem
+from swamp_fast.problem.prunable import Prunable
+from swamp_fast.runs.record import Run
+from swamp_fast.runs.result import SwampResult
 
 State = dict[str, Tensor]
 
@@ -102,7 +104,7 @@ def naive_swamp(
             average = mean_of(list(particles.values()))
             models = {**particles, config.particles_at(cycle): average}  # the average's stream is the next
             for number, each in models.items():
-                reestimate_batchnorm(problem, each, evaluation_keys(problem, cycle, number))
+                reestimate_batchnorm(problem, each, problem.keys_of(cycle, number))
             kept = sum(int(mask.sum()) for mask in masks.values())
             scored, best = scores(problem, models, cycle)
             if config.combine == "best":
@@ -319,23 +321,11 @@ def reestimate_batchnorm(problem: Problem, model: nn.Module, keys: Tensor) -> No
     batches = pass_in_stored_order(problem.train, problem.config.batch_size) if norms else ()
     for number, (inputs, _, samples) in enumerate(batches):
         count = samples  # the weight of every call in this batch
-        outputs_of(problem, model, inputs, at_time(keys, evaluation_time(0, number)))
+        problem.outputs(model, inputs, at_time(keys, evaluation_time(0, number)))
     for norm, momentum, hook in zip(norms, momenta, hooks, strict=True):
         norm.momentum = momentum
         norm.eval()
         hook.remove()
-
-
-def evaluation_keys(problem: Problem, cycle: int, number: int) -> Tensor:
-    """What a model draws with outside training; the average comes after the particles."""
-    return lane_keys([problem.config.seed], [stream_of(cycle, number)], problem.device)
-
-
-def outputs_of(problem: Problem, model: nn.Module, inputs: Any, key: Tensor) -> Any:
-    """A forward outside training."""
-    problem.seeded(key)
-    with DropoutStream(key), problem.autocast():
-        return problem.forward(model, inputs)
 
 
 def scores(problem: Problem, models: dict[int, nn.Module], cycle: int) -> tuple[dict[str, Any], int]:
@@ -358,7 +348,7 @@ def scores(problem: Problem, models: dict[int, nn.Module], cycle: int) -> tuple[
         ]
     )
     test, val = problem.test, problem.val
-    keyed = [(model, evaluation_keys(problem, cycle, number)) for number, model in models.items()]
+    keyed = [(model, problem.keys_of(cycle, number)) for number, model in models.items()]
     best = 0
     if val is not None:
         *each, average = [evaluate(problem, model, val, key, 2) for model, key in keyed]
@@ -388,7 +378,7 @@ def evaluate(
     """Mean loss, accuracy, and the softmax of every sample; the last two None where there are no classes."""
     loss, outputs = 0.0, []
     for number, (inputs, targets, count) in enumerate(pass_in_stored_order(data, problem.config.batch_size)):
-        output = outputs_of(problem, model, inputs, at_time(keys, evaluation_time(which, number)))
+        output = problem.outputs(model, inputs, at_time(keys, evaluation_time(which, number)))
         loss += float(problem.losses(output, targets).double().mean()) * count
         outputs.append(output)
     if not problem.classifies:

@@ -10,13 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-HAS_GPU = torch.cuda.is_available()
-if not HAS_GPU:
+if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell leaves it to what it runs in the background
     signal.signal(signal.SIGINT, signal.default_int_handler)
-sys.path.insert(0, str(Path(__file__).parent))  # importlib mode finds no neighbours: networks, tolerances
-from skips import GPU, HAS_A_GPU, SLOW, pytest_sessionfinish, pytest_terminal_summary  # noqa: E402, F401
+sys.path.insert(0, str(Path(__file__).parent / "support"))  # importlib mode finds no neighbours
+from skips import GPU, HAS_A_GPU, HAS_GPU, SLOW, pytest_sessionfinish, pytest_terminal_summary  # noqa: F401
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from swamp_fast import SwampConfig, fast_swamp, naive_swamp
-from swamp_fast.prune import kept_after
+from swamp_fast.particles.schedule import kept_after
 
 SETTINGS = {
     "engine": "eager",

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from paths import ROOT
 
 TESTS = """
 import pytest
@@ -29,7 +29,7 @@ def test_passes(): pass
 def run(tmp_path):
     """Runs a selection of TESTS under the hooks alone: the exit status and what was printed."""
     (tmp_path / "conftest.py").write_text(
-        f"import sys\nsys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        f"import sys\nsys.path.insert(0, {str(ROOT / 'tests' / 'support')!r})\n"
         "from skips import pytest_sessionfinish, pytest_terminal_summary\n"
     )
     (tmp_path / "test_few.py").write_text(TESTS)

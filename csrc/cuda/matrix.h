@@ -1,5 +1,5 @@
 // The instructions that the kernels are made of: 8x8 matrices of bfloat16 out of shared memory, and their products.
-// tests/host/matrix.h has the same names for a CPU.
+// tests/support/host/matrix.h has the same names for a CPU.
 #ifndef SWAMP_MATRIX
 #define SWAMP_MATRIX
 

@@ -45,16 +45,15 @@ layers' norms, since BatchNorm hides their scale.
 True
 """
 
-from swamp_fast.analysis.barrier import BarrierMatrix, Path, barrier_matrix, consecutive, loss_barrier
-from swamp_fast.analysis.core import Analysis, Scores, State, averages, particles
+from swamp_fast.analysis.connectivity import BarrierMatrix, Hull, Path, barrier_matrix, consecutive, hull, loss_barrier
 from swamp_fast.analysis.cost import InferenceCost, LayerCost, inference_cost
 from swamp_fast.analysis.ensemble import Ensemble, Predictions, ensemble, predictions
+from swamp_fast.analysis.evaluator import Analysis, Scores, State, averages, particles
 from swamp_fast.analysis.hessian import HessianTrace, LayerTrace, hessian_trace
-from swamp_fast.analysis.hull import Hull, hull
 from swamp_fast.analysis.masks import Channels, MaskOverlap, Overlap, channels, densities, mask_overlap
 from swamp_fast.analysis.plane import Plane, contour, loss_plane, random_plane
-from swamp_fast.analysis.ticket import TicketStability, ticket_stability
-from swamp_fast.analysis.whole import analyze, differing, table
+from swamp_fast.analysis.suite import analyze, differing, table
+from swamp_fast.analysis.ticket_stability import TicketStability, ticket_stability
 
 __all__ = [
     "Analysis",

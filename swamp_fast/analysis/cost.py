@@ -11,12 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from swamp_fast.analysis.core import Analysis
+from swamp_fast.analysis.evaluator import Analysis
+from swamp_fast.common.exclusive import one_at_a_time
 from swamp_fast.data.store import pass_in_stored_order
-from swamp_fast.driver import named
-from swamp_fast.engines.lanes import channels_last
-from swamp_fast.result import module_of
-from swamp_fast.run import one_at_a_time
+from swamp_fast.engines.eager.lane_by_lane import channels_last
+from swamp_fast.problem.solutions import state_of
+from swamp_fast.runs.result import module_of
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def _latency(
     if count < batch_size:
         return None, None, f"there are {count} samples, less than a batch of {batch_size}"
     engine, point, keys = on.fused, on.solution(state), on.keys(1)
-    module = module_of(problem.template, named(problem, point))
+    module = module_of(problem.template, state_of(problem, point))
 
     def plain(module: nn.Module, inputs: Tensor) -> Callable[[], object]:
         def run() -> object:

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from swamp_fast.analysis.core import Analysis, Outputs
+from swamp_fast.analysis.evaluator import Analysis, Outputs
 from swamp_fast.data.store import pass_in_stored_order
-from swamp_fast.data.streams import evaluation_time
+from swamp_fast.particles.random import evaluation_time
 
 BINS = 15  # of the calibration error
 

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn.modules.conv import _ConvTransposeNd
 
-from swamp_fast.analysis.core import Analysis
+from swamp_fast.analysis.evaluator import Analysis
 from swamp_fast.data.store import pass_in_stored_order
-from swamp_fast.plan import Concatenate, Convolution, Flatten, Plan
-from swamp_fast.result import SwampResult
-from swamp_fast.trace import NotCovered, plan_of
+from swamp_fast.engines.fused.plan import Concatenate, Convolution, Flatten, Plan
+from swamp_fast.engines.fused.trace import NotCovered, plan_of
+from swamp_fast.runs.result import SwampResult
 
 Masks = Mapping[str, Tensor]
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from swamp_fast.analysis.core import WHAT, Analysis, Scores
-from swamp_fast.bank import Solution
+from swamp_fast.analysis.evaluator import WHAT, Analysis, Scores
+from swamp_fast.particles.bank import Solution
 from swamp_fast.report.figures import loss_contour
 
 Grid = list[list[float]]  # [Y, X]

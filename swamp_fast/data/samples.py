@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torch.utils.data.dataloader import default_collate
 
+from swamp_fast.common.tree import tensors, tree_leaves, tree_map, tree_stack
 from swamp_fast.data.sources import Arrays, Samples, Source
-from swamp_fast.data.streams import generators_left_alone, generators_state, seed_generators
-from swamp_fast.tree import tensors, tree_leaves, tree_map, tree_stack
+from swamp_fast.particles.random import generators_left_alone, generators_state, seed_generators
 
 PROBED = 32  # samples that are read twice, to see whether a Dataset draws at random
 

@@ -21,8 +21,8 @@ from torch.utils.data import (
 )
 from torch.utils.data.dataloader import default_collate
 
-from swamp_fast.data.streams import split_order
-from swamp_fast.tree import tensors, tree_map
+from swamp_fast.common.tree import tensors, tree_map
+from swamp_fast.particles.random import split_order
 
 NAMED = ("digits", "cifar10", "cifar100", "fashion_mnist", "svhn")
 TORCHVISION = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "fashion_mnist": "FashionMNIST", "svhn": "SVHN"}

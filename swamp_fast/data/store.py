@@ -18,14 +18,14 @@ from torch.utils.data import DataLoader
 from torch.utils.data.dataloader import default_collate
 
 from swamp_fast import ops
+from swamp_fast.common.fingerprint import callable_fingerprint
+from swamp_fast.common.tree import tensors, tree_leaves, tree_map, tree_stack, tree_to
 from swamp_fast.data import samples as reading
 from swamp_fast.data.samples import ArraySamples, SeededSamples
 from swamp_fast.data.sources import Arrays, Samples, Source
 from swamp_fast.data.standardise import Standardise
-from swamp_fast.data.streams import SAMPLE_SEED, seeds_for
-from swamp_fast.fingerprint import callable_fingerprint
-from swamp_fast.signals import held, in_worker
-from swamp_fast.tree import tensors, tree_leaves, tree_map, tree_stack, tree_to
+from swamp_fast.data.workers import held, in_worker
+from swamp_fast.particles.random import SAMPLE_SEED, seeds_for
 
 CROP_PAD = 4  # pixels
 TABLE_PICTURES = 10_000  # of a streamed split, to standardise by

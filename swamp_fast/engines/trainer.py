@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from swamp_fast import ops
-from swamp_fast.bank import ParticleBank, Solution
-from swamp_fast.batchnorm import reset_running_stats
 from swamp_fast.config import SwampConfig
 from swamp_fast.data.store import Batch
-from swamp_fast.data.streams import at_time, epoch_order
-from swamp_fast.problem import Problem
-from swamp_fast.schedule import Training
+from swamp_fast.particles.bank import ParticleBank, Solution
+from swamp_fast.particles.norms import reset_running_stats
+from swamp_fast.particles.random import at_time, epoch_order
+from swamp_fast.particles.schedule import Training
+from swamp_fast.problem.problem import Problem
 
 
 class Way(Protocol):

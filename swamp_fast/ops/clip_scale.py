@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from swamp_fast.ops._contract import FLOATS, Contract, native, register, triton_kernels
+from swamp_fast.ops.contracts import FLOATS, Contract, native, register, triton_kernels
 
 
 def clip_scale(grads: Tensor, masks: Tensor, run_of_lane: Tensor, clip_norm: Tensor) -> Tensor:

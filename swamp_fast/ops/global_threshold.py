@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from swamp_fast.ops._contract import FLOATS, Contract, native, register, triton_kernels
+from swamp_fast.ops.contracts import FLOATS, Contract, native, register, triton_kernels
 
 
 def global_threshold(weights: Tensor, masks: Tensor, keep: Tensor | Sequence[int]) -> tuple[Tensor, Tensor]:

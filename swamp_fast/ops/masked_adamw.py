@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from swamp_fast.ops._contract import FLOATS, Contract, native, register, triton_kernels
+from swamp_fast.ops.contracts import FLOATS, Contract, native, register, triton_kernels
 
 
 def masked_adamw_(

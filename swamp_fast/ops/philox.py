@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from swamp_fast.ops._contract import Contract, native, register, triton_kernels
+from swamp_fast.ops.contracts import Contract, native, register, triton_kernels
 
 MOST_WORDS = 4 << 32  # a stream's block counter has 32 bits
 

@@ -6,8 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from swamp_fast.common.format import percent
 from swamp_fast.report import drawings
-from swamp_fast.report.console import percent
 from swamp_fast.report.facts import Row, RunFacts, in_digits, in_millions, in_thousands
 from swamp_fast.report.page import Picture, Section, details, table
 

@@ -7,8 +7,8 @@ from itertools import takewhile
 from shlex import quote
 from typing import Any
 
+from swamp_fast.common.format import duration, percent
 from swamp_fast.report import drawings
-from swamp_fast.report.console import duration, percent
 from swamp_fast.report.page import Html, Page, Picture, Section, bullets, code, details, link, table, tag
 from swamp_fast.report.table import spread
 

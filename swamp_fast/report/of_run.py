@@ -8,9 +8,9 @@ from itertools import groupby
 from shlex import quote
 from typing import Any
 
+from swamp_fast.common.format import duration, percent
 from swamp_fast.config import NOT_IDENTITY, SwampConfig
 from swamp_fast.report import drawings
-from swamp_fast.report.console import duration, percent
 from swamp_fast.report.facts import Row, RunFacts, in_digits, in_millions, in_python, in_thousands, in_words
 from swamp_fast.report.of_analysis import compared, connected, flat, inference, layers
 from swamp_fast.report.page import Html, Page, Picture, Section, bullets, code, details, link, pairs, table, tag

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from swamp_fast.report.console import duration, percent
+from swamp_fast.common.format import duration, percent
 
 COLUMNS = ("cycle", "density", "kept", "average", "particles", "ensemble", "MFLOP", "training", "cycle took")
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from swamp_fast.engines.lanes import read_buffers, write_buffers
+from swamp_fast.engines.eager.lane_by_lane import read_buffers, write_buffers
 
 
 class Buffers:

@@ -7,18 +7,19 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from swamp_fast.data.streams import generators_left_alone, lane_keys, stream_of
-from swamp_fast.engines.check import close, different_weights, few_samples, in_float64
+from swamp_fast.engines.eager.check import close, different_weights, few_samples, in_float64
+from swamp_fast.engines.eager.lane_by_lane import LaneByLane
 from swamp_fast.engines.fused.compact import Compact
-from swamp_fast.engines.fused.cpu.lanes import CpuLanes
+from swamp_fast.engines.fused.cpu.runner import CpuLanes
 from swamp_fast.engines.fused.cuda.halo import BLOCKS, Halo, Prologue, Statistics
-from swamp_fast.engines.fused.cuda.lanes import CudaLanes, CudaPrograms
+from swamp_fast.engines.fused.cuda.nvrtc import Launch, launcher
+from swamp_fast.engines.fused.cuda.runner import CudaLanes, CudaPrograms
 from swamp_fast.engines.fused.engine import programs_of
-from swamp_fast.engines.lanes import LaneByLane
-from swamp_fast.nvrtc import Launch, launcher, why_missing
-from swamp_fast.ops._contract import triton_kernels
-from swamp_fast.plan import Plan
-from swamp_fast.problem import Problem
+from swamp_fast.engines.fused.plan import Plan
+from swamp_fast.ops.backends import why_no_nvrtc
+from swamp_fast.ops.contracts import triton_kernels
+from swamp_fast.particles.random import generators_left_alone, lane_keys, stream_of
+from swamp_fast.problem.problem import Problem
 
 KEPT = 0.5  # of the weights, at random, besides a mask of all
 TOLERANCE = 1e-9
@@ -48,7 +49,7 @@ def tensor_cores(problem: Problem, plan: Plan) -> Launch | str:
         return "they take bfloat16"
     if torch.cuda.get_device_capability(problem.device) < (8, 0):
         return "they need compute capability 8.0"
-    missing = why_missing()
+    missing = why_no_nvrtc()
     if missing is not None:
         return missing
     launch = launcher(problem.device)

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from swamp_fast.bank import ParticleBank, Solution
 from swamp_fast.config import SwampConfig
-from swamp_fast.layout import ALIGNMENT, Layout
+from swamp_fast.particles.bank import ParticleBank, Solution
+from swamp_fast.particles.layout import ALIGNMENT, Layout
 
 
 class Compact:

@@ -10,19 +10,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from swamp_fast.bank import ParticleBank, Solution, initial
-from swamp_fast.batchnorm import norms_of
 from swamp_fast.config import SwampConfig
-from swamp_fast.data.streams import generators_left_alone
 from swamp_fast.engines.fused.compact import CompactBank
-from swamp_fast.engines.fused.cpu.lanes import CpuLanes, CpuPrograms
 from swamp_fast.engines.fused.cpu.program import Rows
-from swamp_fast.engines.fused.cuda.lanes import CudaLanes, CudaPrograms, lanes_in_cache
+from swamp_fast.engines.fused.cpu.runner import CpuLanes, CpuPrograms
+from swamp_fast.engines.fused.cuda.nvrtc import Launch
+from swamp_fast.engines.fused.cuda.runner import CudaLanes, CudaPrograms, lanes_in_cache
+from swamp_fast.engines.fused.plan import Convolution, Plan
+from swamp_fast.engines.fused.trace import NotCovered, plan_of
 from swamp_fast.engines.trainer import OfOneTrainer, Trainer, first_handle
-from swamp_fast.nvrtc import Launch
-from swamp_fast.plan import Convolution, Plan
-from swamp_fast.problem import Problem
-from swamp_fast.trace import NotCovered, plan_of
+from swamp_fast.particles.bank import ParticleBank, Solution
+from swamp_fast.particles.norms import norms_of
+from swamp_fast.particles.random import generators_left_alone
+from swamp_fast.problem.problem import Problem
+from swamp_fast.problem.solutions import initial
 
 STEPS = 3  # that are timed
 TIMED_LANES = 8  # on CUDA, where lanes side by side are the point

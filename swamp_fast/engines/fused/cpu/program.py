@@ -13,11 +13,23 @@ import torch
 from torch import Tensor
 
 from swamp_fast import ops
-from swamp_fast.data.streams import DROPOUT
 from swamp_fast.engines.fused.compact import Compact
 from swamp_fast.engines.fused.cpu.taps import CHUNK, SAMPLES, ConvolutionMask, Geometry, Taps, pads
-from swamp_fast.ops._contract import native
-from swamp_fast.plan import KINDS, Add, Concatenate, Convolution, Dropout, Flatten, Norm, Op, Plan, Pointwise, Pool
+from swamp_fast.engines.fused.plan import (
+    KINDS,
+    Add,
+    Concatenate,
+    Convolution,
+    Dropout,
+    Flatten,
+    Norm,
+    Op,
+    Plan,
+    Pointwise,
+    Pool,
+)
+from swamp_fast.ops.contracts import native
+from swamp_fast.particles.random import DROPOUT
 
 Call = Callable[[], None]
 Rows = dict[str, list[int]]  # by a convolution's weight: how many outputs share loads in each of its passes

@@ -11,7 +11,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from swamp_fast.plan import Convolution
+from swamp_fast.engines.fused.plan import Convolution
 
 SAMPLES = 16  # of a vector
 CHUNK = 4096  # taps * rows that one task of a weight gradient holds sums of: 256 KB of float32

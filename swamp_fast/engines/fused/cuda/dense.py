@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from swamp_fast.engines.fused.compact import Compact
-from swamp_fast.layout import ALIGNMENT
-from swamp_fast.ops._contract import triton_kernels
-from swamp_fast.plan import Convolution, Plan
+from swamp_fast.engines.fused.plan import Convolution, Plan
+from swamp_fast.ops.contracts import triton_kernels
+from swamp_fast.particles.layout import ALIGNMENT
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from swamp_fast.nvrtc import THREADS, Launch
-from swamp_fast.plan import Convolution, Shape
+from swamp_fast.engines.fused.cuda.nvrtc import THREADS, Launch
+from swamp_fast.engines.fused.plan import Convolution, Shape
 
 PIXELS = 256  # of a tile
 PAD = 8  # as csrc/cuda/tile.h
@@ -284,7 +284,7 @@ def _convolve_blocks(constants: dict[str, int]) -> int:
     """Blocks of a convolution that a processor shall hold at once: as many as NVRTC 13.0 spills no register for.
 
     Where another would, nvrtc.py takes fewer. A third one of 16 channels with statistics and a prologue fits, but takes
-    more instructions for a pixel than an H200 issues while its memory is at work (see tests/test_kernels_compile.py).
+    more instructions for a pixel than an H200 issues while its memory is at work (see test_kernels_compile.py).
     """
     block_out = constants["BLOCK_OUT"]
     if block_out == 16:

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from swamp_fast.layout import Layout
-from swamp_fast.plan import Convolution, Norm, Plan, Pointwise, Pool
+from swamp_fast.engines.fused.plan import Convolution, Norm, Plan, Pointwise, Pool
+from swamp_fast.particles.layout import Layout
 
 MULTIPLES = {64: 16, 128: 32}  # of how many channels, up to so many: kernels are compiled for each number
 WIDE = 64  # and beyond

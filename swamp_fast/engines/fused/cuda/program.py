@@ -16,13 +16,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from swamp_fast import ops
-from swamp_fast.data.streams import DROPOUT
 from swamp_fast.engines.fused.compact import Compact
 from swamp_fast.engines.fused.cuda.dense import DenseWeights, Gradients
 from swamp_fast.engines.fused.cuda.halo import Halo, Prologue, Statistics
-from swamp_fast.nvrtc import Launch
-from swamp_fast.ops._contract import triton_kernels
-from swamp_fast.plan import Add, Concatenate, Convolution, Dropout, Flatten, Norm, Op, Plan, Pointwise, Pool
+from swamp_fast.engines.fused.cuda.nvrtc import Launch
+from swamp_fast.engines.fused.plan import (
+    Add,
+    Concatenate,
+    Convolution,
+    Dropout,
+    Flatten,
+    Norm,
+    Op,
+    Plan,
+    Pointwise,
+    Pool,
+)
+from swamp_fast.ops.contracts import triton_kernels
+from swamp_fast.particles.random import DROPOUT
 
 ACTIVATIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
     "relu": lambda x, _: F.relu(x),

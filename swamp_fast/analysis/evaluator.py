@@ -1,0 +1,354 @@
+"""Many models of one architecture, evaluated at once as lanes of an engine."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from swamp_fast.common.exclusive import one_at_a_time
+from swamp_fast.common.tree import tensors
+from swamp_fast.config import SwampConfig
+from swamp_fast.cycle.averaging import reestimate
+from swamp_fast.data.samples import free_memory
+from swamp_fast.data.store import Data, pass_in_stored_order
+from swamp_fast.engines.eager.engine import EagerEngine
+from swamp_fast.engines.fused.engine import FusedEngine
+from swamp_fast.engines.selection import Choice
+from swamp_fast.engines.start import Engine, start_engine
+from swamp_fast.engines.switching import EngineByDensity
+from swamp_fast.particles.bank import Solution
+from swamp_fast.particles.norms import norms_of
+from swamp_fast.particles.random import (
+    at_time,
+    evaluation_time,
+    generators_left_alone,
+    lane_keys,
+    split_order,
+    stream_of,
+)
+from swamp_fast.problem.prepare import prepare
+from swamp_fast.problem.probe import Forward, Loss
+from swamp_fast.problem.prunable import Prunable
+from swamp_fast.problem.solutions import solution_of
+from swamp_fast.runs.record import Run
+from swamp_fast.runs.result import SwampResult, snapshot_of
+
+State = dict[str, Tensor]  # parameters and buffers by name, as SwampResult.state_dict
+Outputs = Callable[[Any, int], list[Any]]  # (inputs [B, ...], time) -> each model's outputs
+Found = TypeVar("Found")
+
+WHAT = ("train_loss", "train_error", "test_loss", "test_error")
+FOLDED = 4  # lanes that are folded at once: so many are proven to give what they give alone
+PLAIN = {"layer_kept": None, "mask_score": "abs-mean", "combine": "mean"}  # no masks are made, no particle is chosen
+SHARE = 0.4  # of the free memory that the lanes may take
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """Mean losses and errors (1 - accuracy) of M models, [M] each; None without test data, or without accuracies.
+
+    train_samples  how many training samples stand for all
+    """
+
+    train_loss: list[float]
+    train_error: list[float] | None
+    test_loss: list[float] | None
+    test_error: list[float] | None
+    train_samples: int
+
+    def of(self, what: str) -> list[float]:
+        """One of WHAT. Raises ValueError if it is none of them, or there is none of it."""
+        if what not in WHAT:
+            raise ValueError(f'`what` must be one of {", ".join(WHAT)}; got "{what}".')
+        values: list[float] | None = getattr(self, what)
+        if values is None:
+            lacking = "accuracies" if self.test_loss is not None or what.startswith("train") else "test data"
+            raise ValueError(f"there is no {what}: the analysis has no {lacking}.")
+        return values
+
+    def part(self, rows: Iterable[int]) -> dict[str, Any]:
+        """The scores of some of the models, to make other Scores of."""
+        every, rows = {name: getattr(self, name) for name in WHAT}, list(rows)
+        own = {name: None if each is None else [each[row] for row in rows] for name, each in every.items()}
+        return {**own, "train_samples": self.train_samples}
+
+
+class Analysis:
+    """A model and its data, made ready as for a run: what models of that architecture are evaluated on.
+
+    Args:
+        model, train, test, val, forward, loss, prunable, config, settings: as of fast_swamp, and as the run had them:
+            a `val` that was held out is held out here.
+        standardise: the run's, result.standardise, by which its model takes uint8 pictures; None: the mean and std of
+            `train`, which are the same where the data are.
+        samples: so many training samples stand for all of them, in losses and for BatchNorm: the first of a fixed
+            shuffle; None: all.
+
+    Losses are means over un-augmented samples; M models are M lanes of an engine, in chunks that fit the memory.
+    BatchNorm statistics are re-estimated for every model on the training data, all of them in stored order. Raises as
+    fast_swamp.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        train: object,
+        test: object = None,
+        *,
+        val: object = None,
+        forward: Forward | None = None,
+        loss: Loss | None = None,
+        prunable: Prunable = None,
+        config: SwampConfig | None = None,
+        standardise: Mapping[str, Sequence[float]] | None = None,
+        samples: int | None = None,
+        **settings: Any,
+    ) -> None:
+        own = SwampConfig.of(config, settings)
+        own = own.replace(cycles=0, particles=FOLDED, run_dir=None, tensorboard=False, progress=False, **PLAIN)
+        self.problem = prepare(
+            *(model, train, test),
+            val=val,
+            forward=forward,
+            loss=loss,
+            prunable=prunable,
+            config=own,
+            settings={name: settings[name] for name in ("batch_size",) if name in settings},
+            standardise=standardise,
+        )
+        self.train, self.test = some_of(self.problem.train, samples), self.problem.test
+        self.engines: Engine | None = None
+
+    def evaluate(self, states: Sequence[Mapping[str, Tensor]], *, reestimate: bool = True) -> Scores:
+        """The scores of models; `reestimate=False` takes their BatchNorm statistics as they are."""
+        shares = torch.eye(len(states), dtype=torch.float64)
+        return self.mixed([self.solution(state) for state in states], shares, reestimate=reestimate)
+
+    def mixed(self, solutions: Sequence[Solution], shares: Tensor, *, reestimate: bool = True) -> Scores:
+        """The scores of M linear combinations of K solutions.
+
+        shares  [M, K]  float64; what is no floating-point number is taken from the solution with the largest share
+        """
+
+        def scores(run: Outputs, channels_last: bool) -> tuple[list[float], ...]:
+            train = self._score(run, self.train, 0, channels_last)
+            test = ([], []) if self.test is None else self._score(run, self.test, 1, channels_last)
+            return (*train, *test)
+
+        chunks = self.measured(solutions, shares, scores, reestimate=reestimate)
+        found: list[list[float] | None] = [[value for chunk in chunks for value in chunk[i]] for i in range(4)]
+        own = {what: values or None for what, values in zip(WHAT, found, strict=True)}
+        return Scores(**own, train_samples=self.train.length)  # type: ignore[arg-type]
+
+    @one_at_a_time
+    def measured(
+        self,
+        solutions: Sequence[Solution],
+        shares: Tensor,
+        measure: Callable[[Outputs, bool], Found],
+        *,
+        reestimate: bool = True,
+    ) -> list[Found]:
+        """What `measure(run, channels_last)` finds of M linear combinations of K solutions, chunk by chunk.
+
+        Each runs under the union of the solutions' supports: a weight that is 0 in all is 0 in every combination.
+        """
+        Q, stack = self.problem.layout.Q, torch.stack([each.weights for each in solutions]).double()
+        support = (stack[:, :Q] != 0).any(0)
+        buffers = {name: torch.stack([each.buffers[name] for each in solutions]) for name in solutions[0].buffers}
+        with ExitStack() as around:
+            around.enter_context(generators_left_alone())
+            if self.problem.device.type == "cuda":
+                around.enter_context(torch.cuda.device(self.problem.device))
+            engine = self._engine_under(support if bool(support.any()) else self.problem.mask, solutions[0])
+            around.callback(engine.release)
+            lanes = self._lanes_at_once(engine, len(shares))
+            if isinstance(engine, FusedEngine):
+                assert engine.programs is not None
+                engine.programs.measure(lanes)
+            return [
+                self._chunk(engine, torch.stack([mixture(stack, row) for row in rows]).to(self.problem.dtype),
+                            {name: mixed_buffer(each, rows) for name, each in buffers.items()}, measure, reestimate)
+                for rows in shares.to(self.problem.device).split(lanes)
+            ]  # fmt: skip
+
+    def solution(self, state: Mapping[str, Tensor]) -> Solution:
+        """A state as a vector and buffers; those that it lacks are the model's. Raises ValueError if it misfits."""
+        template = self.problem.template
+        parameters, buffers = dict(template.named_parameters()), dict(template.named_buffers())
+        missing = [name for name in parameters if name not in state]
+        foreign = [name for name in state if name not in {**parameters, **buffers, **template.state_dict()}]
+        if missing or foreign:
+            raise ValueError(
+                f"the state doesn't fit the model: it lacks {', '.join(missing) or 'nothing'}, and has "
+                f"{', '.join(foreign) or 'nothing'} besides. Make the Analysis with the architecture that was trained."
+            )
+        for name, own in {**parameters, **buffers}.items():
+            if name in state and state[name].shape != own.shape:
+                raise ValueError(
+                    f"the state doesn't fit the model: {name} has shape {list(state[name].shape)}, the model's has "
+                    f"{list(own.shape)}."
+                )
+            if isinstance(own, nn.Parameter) and not own.requires_grad:
+                if not torch.equal(own, state[name].to(own.device, own.dtype)):
+                    raise ValueError(
+                        f"{name} is frozen and differs from the model's; make the Analysis with the weights of the "
+                        "model that was trained."
+                    )
+        return solution_of(self.problem, {**buffers, **state})
+
+    def mask(self, masks: Mapping[str, Tensor]) -> Tensor:
+        """Masks by name as [Q]; a prunable parameter that isn't named is kept whole."""
+        mask = self.problem.layout.full_mask(self.problem.device)
+        views = self.problem.layout.mask_views(mask)
+        foreign = [name for name in masks if name not in views]
+        if foreign:
+            raise ValueError(f"`masks`: {', '.join(foreign)} is not prunable here; those are {', '.join(views)}.")
+        for name, own in masks.items():
+            views[name].copy_(own)
+        return mask
+
+    def keys(self, lanes: int) -> Tensor:
+        """What models draw with in evaluation, the same for each: [L, 3]."""
+        return lane_keys([self.problem.config.seed] * lanes, [stream_of(0, 0)] * lanes, self.problem.device)
+
+    @cached_property
+    def fused(self) -> FusedEngine | str:
+        """The fused engine on the model, or why it can't run it."""
+        problem = dataclasses.replace(self.problem, config=self.problem.config.replace(engine="fused"))
+        try:
+            engine = start_engine(problem, Run(problem, "analysis"))
+        except ValueError as error:
+            return str(error)
+        assert isinstance(engine, FusedEngine)
+        return engine
+
+    def _engine_under(self, mask: Tensor, start: Solution) -> EagerEngine | FusedEngine:
+        """The engine that the settings select for a mask [Q], ready for models under it."""
+        if self.engines is None:
+            problem = dataclasses.replace(self.problem, mask=mask)
+            self.engines = start_engine(problem, Run(problem, "analysis"))
+        engine = self.engines.under(mask) if isinstance(self.engines, EngineByDensity) else self.engines
+        if isinstance(engine, FusedEngine):
+            engine.spawn(start, mask, range(1), None)
+        return engine
+
+    @torch.no_grad()
+    def _chunk(
+        self,
+        engine: EagerEngine | FusedEngine,
+        weights: Tensor,
+        buffers: dict[str, Tensor],
+        measure: Callable[[Outputs, bool], Found],
+        estimated: bool,
+    ) -> Found:
+        if isinstance(engine, EagerEngine) and self._differ_outside_norms(buffers):  # folded lanes would share them
+            engine = EagerEngine(self.problem, Choice("lanes", engine.choice.channels_last, "buffers differ", {}))
+        models, keys = engine.side_by_side(weights, buffers), self.keys(len(weights))
+
+        def run(inputs: Any, time: int) -> list[Any]:
+            return models.outputs(inputs, at_time(keys, time))
+
+        if estimated:
+            reestimate(models.modules, run, self.train, self.problem.config.batch_size, models.channels_last)
+        return measure(run, models.channels_last)
+
+    def _score(self, run: Outputs, data: Data, which: int, channels_last: bool) -> tuple[list[float], list[float]]:
+        """Mean losses and errors on a split, [M] each; no errors where there are no accuracies."""
+        loss: Tensor | float = 0.0
+        wrong: Tensor | int = 0
+        entries = 0
+        batches = pass_in_stored_order(data, self.problem.config.batch_size, channels_last)
+        for number, (inputs, targets, count) in enumerate(batches):
+            outputs = run(inputs, evaluation_time(which, number))
+            loss = loss + count * torch.stack([self.problem.losses(out, targets).double().mean() for out in outputs])
+            if self.problem.classifies:
+                entries += targets.numel()
+                wrong = wrong + torch.stack([(out.argmax(1) != targets).sum() for out in outputs])
+        assert isinstance(loss, Tensor)  # no split is empty
+        return (loss / data.length).tolist(), (wrong.double() / entries).tolist() if isinstance(wrong, Tensor) else []
+
+    def _lanes_at_once(self, engine: EagerEngine | FusedEngine, models: int) -> int:
+        if isinstance(engine, EagerEngine) and engine.choice.way != "lanes":
+            models = min(models, FOLDED)
+        return max(1, min(models, int(SHARE * free_memory(self.problem.device)) // self._bytes_of_lane))
+
+    @cached_property
+    def _bytes_of_lane(self) -> int:
+        """About what a lane takes: its weights in float64, in full and compact, and the few maps that live at once."""
+        inputs, _, _ = next(pass_in_stored_order(self.train, self.problem.config.batch_size))
+        largest = _Largest()
+        with largest, torch.no_grad():
+            self.problem.forward(copy.deepcopy(self.problem.template).eval(), inputs)
+        return 32 * self.problem.layout.P + 4 * largest.bytes
+
+    def _differ_outside_norms(self, buffers: dict[str, Tensor]) -> bool:
+        """Whether lanes differ in a buffer [L, ...] that is not a norm's."""
+        norms = {id(buffer) for norm in norms_of([self.problem.template]) for buffer in norm.buffers()}
+        named = self.problem.template.named_buffers()
+        others = [buffers[name] for name, buffer in named if id(buffer) not in norms]
+        return any(not torch.equal(each, each[:1].expand_as(each)) for each in others)
+
+
+def particles(result: SwampResult) -> list[State]:
+    """The particles of the last cycle, one state each. Raises ValueError if they weren't kept."""
+    if result.particles is None:
+        raise ValueError("the result holds no particles; run it with keep_particles=True.")
+    count = len(next(iter(result.particles.values())))
+    return [{name: each[i] for name, each in result.particles.items()} for i in range(count)]
+
+
+def averages(result: SwampResult) -> list[tuple[State, dict[str, Tensor]]]:
+    """Each cycle's average and its masks."""
+    snapshots = [snapshot_of(each) for each in result.snapshots]
+    return [(each.state, each.masks) for each in snapshots]
+
+
+def some_of(data: Data, samples: int | None) -> Data:
+    """So many samples of a split, the first of a fixed shuffle; all, or None: the split itself.
+
+    Stored samples are often sorted by class. Raises ValueError for none or too many.
+    """
+    if samples is None or samples == data.length:
+        return data
+    if not 1 <= samples <= data.length:
+        raise ValueError(f"`samples` must lie in [1, {data.length}], the training samples; got {samples}.")
+    some = copy.copy(data)
+    some.length, some.order = samples, data.order[split_order(data.length)[:samples].to(data.device)]
+    return some
+
+
+def mixture(stack: Tensor, row: Tensor) -> Tensor:
+    """The linear combination [P] of vectors [K, P] with shares [K]; what has no share has no part, not even a NaN."""
+    used = row.nonzero().flatten()
+    mixed: Tensor = torch.tensordot(row[used], stack[used], 1)
+    return mixed
+
+
+def mixed_buffer(each: Tensor, rows: Tensor) -> Tensor:
+    """A buffer [M, ...] of linear combinations with shares [M, K] of K solutions, from theirs [K, ...]."""
+    if not each.is_floating_point():
+        return each[rows.argmax(1)]
+    return torch.stack([mixture(each.double(), row) for row in rows]).to(each.dtype)
+
+
+class _Largest(TorchDispatchMode):
+    """Notes the largest tensor that an operation gives, in bytes."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.bytes = max([self.bytes, *(each.numel() * each.element_size() for each in tensors(out))])
+        return out

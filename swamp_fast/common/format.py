@@ -1,0 +1,16 @@
+"""Numbers as the user reads them."""
+
+from __future__ import annotations
+
+
+def duration(seconds: float) -> str:
+    """Seconds as 42 s, 3:05 min, 2:03 h."""
+    if seconds < 60:
+        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}:{rest:02d} min" if minutes < 60 else f"{minutes // 60}:{minutes % 60:02d} h"
+
+
+def percent(fraction: float | None, digits: int = 2) -> str:
+    """A fraction as per cent; a dash for None."""
+    return "–" if fraction is None else f"{fraction * 100:.{digits}f} %"

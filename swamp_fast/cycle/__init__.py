@@ -1,0 +1,1 @@
+"""What one cycle does: train the particles, average them, evaluate the average, prune by it."""

@@ -1,0 +1,105 @@
+"""How good the average is, beside its particles and their ensemble."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from swamp_fast.data.store import Data, pass_in_stored_order
+from swamp_fast.particles.random import evaluation_time
+from swamp_fast.problem.problem import Problem
+
+
+@dataclass(frozen=True)
+class Scores:
+    """One split's scores of a cycle; accuracies are fractions, None where the task has none.
+
+    loss, accuracy      of the average, or of the particle that stands for all
+    particle_accuracy   of each particle
+    particle_loss       likewise
+    ensemble_accuracy   of the mean of the particles' softmax
+    """
+
+    loss: float
+    accuracy: float | None
+    particle_accuracy: list[float] | None
+    particle_loss: list[float]
+    ensemble_accuracy: float | None
+
+    @property
+    def best(self) -> int:
+        """The best particle: by accuracy, by loss where there are none; the first of equals."""
+        each = self.particle_accuracy or [-loss for loss in self.particle_loss]
+        return max(range(len(each)), key=each.__getitem__)
+
+    def of(self, particle: int) -> Scores:
+        """With a particle in the average's place."""
+        accuracy = None if self.particle_accuracy is None else self.particle_accuracy[particle]
+        return replace(self, loss=self.particle_loss[particle], accuracy=accuracy)
+
+
+@torch.no_grad()
+def score(
+    problem: Problem, run: Callable[[Any, int], list[Any]], data: Data, which: int, channels_last: bool = False
+) -> Scores:
+    """Scores on a split, test (which = 1) or val (2).
+
+    run(inputs [B, ...], time) gives the outputs of the particles, and of their average last.
+    """
+    entries = ensemble = 0
+    total: Tensor | float = 0.0
+    correct: Tensor | int = 0
+    batches = pass_in_stored_order(data, problem.config.batch_size, channels_last)
+    for number, (inputs, targets, count) in enumerate(batches):
+        *particles, average = run(inputs, evaluation_time(which, number))
+        losses = [problem.losses(each, targets).double().mean() for each in (*particles, average)]
+        total = total + torch.stack(losses) * count
+        if problem.classifies:
+            entries += targets.numel()
+            correct = correct + torch.stack([(out.argmax(1) == targets).sum() for out in (*particles, average)])
+            together = torch.stack([out.double().softmax(1) for out in particles]).mean(0)
+            ensemble += int((together.argmax(1) == targets).sum())
+    assert isinstance(total, Tensor)  # no split is empty
+    *each_loss, loss = (total / data.length).tolist()
+    if not isinstance(correct, Tensor):
+        return Scores(loss, None, None, each_loss, None)
+    *each, average = (int(number) / entries for number in correct)
+    return Scores(loss, average, each, each_loss, ensemble / entries)
+
+
+def score_row(test: Scores | None, val: Scores | None) -> dict[str, Any]:
+    """The scores of a cycle's row in the history. The best particle is chosen on validation data, reported on test."""
+    row: dict[str, Any] = dict.fromkeys(
+        [
+            "accuracy",
+            "loss",
+            "particle_accuracy",
+            "particle_loss",
+            "best_accuracy",
+            "mean_accuracy",
+            "ensemble_accuracy",
+            "val_accuracy",
+            "val_mean_accuracy",
+        ]
+    )
+    if test is not None:
+        row |= {
+            "accuracy": test.accuracy,
+            "loss": test.loss,
+            "particle_accuracy": test.particle_accuracy,
+            "particle_loss": test.particle_loss,
+            "ensemble_accuracy": test.ensemble_accuracy,
+        }
+        if test.particle_accuracy is not None:
+            row["mean_accuracy"] = sum(test.particle_accuracy) / len(test.particle_accuracy)
+    if val is not None:
+        row["val_accuracy"] = val.accuracy
+        if val.particle_accuracy is not None:
+            row["val_mean_accuracy"] = sum(val.particle_accuracy) / len(val.particle_accuracy)
+        if val.particle_accuracy is not None and test is not None and test.particle_accuracy is not None:
+            row["best_accuracy"] = test.particle_accuracy[val.best]
+    return row

@@ -1,0 +1,1 @@
+"""Any model on any device: autograd over the user's own forward."""

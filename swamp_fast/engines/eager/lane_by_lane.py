@@ -1,0 +1,134 @@
+"""Lane by lane: the user's own module runs once a lane, on views of the bank. Right for every model there is."""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from swamp_fast.common.tree import tree_map
+from swamp_fast.data.store import Batch
+from swamp_fast.particles.dropout import DropoutStream
+from swamp_fast.particles.layout import Layout
+from swamp_fast.problem.problem import Problem
+
+
+class LaneByLane:
+    """L copies of the model whose parameters are views of weights [L, P], and their gradients of grads [L, P]."""
+
+    def __init__(
+        self,
+        problem: Problem,
+        weights: Tensor,
+        grads: Tensor | None,
+        channels_last: bool,
+        templates: list[nn.Module] | None = None,
+    ) -> None:
+        self.problem, self.weights, self.channels_last = problem, weights, channels_last
+        self.modules: list[nn.Module] = [copy.deepcopy(each) for each in templates or [problem.template] * len(weights)]
+        self.bound = [
+            Bound(module, problem.layout, weights[lane], None if grads is None else grads[lane])
+            for lane, module in enumerate(self.modules)
+        ]
+
+    def backward(self, batch: Batch, step_keys: Tensor) -> Tensor:
+        """Add each lane's gradient of its mean loss to grads; returns the losses [L]."""
+        losses = []
+        for lane, module in enumerate(self.modules):
+            key, bound = step_keys[lane : lane + 1], self.bound[lane]
+            bound.hold()
+            inputs, targets = batch.lane(lane)
+            inputs = self._formatted(self.problem.transformed(inputs, key))
+            self.problem.seeded(key)
+            with DropoutStream(key), self.problem.autocast():
+                loss = self.problem.losses(self.problem.forward(module, inputs), targets).mean()
+            loss.backward()
+            bound.take_back()
+            losses.append(loss.detach())
+        return torch.stack(losses)
+
+    def outputs(self, inputs: Any, keys: Tensor) -> list[Any]:
+        """Each lane's outputs on the same inputs [B, ...]; what it draws, it draws with keys [L, 3]."""
+        outputs = []
+        for lane, module in enumerate(self.modules):
+            own = self._formatted(tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, inputs))
+            key, bound = keys[lane : lane + 1], self.bound[lane]
+            bound.hold()
+            self.problem.seeded(key)
+            with DropoutStream(key), self.problem.autocast():
+                outputs.append(self.problem.forward(module, own))
+            bound.take_back()
+        return outputs
+
+    def set_buffers(self, buffers: dict[str, Tensor]) -> None:
+        """Write buffers [L, ...] into the modules."""
+        write_buffers(self.modules, buffers)
+
+    def buffers(self) -> dict[str, Tensor]:
+        """The modules' buffers as they are now, [L, ...]."""
+        return read_buffers(self.modules)
+
+    def _formatted(self, inputs: Any) -> Any:
+        if self.problem.device.type == "cpu":
+            return tree_map(partial(_placed_anew, last=self.channels_last), inputs)
+        return channels_last(inputs) if self.channels_last else inputs
+
+
+def write_buffers(modules: list[nn.Module], buffers: dict[str, Tensor]) -> None:
+    """Write buffers [L, ...] into L modules."""
+    for lane, module in enumerate(modules):
+        for name, buffer in module.named_buffers():
+            buffer.copy_(buffers[name][lane])
+
+
+def read_buffers(modules: list[nn.Module]) -> dict[str, Tensor]:
+    """The buffers of L modules, [L, ...]."""
+    each = [dict(module.named_buffers()) for module in modules]
+    return {name: torch.stack([buffers[name] for buffers in each]) for name in each[0]}
+
+
+def _placed_anew(leaf: Any, last: bool) -> Any:
+    """A copy of a lane's inputs at an address of its own.
+
+    The CPU's libraries sum in an order that depends on address and strides, and a lane's batch stands behind those of
+    the lanes before it: where it stands, a particle's bits would depend on its place.
+    """
+    if not isinstance(leaf, Tensor):
+        return leaf
+    return leaf.clone(memory_format=torch.channels_last if last and leaf.dim() == 4 else torch.contiguous_format)
+
+
+class Bound:
+    """A module whose trained parameters are views of a vector [P], and their gradients of grads [P]."""
+
+    def __init__(self, module: nn.Module, layout: Layout, vector: Tensor, grads: Tensor | None) -> None:
+        views = layout.views(vector)
+        grad_views = {} if grads is None else layout.views(grads)
+        named = [(name, parameter) for name, parameter in module.named_parameters() if name in views]
+        self.parameters = [(parameter, views[name], grad_views.get(name)) for name, parameter in named]
+
+    def hold(self) -> None:
+        """Set the views, whatever a forward before put in their place."""
+        for parameter, view, grad in self.parameters:
+            parameter.data, parameter.grad = view, grad
+
+    def take_back(self) -> None:
+        """Copy what a forward put in the views' place (weight.data = …, zero_grad()) into them."""
+        for parameter, view, grad in self.parameters:
+            if parameter.data_ptr() != view.data_ptr():
+                view.copy_(parameter.data)
+            if grad is not None and parameter.grad is not grad:
+                grad.zero_() if parameter.grad is None else grad.copy_(parameter.grad)
+
+
+def channels_last(inputs: Any) -> Any:
+    """Pictures [B, C, H, W] with their channels last in memory; anything else as it is."""
+    return tree_map(
+        lambda leaf: (
+            leaf.contiguous(memory_format=torch.channels_last) if isinstance(leaf, Tensor) and leaf.dim() == 4 else leaf
+        ),
+        inputs,
+    )

@@ -1,0 +1,102 @@
+"""Lanes one after the other through a Program of the CPU kernels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from swamp_fast.data.store import Batch
+from swamp_fast.engines.fused.buffers import Buffers
+from swamp_fast.engines.fused.compact import Compact
+from swamp_fast.engines.fused.cpu.program import Program, Rows
+from swamp_fast.engines.fused.plan import Plan
+from swamp_fast.problem.problem import Problem
+
+
+class CpuPrograms:
+    """The programs under one mask, one for each size of batch."""
+
+    def __init__(self, problem: Problem, plan: Plan, mask: Tensor, rows: Rows) -> None:
+        self.problem, self.plan, self.compact, self.rows = problem, plan, Compact(problem.layout, mask), rows
+        self.made: dict[tuple[int, bool], Program] = {}
+
+    def of(self, samples: int, trains: bool) -> Program:
+        """The program for so many samples; one that trains evaluates too."""
+        for key in ((samples, True), (samples, trains)):
+            if key in self.made:
+                return self.made[key]
+        storage = torch.bfloat16 if self.problem.config.precision == "bfloat16" else self.problem.dtype
+        made = Program(self.plan, self.compact, samples, self.problem.dtype, storage, self.rows, trains)
+        self.made[samples, trains] = made
+        return made
+
+    def measure(self, lanes: int) -> None:
+        """Make now what a stopwatch decides: it is recorded before the first step."""
+        self.of(self.problem.bounds[0][1], trains=True)
+
+    @property
+    def compacts(self) -> list[Compact]:
+        """As CudaPrograms.compacts, of one run."""
+        return [self.compact]
+
+    def lanes(self, weights: Tensor, grads: Tensor | None, run_of_lane: Tensor | None = None) -> CpuLanes:
+        """Lanes over compact weights [L, P'], whose gradients go to grads [L, P']."""
+        return CpuLanes(self.problem, self, weights, grads)
+
+
+class CpuLanes:
+    """Lanes over compact weights [L, P'], whose gradients go to grads [L, P']; the modules hold the buffers alone."""
+
+    channels_last = False
+
+    def __init__(self, problem: Problem, programs: CpuPrograms, weights: Tensor, grads: Tensor | None) -> None:
+        self.problem, self.programs, self.compact_weights, self.grads = problem, programs, weights, grads
+        self.running = Buffers(problem.template, programs.plan.norms, len(weights), problem.dtype)
+        self.modules = self.running.modules
+
+    @property
+    def weights(self) -> Tensor:
+        """[L, P] in full."""
+        return self.programs.compact.expand(self.compact_weights)
+
+    def backward(self, batch: Batch, step_keys: Tensor) -> Tensor:
+        """As LaneByLane.backward."""
+        assert self.grads is not None
+        losses = []
+        for lane in range(len(self.modules)):
+            key = step_keys[lane : lane + 1]
+            inputs, targets = batch.lane(lane)
+            inputs = self.problem.transformed(inputs, key)
+            program = self.programs.of(len(inputs), trains=True)
+            outputs = self._run(program, lane, inputs, key).requires_grad_()
+            loss = self.problem.losses(outputs.clone(), targets).mean()  # a loss may change what it is given
+            (out_grad,) = torch.autograd.grad(loss, outputs)
+            self.grads[lane].add_(program.backward(out_grad.to(self.grads.dtype)))
+            losses.append(loss.detach())
+        return torch.stack(losses)
+
+    def outputs(self, inputs: Any, keys: Tensor) -> list[Any]:
+        """As LaneByLane.outputs."""
+        program = self.programs.of(len(inputs), trains=False)
+        return [self._run(program, lane, inputs, None) for lane in range(len(self.modules))]
+
+    def set_buffers(self, buffers: dict[str, Tensor]) -> None:
+        """As LaneByLane.set_buffers."""
+        self.running.write(buffers)
+
+    def buffers(self) -> dict[str, Tensor]:
+        """As LaneByLane.buffers."""
+        return self.running.read()
+
+    def _run(self, program: Program, lane: int, inputs: Tensor, key: Tensor | None) -> Tensor:
+        """Outputs of a lane; running statistics move where the norms train."""
+        by_batch = self.running.by_batch
+        if not by_batch:
+            program.mean.copy_(self.running.mean[lane])
+            program.variance.copy_(self.running.variance[lane])
+        outputs = program.run(inputs, self.compact_weights[lane], by_batch, key)
+        if by_batch:
+            self.running.move(slice(lane, lane + 1), program.mean, program.variance * program.unbiased)
+        return outputs

@@ -1,0 +1,1 @@
+"""A run's record: its folder, checkpoints, console and result."""

@@ -1,0 +1,386 @@
+"""A run on disk: a folder of plain files, each written beside, flushed and renamed; loading executes nothing.
+
+Every safetensors file has a checksum over its names, tensors and metadata. One that is damaged is moved aside, never
+deleted, and the run goes on from the last whole one.
+
+run.json                what the run is: settings, fingerprints, versions, when it began, the engine's choices
+config.toml             the settings alone, to start another run from
+history.jsonl           a line a cycle
+ticket.safetensors      the ticket's parameters and buffers
+cycle_00.safetensors …  each cycle's average, compact: values/NAME the kept weights in order, mask/NAME the mask's
+                        bits (numpy.packbits), state/NAME everything else, score/NAME the kept weights' mask_score
+                        where the average doesn't tell it; shapes and row in the metadata
+model.safetensors       the last average as a plain state dict, for load_state_dict
+masks.safetensors       its masks, bool
+particles.safetensors   the particles of the last cycle, [N, ...], if they are kept
+training.safetensors    the training under way, between two steps: what a step changes, without what is pruned
+                        (NAME/kept, NAME/rest), buffers/NAME, loss_sum, and how many steps are done; the one before it
+                        is training.previous.safetensors; both go when the training's own file is there
+lock                    while a process runs in the folder: which
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from swamp_fast.runs import lock
+from swamp_fast.config import NOT_IDENTITY
+
+FORMAT = "swamp_fast 2"
+ABOUT = ("driver", "config", "fingerprints", "engine", "standardise", "place")  # what run.json must tell
+TABLES = ("config", "fingerprints", "engine", "place")  # which of these are such
+UNBEGUN = (
+    "config.toml",
+    "config.toml.part",
+    "run.json.part",
+    lock.NAME,
+)  # what a run that was killed at once may leave
+
+
+Packed = tuple[dict[str, Tensor], dict[str, str]]  # the tensors and the metadata of a file
+Content = TypeVar("Content")
+
+
+class Damaged(ValueError):
+    """A file that is not what was written."""
+
+
+@dataclass(frozen=True)
+class Unfinished:
+    """A training under way, between two steps."""
+
+    cycle: int | None  # None: the ticket's
+    dropped: dict[int, int]  # lane -> epoch, counted from 1, at whose end its particle had diverged
+    seconds: float  # that the cycle took so far
+    tensors: dict[str, Tensor]
+
+    @property
+    def steps(self) -> int:
+        """How many are done."""
+        return int(self.tensors["done"])
+
+    def packed(self) -> Packed:
+        """The tensors and the metadata of its file."""
+        about = {"cycle": self.cycle, "dropped": list(self.dropped.items()), "seconds": self.seconds}
+        return self.tensors, {"training": json.dumps(about)}
+
+    @classmethod
+    def unpacked(cls, tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> Unfinished:
+        """The inverse of `packed`."""
+        about = json.loads(metadata["training"])
+        return cls(about["cycle"], dict(about["dropped"]), about["seconds"], tensors)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """One cycle's average, its masks and its row of the history."""
+
+    state: dict[str, Tensor]  # parameters and buffers
+    masks: dict[str, Tensor]  # bool, of the prunable parameters
+    row: dict[str, Any]
+    score: dict[str, Tensor] = field(default_factory=dict)  # of the prunable parameters, if masks need another than |w|
+
+    @property
+    def ranked(self) -> dict[str, Tensor]:
+        """The state, with what the global threshold ranks in place of the prunable parameters."""
+        return {**self.state, **self.score}
+
+    def packed(self) -> Packed:
+        """The compact tensors and the metadata of its file."""
+        tensors: dict[str, Tensor] = {}
+        for name, tensor in self.state.items():
+            if name in self.masks:
+                mask = self.masks[name].cpu()
+                tensors[f"values/{name}"] = tensor.detach().cpu()[mask]
+                tensors[f"mask/{name}"] = torch.from_numpy(np.packbits(mask.numpy()))
+                if name in self.score:
+                    tensors[f"score/{name}"] = self.score[name].cpu()[mask]
+            else:
+                tensors[f"state/{name}"] = tensor.detach().cpu().clone()
+        shapes = {name: list(mask.shape) for name, mask in self.masks.items()}
+        order = list(self.state)
+        return tensors, {
+            "shapes": json.dumps(shapes),
+            "order": json.dumps(order),
+            "row": json.dumps(self.row),
+        }
+
+    @classmethod
+    def unpacked(cls, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Snapshot:
+        """The inverse of `packed`."""
+        shapes = json.loads(metadata["shapes"])
+        state, masks, score = {}, {}, {}
+        for name in json.loads(metadata["order"]):
+            if name not in shapes:
+                state[name] = tensors[f"state/{name}"]
+                continue
+            shape = shapes[name]
+            count = int(np.prod(shape))
+            bits = np.unpackbits(tensors[f"mask/{name}"].numpy(), count=count)
+            masks[name] = torch.from_numpy(bits.astype(bool)).view(shape)
+            state[name] = _spread(tensors[f"values/{name}"], masks[name])
+            if f"score/{name}" in tensors:
+                score[name] = _spread(tensors[f"score/{name}"], masks[name])
+        return cls(state, masks, json.loads(metadata["row"]), score)
+
+
+def _spread(kept: Tensor, mask: Tensor) -> Tensor:
+    """Numbers of the weights that a mask keeps where they belong, and zeros."""
+    return torch.zeros(mask.shape, dtype=kept.dtype).masked_scatter_(mask, kept)
+
+
+class RunDirectory:
+    """The files of one run."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path).expanduser()
+        self.run = ""  # which run's files these are, once it is known
+
+    def create(self, about: dict[str, Any], settings: str) -> None:
+        """Make the folder and say what the run is; `settings` is TOML."""
+        self.make()
+        self.run = run_id(about)
+        write(self.path / "config.toml", settings.encode())
+        self.write_about(about)
+
+    def make(self) -> None:
+        """Make the folder, if there is none."""
+        if self.path.exists() and not self.path.is_dir():
+            raise ValueError(f"run_dir {self.path} must be a folder, but a file is there.")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"run_dir {self.path} can't be made ({error}); name a folder that can.") from error
+
+    def is_empty(self) -> bool:
+        """Whether nothing is there yet; a half-written file of a run that never began counts as nothing."""
+        if self.path.exists() and not self.path.is_dir():
+            raise ValueError(f"run_dir {self.path} must be a folder, but a file is there.")
+        return not self.path.exists() or all(entry.name in UNBEGUN for entry in self.path.iterdir())
+
+    def write_about(self, about: dict[str, Any]) -> None:
+        """Write run.json."""
+        write(self.path / "run.json", json.dumps({"format": FORMAT, **about}, indent=1).encode())
+
+    def about(self) -> dict[str, Any]:
+        """What the run is; refused if the folder isn't a run of ours."""
+        path = self.path / "run.json"
+        if not path.exists():
+            raise ValueError(
+                f"{self.path} holds files but no run.json, so it is no run of swamp_fast; name an empty or new folder."
+            )
+        try:
+            about: dict[str, Any] = json.loads(path.read_text())
+            if not isinstance(about, dict):
+                raise ValueError(f"it holds a {type(about).__name__}")
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged ({error}); move the folder away to start afresh.") from error
+        if about.get("format") != FORMAT:
+            raise ValueError(
+                f'{path} has the format "{about.get("format")}", this version reads "{FORMAT}"; read it with the '
+                f"version that wrote it ({about.get('version', 'unknown')})."
+            )
+        missing = [name for name in ABOUT if name not in about]
+        missing += [name for name in TABLES if name not in missing and not isinstance(about[name], dict)]
+        if missing:
+            raise ValueError(f"{path} is damaged, it lacks {', '.join(missing)}; move the folder away to start afresh.")
+        self.run = run_id(about)
+        return about
+
+    def write_ticket(self, state: Mapping[str, Tensor]) -> None:
+        """Write the ticket."""
+        save_tensors(self.path / "ticket.safetensors", state, {"run": self.run})
+
+    def ticket(self) -> dict[str, Tensor] | None:
+        """The ticket, if it was reached."""
+        path = self.path / "ticket.safetensors"
+        return self._own(path)[0] if path.exists() else None
+
+    def write_cycle(self, cycle: int, snapshot: Snapshot, rows: list[dict[str, Any]]) -> None:
+        """Write a cycle's average, and the history up to it."""
+        tensors, metadata = snapshot.packed()
+        save_tensors(self.cycle_path(cycle), tensors, {**metadata, "run": self.run})
+        self.write_history(rows)
+
+    def write_history(self, rows: list[dict[str, Any]]) -> None:
+        """Write history.jsonl."""
+        write(self.path / "history.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
+
+    def cycle_path(self, cycle: int) -> Path:
+        """Where a cycle's average is."""
+        return self.path / f"cycle_{cycle:02d}.safetensors"
+
+    def cycle(self, cycle: int) -> Snapshot:
+        """A cycle's average."""
+        path = self.cycle_path(cycle)
+        snapshot = unpacked(Snapshot.unpacked, path, *self._own(path))
+        if snapshot.row["cycle"] != cycle:
+            raise ValueError(f"{path} holds cycle {snapshot.row['cycle']}: it was renamed. Delete it to train it anew.")
+        return snapshot
+
+    def write_training(self, state: Unfinished) -> None:
+        """Write a training under way; the one written before is kept."""
+        tensors, metadata = state.packed()
+        newest, previous = self.training_paths()
+        save_tensors(newest, tensors, {**metadata, "run": self.run}, previous)
+
+    def training(self, path: Path) -> Unfinished:
+        """A training under way."""
+        return unpacked(Unfinished.unpacked, path, *self._own(path))
+
+    def training_paths(self) -> tuple[Path, Path]:
+        """Where trainings under way are, the newest first."""
+        return self.path / "training.safetensors", self.path / "training.previous.safetensors"
+
+    def forget_training(self) -> None:
+        """Delete what was kept of a training that is over."""
+        newest, previous = self.training_paths()
+        for path in (newest, previous, part_of(newest)):
+            path.unlink(missing_ok=True)
+
+    def set_aside(self, path: Path, why: str = "damaged") -> Path:
+        """Rename a file that can't be used; returns its new name."""
+        names = [f"{path.name}.{why}", *(f"{path.name}.{why}{number}" for number in range(2, 100))]
+        to = next(to for name in names if not (to := path.with_name(name)).exists())
+        os.replace(path, to)
+        return to
+
+    def _own(self, path: Path) -> Packed:
+        """A file of this run; another run's is refused."""
+        tensors, metadata = load_tensors(path)
+        if metadata.get("run") != self.run:
+            raise ValueError(
+                f"{path} is no file of this run: it was written by another, or by another program. Move it away to go "
+                "on from what was before it."
+            )
+        if "checksum" not in metadata:
+            raise Damaged(f"{path} is damaged (it lacks its checksum).")
+        return tensors, metadata
+
+    def cycles_done(self) -> int:
+        """How many cycles are there, from 0 on without a gap."""
+        done = 0
+        while self.cycle_path(done).exists():
+            done += 1
+        return done
+
+
+def run_id(about: Mapping[str, Any]) -> str:
+    """A hash of all that decides a run's results."""
+    settings = {name: value for name, value in about["config"].items() if name not in NOT_IDENTITY}
+    what = json.dumps([about["driver"], settings, about["fingerprints"]], sort_keys=True)
+    return hashlib.blake2b(what.encode(), digest_size=16).hexdigest()
+
+
+def read_snapshot(path: Path) -> Snapshot:
+    """The average in a cycle's file."""
+    return unpacked(Snapshot.unpacked, path, *load_tensors(path))
+
+
+def unpacked(
+    read: Callable[[dict[str, Tensor], dict[str, str]], Content],
+    path: Path,
+    tensors: dict[str, Tensor],
+    metadata: dict[str, str],
+) -> Content:
+    """What a file holds."""
+    try:
+        return read(tensors, metadata)
+    except (KeyError, ValueError, RuntimeError) as error:
+        raise Damaged(f"{path} is no checkpoint of swamp_fast ({type(error).__name__}: {error}).") from error
+
+
+def save_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None, previous: Path | None = None
+) -> None:
+    """Write named tensors as safetensors, atomically, with a checksum; what was there may go to `previous`."""
+    plain = {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
+    }
+    told = {"format": "pt", **(metadata or {})}
+    write(path, safetensors.torch.save(plain, metadata={**told, "checksum": checksum(plain, told)}), previous)
+
+
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Named tensors and metadata of a safetensors file, on the CPU. Raises Damaged if it is not as it was written."""
+    if not path.exists():
+        raise FileNotFoundError(f"there is no {path}.")
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            names = file.keys()
+            # Copies: a tensor that maps the file would die with it.
+            tensors, metadata = {name: file.get_tensor(name).clone() for name in names}, file.metadata() or {}
+    except (safetensors.SafetensorError, OSError, ValueError, OverflowError) as error:
+        raise Damaged(f"{path} is damaged or no safetensors file ({error}).") from error
+    written = metadata.pop("checksum", None)
+    if written is not None and written != checksum(tensors, metadata):
+        raise Damaged(f"{path} is damaged (its checksum differs).")
+    return tensors, metadata if written is None else {**metadata, "checksum": written}
+
+
+def checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """A hash of all that a file holds."""
+    digest = hashlib.blake2b(json.dumps(dict(metadata), sort_keys=True).encode(), digest_size=16)
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def write(path: Path, content: bytes, previous: Path | None = None) -> None:
+    """Write a file so that it is there whole or not at all: beside, flushed, renamed.
+
+    With `previous` what was there before is kept under that name. Raises OSError if it can't be written; what was there
+    before is intact then.
+    """
+    part = part_of(path)
+    try:
+        with open(part, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        if previous is not None and path.exists():
+            os.replace(path, previous)
+        os.replace(part, path)
+        _flush_folder(path.parent)
+    except OSError as error:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+        raise refused(path, error) from error
+
+
+def part_of(path: Path) -> Path:
+    """Where a file is written before it is renamed."""
+    return path.with_name(path.name + ".part")
+
+
+def refused(path: Path, error: OSError) -> OSError:
+    """The error of a file that can't be written."""
+    return OSError(
+        error.errno,
+        f"{path} can't be written ({error}). What the folder held is intact: make room or make it writable, and start "
+        "the run again to go on from there. A folder that is only to be read is for SwampResult.load.",
+    )
+
+
+def _flush_folder(path: Path) -> None:
+    if os.name != "posix":
+        return
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)

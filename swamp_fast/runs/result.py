@@ -1,0 +1,152 @@
+"""SwampResult: what a run gives back, in memory or from its folder."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from swamp_fast.runs.checkpoint import Packed, RunDirectory, Snapshot, load_tensors, read_snapshot, save_tensors
+from swamp_fast.config import SwampConfig
+
+
+@dataclass
+class SwampResult:
+    """The averaged, pruned models of every cycle and how they came about.
+
+    Attributes:
+        history: a plain dict a cycle, 0 … C; also history.jsonl. Keys: cycle, particles, density (kept / prunable),
+            kept, accuracy and loss (of the average, on test), particle_accuracy and particle_loss (lists),
+            best_accuracy (of the particle that is best on val; None without val), mean_accuracy, ensemble_accuracy,
+            val_accuracy and val_mean_accuracy, flops (of one sample's forward, 2 a multiply-add), train_loss (a list),
+            train_seconds (training steps and their checkpoints; of runs in one bank each has an equal share), dropped
+            (a dict of lane and epoch for each particle that diverged; the average, the lists and all that is made of
+            them are of the others), seconds, peak_memory (bytes), warnings. Accuracies are fractions, None without
+            test data. With combine="best" what is said of the average is said of the particle in its place.
+        ticket: name -> tensor, the matching ticket's parameters and buffers.
+        particles: name -> [N, ...], the particles of the last cycle (their SWA means), if keep_particles.
+        engine: what ran, how, and why.
+        config: the settings.
+        standardise: mean and std [C] of pixel / 255, by which uint8 pictures were standardised; None without them.
+    """
+
+    history: list[dict[str, Any]]
+    ticket: dict[str, Tensor]
+    particles: dict[str, Tensor] | None
+    engine: dict[str, Any]
+    config: SwampConfig
+    standardise: dict[str, list[float]] | None
+    snapshots: list[Packed | Path] = field(repr=False)  # each cycle's average, compact in memory or where its file is
+    about: dict[str, Any] = field(repr=False)
+    template: nn.Module | None = field(repr=False, default=None)
+
+    @cached_property
+    def model(self) -> nn.Module:
+        """The last cycle's average as a plain module: BatchNorm re-estimated, exact zeros where pruned, eval mode."""
+        return self.at(len(self.snapshots) - 1)[0]
+
+    @property
+    def masks(self) -> dict[str, Tensor]:
+        """The last cycle's masks, name -> bool tensor; False is pruned."""
+        return self._snapshot(len(self.snapshots) - 1).masks
+
+    @property
+    def state_dict(self) -> dict[str, Tensor]:
+        """The last cycle's average, name -> tensor: parameters and buffers."""
+        return self._snapshot(len(self.snapshots) - 1).state
+
+    def at(self, cycle: int) -> tuple[nn.Module, dict[str, Tensor]]:
+        """The average of a cycle as a plain module, and its masks."""
+        snapshot = self._snapshot(cycle)
+        if self.template is None:
+            raise ValueError(
+                "this result was loaded without a model: call SwampResult.load(dir, model), or use state_dict, masks "
+                "and history."
+            )
+        return module_of(self.template, snapshot.state), snapshot.masks
+
+    def save(self, directory: str | Path) -> None:
+        """Write the run into a new or empty folder, laid out as a run directory."""
+        folder = RunDirectory(directory)
+        if not folder.is_empty():
+            raise FileExistsError(f"{folder.path} must be an empty or new folder; it holds files already.")
+        folder.create(self.about, self.config.to_toml())
+        folder.write_ticket(self.ticket)
+        for cycle in range(len(self.snapshots)):
+            folder.write_cycle(cycle, self._snapshot(cycle), self.history[: cycle + 1])
+        if self.particles is not None:
+            save_tensors(folder.path / "particles.safetensors", self.particles)
+        self.write_final(folder)
+
+    def write_final(self, folder: RunDirectory) -> None:
+        """Write what only a finished run has."""
+        state = self.model.state_dict() if self.template is not None else self.state_dict
+        save_tensors(folder.path / "model.safetensors", state)
+        save_tensors(folder.path / "masks.safetensors", self.masks)
+
+    @classmethod
+    def load(cls, directory: str | Path, model: nn.Module | None = None) -> SwampResult:
+        """Read a run's folder. With a model of the run's architecture `.model` and `.at` give modules too.
+
+        Raises ValueError or FileNotFoundError for a folder that is no run, is damaged, or doesn't fit the model.
+        """
+        folder = RunDirectory(directory)
+        if folder.is_empty():
+            raise FileNotFoundError(f"{folder.path} holds no run of swamp_fast.")
+        about = folder.about()
+        done = folder.cycles_done()
+        if done == 0:
+            raise ValueError(f"{folder.path}: no cycle of this run was finished; there is no model yet.")
+        paths: list[Packed | Path] = [folder.cycle_path(cycle) for cycle in range(done)]
+        particles = folder.path / "particles.safetensors"
+        result = cls(
+            history=[folder.cycle(cycle).row for cycle in range(done)],
+            ticket=folder.ticket() or {},
+            particles=load_tensors(particles)[0] if particles.exists() else None,
+            engine=about["engine"],
+            config=SwampConfig.of(None, about["config"]),
+            standardise=about["standardise"],
+            snapshots=paths,
+            about=about,
+            template=None if model is None else copy.deepcopy(model),
+        )
+        if model is not None:
+            result.at(done - 1)  # a model that doesn't fit is told now
+        return result
+
+    def _snapshot(self, cycle: int) -> Snapshot:
+        if not 0 <= cycle < len(self.snapshots):
+            raise IndexError(f"the run has cycles 0 … {len(self.snapshots) - 1}, got {cycle}.")
+        return snapshot_of(self.snapshots[cycle])
+
+
+def snapshot_of(kept: Packed | Path) -> Snapshot:
+    """A cycle's average that is kept in memory or in a file."""
+    return read_snapshot(kept) if isinstance(kept, Path) else Snapshot.unpacked(*kept)
+
+
+def module_of(template: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
+    """A copy of the template with the parameters and buffers of `state`, in eval mode, on the template's device."""
+    module = copy.deepcopy(template)
+    own = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    if set(own) != set(state):
+        missing, foreign = sorted(set(own) - set(state)), sorted(set(state) - set(own))
+        raise ValueError(
+            f"the model doesn't fit this run: it lacks {foreign or 'nothing'} of the run, and the run lacks "
+            f"{missing or 'nothing'} of it. Pass the architecture that was pruned."
+        )
+    for name, tensor in own.items():
+        if tensor.shape != state[name].shape:
+            raise ValueError(
+                f"the model doesn't fit this run: {name} has shape {list(tensor.shape)}, the run's has "
+                f"{list(state[name].shape)}."
+            )
+        with torch.no_grad():
+            tensor.data = state[name].to(tensor.device, copy=True)
+    return module.eval()

@@ -1,0 +1,209 @@
+"""The command line, as a user types it."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+
+from swamp_fast import SwampConfig, backends
+from swamp_fast.cli import SETTINGS, main
+from swamp_fast.common.format import duration, percent
+from swamp_fast.runs.console import Console
+
+FAST = ["--cycles", "1", "--epochs", "1", "--ticket-epochs", "0", "--particles", "2", "--no-progress"]
+
+
+def test_run_show_and_go_on(tmp_path, capsys):
+    out = tmp_path / "run"
+    command = ["run", "--model", "mlp", "--data", "digits", "--val", "0.1", "--out", str(out), *FAST]
+    assert main(command) == 0
+    text = capsys.readouterr().out
+    assert re.search(r"^ +1 +80.00 %", text, re.M)
+    assert (out / "accuracy.png").read_bytes()[:4] == b"\x89PNG"
+    assert main(["show", str(out)]) == 0
+    text = capsys.readouterr().out
+    assert "cycles = 1" in text
+    assert re.search(r"engine = (eager|fused|by density)", text)  # by a stopwatch
+    assert re.search(r"^ +1 +80.00 %", text, re.M)
+    assert main(command) == 0  # finished: it only reads
+    assert main([*command, "--lr", "0.2"]) == 2
+    assert "lr was 0.1, is 0.2" in capsys.readouterr().err
+
+
+def test_settings_from_toml_and_flags(tmp_path, capsys):
+    config = SwampConfig(cycles=2, epochs=1, ticket_epochs=0, particles=3, progress=False)
+    (tmp_path / "a.toml").write_text(config.to_toml())
+    out = tmp_path / "run"
+    command = ["run", "--model", "mlp", "--data", "digits", "--config", str(tmp_path / "a.toml"), "--out", str(out)]
+    assert main([*command, "--particles", "1,2,1", "--no-swa", "--seed", "-3"]) == 0
+    about = json.loads((out / "run.json").read_text())["config"]
+    assert about["clip_norm"] is None
+    assert (about["particles"], about["swa"], about["seed"], about["cycles"]) == ([1, 2, 1], False, -3, 2)
+
+
+def test_another_optimizer_by_flags(tmp_path, capsys):
+    out, adamw = tmp_path / "run", ["--optimizer", "adamw", "--lr", "1e-3", "--swa-lr", "1e-3", "--beta1", "0.8"]
+    command = ["run", "--model", "mlp", "--data", "digits", "--out", str(out), "--clip-norm", "0.5", *FAST]
+    assert main([*command, *adamw]) == 0
+    about = json.loads((out / "run.json").read_text())["config"]
+    assert [about[name] for name in ("optimizer", "beta1", "clip_norm")] == ["adamw", 0.8, 0.5]
+    assert main([*command, *adamw, "--nesterov"]) == 2
+    assert '`nesterov` is a setting of optimizer="sgd"' in capsys.readouterr().err
+
+
+def test_every_setting_is_a_flag(capsys):
+    with pytest.raises(SystemExit):
+        main(["run", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for name in SETTINGS:
+        assert f"--{name.replace('_', '-')}" in text, name
+    assert "the number of prunings" in text
+
+
+@pytest.mark.parametrize(
+    ("command", "text"),
+    [
+        (["run", "--model", "mlp", "--data", "nowhere"], "there is no file or folder"),
+        (["run", "--model", "nothing", "--data", "digits"], "`--model` must be one of resnet20"),
+        (["run", "--model", "mlp", "--data", "digits", "--prune", "2"], "`prune` must lie strictly between 0 and 1"),
+        (["run", "--model", "mlp", "--data", "digits", "--config", "no.toml"], "No such file"),
+        (["show", "nowhere"], "holds no run of swamp_fast"),
+    ],
+)
+def test_mistakes_are_told_in_a_line(command, text, capsys):
+    assert main(command) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("swamp-fast: ")
+    assert text in error
+    assert "Traceback" not in error
+
+
+def test_interrupting(monkeypatch, capsys):
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("swamp_fast.cli.fast_swamp", interrupt)
+    assert main(["run", "--model", "mlp", "--data", "digits"]) == 130
+    assert "goes on from its last checkpoint" in capsys.readouterr().err
+
+
+def test_backends_say_what_is_active(capsys):
+    found = backends()
+    assert found["cpp"]["active"]
+    assert found["cpp"]["instruction_set"] in ("generic", "avx2", "avx512")
+    assert main(["backends"]) == 0
+    text = capsys.readouterr().out
+    for name, each in found.items():
+        assert name in text
+        assert each["why"] in text
+
+
+def test_as_a_module_and_with_plain_lines_where_there_is_no_terminal(tmp_path):
+    arguments = ["demo", "--out", str(tmp_path), "--epochs", "1"]
+    done = subprocess.run([sys.executable, "-m", "swamp_fast", *arguments], capture_output=True, text=True, check=True)
+    assert "\r" not in done.stderr
+    assert len(re.findall(r"^cycle +\d+/14  density", done.stderr, re.M)) == 15
+    assert re.search(r"time     about .* left at this pace", done.stderr)
+    assert re.search(r"^ +14 +4.40 %  +1,228", done.stdout, re.M)
+    assert (tmp_path / "accuracy.png").exists()
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_terminal_gets_a_moving_line():
+    stream = Terminal()
+    console = Console(True, stream)
+    console.line("one")
+    console.status("half way")
+    console.status("too soon")
+    console.line("two")
+    console.close()
+    assert re.sub(r"(\r\x1b\[K)+", "|", stream.getvalue()) == "|one\n|half way|two\n|"
+    silent = Terminal()
+    Console(False, silent).line("one")
+    assert silent.getvalue() == ""
+
+
+def test_numbers_as_people_read_them():
+    assert [duration(s) for s in (0.04, 9.94, 42, 185, 7400)] == ["0.0 s", "9.9 s", "42 s", "3:05 min", "2:03 h"]
+    assert [percent(None), percent(0.98765), percent(1.0, 0)] == ["–", "98.77 %", "100 %"]
+
+
+@pytest.mark.slow
+def test_the_demo_reaches_98_percent_at_4_4_percent_density_in_under_two_minutes(tmp_path):
+    import time
+
+    began = time.perf_counter()
+    command = [sys.executable, "-m", "swamp_fast", "demo", "--out", str(tmp_path), "--quiet"]
+    subprocess.run(command, check=True, capture_output=True)
+    assert time.perf_counter() - began < 120
+    rows = [json.loads(line) for line in (tmp_path / "run" / "history.jsonl").read_text().splitlines()]
+    assert rows[-1]["density"] < 0.0441
+    assert rows[-1]["accuracy"] >= 0.98
+
+
+def test_plan_tells_what_a_step_costs(capsys):
+    assert main(["plan", "--model", "small_cnn", "--shape", "1,8,8", "--particles", "3", "--batch-size", "16"]) == 0
+    said = capsys.readouterr().out
+    for word in ("Convolution", "GFLOP", "measured now", "a step of 3", "particles fit at once"):
+        assert word in said
+    assert main(["plan", "--model", "networks:Depthwise", "--shape", "1,8,8"]) == 2
+    assert "doesn't cover networks:Depthwise" in capsys.readouterr().err
+
+
+SWEEP = """
+model = "small_cnn"
+data = "digits"
+out = "{out}"
+[settings]
+particles = 2
+cycles = 1
+epochs = 1
+ticket_epochs = 0
+progress = false
+[grid]
+seed = [0, 1]
+lr = [0.1, 0.05]
+"""
+
+
+def test_sweep(tmp_path, capsys):
+    file = tmp_path / "sweep.toml"
+    file.write_text(SWEEP.replace("{out}", str(tmp_path / "out")))
+    assert main(["sweep", str(file)]) == 0
+    shown = capsys.readouterr().out
+    assert [line.split()[:1] for line in shown.splitlines()[2:]] == [["0.1"], ["0.05"]]
+    assert shown.count("±") == 2
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "runs",
+        "results.csv",
+        "summary.csv",
+        "accuracy.png",
+    }
+    assert len(list((tmp_path / "out" / "runs").iterdir())) == 4
+    assert main(["sweep", str(file)]) == 0
+    assert capsys.readouterr().out == shown
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("model = ", "not valid TOML"),
+        ('model = "small_cnn"\ndata = "digits"', "either a table [grid] or tables [[points]]"),
+        ('model = "small_cnn"\ndata = "digits"\ngird = 1', "unknown `gird`"),
+        ('model = "small_cnn"\ndata = "digits"\n[grid]\nlr = 0.1', "list of values for `lr`"),
+        ('model = 3\ndata = "digits"', "`model` must be str"),
+    ],
+)
+def test_sweep_refuses(text, said, tmp_path, capsys):
+    (tmp_path / "sweep.toml").write_text(text)
+    assert main(["sweep", str(tmp_path / "sweep.toml")]) == 2
+    assert said in capsys.readouterr().err

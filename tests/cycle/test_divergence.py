@@ -1,0 +1,132 @@
+"""A particle that diverges touches no other."""
+
+from __future__ import annotations
+
+import networks
+import pytest
+import torch
+from stops import ALWAYS, STEPS, WAYS, Interrupted, before_steps, stop_at
+from torch import Tensor
+
+from benchmarks.durability import same_bits
+from swamp_fast import fast_swamp, naive_swamp
+from swamp_fast.runs.checkpoint import RunDirectory, load_tensors
+
+
+def poison(lane: int, at: int):
+    """NaN in a particle's weights before a step."""
+
+    def put(trainer, step):
+        if step == at and trainer.bank.lanes > lane:
+            trainer.bank.weights[lane, 3] = float("nan")
+
+    return put
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("lane", [0, 2])
+def test_a_particle_that_diverges_touches_no_other(way, lane, on, digits, monkeypatch):
+    settings = on(way) | {"particles": 3, "on_divergence": "drop", "keep_particles": True, "val": 0.1}
+    model = networks.build("residual")
+    whole = fast_swamp(model, *digits, **settings)
+    assert [row["dropped"] for row in whole.history] == [[], []]
+    late = STEPS + 3 * STEPS + 4  # in the last cycle, in the second epoch
+    with before_steps(poison(lane, late)), pytest.warns(UserWarning, match="epoch 2") as told:
+        rest = fast_swamp(model, *digits, **settings)
+    text = f"cycle 1, epoch 2: particle {lane} diverged to NaN or infinity and is in no average of the cycle."
+    assert text in [str(each.message) for each in told]
+    assert text == rest.history[1]["warnings"][0]
+    row, before = rest.history[1], whole.history[1]
+    assert row["dropped"] == [{"lane": lane, "epoch": 2}]
+    assert row["particles"] == 3
+    left = [each for each in range(3) if each != lane]
+    for name in ("particle_accuracy", "train_loss"):
+        assert row[name] == [before[name][each] for each in left]
+    for name, each in rest.particles.items():
+        assert torch.equal(each, whole.particles[name][left]), name
+    averaged = {name: each.double().mean(0) for name, each in rest.particles.items() if "weight" in name}
+    assert all(torch.allclose(rest.state_dict[name].double(), each, atol=1e-6) for name, each in averaged.items())
+    assert all(bool(torch.isfinite(each).all()) for each in rest.state_dict.values())
+
+
+def test_dropping_is_as_in_the_naive_loop(on, digits):
+    """By a transform that now and then spoils a batch, of one particle alone."""
+
+    def spoilt(inputs: Tensor) -> Tensor:
+        return inputs * (float("inf") if torch.rand(()) < 0.04 else 1.0)
+
+    settings = on("lanes") | {"particles": 4, "on_divergence": "drop", "precision": "float64", "val": 0.1}
+    settings |= {"ticket_epochs": 0, "transform": spoilt, "keep_particles": True, "cycles": 2}
+    results = []
+    for function in (fast_swamp, naive_swamp):
+        with pytest.warns(UserWarning, match="diverged"):
+            results.append(function(networks.build("tied"), *digits, **settings))
+    fast, naive = results
+    dropped = [row["dropped"] for row in fast.history]
+    assert dropped == [row["dropped"] for row in naive.history]
+    assert any(dropped)
+    assert all(torch.equal(mask, naive.masks[name]) for name, mask in fast.masks.items())
+    for result, other in ((fast.state_dict, naive.state_dict), (fast.particles, naive.particles)):
+        assert all(torch.allclose(tensor, other[name], atol=1e-9) for name, tensor in result.items())
+    for row, other in zip(fast.history, naive.history, strict=True):
+        for name in ("particle_accuracy", "ensemble_accuracy", "train_loss", "best_accuracy"):
+            assert row[name] == pytest.approx(other[name], abs=1e-9)
+
+
+def test_stopped_by_a_particle_that_diverges(on, digits, tmp_path, monkeypatch):
+    settings = on("lanes") | {"particles": 3}
+    fatal = poison(1, STEPS + 1)
+
+    def run(**change):
+        return fast_swamp(networks.build("tied"), *digits, **settings | change)
+
+    with before_steps(fatal), pytest.raises(FloatingPointError, match="cycle 0, epoch 1: particle 1 diverged") as error:
+        run(run_dir=tmp_path / "cut")
+    assert "other settings are another run" in str(error.value)
+    assert 'on_divergence="drop" goes on without' in str(error.value)
+    kept = RunDirectory(tmp_path / "cut").training_paths()[0]
+    assert bool(load_tensors(kept)[0]["weights/kept"].isnan().any())
+    with before_steps() as count:
+        with pytest.raises(FloatingPointError, match="cycle 0, epoch 1: particle 1 diverged"):
+            run(run_dir=tmp_path / "cut")
+        assert count[0] == 0, "it stops where it stopped"
+    with before_steps(fatal), pytest.warns(UserWarning, match="diverged"):
+        run(run_dir=tmp_path / "whole", on_divergence="drop")
+    with pytest.warns(UserWarning, match="diverged"):
+        run(run_dir=tmp_path / "cut", on_divergence="drop")
+    assert same_bits(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_where_no_particle_is_left(on, digits, tmp_path, monkeypatch):
+    def all_of_them(trainer, step):
+        trainer.bank.weights[:, 3] = float("inf")
+
+    settings = on("lanes") | {"particles": 3, "on_divergence": "drop", "run_dir": tmp_path}
+    with before_steps(all_of_them), pytest.raises(FloatingPointError, match="ticket, epoch 1: particle 0 diverged"):
+        fast_swamp(networks.build("tied"), *digits, **settings)
+    with before_steps(all_of_them), pytest.raises(FloatingPointError, match="epoch 1: particles 0, 1, 2 diverged"):
+        fast_swamp(networks.build("tied"), *digits, **settings | {"ticket_epochs": 0, "run_dir": None})
+
+
+def test_a_dropped_particle_stays_dropped_when_resumed(on, digits, tmp_path, monkeypatch):
+    settings = on("fused") | {"particles": 3, "on_divergence": "drop", "checkpoint_minutes": ALWAYS}
+    spoil = poison(1, STEPS + 1)
+
+    def until(number):
+        def act(trainer, step):
+            spoil(trainer, step)
+            stop_at(number)(trainer, step)
+
+        return act
+
+    def run(name):
+        return fast_swamp(networks.build("residual"), *digits, **settings, run_dir=tmp_path / name)
+
+    with before_steps(spoil), pytest.warns(UserWarning, match="diverged"):
+        run("whole")
+    with before_steps(until(2 * STEPS + 2)), pytest.warns(UserWarning, match="diverged"), pytest.raises(Interrupted):
+        run("cut")
+    result = run("cut")
+    assert same_bits(tmp_path / "whole", tmp_path / "cut")  # the history's warnings too
+    assert result.history[0]["dropped"] == [{"lane": 1, "epoch": 1}]
+    assert not result.history[1]["dropped"]

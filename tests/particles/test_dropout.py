@@ -1,0 +1,145 @@
+"""Dropout from a particle's stream: torch's own distributions, and the same draws alone, folded and repeated."""
+
+from __future__ import annotations
+
+import networks
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from swamp_fast import ops
+from swamp_fast.particles.dropout import DropoutStream
+from swamp_fast.particles.random import DROPOUT
+from swamp_fast.problem.prepare import prepare
+
+KEYS = torch.tensor([[1, 2, 3], [1, 3, 3]])
+FORMS = {
+    "F.dropout": lambda x: F.dropout(x, 0.3),
+    "nn.Dropout": nn.Dropout(0.3),
+    "nn.Dropout in place": lambda x: nn.Dropout(0.3, inplace=True)(x.clone()),
+    "torch.dropout": lambda x: torch.dropout(x, 0.3, True),
+    "torch.dropout_": lambda x: torch.dropout_(x.clone(), 0.3, True),
+    "nn.Dropout1d": nn.Dropout1d(0.3),
+    "nn.Dropout2d": lambda x: nn.Dropout2d(0.3)(x[..., None])[..., 0],
+    "nn.Dropout3d": lambda x: nn.Dropout3d(0.3)(x[..., None, None])[..., 0, 0],
+    "torch.feature_dropout": lambda x: torch.feature_dropout(x, 0.3, True),
+    "nn.AlphaDropout": nn.AlphaDropout(0.3),
+    "torch.alpha_dropout": lambda x: torch.alpha_dropout(x, 0.3, True),
+    "nn.FeatureAlphaDropout": nn.FeatureAlphaDropout(0.3),
+}
+
+
+@pytest.mark.parametrize("form", list(FORMS))
+def test_the_distribution_is_torchs(form):
+    """Mean and variance as torch's own, from as many draws; and none from torch's generator."""
+    inputs = torch.randn(300, 100, 10)
+    theirs = FORMS[form](inputs)
+    state = torch.get_rng_state()
+    with DropoutStream(KEYS[:1]):
+        ours = FORMS[form](inputs)
+    assert torch.equal(state, torch.get_rng_state())
+    assert not torch.equal(ours, theirs)
+    assert ours.mean() == pytest.approx(float(theirs.mean()), abs=0.01)
+    assert ours.std() == pytest.approx(float(theirs.std()), rel=0.01)
+    # The same values stand for a dropped unit and a kept one.
+    assert set(torch.where(inputs[0] == 0, 0, ours[0]).eq(0).unique().tolist()) == set(
+        theirs[0].eq(0).unique().tolist()
+    )
+
+
+@pytest.mark.parametrize("form", list(FORMS))
+def test_folded_lanes_draw_what_they_draw_alone(form):
+    inputs = torch.randn(8, 6, 5)
+    with DropoutStream(KEYS):
+        together = FORMS[form](inputs), FORMS[form](inputs)
+    for lane in range(2):
+        with DropoutStream(KEYS[lane : lane + 1]):
+            alone = FORMS[form](inputs[4 * lane : 4 * lane + 4]), FORMS[form](inputs[4 * lane : 4 * lane + 4])
+        for a, b in zip(alone, together, strict=True):
+            assert torch.equal(a, b[4 * lane : 4 * lane + 4])
+    assert not torch.equal(*together)  # a second call draws anew
+
+
+def test_the_draw_is_the_word_that_the_docs_name():
+    with DropoutStream(KEYS[:1]):
+        F.dropout(torch.ones(7), 0.5)
+        out = F.dropout(torch.ones(4, 5), 0.25)
+    words = ops.philox(KEYS[:1], DROPOUT + 256, 20).view(4, 5).double() + 2**31
+    assert torch.equal(out == 0, words < 0.25 * 2**32)
+
+
+def test_off_and_everything():
+    inputs = torch.randn(5, 4)
+    with DropoutStream(KEYS[:1]) as stream:
+        assert F.dropout(inputs, 0.0) is inputs
+        assert F.dropout(inputs, 0.9, training=False) is inputs
+        assert nn.Dropout(0.9).eval()(inputs) is inputs
+        assert stream.calls == 0
+        assert F.dropout(inputs, 1.0).eq(0).all()
+        with pytest.raises(ValueError, match=r"must lie in \[0, 1\]"):
+            F.dropout(inputs, 1.5)
+
+
+def test_attention_drops_its_weights():
+    """Every way to attention: the module with and without weights, the function, masked and causal."""
+    torch.manual_seed(0)
+    query, key, value = torch.randn(3, 2, 5, 8).unbind()
+    mask = torch.rand(5, 5) < 0.7
+    mask.fill_diagonal_(True)
+    for options in ({}, {"is_causal": True}, {"attn_mask": mask}, {"attn_mask": mask.float()}, {"scale": 0.1}):
+        plain = F.scaled_dot_product_attention(query, key, value, **options)
+        with DropoutStream(KEYS[:1]) as stream:
+            assert torch.allclose(F.scaled_dot_product_attention(query, key, value, **options), plain)
+            assert stream.calls == 0
+            many = torch.stack(
+                [F.scaled_dot_product_attention(query, key, value, dropout_p=0.2, **options) for _ in range(4000)]
+            )
+        assert (many.mean(0) - plain).abs().max() < 0.1  # unbiased
+        assert many.std(0).max() > 0.05
+    grouped = torch.randn(2, 4, 5, 8)
+    with DropoutStream(KEYS[:1]):
+        out = F.scaled_dot_product_attention(grouped, key[:, None], value[:, None], dropout_p=1e-9, enable_gqa=True)
+    plain = F.scaled_dot_product_attention(grouped, key[:, None], value[:, None], enable_gqa=True)
+    assert torch.allclose(out, plain, atol=1e-5)
+    module = nn.MultiheadAttention(8, 2, dropout=0.5, batch_first=True)
+    state = torch.get_rng_state()
+    for need_weights in (True, False):
+        with DropoutStream(KEYS[:1]) as stream:
+            first = module(query, query, query, need_weights=need_weights)[0]
+            assert stream.calls == 1
+        with DropoutStream(KEYS[:1]):
+            assert torch.equal(module(query, query, query, need_weights=need_weights)[0], first)
+        with DropoutStream(KEYS[1:]):
+            assert not torch.equal(module(query, query, query, need_weights=need_weights)[0], first)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_torch_is_as_before_afterwards():
+    dropout, attention = F.dropout, F.scaled_dot_product_attention
+    module = nn.MultiheadAttention(8, 2, dropout=0.5)
+    with DropoutStream(KEYS[:1]), pytest.raises(AssertionError):
+        module(torch.randn(5, 1, 7), torch.randn(5, 1, 7), torch.randn(5, 1, 7))
+    assert F.dropout is dropout
+    assert F.scaled_dot_product_attention is attention
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_is_refused(reentrant):
+    """A dropout that is run again in backward would draw other numbers: an error, not a wrong gradient."""
+
+    class Checkpointed(networks.Tied):
+        def forward(self, x):
+            x = self.first(x.flatten(1))
+            x = checkpoint(lambda x: F.dropout(F.relu(self.middle(x)), 0.5), x, use_reentrant=reentrant)
+            return self.head(F.relu(self.again(x)))
+
+    inputs, targets = torch.randn(64, 64), torch.arange(64) % 10
+    with pytest.raises(ValueError, match="activation checkpointing"):
+        prepare(Checkpointed(), (inputs, targets), settings={"batch_size": 8})
+
+
+def test_lanes_must_stand_first():
+    with DropoutStream(KEYS), pytest.raises(RuntimeError, match="the first axis does not hold 2 lanes"):
+        F.dropout(torch.ones(3, 4), 0.5)

@@ -1,0 +1,231 @@
+"""What can't be written or read is told, and nothing is lost."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import networks
+import pytest
+import torch
+from stops import ALWAYS, Interrupted, before_steps, files, stop_at
+
+from benchmarks.durability import same_bits
+from swamp_fast import SwampConfig, fast_swamp
+from swamp_fast.runs import lock
+from swamp_fast.runs.checkpoint import Damaged, RunDirectory, Unfinished, load_tensors, save_tensors, write
+
+
+def a_folder(path: Path) -> tuple[RunDirectory, Unfinished]:
+    """A run's folder with a training under way in it."""
+    folder = RunDirectory(path)
+    about = {"driver": "fast_swamp", "config": {}, "fingerprints": {}, "engine": {}, "standardise": None, "place": {}}
+    folder.create(about, "")
+    tensors = {"done": torch.tensor(5), "weights/kept": torch.randn(40), "n": torch.arange(3), "e": torch.zeros(0)}
+    return folder, Unfinished(2, {1: 3}, 4.5, tensors)
+
+
+def test_a_checkpoint_that_is_cut_or_changed_at_any_byte_is_seen(tmp_path):
+    folder, state = a_folder(tmp_path)
+    folder.write_training(state)
+    path = folder.training_paths()[0]
+    content = path.read_bytes()
+    back = folder.training(path)
+    assert (back.cycle, back.dropped, back.seconds, back.steps) == (2, {1: 3}, 4.5, 5)
+    assert all(torch.equal(back.tensors[name], tensor) for name, tensor in state.tensors.items())
+    for length in range(len(content)):
+        path.write_bytes(content[:length])
+        with pytest.raises(Damaged, match=r"training.safetensors is damaged"):
+            folder.training(path)
+    for place in range(len(content)):
+        changed = bytearray(content)
+        changed[place] ^= 1 << place % 8
+        path.write_bytes(changed)
+        with pytest.raises(ValueError, match=r"is damaged|is no file of this run|is no checkpoint of swamp_fast"):
+            folder.training(path)
+
+
+def test_the_last_whole_checkpoint_is_used(on, digits, tmp_path, monkeypatch):
+    settings = on("lanes") | {"checkpoint_minutes": ALWAYS}
+    fast_swamp(networks.build("dropout"), *digits, **settings, run_dir=tmp_path / "whole")
+    with before_steps(stop_at(17)), pytest.raises(Interrupted):
+        fast_swamp(networks.build("dropout"), *digits, **settings, run_dir=tmp_path / "cut")
+    before = files(tmp_path / "cut")
+    expected = {
+        ("training.safetensors",): 21 - 17 + 1,
+        ("training.safetensors", "training.previous.safetensors"): 9,
+        ("cycle_00.safetensors",): 18,
+        ("ticket.safetensors",): 3 + 9,
+    }
+    for damaged, steps in expected.items():
+        folder = tmp_path / "-".join(damaged)
+        shutil.copytree(tmp_path / "cut", folder)
+        for name in damaged:
+            (folder / name).write_bytes(before[name][: len(before[name]) // 2])
+        with before_steps() as count, pytest.warns(UserWarning, match="is damaged") as told:
+            fast_swamp(networks.build("dropout"), *digits, **settings, run_dir=folder)
+        assert count[0] == steps, damaged
+        texts = [str(each.message).split(" is damaged")[0] for each in told if " is damaged" in str(each.message)]
+        assert texts == [str(folder / name) for name in damaged]
+        assert all((folder / f"{name}.damaged").exists() for name in damaged)
+        assert same_averages(tmp_path / "whole", folder)
+
+
+def same_averages(a: Path, b: Path) -> bool:
+    for path in (b / "cycle_00.safetensors", b / "cycle_01.safetensors"):
+        tensors, other = load_tensors(path)[0], load_tensors(a / path.name)[0]
+        assert tensors.keys() == other.keys()
+        assert all(torch.equal(tensor, other[name]) for name, tensor in tensors.items())
+    return True
+
+
+def test_what_follows_a_damaged_cycle_is_trained_again_and_kept(on, digits, tmp_path):
+    settings = on("lanes") | {"cycles": 2, "epochs": 1, "keep_particles": True, "run_dir": tmp_path}
+    first = fast_swamp(networks.build("tied"), *digits, **settings)
+    expected = first.state_dict
+    (tmp_path / "cycle_01.safetensors").write_bytes(b"nothing")
+    with pytest.warns(UserWarning, match="goes on from cycle 1 on"):
+        again = fast_swamp(networks.build("tied"), *digits, **settings)
+    assert (tmp_path / "cycle_02.safetensors.unused").exists()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in again.state_dict.items())
+    (tmp_path / "particles.safetensors").write_bytes(b"nothing")
+    with pytest.warns(UserWarning, match="The last cycle is trained again"):
+        again = fast_swamp(networks.build("tied"), *digits, **settings)
+    assert (tmp_path / "cycle_02.safetensors.unused2").exists()
+    assert all(torch.equal(tensor, first.particles[name]) for name, tensor in again.particles.items())
+
+
+def test_another_runs_training_is_refused(on, digits, tmp_path, monkeypatch):
+    settings = on("lanes") | {"checkpoint_minutes": ALWAYS}
+    for seed in (0, 1):
+        with before_steps(stop_at(2)), pytest.raises(Interrupted):
+            fast_swamp(networks.build("tied"), *digits, **settings, seed=seed, run_dir=tmp_path / str(seed))
+    shutil.copy(tmp_path / "1" / "training.safetensors", tmp_path / "0")
+    before = files(tmp_path / "0")
+    with pytest.raises(ValueError, match=r"training.safetensors is no file of this run: .* Move it away to go on"):
+        fast_swamp(networks.build("tied"), *digits, **settings, run_dir=tmp_path / "0")
+    assert files(tmp_path / "0") == before
+
+
+def test_a_full_disk(on, digits, tmp_path, monkeypatch):
+    settings = on("lanes") | {"checkpoint_minutes": ALWAYS}
+    fast_swamp(networks.build("dropout"), *digits, **settings, run_dir=tmp_path / "whole")
+    flush, room = os.fsync, [True]
+
+    def fsync(file):
+        if not room[0]:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        flush(file)
+
+    def fill(trainer, step):
+        room[0] = step < 14
+
+    monkeypatch.setattr("swamp_fast.runs.checkpoint.os.fsync", fsync)
+    with before_steps(fill), pytest.raises(OSError, match="No space left") as error:
+        fast_swamp(networks.build("dropout"), *digits, **settings, run_dir=tmp_path / "cut")
+    assert error.value.errno == errno.ENOSPC
+    assert "training.safetensors can't be written" in str(error.value)
+    assert "What the folder held is intact: make room" in str(error.value)
+    assert not list((tmp_path / "cut").glob("*.part"))
+    for path in RunDirectory(tmp_path / "cut").training_paths():
+        load_tensors(path)
+    room[0] = True
+    fast_swamp(networks.build("dropout"), *digits, **settings, run_dir=tmp_path / "cut")
+    assert same_bits(tmp_path / "whole", tmp_path / "cut")
+
+
+def past_the_limit(folder: str) -> None:
+    """In a process whose files may have 64 KB, as on a disk that is full."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))
+    write(Path(folder) / "small", b"x")
+    try:
+        save_tensors(Path(folder) / "large", {"a": torch.zeros(1 << 16)})
+    except OSError as error:
+        raise SystemExit(3 if "large can't be written" in str(error) else 4) from None
+
+
+def test_a_file_that_can_really_not_grow(tmp_path):
+    code = f"import test_checkpoint; test_checkpoint.past_the_limit({str(tmp_path)!r})"
+    paths = [str(Path(__file__).parent), str(ROOT / "tests" / "support"), str(ROOT)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    (tmp_path / "large").write_bytes(b"what was there")
+    assert subprocess.run([sys.executable, "-c", code], env=environment).returncode == 3
+    assert files(tmp_path) == {"small": b"x", "large": b"what was there"}
+
+
+@pytest.fixture
+def as_nobody():
+    """A folder anyone may enter, and, for root, being another user."""
+    folder = Path(tempfile.mkdtemp(dir="/tmp"))
+    os.chmod(folder, 0o755)
+    root = os.geteuid() == 0
+    yield folder, (lambda: os.seteuid(65534)) if root else lambda: None
+    if root:
+        os.seteuid(0)
+    shutil.rmtree(folder)
+
+
+def test_a_folder_that_may_not_be_written(as_nobody, on, digits):
+    folder, become_nobody = as_nobody
+    settings = on("lanes") | {"cycles": 0, "ticket_epochs": 0}
+    fast_swamp(networks.build("tied"), *digits, **settings, run_dir=folder / "run")
+    os.chmod(folder / "run", 0o555)
+    before = files(folder / "run")
+    become_nobody()
+    with pytest.raises(OSError, match=r"run can't be written to .*Make it writable, or name another folder"):
+        fast_swamp(networks.build("tied"), *digits, **settings, run_dir=folder / "run")
+    with pytest.raises(ValueError, match=r"run_dir .*new can't be made \(.*Permission denied.*name a folder that can"):
+        fast_swamp(networks.build("tied"), *digits, **settings, run_dir=folder / "new")
+    with pytest.raises(OSError, match=r"a.json can't be written .*Permission denied.* What the folder held is intact"):
+        write(folder / "run" / "a.json", b"x")
+    assert files(folder / "run") == before
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from swamp_fast import lock
+with lock.locked(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_two_processes_in_one_folder(on, digits, tmp_path, monkeypatch):
+    settings = on("lanes") | {"cycles": 0, "ticket_epochs": 0, "run_dir": tmp_path}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", HOLDER, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, text=True) as process:
+        assert process.stdout.readline() == "held\n"
+        text = rf"run_dir {tmp_path} is in use: process {process.pid} on .* Wait until it ends, stop it, or name"
+        with pytest.raises(ValueError, match=text):
+            fast_swamp(networks.build("tied"), *digits, **settings)
+        assert list(files(tmp_path)) == ["lock"]
+        process.kill()
+    nested = []
+
+    def again(row):  # of this process, in its own callback
+        with pytest.raises(ValueError, match=rf"is in use: process {os.getpid()} "):
+            fast_swamp(networks.build("tied"), *digits, **settings)
+        nested.append(row)
+
+    fast_swamp(networks.build("tied"), *digits, **settings, on_cycle=again)  # a killed process's lock is no hindrance
+    assert nested
+    assert not (tmp_path / "lock").exists()
+    monkeypatch.setattr(lock.fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOLCK, "No locks")))
+    with pytest.warns(UserWarning, match="can't be locked .* see that one process uses it"):
+        fast_swamp(networks.build("tied"), *digits, **settings)
+
+
+def test_the_settings():
+    assert SwampConfig().checkpoint_minutes == 5
+    with pytest.raises(ValueError, match="`checkpoint_minutes` must be at least 0"):
+        SwampConfig(checkpoint_minutes=-1)
+    with pytest.raises(ValueError, match='`on_divergence` must be one of "stop", "drop"'):
+        SwampConfig(on_divergence="ignore")

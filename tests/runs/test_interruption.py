@@ -1,0 +1,286 @@
+"""A run that is stopped at any moment goes on to the same bits."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import networks
+import pytest
+import torch
+from stops import ALWAYS, WAYS, Interrupted, before_steps, stop_at
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from benchmarks.durability import crash, same_bits
+from swamp_fast import SwampConfig, fast_swamp
+from swamp_fast.data import samples
+from swamp_fast.engines.fused.compact import Compact, CompactBank
+from swamp_fast.engines.selection import named
+from swamp_fast.particles.bank import ParticleBank
+from swamp_fast.particles.layout import Layout
+from swamp_fast.runs.checkpoint import RunDirectory, load_tensors
+
+# Of the steps of a ticket (0-2) and of two trainings (3-11, 12-20): inside an epoch, between two, in the SWA window,
+# and in the second cycle, whose mask is sparse.
+MOMENTS = {"lanes": (1, 6, 20), "fold": (13,), "fold_grouped": (19,), "fused": (4, 14), "by density": (11, 16)}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_resumed_inside_a_training_is_uninterrupted(way, on, digits, tmp_path, monkeypatch):
+    settings = on(way) | {"checkpoint_minutes": ALWAYS, "keep_particles": True, "val": 0.1}
+    fast_swamp(networks.build("dropout"), *digits, **settings, run_dir=tmp_path / "whole")
+    for moment in MOMENTS[way]:
+        with before_steps(stop_at(moment)), pytest.raises(Interrupted):
+            fast_swamp(networks.build("dropout"), *digits, **settings, run_dir=tmp_path / "cut")
+        with before_steps() as count:
+            fast_swamp(networks.build("dropout"), *digits, **settings, run_dir=tmp_path / "cut")
+            assert count[0] == 21 - moment, "it went on at the step"
+        assert same_bits(tmp_path / "whole", tmp_path / "cut"), moment
+        assert not list((tmp_path / "cut").glob("training*"))
+        shutil.rmtree(tmp_path / "cut")
+
+
+class Shaken(TensorDataset):
+    """Draws in __getitem__, as user's augmentations do."""
+
+    def __getitem__(self, index):
+        inputs, target = super().__getitem__(index)
+        return inputs + 0.1 * torch.rand(()), target
+
+
+class Counting(networks.Tied):
+    """Has buffers of its own that its forward changes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("seen", torch.zeros(3, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.calls += 1
+            self.seen += x.mean()
+        return super().forward(x)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_too(on, digits, tmp_path):
+    settings = on("fused") | {"checkpoint_minutes": ALWAYS}
+    on_gpu = settings | {"device": "cuda"}
+    fast_swamp(networks.build("dropout"), *digits, **on_gpu, run_dir=tmp_path / "whole")
+    for name, begun in (("cut", on_gpu), ("moved", settings | {"device": "cpu"})):
+        with before_steps(stop_at(13)), pytest.raises(Interrupted):
+            fast_swamp(networks.build("dropout"), *digits, **begun, run_dir=tmp_path / name)
+    fast_swamp(networks.build("dropout"), *digits, **on_gpu, run_dir=tmp_path / "cut")
+    assert same_bits(tmp_path / "whole", tmp_path / "cut")
+    with pytest.warns(UserWarning, match="device was cpu, is cuda"):
+        moved = fast_swamp(networks.build("dropout"), *digits, **on_gpu, run_dir=tmp_path / "moved")
+    assert len(moved.history) == 2
+
+
+def seeded(model):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return model()
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "change"),
+    [
+        (lambda: networks.build("dropout"), "streamed", {}),
+        (lambda: seeded(Counting), "stored", {"rewind": "average", "nesterov": True}),
+        (lambda: networks.build("tied"), "stored", {"swa": False, "transform": lambda x: x + torch.rand_like(x)}),
+        (lambda: networks.build("residual"), "stored", {"augment": "crop_flip", "precision": "bfloat16"}),
+        (
+            lambda: networks.build("tied"),
+            "stored",
+            {"optimizer": "adamw", "lr": 1e-3, "swa_lr": 5e-4, "clip_norm": 1.0},
+        ),
+    ],
+)
+def test_whatever_a_step_depends_on_is_kept(model, data, change, on, digits, tmp_path, capsys):
+    (inputs, targets), test = digits
+    train = (inputs, targets)
+    if data == "streamed":
+        train = Shaken(inputs.float() / 16, targets)
+        test = test[0].float() / 16, test[1]
+    settings = on("lanes") | {"checkpoint_minutes": ALWAYS, "progress": True} | change
+    fast_swamp(model(), train, test, **settings, run_dir=tmp_path / "whole")
+    assert ("streamed" in capsys.readouterr().err) == (data == "streamed")
+    with before_steps(stop_at(14)), pytest.raises(Interrupted):
+        fast_swamp(model(), train, test, **settings, run_dir=tmp_path / "cut")
+    assert load_tensors(tmp_path / "cut" / "training.safetensors")[0]["done"] == 2
+    fast_swamp(model(), train, test, **settings, run_dir=tmp_path / "cut")
+    assert same_bits(tmp_path / "whole", tmp_path / "cut")
+
+
+@pytest.mark.parametrize("engine", ["eager", "fused", "by density"])
+def test_killed_at_a_random_moment(engine, tmp_path):
+    """SIGKILL to a real process; with --slow many more of them."""
+    found = crash(engine, tmp_path, times=1, seed=7)
+    assert (len(found.moments), found.equal) == (1, found.ended), found
+    assert found.codes == [-signal.SIGKILL]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["eager", "fused", "by density"])
+@pytest.mark.parametrize(("by", "times"), [(signal.SIGKILL, 8), (signal.SIGTERM, 4), (signal.SIGINT, 4)])
+def test_stopped_at_many_random_moments(engine, by, times, tmp_path):
+    found = crash(engine, tmp_path, times, seed=int(by), by=by)
+    print(f"{engine}, signal {by}: {found}")
+    assert len(found.moments) == times
+    assert found.equal == found.ended
+
+
+@pytest.mark.parametrize(("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
+def test_a_signal_stops_at_the_next_step_with_a_checkpoint(number, error, on, digits, tmp_path, monkeypatch, capsys):
+    settings = on("fused")
+    before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+    fast_swamp(networks.build("dropout"), *digits, **settings, run_dir=tmp_path / "whole")
+    with (
+        before_steps(lambda trainer, step: signal.raise_signal(number) if step == 13 else None),
+        pytest.raises(error) as stopped,
+    ):
+        fast_swamp(networks.build("dropout"), *digits, **settings | {"progress": True}, run_dir=tmp_path / "cut")
+    assert number == signal.SIGINT or stopped.value.code == 143
+    assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == before
+    assert "started again with run_dir" in capsys.readouterr().err
+    assert RunDirectory(tmp_path / "cut").training_paths()[0].exists()
+    with before_steps() as count:
+        fast_swamp(networks.build("dropout"), *digits, **settings | {"progress": True}, run_dir=tmp_path / "cut")
+    assert count[0] == 21 - 14
+    assert "resumed  in cycle 1 of 1, after step 2" in capsys.readouterr().err
+    assert same_bits(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_signals_elsewhere_are_left_alone(on, digits, tmp_path, monkeypatch):
+    settings = on("lanes") | {"cycles": 0, "ticket_epochs": 0}
+    seen = []
+    before = signal.getsignal(signal.SIGINT)
+
+    def look(row):
+        seen.append(signal.getsignal(signal.SIGINT) == before)
+
+    fast_swamp(networks.build("tied"), *digits, **settings, on_cycle=look)  # no folder
+    thread = threading.Thread(
+        target=lambda: fast_swamp(networks.build("tied"), *digits, **settings, on_cycle=look, run_dir=tmp_path / "a")
+    )
+    thread.start()
+    thread.join()
+    fast_swamp(networks.build("tied"), *digits, **settings, on_cycle=look, run_dir=tmp_path / "b")
+    assert seen == [True, True, False]
+
+    def twice(trainer, step):
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)  # at once: no checkpoint
+
+    with before_steps(twice), pytest.raises(KeyboardInterrupt):
+        fast_swamp(networks.build("tied"), *digits, **settings, run_dir=tmp_path / "c")
+    assert not list((tmp_path / "c").glob("training*"))
+    assert signal.getsignal(signal.SIGINT) == before
+    # While the average is evaluated there is no next step; the cycle is written first.
+    monkeypatch.setattr("swamp_fast.driver.reestimate", lambda *_: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(SystemExit):
+        fast_swamp(networks.build("tied"), *digits, **settings, run_dir=tmp_path / "d")
+    assert (tmp_path / "d" / "cycle_00.safetensors").exists()
+
+
+def test_a_model_with_state_of_its_own_has_a_checkpoint_a_cycle(on, digits, tmp_path, capsys):
+    class Stateful(networks.Tied):
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls = getattr(self, "calls", 0) + 1
+            return super().forward(x)
+
+    settings = on("lanes") | {"checkpoint_minutes": ALWAYS, "cycles": 0, "progress": True}
+    look = lambda row: seen.extend(tmp_path.glob("training*"))  # noqa: E731
+    seen: list[Path] = []
+    fast_swamp(Stateful(), *digits, **settings, on_cycle=look, run_dir=tmp_path)
+    assert not seen
+    assert "a checkpoint a cycle alone: the model keeps state of its own" in capsys.readouterr().err
+
+
+def test_going_on_in_another_place_is_told(on, digits, tmp_path, monkeypatch):
+    settings = on("lanes") | {"checkpoint_minutes": ALWAYS, "run_dir": tmp_path, "engine": "eager"}
+    with before_steps(stop_at(10)), pytest.raises(Interrupted):
+        fast_swamp(networks.build("tied"), *digits, **settings)
+    about = json.loads((tmp_path / "run.json").read_text())
+    elsewhere = {"device": "cuda", "processor": "a GPU", "torch": about["place"]["torch"]}
+    (tmp_path / "run.json").write_text(json.dumps({**about, "place": elsewhere}))
+    monkeypatch.setattr("swamp_fast.engines.start.by_rule", lambda *_: named("eager:lanes", "chosen anew"))
+    with before_steps() as count, pytest.warns(UserWarning, match="device was cuda, is cpu") as told:
+        result = fast_swamp(networks.build("tied"), *digits, **settings)
+    assert "Bits may differ from here on. The engine is chosen anew" in str(told[0].message)
+    assert result.history[0]["warnings"][0] == str(told[0].message)
+    assert count[0] == 21 - 10
+    assert result.engine["why"] == "chosen anew"
+    after = json.loads((tmp_path / "run.json").read_text())
+    assert after["moved"] == [{"cycle": 0, "from": elsewhere, "engine": about["engine"]}]
+    assert after["place"] == about["place"]
+    (tmp_path / "run.json").write_text(json.dumps({**after, "place": {**after["place"], "threads": 99}}))
+    fast_swamp(networks.build("tied"), *digits, **settings)  # finished: it is only read
+
+
+@pytest.mark.parametrize("reordered", [False, True])
+def test_the_state_of_a_bank_is_the_same_for_every_engine(reordered):
+    """Also of one whose channels that are left come first, as on CUDA."""
+    model = networks.build("residual")
+    layout = Layout.of(model.named_parameters(), {"conv.weight", "stem.weight"})
+    config = SwampConfig()
+    mask = torch.rand(layout.Q) < 0.3
+    full = ParticleBank(layout, [config], 3, torch.float32, torch.device("cpu"))
+    first = {name: torch.tensor([1, 3]) for name, _ in model.named_parameters() if name.endswith("bias")}
+    compact = CompactBank([Compact(layout, mask, first if reordered else None)], [config], 3, torch.float32)
+    compact.masks.copy_(torch.arange(compact.layout.Q) < len(compact.compacts[0].kept))
+    full.masks.copy_(mask)
+    for tensor in full.moving().values():
+        tensor.normal_()
+        tensor[:, : layout.Q].mul_(mask)
+    state = full.state()
+    compact.load_state_(state)
+    again = compact.state()
+    assert state.keys() == again.keys()
+    assert all(torch.equal(tensor, again[name]) for name, tensor in state.items())
+    assert torch.equal(compact.solutions(False), full.weights)
+
+
+class Slow(TensorDataset):
+    def __getitem__(self, index):
+        time.sleep(0.003)
+        return super().__getitem__(index)
+
+
+def with_workers(folder: str) -> None:
+    """A run whose data come from other processes."""
+    torch.set_num_threads(1)
+    os.setpgid(0, 0)
+    samples.collected = lambda source, device: (source, "as it is")
+    inputs = torch.randn(256, 8, generator=torch.Generator().manual_seed(0))
+    train = DataLoader(Slow(inputs, (inputs[:, 0] > 0).long()), batch_size=32, num_workers=2)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 2))
+    settings = {"cycles": 0, "epochs": 8, "ticket_epochs": 0, "particles": 2, "engine": "eager", "progress": False}
+    fast_swamp(model, train, **settings, run_dir=folder)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_all_processes_lets_the_step_end(number, tmp_path):
+    """As a terminal and a batch system send it: what reads the data gets it too."""
+    code = f"import test_interruption; test_interruption.with_workers({str(tmp_path)!r})"
+    paths = [str(Path(__file__).parent), str(ROOT / "tests" / "support"), str(ROOT)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    with subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=subprocess.PIPE) as process:
+        while not (tmp_path / "ticket.safetensors").exists() and process.poll() is None:
+            time.sleep(0.05)
+        time.sleep(1.0)
+        os.killpg(process.pid, number)
+        error = process.communicate()[1].decode()
+    assert process.returncode == (143 if number == signal.SIGTERM else -signal.SIGINT), error
+    assert (tmp_path / "training.safetensors").exists()

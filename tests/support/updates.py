@@ -1,0 +1,16 @@
+"""Banks for the ops that update them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+SIZES = [(1, 1, 1), (1, 5, 5), (3, 17, 9), (2, 4096, 4096), (4, 5001, 4100), (5, 9000, 0), (2, 0, 0)]
+
+
+def move(value: Tensor, device: torch.device) -> Tensor:
+    return value if device.type == "cpu" else value.to(device)
+
+
+def as_float64(given: dict[str, object]) -> dict[str, object]:
+    return {name: value.double() if value.is_floating_point() else value for name, value in given.items()}
