@@ -34,7 +34,7 @@ OPTIMIZERS = {"momentum": "sgd", "nesterov": "sgd", "beta1": "adamw", "beta2": "
 LEAST_EPS = 2.0**-126  # the smallest normal float32 number
 # They say where a run happens and what is kept and shown of it, not what it computes. A run that stopped because a
 # particle diverged may go on without it: until then both choices compute the same.
-NOT_IDENTITY = (
+RUN_ID_EXCLUDES = (
     *("device", "run_dir", "resume", "progress", "tensorboard", "data_dir"),
     *("checkpoint_minutes", "on_divergence"),
 )
@@ -293,7 +293,7 @@ class SwampConfig:
 
     def identity(self) -> dict[str, Any]:
         """The settings that decide what is computed."""
-        return {name: value for name, value in self.to_dict().items() if name not in NOT_IDENTITY}
+        return {name: value for name, value in self.to_dict().items() if name not in RUN_ID_EXCLUDES}
 
     def to_toml(self) -> str:
         """TOML text; settings that are None are left out."""

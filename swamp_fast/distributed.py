@@ -43,7 +43,7 @@ class Ranks:
 
     def __init__(self, rank: int = 0, world: int = 1, group: dist.ProcessGroup | None = None) -> None:
         self.rank, self.world, self.group = rank, world, group
-        self.heart: Heart | None = None
+        self.heart: Heartbeat | None = None
 
     @property
     def first(self) -> bool:
@@ -69,7 +69,7 @@ class Ranks:
         padded[: len(own)] = own
         group = self.group
         if own.is_cuda and "cuda:nccl" in dist.get_backend_config():
-            self.most([0])  # NCCL gives up on who is late
+            self.all_reduce_max([0])  # NCCL gives up on who is late
             group = None
         else:
             padded = padded.cpu()
@@ -80,7 +80,7 @@ class Ranks:
         rows = [part.view(own.dtype).view(shape)[: len(self.share(count, i))] for i, part in enumerate(each)]
         return torch.cat(rows).to(own.device)
 
-    def decided(self, make: Callable[[], Value]) -> Value:
+    def broadcast_from_first(self, make: Callable[[], Value]) -> Value:
         """What the first rank makes, on every rank; an error of it is raised on every rank."""
         if self.world == 1:
             return make()
@@ -99,7 +99,7 @@ class Ranks:
             raise error
         return value
 
-    def collected(self, own: Value) -> list[Value]:
+    def gather_to_first(self, own: Value) -> list[Value]:
         """Each rank's value, on the first; nothing on the others. Tensors must be on the CPU."""
         if self.world == 1:
             return [own]
@@ -108,7 +108,7 @@ class Ranks:
             dist.gather_object(own, found, 0, self.group)
         return found or []
 
-    def most(self, numbers: list[int]) -> list[int]:
+    def all_reduce_max(self, numbers: list[int]) -> list[int]:
         """The largest of each number over the ranks."""
         if self.world == 1:
             return numbers
@@ -138,7 +138,7 @@ class Ranks:
             yield self
             return
         store = PrefixStore(f"swamp_fast/{next(CALLS)}", _get_default_store().clone())
-        self.heart = Heart(self.rank, self.world, store)
+        self.heart = Heartbeat(self.rank, self.world, store)
         self.heart.start()
         try:
             yield self
@@ -169,7 +169,7 @@ class Ranks:
             raise RuntimeError(f"{gone or 'another rank is gone'}. {ADVICE}") from error
 
 
-class Heart(threading.Thread):
+class Heartbeat(threading.Thread):
     """Gives signs of life in the job's store, and looks for those of the others.
 
     Each counts, and none tells its clock: those of two machines differ.

@@ -22,7 +22,7 @@ from swamp_fast.config import SwampConfig
 from swamp_fast.cycle.averaging import reestimate
 from swamp_fast.cycle.evaluation import score, score_row
 from swamp_fast.cycle.pruning import drawn, particles_score, pruned
-from swamp_fast.cycle.training import Asked, Particles, SideBySide, Trained, Trainings, alone
+from swamp_fast.cycle.training import Particles, SideBySide, TrainingOutcome, TrainingRequest, Trainings, alone
 from swamp_fast.engines.start import Engine, start_engine
 from swamp_fast.particles.bank import Solution
 from swamp_fast.particles.layout import by_layer
@@ -104,20 +104,22 @@ def swamp(problem: Problem, engine: Engine, run: Run) -> Trainings[SwampResult]:
     for cycle in range(len(run.rows), problem.config.cycles + 1):
         began = time.perf_counter()
         if cycle > 0:
-            mask = run.ranks.decided(partial(next_mask, problem, run, mask, cycle))
+            mask = run.ranks.broadcast_from_first(partial(next_mask, problem, run, mask, cycle))
         start = ticket if problem.config.rewind == "ticket" or cycle == 0 else average
         asked, before = of_cycle(problem, run, cycle, start, mask), time.perf_counter() - began
         trained = yield asked
         began = time.perf_counter() - before - trained.seconds  # while others' cycles end, this one only waits
         keep = problem.config.keep_particles and cycle == problem.config.cycles
         found = trained.particles(problem.config.swa)
-        average, particles, scores = run.ranks.decided(partial(combined, problem, trained.side_by_side, found, keep))
+        average, particles, scores = run.ranks.broadcast_from_first(
+            partial(combined, problem, trained.side_by_side, found, keep)
+        )
         row = {**about_cycle(problem, trained, mask, cycle), **scores}
         if keep:
             run.keep_particles([state_of(problem, particle) for particle in particles])
-        score = run.ranks.decided(partial(mask_score, problem, found, cycle))
+        score = run.ranks.broadcast_from_first(partial(mask_score, problem, found, cycle))
         row["seconds"], row["peak_memory"] = time.perf_counter() - began, peak_memory(problem.device)
-        run.keep_engine(run.ranks.decided(engine.describe))
+        run.keep_engine(run.ranks.broadcast_from_first(engine.describe))
         run.keep_cycle(state_of(problem, average), problem.layout.mask_views(mask), row, score)
     return run.result()
 
@@ -128,7 +130,7 @@ def train_ticket(problem: Problem, run: Run) -> Trainings[Solution]:
         start = initial(problem)
         if problem.config.ticket_epochs > 0:
             full = problem.layout.full_mask(problem.device)
-            trained = yield Asked(run, None, start, full, 1, ticket_training(problem.config), "ticket")
+            trained = yield TrainingRequest(run, None, start, full, 1, ticket_training(problem.config), "ticket")
             found = trained.particles(averaged=False)
             start = Solution(found.weights[0].clone(), {name: each[0] for name, each in found.buffers.items()})
         run.keep_ticket(state_of(problem, start))
@@ -147,12 +149,12 @@ def resumed(problem: Problem, run: Run, ticket: Solution) -> tuple[Solution, Ten
     return solution_of(problem, last.state), mask
 
 
-def of_cycle(problem: Problem, run: Run, cycle: int, start: Solution, mask: Tensor) -> Asked:
+def of_cycle(problem: Problem, run: Run, cycle: int, start: Solution, mask: Tensor) -> TrainingRequest:
     """A cycle's training of its particles."""
     config, particles = problem.config, problem.config.particles_at(cycle)
     density = percent(int(mask.sum()) / problem.layout.weights)
     shown = f"cycle {cycle}/{config.cycles}, density {density}, {particles} particles"
-    return Asked(run, cycle, start, mask, particles, cycle_training(config, len(problem.bounds)), shown)
+    return TrainingRequest(run, cycle, start, mask, particles, cycle_training(config, len(problem.bounds)), shown)
 
 
 def combined(
@@ -209,7 +211,7 @@ def mask_score(problem: Problem, found: Particles, cycle: int) -> dict[str, Tens
     return problem.layout.mask_views(score)
 
 
-def about_cycle(problem: Problem, trained: Trained, mask: Tensor, cycle: int) -> dict[str, Any]:
+def about_cycle(problem: Problem, trained: TrainingOutcome, mask: Tensor, cycle: int) -> dict[str, Any]:
     """What a cycle's row says besides scores."""
     kept = int(mask.sum())
     return {

@@ -167,7 +167,7 @@ def faults(folder: str) -> None:
     tell("ours", raised(run_dir=folder, cycles=0))
     tell("folder", raised(run_dir=folder, cycles=0, resume=False))
 
-    step, decided = Trainer.step, Ranks.decided
+    step, decided = Trainer.step, Ranks.broadcast_from_first
 
     def infinite(trainer, handle):
         step(trainer, handle)
@@ -187,7 +187,7 @@ def faults(folder: str) -> None:
             value[:2] = ~value[:2]
         return value
 
-    Ranks.decided = flipped
+    Ranks.broadcast_from_first = flipped
     tell("mask", raised())
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from swamp_fast.analysis.evaluator import WHAT, Analysis, Scores, averages
+from swamp_fast.analysis.evaluator import SCORES, Analysis, Scores, averages
 from swamp_fast.runs.result import SwampResult
 
 
@@ -42,7 +42,7 @@ class Path(Scores):
 
     def barriers(self) -> dict[str, dict[str, float]]:
         """All barriers of every score that there is."""
-        there = [what for what in WHAT if getattr(self, what) is not None]
+        there = [what for what in SCORES if getattr(self, what) is not None]
         return {what: {over: self.barrier(what, over) for over in ("max", "mean", "line")} for what in there}
 
 

@@ -24,7 +24,7 @@ from swamp_fast.engines.eager.engine import EagerEngine
 from swamp_fast.engines.fused.engine import FusedEngine
 from swamp_fast.engines.selection import Choice
 from swamp_fast.engines.start import Engine, start_engine
-from swamp_fast.engines.switching import EngineByDensity
+from swamp_fast.engines.switching import SwitchingEngine
 from swamp_fast.particles.bank import Solution
 from swamp_fast.particles.norms import norms_of
 from swamp_fast.particles.random import (
@@ -46,10 +46,14 @@ State = dict[str, Tensor]  # parameters and buffers by name, as SwampResult.stat
 Outputs = Callable[[Any, int], list[Any]]  # (inputs [B, ...], time) -> each model's outputs
 Found = TypeVar("Found")
 
-WHAT = ("train_loss", "train_error", "test_loss", "test_error")
-FOLDED = 4  # lanes that are folded at once: so many are proven to give what they give alone
-PLAIN = {"layer_kept": None, "mask_score": "abs-mean", "combine": "mean"}  # no masks are made, no particle is chosen
-SHARE = 0.4  # of the free memory that the lanes may take
+SCORES = ("train_loss", "train_error", "test_loss", "test_error")
+CHECKED_LANES = 4  # lanes that are folded at once: so many are proven to give what they give alone
+NEUTRAL_SETTINGS = {
+    "layer_kept": None,
+    "mask_score": "abs-mean",
+    "combine": "mean",
+}  # no masks are made, no particle is chosen
+MAX_MEMORY_FRACTION = 0.4  # of the free memory that the lanes may take
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,9 +70,9 @@ class Scores:
     train_samples: int
 
     def of(self, what: str) -> list[float]:
-        """One of WHAT. Raises ValueError if it is none of them, or there is none of it."""
-        if what not in WHAT:
-            raise ValueError(f'`what` must be one of {", ".join(WHAT)}; got "{what}".')
+        """One of SCORES. Raises ValueError if it is none of them, or there is none of it."""
+        if what not in SCORES:
+            raise ValueError(f'`what` must be one of {", ".join(SCORES)}; got "{what}".')
         values: list[float] | None = getattr(self, what)
         if values is None:
             lacking = "accuracies" if self.test_loss is not None or what.startswith("train") else "test data"
@@ -77,7 +81,7 @@ class Scores:
 
     def part(self, rows: Iterable[int]) -> dict[str, Any]:
         """The scores of some of the models, to make other Scores of."""
-        every, rows = {name: getattr(self, name) for name in WHAT}, list(rows)
+        every, rows = {name: getattr(self, name) for name in SCORES}, list(rows)
         own = {name: None if each is None else [each[row] for row in rows] for name, each in every.items()}
         return {**own, "train_samples": self.train_samples}
 
@@ -114,7 +118,9 @@ class Analysis:
         **settings: Any,
     ) -> None:
         own = SwampConfig.of(config, settings)
-        own = own.replace(cycles=0, particles=FOLDED, run_dir=None, tensorboard=False, progress=False, **PLAIN)
+        own = own.replace(
+            cycles=0, particles=CHECKED_LANES, run_dir=None, tensorboard=False, progress=False, **NEUTRAL_SETTINGS
+        )
         self.problem = prepare(
             *(model, train, test),
             val=val,
@@ -146,7 +152,7 @@ class Analysis:
 
         chunks = self.measured(solutions, shares, scores, reestimate=reestimate)
         found: list[list[float] | None] = [[value for chunk in chunks for value in chunk[i]] for i in range(4)]
-        own = {what: values or None for what, values in zip(WHAT, found, strict=True)}
+        own = {what: values or None for what, values in zip(SCORES, found, strict=True)}
         return Scores(**own, train_samples=self.train.length)  # type: ignore[arg-type]
 
     @one_at_a_time
@@ -237,7 +243,7 @@ class Analysis:
         if self.engines is None:
             problem = dataclasses.replace(self.problem, mask=mask)
             self.engines = start_engine(problem, Run(problem, "analysis"))
-        engine = self.engines.under(mask) if isinstance(self.engines, EngineByDensity) else self.engines
+        engine = self.engines.under(mask) if isinstance(self.engines, SwitchingEngine) else self.engines
         if isinstance(engine, FusedEngine):
             engine.spawn(start, mask, range(1), None)
         return engine
@@ -279,8 +285,8 @@ class Analysis:
 
     def _lanes_at_once(self, engine: EagerEngine | FusedEngine, models: int) -> int:
         if isinstance(engine, EagerEngine) and engine.choice.way != "lanes":
-            models = min(models, FOLDED)
-        return max(1, min(models, int(SHARE * free_memory(self.problem.device)) // self._bytes_of_lane))
+            models = min(models, CHECKED_LANES)
+        return max(1, min(models, int(MAX_MEMORY_FRACTION * free_memory(self.problem.device)) // self._bytes_of_lane))
 
     @cached_property
     def _bytes_of_lane(self) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from swamp_fast.analysis.evaluator import WHAT, Analysis, Scores
+from swamp_fast.analysis.evaluator import SCORES, Analysis, Scores
 from swamp_fast.particles.bank import Solution
 from swamp_fast.report.figures import loss_contour
 
@@ -136,7 +136,7 @@ def _plane(
     every = torch.cat([torch.tensor(shares, dtype=torch.float64), own.double()])
     scores = on.mixed(solutions, every)
     grids = {}
-    for what in WHAT:
+    for what in SCORES:
         values = getattr(scores, what)
         grids[what] = None if values is None else [values[i * len(x) : (i + 1) * len(x)] for i in range(len(y))]
     at_points = Scores(**scores.part(range(len(shares), len(every))))

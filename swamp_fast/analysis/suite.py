@@ -9,7 +9,7 @@ from typing import Any
 from swamp_fast.analysis.connectivity import barrier_matrix, consecutive, highest, hull, loss_barrier
 from swamp_fast.analysis.cost import inference_cost
 from swamp_fast.analysis.ensemble import ensemble
-from swamp_fast.analysis.evaluator import WHAT, Analysis, Scores, State, averages, particles
+from swamp_fast.analysis.evaluator import SCORES, Analysis, Scores, State, averages, particles
 from swamp_fast.analysis.hessian import hessian_trace
 from swamp_fast.analysis.masks import channels, densities, mask_overlap
 from swamp_fast.analysis.plane import OnOneLine, Plane, loss_plane, random_plane
@@ -177,7 +177,7 @@ def _about(on: Analysis, result: SwampResult, points: int, probes: int, mixtures
 
 def _particles(on: Analysis, states: list[State], points: int, cycle: int) -> dict[str, Any]:
     found = barrier_matrix(on, states, points)
-    there = {what: getattr(found.paths[0, 1], what) is not None for what in WHAT}
+    there = {what: getattr(found.paths[0, 1], what) is not None for what in SCORES}
     matrix = {what: found.matrix(what, "max") if has else None for what, has in there.items()}
     return {"cycle": cycle, "names": _names(states), "matrix": matrix, "over": "max"}
 
@@ -237,7 +237,7 @@ def _names(states: list[State]) -> list[str]:
 
 
 def _plain(scores: Scores) -> dict[str, Any]:
-    return {what: getattr(scores, what) for what in WHAT}
+    return {what: getattr(scores, what) for what in SCORES}
 
 
 def _number(value: float | None, form: str) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from swamp_fast.analysis.connectivity import Path, loss_barrier
-from swamp_fast.analysis.evaluator import PLAIN, Analysis, particles
+from swamp_fast.analysis.evaluator import NEUTRAL_SETTINGS, Analysis, particles
 from swamp_fast.common.format import percent
 from swamp_fast.config import SwampConfig
 from swamp_fast.driver import fast_swamp
@@ -134,7 +134,7 @@ def ticket_stability(
         folder = None if own.run_dir is None else str(File(own.run_dir) / f"ticket_{epochs}")
         changes = {"particles": 2, "cycles": 0, "keep_particles": True, "ticket_epochs": epochs, "run_dir": folder}
         result = fast_swamp(
-            model, train, transform=transform, config=own.replace(**changes, **PLAIN), **common, **loader
+            model, train, transform=transform, config=own.replace(**changes, **NEUTRAL_SETTINGS), **common, **loader
         )
         first, second = particles(result)
         paths.append(loss_barrier(on, first, second, points))

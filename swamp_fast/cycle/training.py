@@ -14,7 +14,7 @@ from torch import Tensor
 
 from swamp_fast.distributed import Ranks
 from swamp_fast.engines.start import Engine
-from swamp_fast.engines.trainer import Way, joined, part_of
+from swamp_fast.engines.trainer import LaneRunner, joined, part_of
 from swamp_fast.particles.bank import ParticleBank, Solution
 from swamp_fast.particles.schedule import Training
 from swamp_fast.runs.checkpoint import Unfinished
@@ -23,11 +23,13 @@ from swamp_fast.runs.record import Run
 Returned = TypeVar("Returned")
 
 
-SideBySide = Callable[[Tensor, dict[str, Tensor]], Way]  # of an engine: models of weights [M, P] and buffers [M, ...]
+SideBySide = Callable[
+    [Tensor, dict[str, Tensor]], LaneRunner
+]  # of an engine: models of weights [M, P] and buffers [M, ...]
 
 
 @dataclass(frozen=True)
-class Asked:
+class TrainingRequest:
     """A training that a run asks for: `particles` lanes at `start` under a mask [Q]; cycle None is the ticket's.
 
     shown  what the console calls it
@@ -53,7 +55,7 @@ class Particles:
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainingOutcome:
     """What a training came to: `count` lanes, each one's mean loss over the last epoch, and how long it took.
 
     seconds       of runs that shared a bank each has an equal share
@@ -85,7 +87,7 @@ class Trained:
         return Particles(weights, {name: gathered(each) for name, each in self.bank.buffers.items()}, keys, self.left)
 
 
-Trainings = Generator[Asked, Trained, Returned]
+Trainings = Generator[TrainingRequest, TrainingOutcome, Returned]
 
 
 def alone(engine: Engine, trainings: Trainings[Returned]) -> Returned:
@@ -99,7 +101,7 @@ def alone(engine: Engine, trainings: Trainings[Returned]) -> Returned:
         return returned
 
 
-def do(engine: Engine, asked: Asked) -> Trained:
+def do(engine: Engine, asked: TrainingRequest) -> TrainingOutcome:
     """One training by itself, its lanes shared among the run's ranks. Raises FloatingPointError, see Watch.on_epoch."""
     ranks, run = asked.run.ranks, asked.run
     run.begin_training()
@@ -119,7 +121,7 @@ def do(engine: Engine, asked: Asked) -> Trained:
     return watch.trained(ranks.gather(losses, asked.particles), engine.side_by_side)
 
 
-def spawned(engine: Engine, asked: Asked) -> ParticleBank:
+def spawned(engine: Engine, asked: TrainingRequest) -> ParticleBank:
     """The bank of this rank's lanes. What is decided by a stopwatch for it, the first rank decides."""
     run, particles, banks = asked.run, asked.run.ranks.share(asked.particles), []
 
@@ -127,7 +129,7 @@ def spawned(engine: Engine, asked: Asked) -> ParticleBank:
         banks.append(engine.spawn(asked.start, asked.mask, particles, asked.cycle, run.config))
         return engine.describe()
 
-    run.keep_engine(run.ranks.decided(first))
+    run.keep_engine(run.ranks.broadcast_from_first(first))
     if banks:
         return banks[0]
     engine.replay(run.engine)
@@ -148,7 +150,7 @@ class Watch:
     dropped       lane -> epoch, counted from 1, at whose end its particle had diverged; it is in no average
     """
 
-    def __init__(self, asked: Asked, bank: ParticleBank, state_of: Callable[[], dict[str, Tensor]]) -> None:
+    def __init__(self, asked: TrainingRequest, bank: ParticleBank, state_of: Callable[[], dict[str, Tensor]]) -> None:
         self.asked, self.run, self.cycle, self.bank, self.state_of = asked, asked.run, asked.cycle, bank, state_of
         self.count = asked.particles
         kept, own = self.run.kept_of(self.cycle), self.run.ranks.share(self.count)
@@ -162,10 +164,10 @@ class Watch:
         """How long it took so far, in every process."""
         return time.perf_counter() - self.began
 
-    def trained(self, losses: Tensor, side_by_side: SideBySide, runs: int = 1) -> Trained:
+    def trained(self, losses: Tensor, side_by_side: SideBySide, runs: int = 1) -> TrainingOutcome:
         """What it came to, with the mean loss over the last epoch of each lane of all ranks, and of so many runs."""
         ranks, told = self.run.ranks, losses.tolist()
-        return Trained(ranks, self.bank, self.count, told, self.dropped, self.seconds / runs, side_by_side)
+        return TrainingOutcome(ranks, self.bank, self.count, told, self.dropped, self.seconds / runs, side_by_side)
 
     def wait(self, on_step: Callable[[int], None]) -> Tensor:
         """Without a lane: what others do between their steps takes all ranks."""
@@ -212,7 +214,7 @@ class Watch:
         """All that the training goes on from, between two steps; that of all ranks on the first, nothing elsewhere."""
         own = self.state_of() if self.bank.lanes else {}
         if self.run.ranks.world > 1:
-            parts = self.run.ranks.collected({name: each.cpu() for name, each in own.items()})
+            parts = self.run.ranks.gather_to_first({name: each.cpu() for name, each in own.items()})
             own = joined([part for part in parts if part]) if parts else {}
         return Unfinished(self.cycle, self.dropped, self.seconds, own)
 

@@ -17,11 +17,11 @@ from swamp_fast.engines.fused.cpu.program import Rows
 from swamp_fast.engines.fused.engine import FusedEngine, faster_branch, fused_plan, seconds_of_steps
 from swamp_fast.engines.fused.plan import Plan
 from swamp_fast.engines.selection import Choice, Selection, by_rule, flop_density, named
-from swamp_fast.engines.switching import EngineByDensity
+from swamp_fast.engines.switching import SwitchingEngine
 from swamp_fast.problem.problem import Problem
 from swamp_fast.runs.record import Run
 
-Engine = EagerEngine | FusedEngine | EngineByDensity
+Engine = EagerEngine | FusedEngine | SwitchingEngine
 
 
 def start_engine(problem: Problem, run: Run) -> Engine:
@@ -39,7 +39,7 @@ def start_engine(problem: Problem, run: Run) -> Engine:
         return mine[0].describe()
 
     if not run.engine:
-        run.keep_engine(run.ranks.decided(selected))
+        run.keep_engine(run.ranks.broadcast_from_first(selected))
     engine = mine[0] if mine else _recorded(problem, plan, run)
     threads = f", {torch.get_num_threads()} threads" if problem.device.type == "cpu" else ""
     run.console.line(f"engine   {engine.name} on {problem.device}{threads}, {problem.config.precision}; {engine.why}")
@@ -104,7 +104,7 @@ def _started(
         alone = eager or fused
         assert alone is not None
         return alone
-    both = EngineByDensity(fused, eager, selection, run.console.line)
+    both = SwitchingEngine(fused, eager, selection, run.console.line)
     if there is not None:
         both.replay(there)
     return both

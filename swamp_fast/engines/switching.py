@@ -11,12 +11,12 @@ from swamp_fast.config import SwampConfig
 from swamp_fast.engines.eager.engine import EagerEngine
 from swamp_fast.engines.fused.engine import FusedEngine
 from swamp_fast.engines.selection import Selection, flop_density
-from swamp_fast.engines.trainer import Way
+from swamp_fast.engines.trainer import LaneRunner
 from swamp_fast.particles.bank import ParticleBank, Solution
 from swamp_fast.particles.schedule import Training
 
 
-class EngineByDensity:
+class SwitchingEngine:
     """Runs each cycle on one of two engines; all that a cycle takes from the one before it is a mask and the ticket.
 
     engines  the name of each training's engine so far ("ticket" for the ticket's), for the record: it follows from the
@@ -83,7 +83,7 @@ class EngineByDensity:
         """As EagerEngine.state."""
         return self.now.state()
 
-    def side_by_side(self, weights: Tensor, buffers: dict[str, Tensor], run: int = 0) -> Way:
+    def side_by_side(self, weights: Tensor, buffers: dict[str, Tensor], run: int = 0) -> LaneRunner:
         """As EagerEngine.side_by_side."""
         return self.now.side_by_side(weights, buffers, run)
 

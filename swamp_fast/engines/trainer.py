@@ -19,7 +19,7 @@ from swamp_fast.particles.schedule import Training
 from swamp_fast.problem.problem import Problem
 
 
-class Way(Protocol):
+class LaneRunner(Protocol):
     """How lanes run: folded, lane by lane, or fused.
 
     modules  hold the buffers, and whether they train
@@ -54,7 +54,7 @@ class Trainer:
     done  steps of the training under way
     """
 
-    def __init__(self, problem: Problem, bank: ParticleBank, grads: Tensor, way: Way) -> None:
+    def __init__(self, problem: Problem, bank: ParticleBank, grads: Tensor, way: LaneRunner) -> None:
         self.problem, self.bank, self.grads, self.way = problem, bank, grads, way
         self.epoch_keys, self.step_keys = self.bank.keys.clone(), self.bank.keys.clone()
         self.lr = torch.zeros(bank.lanes, dtype=torch.float64, device=problem.device)
@@ -204,7 +204,7 @@ class Trainer:
             self.not_captured = f"capture failed: {str(first).splitlines()[0]}"
 
 
-class OfOneTrainer:
+class BankEngine:
     """What engines have in common that train one bank at a time.
 
     joins  whether lanes of several runs can stand in one bank

@@ -9,7 +9,7 @@ from shlex import quote
 from typing import Any
 
 from swamp_fast.common.format import duration, percent
-from swamp_fast.config import NOT_IDENTITY, SwampConfig
+from swamp_fast.config import RUN_ID_EXCLUDES, SwampConfig
 from swamp_fast.report import drawings
 from swamp_fast.report.facts import Row, RunFacts, in_digits, in_millions, in_python, in_thousands, in_words
 from swamp_fast.report.of_analysis import compared, connected, flat, inference, layers
@@ -84,7 +84,7 @@ def _facts(run: RunFacts) -> dict[str, str]:
 def _what(run: RunFacts) -> Section:
     fields = {field.name: field.default for field in dataclasses.fields(SwampConfig)}
     values = run.config.to_dict()
-    changed = [name for name in fields if name not in NOT_IDENTITY and values[name] != fields[name]]
+    changed = [name for name in fields if name not in RUN_ID_EXCLUDES and values[name] != fields[name]]
     named = [(tag("code", name), in_words(values[name]), in_words(fields[name])) for name in changed]
     text: list[Any] = [tag("p", Html(f"{_method(run)}."))]
     if named:

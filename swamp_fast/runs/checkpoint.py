@@ -36,13 +36,13 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from swamp_fast.config import RUN_ID_EXCLUDES
 from swamp_fast.runs import lock
-from swamp_fast.config import NOT_IDENTITY
 
 FORMAT = "swamp_fast 2"
-ABOUT = ("driver", "config", "fingerprints", "engine", "standardise", "place")  # what run.json must tell
-TABLES = ("config", "fingerprints", "engine", "place")  # which of these are such
-UNBEGUN = (
+REQUIRED_KEYS = ("driver", "config", "fingerprints", "engine", "standardise", "place")  # what run.json must tell
+TABLE_KEYS = ("config", "fingerprints", "engine", "place")  # which of these are such
+STALE_FILES = (
     "config.toml",
     "config.toml.part",
     "run.json.part",
@@ -169,7 +169,7 @@ class RunDirectory:
         """Whether nothing is there yet; a half-written file of a run that never began counts as nothing."""
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"run_dir {self.path} must be a folder, but a file is there.")
-        return not self.path.exists() or all(entry.name in UNBEGUN for entry in self.path.iterdir())
+        return not self.path.exists() or all(entry.name in STALE_FILES for entry in self.path.iterdir())
 
     def write_about(self, about: dict[str, Any]) -> None:
         """Write run.json."""
@@ -193,8 +193,8 @@ class RunDirectory:
                 f'{path} has the format "{about.get("format")}", this version reads "{FORMAT}"; read it with the '
                 f"version that wrote it ({about.get('version', 'unknown')})."
             )
-        missing = [name for name in ABOUT if name not in about]
-        missing += [name for name in TABLES if name not in missing and not isinstance(about[name], dict)]
+        missing = [name for name in REQUIRED_KEYS if name not in about]
+        missing += [name for name in TABLE_KEYS if name not in missing and not isinstance(about[name], dict)]
         if missing:
             raise ValueError(f"{path} is damaged, it lacks {', '.join(missing)}; move the folder away to start afresh.")
         self.run = run_id(about)
@@ -280,7 +280,7 @@ class RunDirectory:
 
 def run_id(about: Mapping[str, Any]) -> str:
     """A hash of all that decides a run's results."""
-    settings = {name: value for name, value in about["config"].items() if name not in NOT_IDENTITY}
+    settings = {name: value for name, value in about["config"].items() if name not in RUN_ID_EXCLUDES}
     what = json.dumps([about["driver"], settings, about["fingerprints"]], sort_keys=True)
     return hashlib.blake2b(what.encode(), digest_size=16).hexdigest()
 

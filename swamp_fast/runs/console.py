@@ -41,5 +41,3 @@ class Console:
         if self.moving:
             self.stream.write("\r\x1b[K")
             self.stream.flush()
-
-

@@ -2,34 +2,31 @@
 
 from __future__ import annotations
 
-import functools
 import platform
 import signal
-import threading
 import time
 import warnings
-from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from swamp_fast.common.format import duration, percent
+from swamp_fast.distributed import ALONE, Ranks
+from swamp_fast.particles.random import generators_left_alone
+from swamp_fast.particles.schedule import total_particle_epochs
+from swamp_fast.problem.problem import Problem
 from swamp_fast.runs import lock
 from swamp_fast.runs.checkpoint import Damaged, Packed, RunDirectory, Snapshot, Unfinished, run_id, save_tensors
-from swamp_fast.particles.random import generators_left_alone
-from swamp_fast.problem.problem import Problem
-from swamp_fast.distributed import ALONE, Ranks
 from swamp_fast.runs.console import Console
-from swamp_fast.common.format import duration, percent
-from swamp_fast.runs.tensorboard import Events
 from swamp_fast.runs.result import SwampResult, snapshot_of
-from swamp_fast.runs.resume import WHAT, Found, found_in, place_of
-from swamp_fast.particles.schedule import total_particle_epochs
+from swamp_fast.runs.resume import FINGERPRINT_NAMES, Found, found_in, place_of
 from swamp_fast.runs.signals import StopSignals
+from swamp_fast.runs.tensorboard import Events
 from swamp_fast.version import __version__
 
 FAR_BELOW = 0.05  # an average that much less accurate than its particles' mean is not in their basin
@@ -101,7 +98,7 @@ class Run:
             if self.problem.device.type == "cuda":
                 stack.enter_context(torch.cuda.device(self.problem.device))  # streams and graphs are made on it
             self._same_call()
-            self._resume(self.ranks.decided(lambda: self._open(stack)))
+            self._resume(self.ranks.broadcast_from_first(lambda: self._open(stack)))
             if self.config.run_dir is not None:
                 stack.enter_context(self.signals)
             self._introduce()
@@ -247,7 +244,7 @@ class Run:
         pace = (now - self.asked_at) / max(self.steps_unasked, 1)
         wait = min(ASK_SECONDS, 60 * minutes) if minutes > 0 else ASK_SECONDS
         told = [int(due), max(1, int(wait / pace))] if self.ranks.first else [0, 1]
-        asked, some_due, self.steps_asked = self.ranks.most([self.signals.asked or 0, *told])
+        asked, some_due, self.steps_asked = self.ranks.all_reduce_max([self.signals.asked or 0, *told])
         self.asked = asked or None  # not this rank's own: one that came meanwhile the others don't know of yet
         self.steps_unasked, self.asked_at = 0, now
         return bool(some_due)
@@ -287,11 +284,11 @@ class Run:
         """Refuse ranks whose calls differ."""
         together = (self.config.run_dir is None, self.config.on_divergence)  # what ranks do together hangs on it
         own = {"the settings": (run_id({**self.about, "fingerprints": {}}), together), **self.problem.fingerprints}
-        theirs = self.ranks.decided(lambda: own)
+        theirs = self.ranks.broadcast_from_first(lambda: own)
         differ = [name for name, value in own.items() if theirs[name] != value]
-        found = self.ranks.most([self.ranks.rank if differ else 0])[0]
+        found = self.ranks.all_reduce_max([self.ranks.rank if differ else 0])[0]
         if found:
-            what = f": {', '.join(WHAT.get(name, name) for name in differ)}" if differ else ""
+            what = f": {', '.join(FINGERPRINT_NAMES.get(name, name) for name in differ)}" if differ else ""
             raise ValueError(
                 f"every rank must be called with the same, but rank {found}'s call differs from rank 0's{what}. A "
                 "model with random weights needs the same seed on each."

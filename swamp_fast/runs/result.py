@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from swamp_fast.runs.checkpoint import Packed, RunDirectory, Snapshot, load_tensors, read_snapshot, save_tensors
 from swamp_fast.config import SwampConfig
+from swamp_fast.runs.checkpoint import Packed, RunDirectory, Snapshot, load_tensors, read_snapshot, save_tensors
 
 
 @dataclass

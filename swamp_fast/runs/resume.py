@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from swamp_fast.config import RUN_ID_EXCLUDES, SwampConfig
 from swamp_fast.ops.backends import backends, has_amx, why_no_nvrtc
 from swamp_fast.runs.checkpoint import Damaged, Packed, RunDirectory, Unfinished, load_tensors
-from swamp_fast.config import NOT_IDENTITY, SwampConfig
 
 
 @dataclass
@@ -63,10 +63,10 @@ def refuse_another(folder: RunDirectory, there: dict[str, Any], config: SwampCon
     differences = [
         f"{name} was {there['config'].get(name)!r}, is {value!r}"
         for name, value in config.to_dict().items()
-        if name not in NOT_IDENTITY and there["config"].get(name) != value
+        if name not in RUN_ID_EXCLUDES and there["config"].get(name) != value
     ]
     differences += [
-        f"{WHAT[name]} differ{'s' if name in SINGULAR else ''}"
+        f"{FINGERPRINT_NAMES[name]} differ{'s' if name in SINGULAR else ''}"
         for name, value in about["fingerprints"].items()
         if there["fingerprints"].get(name) != value
     ]
@@ -167,7 +167,7 @@ def _tell(found: Found, text: str) -> None:
 
 
 # How the fingerprints are called in a message.
-WHAT = {
+FINGERPRINT_NAMES = {
     **{name: f"the {name}" for name in ("model", "forward", "loss", "transform")},
     "train": "the training data",
     "val": "the validation data",

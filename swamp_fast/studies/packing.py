@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from swamp_fast.common.fingerprint import model_fingerprint
-from swamp_fast.cycle.training import Asked, Returned, Trained, Trainings, Watch, alone
+from swamp_fast.cycle.training import Returned, TrainingOutcome, TrainingRequest, Trainings, Watch, alone
 from swamp_fast.engines.eager.engine import EagerEngine
 from swamp_fast.engines.fused.engine import FusedEngine, seconds_of_steps
 from swamp_fast.engines.start import Engine
@@ -22,7 +22,7 @@ from swamp_fast.particles.schedule import total_particle_epochs
 from swamp_fast.problem.problem import Problem
 
 TIMING_SECONDS = 10.0  # after which no further size is tried
-WORSE = 1.03  # of the time of a lane: more runs are not taken at once then
+MAX_SLOWDOWN = 1.03  # of the time of a lane: more runs are not taken at once then
 
 
 # Settings that may differ between the runs of a pack: they are values of a lane, or of what is done between trainings.
@@ -98,7 +98,7 @@ def runs_at_once(engine: Engine, problems: Sequence[Problem]) -> tuple[int, str]
         except torch.OutOfMemoryError:
             engine.release()
             break
-        if taken > WORSE * seconds:
+        if taken > MAX_SLOWDOWN * seconds:
             break
         runs, seconds = more, min(taken, seconds)
     engine.release()
@@ -111,10 +111,10 @@ def packed(engine: Engine, every: Sequence[Trainings[Returned]]) -> list[Returne
     Runs that stand at the same step of the same cycle are trained together; one that is behind goes first.
     """
     ended: dict[int, Returned | Exception] = {}
-    asked: dict[int, Asked] = {}
+    asked: dict[int, TrainingRequest] = {}
     apart: set[int] = set()  # those that are trained by themselves
 
-    def go_on(number: int, advance: Callable[[], Asked]) -> None:
+    def go_on(number: int, advance: Callable[[], TrainingRequest]) -> None:
         try:
             asked[number] = advance()
         except StopIteration as end:
@@ -131,7 +131,7 @@ def packed(engine: Engine, every: Sequence[Trainings[Returned]]) -> list[Returne
             group = [number for number, each in asked.items() if _place(each) == first]
             group = [number for number in group if number in apart][:1] or group
             wanted = [asked.pop(number) for number in group]
-            answers: Sequence[Trained | Exception]
+            answers: Sequence[TrainingOutcome | Exception]
             try:
                 answers = together(engine, wanted)
             except Exception as error:
@@ -154,13 +154,13 @@ def packed(engine: Engine, every: Sequence[Trainings[Returned]]) -> list[Returne
     return [ended[number] for number in range(len(every))]
 
 
-def _place(asked: Asked) -> tuple[int, int]:
+def _place(asked: TrainingRequest) -> tuple[int, int]:
     """The cycle, and the step that its folder has a checkpoint of."""
     kept = asked.run.kept_of(asked.cycle)
     return -1 if asked.cycle is None else asked.cycle, 0 if kept is None else kept.steps
 
 
-def _align(asked: Iterable[Asked]) -> None:
+def _align(asked: Iterable[TrainingRequest]) -> None:
     """Where checkpoints of one training are of two steps, as after a kill between their writing, take the earlier."""
     least: dict[int | None, int] = {}
     for each in asked:
@@ -175,7 +175,7 @@ class _AllDiverged(Exception):
     """No run is left to train."""
 
 
-def together(engine: EagerEngine | FusedEngine, asked: Sequence[Asked]) -> list[Trained | Exception]:
+def together(engine: EagerEngine | FusedEngine, asked: Sequence[TrainingRequest]) -> list[TrainingOutcome | Exception]:
     """Trainings of several runs, of as many lanes and epochs, in one bank; a run that diverges ends with its error."""
     for each in asked:
         each.run.begin_training()

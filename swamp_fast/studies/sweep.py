@@ -189,7 +189,7 @@ def swept(
     tell = functools.partial(_tell, found, Path(out) if out is not None and job.first else None)
     with job.watched():
         _same_runs(job, runs, out)
-        packs = job.decided(functools.partial(_packs, problems, runs, console))
+        packs = job.broadcast_from_first(functools.partial(_packs, problems, runs, console))
         mine = dealt(packs, problems, job.world)[job.rank]
         signals = StopSignals()
         progress = _Progress(console, {number: problems[number] for pack in mine for number in pack.numbers}, runs)
@@ -206,7 +206,7 @@ def _same_runs(job: Ranks, runs: Sequence[SweptRun], out: str | Path | None) -> 
     if job.world > 1 and out is None:
         raise ValueError("a sweep over several ranks needs `out`, a folder that all of them see.")
     own = [run.id for run in runs]
-    found = job.most([job.rank if job.decided(lambda: own) != own else 0])[0]
+    found = job.all_reduce_max([job.rank if job.broadcast_from_first(lambda: own) != own else 0])[0]
     if found:
         raise ValueError(
             f"every rank must be called with the same, but rank {found}'s settings, model or data differ from rank 0's."
@@ -223,7 +223,7 @@ def _tell(found: SweepResult, out: Path | None) -> None:
 def _exchange(job: Ranks, problems: Sequence[Problem], runs: Sequence[SweptRun]) -> None:
     """Take over what other ranks did."""
     own = {number: distributed.portable(run.error) for number, run in enumerate(runs) if run.error is not None}
-    every = job.decided(functools.partial(_merged, job.collected(own)))
+    every = job.broadcast_from_first(functools.partial(_merged, job.gather_to_first(own)))
     for number, run in enumerate(runs):
         run.error = every.get(number)
         if run.result is None and run.error is None and not _finished(run, problems[number]):
@@ -389,7 +389,7 @@ class _Progress:
         """A run begins; what its console would show passes by in the sweep's."""
         self.began = time.perf_counter() if self.began is None else self.began
         self.left[number], self.records[number] = 0, record
-        record.console = _OfASweep(self)
+        record.console = _SweepConsole(self)
 
     def status(self) -> None:
         """A step is done."""
@@ -425,7 +425,7 @@ def _named(run: SweptRun) -> str:
     return ", ".join(f"{name} = {value}" for name, value in run.point.items()) or run.id[:8]
 
 
-class _OfASweep(Console):
+class _SweepConsole(Console):
     """The console of one run: only that it goes on is seen."""
 
     def __init__(self, progress: _Progress) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 import networks
 import pytest
 import torch
+from paths import ROOT
 from stops import ALWAYS, Interrupted, before_steps, files, stop_at
 
 from benchmarks.durability import same_bits

@@ -15,6 +15,7 @@ from pathlib import Path
 import networks
 import pytest
 import torch
+from paths import ROOT
 from stops import ALWAYS, WAYS, Interrupted, before_steps, stop_at
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset

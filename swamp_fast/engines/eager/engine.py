@@ -17,18 +17,18 @@ from swamp_fast.engines.eager.check import differs_at_full_size, roughly, why_no
 from swamp_fast.engines.eager.fold import Folded
 from swamp_fast.engines.eager.lane_by_lane import LaneByLane
 from swamp_fast.engines.selection import Choice
-from swamp_fast.engines.trainer import OfOneTrainer, Trainer, Way, first_handle
+from swamp_fast.engines.trainer import BankEngine, LaneRunner, Trainer, first_handle
 from swamp_fast.particles.bank import ParticleBank, Solution
 from swamp_fast.problem.problem import Problem
 from swamp_fast.problem.solutions import initial
 
 ROUNDS = 5  # of timing
 TIMING_SECONDS = 3.0  # after which no further round is begun
-WORTH = 0.97  # a way must take less than this share of the one before it in the list to be preferred
-LOST = 2.0  # a way whose first step takes so many times the first way's is not timed again
+MIN_GAIN = 0.97  # a way must take less than this share of the one before it in the list to be preferred
+GIVE_UP_RATIO = 2.0  # a way whose first step takes so many times the first way's is not timed again
 
 
-class EagerEngine(OfOneTrainer):
+class EagerEngine(BankEngine):
     """Trains a bank of particles and runs models side by side for evaluation."""
 
     kind = "eager"
@@ -40,7 +40,7 @@ class EagerEngine(OfOneTrainer):
         # On a CPU a folded lane's bits depend on how many stand beside it, and those of a run are to be its own.
         apart = choice.way != "lanes" and problem.device.type == "cpu"
         self.joins = not problem.probe.keeps_state and not apart
-        self.evaluated: tuple[Tensor, Way] | None = None
+        self.evaluated: tuple[Tensor, LaneRunner] | None = None
 
     @property
     def name(self) -> str:
@@ -55,7 +55,7 @@ class EagerEngine(OfOneTrainer):
         cycle: int | None,
         configs: Sequence[SwampConfig],
     ) -> ParticleBank:
-        """As OfOneTrainer.spawn_runs; a bank's memory is used again each cycle."""
+        """As BankEngine.spawn_runs; a bank's memory is used again each cycle."""
         lanes = len(starts) * len(particles)
         there = None if self.trainer is None else (self.trainer.bank.lanes, self.trainer.bank.configs)
         if self.trainer is None or there != (lanes, configs) or self.problem.probe.keeps_state:
@@ -68,7 +68,7 @@ class EagerEngine(OfOneTrainer):
         """Give the memory of training and evaluation back."""
         self.trainer = self.evaluated = None
 
-    def side_by_side(self, weights: Tensor, buffers: dict[str, Tensor], run: int = 0) -> Way:
+    def side_by_side(self, weights: Tensor, buffers: dict[str, Tensor], run: int = 0) -> LaneRunner:
         """Models of weights [M, P] and buffers [M, ...] of one run, in eval mode, to be run on the same inputs."""
         fits = self.evaluated is not None and self.evaluated[0].shape == weights.shape
         if not fits or self.problem.probe.keeps_state:
@@ -187,7 +187,7 @@ def _fastest(problem: Problem, choices: list[Choice], lanes: int, milliseconds: 
         except Exception:  # of a view that channels last doesn't have, for one
             times.append([math.inf])
             same = False
-        lost.append(not same or times[-1][0] > LOST * times[0][0])
+        lost.append(not same or times[-1][0] > GIVE_UP_RATIO * times[0][0])
     for taken, is_lost in zip(times, lost, strict=True):
         if not is_lost:
             taken.clear()  # the first step warms up
@@ -203,7 +203,7 @@ def _fastest(problem: Problem, choices: list[Choice], lanes: int, milliseconds: 
         median = statistics.median(taken)
         name = f"{choice.way}, channels {'last' if choice.channels_last else 'first'}, {lanes} at a time"
         milliseconds[name] = round(median / lanes * 1e3, 4)
-        if not is_lost and median < WORTH * least:
+        if not is_lost and median < MIN_GAIN * least:
             best, least = choice, median
     return best
 

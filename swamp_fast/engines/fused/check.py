@@ -11,7 +11,7 @@ from swamp_fast.engines.eager.check import close, different_weights, few_samples
 from swamp_fast.engines.eager.lane_by_lane import LaneByLane
 from swamp_fast.engines.fused.compact import Compact
 from swamp_fast.engines.fused.cpu.runner import CpuLanes
-from swamp_fast.engines.fused.cuda.halo import BLOCKS, Halo, Prologue, Statistics
+from swamp_fast.engines.fused.cuda.halo import MAX_BLOCKS_PER_LANE, Halo, Prologue, Statistics
 from swamp_fast.engines.fused.cuda.nvrtc import Launch, launcher
 from swamp_fast.engines.fused.cuda.runner import CudaLanes, CudaPrograms
 from swamp_fast.engines.fused.engine import programs_of
@@ -81,7 +81,7 @@ def _of_halo(halo: Halo, launch: Launch | None, device: torch.device) -> tuple[T
     """A convolution between norms, its gradients and its statistics, by csrc/cuda, or without a launcher by Triton."""
     lanes, samples, inputs, outputs = 2, halo.pictures + 1, halo.inputs, halo.outputs
     if device.type == "cuda":  # as many blocks as arrive at the statistics of a large batch
-        samples = max(samples, -(-BLOCKS * halo.pictures * halo.rows // halo.height))
+        samples = max(samples, -(-MAX_BLOCKS_PER_LANE * halo.pictures * halo.rows // halo.height))
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:

@@ -18,7 +18,7 @@ from swamp_fast.engines.fused.cuda.nvrtc import Launch
 from swamp_fast.engines.fused.cuda.runner import CudaLanes, CudaPrograms, lanes_in_cache
 from swamp_fast.engines.fused.plan import Convolution, Plan
 from swamp_fast.engines.fused.trace import NotCovered, plan_of
-from swamp_fast.engines.trainer import OfOneTrainer, Trainer, first_handle
+from swamp_fast.engines.trainer import BankEngine, Trainer, first_handle
 from swamp_fast.particles.bank import ParticleBank, Solution
 from swamp_fast.particles.norms import norms_of
 from swamp_fast.particles.random import generators_left_alone
@@ -29,7 +29,7 @@ STEPS = 3  # that are timed
 TIMED_LANES = 8  # on CUDA, where lanes side by side are the point
 
 
-class FusedEngine(OfOneTrainer):
+class FusedEngine(BankEngine):
     """Trains a bank of particles and runs models side by side for evaluation, by this project's own kernels.
 
     rows    of each cycle ("ticket" for the ticket's): how its convolutions share loads, by a stopwatch; part of a run's
@@ -63,7 +63,7 @@ class FusedEngine(OfOneTrainer):
         cycle: int | None,
         configs: Sequence[SwampConfig],
     ) -> ParticleBank:
-        """As OfOneTrainer.spawn_runs; the bank and its program are made for the masks, on the CPU for one."""
+        """As BankEngine.spawn_runs; the bank and its program are made for the masks, on the CPU for one."""
         self.release()  # before new memory is taken
         rows = self.rows.setdefault("ticket" if cycle is None else str(cycle), {})
         mask = masks if len(masks) > 1 else masks[0]

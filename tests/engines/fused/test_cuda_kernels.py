@@ -71,7 +71,7 @@ def as_pictures(maps: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("with_prologue", [False, True])
 @pytest.mark.parametrize(("halo", "samples"), HALOS, ids=str)
 def test_convolve(halo, samples, with_prologue, monkeypatch):
-    monkeypatch.setattr(halo_module, "BLOCKS", 2)  # so that a block takes several tiles here too
+    monkeypatch.setattr(halo_module, "MAX_BLOCKS_PER_LANE", 2)  # so that a block takes several tiles here too
     lanes, inputs, outputs = 2, halo.inputs, halo.outputs
     source = normal(lanes, samples, halo.height, halo.width, inputs)
     prologue = prologue_of(lanes, inputs) if with_prologue else None
@@ -210,7 +210,7 @@ def test_in_a_plan(network, monkeypatch):
     plan = fused_plan(problem)
     program = CudaPrograms(problem, plan, mask, LAUNCH).program
     assert len(program.halos) == (2 if network is Residual else 3)
-    assert len(program.unwritten) == (0 if network is Residual else 3)
+    assert len(program.recomputed) == (0 if network is Residual else 3)
     for what, bound in theirs.items():
         print(network.__name__, what, f"ours {ours[what]:.1e}, autograd's {bound:.1e}")
         assert ours[what] <= 2 * bound + 1e-3, what

@@ -15,7 +15,7 @@ from swamp_fast.engines.fused.plan import Convolution, Shape
 
 PIXELS = 256  # of a tile
 PAD = 8  # as csrc/cuda/tile.h
-BLOCKS = 64  # of a convolution of one lane with statistics, if there are as many tiles
+MAX_BLOCKS_PER_LANE = 64  # of a convolution of one lane with statistics, if there are as many tiles
 MOST_TILES = 8  # that a block of it takes
 STARTED = 1  # tiles, whose time the beginning of a block takes about
 PROCESSORS = 132  # of an H100 or H200, which is planned for where there is no GPU
@@ -101,7 +101,7 @@ class Halo:
 
     def block_tiles(self, samples: int) -> int:
         """That a block of a convolution with statistics takes; by the sizes alone, so that bits are too."""
-        return max(1, min(MOST_TILES, self.tiles(samples) // BLOCKS))
+        return max(1, min(MOST_TILES, self.tiles(samples) // MAX_BLOCKS_PER_LANE))
 
     def parts(self, samples: int) -> int:
         """Of a weight gradient; by the sizes alone, so that bits are too."""

@@ -18,7 +18,7 @@ from swamp_fast.particles.layout import Layout
 
 MULTIPLES = {64: 16, 128: 32}  # of how many channels, up to so many: kernels are compiled for each number
 WIDE = 64  # and beyond
-WORTH = 0.85  # of the products: more than that left, nothing is skipped
+MAX_KEPT_PRODUCTS = 0.85  # of the products: more than that left, nothing is skipped
 
 
 def narrow(plan: Plan, layout: Layout, mask: Tensor) -> tuple[Plan, list[Tensor]]:
@@ -26,7 +26,7 @@ def narrow(plan: Plan, layout: Layout, mask: Tensor) -> tuple[Plan, list[Tensor]
     left = [_rounded(each) for each in _tied(plan, _alive(plan, layout, mask))]
     shapes = tuple((len(each), *shape[1:]) for each, shape in zip(left, plan.shapes, strict=True))
     narrowed = dataclasses.replace(plan, shapes=shapes)
-    if _products(narrowed, layout) > WORTH * _products(plan, layout):
+    if _products(narrowed, layout) > MAX_KEPT_PRODUCTS * _products(plan, layout):
         return plan, [torch.arange(shape[0]) for shape in plan.shapes]
     return narrowed, left
 

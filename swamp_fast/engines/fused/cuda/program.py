@@ -58,7 +58,7 @@ class Program:
     tf32            whether products of float32 may be rounded to it: in linear layers, and in convolutions
     launch          runs the kernels of csrc/cuda, if they can be had
     halos           the convolutions that they run, by their output's number
-    unwritten       the outputs of norms that those alone read, and make for themselves at the load
+    recomputed       the outputs of norms that those alone read, and make for themselves at the load
     first_channel   where a norm's channels begin among all norms', by its output's number
     norm_behind     a norm that reads a convolution's output, by the latter's number: where its statistics go
     """
@@ -78,7 +78,7 @@ class Program:
         compact = compacts[0]  # what isn't pruned stands at the same place in all
         self.launch = launch
         self.halos = self._halos() if launch is not None and storage == torch.bfloat16 else {}
-        self.unwritten = self._unwritten()
+        self.recomputed = self._recomputed()
         self.precision = {linear: "tf32" if allowed else "ieee" for linear, allowed in tf32.items()}
         self.begins = {
             entry.name: int(compact.where[entry.begin : entry.end].min()) for entry in compact.layout.entries
@@ -155,7 +155,7 @@ class Program:
         }
         return {output: halo for output, halo in found.items() if halo is not None}
 
-    def _unwritten(self) -> set[int]:
+    def _recomputed(self) -> set[int]:
         readers: dict[int, list[Op]] = {self.plan.output: []}
         for op in self.plan.ops:
             for number in op.inputs:
@@ -316,7 +316,7 @@ class Pass:
             kernels.scale_offset(*each, source.shape[-1], self.weights, weight, bias, op.eps)
         elif self.program.norm_behind.get(op.inputs[0]) is not op:
             kernels.statistics(source, self._statistics(op))
-        if op.output in self.program.unwritten:
+        if op.output in self.program.recomputed:
             self.prologues[op.output] = source, Prologue(self.scale, self.offset, first)
             return
         side = self.values[op.inputs[1]] if len(op.inputs) > 1 else None

@@ -21,7 +21,7 @@ from swamp_fast.ops.contracts import triton_kernels
 from swamp_fast.problem.probe import cross_entropy
 from swamp_fast.problem.problem import Problem
 
-SHARE = 0.4  # of the free memory that a step may take: there are two sizes of batch, and evaluation
+MAX_MEMORY_FRACTION = 0.4  # of the free memory that a step may take: there are two sizes of batch, and evaluation
 
 
 class CudaPrograms:
@@ -72,12 +72,13 @@ class CudaPrograms:
 
 def lanes_that_fit(lanes: int, bytes_of_lane: int, free: int) -> int:
     """How many of so many lanes a launch may run; says so if not all. Raises MemoryError if not even one fits."""
-    fitting = int(SHARE * free) // bytes_of_lane
-    told = f"a step of one particle takes about {bytes_of_lane / 1e9:.2f} GB, {SHARE:.0%} of {free / 1e9:.2f} GB"
+    fitting = int(MAX_MEMORY_FRACTION * free) // bytes_of_lane
+    needed = f"a step of one particle takes about {bytes_of_lane / 1e9:.2f} GB"
+    allowed = f"{MAX_MEMORY_FRACTION:.0%} of the {free / 1e9:.2f} GB that are free may be used"
     if fitting == 0:
-        raise MemoryError(f"{told} that are free are less; use a smaller batch_size.")
+        raise MemoryError(f"{needed}, but only {allowed}; use a smaller batch_size.")
     if fitting < lanes:
-        warnings.warn(f"{fitting} of {lanes} particles run at once: {told} may be taken.", stacklevel=2)
+        warnings.warn(f"{fitting} of {lanes} particles run at once: {needed}, and {allowed}.", stacklevel=2)
     return min(lanes, fitting)
 
 
