@@ -138,7 +138,7 @@ def test_importing_needs_none_of_the_extras():
 import sys
 for name in ("torchvision", "sklearn", "matplotlib", "PIL", "tensorboard"):
     sys.modules[name] = None
-import swamp_fast, swamp_fast.cli.main, torch
+import swamp_fast, swamp_fast.cli, torch
 result = swamp_fast.fast_swamp(torch.nn.Sequential(torch.nn.Linear(4, 20), torch.nn.Linear(20, 2)),
     (torch.randn(64, 4), torch.arange(64) % 2), cycles=1, epochs=1, batch_size=16, progress=False)
 for call in (lambda: swamp_fast.fast_swamp(result.model, "digits"), lambda: swamp_fast.fast_swamp(result.model, "svhn"),
