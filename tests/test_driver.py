@@ -287,23 +287,23 @@ def test_an_emptied_layer_is_announced_once(function, digits):
 @pytest.mark.parametrize(("average", "announced"), [(0.80, True), (0.849, True), (0.86, False), (0.95, False)])
 def test_an_average_far_below_its_particles_is_announced(average, announced, digits, monkeypatch, recwarn):
     """Particles that did not share a basin: five points below their mean is told, less isn't."""
-    import swamp_fast.driver as driver
+    from swamp_fast.cycle import averaging
 
-    scored = driver.score_row
+    scored = averaging.score_row
     on_test = {"accuracy": average, "mean_accuracy": 0.9}
     on_val = {"val_accuracy": average, "val_mean_accuracy": 0.9}
     for val, scores, split, advice in (
-        (None, on_test, "test", "pass `val`, such as 0.1"),
+        (None, on_test, "test", "`val`, such as 0.1"),
         (0.1, on_val, "val", "Take a later ticket (more ticket_epochs)"),  # what selects looks at validation data
     ):
-        monkeypatch.setattr(driver, "score_row", lambda *a, scores=scores: {**scored(*a), **scores})
+        monkeypatch.setattr(averaging, "score_row", lambda *a, scores=scores: {**scored(*a), **scores})
         recwarn.clear()
         result = fast_swamp(networks.build("tied"), *digits, val=val, **SETTINGS | {"cycles": 0})
         texts = [str(each.message) for each in recwarn if "one basin" in str(each.message)]
         assert bool(texts) == bool(result.history[0]["warnings"]) == announced
         if announced:
             assert texts == result.history[0]["warnings"]
-            expected = f"the average has {average * 100:.2f} % accuracy on {split}, its particles 90.00 % in the mean"
+            expected = f"the average has {average * 100:.2f} % accuracy on {split}, its particles 90.00 % on average"
             assert expected in texts[0]
             assert advice in texts[0]
 

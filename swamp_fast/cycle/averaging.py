@@ -1,17 +1,74 @@
-"""Re-estimating running statistics: averaged weights with a particle's statistics give chance accuracy."""
+"""What the particles of a cycle become: their mean or the best of them, its BatchNorm statistics re-estimated."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from swamp_fast import ops
+from swamp_fast.cycle.evaluation import score, score_row
+from swamp_fast.cycle.training import ModelsSideBySide, Particles
 from swamp_fast.data.store import Data, pass_in_stored_order
+from swamp_fast.particles.bank import Solution
 from swamp_fast.particles.norms import norms_of
-from swamp_fast.particles.random import evaluation_time
+from swamp_fast.particles.random import at_time, evaluation_time
+from swamp_fast.problem.problem import Problem
+from swamp_fast.runs.record import Run, first_rank_decides
+
+
+@dataclass(frozen=True)
+class Combined:
+    """What the particles of a cycle became.
+
+    average    their mean, or the best of them on validation data (combine="best")
+    particles  those that did not diverge, with their own re-estimated statistics; empty if they are not to be kept
+    scores     of the cycle's row in the history
+    """
+
+    average: Solution
+    particles: list[Solution]
+    scores: dict[str, Any]
+
+
+@first_rank_decides
+def combine(problem: Problem, run: Run, side_by_side: ModelsSideBySide, particles: Particles, cycle: int) -> Combined:
+    """Average the particles, re-estimate the BatchNorm statistics of all of them and evaluate all of them.
+
+    The average and the particles run side by side, as lanes of the engine.
+    """
+    lanes = particles.left
+    mean = ops.particle_mean(particles.weights[lanes], torch.zeros_like(particles.keys[lanes, 0]), 1)
+    buffers = {name: torch.cat([each, mean_buffer(each[lanes])[None]]) for name, each in particles.buffers.items()}
+    stream_after_the_last = particles.keys[-1:] + particles.keys.new_tensor([0, 1, 0])
+    keys = torch.cat([particles.keys, stream_after_the_last])
+    models = side_by_side(torch.cat([particles.weights, mean]), buffers)
+
+    def outputs(inputs: Any, time: int) -> list[Any]:
+        every = models.outputs(inputs, at_time(keys, time))
+        return [every[lane] for lane in (*lanes, -1)]
+
+    reestimate(models.modules, outputs, problem.train, problem.config.batch_size, models.channels_last)
+    test, val = (
+        None if data is None else score(problem, outputs, data, split, models.channels_last)
+        for split, data in ((1, problem.test), (2, problem.val))
+    )
+    weights, after = models.weights.clone(), models.buffers()
+    *each, average = (Solution(weights[i], {name: buffer[i] for name, buffer in after.items()}) for i in (*lanes, -1))
+    if problem.config.combine == "best" and val is not None:
+        best = val.best
+        average, test, val = each[best], test and test.of(best), val.of(best)
+    keeps = problem.config.keep_particles and cycle == problem.config.cycles
+    return Combined(average, each if keeps else [], score_row(test, val))
+
+
+def mean_buffer(particles: Tensor) -> Tensor:
+    """The average's buffer from the particles' [N, ...]: their mean, or the first where it isn't floating-point."""
+    return particles.double().mean(0).to(particles.dtype) if particles.is_floating_point() else particles[0]
 
 
 @torch.no_grad()
@@ -22,10 +79,12 @@ def reestimate(
     batch_size: int,
     channels_last: bool = False,
 ) -> None:
-    """Set the running statistics to the mean over the batches of a pass in stored order, weighted by samples.
+    """Set the running statistics to their mean over one pass through the data in stored order, weighted by samples.
 
-    run(inputs [B, ...], time) runs all modules on one batch. Only norms are in train mode: dropout stays off. Each call
-    of a norm that a forward uses several times counts as a batch. Leaves the modules in eval mode.
+    Averaged weights with a particle's own statistics would have chance accuracy.
+
+    run(inputs [B, ...], time) runs all modules on one batch. Only norms are in train mode, so dropout stays off. A norm
+    that a forward calls several times counts each call as a batch. Leaves the modules in eval mode.
     """
     norms = norms_of(modules)
     momenta = [norm.momentum for norm in norms]
@@ -36,11 +95,11 @@ def reestimate(
     for norm in norms:
         norm.reset_running_stats()
         norm.train()
-    seen, count, own = 0, 0, dict.fromkeys(norms, 0)
+    seen, count, seen_by = 0, 0, dict.fromkeys(norms, 0)
 
     def before_call(norm: Any, _: object) -> None:
-        own[norm] += count
-        norm.momentum = count / own[norm]
+        seen_by[norm] += count
+        norm.momentum = count / seen_by[norm]
 
     with ExitStack() as hooks:
         for norm in norms:
@@ -48,7 +107,7 @@ def reestimate(
         for number, (inputs, _, count) in enumerate(pass_in_stored_order(data, batch_size, channels_last)):
             seen += count
             for norm in norms:
-                norm.momentum = count / seen  # the fused engine reads it and calls no module
+                norm.momentum = count / seen  # the fused engine reads it without calling the module
             run(inputs, evaluation_time(0, number))
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum

@@ -1,4 +1,4 @@
-"""How good the average is, beside its particles and their ensemble."""
+"""How good a cycle's average is, beside its particles and their ensemble; and the cycle's row of the history."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from swamp_fast.cycle.training import TrainingOutcome
 from swamp_fast.data.store import Data, pass_in_stored_order
 from swamp_fast.particles.random import evaluation_time
 from swamp_fast.problem.problem import Problem
@@ -103,3 +104,21 @@ def score_row(test: Scores | None, val: Scores | None) -> dict[str, Any]:
         if val.particle_accuracy is not None and test is not None and test.particle_accuracy is not None:
             row["best_accuracy"] = test.particle_accuracy[val.best]
     return row
+
+
+def history_row(
+    problem: Problem, cycle: int, mask: Tensor, outcome: TrainingOutcome, scores: dict[str, Any]
+) -> dict[str, Any]:
+    """The row of a cycle under a mask [Q]; see SwampResult.history. The run adds time, memory and warnings."""
+    kept = int(mask.sum())
+    return {
+        "cycle": cycle,
+        "particles": outcome.count,
+        "density": kept / problem.layout.weights,
+        "kept": kept,
+        "flops": problem.flops(mask),
+        "train_loss": [outcome.losses[lane] for lane in outcome.left],
+        "train_seconds": outcome.seconds,
+        "dropped": [{"lane": lane, "epoch": epoch} for lane, epoch in sorted(outcome.dropped.items())],
+        **scores,
+    }

@@ -1,6 +1,4 @@
-"""Trainings, as a run asks for them, and what goes on around their steps: they are counted and kept, and particles that
-diverge are seen.
-"""
+"""Trainings as the driver requests them, and what happens around their steps: counting, checkpoints, divergence."""
 
 from __future__ import annotations
 
@@ -12,27 +10,27 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from swamp_fast.common.format import percent
 from swamp_fast.distributed import Ranks
 from swamp_fast.engines.start import Engine
 from swamp_fast.engines.trainer import LaneRunner, joined, part_of
 from swamp_fast.particles.bank import ParticleBank, Solution
-from swamp_fast.particles.schedule import Training
+from swamp_fast.particles.schedule import Training, cycle_training, ticket_training
+from swamp_fast.problem.problem import Problem
 from swamp_fast.runs.checkpoint import Unfinished
 from swamp_fast.runs.record import Run
 
 Returned = TypeVar("Returned")
-
-
-SideBySide = Callable[
-    [Tensor, dict[str, Tensor]], LaneRunner
-]  # of an engine: models of weights [M, P] and buffers [M, ...]
+# Of an engine: runs models with weights [M, P] and buffers [M, ...] as lanes.
+ModelsSideBySide = Callable[[Tensor, dict[str, Tensor]], LaneRunner]
 
 
 @dataclass(frozen=True)
 class TrainingRequest:
-    """A training that a run asks for: `particles` lanes at `start` under a mask [Q]; cycle None is the ticket's.
+    """A training that a run requests: `particles` lanes, all from `start`, under a mask [Q].
 
-    shown  what the console calls it
+    cycle  None for the ticket's training
+    label  what the console calls it
     """
 
     run: Run
@@ -41,7 +39,21 @@ class TrainingRequest:
     mask: Tensor
     particles: int
     training: Training
-    shown: str
+    label: str
+
+
+def ticket_request(problem: Problem, run: Run, start: Solution) -> TrainingRequest:
+    """T0: the training of the matching ticket, dense, by one particle."""
+    everything = problem.layout.full_mask(problem.device)
+    return TrainingRequest(run, None, start, everything, 1, ticket_training(problem.config), "ticket")
+
+
+def cycle_request(problem: Problem, run: Run, cycle: int, start: Solution, mask: Tensor) -> TrainingRequest:
+    """The training of a cycle's particles."""
+    config, particles = problem.config, problem.config.particles_at(cycle)
+    density = percent(int(mask.sum()) / problem.layout.weights)
+    label = f"cycle {cycle}/{config.cycles}, density {density}, {particles} particles"
+    return TrainingRequest(run, cycle, start, mask, particles, cycle_training(config, len(problem.bounds)), label)
 
 
 @dataclass(frozen=True)
@@ -53,15 +65,19 @@ class Particles:
     keys: Tensor
     left: list[int]
 
+    def solution(self, number: int) -> Solution:
+        """One particle."""
+        return Solution(self.weights[number].clone(), {name: each[number] for name, each in self.buffers.items()})
+
 
 @dataclass(frozen=True)
 class TrainingOutcome:
-    """What a training came to: `count` lanes, each one's mean loss over the last epoch, and how long it took.
+    """What a training led to: `count` lanes, each one's mean loss over the last epoch, and how long it took.
 
-    seconds       of runs that shared a bank each has an equal share
-    bank          this rank's lanes
+    seconds       runs that shared a bank have an equal share each
+    bank          the lanes of this rank
     dropped       lane -> epoch, counted from 1, at whose end its particle had diverged
-    side_by_side  the engine's, for models under the training's mask
+    side_by_side  runs models under the training's mask
     """
 
     ranks: Ranks
@@ -70,15 +86,15 @@ class TrainingOutcome:
     losses: list[float]
     dropped: dict[int, int]
     seconds: float
-    side_by_side: SideBySide
+    side_by_side: ModelsSideBySide
 
     @property
     def left(self) -> list[int]:
-        """The lanes that didn't diverge."""
+        """The lanes that did not diverge."""
         return [lane for lane in range(self.count) if lane not in self.dropped]
 
     def particles(self, averaged: bool) -> Particles:
-        """What all lanes of all ranks trained to, in order: their SWA means, or their last iterates."""
+        """All lanes of all ranks, in order: their SWA means, or their last iterates."""
 
         def gathered(own: Tensor) -> Tensor:
             return self.ranks.gather(own, self.count)
@@ -90,24 +106,35 @@ class TrainingOutcome:
 Trainings = Generator[TrainingRequest, TrainingOutcome, Returned]
 
 
+def train(run: Run, request: TrainingRequest) -> Trainings[TrainingOutcome]:
+    """Have a training done. The run's stopwatch counts that training, and not what others do meanwhile."""
+    run.stopwatch.pause()
+    outcome = yield request
+    run.stopwatch.resume(added=outcome.seconds)
+    return outcome
+
+
 def alone(engine: Engine, trainings: Trainings[Returned]) -> Returned:
-    """Do one run's trainings, each as it is asked for; returns what the run returns."""
+    """Do the trainings of one run as it requests them. Returns what the run returns."""
     try:
-        asked = next(trainings)
+        request = next(trainings)
         while True:
-            asked = trainings.send(do(engine, asked))
+            request = trainings.send(do(engine, request))
     except StopIteration as end:
         returned: Returned = end.value
         return returned
 
 
-def do(engine: Engine, asked: TrainingRequest) -> TrainingOutcome:
-    """One training by itself, its lanes shared among the run's ranks. Raises FloatingPointError, see Watch.on_epoch."""
-    ranks, run = asked.run.ranks, asked.run
+def do(engine: Engine, request: TrainingRequest) -> TrainingOutcome:
+    """Do one training, its lanes shared among the run's ranks.
+
+    Raises FloatingPointError as Watch.on_epoch does.
+    """
+    ranks, run = request.run.ranks, request.run
     run.begin_training()
-    ranks.agree(f"the mask of {asked.shown}", asked.mask)
-    bank = spawned(engine, asked)
-    watch = Watch(asked, bank, engine.state)
+    ranks.agree(f"the mask of {request.label}", request.mask)
+    bank = spawned(engine, request)
+    watch = Watch(request, bank, engine.state)
 
     def on_step(step: int) -> None:
         if watch.on_step(step):
@@ -115,122 +142,122 @@ def do(engine: Engine, asked: TrainingRequest) -> TrainingOutcome:
         run.stop_if_asked()
 
     if bank.lanes:
-        losses = engine.train(bank, asked.training, on_step, watch.on_epoch, watch.state_before)
+        losses = engine.train(bank, request.training, on_step, watch.on_epoch, watch.state_before)
     else:
         losses = watch.wait(on_step)
-    return watch.trained(ranks.gather(losses, asked.particles), engine.side_by_side)
+    return watch.outcome(ranks.gather(losses, request.particles), engine.side_by_side)
 
 
-def spawned(engine: Engine, asked: TrainingRequest) -> ParticleBank:
-    """The bank of this rank's lanes. What is decided by a stopwatch for it, the first rank decides."""
-    run, particles, banks = asked.run, asked.run.ranks.share(asked.particles), []
+def spawned(engine: Engine, request: TrainingRequest) -> ParticleBank:
+    """The bank of this rank's lanes. The first rank makes the engine's measured choices for all."""
+    run, particles, banks = request.run, request.run.ranks.share(request.particles), []
 
-    def first() -> dict[str, Any]:
-        banks.append(engine.spawn(asked.start, asked.mask, particles, asked.cycle, run.config))
+    def on_first_rank() -> dict[str, Any]:
+        banks.append(engine.spawn(request.start, request.mask, particles, request.cycle, run.config))
         return engine.describe()
 
-    run.keep_engine(run.ranks.broadcast_from_first(first))
+    run.share_engine(on_first_rank)
     if banks:
         return banks[0]
     engine.replay(run.engine)
     if particles:
-        return engine.spawn(asked.start, asked.mask, particles, asked.cycle, run.config)
+        return engine.spawn(request.start, request.mask, particles, request.cycle, run.config)
     problem = run.problem
-    none = ParticleBank(problem.layout, [run.config], 0, problem.dtype, problem.device)
-    none.rewind_([asked.start], asked.mask[None], particles, asked.cycle)
-    return none
+    empty = ParticleBank(problem.layout, [run.config], 0, problem.dtype, problem.device)
+    empty.rewind_([request.start], request.mask[None], particles, request.cycle)
+    return empty
 
 
 class Watch:
-    """The training of one run's bank; it goes on where the run's folder holds the middle of it.
+    """Watches the training of one run's bank, which continues where the run's folder holds a checkpoint of it.
 
-    bank          the lanes of this rank, of `count` in all; there may be none
-    state_of      what the training of those lanes goes on from, as it is now
-    state_before  what the folder holds of it, or None
+    bank          the lanes of this rank, of `count` on all ranks; there may be none
+    state_of      gives what the training of those lanes would be resumed from, as it is now
+    state_before  the same as the folder holds it, or None
     dropped       lane -> epoch, counted from 1, at whose end its particle had diverged; it is in no average
     """
 
-    def __init__(self, asked: TrainingRequest, bank: ParticleBank, state_of: Callable[[], dict[str, Tensor]]) -> None:
-        self.asked, self.run, self.cycle, self.bank, self.state_of = asked, asked.run, asked.cycle, bank, state_of
-        self.count = asked.particles
-        kept, own = self.run.kept_of(self.cycle), self.run.ranks.share(self.count)
-        self.state_before = None if kept is None else part_of(kept.tensors, own, self.count)
-        self.dropped = {} if kept is None else dict(kept.dropped)
-        self.began = time.perf_counter() - self.run.seconds_of(self.cycle)
-        self.steps = len(self.run.problem.bounds)  # of an epoch
+    def __init__(self, request: TrainingRequest, bank: ParticleBank, state_of: Callable[[], dict[str, Tensor]]) -> None:
+        self.request, self.run, self.cycle, self.bank = request, request.run, request.cycle, bank
+        self.state_of, self.count = state_of, request.particles
+        checkpoint, own = self.run.checkpoint_of(self.cycle), self.run.ranks.share(self.count)
+        self.state_before = None if checkpoint is None else part_of(checkpoint.tensors, own, self.count)
+        self.dropped = {} if checkpoint is None else dict(checkpoint.dropped)
+        self.began = time.perf_counter() - self.run.seconds_before(self.cycle)
+        self.steps = len(self.run.problem.bounds)  # per epoch
 
     @property
     def seconds(self) -> float:
-        """How long it took so far, in every process."""
+        """How long the training took so far, in every process that worked on it."""
         return time.perf_counter() - self.began
 
-    def trained(self, losses: Tensor, side_by_side: SideBySide, runs: int = 1) -> TrainingOutcome:
-        """What it came to, with the mean loss over the last epoch of each lane of all ranks, and of so many runs."""
-        ranks, told = self.run.ranks, losses.tolist()
-        return TrainingOutcome(ranks, self.bank, self.count, told, self.dropped, self.seconds / runs, side_by_side)
+    def outcome(self, losses: Tensor, side_by_side: ModelsSideBySide, runs: int = 1) -> TrainingOutcome:
+        """The outcome, from the mean losses over the last epoch [N] of all ranks' lanes; `runs` shared the bank."""
+        ranks, seconds = self.run.ranks, self.seconds / runs
+        return TrainingOutcome(ranks, self.bank, self.count, losses.tolist(), self.dropped, seconds, side_by_side)
 
     def wait(self, on_step: Callable[[int], None]) -> Tensor:
-        """Without a lane: what others do between their steps takes all ranks."""
+        """Take part, without a lane, in what all ranks do together between steps. Returns no losses [0]."""
         none = torch.zeros(0, dtype=torch.float64, device=self.bank.keys.device)
         done = 0 if self.state_before is None else int(self.state_before["done"])
         if done and done % self.steps == 0:
             self.on_epoch(done // self.steps - 1, none)
-        for step in range(done, self.asked.training.epochs * self.steps):
+        for step in range(done, self.request.training.epochs * self.steps):
             if (step + 1) % self.steps == 0:
                 self.on_epoch(step // self.steps, none)
             on_step(step)
         return none
 
     def on_step(self, step: int) -> bool:
-        """After a step; returns whether to `keep` the training."""
-        where = f"{self.asked.shown}, epoch {step // self.steps + 1}/{self.asked.training.epochs}"
+        """Count a step. Returns whether to `keep` the training now."""
+        where = f"{self.request.label}, epoch {step // self.steps + 1}/{self.request.training.epochs}"
         return self.run.step(self.count, where) and not self.run.problem.probe.keeps_state
 
     def keep(self) -> None:
-        """Record the training under way."""
+        """Write a checkpoint of the training under way."""
         self.run.keep_training(self.state())
 
     def on_epoch(self, epoch: int, losses: Tensor) -> None:
         """After an epoch with mean losses [L] of this rank's lanes: drop the particles that diverged, or stop.
 
-        Raises FloatingPointError if one diverged and `on_divergence` says so, or if none is left.
+        Raises FloatingPointError if one diverged and `on_divergence` is "stop", or if none is left.
         """
         finite = torch.isfinite(losses)
         for solutions in (self.bank.weights, self.bank.swa):
             finite &= torch.isfinite(solutions).all(1)
         losses, fine = self.run.ranks.gather(torch.stack([losses, finite.to(losses.dtype)], 1), self.count).unbind(1)
         self.run.keep_epoch(self.cycle, epoch, losses.tolist())
-        new = [lane for lane, is_fine in enumerate(fine.tolist()) if not is_fine and lane not in self.dropped]
-        if not new:
+        diverged = [lane for lane, is_fine in enumerate(fine.tolist()) if not is_fine and lane not in self.dropped]
+        if not diverged:
             return
-        left = self.count - len(self.dropped) - len(new)
+        left = self.count - len(self.dropped) - len(diverged)
         if self.run.config.on_divergence == "stop" or left == 0:
-            self._stop(epoch, new)
-        for lane in new:
+            self._stop(epoch, diverged)
+        for lane in diverged:
             self.dropped[lane] = epoch + 1
             self.run.tell_dropped(self.cycle or 0, lane, epoch + 1)
 
     def state(self) -> Unfinished:
-        """All that the training goes on from, between two steps; that of all ranks on the first, nothing elsewhere."""
-        own = self.state_of() if self.bank.lanes else {}
+        """What the training would be resumed from: of all ranks' lanes on the first rank, nothing on the others."""
+        tensors = self.state_of() if self.bank.lanes else {}
         if self.run.ranks.world > 1:
-            parts = self.run.ranks.gather_to_first({name: each.cpu() for name, each in own.items()})
-            own = joined([part for part in parts if part]) if parts else {}
-        return Unfinished(self.cycle, self.dropped, self.seconds, own)
+            parts = self.run.ranks.gather_to_first({name: each.cpu() for name, each in tensors.items()})
+            tensors = joined([part for part in parts if part]) if parts else {}
+        return Unfinished(self.cycle, self.dropped, self.seconds, tensors)
 
     def _stop(self, epoch: int, lanes: list[int]) -> None:
-        keeps = self.run.config.run_dir is not None and not self.run.problem.probe.keeps_state
+        run_dir = self.run.config.run_dir
         where = "the ticket" if self.cycle is None else f"cycle {self.cycle}"
         which = f"particle{'s' if len(lanes) > 1 else ''} {', '.join(map(str, lanes))}"
         text = (
             f"{where}, epoch {epoch + 1}: {which} diverged to NaN or infinity. Lower lr and swa_lr, or check the data."
         )
-        if keeps:
+        if run_dir is not None and not self.run.problem.probe.keeps_state:
             self.keep()
             text += (
-                f" {self.run.config.run_dir} holds the run as it is now, and started again it stops here again; other "
-                "settings are another run."
+                f" {run_dir} holds the run up to here; started again it would stop here again, and other settings are "
+                "another run."
             )
         if self.count > 1 and self.run.config.on_divergence == "stop":
-            text += ' on_divergence="drop" goes on without such particles.'
+            text += ' on_divergence="drop" continues without such particles.'
         raise FloatingPointError(text)

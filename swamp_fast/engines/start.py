@@ -39,7 +39,7 @@ def start_engine(problem: Problem, run: Run) -> Engine:
         return mine[0].describe()
 
     if not run.engine:
-        run.keep_engine(run.ranks.broadcast_from_first(selected))
+        run.share_engine(selected)
     engine = mine[0] if mine else _recorded(problem, plan, run)
     threads = f", {torch.get_num_threads()} threads" if problem.device.type == "cpu" else ""
     run.console.line(f"engine   {engine.name} on {problem.device}{threads}, {problem.config.precision}; {engine.why}")

@@ -1,16 +1,23 @@
-"""Progress on standard error: a line a cycle; on a terminal also one that moves."""
+"""What a run prints on standard error: its introduction, one line per cycle, and on a terminal a moving status line."""
 
 from __future__ import annotations
 
 import sys
 import time
-from typing import TextIO
+from collections.abc import Iterator, Mapping
+from typing import Any, TextIO
+
+from swamp_fast.common.format import duration, percent
+from swamp_fast.particles.schedule import total_particle_epochs
+from swamp_fast.problem.problem import Problem
+from swamp_fast.runs.checkpoint import Unfinished
+from swamp_fast.version import __version__
 
 REFRESH_SECONDS = 0.2
 
 
 class Console:
-    """Prints lines, and on a terminal keeps one line moving below them. Silent if not `shown`."""
+    """Prints lines, and on a terminal keeps one status line moving below them. Prints nothing if not `shown`."""
 
     def __init__(self, shown: bool, stream: TextIO | None = None) -> None:
         self.shown = shown
@@ -19,13 +26,13 @@ class Console:
         self.last_refresh = 0.0
 
     def line(self, text: str) -> None:
-        """A line that stays."""
+        """Print a line that stays."""
         if self.shown:
             self._clear()
             print(text, file=self.stream, flush=True)
 
     def status(self, text: str) -> None:
-        """Replace the line that moves; nothing where there is no terminal."""
+        """Replace the status line; does nothing without a terminal."""
         now = time.monotonic()
         if self.moving and now - self.last_refresh >= REFRESH_SECONDS:
             self.last_refresh = now
@@ -34,10 +41,42 @@ class Console:
             self.stream.flush()
 
     def close(self) -> None:
-        """Take the moving line away."""
+        """Remove the status line."""
         self._clear()
 
     def _clear(self) -> None:
         if self.moving:
             self.stream.write("\r\x1b[K")
             self.stream.flush()
+
+
+def introduction(problem: Problem, driver: str, unfinished: Unfinished | None, cycles_done: int) -> Iterator[str]:
+    """The lines before the first training: what is pruned, on which data, at what cost, and from where it resumes."""
+    config = problem.config
+    yield f"swamp_fast {__version__}, {driver}"
+    yield from problem.lines
+    numbers = [config.particles_at(cycle) for cycle in range(config.cycles + 1)]
+    particles = str(numbers[0]) if isinstance(config.particles, int) else f"{min(numbers)} … {max(numbers)}"
+    yield (
+        f"cost     {config.cycles + 1} trainings x {particles} particles x {config.epochs} epochs, and "
+        f"{config.ticket_epochs} for the ticket: {total_particle_epochs(config):,} particle-epochs of "
+        f"{len(problem.bounds)} steps, to density {percent((1 - config.prune) ** config.cycles)}"
+    )
+    if unfinished is not None:
+        where = "the ticket" if unfinished.cycle is None else f"cycle {unfinished.cycle}"
+        yield f"resumed  in {where} of {config.cycles}, after step {unfinished.steps}, from {config.run_dir}"
+    elif cycles_done:
+        yield f"resumed  after cycle {cycles_done - 1} of {config.cycles}, from {config.run_dir}"
+    if config.run_dir is not None and problem.probe.keeps_state:
+        yield "files    one checkpoint per cycle only: the model keeps state of its own"
+
+
+def cycle_line(row: Mapping[str, Any], cycles: int) -> str:
+    """The line after a cycle."""
+    text = f"cycle {row['cycle']:>2}/{cycles}  density {percent(row['density']):>8}"
+    if row["accuracy"] is not None:
+        each = row["particle_accuracy"]
+        text += f"  accuracy {percent(row['accuracy']):>8}  particles {percent(min(each))} … {percent(max(each))}"
+    elif row["loss"] is not None:
+        text += f"  loss {row['loss']:.4f}"
+    return f"{text}  {duration(row['seconds'])}"

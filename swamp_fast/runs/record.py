@@ -1,114 +1,126 @@
-"""One run as it goes: its history, its folder, and what is shown of it. Both drivers record into it."""
+"""The record of one run: its history and its folder, kept as it goes. Both drivers write into it."""
 
 from __future__ import annotations
 
+import functools
 import platform
-import signal
-import time
-import warnings
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
-from swamp_fast.common.format import duration, percent
+from swamp_fast.common.memory import peak_memory
+from swamp_fast.common.timing import Stopwatch
 from swamp_fast.distributed import ALONE, Ranks
 from swamp_fast.particles.random import generators_left_alone
 from swamp_fast.particles.schedule import total_particle_epochs
 from swamp_fast.problem.problem import Problem
 from swamp_fast.runs import lock
 from swamp_fast.runs.checkpoint import Damaged, Packed, RunDirectory, Snapshot, Unfinished, run_id, save_tensors
-from swamp_fast.runs.console import Console
+from swamp_fast.runs.console import Console, cycle_line, introduction
+from swamp_fast.runs.cycle_warnings import dropped_text, found_in_cycle, show
+from swamp_fast.runs.progress import Progress
 from swamp_fast.runs.result import SwampResult, snapshot_of
 from swamp_fast.runs.resume import FINGERPRINT_NAMES, Found, found_in, place_of
 from swamp_fast.runs.signals import StopSignals
+from swamp_fast.runs.stopping import StopPolicy
 from swamp_fast.runs.tensorboard import Events
 from swamp_fast.version import __version__
 
-FAR_BELOW = 0.05  # an average that much less accurate than its particles' mean is not in their basin
-FIRST_ESTIMATE_SECONDS = 1.5  # of training, before the time left is first told
-ASK_SECONDS = 0.2  # of training, after which ranks ask each other for signals: the asking costs far less than 1 %
-
 State = dict[str, Tensor]
+Arguments = ParamSpec("Arguments")
+Value = TypeVar("Value")
+
+
+def first_rank_decides(
+    decision: Callable[Concatenate[Problem, Run, Arguments], Value],
+) -> Callable[Concatenate[Problem, Run, Arguments], Value]:
+    """A function of a run that the first rank calls for all: every rank gets its result, or its error."""
+
+    def on_every_rank(problem: Problem, run: Run, /, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Value:
+        return run.ranks.broadcast_from_first(lambda: decision(problem, run, *args, **kwargs))
+
+    functools.update_wrapper(on_every_rank, decision)
+    return on_every_rank
 
 
 class Run:
-    """The record of a run. As a context it leaves the user's random generators as they were.
+    """One run of a driver. As a context manager it holds the folder's lock and restores the user's random generators.
 
-    rows       the history so far
-    snapshots  each cycle's average, compact in memory, or where its file is
-    ticket     the ticket's parameters and buffers, once there is one
-    unfinished the training that the folder holds the middle of, until it is over
-    ranks      that do it together: the first has the folder and the user's ear, all have the same record
+    rows        the history so far
+    snapshots   each cycle's average: compact in memory, or the path of its file
+    ticket      the ticket's parameters and buffers, once it is trained
+    unfinished  the interrupted training that the folder holds a checkpoint of, until that training is complete
+    about       the content of run.json
+    ranks       the processes that share the run. The first has the folder and the console; all keep the same history
+    progress    counts steps and estimates the time left
+    stops       says when to write a checkpoint, and when to stop
+    stopwatch   the seconds of the cycle under way
     """
 
-    def __init__(self, problem: Problem, driver: str, ranks: Ranks = ALONE) -> None:
+    def __init__(
+        self,
+        problem: Problem,
+        driver: str,
+        ranks: Ranks = ALONE,
+        *,
+        console: Console | None = None,
+        signals: StopSignals | None = None,
+        at_once: int | None = None,
+    ) -> None:
+        """A sweep passes its own console and signals, and how many of its runs it trains at once."""
         self.problem, self.config, self.ranks = problem, problem.config, ranks
         if ranks.world > 1 and problem.probe.keeps_state:
             raise ValueError(
-                f"the model's forward keeps state in plain attributes, which {ranks.world} processes can't hand "
-                "over; run it in one, or keep the state in buffers."
+                f"the model's forward keeps state in plain attributes, which {ranks.world} processes can't exchange; "
+                "run it in one process, or keep the state in buffers."
             )
-        self.console = Console(self.config.progress and ranks.first)
+        if self.config.tensorboard and self.config.run_dir is None:
+            raise ValueError("`tensorboard` writes into run_dir, got run_dir = None; name a folder.")
+        self.console = console or Console(self.config.progress and ranks.first)
+        self.signals = signals or StopSignals()
+        self.progress = Progress(self.console)
+        self.stops = StopPolicy(self.config, ranks, self.signals)
+        self.stopwatch = Stopwatch()
         self.rows: list[dict[str, Any]] = []
         self.snapshots: list[Packed | Path] = []
         self.ticket: State | None = None
         self.particles: State | None = None
-        self.engine: dict[str, Any] = {}
-        standardise = problem.standardise.to_dict() if problem.standardise else None
-        self.about: dict[str, Any] = {
-            "driver": driver,
-            "version": __version__,
-            "began": datetime.now(UTC).isoformat(timespec="seconds"),
-            "lines": list(problem.lines),
-            "config": self.config.to_dict(),
-            "fingerprints": problem.fingerprints,
-            "standardise": standardise,
-            "engine": {},
-            "where": f"{platform.platform()}, {problem.device}, torch {torch.__version__}",
-            "place": place_of(problem.device),
-            "moved": [],
-        }
         self.unfinished: Unfinished | None = None
-        self.told: list[str] = []  # what the next row's warnings begin with
-        self.signals = StopSignals()
-        self.asked: int | None = None  # the signal by which all ranks stop now
-        self.kept_at = time.perf_counter()  # the newest checkpoint
+        self.pending_warnings: list[str] = []  # that the next row begins with
+        self.about = about_run(problem, driver)
+        if at_once is not None:
+            self.about["at_once"] = at_once
         self.folder = RunDirectory(self.config.run_dir) if self.config.run_dir is not None and ranks.first else None
         self.events: Events | None = None
-        if self.config.tensorboard:
-            if self.config.run_dir is None:
-                raise ValueError("`tensorboard` writes into run_dir, got run_dir = None; name a folder.")
-            if self.folder is not None:
-                self.events = Events(self.folder.path / "tensorboard", self.config.ticket_epochs, self.config.epochs)
-        self.steps_done = self.steps_left = 0  # of particles; done in this process
-        self.steps_asked, self.steps_unasked, self.asked_at = 1, 0, time.perf_counter()
-        self.began: float | None = None
-        self.told_estimate = False
+        if self.config.tensorboard and self.folder is not None:
+            self.events = Events(self.folder.path / "tensorboard", self.config.ticket_epochs, self.config.epochs)
         self._context = ExitStack()
 
     def __enter__(self) -> Run:
-        """Open the folder, and say what this will cost."""
+        """Open the folder, continue what it holds, and say what the run will cost."""
         with ExitStack() as stack:
             stack.enter_context(generators_left_alone())
             if self.problem.device.type == "cuda":
                 stack.enter_context(torch.cuda.device(self.problem.device))  # streams and graphs are made on it
-            self._same_call()
-            self._resume(self.ranks.broadcast_from_first(lambda: self._open(stack)))
+            self._refuse_different_calls()
+            self._continue(self.ranks.broadcast_from_first(lambda: self._open(stack)))
             if self.config.run_dir is not None:
                 stack.enter_context(self.signals)
-            self._introduce()
+            for text in introduction(self.problem, self.about["driver"], self.unfinished, len(self.rows)):
+                self.console.line(text)
             self._context = stack.pop_all()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Give the terminal, the signals, the folder and the random generators back."""
+        """Release the terminal, the signals, the folder and the random generators."""
         self.console.close()
         if self.events is not None:
             self.events.close()
@@ -116,27 +128,54 @@ class Run:
         if kind is None and self.signals.asked is not None:
             self.signals.stop()
 
+    @property
+    def engine(self) -> dict[str, Any]:
+        """What the run recorded of its engine; empty before one is chosen."""
+        engine: dict[str, Any] = self.about["engine"]
+        return engine
+
+    # What the drivers record.
+
+    def keep_engine(self, engine: dict[str, Any]) -> None:
+        """Record the engine and its choices, so that a resumed run replays them."""
+        self.about["engine"] = engine
+        if self.folder is not None:
+            self.folder.write_about(self.about)
+
+    def share_engine(self, describe: Callable[[], dict[str, Any]]) -> None:
+        """Record on every rank what the engine of the first rank describes."""
+        self.keep_engine(self.ranks.broadcast_from_first(describe))
+
     def keep_ticket(self, state: State) -> None:
         """Record the ticket."""
         self.ticket = {name: tensor.detach().cpu().clone() for name, tensor in state.items()}
         if self.folder is not None:
             self.folder.write_ticket(self.ticket)
-        self._training_is_over()
-
-    def keep_engine(self, engine: dict[str, Any]) -> None:
-        """Record what runs, so that resuming replays it."""
-        self.engine = self.about["engine"] = engine
-        if self.folder is not None:
-            self.folder.write_about(self.about)
+        self._training_is_complete()
 
     def keep_epoch(self, cycle: int | None, epoch: int, losses: list[float], first: int = 0) -> None:
-        """Show an epoch's mean losses, of particles from number `first` on, on TensorBoard; cycle None: the ticket."""
+        """Show an epoch's mean losses, of the particles from number `first` on, on TensorBoard; cycle None: the ticket."""
         if self.events is not None:
             self.events.epoch(cycle, epoch, losses, first)
 
+    def keep_training(self, state: Unfinished) -> None:
+        """Write a checkpoint of the training under way; does nothing without a folder."""
+        if self.events is not None:
+            self.events.flush()
+        if self.folder is not None:
+            self.folder.write_training(state)
+        self.stops.checkpoint_was_written()
+
     def keep_cycle(self, state: State, masks: State, row: dict[str, Any], score: State) -> None:
-        """Record a cycle: its average, masks, row and mask_score; tell the user, on the console and by on_cycle."""
-        self._warn(masks, row)
+        """Record a completed cycle: its average, masks, row and mask_score. Shows it, and calls on_cycle."""
+        row |= {"seconds": self.stopwatch.seconds, "peak_memory": peak_memory(self.problem.device)}
+        masks_before = self.last().masks if self.snapshots else {}
+        dropped = [dropped_text(row["cycle"], each["lane"], each["epoch"]) for each in row["dropped"]]
+        new_warnings = found_in_cycle(row, masks, masks_before)
+        row["warnings"] = self.pending_warnings + dropped + new_warnings
+        self.pending_warnings = []
+        if self.ranks.first:
+            show(new_warnings)
         self.rows.append(row)
         snapshot = Snapshot(state, masks, row, score)
         if self.events is not None:  # before the cycle's file: a run killed in between writes them anew
@@ -146,58 +185,59 @@ class Run:
             self.snapshots.append(self.folder.cycle_path(row["cycle"]))
         else:
             self.snapshots.append(snapshot.packed())
-        self._training_is_over()
-        self.console.line(self._cycle_line(row))
+        self._training_is_complete()
+        self.console.line(cycle_line(row, self.config.cycles))
         if self.problem.on_cycle is not None and self.ranks.first:
             self.problem.on_cycle(dict(row))
 
-    def keep_training(self, state: Unfinished) -> None:
-        """Record the training under way; nothing without a folder."""
-        if self.events is not None:
-            self.events.flush()
-        if self.folder is not None:
-            self.folder.write_training(state)
-        self.kept_at = time.perf_counter()
-
-    def kept_of(self, cycle: int | None) -> Unfinished | None:
-        """The middle of this training, if the folder holds it."""
-        found = self.unfinished
-        return found if found is not None and found.cycle == cycle else None
-
-    def go_back_to(self, step: int) -> None:
-        """Go on from the checkpoint before the newest, if it is the one after so many steps."""
-        newest = self.unfinished
-        if self.folder is None or newest is None or newest.steps == step:
-            return
-        path = self.folder.training_paths()[1]
-        with suppress(Damaged):
-            kept = self.folder.training(path) if path.exists() else newest
-            if (kept.cycle, kept.steps) == (newest.cycle, step):
-                self.unfinished = kept
-
-    def seconds_of(self, cycle: int | None) -> float:
-        """How long this training took before this process."""
-        kept = self.kept_of(cycle)
-        return 0.0 if kept is None else kept.seconds
-
-    def tell_dropped(self, cycle: int, lane: int, epoch: int) -> None:
-        """Say at once that a particle diverged and is dropped; the cycle's row will have it too."""
-        if self.ranks.first:
-            warnings.warn(dropped_text(cycle, lane, epoch), UserWarning, stacklevel=4)
-
     def keep_particles(self, states: list[State]) -> None:
-        """Record the particles of the last cycle."""
+        """Record the particles of the last cycle; does nothing without any."""
+        if not states:
+            return
         self.particles = {name: torch.stack([state[name].detach().cpu() for state in states]) for name in states[0]}
         if self.folder is not None:
             save_tensors(self.folder.path / "particles.safetensors", self.particles)
+
+    def tell_dropped(self, cycle: int, lane: int, epoch: int) -> None:
+        """Warn at once that a particle diverged and is dropped; the cycle's row says it too."""
+        if self.ranks.first:
+            show([dropped_text(cycle, lane, epoch)])
+
+    # What the drivers read.
+
+    def remaining_cycles(self) -> Iterator[int]:
+        """The cycles still to be done; the stopwatch restarts with each."""
+        for cycle in range(len(self.rows), self.config.cycles + 1):
+            self.stopwatch.restart()
+            yield cycle
 
     def last(self) -> Snapshot:
         """The newest cycle's average."""
         return snapshot_of(self.snapshots[-1])
 
     def masks_source(self) -> Snapshot:
-        """What the next mask is made from; on the first rank, which has the files."""
+        """The cycle that the next mask is made from; only on the first rank, which has the files."""
         return snapshot_of(self.snapshots[0]) if self.config.mask_from == "dense" else self.last()
+
+    def checkpoint_of(self, cycle: int | None) -> Unfinished | None:
+        """The checkpoint of this cycle's training (None: the ticket's), if the folder holds one."""
+        return self.unfinished if self.unfinished is not None and self.unfinished.cycle == cycle else None
+
+    def seconds_before(self, cycle: int | None) -> float:
+        """How long this training took in earlier processes."""
+        checkpoint = self.checkpoint_of(cycle)
+        return 0.0 if checkpoint is None else checkpoint.seconds
+
+    def go_back_to(self, step: int) -> None:
+        """Continue from the checkpoint before the newest, if that is the one after `step` steps."""
+        newest = self.unfinished
+        if self.folder is None or newest is None or newest.steps == step:
+            return
+        path = self.folder.training_paths()[1]
+        with suppress(Damaged):
+            earlier = self.folder.training(path) if path.exists() else newest
+            if (earlier.cycle, earlier.steps) == (newest.cycle, step):
+                self.unfinished = earlier
 
     def result(self) -> SwampResult:
         """What the call returns."""
@@ -217,85 +257,43 @@ class Run:
             result.write_final(self.folder)
         return result
 
-    def step(self, particles: int, where: str) -> bool:
-        """Count a training step of so many particles, and show how long it will still take.
-
-        Returns whether to `keep_training`: a checkpoint is due, or a signal asks to stop; then call `stop_if_asked`.
-        Ranks do so after the same step, so they ask each other, and as each asking waits for the slowest, only every
-        few steps.
-        """
-        self._show(particles, where)
-        self.steps_unasked += 1
-        if self.steps_unasked < self.steps_asked:
-            return False
-        minutes = self.config.checkpoint_minutes
-        due = self._ask(minutes > 0 and time.perf_counter() - self.kept_at >= 60 * minutes)
-        return self.config.run_dir is not None and (due or self.asked is not None)
-
-    def _ask(self, due: bool) -> bool:
-        """Take over a signal that any rank was sent; returns whether a checkpoint is due by the first rank's clock.
-
-        It also says after how many steps to ask again.
-        """
-        if self.ranks.world == 1:
-            self.asked = self.signals.asked
-            return due
-        now, minutes = time.perf_counter(), self.config.checkpoint_minutes
-        pace = (now - self.asked_at) / max(self.steps_unasked, 1)
-        wait = min(ASK_SECONDS, 60 * minutes) if minutes > 0 else ASK_SECONDS
-        told = [int(due), max(1, int(wait / pace))] if self.ranks.first else [0, 1]
-        asked, some_due, self.steps_asked = self.ranks.all_reduce_max([self.signals.asked or 0, *told])
-        self.asked = asked or None  # not this rank's own: one that came meanwhile the others don't know of yet
-        self.steps_unasked, self.asked_at = 0, now
-        return bool(some_due)
+    # What trainings call between their steps.
 
     def begin_training(self) -> None:
-        """Between two trainings: stop if a signal asked to."""
-        self._ask(False)
-        self.stop_if_asked()
+        """Stop here, between two trainings, if a signal requested it."""
+        self.stops.between_trainings(self.console)
+
+    def step(self, particles: int, where: str) -> bool:
+        """Count a training step of `particles` particles. Returns whether to write a checkpoint now."""
+        self.progress.step(particles, where)
+        return self.stops.checkpoint_is_due()
 
     def stop_if_asked(self) -> None:
-        """Raise KeyboardInterrupt or SystemExit if a signal asked to stop."""
-        if self.asked is not None:
-            name = "Ctrl-C" if self.asked == signal.SIGINT else "SIGTERM"
-            self.console.line(f"stopped  by {name}; started again with run_dir {self.config.run_dir} the run goes on")
-            self.signals.asked = self.asked
-            self.signals.stop()
+        """Raise KeyboardInterrupt or SystemExit if a signal requested a stop."""
+        self.stops.stop_if_requested(self.console)
 
-    def _training_is_over(self) -> None:
-        self.unfinished, self.kept_at = None, time.perf_counter()
+    def _training_is_complete(self) -> None:
+        self.unfinished = None
+        self.stops.checkpoint_was_written()
         if self.folder is not None:
             self.folder.forget_training()
 
-    def _show(self, particles: int, where: str) -> None:
-        now = time.perf_counter()
-        self.steps_left -= particles
-        if self.began is None:  # the first step warms up, and is no measure of the pace
-            self.began = now
-            return
-        self.steps_done += particles
-        left = (now - self.began) / self.steps_done * self.steps_left
-        if not self.told_estimate and now - self.began > FIRST_ESTIMATE_SECONDS:
-            self.told_estimate = True
-            self.console.line(f"time     about {duration(left)} left at this pace")
-        self.console.status(f"{where}, {duration(left)} left")
-
-    def _same_call(self) -> None:
-        """Refuse ranks whose calls differ."""
-        together = (self.config.run_dir is None, self.config.on_divergence)  # what ranks do together hangs on it
+    def _refuse_different_calls(self) -> None:
+        """Raise ValueError on every rank if their calls differ."""
+        together = (self.config.run_dir is None, self.config.on_divergence)  # these decide what ranks do together
         own = {"the settings": (run_id({**self.about, "fingerprints": {}}), together), **self.problem.fingerprints}
-        theirs = self.ranks.broadcast_from_first(lambda: own)
-        differ = [name for name, value in own.items() if theirs[name] != value]
-        found = self.ranks.all_reduce_max([self.ranks.rank if differ else 0])[0]
-        if found:
-            what = f": {', '.join(FINGERPRINT_NAMES.get(name, name) for name in differ)}" if differ else ""
+        first_ranks = self.ranks.broadcast_from_first(lambda: own)
+        differences = [name for name, value in own.items() if first_ranks[name] != value]
+        rank = self.ranks.all_reduce_max([self.ranks.rank if differences else 0])[0]
+        if rank:
+            names = ", ".join(FINGERPRINT_NAMES.get(name, name) for name in differences)
             raise ValueError(
-                f"every rank must be called with the same, but rank {found}'s call differs from rank 0's{what}. A "
-                "model with random weights needs the same seed on each."
+                f"every rank must make the same call, but rank {rank}'s differs from rank 0's"
+                f"{f': {names}' if names else ''}. A model with random weights needs the same seed on each."
             )
 
     def _open(self, stack: ExitStack) -> Found | None:
-        """What the folder holds; an empty one is begun. None without."""
+        """Lock the folder and read what it holds. Returns None, and begins a run in it, if it is empty."""
         if self.folder is None:
             return None
         self.folder.make()
@@ -309,100 +307,46 @@ class Run:
             )
         return found_in(self.folder, self.config, self.about)
 
-    def _resume(self, found: Found | None) -> None:
-        """Take over what the folder holds, and count what is left to do."""
+    def _continue(self, found: Found | None) -> None:
+        """Take over what the folder held, and count the steps left."""
         if found is not None:
             self._take_over(found)
-        total = total_particle_epochs(self.config)
+        steps = 0 if self.unfinished is None else self.unfinished.steps
         if self.events is not None:
-            # The last epoch that the middle of a training has whole is looked at again.
-            steps = 0 if self.unfinished is None else self.unfinished.steps
+            # The last complete epoch of an interrupted training is checked again when it is resumed.
             self.events.resume(self.rows, self.ticket is not None, max(steps - 1, 0) // len(self.problem.bounds))
-        if self.ticket is not None:
-            total -= self.config.ticket_epochs
-        total -= sum(self.config.particles_at(row["cycle"]) for row in self.rows) * self.config.epochs
-        self.steps_left = total * len(self.problem.bounds)
+        config = self.config
+        epochs_left = total_particle_epochs(config) - (config.ticket_epochs if self.ticket is not None else 0)
+        epochs_left -= sum(config.particles_at(row["cycle"]) for row in self.rows) * config.epochs
+        self.progress.steps_left = epochs_left * len(self.problem.bounds)
         if self.unfinished is not None:
             cycle = self.unfinished.cycle
-            self.steps_left -= self.unfinished.steps * (1 if cycle is None else self.config.particles_at(cycle))
+            self.progress.steps_left -= steps * (1 if cycle is None else config.particles_at(cycle))
 
     def _take_over(self, found: Found) -> None:
         self.ticket, self.rows, self.particles = found.ticket, found.rows, found.particles
-        self.unfinished, self.told = found.unfinished, found.told
-        self.engine = self.about["engine"] = found.engine
-        self.about["moved"] = found.moved
-        self.about["began"] = found.began
+        self.unfinished, self.pending_warnings = found.unfinished, found.warnings
         self.snapshots = [*found.snapshots]
+        self.about |= {"engine": found.engine, "moved": found.moved, "began": found.began}
         if self.folder is None:
             return
         if found.elsewhere:
             self.folder.write_about(self.about)
-        self.folder.write_history(self.rows)  # a run that was killed may have written a cycle and not its line
-
-    def _introduce(self) -> None:
-        config, line = self.config, self.console.line
-        line(f"swamp_fast {__version__}, {self.about['driver']}")
-        for text in self.problem.lines:
-            line(text)
-        particles = (
-            config.particles
-            if isinstance(config.particles, int)
-            else f"{min(config.particles)} … {max(config.particles)}"
-        )
-        line(
-            f"cost     {config.cycles + 1} trainings x {particles} particles x {config.epochs} epochs, and "
-            f"{config.ticket_epochs} for the ticket: {total_particle_epochs(config):,} particle-epochs of "
-            f"{len(self.problem.bounds)} steps, to density {percent((1 - config.prune) ** config.cycles)}"
-        )
-        if self.unfinished is not None:
-            where = "the ticket" if self.unfinished.cycle is None else f"cycle {self.unfinished.cycle}"
-            line(f"resumed  in {where} of {config.cycles}, after step {self.unfinished.steps}, from {config.run_dir}")
-        elif self.rows:
-            line(f"resumed  after cycle {len(self.rows) - 1} of {config.cycles}, from {config.run_dir}")
-        if self.folder is not None and self.problem.probe.keeps_state:
-            line("files    a checkpoint a cycle alone: the model keeps state of its own")
-
-    def _warn(self, masks: State, row: dict[str, Any]) -> None:
-        """Say what the user should not overlook, and put it into the row."""
-        before = self.last().masks if self.snapshots else {}
-        told, self.told = self.told, []
-        found = [
-            f"cycle {row['cycle']}: nothing of {name} is left; the layer is pruned away whole."
-            for name, mask in masks.items()
-            if not bool(mask.any()) and (name not in before or bool(before[name].any()))
-        ]
-        held_out = row["val_mean_accuracy"] is not None
-        mean, accuracy = (row[f"{'val_' if held_out else ''}{name}"] for name in ("mean_accuracy", "accuracy"))
-        if mean is not None and accuracy < mean - FAR_BELOW:
-            advice = (
-                "Take a later ticket (more ticket_epochs)."
-                if held_out
-                else "Whether a later ticket is better is to be seen on validation data: pass `val`, such as 0.1."
-            )
-            found.append(
-                f"cycle {row['cycle']}: the average has {percent(accuracy)} accuracy on "
-                f"{'val' if held_out else 'test'}, its particles {percent(mean)} in the mean: they did not train into "
-                f"one basin. {advice}"
-            )
-        dropped = [dropped_text(row["cycle"], each["lane"], each["epoch"]) for each in row["dropped"]]
-        row["warnings"] = told + dropped + found
-        if not self.ranks.first:
-            return
-        for text in found:
-            warnings.warn(text, UserWarning, stacklevel=5)
-
-    def _cycle_line(self, row: dict[str, Any]) -> str:
-        text = f"cycle {row['cycle']:>2}/{self.config.cycles}  density {percent(row['density']):>8}"
-        if row["accuracy"] is not None:
-            each = row["particle_accuracy"]
-            text += f"  accuracy {percent(row['accuracy']):>8}  particles {percent(min(each))} … {percent(max(each))}"
-        elif row["loss"] is not None:
-            text += f"  loss {row['loss']:.4f}"
-        return f"{text}  {duration(row['seconds'])}"
+        self.folder.write_history(self.rows)  # a killed run may have written a cycle and not its line
 
 
-def dropped_text(cycle: int, lane: int, epoch: int) -> str:
-    """What is said of a particle that is left out."""
-    return (
-        f"cycle {cycle}, epoch {epoch}: particle {lane} diverged to NaN or infinity and is in no average of the cycle."
-    )
+def about_run(problem: Problem, driver: str) -> dict[str, Any]:
+    """What run.json says of a new run."""
+    return {
+        "driver": driver,
+        "version": __version__,
+        "began": datetime.now(UTC).isoformat(timespec="seconds"),
+        "lines": list(problem.lines),
+        "config": problem.config.to_dict(),
+        "fingerprints": problem.fingerprints,
+        "standardise": problem.standardise.to_dict() if problem.standardise else None,
+        "engine": {},
+        "where": f"{platform.platform()}, {problem.device}, torch {torch.__version__}",
+        "place": place_of(problem.device),
+        "moved": [],
+    }

@@ -25,7 +25,7 @@ class Found:
     moved       the places that the run was in before, each with the cycle in which it left
     began       when the run was first started, if its folder says so
     elsewhere   whether this is another place than the last
-    told        what the user was warned of
+    warnings    that the user was shown
     """
 
     engine: dict[str, Any]
@@ -36,7 +36,7 @@ class Found:
     snapshots: list[Packed | Path] = field(default_factory=list)
     particles: dict[str, Tensor] | None = None
     unfinished: Unfinished | None = None
-    told: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
     elsewhere: bool = False
 
 
@@ -162,7 +162,7 @@ def _aside(folder: RunDirectory, found: Found, name: str, error: Damaged, then: 
 
 
 def _tell(found: Found, text: str) -> None:
-    found.told.append(text)
+    found.warnings.append(text)
     warnings.warn(text, UserWarning, stacklevel=8)
 
 

@@ -156,7 +156,7 @@ def packed(engine: Engine, every: Sequence[Trainings[Returned]]) -> list[Returne
 
 def _place(asked: TrainingRequest) -> tuple[int, int]:
     """The cycle, and the step that its folder has a checkpoint of."""
-    kept = asked.run.kept_of(asked.cycle)
+    kept = asked.run.checkpoint_of(asked.cycle)
     return -1 if asked.cycle is None else asked.cycle, 0 if kept is None else kept.steps
 
 
@@ -164,7 +164,7 @@ def _align(asked: Iterable[TrainingRequest]) -> None:
     """Where checkpoints of one training are of two steps, as after a kill between their writing, take the earlier."""
     least: dict[int | None, int] = {}
     for each in asked:
-        if (kept := each.run.kept_of(each.cycle)) is not None:
+        if (kept := each.run.checkpoint_of(each.cycle)) is not None:
             least[each.cycle] = min(kept.steps, least.get(each.cycle, kept.steps))
     for each in asked:
         if each.cycle in least:
@@ -218,6 +218,6 @@ def together(engine: EagerEngine | FusedEngine, asked: Sequence[TrainingRequest]
         watch.bank.buffers = bank.of_run(number).buffers
     ends = enumerate(zip(watches, losses.split(particles), strict=True))
     return [
-        errors.get(number) or watch.trained(own, functools.partial(engine.side_by_side, run=number), len(asked))
+        errors.get(number) or watch.outcome(own, functools.partial(engine.side_by_side, run=number), len(asked))
         for number, (watch, own) in ends
     ]

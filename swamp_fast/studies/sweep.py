@@ -34,7 +34,8 @@ from swamp_fast.problem.prunable import Prunable
 from swamp_fast.report.figures import accuracy_of_points
 from swamp_fast.runs.checkpoint import RunDirectory, run_id, write
 from swamp_fast.runs.console import Console
-from swamp_fast.runs.record import FIRST_ESTIMATE_SECONDS, Run
+from swamp_fast.runs.progress import FIRST_ESTIMATE_SECONDS
+from swamp_fast.runs.record import Run
 from swamp_fast.runs.result import SwampResult
 from swamp_fast.runs.resume import place_of
 from swamp_fast.runs.signals import StopSignals
@@ -416,8 +417,8 @@ class _Progress:
 
     def seconds_left(self) -> float:
         """Of the runs that this process has."""
-        done = sum(record.steps_done for record in self.records.values())
-        left = sum(self.left.values()) + sum(max(0, record.steps_left) for record in self.records.values())
+        done = sum(record.progress.steps_done for record in self.records.values())
+        left = sum(self.left.values()) + sum(max(0, record.progress.steps_left) for record in self.records.values())
         return (time.perf_counter() - (self.began or 0.0)) / max(done, 1) * left
 
 

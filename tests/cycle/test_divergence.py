@@ -83,7 +83,7 @@ def test_stopped_by_a_particle_that_diverges(on, digits, tmp_path, monkeypatch):
     with before_steps(fatal), pytest.raises(FloatingPointError, match="cycle 0, epoch 1: particle 1 diverged") as error:
         run(run_dir=tmp_path / "cut")
     assert "other settings are another run" in str(error.value)
-    assert 'on_divergence="drop" goes on without' in str(error.value)
+    assert 'on_divergence="drop" continues without' in str(error.value)
     kept = RunDirectory(tmp_path / "cut").training_paths()[0]
     assert bool(load_tensors(kept)[0]["weights/kept"].isnan().any())
     with before_steps() as count:

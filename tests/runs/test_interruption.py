@@ -153,7 +153,7 @@ def test_a_signal_stops_at_the_next_step_with_a_checkpoint(number, error, on, di
         fast_swamp(networks.build("dropout"), *digits, **settings | {"progress": True}, run_dir=tmp_path / "cut")
     assert number == signal.SIGINT or stopped.value.code == 143
     assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == before
-    assert "started again with run_dir" in capsys.readouterr().err
+    assert "call it again with run_dir" in capsys.readouterr().err
     assert RunDirectory(tmp_path / "cut").training_paths()[0].exists()
     with before_steps() as count:
         fast_swamp(networks.build("dropout"), *digits, **settings | {"progress": True}, run_dir=tmp_path / "cut")
@@ -188,7 +188,7 @@ def test_signals_elsewhere_are_left_alone(on, digits, tmp_path, monkeypatch):
     assert not list((tmp_path / "c").glob("training*"))
     assert signal.getsignal(signal.SIGINT) == before
     # While the average is evaluated there is no next step; the cycle is written first.
-    monkeypatch.setattr("swamp_fast.driver.reestimate", lambda *_: signal.raise_signal(signal.SIGTERM))
+    monkeypatch.setattr("swamp_fast.cycle.averaging.reestimate", lambda *_: signal.raise_signal(signal.SIGTERM))
     with pytest.raises(SystemExit):
         fast_swamp(networks.build("tied"), *digits, **settings, run_dir=tmp_path / "d")
     assert (tmp_path / "d" / "cycle_00.safetensors").exists()
@@ -205,7 +205,7 @@ def test_a_model_with_state_of_its_own_has_a_checkpoint_a_cycle(on, digits, tmp_
     seen: list[Path] = []
     fast_swamp(Stateful(), *digits, **settings, on_cycle=look, run_dir=tmp_path)
     assert not seen
-    assert "a checkpoint a cycle alone: the model keeps state of its own" in capsys.readouterr().err
+    assert "one checkpoint per cycle only: the model keeps state of its own" in capsys.readouterr().err
 
 
 def test_going_on_in_another_place_is_told(on, digits, tmp_path, monkeypatch):

@@ -180,7 +180,7 @@ def test_stopped_while_one_is_evaluated(three_at_once, data, tmp_path, monkeypat
             signal.raise_signal(signal.SIGTERM)
         asked.append(1)
 
-    monkeypatch.setattr("swamp_fast.driver.reestimate", reestimate)
+    monkeypatch.setattr("swamp_fast.cycle.averaging.reestimate", reestimate)
     with pytest.raises(SystemExit):
         sweep(made, *data, SEEDS, out=tmp_path, **EAGER)
     assert len(list(tmp_path.glob("runs/*/cycle_00.safetensors"))) == 3
