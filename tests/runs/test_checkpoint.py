@@ -191,7 +191,7 @@ def test_a_folder_that_may_not_be_written(as_nobody, on, digits):
 HOLDER = """
 import sys, time
 from pathlib import Path
-from swamp_fast import lock
+from swamp_fast.runs import lock
 with lock.locked(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)
