@@ -1,22 +1,22 @@
-"""A run on disk: a folder of plain files, each written beside, flushed and renamed; loading executes nothing.
+"""A run on disk: a folder of plain files, each written atomically. Loading one executes nothing.
 
-Every safetensors file has a checksum over its names, tensors and metadata. One that is damaged is moved aside, never
-deleted, and the run goes on from the last whole one.
+Every safetensors file has a checksum over its names, tensors and metadata. A damaged file is moved aside, never
+deleted, and the run continues from the last intact one.
 
 run.json                what the run is: settings, fingerprints, versions, when it began, the engine's choices
 config.toml             the settings alone, to start another run from
-history.jsonl           a line a cycle
+history.jsonl           one line per cycle
 ticket.safetensors      the ticket's parameters and buffers
 cycle_00.safetensors …  each cycle's average, compact: values/NAME the kept weights in order, mask/NAME the mask's
                         bits (numpy.packbits), state/NAME everything else, score/NAME the kept weights' mask_score
-                        where the average doesn't tell it; shapes and row in the metadata
+                        if it isn't the average; shapes and row in the metadata
 model.safetensors       the last average as a plain state dict, for load_state_dict
 masks.safetensors       its masks, bool
-particles.safetensors   the particles of the last cycle, [N, ...], if they are kept
-training.safetensors    the training under way, between two steps: what a step changes, without what is pruned
-                        (NAME/kept, NAME/rest), buffers/NAME, loss_sum, and how many steps are done; the one before it
-                        is training.previous.safetensors; both go when the training's own file is there
-lock                    while a process runs in the folder: which
+particles.safetensors   the particles of the last cycle, [N, ...], with keep_particles
+training.safetensors    the training under way, between two steps: what a step changes, without the pruned weights
+                        (NAME/kept, NAME/rest), buffers/NAME, loss_sum, and how many steps are done. The checkpoint
+                        before it is training.previous.safetensors; both are deleted when the training is complete
+lock                    names the process that runs in the folder
 """
 
 from __future__ import annotations
@@ -40,14 +40,10 @@ from swamp_fast.config import RUN_ID_EXCLUDES
 from swamp_fast.runs import lock
 
 FORMAT = "swamp_fast 2"
-REQUIRED_KEYS = ("driver", "config", "fingerprints", "engine", "standardise", "place")  # what run.json must tell
-TABLE_KEYS = ("config", "fingerprints", "engine", "place")  # which of these are such
-STALE_FILES = (
-    "config.toml",
-    "config.toml.part",
-    "run.json.part",
-    lock.NAME,
-)  # what a run that was killed at once may leave
+REQUIRED_KEYS = ("driver", "config", "fingerprints", "engine", "standardise", "place")  # of run.json
+TABLE_KEYS = ("config", "fingerprints", "engine", "place")  # those of them that are tables
+# What a run that was killed right at its start may leave.
+STALE_FILES = ("config.toml", "config.toml.part", "run.json.part", lock.NAME)
 
 
 Packed = tuple[dict[str, Tensor], dict[str, str]]  # the tensors and the metadata of a file
@@ -55,7 +51,7 @@ Content = TypeVar("Content")
 
 
 class Damaged(ValueError):
-    """A file that is not what was written."""
+    """A file whose content is not what was written."""
 
 
 @dataclass(frozen=True)
@@ -64,12 +60,12 @@ class Unfinished:
 
     cycle: int | None  # None: the ticket's
     dropped: dict[int, int]  # lane -> epoch, counted from 1, at whose end its particle had diverged
-    seconds: float  # that the cycle took so far
+    seconds: float  # that the training took so far
     tensors: dict[str, Tensor]
 
     @property
     def steps(self) -> int:
-        """How many are done."""
+        """How many steps are done."""
         return int(self.tensors["done"])
 
     def packed(self) -> Packed:
@@ -91,11 +87,11 @@ class Snapshot:
     state: dict[str, Tensor]  # parameters and buffers
     masks: dict[str, Tensor]  # bool, of the prunable parameters
     row: dict[str, Any]
-    score: dict[str, Tensor] = field(default_factory=dict)  # of the prunable parameters, if masks need another than |w|
+    score: dict[str, Tensor] = field(default_factory=dict)  # of the prunable parameters, if masks rank another than |w|
 
     @property
     def ranked(self) -> dict[str, Tensor]:
-        """The state, with what the global threshold ranks in place of the prunable parameters."""
+        """The state, with the scores that the global threshold ranks in place of the prunable parameters."""
         return {**self.state, **self.score}
 
     def packed(self) -> Packed:
@@ -138,7 +134,7 @@ class Snapshot:
 
 
 def _spread(kept: Tensor, mask: Tensor) -> Tensor:
-    """Numbers of the weights that a mask keeps where they belong, and zeros."""
+    """The kept weights at their places in the mask's shape, zeros elsewhere."""
     return torch.zeros(mask.shape, dtype=kept.dtype).masked_scatter_(mask, kept)
 
 
@@ -147,28 +143,28 @@ class RunDirectory:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path).expanduser()
-        self.run = ""  # which run's files these are, once it is known
+        self.run = ""  # the run's id, once it is known
 
     def create(self, about: dict[str, Any], settings: str) -> None:
-        """Make the folder and say what the run is; `settings` is TOML."""
+        """Make the folder and write what the run is; `settings` is TOML."""
         self.make()
         self.run = run_id(about)
         write(self.path / "config.toml", settings.encode())
         self.write_about(about)
 
     def make(self) -> None:
-        """Make the folder, if there is none."""
+        """Make the folder unless it exists."""
         if self.path.exists() and not self.path.is_dir():
-            raise ValueError(f"run_dir {self.path} must be a folder, but a file is there.")
+            raise ValueError(f"run_dir {self.path} must be a folder, but it is a file.")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ValueError(f"run_dir {self.path} can't be made ({error}); name a folder that can.") from error
+            raise ValueError(f"run_dir {self.path} can't be made ({error}); name another folder.") from error
 
     def is_empty(self) -> bool:
-        """Whether nothing is there yet; a half-written file of a run that never began counts as nothing."""
+        """Whether nothing is there yet, apart from half-written files of a run that never began."""
         if self.path.exists() and not self.path.is_dir():
-            raise ValueError(f"run_dir {self.path} must be a folder, but a file is there.")
+            raise ValueError(f"run_dir {self.path} must be a folder, but it is a file.")
         return not self.path.exists() or all(entry.name in STALE_FILES for entry in self.path.iterdir())
 
     def write_about(self, about: dict[str, Any]) -> None:
@@ -176,7 +172,7 @@ class RunDirectory:
         write(self.path / "run.json", json.dumps({"format": FORMAT, **about}, indent=1).encode())
 
     def about(self) -> dict[str, Any]:
-        """What the run is; refused if the folder isn't a run of ours."""
+        """The content of run.json. Raises ValueError if the folder holds no run of swamp_fast, or a damaged one."""
         path = self.path / "run.json"
         if not path.exists():
             raise ValueError(
@@ -205,7 +201,7 @@ class RunDirectory:
         save_tensors(self.path / "ticket.safetensors", state, {"run": self.run})
 
     def ticket(self) -> dict[str, Tensor] | None:
-        """The ticket, if it was reached."""
+        """The ticket, or None before it is trained."""
         path = self.path / "ticket.safetensors"
         return self._own(path)[0] if path.exists() else None
 
@@ -228,50 +224,52 @@ class RunDirectory:
         path = self.cycle_path(cycle)
         snapshot = unpacked(Snapshot.unpacked, path, *self._own(path))
         if snapshot.row["cycle"] != cycle:
-            raise ValueError(f"{path} holds cycle {snapshot.row['cycle']}: it was renamed. Delete it to train it anew.")
+            raise ValueError(
+                f"{path} holds cycle {snapshot.row['cycle']}: it was renamed. Delete it to train that cycle anew."
+            )
         return snapshot
 
     def write_training(self, state: Unfinished) -> None:
-        """Write a training under way; the one written before is kept."""
+        """Write a checkpoint of the training under way; the one before it is kept."""
         tensors, metadata = state.packed()
         newest, previous = self.training_paths()
         save_tensors(newest, tensors, {**metadata, "run": self.run}, previous)
 
     def training(self, path: Path) -> Unfinished:
-        """A training under way."""
+        """The checkpoint in a file."""
         return unpacked(Unfinished.unpacked, path, *self._own(path))
 
     def training_paths(self) -> tuple[Path, Path]:
-        """Where trainings under way are, the newest first."""
+        """Where the two checkpoints of the training under way are, the newest first."""
         return self.path / "training.safetensors", self.path / "training.previous.safetensors"
 
     def forget_training(self) -> None:
-        """Delete what was kept of a training that is over."""
+        """Delete the checkpoints of a training that is complete."""
         newest, previous = self.training_paths()
         for path in (newest, previous, part_of(newest)):
             path.unlink(missing_ok=True)
 
     def set_aside(self, path: Path, why: str = "damaged") -> Path:
-        """Rename a file that can't be used; returns its new name."""
+        """Rename a file that can't be used. Returns its new path."""
         names = [f"{path.name}.{why}", *(f"{path.name}.{why}{number}" for number in range(2, 100))]
         to = next(to for name in names if not (to := path.with_name(name)).exists())
         os.replace(path, to)
         return to
 
     def _own(self, path: Path) -> Packed:
-        """A file of this run; another run's is refused."""
+        """Load a file of this run; one of another run is refused."""
         tensors, metadata = load_tensors(path)
         if metadata.get("run") != self.run:
             raise ValueError(
-                f"{path} is no file of this run: it was written by another, or by another program. Move it away to go "
-                "on from what was before it."
+                f"{path} doesn't belong to this run: another run or another program wrote it. Move it away to continue "
+                "from what was before it."
             )
         if "checksum" not in metadata:
             raise Damaged(f"{path} is damaged (it lacks its checksum).")
         return tensors, metadata
 
     def cycles_done(self) -> int:
-        """How many cycles are there, from 0 on without a gap."""
+        """How many cycles are complete, from 0 on without a gap."""
         done = 0
         while self.cycle_path(done).exists():
             done += 1
@@ -279,7 +277,7 @@ class RunDirectory:
 
 
 def run_id(about: Mapping[str, Any]) -> str:
-    """A hash of all that decides a run's results."""
+    """A hash of everything that determines a run's results."""
     settings = {name: value for name, value in about["config"].items() if name not in RUN_ID_EXCLUDES}
     what = json.dumps([about["driver"], settings, about["fingerprints"]], sort_keys=True)
     return hashlib.blake2b(what.encode(), digest_size=16).hexdigest()
@@ -296,7 +294,7 @@ def unpacked(
     tensors: dict[str, Tensor],
     metadata: dict[str, str],
 ) -> Content:
-    """What a file holds."""
+    """The content of a file, by one of the `unpacked` methods above. Raises Damaged."""
     try:
         return read(tensors, metadata)
     except (KeyError, ValueError, RuntimeError) as error:
@@ -306,22 +304,22 @@ def unpacked(
 def save_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None, previous: Path | None = None
 ) -> None:
-    """Write named tensors as safetensors, atomically, with a checksum; what was there may go to `previous`."""
+    """Write named tensors as safetensors, atomically, with a checksum. `previous` is where the old file is moved."""
     plain = {
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
     }
-    told = {"format": "pt", **(metadata or {})}
-    write(path, safetensors.torch.save(plain, metadata={**told, "checksum": checksum(plain, told)}), previous)
+    described = {"format": "pt", **(metadata or {})}
+    write(path, safetensors.torch.save(plain, metadata={**described, "checksum": checksum(plain, described)}), previous)
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Named tensors and metadata of a safetensors file, on the CPU. Raises Damaged if it is not as it was written."""
+    """Named tensors, on the CPU, and metadata of a safetensors file. Raises Damaged if it is not as it was written."""
     if not path.exists():
         raise FileNotFoundError(f"there is no {path}.")
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             names = file.keys()
-            # Copies: a tensor that maps the file would die with it.
+            # Copies: a tensor that maps the file would be lost with it.
             tensors, metadata = {name: file.get_tensor(name).clone() for name in names}, file.metadata() or {}
     except (safetensors.SafetensorError, OSError, ValueError, OverflowError) as error:
         raise Damaged(f"{path} is damaged or no safetensors file ({error}).") from error
@@ -332,7 +330,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
-    """A hash of all that a file holds."""
+    """A hash of a file's content."""
     digest = hashlib.blake2b(json.dumps(dict(metadata), sort_keys=True).encode(), digest_size=16)
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -341,10 +339,10 @@ def checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
 
 
 def write(path: Path, content: bytes, previous: Path | None = None) -> None:
-    """Write a file so that it is there whole or not at all: beside, flushed, renamed.
+    """Write a file atomically: to a temporary file beside it, which is flushed and then renamed.
 
-    With `previous` what was there before is kept under that name. Raises OSError if it can't be written; what was there
-    before is intact then.
+    With `previous`, the old file is kept under that name. Raises OSError if the file can't be written; the old one is
+    intact then.
     """
     part = part_of(path)
     try:
@@ -371,8 +369,8 @@ def refused(path: Path, error: OSError) -> OSError:
     """The error of a file that can't be written."""
     return OSError(
         error.errno,
-        f"{path} can't be written ({error}). What the folder held is intact: make room or make it writable, and start "
-        "the run again to go on from there. A folder that is only to be read is for SwampResult.load.",
+        f"{path} can't be written ({error}). What the folder held is intact: free some space or make it writable, and "
+        "start the run again to continue. To only read a folder, use SwampResult.load.",
     )
 
 

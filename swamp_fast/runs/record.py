@@ -154,7 +154,7 @@ class Run:
         self._training_is_complete()
 
     def keep_epoch(self, cycle: int | None, epoch: int, losses: list[float], first: int = 0) -> None:
-        """Write an epoch's mean losses, of the particles from number `first` on, to TensorBoard. Cycle None: the ticket."""
+        """Write an epoch's mean losses of particles `first`, `first` + 1, … to TensorBoard. Cycle None: the ticket."""
         if self.events is not None:
             self.events.epoch(cycle, epoch, losses, first)
 

@@ -1,4 +1,4 @@
-"""SwampResult: what a run gives back, in memory or from its folder."""
+"""SwampResult: what a run returns, and what its folder loads as."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from swamp_fast.runs.checkpoint import Packed, RunDirectory, Snapshot, load_tens
 
 @dataclass
 class SwampResult:
-    """The averaged, pruned models of every cycle and how they came about.
+    """The averaged, pruned models of every cycle, and the history of the run.
 
     Attributes:
-        history: a plain dict a cycle, 0 … C; also history.jsonl. Keys: cycle, particles, density (kept / prunable),
+        history: one plain dict per cycle, 0 … C; also history.jsonl. Keys: cycle, particles, density (kept / prunable),
             kept, accuracy and loss (of the average, on test), particle_accuracy and particle_loss (lists),
             best_accuracy (of the particle that is best on val; None without val), mean_accuracy, ensemble_accuracy,
-            val_accuracy and val_mean_accuracy, flops (of one sample's forward, 2 a multiply-add), train_loss (a list),
-            train_seconds (training steps and their checkpoints; of runs in one bank each has an equal share), dropped
-            (a dict of lane and epoch for each particle that diverged; the average, the lists and all that is made of
-            them are of the others), seconds, peak_memory (bytes), warnings. Accuracies are fractions, None without
-            test data. With combine="best" what is said of the average is said of the particle in its place.
+            val_accuracy and val_mean_accuracy, flops (of one sample's forward; a multiply-add counts 2), train_loss (a
+            list), train_seconds (training steps and their checkpoints; runs that share a bank have an equal share
+            each), dropped (a dict of lane and epoch for each particle that diverged, which neither the average nor any
+            list contains), seconds, peak_memory (bytes), warnings. Accuracies are fractions, None without test data.
+            With combine="best", the best particle stands in the average's place.
         ticket: name -> tensor, the matching ticket's parameters and buffers.
         particles: name -> [N, ...], the particles of the last cycle (their SWA means), if keep_particles.
-        engine: what ran, how, and why.
+        engine: the engine, its choices, and the reasons for them.
         config: the settings.
         standardise: mean and std [C] of pixel / 255, by which uint8 pictures were standardised; None without them.
     """
@@ -66,7 +66,7 @@ class SwampResult:
         snapshot = self._snapshot(cycle)
         if self.template is None:
             raise ValueError(
-                "this result was loaded without a model: call SwampResult.load(dir, model), or use state_dict, masks "
+                "this result was loaded without a model; call SwampResult.load(dir, model), or use state_dict, masks "
                 "and history."
             )
         return module_of(self.template, snapshot.state), snapshot.masks
@@ -85,14 +85,14 @@ class SwampResult:
         self.write_final(folder)
 
     def write_final(self, folder: RunDirectory) -> None:
-        """Write what only a finished run has."""
+        """Write the files that only a finished run has."""
         state = self.model.state_dict() if self.template is not None else self.state_dict
         save_tensors(folder.path / "model.safetensors", state)
         save_tensors(folder.path / "masks.safetensors", self.masks)
 
     @classmethod
     def load(cls, directory: str | Path, model: nn.Module | None = None) -> SwampResult:
-        """Read a run's folder. With a model of the run's architecture `.model` and `.at` give modules too.
+        """Read a run's folder. With a model of the run's architecture, `.model` and `.at` work too.
 
         Raises ValueError or FileNotFoundError for a folder that is no run, is damaged, or doesn't fit the model.
         """
@@ -117,7 +117,7 @@ class SwampResult:
             template=None if model is None else copy.deepcopy(model),
         )
         if model is not None:
-            result.at(done - 1)  # a model that doesn't fit is told now
+            result.at(done - 1)  # raises now if the model doesn't fit
         return result
 
     def _snapshot(self, cycle: int) -> Snapshot:
@@ -127,7 +127,7 @@ class SwampResult:
 
 
 def snapshot_of(kept: Packed | Path) -> Snapshot:
-    """A cycle's average that is kept in memory or in a file."""
+    """A cycle's average, from memory or from its file."""
     return read_snapshot(kept) if isinstance(kept, Path) else Snapshot.unpacked(*kept)
 
 
@@ -138,8 +138,8 @@ def module_of(template: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
     if set(own) != set(state):
         missing, foreign = sorted(set(own) - set(state)), sorted(set(state) - set(own))
         raise ValueError(
-            f"the model doesn't fit this run: it lacks {foreign or 'nothing'} of the run, and the run lacks "
-            f"{missing or 'nothing'} of it. Pass the architecture that was pruned."
+            f"the model doesn't fit this run: the model lacks {foreign or 'nothing'} that the run has, the run lacks "
+            f"{missing or 'nothing'} that the model has. Pass the architecture that was pruned."
         )
     for name, tensor in own.items():
         if tensor.shape != state[name].shape:

@@ -1,4 +1,4 @@
-"""What a run's folder holds when the run is started again: another run's is refused, what is damaged is moved aside."""
+"""Reads the folder of a run that is started again. Another run's folder is refused; damaged files are moved aside."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from swamp_fast.runs.checkpoint import Damaged, Packed, RunDirectory, Unfinished
 
 @dataclass
 class Found:
-    """What a run goes on from.
+    """What a run is resumed from.
 
-    snapshots   each cycle's average, where its file is; the last one's content, for ranks that can't read it
-    unfinished  the middle of the training after those that are whole
-    engine      what ran; empty where it was on another kind of device
-    moved       the places that the run was in before, each with the cycle in which it left
+    engine      the recorded engine; empty if it ran on another kind of device
+    moved       the places where the run was computed before, each with the cycle in which it moved away
     began       when the run was first started, if its folder says so
-    elsewhere   whether this is another place than the last
-    warnings    that the user was shown
+    snapshots   the path of each cycle's average; the last one as its content, for ranks that can't read the folder
+    unfinished  the checkpoint of the training after the completed ones
+    warnings    shown to the user while reading, and kept for the next row
+    elsewhere   whether this place is another than the last
     """
 
     engine: dict[str, Any]
@@ -41,7 +41,7 @@ class Found:
 
 
 def found_in(folder: RunDirectory, config: SwampConfig, about: dict[str, Any]) -> Found:
-    """What the folder of a run holds. Raises ValueError if it is another run's than `about` tells."""
+    """What the folder of a run holds. Raises ValueError if it holds another run than `about` describes."""
     there = folder.about()
     refuse_another(folder, there, config, about)
     found = Found(there["engine"], there.get("moved", []), there.get("began"))
@@ -59,7 +59,7 @@ def found_in(folder: RunDirectory, config: SwampConfig, about: dict[str, Any]) -
 
 
 def refuse_another(folder: RunDirectory, there: dict[str, Any], config: SwampConfig, about: dict[str, Any]) -> None:
-    """Raise ValueError if the folder's run is another, naming what differs."""
+    """Raise ValueError, naming what differs, if the folder holds another run."""
     differences = [
         f"{name} was {there['config'].get(name)!r}, is {value!r}"
         for name, value in config.to_dict().items()
@@ -71,7 +71,7 @@ def refuse_another(folder: RunDirectory, there: dict[str, Any], config: SwampCon
         if there["fingerprints"].get(name) != value
     ]
     if there["driver"] != about["driver"]:
-        differences.append(f"it was made by {there['driver']}")
+        differences.append(f"it was computed by {there['driver']}")
     if differences:
         raise ValueError(
             f"run_dir {folder.path} holds another run: {'; '.join(differences)}. Name another folder, or call with "
@@ -80,7 +80,7 @@ def refuse_another(folder: RunDirectory, there: dict[str, Any], config: SwampCon
 
 
 def place_of(device: torch.device) -> dict[str, Any]:
-    """What the bits of a run depend on, besides the run itself."""
+    """The machine: what the bits of a run depend on besides the run itself."""
     if device.type == "cuda":
         own: dict[str, Any] = {"processor": torch.cuda.get_device_name(device), "nvrtc": why_no_nvrtc() is None}
         own["capability"] = list(torch.cuda.get_device_capability(device))
@@ -103,7 +103,7 @@ def _read_cycles(folder: RunDirectory, found: Found, most: int) -> None:
         try:
             found.rows.append(folder.cycle(cycle).row)
         except Damaged as error:
-            _aside(folder, found, folder.cycle_path(cycle).name, error, f"The run goes on from cycle {cycle} on.")
+            _aside(folder, found, folder.cycle_path(cycle).name, error, f"The run continues with cycle {cycle}.")
             for later in range(cycle + 1, done):
                 folder.set_aside(folder.cycle_path(later), "unused")
             return
@@ -113,8 +113,8 @@ def _read_particles(folder: RunDirectory, found: Found, last: int) -> None:
     path = folder.path / "particles.safetensors"
     if not path.exists():
         raise FileNotFoundError(
-            f"{path}, the particles of the finished run, is missing. Move {folder.cycle_path(last)} away to train its "
-            "cycle again."
+            f"{path}, with the particles of the finished run, is missing. Move {folder.cycle_path(last)} away to train "
+            "its cycle again."
         )
     try:
         found.particles = load_tensors(path)[0]
@@ -130,7 +130,7 @@ def _read_training(folder: RunDirectory, found: Found) -> None:
         try:
             kept = folder.training(path) if path.exists() else None
         except Damaged as error:
-            _aside(folder, found, path.name, error, "The run goes on from the last whole checkpoint before it.")
+            _aside(folder, found, path.name, error, "The run continues from the checkpoint before it.")
             continue
         if kept is not None and kept.cycle == wanted:
             found.unfinished = kept
@@ -138,7 +138,7 @@ def _read_training(folder: RunDirectory, found: Found) -> None:
 
 
 def _compare_places(there: dict[str, Any], found: Found, now: dict[str, Any]) -> None:
-    """Say what of the place differs from where the run was; what was measured on another device is not replayed."""
+    """Warn if the run was computed elsewhere before. An engine measured on another kind of device is not replayed."""
     before = there["place"]
     differences = [
         f"{name} was {before.get(name)}, is {now.get(name)}"
@@ -149,24 +149,24 @@ def _compare_places(there: dict[str, Any], found: Found, now: dict[str, Any]) ->
         return
     found.elsewhere = True
     found.moved.append({"cycle": len(found.rows), "from": before, "engine": there["engine"]})
-    text = f"the run goes on in another place: {'; '.join(differences)}. Bits may differ from here on."
+    text = f"the run continues on another machine or version: {'; '.join(differences)}. Bits may differ from here on."
     if before.get("device") != now["device"]:
-        text += " The engine is chosen anew."
+        text += " The engine is selected anew."
         found.engine = {}
-    _tell(found, text)
+    _warn(found, text)
 
 
 def _aside(folder: RunDirectory, found: Found, name: str, error: Damaged, then: str) -> None:
     to = folder.set_aside(folder.path / name)
-    _tell(found, f"{error} It was renamed to {to.name}. {then}")
+    _warn(found, f"{error} It was renamed to {to.name}. {then}")
 
 
-def _tell(found: Found, text: str) -> None:
+def _warn(found: Found, text: str) -> None:
     found.warnings.append(text)
     warnings.warn(text, UserWarning, stacklevel=8)
 
 
-# How the fingerprints are called in a message.
+# What messages call the fingerprints.
 FINGERPRINT_NAMES = {
     **{name: f"the {name}" for name in ("model", "forward", "loss", "transform")},
     "train": "the training data",

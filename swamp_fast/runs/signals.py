@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM as a wish to stop, which a run looks at after each step."""
+"""Ctrl-C (SIGINT) and SIGTERM as requests to stop, which a run checks after each step."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 
 
 class StopSignals:
-    """While it is open in the main thread, the first Ctrl-C or SIGTERM is kept as a wish; a second stops at once.
+    """A context, in the main thread, in which the first Ctrl-C or SIGTERM is only noted; a second one stops at once.
 
-    asked  the signal that came, None until one does
+    asked  the signal that was received, or None
     """
 
     def __init__(self) -> None:
@@ -21,35 +21,35 @@ class StopSignals:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
-        """Take the signals over, but those that are ignored or not Python's."""
+        """Install the handlers, except for signals that are ignored or not handled by Python."""
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 before = signal.getsignal(number)
-                if before not in (None, signal.SIG_IGN, self._notice):  # runs that share this open it once each
+                if before not in (None, signal.SIG_IGN, self._note):  # runs that share this object enter it once each
                     self._before[number] = before
-                    signal.signal(number, self._notice)
+                    signal.signal(number, self._note)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Give them back."""
-        self._give_back()
+        """Restore the handlers."""
+        self._restore()
 
     def stop(self) -> None:
-        """Stop as the signal that came asks: KeyboardInterrupt, or SystemExit(143)."""
+        """Raise what the received signal requests: KeyboardInterrupt, or SystemExit(143)."""
         if self.asked == signal.SIGINT:
             raise KeyboardInterrupt
         raise SystemExit(128 + signal.SIGTERM)
 
-    def _notice(self, number: int, frame: FrameType | None) -> None:
-        self._give_back()
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self._restore()
         if os.getpid() == self._process:
             self.asked = number
-        else:  # a child inherited this; it has nothing to stop in order
+        else:  # a child process inherited the handler, and has nothing to save
             os.kill(os.getpid(), number)
 
-    def _give_back(self) -> None:
+    def _restore(self) -> None:
         for number, before in self._before.items():
             signal.signal(number, before)
         self._before = {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-# What a cycle's row holds, and what it is called. Lists have a number a particle.
+# Keys of a cycle's row, and their tags. Lists hold one number per particle.
 TAGS = {
     "accuracy": "accuracy/average",
     "particle_accuracy": "accuracy/particle",
@@ -23,10 +23,10 @@ TAGS = {
 
 
 class Events:
-    """Writes the events of one run, which a run that goes on continues.
+    """Writes the events of one run; a resumed run continues them.
 
-    A step is an epoch: those of the ticket are 1 … ticket_epochs, the cycles' follow; a cycle's row is at its last.
-    Raises ImportError without the package tensorboard.
+    A step on TensorBoard's axis is an epoch: first the ticket's, 1 … ticket_epochs, then those of the cycles. A cycle's
+    row is written at its last epoch. Raises ImportError without the package tensorboard.
     """
 
     def __init__(self, folder: Path, ticket_epochs: int, epochs: int) -> None:
@@ -42,11 +42,9 @@ class Events:
         self.writer: SummaryWriter | None = None
 
     def resume(self, rows: list[dict[str, Any]], has_ticket: bool, epochs: int) -> None:
-        """Go on after what a run has finished, and so many epochs of the training after that.
+        """Continue after the completed cycles, and after `epochs` epochs of the training that follows them.
 
-        What its folder holds of later epochs is no longer shown.
-
-        Where there are no events yet, the cycles' rows are written.
+        Events of later epochs are no longer shown. If there are no events yet, the rows of the cycles are written.
         """
         self.done = (self.before(len(rows)) if has_ticket else 0) + epochs
         if not self.folder.exists():
@@ -54,14 +52,14 @@ class Events:
                 self.cycle(row)
 
     def epoch(self, cycle: int | None, epoch: int, losses: list[float], first: int) -> None:
-        """The mean training losses of an epoch, of particles from number `first` on; cycle None is the ticket's."""
+        """Write an epoch's mean training losses of particles `first`, `first` + 1, …; cycle None is the ticket."""
         step = (0 if cycle is None else self.before(cycle)) + epoch + 1
         for particle, loss in enumerate(losses, first):
             name = "ticket" if cycle is None else f"particle {particle}"
             self._write(f"train_loss/{name}", loss, step)
 
     def cycle(self, row: dict[str, Any]) -> None:
-        """A row of the history; in the file when this returns."""
+        """Write a row of the history, and flush it."""
         step = self.before(row["cycle"] + 1)
         dropped = {each["lane"] for each in row["dropped"]}
         left = [particle for particle in range(row["particles"]) if particle not in dropped]
@@ -75,7 +73,7 @@ class Events:
         self.flush()
 
     def flush(self) -> None:
-        """Put what was written into the file."""
+        """Flush the file."""
         if self.writer is not None:
             self.writer.flush()
 
@@ -85,10 +83,10 @@ class Events:
             self.writer.close()
 
     def before(self, cycle: int) -> int:
-        """The epochs before a cycle's first."""
+        """How many epochs come before a cycle."""
         return self.ticket_epochs + cycle * self.epochs
 
     def _write(self, tag: str, value: float, step: int) -> None:
-        if self.writer is None:  # a run that is only read writes nothing
+        if self.writer is None:  # a complete run that is only opened again writes nothing
             self.writer = self.make(str(self.folder), purge_step=self.done + 1)
         self.writer.add_scalar(tag, value, step)

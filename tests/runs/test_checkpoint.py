@@ -48,7 +48,7 @@ def test_a_checkpoint_that_is_cut_or_changed_at_any_byte_is_seen(tmp_path):
         changed = bytearray(content)
         changed[place] ^= 1 << place % 8
         path.write_bytes(changed)
-        with pytest.raises(ValueError, match=r"is damaged|is no file of this run|is no checkpoint of swamp_fast"):
+        with pytest.raises(ValueError, match=r"is damaged|doesn't belong to this run|is no checkpoint of swamp_fast"):
             folder.training(path)
 
 
@@ -91,7 +91,7 @@ def test_what_follows_a_damaged_cycle_is_trained_again_and_kept(on, digits, tmp_
     first = fast_swamp(networks.build("tied"), *digits, **settings)
     expected = first.state_dict
     (tmp_path / "cycle_01.safetensors").write_bytes(b"nothing")
-    with pytest.warns(UserWarning, match="goes on from cycle 1 on"):
+    with pytest.warns(UserWarning, match="continues with cycle 1"):
         again = fast_swamp(networks.build("tied"), *digits, **settings)
     assert (tmp_path / "cycle_02.safetensors.unused").exists()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in again.state_dict.items())
@@ -109,7 +109,7 @@ def test_another_runs_training_is_refused(on, digits, tmp_path, monkeypatch):
             fast_swamp(networks.build("tied"), *digits, **settings, seed=seed, run_dir=tmp_path / str(seed))
     shutil.copy(tmp_path / "1" / "training.safetensors", tmp_path / "0")
     before = files(tmp_path / "0")
-    with pytest.raises(ValueError, match=r"training.safetensors is no file of this run: .* Move it away to go on"):
+    with pytest.raises(ValueError, match=r"training.safetensors doesn't belong to this run: .* Move it away to continue"):
         fast_swamp(networks.build("tied"), *digits, **settings, run_dir=tmp_path / "0")
     assert files(tmp_path / "0") == before
 
@@ -181,7 +181,7 @@ def test_a_folder_that_may_not_be_written(as_nobody, on, digits):
     become_nobody()
     with pytest.raises(OSError, match=r"run can't be written to .*Make it writable, or name another folder"):
         fast_swamp(networks.build("tied"), *digits, **settings, run_dir=folder / "run")
-    with pytest.raises(ValueError, match=r"run_dir .*new can't be made \(.*Permission denied.*name a folder that can"):
+    with pytest.raises(ValueError, match=r"run_dir .*new can't be made \(.*Permission denied.*name another folder"):
         fast_swamp(networks.build("tied"), *digits, **settings, run_dir=folder / "new")
     with pytest.raises(OSError, match=r"a.json can't be written .*Permission denied.* What the folder held is intact"):
         write(folder / "run" / "a.json", b"x")
@@ -204,7 +204,7 @@ def test_two_processes_in_one_folder(on, digits, tmp_path, monkeypatch):
     command = [sys.executable, "-c", HOLDER, str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, text=True) as process:
         assert process.stdout.readline() == "held\n"
-        text = rf"run_dir {tmp_path} is in use: process {process.pid} on .* Wait until it ends, stop it, or name"
+        text = rf"run_dir {tmp_path} is in use by process {process.pid} on .* Wait until it ends, stop it, or name"
         with pytest.raises(ValueError, match=text):
             fast_swamp(networks.build("tied"), *digits, **settings)
         assert list(files(tmp_path)) == ["lock"]
@@ -212,7 +212,7 @@ def test_two_processes_in_one_folder(on, digits, tmp_path, monkeypatch):
     nested = []
 
     def again(row):  # of this process, in its own callback
-        with pytest.raises(ValueError, match=rf"is in use: process {os.getpid()} "):
+        with pytest.raises(ValueError, match=rf"is in use by process {os.getpid()} "):
             fast_swamp(networks.build("tied"), *digits, **settings)
         nested.append(row)
 
@@ -220,7 +220,7 @@ def test_two_processes_in_one_folder(on, digits, tmp_path, monkeypatch):
     assert nested
     assert not (tmp_path / "lock").exists()
     monkeypatch.setattr(lock.fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOLCK, "No locks")))
-    with pytest.warns(UserWarning, match="can't be locked .* see that one process uses it"):
+    with pytest.warns(UserWarning, match="can't be locked .* make sure that only one process uses it"):
         fast_swamp(networks.build("tied"), *digits, **settings)
 
 

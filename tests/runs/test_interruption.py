@@ -218,7 +218,7 @@ def test_going_on_in_another_place_is_told(on, digits, tmp_path, monkeypatch):
     monkeypatch.setattr("swamp_fast.engines.start.by_rule", lambda *_: named("eager:lanes", "chosen anew"))
     with before_steps() as count, pytest.warns(UserWarning, match="device was cuda, is cpu") as told:
         result = fast_swamp(networks.build("tied"), *digits, **settings)
-    assert "Bits may differ from here on. The engine is chosen anew" in str(told[0].message)
+    assert "Bits may differ from here on. The engine is selected anew" in str(told[0].message)
     assert result.history[0]["warnings"][0] == str(told[0].message)
     assert count[0] == 21 - 10
     assert result.engine["why"] == "chosen anew"

@@ -152,7 +152,7 @@ OTHERS = [
     ({"few": 100}, "the training data differ"),
     ({"prunable": "middle"}, "the prunable parameters differ"),
     ({"initial_masks": {"middle.weight": torch.zeros(32, 32).bool()}}, "the initial masks differ"),
-    ({"function": naive_swamp}, "it was made by fast_swamp"),
+    ({"function": naive_swamp}, "it was computed by fast_swamp"),
 ]
 
 
@@ -201,7 +201,7 @@ def test_folders_that_are_no_runs(digits, tmp_path):
         call(cycles=0)
     file = tmp_path / "file"
     file.write_text("x")
-    with pytest.raises(ValueError, match="must be a folder, but a file is there"):
+    with pytest.raises(ValueError, match="must be a folder, but it is a file"):
         call(run_dir=str(file))
 
 
@@ -228,7 +228,7 @@ def test_a_truncated_checkpoint_is_moved_aside_and_its_cycle_trained_again(share
 def test_a_foreign_checkpoint_is_refused(digits, tmp_path):
     fast_swamp(networks.build("tied"), *digits, **SETTINGS, run_dir=str(tmp_path))
     safetensors.torch.save_file({"weight": torch.zeros(3)}, tmp_path / "cycle_03.safetensors")
-    with pytest.raises(ValueError, match="cycle_03.safetensors is no file of this run"):
+    with pytest.raises(ValueError, match="cycle_03.safetensors doesn't belong to this run"):
         SwampResult.load(tmp_path)
     shutil.copy(tmp_path / "cycle_02.safetensors", tmp_path / "cycle_03.safetensors")
     with pytest.raises(ValueError, match="cycle_03.safetensors holds cycle 2: it was renamed"):
@@ -236,7 +236,7 @@ def test_a_foreign_checkpoint_is_refused(digits, tmp_path):
     fast_swamp(networks.build("tied"), *digits, **SETTINGS | {"seed": 1}, run_dir=str(tmp_path / "other"))
     for name in ("cycle_03.safetensors", "ticket.safetensors"):
         shutil.copy(tmp_path / "other" / name, tmp_path / name)
-        with pytest.raises(ValueError, match=f"{name} is no file of this run"):
+        with pytest.raises(ValueError, match=f"{name} doesn't belong to this run"):
             fast_swamp(networks.build("tied"), *digits, **SETTINGS, run_dir=str(tmp_path))
     torch.save({"weight": torch.zeros(3)}, tmp_path / "cycle_03.safetensors")  # a pickle
     with pytest.raises(ValueError, match="damaged or no safetensors file"):
