@@ -1,4 +1,4 @@
-# make demo and make test are all the set-up: each makes .venv with what pyproject.toml declares, and runs.
+# Every target first makes .venv with what pyproject.toml declares.
 PYTHON ?= python3
 BIN := .venv/bin
 

@@ -120,6 +120,7 @@ def test_what_the_package_promises_is_there():
         assert getattr(swamp_fast, name) is not None
     text = (ROOT / "pyproject.toml").read_text()
     assert f'version = "{swamp_fast.__version__}"' in text
+    assert f"\nversion: {swamp_fast.__version__}\n" in (ROOT / "CITATION.cff").read_text()
 
 
 def test_every_package_is_installed():
@@ -153,6 +154,41 @@ for call in (lambda: swamp_fast.fast_swamp(result.model, "digits"), lambda: swam
     subprocess.run(
         [sys.executable, "-c", code, str(ROOT / "tests" / "support")], check=True, capture_output=True, text=True
     )
+
+
+def code_of(path: Path) -> list[tuple[int, str]]:
+    """The numbered lines of a file without imports, docstrings, comments and signatures."""
+    text = path.read_text()
+    skipped: set[int] = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            skipped.update(range(node.lineno, node.end_lineno + 1))
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            skipped.update(range(node.lineno, node.body[0].lineno))
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            skipped.update(range(node.lineno, node.end_lineno + 1))
+    lines = [(number, line.strip()) for number, line in enumerate(text.splitlines(), 1) if number not in skipped]
+    return [(number, line) for number, line in lines if line and not line.startswith("#")]
+
+
+def test_nothing_is_written_twice():
+    """No 12 lines of code stand in two places."""
+    places: dict[tuple[str, ...], str] = {}
+    for path in files("swamp_fast") + files("benchmarks") + files("tests"):
+        lines = code_of(path)
+        for begin in range(len(lines) - 11):
+            window = tuple(line for _, line in lines[begin : begin + 12])
+            place = f"{path.relative_to(ROOT)}:{lines[begin][0]}"
+            assert window not in places, f"{place} and {places[window]} have the same 12 lines"
+            places[window] = place
+
+
+def test_functions_are_short():
+    """At most 70 lines; ruff bounds their complexity."""
+    for path in files("swamp_fast") + files("benchmarks") + files("tests"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                assert node.end_lineno - node.lineno < 70, f"{path}: {node.name}"
 
 
 @pytest.mark.parametrize("pattern", [r"\bassert\b.*,\s*[\"']", r"except( Exception)?:\s*pass", r"(?<!\w)print\("])

@@ -13,6 +13,7 @@ from swamp_fast.cycle.training import TrainingOutcome
 from swamp_fast.data.store import Data, pass_in_stored_order
 from swamp_fast.particles.random import evaluation_time
 from swamp_fast.problem.problem import Problem
+from swamp_fast.runs.result import SCORES
 
 
 @dataclass(frozen=True)
@@ -74,19 +75,7 @@ def score(
 
 def score_row(test: Scores | None, val: Scores | None) -> dict[str, Any]:
     """The scores of a cycle's row in the history. The best particle is chosen on validation data, reported on test."""
-    row: dict[str, Any] = dict.fromkeys(
-        [
-            "accuracy",
-            "loss",
-            "particle_accuracy",
-            "particle_loss",
-            "best_accuracy",
-            "mean_accuracy",
-            "ensemble_accuracy",
-            "val_accuracy",
-            "val_mean_accuracy",
-        ]
-    )
+    row: dict[str, Any] = dict.fromkeys(SCORES)
     if test is not None:
         row |= {
             "accuracy": test.accuracy,

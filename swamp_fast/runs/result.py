@@ -15,6 +15,19 @@ from torch import Tensor, nn
 from swamp_fast.config import SwampConfig
 from swamp_fast.runs.checkpoint import Packed, RunDirectory, Snapshot, load_tensors, read_snapshot, save_tensors
 
+# The scores in a row of the history, in this order; see SwampResult.
+SCORES = (
+    "accuracy",
+    "loss",
+    "particle_accuracy",
+    "particle_loss",
+    "best_accuracy",
+    "mean_accuracy",
+    "ensemble_accuracy",
+    "val_accuracy",
+    "val_mean_accuracy",
+)
+
 
 @dataclass
 class SwampResult:
