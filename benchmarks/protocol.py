@@ -34,7 +34,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import traceback
 import zipfile
@@ -104,41 +103,33 @@ class Item:
     resumable: bool = True
 
 
-class Clock:
-    """While it is open this process sends itself SIGTERM near the budget's end, and from the end on every second.
+class Budget:
+    """A context in which the system's timer sends this process SIGTERM at SOFT of the budget, and from its end on.
 
-    What is `working` then ends with SystemExit, a run after its step. One signal is not enough, since Python ignores
-    what is raised in a destructor.
+    What is `working` then ends with SystemExit; a run ends after its step. One signal isn't enough, since Python
+    ignores an exception that is raised in a destructor.
     """
 
     def __init__(self, seconds: float) -> None:
         self.began, self.seconds = time.monotonic(), seconds
         self.working = self.asked = False
-        self.closed = threading.Event()
-        self.thread = threading.Thread(target=self._tick, daemon=True)
 
     @property
     def spent(self) -> float:
-        """Which part of the budget."""
+        """The fraction of the budget that is spent."""
         return (time.monotonic() - self.began) / self.seconds
 
-    def __enter__(self) -> Clock:
+    def __enter__(self) -> Budget:
         self.before = signal.signal(signal.SIGTERM, self._stop)
-        self.thread.start()
+        signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        signal.setitimer(signal.ITIMER_REAL, SOFT * self.seconds, (1 - SOFT) * self.seconds)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.closed.set()
-        self.thread.join()
+        signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGTERM, self.before)
-
-    def _tick(self) -> None:
-        for seconds in itertools.chain((SOFT * self.seconds, (1 - SOFT) * self.seconds), itertools.repeat(1.0)):
-            if self.closed.wait(seconds):
-                return
-            os.kill(os.getpid(), signal.SIGTERM)
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
         self.asked = True
@@ -179,31 +170,31 @@ class Protocol:
     def go_on(self, minutes: float, only: Sequence[str] = ("",)) -> list[str]:
         """Do what is left, in order, until the budget is spent; returns the names of what is left then."""
         items = [item for item in self.items() if item.name.startswith(tuple(only))]
-        with Clock(60 * minutes) as clock:
+        with Budget(60 * minutes) as budget:
             for item in items:
                 if item.name in self.marks:
                     continue
-                if clock.asked:
+                if budget.asked:
                     break
-                began, files = clock.spent, self.files()
+                began, files = budget.spent, self.files()
                 print(f"{item.name}: begins at {began:.0%} of the budget", flush=True)
                 try:
-                    clock.working = True
+                    budget.working = True
                     over = item.do()
-                    clock.working = False
+                    budget.working = False
                     if over:
                         self.mark(item, "done")
                 except (SystemExit, Exception) as error:  # C code makes SystemErrors of a SystemExit
-                    clock.working = False
-                    clock.asked = clock.asked or clock.spent >= SOFT or isinstance(error, SystemExit)
-                    if not clock.asked:
+                    budget.working = False
+                    budget.asked = budget.asked or budget.spent >= SOFT or isinstance(error, SystemExit)
+                    if not budget.asked:
                         traceback.print_exc()
                         self.mark(item, f"failed: {type(error).__name__}: {error}")
-                    elif began < 0.1 and clock.spent >= SOFT and not item.resumable:
+                    elif began < 0.1 and budget.spent >= SOFT and not item.resumable:
                         self.mark(item, f"failed: it takes longer than {minutes:g} minutes")
                     elif item.resumable and files == self.files():
                         print(f"{item.name}: nothing of it could be kept; a slice must outlast its start", flush=True)
-            if clock.asked and clock.spent < SOFT:  # someone else's signal
+            if budget.asked and budget.spent < SOFT:  # someone else's signal
                 raise SystemExit(128 + signal.SIGTERM)
         return [item.name for item in items if item.name not in self.marks]
 

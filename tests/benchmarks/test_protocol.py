@@ -14,7 +14,7 @@ from stops import Interrupted, before_steps, stop_at
 from benchmarks import cifar10
 from benchmarks import protocol as module
 from benchmarks.gpu import SLICES
-from benchmarks.protocol import Clock, Item, Protocol, main
+from benchmarks.protocol import Budget, Item, Protocol, main
 from swamp_fast.runs.checkpoint import RunDirectory, load_tensors
 
 STEPS = 25  # of a slice
@@ -107,7 +107,7 @@ def test_without_data_or_gpu_nothing_is_begun(tmp_path, monkeypatch):
         assert not Protocol(tmp_path).table_of("ceilings")
 
 
-class Counting(Clock):
+class Counting(Budget):
     """A budget of steps, after which all time is spent: a slice gets as far on a busy machine as on an idle one."""
 
     now: Counting
@@ -130,7 +130,7 @@ def test_a_rehearsal_in_slices_on_two_machines_gives_what_one_slice_gives(tmp_pa
     main([*told, str(whole), "--budget-minutes", "10"])
     assert "left: nothing" in capsys.readouterr().out
     trace = module.hessian_trace
-    monkeypatch.setattr(module, "Clock", Counting)
+    monkeypatch.setattr(module, "Budget", Counting)
     monkeypatch.setattr(module, "hessian_trace", lambda *args, **more: (Counting.now.step(), trace(*args, **more))[1])
     stopped = 0
     with before_steps(lambda *_: Counting.now.step()):
