@@ -7,7 +7,7 @@ arXiv 2305.14852.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -28,9 +28,9 @@ from swamp_fast.particles.bank import Solution
 from swamp_fast.particles.layout import by_layer
 from swamp_fast.particles.random import at_time
 from swamp_fast.particles.schedule import cycle_training, ticket_training
+from swamp_fast.problem.arguments import Arguments, Forward, Loss, OnCycle, Transform
 from swamp_fast.problem.prepare import prepare
-from swamp_fast.problem.probe import Forward, Loss
-from swamp_fast.problem.problem import OnCycle, Problem
+from swamp_fast.problem.problem import Problem
 from swamp_fast.problem.prunable import Prunable
 from swamp_fast.problem.solutions import initial, solution_of, state_of
 from swamp_fast.runs.record import Run
@@ -46,7 +46,7 @@ def fast_swamp(
     val: object = None,
     forward: Forward | None = None,
     loss: Loss | None = None,
-    transform: Callable[[Any], Any] | None = None,
+    transform: Transform | None = None,
     prunable: Prunable = None,
     initial_masks: Mapping[str, Tensor] | None = None,
     on_cycle: OnCycle | None = None,
@@ -79,8 +79,7 @@ def fast_swamp(
     Source: arXiv 2305.14852, algorithm 1; what is ours in it is marked in SwampConfig.
     """
     with distributed.current().watched() as job:
-        problem = prepare(
-            *(model, train, test),
+        arguments = Arguments(
             val=val,
             forward=forward,
             loss=loss,
@@ -88,9 +87,8 @@ def fast_swamp(
             prunable=prunable,
             initial_masks=initial_masks,
             on_cycle=on_cycle,
-            config=config,
-            settings=settings,
         )
+        problem = prepare(model, train, test, arguments, config=config, settings=settings)
         with Run(problem, "fast_swamp", job) as run:
             engine = start_engine(problem, run)
             return alone(engine, swamp(problem, engine, run))

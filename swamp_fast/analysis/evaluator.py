@@ -35,8 +35,8 @@ from swamp_fast.particles.random import (
     split_order,
     stream_of,
 )
+from swamp_fast.problem.arguments import Arguments, Forward, Loss
 from swamp_fast.problem.prepare import prepare
-from swamp_fast.problem.probe import Forward, Loss
 from swamp_fast.problem.prunable import Prunable
 from swamp_fast.problem.solutions import solution_of
 from swamp_fast.runs.record import Run
@@ -123,10 +123,7 @@ class Analysis:
         )
         self.problem = prepare(
             *(model, train, test),
-            val=val,
-            forward=forward,
-            loss=loss,
-            prunable=prunable,
+            Arguments(val=val, forward=forward, loss=loss, prunable=prunable),
             config=own,
             settings={name: settings[name] for name in ("batch_size",) if name in settings},
             standardise=standardise,

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from swamp_fast.common.fingerprint import callable_fingerprint, model_fingerprint, tensor_fingerprint
 from swamp_fast.config import SwampConfig
@@ -14,6 +14,7 @@ from swamp_fast.data.sources import Opened, Source, hold_out, open_source
 from swamp_fast.data.standardise import Standardise
 from swamp_fast.data.store import Built, build
 from swamp_fast.particles.layout import Layout
+from swamp_fast.problem.arguments import Arguments, call, cross_entropy
 from swamp_fast.problem.checks import (
     check_batches,
     check_cycles,
@@ -25,23 +26,16 @@ from swamp_fast.problem.checks import (
     put_in,
 )
 from swamp_fast.problem.precision import weight_dtype
-from swamp_fast.problem.probe import Forward, Loss, call, cross_entropy, look_at
-from swamp_fast.problem.problem import SPLITS, OnCycle, Problem
-from swamp_fast.problem.prunable import Prunable
+from swamp_fast.problem.probe import look_at
+from swamp_fast.problem.problem import SPLITS, Problem
 
 
 def prepare(
     model: nn.Module,
     train: object,
     test: object = None,
+    arguments: Arguments | None = None,
     *,
-    val: object = None,
-    forward: Forward | None = None,
-    loss: Loss | None = None,
-    transform: Callable[[Any], Any] | None = None,
-    prunable: Prunable = None,
-    initial_masks: Mapping[str, Tensor] | None = None,
-    on_cycle: OnCycle | None = None,
     config: SwampConfig | None = None,
     settings: Mapping[str, Any],
     standardise: Mapping[str, Sequence[float]] | None = None,
@@ -54,30 +48,23 @@ def prepare(
     to do; nothing has been trained or written by then.
     """
     config = SwampConfig.of(config, settings)
-    for name, function in (
-        ("forward", forward),
-        ("loss", loss),
-        ("transform", transform),
-        ("on_cycle", on_cycle),
-    ):
-        if function is not None and not callable(function):
-            raise TypeError(f"`{name}` must be callable, got {type(function).__name__}.")
+    given = arguments or Arguments()
+    forward, loss, transform = given.forward or call, given.loss or cross_entropy, given.transform
     check_model(model)
     device, dtype = choose_device(config.device, model), weight_dtype(config)
 
     opened = open_source(train, "train", config.data_dir)
     config = _with_loader(config, opened, settings)
     like = None if standardise is None else Standardise.of(standardise)
-    built, *others = _build_splits(opened, test, val, config, device, dtype, like)
+    built, *others = _build_splits(opened, test, given.val, config, device, dtype, like)
     train_data = built.data
     val_data, test_data = (None if other is None else other.data for other in others)
-    forward, loss = forward or call, loss or cross_entropy
     check_batches(train_data.length, config.batch_size, opened.drop_last, model)
 
     template = copy_of(model).to(device, dtype)
     for buffer in template.buffers():
         buffer.requires_grad_(False)
-    found = look_at(template, train_data, forward, loss, transform, prunable, config)
+    found = look_at(template, train_data, forward, loss, transform, given.prunable, config)
     for name, data in (("val", val_data), ("test", test_data)):
         if data is not None:
             check_split(name, data, train_data)
@@ -103,8 +90,8 @@ def prepare(
     trained = ((name, p) for name, p in template.named_parameters() if p.requires_grad)
     layout = Layout.of(trained, found.prunable)
     mask = layout.full_mask(device)
-    if initial_masks is not None:
-        put_in(layout, mask, initial_masks)
+    if given.initial_masks is not None:
+        put_in(layout, mask, given.initial_masks)
     check_cycles(int(mask.sum()), config.prune, config.cycles)
     if config.layer_kept is not None:
         check_layers(layout, mask, config.layer_kept)
@@ -122,7 +109,7 @@ def prepare(
         forward=forward,
         loss=loss,
         transform=transform,
-        on_cycle=on_cycle,
+        on_cycle=given.on_cycle,
         drop_last=opened.drop_last,
         probe=found,
         lines=(_model_line(template, layout), *lines),

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
@@ -22,11 +21,9 @@ from swamp_fast.config import SwampConfig
 from swamp_fast.data.store import Data
 from swamp_fast.particles.dropout import DropoutStream, refused_in_backward
 from swamp_fast.particles.random import generators_left_alone, generators_state, lane_keys, stream_of
+from swamp_fast.problem.arguments import Forward, Loss, Transform, cross_entropy
 from swamp_fast.problem.checks import copy_of
 from swamp_fast.problem.prunable import Prunable, select_prunable
-
-Forward = Callable[[nn.Module, Any], Any]
-Loss = Callable[[Any, Any], Tensor]
 
 PROBED_SAMPLES = 8
 SAME = 1e-4  # two forwards of the same may differ by so much, relatively: GPU kernels needn't repeat their bits
@@ -69,7 +66,7 @@ def look_at(
     data: Data,
     forward: Forward,
     loss: Loss,
-    transform: Callable[[Any], Any] | None,
+    transform: Transform | None,
     prunable: Prunable,
     config: SwampConfig,
 ) -> Probe:
@@ -132,7 +129,7 @@ def look_at(
     return dataclasses.replace(found, classifies=classifies, reads_values=reads.found, convolves=convolves)
 
 
-def _transformed(transform: Callable[[Any], Any], inputs: Any) -> Any:
+def _transformed(transform: Transform, inputs: Any) -> Any:
     """What the user's augmentation makes of a batch [B, ...]; refused if that is no batch of as many samples."""
     with generators_left_alone():
         out = transform(inputs)
@@ -142,16 +139,6 @@ def _transformed(transform: Callable[[Any], Any], inputs: Any) -> Any:
             f"`transform(inputs)` must return inputs of as many samples, got {_shapes(out)} from {_shapes(inputs)}."
         )
     return out
-
-
-def call(model: nn.Module, inputs: Any) -> Any:
-    """The default `forward`."""
-    return model(inputs)
-
-
-def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
-    """The default `loss`."""
-    return F.cross_entropy(outputs, targets, reduction="none")
 
 
 def _probe(

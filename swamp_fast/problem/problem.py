@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -16,10 +15,9 @@ from swamp_fast.data.store import Data, batch_bounds
 from swamp_fast.particles.dropout import DropoutStream
 from swamp_fast.particles.layout import Layout
 from swamp_fast.particles.random import LANE_SEED, lane_keys, seed_generators, seeds_for, stream_of
+from swamp_fast.problem.arguments import Forward, Loss, OnCycle, Transform
 from swamp_fast.problem.precision import weight_dtype
-from swamp_fast.problem.probe import Forward, Loss, Probe
-
-OnCycle = Callable[[dict[str, Any]], object]
+from swamp_fast.problem.probe import Probe
 
 SPLITS = ("train", "val", "test")
 
@@ -39,7 +37,7 @@ class Problem:
     standardise: Standardise | None
     forward: Forward
     loss: Loss
-    transform: Callable[[Any], Any] | None
+    transform: Transform | None
     on_cycle: OnCycle | None
     drop_last: bool
     probe: Probe

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from swamp_fast import SwampConfig, fast_swamp
 from swamp_fast.common.fingerprint import callable_fingerprint, model_fingerprint
+from swamp_fast.problem.arguments import Arguments
 from swamp_fast.problem.prepare import prepare
 
 SETTINGS = {"batch_size": 32, "cycles": 1, "epochs": 1, "ticket_epochs": 0, "particles": 2, "progress": False}
@@ -134,7 +135,7 @@ def test_refuses_data(digits):
     for train, change, kind, text in cases:
         settings = {name: value for name, value in change.items() if name not in ("test", "val")}
         with pytest.raises(kind, match=text):
-            prepare(model, train, change.get("test"), val=change.get("val"), settings=SETTINGS | settings)
+            prepare(model, train, change.get("test"), Arguments(val=change.get("val")), settings=SETTINGS | settings)
     prepare(networks.build("tied"), few(33, digits), settings=SETTINGS)  # without BatchNorm one sample is a batch
 
 
@@ -205,9 +206,10 @@ def test_hidden_features_among_the_outputs_are_pruned(digits):
             return {"logits": self.head(k), "hidden": (h, k)}
 
     problem = prepare(
-        Features(), *digits, loss=lambda o, t: torch.nn.functional.cross_entropy(o["logits"], t, reduction="none"),
+        *(Features(), *digits),
+        Arguments(loss=lambda outputs, targets: F.cross_entropy(outputs["logits"], targets, reduction="none")),
         settings=SETTINGS,
-    )  # fmt: skip
+    )
     assert problem.probe.prunable == {"first.weight", "second.weight"}
 
 
@@ -228,15 +230,17 @@ def test_a_loader_decides_batches(digits):
 def test_forward_and_loss_of_the_users(digits):
     model = Dicts()
     problem = prepare(
-        *(model, digits[0]),
-        forward=lambda module, inputs: module(inputs)["logits"],
-        loss=lambda outputs, targets: F.cross_entropy(outputs, targets, reduction="none", label_smoothing=0.1),
+        *(model, digits[0], None),
+        Arguments(
+            forward=lambda module, inputs: module(inputs)["logits"],
+            loss=lambda outputs, targets: F.cross_entropy(outputs, targets, reduction="none", label_smoothing=0.1),
+        ),
         settings=SETTINGS,
     )
     assert problem.classifies
     regression = prepare(
-        *(networks.build("tied"), (digits[0][0], torch.randn(160, 10))),
-        loss=lambda outputs, targets: (outputs - targets) ** 2,
+        *(networks.build("tied"), (digits[0][0], torch.randn(160, 10)), None),
+        Arguments(loss=lambda outputs, targets: (outputs - targets) ** 2),
         settings=SETTINGS,
     )
     assert not regression.classifies

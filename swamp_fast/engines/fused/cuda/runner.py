@@ -18,7 +18,7 @@ from swamp_fast.engines.fused.cuda.nvrtc import Launch
 from swamp_fast.engines.fused.cuda.program import Pass, Program
 from swamp_fast.engines.fused.plan import Plan
 from swamp_fast.ops.contracts import triton_kernels
-from swamp_fast.problem.probe import cross_entropy
+from swamp_fast.problem.arguments import cross_entropy
 from swamp_fast.problem.problem import Problem
 
 MAX_MEMORY_FRACTION = 0.4  # of the free memory that a step may take: there are two sizes of batch, and evaluation
