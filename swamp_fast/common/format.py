@@ -1,6 +1,8 @@
-"""Numbers as the user reads them."""
+"""Values as the user reads them."""
 
 from __future__ import annotations
+
+import torch
 
 
 def duration(seconds: float) -> str:
@@ -14,3 +16,8 @@ def duration(seconds: float) -> str:
 def percent(fraction: float | None, digits: int = 2) -> str:
     """A fraction as per cent; a dash for None."""
     return "–" if fraction is None else f"{fraction * 100:.{digits}f} %"
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """A type of numbers without `torch.`."""
+    return str(dtype).removeprefix("torch.")

@@ -29,8 +29,9 @@ from swamp_fast.engines.start import Engine, recorded_selection, start_engine
 from swamp_fast.particles.schedule import total_particle_epochs
 from swamp_fast.problem.arguments import Arguments, Forward, Loss, Transform
 from swamp_fast.problem.prepare import prepare
-from swamp_fast.problem.problem import SPLITS, Problem
+from swamp_fast.problem.problem import Problem
 from swamp_fast.problem.prunable import Prunable
+from swamp_fast.problem.splits import SPLITS
 from swamp_fast.report.figures import accuracy_of_points
 from swamp_fast.runs.checkpoint import RunDirectory, run_id, write
 from swamp_fast.runs.console import Console

@@ -145,14 +145,14 @@ def test_refuses_settings_and_callables(digits):
     masks = {"middle.weight": torch.ones(32, 32, dtype=torch.bool)}
     cases = [
         ({"engine": "fused"}, ValueError, 'engine="fused" can\'t run the model'),
-        ({"device": "cuda:99"}, ValueError, '"cuda:99" can\'t be had'),
+        ({"device": "cuda:99"}, ValueError, '"cuda:99" is not available'),
         ({"device": "mps"}, ValueError, 'must be a CPU or a CUDA device, got "mps"'),
         ({"device": "gpu"}, ValueError, '`device` must be "auto", "cpu", "cuda"'),
         ({"cycles": 60}, ValueError, r"60 cycles at prune = 0.2 are more than 3072 weights allow"),
         ({"train": loader}, ValueError, "`batch_size` = 32 contradicts the DataLoader's 16"),
         ({"forward": 3}, TypeError, "`forward` must be callable, got int"),
         ({"on_cycle": 3}, TypeError, "`on_cycle` must be callable, got int"),
-        ({"loss": F.cross_entropy}, ValueError, r"`loss\(outputs, targets\)` must return one number a sample"),
+        ({"loss": F.cross_entropy}, ValueError, r"`loss\(outputs, targets\)` must return one number per sample"),
         ({"loss": lambda o, t: o @ t}, ValueError, r"the loss can't take outputs \[8, 10\] with targets \[8\]"),
         ({"prunable": "body"}, ValueError, '"body" matches no trained parameter'),
         ({"initial_masks": {"head.weight": masks["middle.weight"]}}, ValueError, '"head.weight" is not a prunable'),
@@ -173,7 +173,7 @@ def test_refuses_settings_and_callables(digits):
 
 
 def test_refuses_splits_of_another_kind_before_training(digits):
-    """An hour's training must not end in an evaluation that can't be had."""
+    """An hour's training must not end in an evaluation that fails."""
     train, test = digits
     steps = []
     for other, text in (
