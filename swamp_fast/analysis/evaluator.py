@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from swamp_fast.common.exclusive import one_at_a_time
+from swamp_fast.common.memory import free_memory
 from swamp_fast.common.tree import tensors
 from swamp_fast.config import SwampConfig
 from swamp_fast.cycle.averaging import reestimate
-from swamp_fast.data.samples import free_memory
 from swamp_fast.data.store import Data, pass_in_stored_order
 from swamp_fast.engines.eager.engine import EagerEngine
 from swamp_fast.engines.fused.engine import FusedEngine

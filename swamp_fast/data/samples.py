@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torch.utils.data.dataloader import default_collate
 
+from swamp_fast.common.memory import free_memory
 from swamp_fast.common.tree import tensors, tree_leaves, tree_map, tree_stack
 from swamp_fast.data.sources import Arrays, Samples, Source
 from swamp_fast.particles.random import generators_left_alone, generators_state, seed_generators
@@ -131,17 +130,6 @@ def size_of(source: Arrays) -> int:
 def fits(size: int, device: torch.device) -> bool:
     """Whether data may take this many bytes: half of what is free."""
     return size <= free_memory(device) // 2
-
-
-def free_memory(device: torch.device) -> int:
-    """Free bytes on the device, or on the host for the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        line = next(line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable:"))
-        return int(line.split()[1]) * 1024
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2 if hasattr(os, "sysconf") else 4 << 30
 
 
 def _same(a: Any, b: Any) -> bool:
