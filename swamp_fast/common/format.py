@@ -6,7 +6,7 @@ import torch
 
 
 def duration(seconds: float) -> str:
-    """Seconds as 42 s, 3:05 min, 2:03 h."""
+    """Seconds as "42 s", "3:05 min" or "2:03 h"."""
     if seconds < 60:
         return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -14,7 +14,7 @@ def duration(seconds: float) -> str:
 
 
 def percent(fraction: float | None, digits: int = 2) -> str:
-    """A fraction as per cent; a dash for None."""
+    """A fraction as "4.40 %"; a dash for None."""
     return "–" if fraction is None else f"{fraction * 100:.{digits}f} %"
 
 
