@@ -44,16 +44,28 @@ class Run:
     ticket     the ticket's parameters and buffers, once there is one
     unfinished the training that the folder holds the middle of, until it is over
     ranks      that do it together: the first has the folder and the user's ear, all have the same record
+    console    where progress is shown; None: standard error, if the settings say so
+    signals    that stop it; runs of a sweep share them
+    at_once    how many runs of a sweep are trained together, for run.json
     """
 
-    def __init__(self, problem: Problem, driver: str, ranks: Ranks = ALONE) -> None:
+    def __init__(
+        self,
+        problem: Problem,
+        driver: str,
+        ranks: Ranks = ALONE,
+        *,
+        console: Console | None = None,
+        signals: StopSignals | None = None,
+        at_once: int | None = None,
+    ) -> None:
         self.problem, self.config, self.ranks = problem, problem.config, ranks
         if ranks.world > 1 and problem.probe.keeps_state:
             raise ValueError(
                 f"the model's forward keeps state in plain attributes, which {ranks.world} processes can't hand "
                 "over; run it in one, or keep the state in buffers."
             )
-        self.console = Console(self.config.progress and ranks.first)
+        self.console = console if console is not None else Console(self.config.progress and ranks.first)
         self.rows: list[dict[str, Any]] = []
         self.snapshots: list[Packed | Path] = []
         self.ticket: State | None = None
@@ -73,9 +85,11 @@ class Run:
             "place": place_of(problem.device),
             "moved": [],
         }
+        if at_once is not None:
+            self.about["at_once"] = at_once
         self.unfinished: Unfinished | None = None
         self.told: list[str] = []  # what the next row's warnings begin with
-        self.signals = StopSignals()
+        self.signals = signals if signals is not None else StopSignals()
         self.asked: int | None = None  # the signal by which all ranks stop now
         self.kept_at = time.perf_counter()  # the newest checkpoint
         self.folder = RunDirectory(self.config.run_dir) if self.config.run_dir is not None and ranks.first else None
