@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import resource
 import subprocess
 import sys
 
@@ -16,6 +15,7 @@ import torch
 
 from benchmarks.timing import header, interleaved, write
 from swamp_fast import naive, ops
+from swamp_fast.common.memory import peak_memory
 from swamp_fast.engines.eager.engine import EagerEngine
 from swamp_fast.engines.selection import eager_by_rule
 from swamp_fast.models import build_model
@@ -171,7 +171,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=BENCHMARKS, default=list(BENCHMARKS))
     for name in parser.parse_args().only:
         BENCHMARKS[name]()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    peak = peak_memory(torch.device("cpu")) / 2**30
     print(f"peak memory of this process {peak:.1f} GB")
 
 

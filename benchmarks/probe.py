@@ -20,6 +20,7 @@ import torch
 
 from benchmarks.timing import commit
 from swamp_fast import backends, ops
+from swamp_fast.common.memory import free_memory
 from swamp_fast.engines.fused.check import tensor_cores_differ
 from swamp_fast.engines.fused.cuda import nvrtc
 from swamp_fast.engines.fused.cuda.halo import Halo
@@ -70,7 +71,7 @@ def compiles() -> str:
 
 def device() -> str:
     """The GPU."""
-    free, _ = torch.cuda.mem_get_info()
+    free = free_memory(torch.device("cuda"))
     return f"{torch.cuda.get_device_properties(0)}, {free / 1e9:.1f} GB free"
 
 

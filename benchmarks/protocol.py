@@ -56,6 +56,7 @@ from swamp_fast.analysis import Analysis, hessian_trace, loss_barrier
 from swamp_fast.engines.fused.estimate import estimate, measured_ceilings
 from swamp_fast.methods import METHODS
 from swamp_fast.models import build_model
+from swamp_fast.problem.arguments import Arguments
 from swamp_fast.problem.prepare import prepare
 from swamp_fast.runs.checkpoint import (
     RunDirectory,
@@ -263,7 +264,9 @@ class Protocol:
         """How long a particle's step takes at the device's measured ceilings, if products and bytes overlap."""
         study = next(study for study in self.studies if study.model == model)
         config = study.config(next(iter(study.methods)), 0)
-        problem = prepare(self.model(model), self.source(), val=VAL, config=config, settings={"progress": False})
+        problem = prepare(
+            self.model(model), self.source(), None, Arguments(val=VAL), config=config, settings={"progress": False}
+        )
         ceilings = measured_ceilings(problem.device, config.precision)
         pictures = torch.zeros(config.batch_size, *self.shape)
         _, cost = estimate(problem.original, pictures, config.precision)

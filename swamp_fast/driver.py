@@ -6,7 +6,7 @@ arXiv 2305.14852, algorithm 1.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -21,9 +21,9 @@ from swamp_fast.cycle.pruning import mask_score, next_mask
 from swamp_fast.cycle.training import Trainings, alone, cycle_request, ticket_request, train
 from swamp_fast.engines.start import Engine, start_engine
 from swamp_fast.particles.bank import Solution
+from swamp_fast.problem.arguments import Arguments, Forward, Loss, OnCycle, Transform
 from swamp_fast.problem.prepare import prepare
-from swamp_fast.problem.probe import Forward, Loss
-from swamp_fast.problem.problem import OnCycle, Problem
+from swamp_fast.problem.problem import Problem
 from swamp_fast.problem.prunable import Prunable
 from swamp_fast.problem.solutions import initial, solution_of, state_of
 from swamp_fast.runs.record import Run
@@ -39,7 +39,7 @@ def fast_swamp(
     val: object = None,
     forward: Forward | None = None,
     loss: Loss | None = None,
-    transform: Callable[[Any], Any] | None = None,
+    transform: Transform | None = None,
     prunable: Prunable = None,
     initial_masks: Mapping[str, Tensor] | None = None,
     on_cycle: OnCycle | None = None,
@@ -71,8 +71,7 @@ def fast_swamp(
     torch.distributed the ranks share the particles; all call with the same arguments, and get the same result.
     """
     with distributed.current().watched() as ranks:
-        problem = prepare(
-            *(model, train, test),
+        arguments = Arguments(
             val=val,
             forward=forward,
             loss=loss,
@@ -80,9 +79,8 @@ def fast_swamp(
             prunable=prunable,
             initial_masks=initial_masks,
             on_cycle=on_cycle,
-            config=config,
-            settings=settings,
         )
+        problem = prepare(model, train, test, arguments, config=config, settings=settings)
         with Run(problem, "fast_swamp", ranks) as run:
             engine = start_engine(problem, run)
             return alone(engine, swamp(problem, engine, run))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -22,9 +22,9 @@ from swamp_fast.config import SwampConfig
 from swamp_fast.data.store import Data, pass_in_stored_order
 from swamp_fast.particles.dropout import DropoutStream
 from swamp_fast.particles.random import at_time, epoch_order, evaluation_time, lane_keys, layer_order, stream_of
+from swamp_fast.problem.arguments import Arguments, Forward, Loss, OnCycle, Transform
 from swamp_fast.problem.prepare import prepare
-from swamp_fast.problem.probe import Forward, Loss
-from swamp_fast.problem.problem import OnCycle, Problem
+from swamp_fast.problem.problem import Problem
 from swamp_fast.problem.prunable import Prunable
 from swamp_fast.runs.record import Run
 from swamp_fast.runs.result import SwampResult
@@ -41,7 +41,7 @@ def naive_swamp(
     val: object = None,
     forward: Forward | None = None,
     loss: Loss | None = None,
-    transform: Callable[[Any], Any] | None = None,
+    transform: Transform | None = None,
     prunable: Prunable = None,
     initial_masks: Mapping[str, Tensor] | None = None,
     on_cycle: OnCycle | None = None,
@@ -51,8 +51,7 @@ def naive_swamp(
     """Prune a model with SWAMP, particle by particle. Arguments, result and errors are fast_swamp's; there is but one
     way to run it, whatever `engine` says.
     """
-    problem = prepare(
-        *(model, train, test),
+    arguments = Arguments(
         val=val,
         forward=forward,
         loss=loss,
@@ -60,9 +59,8 @@ def naive_swamp(
         prunable=prunable,
         initial_masks=initial_masks,
         on_cycle=on_cycle,
-        config=config,
-        settings=settings,
     )
+    problem = prepare(model, train, test, arguments, config=config, settings=settings)
     config = problem.config
     with Run(problem, "naive_swamp") as run:
         run.keep_engine({"engine": "naive", "name": "naive", "why": "plain PyTorch, one particle after the other"})

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from swamp_fast.common.exclusive import one_at_a_time
+from swamp_fast.common.memory import free_memory
 from swamp_fast.common.tree import tensors
 from swamp_fast.config import SwampConfig
 from swamp_fast.cycle.averaging import reestimate
-from swamp_fast.data.samples import free_memory
 from swamp_fast.data.store import Data, pass_in_stored_order
 from swamp_fast.engines.eager.engine import EagerEngine
 from swamp_fast.engines.fused.engine import FusedEngine
@@ -35,8 +35,8 @@ from swamp_fast.particles.random import (
     split_order,
     stream_of,
 )
+from swamp_fast.problem.arguments import Arguments, Forward, Loss
 from swamp_fast.problem.prepare import prepare
-from swamp_fast.problem.probe import Forward, Loss
 from swamp_fast.problem.prunable import Prunable
 from swamp_fast.problem.solutions import solution_of
 from swamp_fast.runs.record import Run
@@ -123,10 +123,7 @@ class Analysis:
         )
         self.problem = prepare(
             *(model, train, test),
-            val=val,
-            forward=forward,
-            loss=loss,
-            prunable=prunable,
+            Arguments(val=val, forward=forward, loss=loss, prunable=prunable),
             config=own,
             settings={name: settings[name] for name in ("batch_size",) if name in settings},
             standardise=standardise,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path as File
 from typing import Any
@@ -15,7 +15,7 @@ from swamp_fast.analysis.evaluator import NEUTRAL_SETTINGS, Analysis, particles
 from swamp_fast.common.format import percent
 from swamp_fast.config import SwampConfig
 from swamp_fast.driver import fast_swamp
-from swamp_fast.problem.probe import Forward, Loss
+from swamp_fast.problem.arguments import Forward, Loss, Transform
 from swamp_fast.problem.prunable import Prunable
 
 FAR = 0.05  # by which children may err more than the best
@@ -93,7 +93,7 @@ def ticket_stability(
     *,
     forward: Forward | None = None,
     loss: Loss | None = None,
-    transform: Callable[[Any], Any] | None = None,
+    transform: Transform | None = None,
     prunable: Prunable = None,
     config: SwampConfig | None = None,
     epsilon: float = 0.02,

@@ -1,1 +1,1 @@
-"""What knows nothing of SWAMP: trees of tensors, fingerprints, memory, statistics, formats."""
+"""Helpers that know nothing of SWAMP: trees of tensors, fingerprints, memory, statistics, formats."""

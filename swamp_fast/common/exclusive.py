@@ -9,23 +9,19 @@ from typing import ParamSpec, TypeVar
 
 import torch
 
-Arguments = ParamSpec("Arguments")
-
-
+Parameters = ParamSpec("Parameters")
 Returned = TypeVar("Returned")
-
 
 RUNNING = threading.RLock()
 
 
-def one_at_a_time(driver: Callable[Arguments, Returned]) -> Callable[Arguments, Returned]:
-    """A driver that waits for another thread's: random generators and torch.nn.functional are the whole process's.
-
-    Gradients are recorded even where the caller has turned that off.
+def one_at_a_time(driver: Callable[Parameters, Returned]) -> Callable[Parameters, Returned]:
+    """Decorate a driver: it waits until no other thread runs one, as all threads share the global random generators
+    and torch.nn.functional, and it records gradients even where the caller has turned that off.
     """
 
     @functools.wraps(driver)
-    def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Returned:
+    def call(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Returned:
         with RUNNING, torch.inference_mode(False), torch.enable_grad():
             return driver(*args, **kwargs)
 

@@ -1,4 +1,4 @@
-"""Hashes by which a run directory knows its model, data and callables again."""
+"""Hashes of models, tensors and callables, by which a run directory recognises those that it was started with."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 
 def model_fingerprint(model: nn.Module, apart_from: Collection[str] = ()) -> str:
-    """Of the structure (as printed), the code and plain attributes of every module, every parameter and buffer, and
-    what is frozen; of parameters and buffers named in `apart_from` without their values.
+    """The hash of a model: its structure as printed, the code and plain attributes of its modules, its parameters and
+    buffers, and which are frozen. Parameters and buffers in `apart_from` count without their values.
     """
     digest = hashlib.blake2b(f"{type(model).__qualname__}\n{model}".encode(), digest_size=16)
     for kind in sorted({type(module) for module in model.modules()}, key=lambda kind: kind.__qualname__):
@@ -30,26 +30,26 @@ def model_fingerprint(model: nn.Module, apart_from: Collection[str] = ()) -> str
 
 
 def state_fingerprint(model: nn.Module) -> str:
-    """Of the attributes of every module that are neither parameters nor buffers nor nn.Module's own."""
+    """The hash of the plain attributes of all modules: not parameters, not buffers, and none of nn.Module's."""
     digest = hashlib.blake2b(digest_size=16)
     for name, module in model.named_modules():
         for key, value in vars(module).items():
-            if key not in _MODULES_OWN:
+            if key not in _OF_ANY_MODULE:
                 digest.update(name.encode() + key.encode() + _bytes(value, 3))
     return digest.hexdigest()
 
 
 def tensor_fingerprint(tensor: Tensor) -> str:
-    """Of type, shape and values."""
+    """The hash of a tensor's type, shape and values."""
     return hashlib.blake2b(_tensor_bytes(tensor), digest_size=16).hexdigest()
 
 
 def callable_fingerprint(function: Callable[..., Any] | None) -> str | None:
-    """Of a callable's code, defaults and what it closes over, as far as that can be seen."""
+    """The hash of a callable's code, defaults and closure, as far as they can be read; None for None."""
     return None if function is None else hashlib.blake2b(_bytes(function, 0), digest_size=16).hexdigest()
 
 
-_MODULES_OWN = {*vars(nn.Module()), "training"}
+_OF_ANY_MODULE = {*vars(nn.Module()), "training"}
 
 
 def _tensor_bytes(tensor: Tensor) -> bytes:
@@ -58,7 +58,7 @@ def _tensor_bytes(tensor: Tensor) -> bytes:
 
 
 def _bytes(thing: Any, depth: int) -> bytes:
-    """What identifies a value; a plain object by its type and its attributes, four levels deep."""
+    """The bytes that identify a value; other objects by their type and their attributes, at most four levels deep."""
     name = f"{type(thing).__module__}.{type(thing).__qualname__}:".encode()
     if isinstance(thing, Tensor):
         return name + _tensor_bytes(thing)
@@ -78,10 +78,10 @@ def _bytes(thing: Any, depth: int) -> bytes:
     if inspect.ismethod(thing):
         return name + _bytes((thing.__func__, thing.__self__), depth + 1)
     if inspect.isfunction(thing):
-        seen = inspect.getclosurevars(thing)
-        theirs = {key: value for key, value in seen.globals.items() if _is_the_users(value)}
-        around = (thing.__defaults__, thing.__kwdefaults__, seen.nonlocals, theirs)
-        return name + thing.__qualname__.encode() + _source(thing) + _code(thing) + _bytes(around, depth + 1)
+        closure = inspect.getclosurevars(thing)
+        read = {key: value for key, value in closure.globals.items() if _counts_by_content(value)}
+        context = (thing.__defaults__, thing.__kwdefaults__, closure.nonlocals, read)
+        return name + thing.__qualname__.encode() + _source(thing) + _code(thing) + _bytes(context, depth + 1)
     if inspect.isclass(thing) or inspect.isbuiltin(thing):
         return name + thing.__qualname__.encode()
     return name + _source(type(thing)) + _bytes(getattr(thing, "__dict__", None), depth + 1)
@@ -95,16 +95,16 @@ def _source(thing: Any) -> bytes:
 
 
 def _code(function: Any) -> bytes:
-    """The bytecode, which tells two lambdas of one line apart; a function inside it is a constant with an address."""
+    """The bytecode, by which two lambdas on one line differ, without inner functions, whose text has an address."""
     code: CodeType = function.__code__
     plain = [each for each in code.co_consts if not inspect.iscode(each)]
     return code.co_code + repr((code.co_names, plain)).encode()
 
 
-def _is_the_users(value: Any) -> bool:
-    """Whether a global that a function reads is told by its content: plain values, and functions of the user's own.
+def _counts_by_content(value: Any) -> bool:
+    """Whether a global that a function reads counts by its content: plain values, and the user's functions and classes.
 
-    A library is told by its version, and other objects may change while they are used.
+    Libraries don't change within a version, and other objects may change while they are used.
     """
     if inspect.isfunction(value) or inspect.isclass(value):
         file = getattr(inspect.getmodule(value), "__file__", None) or ""

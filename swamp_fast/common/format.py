@@ -1,10 +1,12 @@
-"""Numbers as the user reads them."""
+"""Values as the user reads them."""
 
 from __future__ import annotations
 
+import torch
+
 
 def duration(seconds: float) -> str:
-    """Seconds as 42 s, 3:05 min, 2:03 h."""
+    """Seconds as "42 s", "3:05 min" or "2:03 h"."""
     if seconds < 60:
         return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -12,5 +14,10 @@ def duration(seconds: float) -> str:
 
 
 def percent(fraction: float | None, digits: int = 2) -> str:
-    """A fraction as per cent; a dash for None."""
+    """A fraction as "4.40 %"; a dash for None."""
     return "–" if fraction is None else f"{fraction * 100:.{digits}f} %"
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """A type of numbers without `torch.`."""
+    return str(dtype).removeprefix("torch.")

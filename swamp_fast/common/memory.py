@@ -1,14 +1,18 @@
-"""How much memory a run took."""
+"""The memory that a run took, and the memory that is free. This is the only place that asks for either."""
 
 from __future__ import annotations
 
+import os
 import sys
+from pathlib import Path
 
 import torch
 
+UNKNOWN_MEMORY = 4 << 30  # bytes assumed to be free where the system doesn't say
+
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes at most so far: allocated on the GPU, or resident in this process."""
+    """The most bytes so far: allocated by torch on a GPU, or resident of this process; 0 where that is not known."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:
@@ -20,9 +24,13 @@ def peak_memory(device: torch.device) -> int:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that a run may take."""
+    """Free bytes of the GPU, or of the host for the CPU, where caches that can be dropped count as free."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    import os
-
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        line = next(line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable:"))
+        return int(line.split()[1]) * 1024
+    if hasattr(os, "sysconf"):  # macOS says how much memory there is, not how much is free
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    return UNKNOWN_MEMORY

@@ -1,4 +1,4 @@
-"""How sure a mean is: Student's t."""
+"""Means with their spread and confidence intervals."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 
 def mean_and_spread(values: Sequence[float]) -> tuple[float, float | None]:
-    """The mean of at least one value and the standard deviation, None of one; both NaN where a value isn't finite."""
+    """The mean of at least one value, and its standard deviation, None for one value; NaN if a value isn't finite."""
     if not all(map(math.isfinite, values)):
         return math.nan, None if len(values) == 1 else math.nan
     return statistics.fmean(values), None if len(values) == 1 else statistics.stdev(values)
@@ -17,21 +17,21 @@ def mean_and_spread(values: Sequence[float]) -> tuple[float, float | None]:
 def half_width(values: Sequence[float], level: float = 0.95) -> float:
     """Half the width of the confidence interval of the mean of at least two values, by Student's t.
 
-    NaN where a value isn't finite.
+    NaN if a value isn't finite.
     """
     factor, finite = quantile(level, len(values) - 1), all(map(math.isfinite, values))
     return factor * statistics.stdev(values) / math.sqrt(len(values)) if finite else math.nan
 
 
 def quantile(level: float, freedom: int) -> float:
-    """The t such that a share `level` of Student's distribution of so many degrees of freedom lies in [-t, t].
+    """The t for which Student's distribution with `freedom` degrees of freedom has the share `level` in [-t, t].
 
     By bisection of the finite series of Abramowitz and Stegun 1964, 26.7.3 and 26.7.4. Raises ValueError for less than
     one degree of freedom.
     """
     if freedom < 1:
         raise ValueError(f"an interval needs at least two values, got {freedom + 1}.")
-    low, high = 0.0, math.pi / 2  # of the angle atan(t / sqrt(freedom))
+    low, high = 0.0, math.pi / 2  # bounds of atan(t / sqrt(freedom))
     for _ in range(60):
         middle = (low + high) / 2
         low, high = (middle, high) if _share(middle, freedom) < level else (low, middle)
@@ -39,6 +39,7 @@ def quantile(level: float, freedom: int) -> float:
 
 
 def _share(angle: float, freedom: int) -> float:
+    """The share of the distribution in [-t, t], angle = atan(t / sqrt(freedom))."""
     odd, cosine, total = freedom % 2, math.cos(angle), 0.0
     term = cosine if odd else 1.0
     for k in range(1 + odd, freedom, 2):

@@ -1,4 +1,4 @@
-"""Nested inputs and outputs: tensors in dicts, tuples and lists."""
+"""Trees of tensors: inputs and outputs as nested dicts, tuples and lists."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from torch import Tensor
 
 
 def tree_map(function: Callable[..., Any], first: Any, *others: Any) -> Any:
-    """Apply `function` to the leaves of trees of one shape."""
+    """The tree of `function(leaf, *leaves)` over the leaves of trees of the same structure."""
     if isinstance(first, dict):
-        out = {} if type(first) is dict else copy.copy(first)  # a subclass of the user's stays one
+        out = {} if type(first) is dict else copy.copy(first)  # the user's subclass of dict is kept
         for key, value in first.items():
             out[key] = tree_map(function, value, *(other[key] for other in others))
         return out
     if isinstance(first, tuple) and hasattr(first, "_fields"):
-        return type(first)(*(tree_map(function, *each) for each in zip(first, *others, strict=True)))
+        return type(first)(*(tree_map(function, *items) for items in zip(first, *others, strict=True)))
     if isinstance(first, list | tuple):
-        return type(first)(tree_map(function, *each) for each in zip(first, *others, strict=True))
+        return type(first)(tree_map(function, *items) for items in zip(first, *others, strict=True))
     return function(first, *others)
 
 
@@ -42,10 +42,10 @@ def tensors(tree: Any) -> list[Tensor]:
 
 
 def tree_stack(trees: Sequence[Any]) -> Any:
-    """Stack trees of tensors along a new first axis."""
+    """One tree of trees of tensors, stacked along a new first axis."""
     return tree_map(lambda *leaves: torch.stack(leaves), *trees)
 
 
 def tree_to(tree: Any, device: torch.device) -> Any:
-    """Move the tensors of a tree; what isn't a tensor stays."""
+    """The tree with its tensors on the device; other leaves stay as they are."""
     return tree_map(lambda leaf: leaf.to(device, non_blocking=True) if isinstance(leaf, Tensor) else leaf, tree)

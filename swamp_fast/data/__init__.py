@@ -1,1 +1,1 @@
-"""Data: what a user may pass (sources), reading it (samples), batches of it (store), and what is drawn (streams)."""
+"""Data: what a user may pass (sources), how it is read (samples), and batches of it on the device (store)."""

@@ -1,9 +1,7 @@
-"""Reading a user's Dataset: samples as tensors, each under its own seed, and all of them at once where they fit."""
+"""Reading a user's Dataset: samples as tensors, each under its own seed, or all of them at once if they fit."""
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,28 +10,29 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torch.utils.data.dataloader import default_collate
 
+from swamp_fast.common.memory import free_memory
 from swamp_fast.common.tree import tensors, tree_leaves, tree_map, tree_stack
 from swamp_fast.data.sources import Arrays, Samples, Source
 from swamp_fast.particles.random import generators_left_alone, generators_state, seed_generators
 
-PROBED = 32  # samples that are read twice, to see whether a Dataset draws at random
+PROBED = 32  # about so many samples are read twice, to see whether a Dataset is random
 
 
 class SeededSamples(Dataset[Any]):
-    """Samples of a Dataset as tensors; asked for (index, seed), so that its own randomness can be repeated."""
+    """Samples of a Dataset as tensors, addressed by (index, seed), so that the Dataset's randomness can be repeated."""
 
     def __init__(self, dataset: Dataset[Any]) -> None:
         self.dataset = dataset
 
     def __getitem__(self, index_and_seed: tuple[int, int]) -> Any:
-        """The sample `index`, read with the global generators seeded."""
+        """The sample `index`, read after the global generators were seeded."""
         index, seed = index_and_seed
         seed_generators(seed)
         return as_tensors(self.dataset[index])
 
 
 class ArraySamples(Dataset[Any]):
-    """Arrays that don't fit the device, sample by sample."""
+    """The samples of arrays that don't fit on the device."""
 
     def __init__(self, arrays: Arrays) -> None:
         self.arrays = arrays
@@ -42,15 +41,15 @@ class ArraySamples(Dataset[Any]):
         return len(self.arrays)
 
     def __getitem__(self, index: int) -> Any:
-        """One sample; a picture as a NumPy array, which has its channels last."""
+        """One sample; a picture as a NumPy array, as these have channels last."""
         inputs = tree_map(lambda leaf: leaf[index], self.arrays.inputs)
         return inputs.numpy() if is_picture(inputs) else inputs, self.arrays.targets[index]
 
 
 def as_tensors(item: Any) -> Any:
-    """A sample with tensors for leaves.
+    """A sample whose leaves are tensors.
 
-    uint8 pictures become [H, W, C]: from PIL, from arrays [H, W, C] or [H, W], from tensors [C, H, W].
+    uint8 pictures become [H, W, C], from PIL pictures, arrays [H, W, C] or [H, W], and tensors [C, H, W].
     """
     if isinstance(item, dict):
         return {key: as_tensors(value) for key, value in item.items()}
@@ -67,25 +66,19 @@ def as_tensors(item: Any) -> Any:
 
 
 def collected(source: Samples, device: torch.device) -> tuple[Source, str]:
-    """The Dataset as arrays if it always gives the same and fits the device; else itself, and why."""
+    """The Dataset as arrays if it isn't random and fits on the device; else the Dataset itself, and the reason.
+
+    Raises TypeError or ValueError for samples that can't be used.
+    """
     if source.collate is not default_collate:
         return source, "it has a collate function of its own"
     samples = SeededSamples(source.dataset)
-    probed = range(0, len(source), max(1, len(source) // PROBED))
     with generators_left_alone():
-        first, again = ([samples[i, seed] for i in probed] for seed in (0, 1))
-        seed_generators(0)
-        untouched = generators_state()
-        draws = any(samples[i, 0] is None or generators_state() != untouched for i in probed)
+        probed = range(0, len(source), max(1, len(source) // PROBED))
+        first = [samples[i, 0] for i in probed]
         for sample in first:
-            if not isinstance(sample, tuple) or len(sample) != 2:
-                raise TypeError(f"{source.name}: a sample must be a pair (input, target), got {type(sample).__name__}.")
-            if isinstance(sample[0], Tensor) and sample[0].dtype == torch.uint8 and not is_picture(sample[0]):
-                raise ValueError(
-                    f"{source.name}: uint8 samples must be pictures, got shape {list(sample[0].shape)}. Give other "
-                    "inputs as floating-point tensors."
-                )
-        if draws or not all(_same(a, b) for a, b in zip(tree_leaves(first), tree_leaves(again), strict=True)):
+            _check_sample(sample, source.name)
+        if _is_random(samples, first, probed):
             return source, "its samples are random, drawn anew each epoch"
         if len({str([leaf.shape for leaf in tensors(sample)]) for sample in first}) > 1:
             raise ValueError(
@@ -96,15 +89,35 @@ def collected(source: Samples, device: torch.device) -> tuple[Source, str]:
             return source, "its targets are not plain numbers or tensors"
         size = sum(leaf.numel() * leaf.element_size() for leaf in tensors(first[0])) * len(source)
         if not fits(size, device):
-            return source, f"{size / 1e9:.1f} GB don't fit {device}"
+            return source, too_large(size, device)
         whole = [samples[i, 0] for i in range(len(source))]
-    inputs = tree_stack([each for each, _ in whole])
+    inputs = tree_stack([input for input, _ in whole])
     targets = torch.stack([target for _, target in whole])
     return Arrays(source.name, inputs, targets, source.crops), ""
 
 
+def _check_sample(sample: Any, name: str) -> None:
+    if not isinstance(sample, tuple) or len(sample) != 2:
+        raise TypeError(f"{name}: a sample must be a pair (input, target), got {type(sample).__name__}.")
+    if isinstance(sample[0], Tensor) and sample[0].dtype == torch.uint8 and not is_picture(sample[0]):
+        raise ValueError(
+            f"{name}: uint8 samples must be pictures, got shape {list(sample[0].shape)}. Give other inputs as "
+            "floating-point tensors."
+        )
+
+
+def _is_random(samples: SeededSamples, first: list[Any], probed: range) -> bool:
+    """Whether samples differ from the `first` reading under another seed, or reading one draws random numbers."""
+    again = [samples[i, 1] for i in probed]
+    if not all(_same(a, b) for a, b in zip(tree_leaves(first), tree_leaves(again), strict=True)):
+        return True
+    seed_generators(0)
+    untouched = generators_state()
+    return any(samples[i, 0] is None or generators_state() != untouched for i in probed)
+
+
 def one_input(source: Samples) -> Any:
-    """An input as it is streamed; None where the user's collate function decides."""
+    """The first input as it is streamed; None if the user's collate function makes the batches."""
     if source.collate is not default_collate:
         return None
     with generators_left_alone():
@@ -116,32 +129,26 @@ def is_picture(sample: Any) -> bool:
     return isinstance(sample, Tensor) and sample.dtype == torch.uint8 and sample.dim() == 3
 
 
-def some_pictures(source: Samples, most: int) -> Tensor:
-    """At most about `most` pictures from all over a streamed split."""
+def some_pictures(source: Samples, count: int) -> Tensor:
+    """About `count` pictures [n, H, W, C], evenly spaced in a streamed split."""
     samples = SeededSamples(source.dataset)
     with generators_left_alone():
-        return torch.stack([samples[i, 0][0] for i in range(0, len(source), max(1, len(source) // most))])
+        return torch.stack([samples[i, 0][0] for i in range(0, len(source), max(1, len(source) // count))])
 
 
 def size_of(source: Arrays) -> int:
-    """Bytes."""
+    """The bytes of a split in memory."""
     return sum(leaf.numel() * leaf.element_size() for leaf in [*tensors(source.inputs), source.targets])
 
 
 def fits(size: int, device: torch.device) -> bool:
-    """Whether data may take this many bytes: half of what is free."""
+    """Whether data of `size` bytes may be put on a device: they take at most half of the free memory."""
     return size <= free_memory(device) // 2
 
 
-def free_memory(device: torch.device) -> int:
-    """Free bytes on the device, or on the host for the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        line = next(line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable:"))
-        return int(line.split()[1]) * 1024
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2 if hasattr(os, "sysconf") else 4 << 30
+def too_large(size: int, device: torch.device) -> str:
+    """Why data of `size` bytes are streamed."""
+    return f"{size / 1e9:.1f} GB don't fit {device}"
 
 
 def _same(a: Any, b: Any) -> bool:

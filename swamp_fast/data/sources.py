@@ -1,4 +1,4 @@
-"""What a user gives as data, turned into one of two things: arrays, or a Dataset to be read sample by sample."""
+"""The data that a user passes, as one of two sources: arrays in memory, or a Dataset read sample by sample."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from torch.utils.data import (
 )
 from torch.utils.data.dataloader import default_collate
 
+from swamp_fast.common.format import dtype_name
 from swamp_fast.common.tree import tensors, tree_map
 from swamp_fast.particles.random import split_order
 
@@ -39,7 +40,7 @@ class Arrays:
     name: str
     inputs: Any
     targets: Tensor
-    crops: bool = False  # augment="auto" crops and flips it
+    crops: bool = False  # whether augment="auto" crops and flips its pictures
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -64,7 +65,7 @@ Source = Arrays | Samples
 
 @dataclass(frozen=True)
 class Opened:
-    """One argument of the call, opened: its split, the test split it brings, and what a DataLoader decides."""
+    """A data argument, opened: its split, the test split that comes with it, and the settings of a DataLoader."""
 
     source: Source
     test: Source | None = None
@@ -73,7 +74,10 @@ class Opened:
 
 
 def open_source(given: object, argument: str, data_dir: str | None) -> Opened:
-    """Open what was given as `argument` (train, test or val): a name, a path, tensors, a Dataset or a DataLoader."""
+    """Open data passed as `argument` (train, test or val): a name, a path, tensors, a Dataset or a DataLoader.
+
+    Raises TypeError, ValueError, FileNotFoundError or ImportError.
+    """
     if isinstance(given, str) and given in NAMED:
         train, test = _named(given, data_dir)
         return Opened(train, test)
@@ -92,7 +96,7 @@ def open_source(given: object, argument: str, data_dir: str | None) -> Opened:
 
 
 def hold_out(source: Source, fraction: float) -> tuple[Source, Source]:
-    """Split into what is left for training and a fixed random `fraction` for validation."""
+    """Split into the training part and a random `fraction` for validation, the same one every time."""
     held = round(len(source) * fraction)
     if not 0 < fraction < 1 or not 0 < held < len(source):
         raise ValueError(
@@ -133,8 +137,8 @@ def _named(name: str, data_dir: str | None) -> tuple[Source, Source]:
             data = kind(str(root), download=False, **which)
         except RuntimeError as error:
             raise FileNotFoundError(
-                f'the data set "{name}" is not in {root.resolve()}, and nothing is downloaded unasked. Pass data_dir '
-                f"or set SWAMP_DATA to where it is, or get it with\n"
+                f'the data set "{name}" is not in {root.resolve()}, and nothing is downloaded unasked. Pass '
+                f"data_dir or set SWAMP_DATA to its folder, or download it with\n"
                 f'  python -c "from torchvision.datasets import {TORCHVISION[name]} as D; '
                 + "; ".join(f"D({str(root)!r}, {_keyword(name, part)}, download=True)" for part in (True, False))
                 + f'"\n({error})'
@@ -152,7 +156,7 @@ def _keyword(name: str, train: bool) -> str:
 
 
 def _digits() -> tuple[Source, Source]:
-    """scikit-learn's 1,797 handwritten digits, 8 x 8; it has no split of its own, so a fifth is held out at random."""
+    """scikit-learn's 1,797 handwritten digits, 8 x 8; a random fifth is the test split, as it comes without one."""
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
@@ -165,7 +169,7 @@ def _digits() -> tuple[Source, Source]:
 
 
 def _idx(root: Path, split: str, name: str) -> Source:
-    """One split of MNIST's own format, as Debian's dataset-fashion-mnist packs it."""
+    """One split in the format of MNIST, as in Debian's package dataset-fashion-mnist."""
     import gzip
 
     images = np.frombuffer(gzip.decompress((root / f"{split}-images-idx3-ubyte.gz").read_bytes()), np.uint8, offset=16)
@@ -217,7 +221,7 @@ def _folder(path: Path, argument: str) -> Opened:
         test = ImageFolder(str(test_root)) if test_root else None
     except FileNotFoundError as error:
         raise ValueError(
-            f"`{argument}`: {root} must hold one folder of pictures a class (or such a train/ and test/). ({error})"
+            f"`{argument}`: {root} must hold one folder of pictures per class, or train/ and test/ with such ({error})."
         ) from error
     if test is not None and test.classes != train.classes:
         raise ValueError(f"`{argument}`: {root} and {test_root} must have the same classes.")
@@ -225,11 +229,11 @@ def _folder(path: Path, argument: str) -> Opened:
 
 
 def _from_pair(inputs: object, targets: object, argument: str) -> Source:
-    """Tensors have channels first, NumPy arrays channels last; both become arrays of ours."""
+    """Arrays from inputs and targets; tensors have channels first, NumPy arrays channels last."""
     if isinstance(targets, list):
         targets = np.asarray(targets)
     targets = torch.from_numpy(np.ascontiguousarray(targets)) if isinstance(targets, np.ndarray) else targets
-    last = isinstance(inputs, np.ndarray)
+    channels_last = isinstance(inputs, np.ndarray)
     inputs = tree_map(
         lambda leaf: torch.from_numpy(np.ascontiguousarray(leaf)) if isinstance(leaf, np.ndarray) else leaf,
         inputs,
@@ -243,10 +247,10 @@ def _from_pair(inputs: object, targets: object, argument: str) -> Source:
     if lengths != {len(targets) if targets.dim() else 0}:
         raise ValueError(
             f"`{argument}`: inputs and targets must have the same length, got {sorted(lengths)} inputs and "
-            f"{list(targets.shape)} targets; give one target a sample."
+            f"{list(targets.shape)} targets; give one target per sample."
         )
     if isinstance(inputs, Tensor) and inputs.dtype == torch.uint8:
-        inputs = _pictures(inputs if last or inputs.dim() == 3 else _channels_last(inputs, argument), argument)
+        inputs = _pictures(inputs if channels_last or inputs.dim() == 3 else _channels_last(inputs, argument), argument)
     return Arrays(argument, inputs, targets.detach())
 
 
@@ -266,7 +270,7 @@ def _pictures(images: Tensor, argument: str) -> Tensor:
     if images.dim() != 4 or images.dtype != torch.uint8:
         raise ValueError(
             f"`{argument}`: uint8 inputs must be pictures [n, H, W] or with a channel axis, got {list(images.shape)} "
-            f"{str(images.dtype).removeprefix('torch.')}. Pass other inputs as floating-point tensors."
+            f"{dtype_name(images.dtype)}. Pass other inputs as floating-point tensors."
         )
     return images.contiguous()
 
@@ -276,7 +280,7 @@ def _from_dataset(dataset: Dataset[Any], argument: str) -> Source:
         raise TypeError(
             f"`{argument}`: an IterableDataset has no order to shuffle; pass a Dataset with __len__ and __getitem__."
         )
-    as_stored = type(dataset).__getitem__ is TensorDataset.__getitem__  # and not the user's own
+    as_stored = type(dataset).__getitem__ is TensorDataset.__getitem__  # no subclass changes the samples
     if isinstance(dataset, TensorDataset) and as_stored and len(dataset.tensors) == 2:
         return replace(_from_pair(*dataset.tensors, argument), name=type(dataset).__name__)
     return Samples(type(dataset).__name__, dataset)
@@ -292,9 +296,9 @@ def _from_loader(loader: DataLoader[Any], argument: str) -> Opened:
         raise ValueError(f"`{argument}`: the DataLoader must have a batch_size (no custom batch_sampler).")
     if not plain_random and type(loader.sampler) is not SequentialSampler:
         raise ValueError(
-            f"`{argument}`: the DataLoader has its own sampler, {type(loader.sampler).__name__}, but the order is "
-            "drawn here, from the particle's seed. Pass the loader without a sampler (shuffle=True or False), or its "
-            "dataset."
+            f"`{argument}`: the DataLoader has its own sampler, {type(loader.sampler).__name__}, but the order of "
+            "samples is drawn from each particle's seed. Pass a loader without a sampler (shuffle=True or False), or "
+            "its dataset."
         )
     source = _from_dataset(loader.dataset, argument)
     if loader.collate_fn is not default_collate or isinstance(source, Samples):

@@ -20,7 +20,7 @@ class Standardise:
 
     @classmethod
     def measured(cls, pictures: Tensor) -> Standardise:
-        """From pictures [n, H, W, C] uint8, by counting their values."""
+        """Mean and standard deviation of pictures [n, H, W, C] uint8, by counting their values."""
         counts = torch.zeros(pictures.shape[-1], 256, dtype=torch.int64)
         for part in pictures.split(1000):
             for channel, row in enumerate(counts):
@@ -31,14 +31,14 @@ class Standardise:
 
     @classmethod
     def of(cls, given: Mapping[str, Sequence[float]]) -> Standardise:
-        """From what to_dict gave, such as a result's `standardise`."""
+        """The inverse of `to_dict`, for example of a result's `standardise`."""
         return cls(*(torch.tensor(given[name], dtype=torch.float64) for name in ("mean", "std")))
 
     def table(self, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """The standardised value of every byte, [C, 256]; a constant channel is only centred."""
+        """The standardised value [C, 256] of every byte in every channel; a constant channel is only centred."""
         scale = torch.where(self.std > 0, self.std, 1.0)
         return ((VALUES - self.mean[:, None]) / scale[:, None]).to(device, dtype)
 
     def to_dict(self) -> dict[str, list[float]]:
-        """Plain values: what to standardise pixel / 255 by when the model is used."""
+        """Mean and standard deviation as lists, by which to standardise pixel / 255 when the model is used."""
         return {"mean": self.mean.tolist(), "std": self.std.tolist()}

@@ -1,6 +1,6 @@
-"""Where batches come from: data put on the device once (Stored), or read sample by sample (Streamed).
+"""Batches of a split that was put on the device once (Stored), or that is read sample by sample (Streamed).
 
-A training asks for the handles of an epoch's batches in order and fetches each; both kinds give the same batches
+A training iterates over the handles of an epoch's batches and fetches each of them. Both kinds give the same batches
 for the same order and keys.
 """
 
@@ -19,21 +19,22 @@ from torch.utils.data.dataloader import default_collate
 
 from swamp_fast import ops
 from swamp_fast.common.fingerprint import callable_fingerprint
+from swamp_fast.common.format import dtype_name
 from swamp_fast.common.tree import tensors, tree_leaves, tree_map, tree_stack, tree_to
 from swamp_fast.data import samples as reading
 from swamp_fast.data.samples import ArraySamples, SeededSamples
 from swamp_fast.data.sources import Arrays, Samples, Source
 from swamp_fast.data.standardise import Standardise
-from swamp_fast.data.workers import held, in_worker
+from swamp_fast.data.workers import in_worker, signals_held
 from swamp_fast.particles.random import SAMPLE_SEED, seeds_for
 
 CROP_PAD = 4  # pixels
-TABLE_PICTURES = 10_000  # of a streamed split, to standardise by
+MEASURED_PICTURES = 10_000  # of a streamed split, from which mean and standard deviation are measured
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One step's batches of L lanes: trees of tensors [L, B, ...], or lists of one entry a lane if not `stacked`."""
+    """One step's batches of L lanes: trees of tensors [L, B, ...] if `stacked`, else lists of L trees [B, ...]."""
 
     inputs: Any
     targets: Any
@@ -47,9 +48,9 @@ class Batch:
 
 
 class Stored:
-    """A split on the device, as stored. A handle is its index [L, B]: fetching it is tensor operations alone.
+    """A split on the device. A handle is the index [L, B] of its samples; to fetch it takes tensor operations alone.
 
-    order  [length] int64, in which evaluation reads the samples
+    order  [length] int64, the order in which evaluation reads the samples
     """
 
     streamed = False
@@ -73,15 +74,15 @@ class Stored:
         check_inputs(self.name, self.inputs)
 
     def check_labels(self, classes: int) -> None:
-        """Refuse targets that are not labels of so many classes."""
+        """Refuse targets that are not labels in [0, classes)."""
         check_labels(self.name, self.targets, classes)
 
     def batches(self, order: Tensor, keys: Tensor, bounds: list[tuple[int, int]]) -> Iterator[Tensor]:
-        """Handles of the batches that `bounds` cut from an order [L, n]."""
+        """The handles of the batches that `bounds` cut an order [L, n] into."""
         return (order[:, begin:end] for begin, end in bounds)
 
     def fetch(self, handle: Tensor, keys: Tensor | None, channels_last: bool = False) -> Batch:
-        """The batch of a handle; augmented by the draws of the keys [L, 3] at an epoch, if they are given."""
+        """The batch of a handle, augmented by draws with the epoch's keys [L, 3] if they are given."""
         index = handle.contiguous()
         targets = self.targets[index]
         if self.table is None and not self.crop_flip:
@@ -97,7 +98,7 @@ class Stored:
         return Batch(inputs, targets)
 
     def fingerprint(self) -> str:
-        """A hash of all that is stored."""
+        """A hash of all inputs and targets."""
         digest = hashlib.blake2b(digest_size=16)
         for leaf in [*tensors(self.inputs), self.targets]:
             digest.update(f"{leaf.dtype}{tuple(leaf.shape)}".encode())
@@ -106,7 +107,7 @@ class Stored:
 
 
 class Streamed:
-    """A split that is read from the user's Dataset for every batch. A handle is the collated lanes, on the host.
+    """A split that is read from the user's Dataset batch by batch. A handle is the collated batches, on the host.
 
     order  as Stored.order
     """
@@ -129,44 +130,44 @@ class Streamed:
         self.classes: int | None = None
 
     def check_labels(self, classes: int) -> None:
-        """As Stored.check_labels, of every batch from now on."""
+        """As Stored.check_labels, for every batch that is read from now on."""
         self.classes = classes
 
     def batches(self, order: Tensor, keys: Tensor, bounds: list[tuple[int, int]]) -> Iterator[Any]:
-        """As Stored.batches; a handle is a list of (inputs, targets, samples [B]), one a lane.
+        """As Stored.batches; a handle is a list of (inputs, targets, samples [B]), one per lane.
 
-        Randomness in the Dataset runs under a seed for each sample, drawn with the keys [L, 3].
+        The Dataset's randomness is seeded for every sample, by draws with the epoch's keys [L, 3].
         """
         lanes = len(order)
         seeds, order = seeds_for(keys, SAMPLE_SEED, len(self.source)).tolist(), order.cpu()
-        wanted = [order[lane, begin:end] for begin, end in bounds for lane in range(lanes)]
-        plan = [[(i, seeds[number % lanes][i]) for i in picked.tolist()] for number, picked in enumerate(wanted)]
+        parts = [order[lane, begin:end] for begin, end in bounds for lane in range(lanes)]
+        requests = [[(i, seeds[number % lanes][i]) for i in part.tolist()] for number, part in enumerate(parts)]
         loader: DataLoader[Any] = DataLoader(
             SeededSamples(self.source.dataset),
-            batch_sampler=plan,
+            batch_sampler=requests,
             num_workers=self.source.workers,
             collate_fn=self.source.collate,
             worker_init_fn=in_worker,
             pin_memory=self.device.type == "cuda",
         )
         handle: list[Any] = []
-        with held():
+        with signals_held():
             read = iter(loader)
-        for picked, batch in zip(wanted, read, strict=True):
+        for part, batch in zip(parts, read, strict=True):
             if not isinstance(batch, list | tuple) or len(batch) != 2:
                 raise TypeError(f"{self.name}: a batch must be (inputs, targets), got {type(batch).__name__}.")
             inputs, targets = batch[0], tree_map(_whole_numbers, batch[1])
             check_inputs(self.name, inputs)
             if self.classes is not None:
                 check_labels(self.name, targets, self.classes)
-            handle.append((inputs, targets, picked))
+            handle.append((inputs, targets, part))
             if len(handle) == lanes:
                 yield handle
                 handle = []
 
     def fetch(self, handle: Any, keys: Tensor | None, channels_last: bool = False) -> Batch:
         """As Stored.fetch."""
-        inputs, targets, samples = ([tree_to(lane[part], self.device) for lane in handle] for part in range(3))
+        inputs, targets, samples = ([tree_to(lane[i], self.device) for lane in handle] for i in range(3))
         if not self.stacked:
             return Batch(self._typed(inputs), self._typed(targets), stacked=False)
         stacked, picked = tree_stack(inputs), torch.stack(samples)
@@ -187,7 +188,7 @@ class Streamed:
         return Batch(pictures, self._typed(tree_stack(targets)))
 
     def fingerprint(self) -> str:
-        """A hash of the length, the collate function and a few samples: a stream is not read through for this."""
+        """A hash of the length, the collate function and a few samples, as reading all of them may take too long."""
         digest = hashlib.blake2b(f"{self.length}{type(self.source.dataset).__qualname__}".encode(), digest_size=16)
         digest.update(str(callable_fingerprint(self.source.collate)).encode())
         samples = SeededSamples(self.source.dataset)
@@ -209,7 +210,7 @@ Data = Stored | Streamed
 
 @dataclass(frozen=True)
 class Built:
-    """A split made ready: what its pictures are standardised by (None without uint8), and a line that says how."""
+    """A split ready for use, the statistics that standardise it (None without uint8 pictures), and a line about it."""
 
     data: Data
     standardise: Standardise | None
@@ -226,14 +227,16 @@ def build(
 ) -> Built:
     """Put a split on the device if it fits, else stream it.
 
-    augment  "none", "crop_flip", or "auto": what the named set asks for
-    like     what uint8 pictures are standardised by; None: by their own statistics
+    augment  "none", "crop_flip", or "auto": as is usual for the named data set
+    like     the statistics that standardise uint8 pictures; None: those of this split
+
+    Raises ValueError or TypeError for samples that can't be used.
     """
     why = ""
     if isinstance(source, Samples):
         source, why = reading.collected(source, device)
     elif not reading.fits(reading.size_of(source), device):
-        why = f"{reading.size_of(source) / 1e9:.1f} GB don't fit {device}"
+        why = reading.too_large(reading.size_of(source), device)
         source = Samples(source.name, ArraySamples(source), crops=source.crops)
 
     if isinstance(source, Arrays):
@@ -243,7 +246,7 @@ def build(
     standardise = None
     if reading.is_picture(sample):
         standardise = like or Standardise.measured(
-            source.inputs if isinstance(source, Arrays) else reading.some_pictures(source, TABLE_PICTURES)
+            source.inputs if isinstance(source, Arrays) else reading.some_pictures(source, MEASURED_PICTURES)
         )
     crop_flip = augment == "crop_flip" or (augment == "auto" and source.crops)
     croppable = isinstance(sample, Tensor) and sample.dim() == 3 and (standardise or sample.is_floating_point())
@@ -261,15 +264,15 @@ def build(
 
 
 def batch_bounds(samples: int, batch_size: int, drop_last: bool = False) -> list[tuple[int, int]]:
-    """Where the batches of an epoch begin and end."""
+    """The first sample of each of an epoch's batches, and the end."""
     end = samples // batch_size * batch_size if drop_last else samples
     return [(begin, min(begin + batch_size, end)) for begin in range(0, end, batch_size)]
 
 
 def pass_in_stored_order(data: Data, batch_size: int, channels_last: bool = False) -> Iterator[tuple[Any, Any, int]]:
-    """Inputs [B, ...], targets [B, ...] and B, un-augmented, over `data.order`: what evaluation reads.
+    """Batches for evaluation, in the order `data.order` and without augmentation: inputs, targets [B, ...] and B.
 
-    A last batch of a single sample joins the one before, for BatchNorm.
+    A single sample at the end joins the batch before it, as BatchNorm has no statistics of one sample.
     """
     bounds = batch_bounds(data.length, batch_size)
     if len(bounds) > 1 and bounds[-1][1] - bounds[-1][0] == 1:
@@ -285,15 +288,15 @@ def check_inputs(name: str, inputs: Any) -> None:
         if leaf.is_floating_point() and not bool(torch.isfinite(leaf).all()):
             bad = int((~torch.isfinite(leaf)).sum())
             raise ValueError(
-                f"{name}: inputs must be finite, got {bad} NaN or infinite numbers of {leaf.numel()}; drop or "
-                "mend those samples."
+                f"{name}: inputs must be finite, got {bad} NaN or infinite numbers of {leaf.numel()}; remove or "
+                "repair those samples."
             )
 
 
 def check_labels(name: str, targets: Any, classes: int) -> None:
     """Refuse targets that are not whole numbers in [0, classes)."""
     if not isinstance(targets, Tensor) or targets.is_floating_point() or targets.dtype == torch.bool:
-        kind = str(targets.dtype).removeprefix("torch.") if isinstance(targets, Tensor) else type(targets).__name__
+        kind = dtype_name(targets.dtype) if isinstance(targets, Tensor) else type(targets).__name__
         raise TypeError(
             f"{name}: cross-entropy needs integer labels, got {kind}. Convert them with .long(), or pass a `loss` "
             "that takes such targets."
@@ -307,7 +310,7 @@ def check_labels(name: str, targets: Any, classes: int) -> None:
 
 
 def _whole_numbers(targets: Any) -> Any:
-    """Integer targets as int64, which losses take; others as they are."""
+    """Integer targets as int64, the type that losses take; other targets as they are."""
     if not isinstance(targets, Tensor) or targets.is_floating_point() or targets.dtype == torch.bool:
         return targets
     return targets.long()

@@ -1,4 +1,4 @@
-"""Processes that read data, and signals: one that goes to all processes serves the step under way."""
+"""Signals in the processes that read data: after Ctrl-C they still serve the step in progress."""
 
 from __future__ import annotations
 
@@ -7,22 +7,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 STOPPING = (signal.SIGINT, signal.SIGTERM)
-
-
-WORKER_SECONDS = 30  # that it may live on after SIGTERM
+SECONDS_AFTER_SIGTERM = 30  # that a process may go on reading
 
 
 def in_worker(number: int) -> None:
-    """For a process that reads data: where a signal goes to all processes, it serves the step under way."""
+    """Set up a process that reads data: a signal that goes to all processes must not end it within a step."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(WORKER_SECONDS))
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(SECONDS_AFTER_SIGTERM))
     if hasattr(signal, "pthread_sigmask"):
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)  # as `held` had it when this process began
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)  # `signals_held` blocked them when this process started
 
 
 @contextmanager
-def held() -> Iterator[None]:
-    """While processes that read data begin: a signal waits until `in_worker` is ready for it, or until the end."""
+def signals_held() -> Iterator[None]:
+    """A context in which to start processes: signals wait until `in_worker` handles them, or until its end."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return

@@ -1,1 +1,1 @@
-"""What a particle is: a row of the bank, its random draws, its schedule, its dropout and norms."""
+"""What a particle is: a row of the bank with its random draws, schedule, dropout and norms."""

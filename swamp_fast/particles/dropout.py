@@ -1,4 +1,4 @@
-"""Dropout from the particle's own stream: the same draws alone, among others, folded or not, on any device."""
+"""Dropout that draws from the particle's own stream: the same units are dropped alone, among others, on any device."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from torch.overrides import TorchFunctionMode
 from swamp_fast import ops
 from swamp_fast.particles.random import DROPOUT
 
-# SELU's negative saturation value, which alpha dropout sets a dropped unit to: Klambauer et al. 2017, 1706.02515.
-SATURATION = -1.7580993408473766
 _DROPOUT, _ATTENTION = F.dropout, F.scaled_dot_product_attention
 
 
 class DropoutStream(TorchFunctionMode):
-    """While it is active every dropout of torch draws from Philox: element e of the call's c-th dropout in a lane
-    is dropped if word e of that lane's stream, purpose DROPOUT + 256 c, is below p.
+    """While it is active, torch's dropout draws from Philox.
+
+    Element e of a lane's c-th dropout is dropped if word e of the lane's stream with purpose DROPOUT + 256 c is
+    below p. Alpha dropout is not covered: it draws from torch's generator, as any other random operation.
 
     keys  [L, 3]  int64: seed, stream, step. With L > 1 the first axis of what is dropped holds the lanes.
-    rows          L times the samples of a lane, if L > 1; the first axis of what is dropped must be a multiple
+    rows          L times the samples of a lane, if L > 1; the first axis of what is dropped must be a multiple of it
 
-    Backward runs outside: torch's autograd engine knows no modes. What drops there is refused by `refused_in_backward`.
+    The backward pass runs outside, as torch's autograd engine ignores modes: see `refused_in_backward`.
     """
 
     def __init__(self, keys: Tensor, rows: int | None = None) -> None:
@@ -42,20 +42,20 @@ class DropoutStream(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Send dropout to the stream and everything else on."""
+        """Run dropout here, and everything else as usual."""
         handler = _HANDLERS.get(func)
         if handler is None:
             return func(*args, **(kwargs or {}))
         return handler(self, *args, **(kwargs or {}))
 
     def __enter__(self) -> DropoutStream:
-        """Start a step: the first dropout call is number 0."""
+        """Start a step: its first dropout is call 0."""
         self.calls = 0
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def keep(self, input: Tensor, shape: tuple[int, ...], p: float) -> Tensor:
-        """Which units stay: a bool mask of `shape`, whose first axis holds the lanes."""
+        """The mask of the units to keep, of `shape`, whose first axis holds the lanes."""
         lanes, count = self.keys.shape[0], math.prod(shape)
         if lanes > 1 and (not shape or shape[0] % self.rows):
             raise RuntimeError(f"dropout over {list(input.shape)}: the first axis does not hold {lanes} lanes.")
@@ -70,18 +70,9 @@ class DropoutStream(TorchFunctionMode):
         return self._drop(input, tuple(input.shape), p, training, inplace)
 
     def feature_dropout(self, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
-        """F.dropout1d, 2d, 3d: whole channels."""
-        return self._drop(input, _channels(input), p, training, inplace)
-
-    def alpha_dropout(self, input: Tensor, p: float = 0.5, training: bool = False, inplace: bool = False) -> Tensor:
-        """F.alpha_dropout."""
-        return self._drop_to_saturation(input, tuple(input.shape), p, training, inplace)
-
-    def feature_alpha_dropout(
-        self, input: Tensor, p: float = 0.5, training: bool = False, inplace: bool = False
-    ) -> Tensor:
-        """F.feature_alpha_dropout: whole channels."""
-        return self._drop_to_saturation(input, _channels(input), p, training, inplace)
+        """F.dropout1d, 2d and 3d, which drop whole channels."""
+        channels = (*input.shape[:2], *(1 for _ in input.shape[2:]))
+        return self._drop(input, channels, p, training, inplace)
 
     def scaled_dot_product_attention(
         self,
@@ -94,7 +85,7 @@ class DropoutStream(TorchFunctionMode):
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
-        """F.scaled_dot_product_attention; with dropout the weights are formed, as no fused kernel takes our draws."""
+        """F.scaled_dot_product_attention. With dropout it is written out: no fused kernel takes these draws."""
         if dropout_p == 0:
             return _ATTENTION(
                 query,
@@ -117,7 +108,7 @@ class DropoutStream(TorchFunctionMode):
         return self.dropout(scores.softmax(-1), dropout_p) @ value
 
     def multi_head_attention_forward(self, *args: Any, **kwargs: Any) -> Any:
-        """F.multi_head_attention_forward, whose inner calls a mode doesn't see: they are pointed here meanwhile."""
+        """F.multi_head_attention_forward. A mode doesn't see the calls inside it, so they are replaced meanwhile."""
         F.dropout, F.scaled_dot_product_attention = self.dropout, self.scaled_dot_product_attention
         try:
             return F.multi_head_attention_forward(*args, **kwargs)
@@ -125,66 +116,49 @@ class DropoutStream(TorchFunctionMode):
             F.dropout, F.scaled_dot_product_attention = _DROPOUT, _ATTENTION
 
     def _drop(self, input: Tensor, shape: tuple[int, ...], p: float, training: bool, inplace: bool) -> Tensor:
-        _check_probability(p)
+        if not 0 <= p <= 1:
+            raise ValueError(f"dropout's probability must lie in [0, 1], got {p}.")
         if not training or p == 0:
             return input
         scale = self.keep(input, shape, p).to(input.dtype) * (1 / (1 - p) if p < 1 else 0.0)
         return input.mul_(scale) if inplace else input * scale
 
-    def _drop_to_saturation(
-        self, input: Tensor, shape: tuple[int, ...], p: float, training: bool, inplace: bool
-    ) -> Tensor:
-        _check_probability(p)
-        if not training or p == 0:
-            return input
-        keep = self.keep(input, shape, p).to(input.dtype)
-        scale = ((1 - p) * (1 + p * SATURATION**2)) ** -0.5 if p < 1 else 0.0
-        shift = (1 - keep) * (SATURATION * scale) - scale * SATURATION * p
-        return input.mul_(keep * scale).add_(shift) if inplace else input * (keep * scale) + shift
-
 
 @contextmanager
 def refused_in_backward() -> Iterator[None]:
-    """Raise where a backward runs dropout again, as activation checkpointing does: it would draw other numbers."""
+    """Refuse dropout in a backward pass, where activation checkpointing runs it again: it would draw other numbers.
+
+    Raises ValueError.
+    """
 
     def refuse(*args: Any, **kwargs: Any) -> Any:
         raise ValueError(
-            "a dropout ran during backward, as activation checkpointing makes it: it would draw other numbers than in "
-            "the forward. Turn checkpointing off, or dropout."
+            "a dropout ran during the backward pass, as activation checkpointing makes it, where it would draw other "
+            "numbers than in the forward pass. Turn off checkpointing, or dropout."
         )
 
-    def refuse_weights(*args: Any, **kwargs: Any) -> Any:
-        drops = kwargs.get("dropout_p", args[4] if len(args) > 4 else 0.0)
-        return refuse() if drops else _ATTENTION(*args, **kwargs)
+    def refuse_with_dropout(*args: Any, **kwargs: Any) -> Any:
+        dropout_p = kwargs.get("dropout_p", args[4] if len(args) > 4 else 0.0)
+        return refuse() if dropout_p else _ATTENTION(*args, **kwargs)
 
-    theirs = [(module, name, getattr(module, name)) for module, name in _DRAWING]
-    for module, name, _ in theirs:
-        setattr(module, name, refuse_weights if name == "scaled_dot_product_attention" else refuse)
+    originals = [(module, name, getattr(module, name)) for module, name in _DRAWING]
+    for module, name, _ in originals:
+        setattr(module, name, refuse_with_dropout if name == "scaled_dot_product_attention" else refuse)
     try:
         yield
     finally:
-        for module, name, function in theirs:
+        for module, name, function in originals:
             setattr(module, name, function)
 
 
 _DRAWING = [
-    *((F, name) for name in ("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout")),
-    (F, "scaled_dot_product_attention"),
-    *((F, "feature_alpha_dropout"), (torch, "dropout"), (torch, "feature_dropout"), (torch, "alpha_dropout")),
+    *((F, name) for name in ("dropout", "dropout1d", "dropout2d", "dropout3d", "scaled_dot_product_attention")),
+    *((torch, name) for name in ("dropout", "feature_dropout")),
 ]
 
 
-def _channels(input: Tensor) -> tuple[int, ...]:
-    return (*input.shape[:2], *(1 for _ in input.shape[2:]))
-
-
-def _check_probability(p: float) -> None:
-    if not 0 <= p <= 1:
-        raise ValueError(f"dropout's probability must lie in [0, 1], got {p}.")
-
-
 def _native(handler: Callable[..., Tensor], inplace: bool = False) -> Callable[..., Tensor]:
-    """The form torch.dropout and its like have: (input, p, train)."""
+    """A handler with the signature of torch.dropout and torch.feature_dropout: (input, p, train)."""
     return lambda stream, input, p, train: handler(stream, input, p, train, inplace)
 
 
@@ -193,14 +167,10 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
     F.dropout1d: DropoutStream.feature_dropout,
     F.dropout2d: DropoutStream.feature_dropout,
     F.dropout3d: DropoutStream.feature_dropout,
-    F.alpha_dropout: DropoutStream.alpha_dropout,
-    F.feature_alpha_dropout: DropoutStream.feature_alpha_dropout,
     F.scaled_dot_product_attention: DropoutStream.scaled_dot_product_attention,
     F.multi_head_attention_forward: DropoutStream.multi_head_attention_forward,
     torch.dropout: _native(DropoutStream.dropout),
     torch.dropout_: _native(DropoutStream.dropout, inplace=True),
     torch.feature_dropout: _native(DropoutStream.feature_dropout),
     torch.feature_dropout_: _native(DropoutStream.feature_dropout, inplace=True),
-    torch.alpha_dropout: _native(DropoutStream.alpha_dropout),
-    torch.feature_alpha_dropout: _native(DropoutStream.feature_alpha_dropout),
 }

@@ -1,4 +1,4 @@
-"""Where each parameter of a model stands in a flat vector: prunable ones first, each at a 64-byte boundary."""
+"""The place of each parameter of a model in a flat vector: prunable ones first, each at a 64-byte boundary."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ ALIGNMENT = 16  # elements: 64 bytes of float32
 
 
 class Extent(Protocol):
-    """How long a vector of parameters is, P, and its prunable part, Q, which comes first."""
+    """The length P of a vector of parameters, and the length Q of its prunable part, which comes first."""
 
     @property
     def P(self) -> int:
-        """All of it."""
+        """The length of the vector."""
         ...
 
     @property
     def Q(self) -> int:
-        """The prunable part."""
+        """The length of the prunable part."""
         ...
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One parameter: its name in the model, its shape, and where it begins."""
+    """One parameter: its name in the model, its shape, and its first index in the vector."""
 
     name: str
     shape: tuple[int, ...]
@@ -44,7 +44,7 @@ class Entry:
 
     @property
     def end(self) -> int:
-        """Where it ends; the next begins at the next boundary."""
+        """The index after its last number; the next parameter begins at the next boundary."""
         return self.begin + self.size
 
 
@@ -52,7 +52,7 @@ class Entry:
 class Layout:
     """The parameters of one model as a vector of P numbers, the first Q of which are prunable.
 
-    Between parameters stands padding, which is zero, never kept and never counted.
+    The padding between parameters is zero, never kept by a mask and never counted.
     """
 
     entries: tuple[Entry, ...]
@@ -61,7 +61,7 @@ class Layout:
 
     @classmethod
     def of(cls, parameters: Iterable[tuple[str, nn.Parameter]], prunable: AbstractSet[str]) -> Layout:
-        """Lay named parameters out; those in `prunable` come first, otherwise in the given order."""
+        """The layout of named parameters in the given order, but those in `prunable` first."""
         entries: list[Entry] = []
         position = Q = 0
         named = [(name, tuple(parameter.shape)) for name, parameter in parameters]
@@ -75,20 +75,20 @@ class Layout:
 
     @property
     def prunable(self) -> tuple[Entry, ...]:
-        """The prunable parameters, in the order that ties are dealt out in."""
+        """The prunable parameters in order; of equal weights, pruning keeps the first."""
         return tuple(entry for entry in self.entries if entry.prunable)
 
     @property
     def weights(self) -> int:
-        """How many weights can be pruned; the denominator of the density."""
+        """The number of prunable weights, the denominator of the density."""
         return sum(entry.size for entry in self.prunable)
 
     def view(self, vectors: Tensor, entry: Entry) -> Tensor:
-        """One parameter [..., *shape] of vectors [..., P] (or masks [..., Q]), sharing their memory."""
+        """A view [..., *shape] of one parameter in vectors [..., P] or masks [..., Q]."""
         return vectors[..., entry.begin : entry.end].view((*vectors.shape[:-1], *entry.shape))
 
     def views(self, vectors: Tensor) -> dict[str, Tensor]:
-        """All parameters [..., *shape] of vectors [..., P], by name."""
+        """Views [..., *shape] of all parameters in vectors [..., P], by name."""
         return {entry.name: self.view(vectors, entry) for entry in self.entries}
 
     def flat(self, tensors: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -99,11 +99,11 @@ class Layout:
         return vector
 
     def mask_views(self, masks: Tensor) -> dict[str, Tensor]:
-        """The masks [..., *shape] of the prunable parameters, by name, of masks [..., Q]."""
+        """Views [..., *shape] of all prunable parameters in masks [..., Q], by name."""
         return {entry.name: self.view(masks, entry) for entry in self.prunable}
 
     def full_mask(self, device: torch.device) -> Tensor:
-        """The mask [Q] that keeps every weight; padding is never kept."""
+        """The mask [Q] that keeps every weight, but no padding."""
         mask = torch.zeros(self.Q, dtype=torch.bool, device=device)
         for entry in self.prunable:
             mask[entry.begin : entry.end] = True
@@ -111,5 +111,5 @@ class Layout:
 
 
 def by_layer(layout: Layout, mask: Tensor) -> list[int]:
-    """How many weights of each prunable parameter a mask [Q] keeps."""
+    """The number of weights of each prunable parameter that a mask [Q] keeps."""
     return [int(mask[entry.begin : entry.end].sum()) for entry in layout.prunable]

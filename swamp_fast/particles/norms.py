@@ -10,12 +10,12 @@ from torch.nn.modules.batchnorm import _NormBase
 
 
 def norms_of(modules: Iterable[nn.Module]) -> list[Any]:
-    """The norms among the modules' parts that keep running statistics."""
-    parts = [part for module in modules for part in module.modules()]
-    return [part for part in parts if isinstance(part, _NormBase) and part.running_mean is not None]
+    """The norms in the modules that keep running statistics."""
+    children = [child for module in modules for child in module.modules()]
+    return [child for child in children if isinstance(child, _NormBase) and child.running_mean is not None]
 
 
 def reset_running_stats(modules: Iterable[nn.Module]) -> None:
-    """Fresh statistics, as every cycle starts with."""
+    """Reset the running statistics, as at the start of every cycle."""
     for norm in norms_of(modules):
         norm.reset_running_stats()

@@ -1,1 +1,1 @@
-"""What was asked for, checked before anything runs."""
+"""The problem: a call's arguments, checked before anything runs."""

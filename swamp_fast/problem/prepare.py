@@ -1,8 +1,8 @@
-"""A call's arguments, checked before anything runs."""
+"""From a call's arguments to a Problem: everything is checked before anything is trained or written."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,38 +10,32 @@ from torch import Tensor, nn
 
 from swamp_fast.common.fingerprint import callable_fingerprint, model_fingerprint, tensor_fingerprint
 from swamp_fast.config import SwampConfig
-from swamp_fast.data.sources import Opened, Source, hold_out, open_source
+from swamp_fast.data.sources import Opened, open_source
 from swamp_fast.data.standardise import Standardise
-from swamp_fast.data.store import Built, build
 from swamp_fast.particles.layout import Layout
+from swamp_fast.problem.arguments import Arguments, call, cross_entropy
 from swamp_fast.problem.checks import (
     check_batches,
     check_cycles,
     check_layers,
     check_model,
-    check_split,
+    check_validation,
     choose_device,
     copy_of,
     put_in,
 )
 from swamp_fast.problem.precision import weight_dtype
-from swamp_fast.problem.probe import Forward, Loss, call, cross_entropy, look_at
-from swamp_fast.problem.problem import SPLITS, OnCycle, Problem
-from swamp_fast.problem.prunable import Prunable
+from swamp_fast.problem.probe import Probe, look_at
+from swamp_fast.problem.problem import Problem
+from swamp_fast.problem.splits import Splits, build_splits, check_splits, open_splits
 
 
 def prepare(
     model: nn.Module,
     train: object,
     test: object = None,
+    arguments: Arguments | None = None,
     *,
-    val: object = None,
-    forward: Forward | None = None,
-    loss: Loss | None = None,
-    transform: Callable[[Any], Any] | None = None,
-    prunable: Prunable = None,
-    initial_masks: Mapping[str, Tensor] | None = None,
-    on_cycle: OnCycle | None = None,
     config: SwampConfig | None = None,
     settings: Mapping[str, Any],
     standardise: Mapping[str, Sequence[float]] | None = None,
@@ -51,141 +45,99 @@ def prepare(
     standardise  as SwampResult.standardise, instead of the mean and std of uint8 training pictures
 
     Raises ValueError, TypeError, FileNotFoundError or RuntimeError that say what was expected, what came, and what
-    to do; nothing has been trained or written by then.
+    to do.
     """
+    arguments = arguments or Arguments()
+    forward, loss, transform = arguments.forward or call, arguments.loss or cross_entropy, arguments.transform
     config = SwampConfig.of(config, settings)
-    for name, function in (
-        ("forward", forward),
-        ("loss", loss),
-        ("transform", transform),
-        ("on_cycle", on_cycle),
-    ):
-        if function is not None and not callable(function):
-            raise TypeError(f"`{name}` must be callable, got {type(function).__name__}.")
     check_model(model)
     device, dtype = choose_device(config.device, model), weight_dtype(config)
 
     opened = open_source(train, "train", config.data_dir)
-    config = _with_loader(config, opened, settings)
+    config = _with_batch_size_of(opened, config, settings)
     like = None if standardise is None else Standardise.of(standardise)
-    built, *others = _build_splits(opened, test, val, config, device, dtype, like)
-    train_data = built.data
-    val_data, test_data = (None if other is None else other.data for other in others)
-    forward, loss = forward or call, loss or cross_entropy
-    check_batches(train_data.length, config.batch_size, opened.drop_last, model)
+    splits = build_splits(open_splits(opened, test, arguments.val, config.data_dir), config, device, dtype, like)
+    check_batches(splits.train.data.length, config.batch_size, opened.drop_last, model)
 
-    template = copy_of(model).to(device, dtype)
-    for buffer in template.buffers():
-        buffer.requires_grad_(False)
-    found = look_at(template, train_data, forward, loss, transform, prunable, config)
-    for name, data in (("val", val_data), ("test", test_data)):
-        if data is not None:
-            check_split(name, data, train_data)
-    for data in (train_data, val_data, test_data):
-        if data is not None and loss is cross_entropy and found.classes is not None:
-            data.check_labels(found.classes)
+    template = _template_of(model, device, dtype)
+    probe = look_at(template, splits.train.data, config, forward, loss, transform, arguments.prunable)
+    check_splits(splits, probe.classes if loss is cross_entropy else None)
+    hashes = splits.fingerprints()
+    check_validation(hashes, config)
 
-    if val_data is not None and val_data.fingerprint() == train_data.fingerprint():
-        raise ValueError(
-            "`val` is the training data, on which nothing can be selected; pass other data, or a fraction."
-        )
-
-    if config.combine == "best" and val_data is None:
-        raise ValueError(
-            '`combine` = "best" chooses a particle on validation data, but `val` is None; pass data, or a fraction of '
-            "train to hold out, such as 0.1."
-        )
-
-    lines = [f"data     {each.line}" for each in (built, *others) if each]
-    if found.uncounted:
-        lines.append(f"flops    unknown of {', '.join(found.uncounted)}: pruning them leaves the number as it is")
-
-    trained = ((name, p) for name, p in template.named_parameters() if p.requires_grad)
-    layout = Layout.of(trained, found.prunable)
-    mask = layout.full_mask(device)
-    if initial_masks is not None:
-        put_in(layout, mask, initial_masks)
-    check_cycles(int(mask.sum()), config.prune, config.cycles)
-    if config.layer_kept is not None:
-        check_layers(layout, mask, config.layer_kept)
-
+    layout = Layout.of(((name, p) for name, p in template.named_parameters() if p.requires_grad), probe.prunable)
+    mask = _first_mask(layout, config, arguments.initial_masks, device)
     return Problem(
         config=config,
         original=model,
         template=template,
         layout=layout,
         mask=mask,
-        train=train_data,
-        val=val_data,
-        test=test_data,
-        standardise=built.standardise,
+        train=splits.train.data,
+        val=splits.val_data,
+        test=splits.test_data,
+        standardise=splits.train.standardise,
         forward=forward,
         loss=loss,
         transform=transform,
-        on_cycle=on_cycle,
+        on_cycle=arguments.on_cycle,
         drop_last=opened.drop_last,
-        probe=found,
-        lines=(_model_line(template, layout), *lines),
+        probe=probe,
+        lines=_introduction(template, layout, splits, probe),
         fingerprints={
             "model": model_fingerprint(model),
             "mask": tensor_fingerprint(mask),
-            **{
-                name: None if data is None else data.fingerprint()
-                for name, data in zip(SPLITS, (train_data, val_data, test_data), strict=True)
-            },
-            **{
-                name: callable_fingerprint(function)
-                for name, function in (("forward", forward), ("loss", loss), ("transform", transform))
-            },
-            "prunable": sorted(found.prunable),
+            **hashes,
+            "forward": callable_fingerprint(forward),
+            "loss": callable_fingerprint(loss),
+            "transform": callable_fingerprint(transform),
+            "prunable": sorted(probe.prunable),
             "drop_last": opened.drop_last,
         },
     )
 
 
-def _with_loader(config: SwampConfig, opened: Opened, settings: Mapping[str, Any]) -> SwampConfig:
-    """The settings with what a DataLoader decides."""
+def _with_batch_size_of(opened: Opened, config: SwampConfig, settings: Mapping[str, Any]) -> SwampConfig:
+    """The settings with the batch size of a DataLoader, if one was given. Raises ValueError if they contradict it."""
     if opened.batch_size is None:
         return config
-    asked = settings.get("batch_size", opened.batch_size)
-    if asked != opened.batch_size:
-        raise ValueError(f"`batch_size` = {asked} contradicts the DataLoader's {opened.batch_size}; give one of them.")
+    requested = settings.get("batch_size", opened.batch_size)
+    if requested != opened.batch_size:
+        raise ValueError(
+            f"`batch_size` = {requested} contradicts the DataLoader's {opened.batch_size}; give one of them."
+        )
     return config.replace(batch_size=opened.batch_size)
 
 
-def _build_splits(
-    opened: Opened,
-    test: object,
-    val: object,
-    config: SwampConfig,
-    device: torch.device,
-    dtype: torch.dtype,
-    like: Standardise | None,
-) -> tuple[Built, Built | None, Built | None]:
-    """The splits train, val, test, ready on the device; `like` or the training split's statistics standardise all."""
-    source: Source = opened.source
-    val_source: Source | None = None
-    if isinstance(val, float | int) and not isinstance(val, bool):
-        if len(source) == 0:
-            raise ValueError("`train` is empty.")
-        source, val_source = hold_out(source, float(val))
-    elif val is not None:
-        val_source = open_source(val, "val", config.data_dir).source
-    test_source = open_source(test, "test", config.data_dir) if test is not None else None
-    # A name or an .npz given as `test` means its test split.
-    tested = opened.test if test_source is None else test_source.test or test_source.source
-    for name, split in (("train", source), ("val", val_source), ("test", tested)):
-        if split is not None and len(split) == 0:
-            raise ValueError(f"`{name}` is empty; at least one sample is needed.")
-    built = build(source, device, dtype, augment=config.augment, like=like)
-    like = built.standardise
-    held_out = None if val_source is None else build(val_source, device, dtype, like=like)
-    return built, held_out, None if tested is None else build(tested, device, dtype, like=like)
+def _template_of(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """A copy of the model on the device, whose buffers are not trained."""
+    template = copy_of(model).to(device, dtype)
+    for buffer in template.buffers():
+        buffer.requires_grad_(False)
+    return template
 
 
-def _model_line(model: nn.Module, layout: Layout) -> str:
+def _first_mask(
+    layout: Layout, config: SwampConfig, initial_masks: Mapping[str, Tensor] | None, device: torch.device
+) -> Tensor:
+    """The mask [Q] of cycle 0. Raises ValueError if the settings prune more than it keeps."""
+    mask = layout.full_mask(device)
+    if initial_masks is not None:
+        put_in(layout, mask, initial_masks)
+    check_cycles(int(mask.sum()), config.prune, config.cycles)
+    if config.layer_kept is not None:
+        check_layers(layout, mask, config.layer_kept)
+    return mask
+
+
+def _introduction(model: nn.Module, layout: Layout, splits: Splits, probe: Probe) -> tuple[str, ...]:
+    """The lines that a run begins with on the console."""
     trained = sum(entry.size for entry in layout.entries)
-    return (
+    lines = [
         f"model    {type(model).__name__}: {layout.weights:,} prunable of {trained:,} trained weights, in "
         f"{len(layout.prunable)} of {len(layout.entries)} parameters"
-    )
+    ]
+    lines += [f"data     {split.line}" for split in splits.built]
+    if probe.uncounted:
+        lines.append(f"flops    not known for {', '.join(probe.uncounted)}: pruning these leaves the count as it is")
+    return tuple(lines)

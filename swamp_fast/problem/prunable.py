@@ -1,4 +1,4 @@
-"""Which parameters are pruned: by default every convolution and linear weight but the output layer's."""
+"""Which parameters are pruned: by default every convolution and linear weight except the output layer's."""
 
 from __future__ import annotations
 
@@ -17,67 +17,71 @@ Prunable = str | Iterable[str] | Callable[[str, nn.Parameter], bool] | None
 ATTENTION = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
-def select_prunable(model: nn.Module, wanted: Prunable, outputs: Any) -> set[str]:
+def select_prunable(model: nn.Module, prunable: Prunable, outputs: Any) -> set[str]:
     """The names of the parameters to prune.
 
-    wanted   None for the default; names or patterns (`layer*.weight`) of parameters or of modules whose `weight`
-             is meant; or a predicate of (name, parameter)
-    outputs  of one forward with gradients, from which the output layer is found
+    prunable  None for the default; names or patterns (`layer*.weight`) of parameters, or names of modules whose
+              `weight` is meant; or a predicate of (name, parameter)
+    outputs   of one forward with gradients: the output layer is found by following them back
 
-    Raises ValueError if a name matches nothing, or nothing is left to prune.
+    Raises ValueError if a name matches nothing, or if there is nothing to prune.
     """
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    if wanted is None:
+    if prunable is None:
         candidates = _default_candidates(model)
         output_layer = _output_weights(outputs, candidates)
         names = {name for name, p in trained.items() if id(p) in candidates and id(p) not in output_layer}
         if not names:
             raise ValueError(
-                "the model has nothing to prune: there is no trained convolution or linear weight besides the layer "
-                "that produces the output. Pass `prunable` with names of parameters, or unfreeze some."
+                "the model has nothing to prune: there is no trained convolution or linear weight except in the "
+                "layer that produces the output. Pass `prunable` with names of parameters, or unfreeze some."
             )
         return names
-    if callable(wanted):
-        names = {name for name, parameter in trained.items() if wanted(name, parameter)}
+    if callable(prunable):
+        names = {name for name, parameter in trained.items() if prunable(name, parameter)}
     else:
-        names = _matching(trained, [wanted] if isinstance(wanted, str) else list(wanted))
+        names = _matching(trained, [prunable] if isinstance(prunable, str) else list(prunable))
     if not names:
         raise ValueError(f"`prunable` selects none of the trained parameters: {', '.join(trained)}.")
     return names
 
 
 def _default_candidates(model: nn.Module) -> set[int]:
-    """The ids of convolution, linear and attention weights that are not an embedding's too."""
-    found: set[int] = set()
+    """The ids of convolution, linear and attention weights that no embedding shares."""
+    weights: set[int] = set()
     for module in model.modules():
         if isinstance(module, _ConvNd | nn.Linear):
-            found.add(id(module.weight))
+            weights.add(id(module.weight))
         if isinstance(module, nn.MultiheadAttention):
-            found.update(id(getattr(module, name)) for name in ATTENTION if getattr(module, name) is not None)
+            weights.update(id(getattr(module, name)) for name in ATTENTION if getattr(module, name) is not None)
     tables = (m.weight for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag))
-    return found - {id(table) for table in tables}
+    return weights - {id(table) for table in tables}
 
 
 def _output_weights(outputs: Any, candidates: set[int]) -> set[int]:
-    """The ids of the weights met first on the way back from the outputs through the autograd graph.
+    """The ids of the output layer's weights: the first ones on the way back from the outputs in the autograd graph.
 
-    One that another of them builds upon (hidden features among the outputs, or added to them) is no output layer's.
+    A weight whose layer feeds another of these layers is not among them: its features are hidden ones that are also
+    an output, or that are added to one.
     """
     start = [output.grad_fn for output in tensors(outputs) if output.grad_fn is not None]
-    found, below = _met_first(start, candidates)
-    built_upon: set[int] = set()
-    while below:
-        weights, below = _met_first(below, candidates, built_upon)
-        built_upon |= weights
-    return found - built_upon or found
+    first, inputs = _first_weights(start, candidates)
+    deeper: set[int] = set()
+    while inputs:
+        weights, inputs = _first_weights(inputs, candidates, deeper)
+        deeper |= weights
+    return first - deeper or first
 
 
-def _met_first(
+def _first_weights(
     start: list[Any], candidates: set[int], known: AbstractSet[int] = frozenset()
 ) -> tuple[set[int], list[Any]]:
-    """The candidates met first on the way back from some nodes, and what the layers that they belong to take in."""
-    found: set[int] = set()
-    below: list[Any] = []
+    """The first candidates on the way back from nodes of the autograd graph, and the nodes that feed their layers.
+
+    known  weights whose layers are not followed further
+    """
+    first: set[int] = set()
+    feeding: list[Any] = []
     seen: set[Any] = set()
     todo = list(start)
     while todo:
@@ -87,16 +91,16 @@ def _met_first(
         seen.add(node)
         inputs = [child for child, _ in node.next_functions if child is not None]
         weights = {id(weight) for weight in map(_bare_weight, inputs) if weight is not None} & candidates
-        found |= weights
+        first |= weights
         if not weights:
             todo += inputs
         elif not weights <= known:
-            below += [each for each in inputs if _bare_weight(each) is None]
-    return found, below
+            feeding += [child for child in inputs if _bare_weight(child) is None]
+    return first, feeding
 
 
 def _bare_weight(node: Any) -> Tensor | None:
-    """The parameter that a node hands on, as it is or through views (a transpose, a slice)."""
+    """The parameter that a node passes on, directly or through views (a transpose, a slice); None if it computes."""
     while not hasattr(node, "variable"):
         if len(node.next_functions) != 1 or node.next_functions[0][0] is None:
             return None
@@ -110,8 +114,8 @@ def _matching(trained: dict[str, nn.Parameter], patterns: list[str]) -> set[str]
     for pattern in patterns:
         if not isinstance(pattern, str):
             raise TypeError(f"`prunable` must hold names or patterns, got {pattern!r}.")
-        found = {name for name in trained if fnmatchcase(name, pattern) or name == f"{pattern}.weight"}
-        if not found:
+        matches = {name for name in trained if fnmatchcase(name, pattern) or name == f"{pattern}.weight"}
+        if not matches:
             raise ValueError(f'`prunable`: "{pattern}" matches no trained parameter; there are {", ".join(trained)}.')
-        names |= found
+        names |= matches
     return names

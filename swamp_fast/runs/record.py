@@ -82,8 +82,8 @@ class Run:
             )
         if self.config.tensorboard and self.config.run_dir is None:
             raise ValueError("`tensorboard` writes into run_dir, got run_dir = None; name a folder.")
-        self.console = console or Console(self.config.progress and ranks.first)
-        self.signals = signals or StopSignals()
+        self.console = console if console is not None else Console(self.config.progress and ranks.first)
+        self.signals = signals if signals is not None else StopSignals()
         self.progress = Progress(self.console)
         self.stops = StopPolicy(self.config, ranks, self.signals)
         self.stopwatch = Stopwatch()

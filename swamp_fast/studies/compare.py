@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import operator
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from swamp_fast.config import SwampConfig
 from swamp_fast.data.store import pass_in_stored_order
 from swamp_fast.methods import DECIDED, METHODS, particles_of, seeds_of
 from swamp_fast.particles.random import at_time, evaluation_time, generators_left_alone
-from swamp_fast.problem.probe import Forward, Loss, cross_entropy
+from swamp_fast.problem.arguments import Arguments, Forward, Loss, Transform, cross_entropy
 from swamp_fast.problem.problem import Problem
 from swamp_fast.problem.prunable import Prunable
 from swamp_fast.report.figures import accuracy_of_points
@@ -93,7 +93,7 @@ def compare(
     baseline: str = "imp",
     forward: Forward | None = None,
     loss: Loss | None = None,
-    transform: Callable[[Any], Any] | None = None,
+    transform: Transform | None = None,
     prunable: Prunable = None,
     initial_masks: Mapping[str, Tensor] | None = None,
     config: SwampConfig | None = None,
@@ -133,8 +133,9 @@ def compare(
                 (f"dense of {name}", seed): [base.replace(**METHODS[name].settings(base), seed=seed, cycles=0)]
                 for seed in seeds
             }
-    arguments = {"val": val, "forward": forward, "loss": loss, "transform": transform}
-    arguments |= {"prunable": prunable, "initial_masks": initial_masks}
+    arguments = Arguments(
+        val=val, forward=forward, loss=loss, transform=transform, prunable=prunable, initial_masks=initial_masks
+    )
     runs: dict[SwampConfig, SweptRun] = {}
     problems: dict[SwampConfig, Problem] = {}
 

@@ -27,10 +27,11 @@ from swamp_fast.distributed import Ranks
 from swamp_fast.driver import swamp
 from swamp_fast.engines.start import Engine, recorded_selection, start_engine
 from swamp_fast.particles.schedule import total_particle_epochs
+from swamp_fast.problem.arguments import Arguments, Forward, Loss, Transform
 from swamp_fast.problem.prepare import prepare
-from swamp_fast.problem.probe import Forward, Loss
-from swamp_fast.problem.problem import SPLITS, Problem
+from swamp_fast.problem.problem import Problem
 from swamp_fast.problem.prunable import Prunable
+from swamp_fast.problem.splits import SPLITS
 from swamp_fast.report.figures import accuracy_of_points
 from swamp_fast.runs.checkpoint import RunDirectory, run_id, write
 from swamp_fast.runs.console import Console
@@ -136,7 +137,7 @@ def sweep(
     val: object = None,
     forward: Forward | None = None,
     loss: Loss | None = None,
-    transform: Callable[[Any], Any] | None = None,
+    transform: Transform | None = None,
     prunable: Prunable = None,
     initial_masks: Mapping[str, Tensor] | None = None,
     config: SwampConfig | None = None,
@@ -158,8 +159,9 @@ def sweep(
     """
     points = points_of(grid if grid is not None else [{}])
     base = without_folder(SwampConfig.of(config, common))
-    arguments = {"val": val, "forward": forward, "loss": loss, "transform": transform}
-    arguments |= {"prunable": prunable, "initial_masks": initial_masks}
+    arguments = Arguments(
+        val=val, forward=forward, loss=loss, transform=transform, prunable=prunable, initial_masks=initial_masks
+    )
     found, _ = swept(model, train, test, points, base, out, arguments)
     if out is not None and distributed.current().first:
         drawn(found.figure, Path(out) / "accuracy.png", base)
@@ -173,7 +175,7 @@ def swept(
     points: Sequence[Mapping[str, Any]],
     base: SwampConfig,
     out: str | Path | None,
-    arguments: Mapping[str, Any],
+    arguments: Arguments,
 ) -> tuple[SweepResult, list[Problem]]:
     """The runs of a sweep at its points, as changes of `base`, and what each was; `arguments` are prepare's."""
     job = distributed.current()
@@ -181,7 +183,7 @@ def swept(
     problems: list[Problem] = []
     for point in points:
         own = base.replace(**point)
-        problem = prepare(_made(model, own.seed), train, test, config=own, settings={}, **arguments)
+        problem = prepare(_made(model, own.seed), train, test, arguments, config=own, settings={})
         problems.append(_sharing(problem, problems))
     runs = [_placed(problem, dict(point), out) for problem, point in zip(problems, points, strict=True)]
     _refuse_twins(runs)

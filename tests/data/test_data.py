@@ -324,7 +324,7 @@ def test_an_image_folder(tmp_path):
     assert opened.test is not None
     assert open_source(str(tmp_path / "train"), "train", None).test is None
     (tmp_path / "none").mkdir()
-    with pytest.raises(ValueError, match="one folder of pictures a class"):
+    with pytest.raises(ValueError, match="one folder of pictures per class"):
         open_source(tmp_path / "none", "train", None)
 
 

@@ -20,6 +20,7 @@ from swamp_fast.engines.eager.engine import eager_trainer
 from swamp_fast.engines.selection import Choice
 from swamp_fast.particles.dropout import DropoutStream
 from swamp_fast.particles.random import at_time, epoch_order, lane_keys, stream_of
+from swamp_fast.problem.arguments import Arguments
 from swamp_fast.problem.prepare import prepare
 from swamp_fast.problem.problem import Problem
 
@@ -87,7 +88,7 @@ def problems(name: str, digits) -> tuple[Problem, Problem]:
         settings = {"particles": 3, "batch_size": 32, "precision": precision, "progress": False}
         names = {entry.name for entry in prepare(model, *data, settings=settings).layout.prunable}
         chosen = {key: mask for key, mask in masks.items() if key in names}
-        made.append(prepare(model, *data, initial_masks=chosen, settings=settings))
+        made.append(prepare(model, *data, Arguments(initial_masks=chosen), settings=settings))
     return made[0], made[1]
 
 

@@ -17,6 +17,7 @@ from swamp_fast import fast_swamp, naive_swamp
 from swamp_fast.engines.eager.check import why_not_fold
 from swamp_fast.engines.eager.engine import fastest_choice
 from swamp_fast.engines.selection import Choice
+from swamp_fast.problem.arguments import Arguments
 from swamp_fast.problem.prepare import prepare
 
 SETTINGS = {
@@ -226,7 +227,7 @@ def test_every_way_gives_what_the_naive_loop_gives(kind, way, channels_last, few
             forced(kind, way, channels_last, few)
         return
     if way != "lanes":
-        problem = prepare(made(kind), *data(kind, few), **arguments(kind), settings=SETTINGS)
+        problem = prepare(made(kind), *data(kind, few), Arguments(**arguments(kind)), settings=SETTINGS)
         refused = why_not_fold(problem, way == "fold_grouped")
         assert (refused is None) == (kind in FOLDS) or kind in BY_SIZE + EITHER
         if refused is not None or kind in BY_SIZE:

@@ -6,10 +6,11 @@ import networks
 import pytest
 import torch
 import torch.nn.functional as F
+from equality import same
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from swamp_fast import ops
+from swamp_fast import fast_swamp, naive_swamp, ops
 from swamp_fast.particles.dropout import DropoutStream
 from swamp_fast.particles.random import DROPOUT
 from swamp_fast.problem.prepare import prepare
@@ -25,9 +26,6 @@ FORMS = {
     "nn.Dropout2d": lambda x: nn.Dropout2d(0.3)(x[..., None])[..., 0],
     "nn.Dropout3d": lambda x: nn.Dropout3d(0.3)(x[..., None, None])[..., 0, 0],
     "torch.feature_dropout": lambda x: torch.feature_dropout(x, 0.3, True),
-    "nn.AlphaDropout": nn.AlphaDropout(0.3),
-    "torch.alpha_dropout": lambda x: torch.alpha_dropout(x, 0.3, True),
-    "nn.FeatureAlphaDropout": nn.FeatureAlphaDropout(0.3),
 }
 
 
@@ -138,6 +136,29 @@ def test_checkpointing_is_refused(reentrant):
     inputs, targets = torch.randn(64, 64), torch.arange(64) % 10
     with pytest.raises(ValueError, match="activation checkpointing"):
         prepare(Checkpointed(), (inputs, targets), settings={"batch_size": 8})
+
+
+@pytest.mark.parametrize("kind", [nn.AlphaDropout, nn.FeatureAlphaDropout])
+def test_alpha_dropout_draws_from_torchs_generator(kind, digits):
+    """So the model runs lane by lane, with the generator seeded anew for every particle and step."""
+
+    def made() -> nn.Module:
+        torch.manual_seed(0)
+        layers = nn.Conv2d(1, 4, 3), kind(0.3), nn.SELU(), nn.Flatten(), nn.Linear(4 * 36, 16), nn.SELU()
+        return nn.Sequential(*layers, nn.Linear(16, 10))
+
+    settings = {"particles": 2, "cycles": 1, "epochs": 2, "ticket_epochs": 1, "batch_size": 64, "progress": False}
+    settings |= {"precision": "float64", "keep_particles": True}
+    assert prepare(made(), *digits, settings=settings).probe.draws_elsewhere
+    naive = naive_swamp(made(), *digits, **settings)
+    model = made()
+    torch.manual_seed(1)  # the user's seed decides nothing
+    fast = fast_swamp(model, *digits, **settings)
+    same(fast, naive)
+    assert fast.engine["name"].startswith("eager:lanes")
+    assert not torch.equal(*fast.particles["0.weight"])
+    with pytest.raises(ValueError, match=r'engine="eager:fold" can\'t run the model: it draws random numbers'):
+        fast_swamp(made(), *digits, **settings, engine="eager:fold")
 
 
 def test_lanes_must_stand_first():

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from swamp_fast import SwampConfig, fast_swamp
 from swamp_fast.common.fingerprint import callable_fingerprint, model_fingerprint
+from swamp_fast.problem.arguments import Arguments
 from swamp_fast.problem.prepare import prepare
 
 SETTINGS = {"batch_size": 32, "cycles": 1, "epochs": 1, "ticket_epochs": 0, "particles": 2, "progress": False}
@@ -134,7 +135,7 @@ def test_refuses_data(digits):
     for train, change, kind, text in cases:
         settings = {name: value for name, value in change.items() if name not in ("test", "val")}
         with pytest.raises(kind, match=text):
-            prepare(model, train, change.get("test"), val=change.get("val"), settings=SETTINGS | settings)
+            prepare(model, train, change.get("test"), Arguments(val=change.get("val")), settings=SETTINGS | settings)
     prepare(networks.build("tied"), few(33, digits), settings=SETTINGS)  # without BatchNorm one sample is a batch
 
 
@@ -144,14 +145,14 @@ def test_refuses_settings_and_callables(digits):
     masks = {"middle.weight": torch.ones(32, 32, dtype=torch.bool)}
     cases = [
         ({"engine": "fused"}, ValueError, 'engine="fused" can\'t run the model'),
-        ({"device": "cuda:99"}, ValueError, '"cuda:99" can\'t be had'),
+        ({"device": "cuda:99"}, ValueError, '"cuda:99" is not available'),
         ({"device": "mps"}, ValueError, 'must be a CPU or a CUDA device, got "mps"'),
         ({"device": "gpu"}, ValueError, '`device` must be "auto", "cpu", "cuda"'),
         ({"cycles": 60}, ValueError, r"60 cycles at prune = 0.2 are more than 3072 weights allow"),
         ({"train": loader}, ValueError, "`batch_size` = 32 contradicts the DataLoader's 16"),
         ({"forward": 3}, TypeError, "`forward` must be callable, got int"),
         ({"on_cycle": 3}, TypeError, "`on_cycle` must be callable, got int"),
-        ({"loss": F.cross_entropy}, ValueError, r"`loss\(outputs, targets\)` must return one number a sample"),
+        ({"loss": F.cross_entropy}, ValueError, r"`loss\(outputs, targets\)` must return one number per sample"),
         ({"loss": lambda o, t: o @ t}, ValueError, r"the loss can't take outputs \[8, 10\] with targets \[8\]"),
         ({"prunable": "body"}, ValueError, '"body" matches no trained parameter'),
         ({"initial_masks": {"head.weight": masks["middle.weight"]}}, ValueError, '"head.weight" is not a prunable'),
@@ -172,7 +173,7 @@ def test_refuses_settings_and_callables(digits):
 
 
 def test_refuses_splits_of_another_kind_before_training(digits):
-    """An hour's training must not end in an evaluation that can't be had."""
+    """An hour's training must not end in an evaluation that fails."""
     train, test = digits
     steps = []
     for other, text in (
@@ -205,9 +206,10 @@ def test_hidden_features_among_the_outputs_are_pruned(digits):
             return {"logits": self.head(k), "hidden": (h, k)}
 
     problem = prepare(
-        Features(), *digits, loss=lambda o, t: torch.nn.functional.cross_entropy(o["logits"], t, reduction="none"),
+        *(Features(), *digits),
+        Arguments(loss=lambda outputs, targets: F.cross_entropy(outputs["logits"], targets, reduction="none")),
         settings=SETTINGS,
-    )  # fmt: skip
+    )
     assert problem.probe.prunable == {"first.weight", "second.weight"}
 
 
@@ -228,15 +230,17 @@ def test_a_loader_decides_batches(digits):
 def test_forward_and_loss_of_the_users(digits):
     model = Dicts()
     problem = prepare(
-        *(model, digits[0]),
-        forward=lambda module, inputs: module(inputs)["logits"],
-        loss=lambda outputs, targets: F.cross_entropy(outputs, targets, reduction="none", label_smoothing=0.1),
+        *(model, digits[0], None),
+        Arguments(
+            forward=lambda module, inputs: module(inputs)["logits"],
+            loss=lambda outputs, targets: F.cross_entropy(outputs, targets, reduction="none", label_smoothing=0.1),
+        ),
         settings=SETTINGS,
     )
     assert problem.classifies
     regression = prepare(
-        *(networks.build("tied"), (digits[0][0], torch.randn(160, 10))),
-        loss=lambda outputs, targets: (outputs - targets) ** 2,
+        *(networks.build("tied"), (digits[0][0], torch.randn(160, 10)), None),
+        Arguments(loss=lambda outputs, targets: (outputs - targets) ** 2),
         settings=SETTINGS,
     )
     assert not regression.classifies

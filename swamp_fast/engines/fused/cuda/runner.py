@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from swamp_fast.common.memory import free_memory
 from swamp_fast.data.store import Batch
 from swamp_fast.engines.fused.buffers import Buffers
 from swamp_fast.engines.fused.compact import Compact
@@ -18,7 +19,7 @@ from swamp_fast.engines.fused.cuda.nvrtc import Launch
 from swamp_fast.engines.fused.cuda.program import Pass, Program
 from swamp_fast.engines.fused.plan import Plan
 from swamp_fast.ops.contracts import triton_kernels
-from swamp_fast.problem.probe import cross_entropy
+from swamp_fast.problem.arguments import cross_entropy
 from swamp_fast.problem.problem import Problem
 
 MAX_MEMORY_FRACTION = 0.4  # of the free memory that a step may take: there are two sizes of batch, and evaluation
@@ -53,7 +54,7 @@ class CudaPrograms:
         """Decide how many of so many lanes run at once, by the memory that is free. Raises MemoryError if none does."""
         if self.problem.device.type != "cuda":
             return
-        free, _ = torch.cuda.mem_get_info(self.problem.device)
+        free = free_memory(self.problem.device)
         free += torch.cuda.memory_reserved(self.problem.device) - torch.cuda.memory_allocated(self.problem.device)
         self.at_once = lanes_that_fit(lanes, self.program.bytes_of_lane(self.problem.bounds[0][1]), free)
 

@@ -1,0 +1,128 @@
+"""The splits of a call (train, val and test): opened, put on the device, and checked against each other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from swamp_fast.common.format import dtype_name
+from swamp_fast.common.tree import tree_map
+from swamp_fast.config import SwampConfig
+from swamp_fast.data.sources import Opened, Source, hold_out, open_source
+from swamp_fast.data.standardise import Standardise
+from swamp_fast.data.store import Built, Data, build
+
+SPLITS = ("train", "val", "test")
+
+
+class Sources(NamedTuple):
+    """Where each split comes from."""
+
+    train: Source
+    val: Source | None
+    test: Source | None
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The splits, ready on the device."""
+
+    train: Built
+    val: Built | None
+    test: Built | None
+
+    @property
+    def built(self) -> list[Built]:
+        """Those that there are."""
+        return [split for split in (self.train, self.val, self.test) if split is not None]
+
+    @property
+    def val_data(self) -> Data | None:
+        """The validation data, if there are any."""
+        return None if self.val is None else self.val.data
+
+    @property
+    def test_data(self) -> Data | None:
+        """The test data, if there are any."""
+        return None if self.test is None else self.test.data
+
+    def fingerprints(self) -> dict[str, str | None]:
+        """A hash of each split by its name, None for one that is missing."""
+        splits = zip(SPLITS, (self.train.data, self.val_data, self.test_data), strict=True)
+        return {name: None if data is None else data.fingerprint() for name, data in splits}
+
+
+def open_splits(opened: Opened, test: object, val: object, data_dir: str | None) -> Sources:
+    """Open `test` and `val` beside the opened `train`, or hold the fraction `val` of it out.
+
+    Raises ValueError for a split without samples.
+    """
+    train, val_source = opened.source, None
+    if isinstance(val, float | int) and not isinstance(val, bool):
+        if len(train) == 0:
+            raise ValueError("`train` is empty.")
+        train, val_source = hold_out(train, float(val))
+    elif val is not None:
+        val_source = open_source(val, "val", data_dir).source
+    test_source = opened.test
+    if test is not None:
+        opened_test = open_source(test, "test", data_dir)
+        test_source = opened_test.test or opened_test.source  # a named data set given as `test` means its test split
+    sources = Sources(train, val_source, test_source)
+    for name, source in zip(SPLITS, sources, strict=True):
+        if source is not None and len(source) == 0:
+            raise ValueError(f"`{name}` is empty; at least one sample is needed.")
+    return sources
+
+
+def build_splits(
+    sources: Sources, config: SwampConfig, device: torch.device, dtype: torch.dtype, like: Standardise | None
+) -> Splits:
+    """Put the splits on the device. `like`, or else the statistics of the training split, standardise all of them."""
+    train = build(sources.train, device, dtype, augment=config.augment, like=like)
+
+    def without_augmentation(source: Source | None) -> Built | None:
+        return None if source is None else build(source, device, dtype, like=train.standardise)
+
+    return Splits(train, without_augmentation(sources.val), without_augmentation(sources.test))
+
+
+def check_splits(splits: Splits, classes: int | None) -> None:
+    """Refuse val and test data that are not like the training data, and labels beyond the classes.
+
+    classes  None: the loss takes other targets than labels
+    """
+    for name, data in (("val", splits.val_data), ("test", splits.test_data)):
+        if data is not None:
+            _check_like(name, data, splits.train.data)
+    if classes is not None:
+        for split in splits.built:
+            split.data.check_labels(classes)
+
+
+def _check_like(name: str, data: Data, train: Data) -> None:
+    if not (data.stacked and train.stacked):
+        return  # what samples look like is up to the user's collate function
+    kind, expected = _sample_kind(data), _sample_kind(train)
+    if kind != expected:
+        raise ValueError(
+            f"`{name}` must hold samples like those of `train`, (input, target) of {expected}; got {kind}. Pass "
+            "both in the same shape and type (uint8 pictures are standardised here, float ones are taken as they are)."
+        )
+
+
+def _sample_kind(data: Data) -> tuple[str, str]:
+    """Shape and type of a sample's input and target, and whether the input is standardised here."""
+    first, no_keys = (torch.zeros(1, size, dtype=torch.int64, device=data.device) for size in (1, 3))
+    inputs, targets = data.fetch(next(iter(data.batches(first, no_keys, [(0, 1)]))), None).lane(0)
+    return ("uint8 pictures " if data.table is not None else "") + str(_kinds(inputs)), str(_kinds(targets))
+
+
+def _kinds(tree: Any) -> Any:
+    def kind(leaf: Any) -> str:
+        return f"{list(leaf.shape[1:])} {dtype_name(leaf.dtype)}" if isinstance(leaf, Tensor) else "?"
+
+    return tree_map(kind, tree)

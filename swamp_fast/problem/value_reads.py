@@ -1,0 +1,59 @@
+"""Does a forward look at values, so that it may branch on them? Lanes that are folded would share one decision."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+# Operations of torch's dispatcher that look at values, or whose result's shape depends on them.
+READING_OPERATIONS = (
+    *("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero"),
+    *("unique", "_unique2", "_to_sparse"),
+)
+READING_METHODS = {Tensor.numpy, Tensor.__array__, Tensor.tolist, Tensor.data_ptr}  # the dispatcher doesn't see these
+
+
+class ValueReads(TorchFunctionMode):
+    """While it is active it notes operations that look at the values of tensors.
+
+    operation  the name of the last one, None if there was none
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operation: str | None = None
+        self.below = _DispatchedReads(self)
+
+    def __enter__(self) -> ValueReads:
+        super().__enter__()  # type: ignore[no-untyped-call]
+        self.below.__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.below.__exit__(*error)  # type: ignore[no-untyped-call]
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in READING_METHODS:
+            self.operation = getattr(func, "__name__", str(func))
+        return func(*args, **(kwargs or {}))
+
+
+class _DispatchedReads(TorchDispatchMode):
+    def __init__(self, reads: ValueReads) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.reads = reads
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name.removeprefix("aten::")
+        by_mask = name in ("index", "index_put", "index_put_") and any(
+            isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8) for index in args[1]
+        )
+        if name in READING_OPERATIONS or by_mask:
+            self.reads.operation = "a boolean index" if by_mask else name
+        return func(*args, **(kwargs or {}))
