@@ -11,7 +11,7 @@ from operations import NETS, SETTINGS, Net, after_convolution, error, masked, pr
 from torch import nn
 
 from swamp_fast import _C, fast_swamp, models, naive_swamp
-from swamp_fast.engines.fused.engine import fused_plan
+from swamp_fast.engines.fused.coverage import fused_plan
 from swamp_fast.engines.fused.trace import plan_of
 
 
@@ -224,4 +224,4 @@ def test_what_the_check_cannot_run_is_no_plan():
     model = nn.Sequential(nn.Flatten(), nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 2))
     data = torch.randn(3, 1, 2, 2), torch.tensor([0, 1, 0])
     engine = fast_swamp(model, data, **SETTINGS, batch_size=3, particles=1).engine
-    assert "the check of it raises ValueError" in engine["why_not_fused"]
+    assert "its self-check raises ValueError" in engine["why_not_fused"]
