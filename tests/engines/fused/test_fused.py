@@ -160,7 +160,10 @@ def shared_bias():
 REFUSED = {
     "GroupNorm": (after(nn.GroupNorm(2, 4)), r"layers.n \(GroupNorm\) is not covered"),
     "a product": (after_convolution(lambda x: x * 2, 486), "mul in its forward is not covered"),
-    "statistics": (after(nn.BatchNorm2d(4, track_running_stats=False)), r"layers.n \(BatchNorm2d\) keeps its statis"),
+    "statistics": (
+        after(nn.BatchNorm2d(4, track_running_stats=False)),
+        r"layers.n \(BatchNorm2d\) keeps no running statistics",
+    ),
     "circular": (after(nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular")), r"layers.n \(Conv2d\) pads with circ"),
     "in place": (after_convolution(lambda x: F.relu(x, inplace=True) + x, 486), "changes in place what is read again"),
     "always dropped": (after_convolution(lambda x: F.dropout(x, 0.3), 486), "its dropout stays on in evaluation"),
