@@ -13,7 +13,7 @@ from swamp_fast.engines.eager.engine import EagerEngine
 from swamp_fast.engines.eager.fastest import fastest_choice, why_not
 from swamp_fast.engines.fused.check import differs_from_autograd, tensor_cores
 from swamp_fast.engines.fused.coverage import fused_plan
-from swamp_fast.engines.fused.cpu.program import Rows
+from swamp_fast.engines.fused.cpu.workspace import Rows
 from swamp_fast.engines.fused.engine import FusedEngine, faster_branch
 from swamp_fast.engines.fused.plan import Plan
 from swamp_fast.engines.selection import Selection, by_rule, flop_density, named

@@ -11,8 +11,8 @@ from torch import Tensor
 from swamp_fast.config import SwampConfig
 from swamp_fast.engines.bank_engine import BankEngine
 from swamp_fast.engines.fused.compact import CompactBank
-from swamp_fast.engines.fused.cpu.program import Rows
 from swamp_fast.engines.fused.cpu.runner import CpuLanes, CpuPrograms
+from swamp_fast.engines.fused.cpu.workspace import Rows
 from swamp_fast.engines.fused.cuda.nvrtc import Launch
 from swamp_fast.engines.fused.cuda.runner import CudaLanes, CudaPrograms, lanes_in_cache
 from swamp_fast.engines.fused.plan import Plan
