@@ -127,11 +127,11 @@ def _concatenate_backward(workspace: Workspace, op: Concatenate) -> list[Call]:
 
 
 def _pool_argument(workspace: Workspace, op: Pool, in_grad: Map, out_grad: Map, accumulate: bool) -> Any:
-    own = workspace.keep_alive
-    divisors = 0 if op.divisors is None else own(torch.tensor(op.divisors, dtype=torch.float64))
+    kept = workspace.keep_alive
+    divisors = 0 if op.divisors is None else kept(torch.tensor(op.divisors, dtype=torch.float64))
     return workspace.kernels.Pool(
         *(workspace.values[op.inputs[0]].handle(), workspace.values[op.output].handle()),
-        *(in_grad.handle(), out_grad.handle(), own(torch.tensor(op.rows)), own(torch.tensor(op.columns))),
+        *(in_grad.handle(), out_grad.handle(), kept(torch.tensor(op.rows)), kept(torch.tensor(op.columns))),
         *(divisors, accumulate),
     )
 

@@ -50,11 +50,11 @@ def _by_weights(workspace: Workspace, op: Convolution) -> Call:
             workspace.scratch = torch.zeros(size * workspace.threads * SAMPLES, dtype=workspace.dtype)
         if workspace.partial.numel() < parts * taps.count:
             workspace.partial = torch.zeros(parts * taps.count, dtype=workspace.dtype)
-        own = workspace.keep_alive
-        kernel_taps = workspace.kernels.Taps(own(taps.starts), own(taps.offsets), 0, taps.groups, taps.rows)
+        kept = workspace.keep_alive
+        kernel_taps = workspace.kernels.Taps(kept(taps.starts), kept(taps.offsets), 0, taps.groups, taps.rows)
         argument = workspace.kernels.WeightGrad(
-            *(source.handle(), out_grad.handle(), kernel_taps, own(taps.chunks), len(taps.chunks) - 1, parts),
-            *(op.stride, own(taps.index), own(workspace.partial), own(workspace.scratch), size),
+            *(source.handle(), out_grad.handle(), kernel_taps, kept(taps.chunks), len(taps.chunks) - 1, parts),
+            *(op.stride, kept(taps.index), kept(workspace.partial), kept(workspace.scratch), size),
             *(workspace.grads.data_ptr(), bias_grad),
         )
         return workspace.call("weight_grad", argument)
