@@ -12,7 +12,7 @@ import torch
 
 from benchmarks.timing import header, write
 from swamp_fast import SwampResult, fast_swamp, naive_swamp
-from swamp_fast.engines.selection import Choice
+from swamp_fast.engines.eager.choice import Choice
 from swamp_fast.models import SmallCNN
 
 WAYS = [("lanes", False), ("lanes", True), ("fold", False), ("fold_grouped", False)]

@@ -12,9 +12,11 @@ import torch
 from benchmarks import timing
 from benchmarks.steps import Step, problem_of, step_of
 from swamp_fast.engines.fused.check import differs_from_autograd, tensor_cores
+from swamp_fast.engines.fused.coverage import fused_plan
 from swamp_fast.engines.fused.cuda.nvrtc import Launch
-from swamp_fast.engines.fused.engine import FusedEngine, faster_branch, fused_plan, timed_lanes
+from swamp_fast.engines.fused.engine import FusedEngine, faster_branch
 from swamp_fast.engines.fused.plan import Plan
+from swamp_fast.engines.step_time import timed_lanes
 from swamp_fast.problem.problem import Problem
 
 ROUNDS = 10

@@ -18,7 +18,8 @@ import torch
 from benchmarks.steps import step_of
 from benchmarks.timing import header, interleaved, processor, write
 from swamp_fast.engines.eager.engine import EagerEngine
-from swamp_fast.engines.fused.engine import FusedEngine, fused_plan
+from swamp_fast.engines.fused.coverage import fused_plan
+from swamp_fast.engines.fused.engine import FusedEngine
 from swamp_fast.engines.fused.plan import Plan
 from swamp_fast.engines.selection import eager_by_rule, kind_of
 from swamp_fast.models import build_model

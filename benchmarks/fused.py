@@ -27,7 +27,8 @@ from benchmarks.steps import trainer_of
 from benchmarks.timing import RESULTS, header, interleaved, write
 from swamp_fast import fast_swamp, naive_swamp
 from swamp_fast.engines.fused.check import differs_from_autograd
-from swamp_fast.engines.fused.engine import FusedEngine, fused_plan
+from swamp_fast.engines.fused.coverage import fused_plan
+from swamp_fast.engines.fused.engine import FusedEngine
 from swamp_fast.engines.fused.plan import Plan
 from swamp_fast.models import build_model
 from swamp_fast.problem.prepare import prepare

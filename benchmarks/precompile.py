@@ -32,9 +32,10 @@ from benchmarks.steps import problem_of
 from benchmarks.timing import ROOT, commit
 from swamp_fast import ops
 from swamp_fast.engines.fused.check import differs_from_autograd, tensor_cores_differ
+from swamp_fast.engines.fused.coverage import fused_plan
 from swamp_fast.engines.fused.cuda import nvrtc
 from swamp_fast.engines.fused.cuda.runner import CudaPrograms, lanes_in_cache
-from swamp_fast.engines.fused.engine import FusedEngine, fused_plan
+from swamp_fast.engines.fused.engine import FusedEngine
 from swamp_fast.engines.fused.plan import Plan
 from swamp_fast.engines.trainer import first_handle
 from swamp_fast.ops.backends import why_no_nvrtc
@@ -213,7 +214,7 @@ def _cycle(problem: Problem, plan: Plan, particles: int, launch: nvrtc.Launch | 
     trainer, programs = engine.trainer, engine.programs
     assert trainer is not None
     assert isinstance(programs, CudaPrograms)
-    for module in trainer.way.modules:
+    for module in trainer.runner.modules:
         module.train()
     handle = first_handle(problem, bank)
     itemsize = 2 if problem.config.precision == "bfloat16" else problem.dtype.itemsize
@@ -222,7 +223,7 @@ def _cycle(problem: Problem, plan: Plan, particles: int, launch: nvrtc.Launch | 
         trainer._step(handle)
     weights, keys = bank.solutions(averaged=True), bank.keys
     mean = ops.particle_mean(weights, bank.run_of_lane, 1)
-    buffers = {name: torch.cat([each, each[:1]]) for name, each in trainer.way.buffers().items()}
+    buffers = {name: torch.cat([each, each[:1]]) for name, each in trainer.runner.buffers().items()}
     way = engine.side_by_side(torch.cat([weights, mean]), buffers)
     inputs, _ = problem.train.fetch(handle, None).lane(0)
     for trains in (True, False):  # statistics are re-estimated, then the models are evaluated

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from benchmarks.cpu import ticket
 from swamp_fast.data.store import Batch
-from swamp_fast.engines.eager.check import in_float64
+from swamp_fast.engines.comparison import in_float64
 from swamp_fast.engines.eager.engine import EagerEngine
-from swamp_fast.engines.eager.lane_by_lane import LaneByLane
 from swamp_fast.engines.fused.engine import FusedEngine
+from swamp_fast.engines.lane_by_lane import LaneByLane
 from swamp_fast.engines.trainer import Trainer, first_handle
 from swamp_fast.models import build_model
 from swamp_fast.problem.prepare import prepare
@@ -48,9 +48,9 @@ def trainer_of(
     bank = engine.spawn(ticket(problem), problem.mask if mask is None else mask, range(particles), 1)
     trainer = engine.trainer
     assert trainer is not None
-    trainer.way.set_buffers(bank.buffers)
+    trainer.runner.set_buffers(bank.buffers)
     trainer.lr.fill_(LR)
-    for module in trainer.way.modules:
+    for module in trainer.runner.modules:
         module.train()
     handle = first_handle(problem, bank)
     trainer.step(handle)
@@ -75,7 +75,7 @@ def errors(engine: FusedEngine, problem: Problem, particles: int) -> dict[str, f
     programs = engine.programs
     assert programs is not None
     batch = problem.train.fetch(handle, trainer.epoch_keys, False)
-    weights, before = trainer.way.weights.clone(), trainer.loss_sum.clone()
+    weights, before = trainer.runner.weights.clone(), trainer.loss_sum.clone()
     trainer.step(handle)
     found = trainer.loss_sum - before, torch.stack([programs.compacts[0].expand(row) for row in trainer.grads])
     own = _autograd(problem, weights, batch, trainer.step_keys)

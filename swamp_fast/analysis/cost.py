@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from swamp_fast.analysis.evaluator import Analysis
 from swamp_fast.common.exclusive import one_at_a_time
 from swamp_fast.data.store import pass_in_stored_order
-from swamp_fast.engines.eager.lane_by_lane import channels_last
+from swamp_fast.engines.lane_by_lane import channels_last
 from swamp_fast.problem.solutions import state_of
 from swamp_fast.runs.result import module_of
 

@@ -20,9 +20,9 @@ from swamp_fast.common.tree import tensors
 from swamp_fast.config import SwampConfig
 from swamp_fast.cycle.averaging import reestimate
 from swamp_fast.data.store import Data, pass_in_stored_order
+from swamp_fast.engines.eager.choice import Choice
 from swamp_fast.engines.eager.engine import EagerEngine
 from swamp_fast.engines.fused.engine import FusedEngine
-from swamp_fast.engines.selection import Choice
 from swamp_fast.engines.start import Engine, start_engine
 from swamp_fast.engines.switching import SwitchingEngine
 from swamp_fast.particles.bank import Solution

@@ -14,7 +14,7 @@ from swamp_fast.analysis.evaluator import Analysis, some_of
 from swamp_fast.common.exclusive import one_at_a_time
 from swamp_fast.common.statistics import half_width
 from swamp_fast.data.store import Data, pass_in_stored_order
-from swamp_fast.engines.eager.lane_by_lane import Bound
+from swamp_fast.engines.lane_by_lane import Bound
 from swamp_fast.particles.bank import Solution
 from swamp_fast.particles.dropout import DropoutStream
 from swamp_fast.particles.random import at_time, evaluation_time, generators_left_alone

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from swamp_fast.common.format import percent
+from swamp_fast.common.timing import Stopwatch
 from swamp_fast.distributed import Ranks
 from swamp_fast.engines.start import Engine
 from swamp_fast.engines.trainer import LaneRunner, joined, part_of
@@ -183,13 +183,13 @@ class Watch:
         checkpoint, own = self.run.checkpoint_of(self.cycle), self.run.ranks.share(self.count)
         self.state_before = None if checkpoint is None else part_of(checkpoint.tensors, own, self.count)
         self.dropped = {} if checkpoint is None else dict(checkpoint.dropped)
-        self.began = time.perf_counter() - self.run.seconds_before(self.cycle)
+        self.stopwatch = Stopwatch(self.run.seconds_before(self.cycle))
         self.steps = len(self.run.problem.bounds)  # per epoch
 
     @property
     def seconds(self) -> float:
         """How long the training took so far, in every process that worked on it."""
-        return time.perf_counter() - self.began
+        return self.stopwatch.seconds
 
     def outcome(self, losses: Tensor, side_by_side: ModelsSideBySide, runs: int = 1) -> TrainingOutcome:
         """The outcome, from the mean losses over the last epoch [N] of all ranks' lanes; `runs` shared the bank."""

@@ -1,1 +1,1 @@
-"""How lanes are run: eager, for any model, or fused, for what this project's kernels cover; and which of the two."""
+"""How lanes are run: by the eager engine (any model) or by the fused one (models that the project's kernels cover)."""

@@ -1,16 +1,16 @@
-"""Which engine runs a run's cycles: named by a string; for engine="auto" chosen by a rule, never by a stopwatch.
+"""Selection: which engines run a run's cycles. A name gives one; for engine="auto" a rule chooses, never a stopwatch.
 
     "fused"                                 the fused engine in every cycle
-    "eager:lanes"                           the eager engine, lane by lane, pictures channels first
-    "eager:lanes:channels_last"             likewise, pictures channels last
-    "eager:fold", "eager:fold_grouped"      the lanes folded into the batch axis, with batched products or with grouped
-                                            convolutions; channels last likewise
-    "fused@0.52,eager:lanes:channels_last"  the fused engine in the cycles whose mask has at most this FLOP density,
-                                            the eager one in the others
+    "eager:lanes"                           the eager engine, lane by lane, images channels first
+    "eager:lanes:channels_last"             the same with images channels last
+    "eager:fold", "eager:fold_grouped"      the eager engine with the lanes folded into the batch axis, by batched
+                                            products or by grouped convolutions; ":channels_last" may follow
+    "fused@0.52,eager:lanes:channels_last"  the fused engine in cycles whose mask has at most this FLOP density, the
+                                            eager one in the others
 
-A name says everything that a run's bits depend on, so the rule reads the model's plan, the precision and the
-processor's capability, and each cycle's mask; never the number of cycles or particles, other runs, free memory or
-time. So a seed has one result: alone, in a sweep, in a longer run, or on several processes.
+A name determines everything on which a run's bits depend. So the rule reads only the model's plan, the precision, the
+processor's capability and each cycle's mask; never the number of cycles or particles, other runs, free memory or time.
+Therefore a seed has one result, whether alone, in a sweep, in a longer run, or on several processes.
 """
 
 from __future__ import annotations
@@ -23,16 +23,15 @@ from torch import Tensor
 
 from swamp_fast.config import ENGINE_NAME
 from swamp_fast.engines.eager.check import why_not_channels_last
+from swamp_fast.engines.eager.choice import Choice
 from swamp_fast.engines.fused.plan import Convolution, Plan
 from swamp_fast.ops.backends import has_amx
 from swamp_fast.problem.problem import Problem
 
-WAYS = {"lanes": "lane by lane", "fold": "folded", "fold_grouped": "folded with grouped convolutions"}
-
 NARROW, WIDE, LINEAR = "narrow convolutions", "wide convolutions", "linear layers"
-WIDE_INPUTS = 64  # channels that a wide convolution reads, at least
+WIDE_INPUTS = 64  # input channels from which on a convolution counts as wide
 # On a CPU, the largest FLOP density at which the fused engine is no slower than the eager one. Measured with AVX-512
-# and 2 threads by `python -m benchmarks.engine_rule`; tests/test_engine_rule.py holds each number against its tables.
+# and 2 threads by `python -m benchmarks.engine_rule`; tests/engines/test_selection.py compares each with those tables.
 CROSSOVER = {
     ("float32", NARROW): 1.0,
     ("float32", WIDE): 0.52,
@@ -44,40 +43,17 @@ CROSSOVER = {
     ("float64", WIDE): 0.33,
     ("float64", LINEAR): 0.2,
 }
-# Not measured by this project: a processor that multiplies bfloat16 in tiles (AMX) runs the eager engine about twice as
-# fast, so that the fused one is worth its while at about half the density.
+# An estimate, not a measurement: on a processor that multiplies bfloat16 in tiles (AMX) the eager engine is about twice
+# as fast, so the fused one pays off at about this fraction of the density.
 AMX_SHARE = 0.5
 
 
 @dataclass(frozen=True)
-class Choice:
-    """How the eager engine runs the lanes.
-
-    way           one of WAYS
-    milliseconds  what engine="fastest" measured, by way: of a step of one particle
-    """
-
-    way: str
-    channels_last: bool
-    why: str
-    milliseconds: dict[str, float]
-
-    def __str__(self) -> str:
-        memory = "channels last" if self.channels_last else "channels first"
-        return f"{WAYS[self.way]}, {memory}: {self.why}"
-
-    @property
-    def name(self) -> str:
-        """As in the setting `engine`."""
-        return f"eager:{self.way}" + ":channels_last" * self.channels_last
-
-
-@dataclass(frozen=True)
 class Selection:
-    """The engines of a run: the fused one under masks up to a FLOP density, the eager one under denser ones.
+    """The engines of a run: the fused one under masks up to a FLOP density, the eager one under denser masks.
 
-    fused_up_to  0: the eager engine always; 1: the fused engine always; between them, of at most 6 decimal places
-    eager        None where the fused engine runs always
+    fused_up_to  0: always the eager engine; 1: always the fused engine; between them, at most 6 decimal places
+    eager        how the eager engine runs the lanes; None if it never runs
     """
 
     fused_up_to: float
@@ -86,7 +62,7 @@ class Selection:
 
     @property
     def name(self) -> str:
-        """As in the setting `engine`."""
+        """The value of the setting `engine` that selects this."""
         if self.eager is None:
             return "fused"
         up_to = f"{self.fused_up_to:.6f}".rstrip("0")
@@ -94,37 +70,37 @@ class Selection:
 
 
 def named(name: object, why: str) -> Selection | None:
-    """What a name selects; None for what is no name of an engine."""
-    found = ENGINE_NAME.fullmatch(name) if isinstance(name, str) else None
-    if found is None:
+    """The selection that has this name; None if it isn't the name of one."""
+    match = ENGINE_NAME.fullmatch(name) if isinstance(name, str) else None
+    if match is None:
         return None
-    if found["way"] is None:
+    if match["way"] is None:
         return Selection(1.0, None, why)
-    return Selection(float(found["up_to"] or 0), Choice(found["way"], found["last"] is not None, why, {}), why)
+    return Selection(float(match["up_to"] or 0), Choice(match["way"], match["last"] is not None, why, {}), why)
 
 
 def by_rule(problem: Problem, plan: Plan | str) -> Selection:
-    """The engines that the rule selects.
+    """The selection of engine="auto".
 
-    plan  of the fused engine, or why it doesn't run the model
+    plan  the fused engine's, or why it can't run the model
     """
     if isinstance(plan, str):
         return Selection(0.0, eager_by_rule(problem), "by rule")
     if problem.device.type != "cpu":
-        return Selection(1.0, None, "by rule: it covers the model. On GPUs the rule is not measured yet")
+        return Selection(1.0, None, "by rule: it covers the model. On GPUs the rule has not been measured yet")
     kind, precision = kind_of(problem, plan), problem.config.precision
     density = CROSSOVER[precision, kind]
-    about = f"by rule, for a model whose work is mostly {kind} in {precision}"
+    why = f"by rule, for a model whose work is mostly {kind} in {precision}"
     if precision == "bfloat16" and has_amx():
         density *= AMX_SHARE
-        about += " on a processor with AMX, where the rule is not measured yet"
+        why += " on a processor with AMX, where the rule has not been measured yet"
     if density >= 1:
-        return Selection(1.0, None, f"{about}: the fused engine at every density")
-    return Selection(density, eager_by_rule(problem), f"{about}: the fused engine up to a FLOP density of {density:g}")
+        return Selection(1.0, None, f"{why}: the fused engine at every density")
+    return Selection(density, eager_by_rule(problem), f"{why}: the fused engine up to a FLOP density of {density:g}")
 
 
 def eager_by_rule(problem: Problem) -> Choice:
-    """Lane by lane, which is right for every model; pictures channels last where a convolution reads them."""
+    """Lane by lane, which is correct for every model, with channels last if a convolution reads images."""
     if not problem.probe.convolves:
         return Choice("lanes", False, "by rule", {})
     reason = why_not_channels_last(problem)
@@ -132,7 +108,7 @@ def eager_by_rule(problem: Problem) -> Choice:
 
 
 def kind_of(problem: Problem, plan: Plan) -> str:
-    """The kind of operation that has most of the dense model's multiply-adds."""
+    """The kind of operation with most of the dense model's multiply-adds: NARROW, WIDE or LINEAR."""
     parameters = dict(problem.template.named_parameters())
     multiply_adds = dict.fromkeys((NARROW, WIDE, LINEAR), 0)
     for op in plan.ops:
@@ -144,6 +120,6 @@ def kind_of(problem: Problem, plan: Plan) -> str:
 
 
 def flop_density(problem: Problem, mask: Tensor) -> float:
-    """FLOPs of a forward under a mask [Q], relative to the dense model's."""
+    """FLOPs of a forward pass under a mask [Q], as a fraction of the dense model's."""
     dense = problem.flops(torch.ones_like(mask))
     return problem.flops(mask) / dense if dense else 1.0

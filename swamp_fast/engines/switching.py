@@ -1,4 +1,4 @@
-"""The eager engine for the dense cycles, and the fused one for those whose mask is sparse enough."""
+"""SwitchingEngine: the eager engine for dense cycles, the fused one for cycles whose mask is sparse enough."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from swamp_fast.particles.schedule import Training
 
 
 class SwitchingEngine:
-    """Runs each cycle on one of two engines; all that a cycle takes from the one before it is a mask and the ticket.
+    """Runs each cycle on one of two engines, which is possible because a cycle inherits only a mask and solutions.
 
-    engines  the name of each training's engine so far ("ticket" for the ticket's), for the record: it follows from the
-             selection and the training's mask
+    engines  for the record, the kind of engine by cycle ("ticket" for the ticket's training) so far; it follows from
+             the selection and the cycle's mask
     say      prints a line
     """
 
@@ -36,12 +36,12 @@ class SwitchingEngine:
 
     @property
     def name(self) -> str:
-        """As in the setting `engine`."""
+        """The value of the setting `engine` that selects this."""
         return self.selection.name
 
     @property
     def why(self) -> str:
-        """Why these engines run."""
+        """Why these engines were selected."""
         return self.selection.why
 
     def under(self, mask: Tensor) -> FusedEngine | EagerEngine:
@@ -57,12 +57,12 @@ class SwitchingEngine:
         cycle: int | None,
         config: SwampConfig | None = None,
     ) -> ParticleBank:
-        """As EagerEngine.spawn."""
+        """As BankEngine.spawn."""
         before, self.now = self.now, self.under(mask)
         if before is not self.now:
             before.release()
             density = flop_density(self.fused.problem, mask)
-            self.say(f"engine   {self.now.kind} from here on, at a FLOP density of {density:.3f}")
+            self.say(f"engine   {self.now.kind} from now on, at a FLOP density of {density:.3f}")
         earlier = () if cycle is None else ("ticket", *map(str, range(cycle)))
         self.engines = {key: self.engines[key] for key in earlier if key in self.engines}
         self.engines["ticket" if cycle is None else str(cycle)] = self.now.kind
@@ -76,11 +76,11 @@ class SwitchingEngine:
         on_epoch: Callable[[int, Tensor], None],
         state: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
-        """As EagerEngine.train."""
+        """As BankEngine.train."""
         return self.now.train(bank, training, on_step, on_epoch, state)
 
     def state(self) -> dict[str, Tensor]:
-        """As EagerEngine.state."""
+        """As BankEngine.state."""
         return self.now.state()
 
     def side_by_side(self, weights: Tensor, buffers: dict[str, Tensor], run: int = 0) -> LaneRunner:
@@ -88,7 +88,7 @@ class SwitchingEngine:
         return self.now.side_by_side(weights, buffers, run)
 
     def describe(self) -> dict[str, Any]:
-        """What ran, how, and why."""
+        """For the run's record: what ran, how, and why."""
         return {
             "engine": self.kind,
             "name": self.name,
@@ -98,7 +98,7 @@ class SwitchingEngine:
             "eager": self.eager.describe(),
         }
 
-    def replay(self, there: dict[str, Any]) -> None:
+    def replay(self, record: dict[str, Any]) -> None:
         """As FusedEngine.replay."""
-        self.engines = dict(there["engines"])
-        self.fused.replay(there["fused"])
+        self.engines = dict(record["engines"])
+        self.fused.replay(record["fused"])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,10 +12,12 @@ import torch
 from torch import Tensor
 
 from swamp_fast.common.fingerprint import model_fingerprint
+from swamp_fast.common.timing import Stopwatch
 from swamp_fast.cycle.training import Returned, TrainingOutcome, TrainingRequest, Trainings, Watch, alone
 from swamp_fast.engines.eager.engine import EagerEngine
-from swamp_fast.engines.fused.engine import FusedEngine, seconds_of_steps
+from swamp_fast.engines.fused.engine import FusedEngine
 from swamp_fast.engines.start import Engine
+from swamp_fast.engines.step_time import seconds_of_steps
 from swamp_fast.particles.norms import norms_of
 from swamp_fast.particles.schedule import total_particle_epochs
 from swamp_fast.problem.problem import Problem
@@ -90,8 +91,8 @@ def runs_at_once(engine: Engine, problems: Sequence[Problem]) -> tuple[int, str]
         return 1, "this engine's program is made for one run's mask"
     particles = max(problems[0].config.particles_at(cycle) for cycle in range(problems[0].config.cycles + 1))
     runs, seconds = 1, seconds_of_steps(engine, problems[0], problems[0].mask, particles)
-    alone, began = seconds, time.perf_counter()
-    while runs < len(problems) and time.perf_counter() - began < TIMING_SECONDS:
+    alone, watch = seconds, Stopwatch()
+    while runs < len(problems) and watch.seconds < TIMING_SECONDS:
         more = min(2 * runs, len(problems))
         try:
             taken = seconds_of_steps(engine, problems[0], problems[0].mask, more * particles)

@@ -10,7 +10,7 @@ import torch
 from networks import CASES
 
 from swamp_fast import fast_swamp, naive_swamp
-from swamp_fast.engines.selection import Choice
+from swamp_fast.engines.eager.choice import Choice
 
 
 def settings(name: str) -> dict[str, object]:

@@ -16,8 +16,8 @@ from networks import CASES
 
 from benchmarks.agreement import agreement, agreements, pruned
 from swamp_fast import fast_swamp, naive_swamp
+from swamp_fast.engines.eager.choice import Choice
 from swamp_fast.engines.eager.engine import eager_trainer
-from swamp_fast.engines.selection import Choice
 from swamp_fast.particles.dropout import DropoutStream
 from swamp_fast.particles.random import at_time, epoch_order, lane_keys, stream_of
 from swamp_fast.problem.arguments import Arguments
@@ -119,7 +119,7 @@ def test_one_step_errs_at_most_twice_as_much(name, way, channels_last, digits):
     for lane, (weights, momentum) in enumerate(states):
         bank.weights[lane], bank.moments["momentum_buffer"][lane] = weights, momentum
     trainer.lr.fill_(LR)
-    for module in trainer.way.modules:
+    for module in trainer.runner.modules:
         module.train()
     trainer.step(batches[0].expand(len(states), -1))
 

@@ -8,10 +8,12 @@ import torch
 from networks import EAGER_WAYS as WAYS
 from torch import nn
 
+from swamp_fast.engines.eager.choice import Choice
 from swamp_fast.engines.eager.engine import EagerEngine
-from swamp_fast.engines.fused.engine import FusedEngine, fused_plan
+from swamp_fast.engines.fused.coverage import fused_plan
+from swamp_fast.engines.fused.engine import FusedEngine
 from swamp_fast.engines.fused.plan import Plan
-from swamp_fast.engines.selection import Choice, eager_by_rule
+from swamp_fast.engines.selection import eager_by_rule
 from swamp_fast.particles.bank import Solution
 from swamp_fast.particles.random import CROP_FLIP, ORDER, epoch_order, lane_keys, stream_of
 from swamp_fast.particles.schedule import cycle_training

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from swamp_fast import fast_swamp, naive_swamp
 from swamp_fast.engines.eager.check import why_not_fold
-from swamp_fast.engines.eager.engine import fastest_choice
-from swamp_fast.engines.selection import Choice
+from swamp_fast.engines.eager.choice import Choice
+from swamp_fast.engines.eager.fastest import fastest_choice
 from swamp_fast.problem.arguments import Arguments
 from swamp_fast.problem.prepare import prepare
 
@@ -222,7 +222,7 @@ def test_every_way_gives_what_the_naive_loop_gives(kind, way, channels_last, few
     if channels_last and kind is ViewsAfterConvolution:
         with pytest.raises(
             ValueError,
-            match="can't run the model: channels last, in float64, in which that is checked, it raises RuntimeError",
+            match="can't run the model: in the float64 check with channels last, it raises RuntimeError",
         ):
             forced(kind, way, channels_last, few)
         return
@@ -280,7 +280,7 @@ def forced(kind, way, channels_last, few):
 
 
 def chosen_when_folding_wins(problem, monkeypatch) -> Choice:
-    import swamp_fast.engines.eager.engine as eager
+    import swamp_fast.engines.eager.fastest as fastest
 
-    monkeypatch.setattr(eager, "_fastest", lambda problem, choices, lanes, milliseconds: choices[-1])
+    monkeypatch.setattr(fastest, "_fastest", lambda problem, choices, lanes, milliseconds: choices[-1])
     return fastest_choice(problem, 3)

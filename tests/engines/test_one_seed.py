@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from swamp_fast import fast_swamp, models, sweep
 from swamp_fast.engines.selection import by_rule
-from swamp_fast.engines.start import _proven_plan
+from swamp_fast.engines.start import proven_plan
 from swamp_fast.problem.prepare import prepare
 from swamp_fast.studies import sweep as sweeps_module
 
@@ -162,11 +162,11 @@ def test_the_engine_is_the_model_s_whatever_its_seed(digits):
     names = set()
     for seed in range(4):
         problem = prepare(signed(seed), *digits, settings=SETTINGS | {"seed": seed})
-        names.add(by_rule(problem, _proven_plan(problem)).name)
+        names.add(by_rule(problem, proven_plan(problem)).name)
     broken = signed(0)
     broken[0].weight.data[0, 0, 0, 0] = torch.nan
     problem = prepare(broken, *digits, settings=SETTINGS)
-    assert names | {by_rule(problem, _proven_plan(problem)).name} == {"fused"}
+    assert names | {by_rule(problem, proven_plan(problem)).name} == {"fused"}
 
 
 @pytest.mark.parametrize("way", ["eager:fold", "eager:fold_grouped"])

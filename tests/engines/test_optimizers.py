@@ -10,8 +10,8 @@ from pretended import gpu
 from skips import HAS_A_GPU, HAS_GPU
 
 from swamp_fast import fast_swamp, naive_swamp
+from swamp_fast.engines.eager.choice import Choice
 from swamp_fast.engines.eager.engine import eager_trainer
-from swamp_fast.engines.selection import Choice
 from swamp_fast.problem.prepare import prepare
 
 ADAMW = {"optimizer": "adamw", "lr": 3e-3, "swa_lr": 1e-3, "weight_decay": 0.1, "beta1": 0.8, "beta2": 0.99}

@@ -14,7 +14,7 @@ from torch import nn
 
 from swamp_fast import SwampConfig, fast_swamp, models
 from swamp_fast.engines import selection, switching
-from swamp_fast.engines.fused.engine import fused_plan
+from swamp_fast.engines.fused.coverage import fused_plan
 from swamp_fast.engines.selection import CROSSOVER, by_rule, eager_by_rule, flop_density, kind_of, named
 from swamp_fast.problem.prepare import prepare
 
@@ -55,7 +55,7 @@ def test_what_is_not_measured_says_so(monkeypatch):
     monkeypatch.setattr(selection, "has_amx", lambda: True)
     selected = by_rule(problem, fused_plan(problem))
     assert selected.fused_up_to == CROSSOVER["bfloat16", selection.NARROW] * selection.AMX_SHARE
-    assert "not measured" in selected.why
+    assert "not been measured" in selected.why
 
 
 def problem_of(model: nn.Module, channels: int = 1, side: int = 8, **settings):
@@ -108,7 +108,7 @@ def test_channels_last_where_a_convolution_reads_pictures(digits):
 
     choice = format_of(Views())
     assert not choice.channels_last
-    assert "channels last, in float64, in which that is checked, it raises RuntimeError: view" in choice.why
+    assert "in the float64 check with channels last, it raises RuntimeError: view" in choice.why
 
 
 def test_names_are_read_as_they_are_written():

@@ -8,8 +8,9 @@ import pytest
 import torch
 from equality import same
 
-from swamp_fast import engines, fast_swamp, models, naive_swamp
-from swamp_fast.engines.selection import Choice
+from swamp_fast import fast_swamp, models, naive_swamp
+from swamp_fast.engines import start
+from swamp_fast.engines.eager.choice import Choice
 
 RUN = {"particles": 2, "cycles": 3, "epochs": 4, "ticket_epochs": 1, "batch_size": 32, "prune": 0.5, "progress": False}
 NAME = "fused@0.4,eager:lanes"
@@ -61,8 +62,8 @@ def test_the_fastest_is_measured_and_its_name_selects_it_again(train, monkeypatc
 
     model, settings = models.SmallCNN(1, 10), RUN | {"epochs": 1}
     with monkeypatch.context() as timed:
-        timed.setattr(engines, "seconds_of_steps", seconds)
-        timed.setattr(engines, "fastest_choice", lambda *_: Choice("lanes", True, "the fastest measured", {}))
+        timed.setattr(start, "seconds_of_steps", seconds)
+        timed.setattr(start, "fastest_choice", lambda *_: Choice("lanes", True, "the fastest measured", {}))
         measured = fast_swamp(model, train, **settings, engine="fastest")
     assert re.fullmatch(name, measured.engine["name"])
     assert measured.engine["why"].startswith("the fastest measured")

@@ -261,10 +261,10 @@ def test_files_that_lack_something_say_so(digits, tmp_path):
     for content, text in (
         ([], "run.json is damaged .it holds a list"),
         ({"format": about["format"]}, "run.json is damaged, it lacks driver, config, fingerprints"),
-        ({**about, "engine": {"name": "lanes"}}, "tells no engine that this version knows .name = 'lanes'."),
-        ({**about, "engine": {"name": None}}, "tells no engine that this version knows .name = None."),
-        ({**about, "engine": {"name": "fused", "rows": 5}}, "tells no engine that this version knows"),
-        ({**about, "engine": {"name": "fused@0.5,eager:lanes", "fused": "x"}}, "tells no engine that this version"),
+        ({**about, "engine": {"name": "lanes"}}, "names no engine that this version knows .name = 'lanes'."),
+        ({**about, "engine": {"name": None}}, "names no engine that this version knows .name = None."),
+        ({**about, "engine": {"name": "fused", "rows": 5}}, "names no engine that this version knows"),
+        ({**about, "engine": {"name": "fused@0.5,eager:lanes", "fused": "x"}}, "names no engine that this version"),
     ):
         (tmp_path / "run.json").write_text(json.dumps(content))
         with pytest.raises(ValueError, match=text):

@@ -6,12 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from swamp_fast.engines.eager.lane_by_lane import LaneByLane
 from swamp_fast.engines.fused.compact import Compact
+from swamp_fast.engines.fused.coverage import fused_plan
 from swamp_fast.engines.fused.cpu.runner import CpuPrograms
 from swamp_fast.engines.fused.cuda.runner import CudaPrograms
-from swamp_fast.engines.fused.engine import fused_plan
 from swamp_fast.engines.fused.plan import Plan
+from swamp_fast.engines.lane_by_lane import LaneByLane
 from swamp_fast.particles.random import lane_keys, stream_of
 from swamp_fast.problem.prepare import prepare
 

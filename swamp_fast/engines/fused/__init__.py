@@ -1,1 +1,1 @@
-"""The fused engine: a Plan on this project's own kernels, without autograd, over the kept weights only."""
+"""The fused engine: runs a Plan on this project's own kernels, without autograd, and computes kept weights only."""

@@ -1,4 +1,4 @@
-"""The lanes' modules as the fused engine needs them: without weights, their running statistics side by side."""
+"""Buffers: the lanes' modules for the fused engine, without weights, with their running statistics in two tensors."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from swamp_fast.engines.eager.lane_by_lane import read_buffers, write_buffers
+from swamp_fast.engines.lane_by_lane import read_buffers, write_buffers
 
 
 class Buffers:
-    """Modules that hold the lanes' buffers, and whether they train.
+    """Modules that hold the lanes' buffers, and the switch between training and evaluation.
 
-    mean, variance  [L, channels of all norms]  running statistics, of which the modules' buffers are views
-    batches         [L, norms]                  how many they have seen
+    mean, variance  [L, channels of all norms]  running statistics; the modules' buffers are views of them
+    batches         [L, norms]                  the number of batches in the statistics, likewise
     """
 
     def __init__(self, template: nn.Module, norms: tuple[str, ...], lanes: int, dtype: torch.dtype) -> None:
@@ -25,9 +25,9 @@ class Buffers:
         channels = [len(norm.running_mean) for norm in self.norms[0]]
         self.mean, self.variance = torch.zeros(2, lanes, sum(channels), dtype=dtype, device=device)
         self.batches = torch.zeros(lanes, len(channels), dtype=torch.int64, device=device)
-        for lane, own in enumerate(self.norms):
+        for lane, norms_of_lane in enumerate(self.norms):
             begin = 0
-            for place, norm in enumerate(own):
+            for place, norm in enumerate(norms_of_lane):
                 end = begin + channels[place]
                 self.mean[lane, begin:end], self.variance[lane, begin:end] = norm.running_mean, norm.running_var
                 self.batches[lane, place] = norm.num_batches_tracked
@@ -37,13 +37,13 @@ class Buffers:
 
     @property
     def by_batch(self) -> bool:
-        """Whether the norms use a batch's statistics, and move the running ones."""
+        """Whether the norms use the batch's statistics and update the running ones, as in training."""
         return bool(self.norms[0]) and bool(self.norms[0][0].training)
 
     def move(self, lanes: slice, mean: Tensor, variance: Tensor, columns: Tensor | None = None) -> None:
-        """Running statistics of some lanes, towards a batch's mean and unbiased variance [lanes, channels].
+        """Move the running statistics of `lanes` towards a batch's mean and unbiased variance [lanes, channels].
 
-        columns  of which channels those are, if not of all
+        columns  the places of those channels among all norms'; None if they are all of them
         """
         momentum = float(self.norms[0][0].momentum)
         for running, batch in ((self.mean[lanes], mean), (self.variance[lanes], variance)):
@@ -58,11 +58,12 @@ class Buffers:
         write_buffers(self.modules, buffers)
 
     def read(self) -> dict[str, Tensor]:
-        """The modules' buffers as they are now, [L, ...]."""
+        """The modules' current buffers [L, ...]."""
         return read_buffers(self.modules)
 
 
 def _without_weights(template: nn.Module) -> nn.Module:
+    """A copy of a module with empty parameters."""
     module = copy.deepcopy(template)
     for parameter in module.parameters():
         parameter.data = parameter.data.new_empty(0)

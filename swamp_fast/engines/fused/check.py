@@ -1,4 +1,8 @@
-"""The self-check of the fused engine before the first step: forward, gradients and statistics against autograd's."""
+"""The fused engine's self-checks before the first step.
+
+A plan is compared with autograd: forward, gradients and statistics. The kernels of csrc/cuda are compared with those
+of Triton.
+"""
 
 from __future__ import annotations
 
@@ -7,46 +11,87 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from swamp_fast.engines.eager.check import close, different_weights, few_samples, in_float64
-from swamp_fast.engines.eager.lane_by_lane import LaneByLane
+from swamp_fast.engines.comparison import (
+    check_keys,
+    close,
+    different_weights,
+    few_samples,
+    in_float64,
+    raised,
+    results_of,
+)
 from swamp_fast.engines.fused.compact import Compact
-from swamp_fast.engines.fused.cpu.runner import CpuLanes
 from swamp_fast.engines.fused.cuda.halo import MAX_BLOCKS_PER_LANE, Halo, Prologue, Statistics
 from swamp_fast.engines.fused.cuda.nvrtc import Launch, launcher
-from swamp_fast.engines.fused.cuda.runner import CudaLanes, CudaPrograms
+from swamp_fast.engines.fused.cuda.runner import CudaPrograms
 from swamp_fast.engines.fused.engine import programs_of
 from swamp_fast.engines.fused.plan import Plan
+from swamp_fast.engines.lane_by_lane import LaneByLane
 from swamp_fast.ops.backends import why_no_nvrtc
 from swamp_fast.ops.contracts import triton_kernels
-from swamp_fast.particles.random import generators_left_alone, lane_keys, stream_of
+from swamp_fast.particles.random import generators_left_alone
 from swamp_fast.problem.problem import Problem
 
-KEPT = 0.5  # of the weights, at random, besides a mask of all
-TOLERANCE = 1e-9
+LANES = 2
+DENSITY = 0.5  # of the random mask under which a plan is checked
 EPS = 1e-5
-LOW_TOLERANCE = 2**-6  # of bfloat16 results of one convolution, relative to 1 and the largest: a rounding is 2^-9
-# Of its gradients, relative to the largest alone, however small that is: two right sums beside the middle between two
-# bfloat16 numbers become those, which are at most 2^-7 of the larger apart.
+# For one convolution's bfloat16 results, relative to 1 + the largest of them; one rounding is 2^-9.
+BFLOAT16_TOLERANCE = 2**-6
+# For its gradients, relative to the largest alone, however small that is. Two correct sums close to the middle between
+# two bfloat16 numbers may round to either, and these are at most 2^-7 of the larger apart.
 GRADIENT_TOLERANCE = 2**-7
 
 
 def differs_from_autograd(problem: Problem, plan: Plan, mask: Tensor | None = None) -> str | None:
-    """Where a plan's results differ from the model's own, on a few samples in float64; None if nowhere.
+    """Where a plan's results differ from autograd's, on a few samples in float64; None if nowhere.
 
-    Under a mask [Q], or one at random.
+    mask  [Q]  to check under; by default a random one
     """
     try:
         return _difference(in_float64(problem), plan, mask)
     except Exception as error:
-        return f"the check of it raises {type(error).__name__}: {(str(error).splitlines() or ['no reason given'])[0]}"
+        return f"its self-check raises {raised(error)}"
+
+
+def _difference(problem: Problem, plan: Plan, mask: Tensor | None) -> str | None:
+    keys = check_keys(problem, LANES)
+    batch = few_samples(problem, keys)
+    if mask is None:
+        drawn = torch.rand(problem.mask.shape, generator=torch.Generator().manual_seed(0))
+        mask = problem.mask & (drawn < DENSITY).to(problem.device)
+    compact = Compact(problem.layout, mask)
+    weights = compact.expand(compact.compact(different_weights(problem)[:LANES]))
+    with generators_left_alone():
+        grads = torch.zeros_like(weights)
+        expected = results_of(LaneByLane(problem, weights.clone(), grads, False), grads, batch, keys)
+        programs = programs_of(problem, plan, mask, {})
+        compact_weights = programs.compact.compact(weights)
+        compact_grads = torch.zeros_like(compact_weights)
+        results = results_of(programs.lanes(compact_weights, compact_grads), compact_grads, batch, keys)
+    # Autograd gives pruned weights gradients too.
+    expected["gradients"] = compact.compact(expected["gradients"])
+    results["gradients"] = compact.compact(programs.compact.expand(compact_grads))
+    expected_buffers, buffers = expected.pop("buffers"), results.pop("buffers")
+    if isinstance(programs, CudaPrograms) and programs.columns is not None:  # dead channels have no statistics
+        expected_buffers = {
+            name: buffer
+            for name, buffer in expected_buffers.items()
+            if not name.endswith(("running_mean", "running_var"))
+        }
+    expected |= {f"buffer {name}": buffer for name, buffer in expected_buffers.items()}
+    results |= {f"buffer {name}": buffer for name, buffer in buffers.items()}
+    for name, value in expected.items():
+        if not close(results[name], value):
+            return f"its {name} differ from autograd's"
+    return None
 
 
 def tensor_cores(problem: Problem, plan: Plan) -> Launch | str:
-    """The launcher of the kernels of csrc/cuda, after a look at what they give; or why they aren't used."""
+    """The launcher of the kernels of csrc/cuda, if they pass their check; or why they aren't used."""
     if problem.device.type != "cuda":
         return "not on CUDA"
     if problem.config.precision != "bfloat16":
-        return "they take bfloat16"
+        return "they need bfloat16"
     if torch.cuda.get_device_capability(problem.device) < (8, 0):
         return "they need compute capability 8.0"
     missing = why_no_nvrtc()
@@ -60,27 +105,27 @@ def tensor_cores(problem: Problem, plan: Plan) -> Launch | str:
 def tensor_cores_differ(halos: Iterable[Halo], launch: Launch, device: torch.device) -> str | None:
     """Where the kernels of csrc/cuda differ from Triton's on random maps; None if nowhere.
 
-    One convolution at a time: through a whole network two right ways to sum end far apart.
+    They are compared one convolution at a time: over a whole network, two correct ways to sum drift far apart.
     """
     for halo in dict.fromkeys(halos):
         try:
-            found = _of_halo(halo, launch, device)
+            results = _of_halo(halo, launch, device)
             expected = _of_halo(halo, None, device)
         except Exception as error:
-            return f"they raise {type(error).__name__}: {(str(error).splitlines() or ['no reason given'])[0]}"
+            return f"they raise {raised(error)}"
         names = ("outputs", "gradients by the input", "gradients by the weights", "statistics")
-        for what, own, other in zip(names, found, expected, strict=True):
-            is_gradient = what.startswith("gradients")
-            tolerance, floor = (GRADIENT_TOLERANCE, 0.0) if is_gradient else (LOW_TOLERANCE, 1.0)
-            if not close(own, other, tolerance, floor):
-                return f"their {what} differ from those of the Triton kernels: {halo}"
+        for name, ours, tritons in zip(names, results, expected, strict=True):
+            is_gradient = name.startswith("gradients")
+            tolerance, floor = (GRADIENT_TOLERANCE, 0.0) if is_gradient else (BFLOAT16_TOLERANCE, 1.0)
+            if not close(ours, tritons, tolerance, floor):
+                return f"their {name} differ from those of the Triton kernels: {halo}"
     return None
 
 
 def _of_halo(halo: Halo, launch: Launch | None, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """A convolution between norms, its gradients and its statistics, by csrc/cuda, or without a launcher by Triton."""
+    """Outputs, both gradients and statistics of a convolution between norms; by Triton where `launch` is None."""
     lanes, samples, inputs, outputs = 2, halo.pictures + 1, halo.inputs, halo.outputs
-    if device.type == "cuda":  # as many blocks as arrive at the statistics of a large batch
+    if device.type == "cuda":  # as many blocks as add to the statistics of a large batch
         samples = max(samples, -(-MAX_BLOCKS_PER_LANE * halo.pictures * halo.rows // halo.height))
     generator = torch.Generator().manual_seed(0)
 
@@ -112,42 +157,3 @@ def _of_halo(halo: Halo, launch: Launch | None, device: torch.device) -> tuple[T
         kernels.convolve(out_grad, dense, size, None, 0, in_grad, window, True, False, None, "ieee")
         kernels.weight_grad(source, out_grad, partial, 0, parts, window, "ieee")
     return out.double(), in_grad.double(), partial.view(lanes, parts, -1).double().sum(1), found.double()
-
-
-def _difference(problem: Problem, plan: Plan, mask: Tensor | None) -> str | None:
-    lanes = 2
-    keys = lane_keys([problem.config.seed] * lanes, [stream_of(None, lane) for lane in range(lanes)], problem.device)
-    batch = few_samples(problem, keys)
-    if mask is None:
-        drawn = torch.rand(problem.mask.shape, generator=torch.Generator().manual_seed(0))
-        mask = problem.mask & (drawn < KEPT).to(problem.device)
-    compact = Compact(problem.layout, mask)
-    weights = compact.expand(compact.compact(different_weights(problem)[:lanes]))
-    results = []
-    with generators_left_alone():
-        for fused in (False, True):
-            width = compact.P if fused else problem.layout.P
-            grads = torch.zeros(lanes, width, dtype=torch.float64, device=problem.device)
-            way: CpuLanes | CudaLanes | LaneByLane
-            if fused:
-                programs = programs_of(problem, plan, mask, {})
-                way = programs.lanes(programs.compact.compact(weights), grads)
-            else:
-                way = LaneByLane(problem, weights.clone(), grads, False)
-            for module in way.modules:
-                module.train()
-            found: dict[str, Tensor] = {"losses": way.backward(batch, keys)}
-            found["gradients"] = compact.compact(programs.compact.expand(grads) if fused else grads)
-            found |= {f"buffer {name}": buffer.clone() for name, buffer in way.buffers().items()}
-            for module in way.modules:
-                module.eval()
-            with torch.no_grad():
-                found["outputs"] = torch.stack(way.outputs(batch.lane(0)[0], keys))
-            results.append(found)
-    skips = isinstance(programs, CudaPrograms) and programs.columns is not None  # statistics of dead channels
-    for name, expected in results[0].items():
-        if skips and name.endswith(("running_mean", "running_var")):
-            continue
-        if not close(results[1][name], expected, TOLERANCE):
-            return f"its {name} differ from autograd's"
-    return None

@@ -1,4 +1,4 @@
-"""The compact form of a bank: the kept weights alone, then what isn't pruned."""
+"""The compact form of a bank: only the kept weights, followed by the parameters that are never pruned."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from swamp_fast.particles.layout import ALIGNMENT, Layout
 
 
 class Compact:
-    """Vectors [..., P] of a layout under a mask [Q], and their compact form [..., P'].
+    """Converts vectors [..., P] of a layout under a mask [Q] to their compact form [..., P'] and back.
 
-    kept   [kept]   int64: where in the full vector each kept weight stands
-    rest   [P - Q]  int64: where each of the numbers stands that aren't pruned
-    where  [P]      int64: where in the compact vector each number stands, -1 where there is none
-    Q, P            of the compact vector; the kept weights are padded to a 64-byte boundary
+    kept   [kept]   int64: the place of each kept weight in the full vector
+    rest   [P - Q]  int64: the place in the full vector of each number behind the kept weights
+    where  [P]      int64: the place of each number in the compact vector; -1 for pruned weights
+    Q, P            the compact vector's; the kept weights are padded to a 64-byte boundary
 
-    In the rest, the numbers of a parameter named in `first` begin with those that it lists. There is room for at least
-    `room` kept weights.
+    first  by parameter: places in it that come first among its numbers in `rest`
+    room   the least number of kept weights to make room for
     """
 
     def __init__(self, layout: Layout, mask: Tensor, first: Mapping[str, Tensor] | None = None, room: int = 0) -> None:
@@ -34,20 +34,21 @@ class Compact:
         self.rest = torch.arange(layout.Q, layout.P, device=mask.device)
         for entry in layout.entries:
             if first is not None and entry.name in first:
-                own = torch.arange(entry.size)
-                own = torch.cat([first[entry.name], own[~torch.isin(own, first[entry.name])]]).to(mask.device)
-                self.rest[entry.begin - layout.Q : entry.end - layout.Q] = entry.begin + own
+                places = torch.arange(entry.size)
+                others = places[~torch.isin(places, first[entry.name])]
+                places = torch.cat([first[entry.name], others]).to(mask.device)
+                self.rest[entry.begin - layout.Q : entry.end - layout.Q] = entry.begin + places
         self.where[self.rest] = torch.arange(self.Q, self.P, device=mask.device)
 
     def compact(self, vectors: Tensor) -> Tensor:
-        """[..., P] -> [..., P']; what the mask prunes is left out."""
+        """[..., P] -> [..., P'], without the pruned weights."""
         out = vectors.new_zeros((*vectors.shape[:-1], self.P))
         out[..., : len(self.kept)] = vectors[..., self.kept]
         out[..., self.Q :] = vectors[..., self.rest]
         return out
 
     def expand(self, vectors: Tensor) -> Tensor:
-        """[..., P'] -> [..., P]; what the mask prunes is 0."""
+        """[..., P'] -> [..., P], with pruned weights 0."""
         out = vectors.new_zeros((*vectors.shape[:-1], self.layout.P))
         out[..., self.kept] = vectors[..., : len(self.kept)]
         out[..., self.rest] = vectors[..., self.Q :]
@@ -55,9 +56,9 @@ class Compact:
 
 
 class CompactBank(ParticleBank):
-    """A bank whose weights, moments and SWA means are compact, [L, P']; masks [R, Q] keep all of them but the padding.
+    """A bank of compact weights, moments and SWA means [L, P']; its masks [R, Q] exclude only the padding.
 
-    compacts  of the runs, of one length
+    compacts  one per run, all of the same length
     """
 
     def __init__(
@@ -67,19 +68,21 @@ class CompactBank(ParticleBank):
         self.compacts = compacts
 
     def rewind_(self, starts: Sequence[Solution], masks: Tensor, particles: Sequence[int], cycle: int | None) -> None:
-        """As ParticleBank.rewind_, with full solutions; the masks are those that the bank was made for."""
-        place, compact = torch.arange(self.layout.Q, device=self.masks.device), []
-        for own, start in zip(self.compacts, starts, strict=True):
-            compact.append(Solution(own.compact(start.weights), start.buffers))
-        own_masks = torch.stack([place < len(own.kept) for own in self.compacts])
-        super().rewind_(compact, own_masks, particles, cycle)
+        """As ParticleBank.rewind_, with full solutions. The masks must be those that the bank was made for."""
+        compact_starts = [
+            Solution(compact.compact(start.weights), start.buffers)
+            for compact, start in zip(self.compacts, starts, strict=True)
+        ]
+        place = torch.arange(self.layout.Q, device=self.masks.device)
+        compact_masks = torch.stack([place < len(compact.kept) for compact in self.compacts])
+        super().rewind_(compact_starts, compact_masks, particles, cycle)
 
     def of_run(self, run: int) -> CompactBank:
         """As ParticleBank.of_run."""
-        own = super().of_run(run)
-        assert isinstance(own, CompactBank)
-        own.compacts = self.compacts[run : run + 1]
-        return own
+        bank = super().of_run(run)
+        assert isinstance(bank, CompactBank)
+        bank.compacts = self.compacts[run : run + 1]
+        return bank
 
     def rest(self, tensor: Tensor) -> Tensor:
         """As ParticleBank.rest, in the full layout's order."""
@@ -92,9 +95,9 @@ class CompactBank(ParticleBank):
         tensor[:, self.layout.Q :] = rest[:, self._order]
 
     def solutions(self, averaged: bool) -> Tensor:
-        """As ParticleBank.solutions, in full."""
-        each = super().solutions(averaged).split(self.lanes // len(self.compacts))
-        return torch.cat([own.expand(lanes) for own, lanes in zip(self.compacts, each, strict=True)])
+        """As ParticleBank.solutions, expanded."""
+        by_run = super().solutions(averaged).split(self.lanes // len(self.compacts))
+        return torch.cat([compact.expand(lanes) for compact, lanes in zip(self.compacts, by_run, strict=True)])
 
     @property
     def _order(self) -> Tensor:

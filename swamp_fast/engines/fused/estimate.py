@@ -1,27 +1,26 @@
-"""What a step of the fused engine costs: bytes, FLOPs, the time at a device's measured ceilings, and memory."""
+"""An estimate of a step on the fused engine: FLOPs, bytes, memory, and the time at a device's measured ceilings."""
 
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from swamp_fast.common.timing import seconds_in_turn
 from swamp_fast.engines.fused.plan import Convolution, Norm, Plan
 from swamp_fast.engines.fused.trace import plan_of
 
-COPIED = 256 << 20  # bytes, to measure how fast memory is
-SIDE = {"cuda": 8192, "cpu": 2048}  # of the matrices, to measure how fast products are
+COPIED = 256 << 20  # bytes in the copy that measures the memory's speed
+SIDE = {"cuda": 8192, "cpu": 2048}  # rows and columns of the product that measures the arithmetic's speed
 ROUNDS = 5
-STORAGE = {"float32": 4, "bfloat16": 2, "float64": 8}  # bytes of a number of a map
+STORAGE = {"float32": 4, "bfloat16": 2, "float64": 8}  # bytes per number of a map
 
 
 @dataclass(frozen=True)
 class Ceilings:
-    """Bytes a second that a copy reads and writes, and FLOP a second of a matrix product, as measured."""
+    """Measured rates: bytes per second read and written by a copy, and FLOP per second of a matrix product."""
 
     bytes: float
     flops: float
@@ -29,12 +28,12 @@ class Ceilings:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Of one particle's step at density 1: every convolution reads and writes its maps once a pass, norms likewise.
+    """One particle's step at density 1, if every convolution and norm reads and writes its maps once per pass.
 
-    flops       of forward and backward pass
-    moved       bytes of maps, weights and state that go through memory
-    state       bytes of weights, gradients, momentum and SWA means
-    maps        bytes of the values kept for the backward pass, and of gradients
+    flops  FLOPs of the forward and backward pass
+    moved  bytes of maps, weights and state read and written
+    state  bytes of weights, gradients, momentum and SWA means
+    maps   bytes of the values kept for the backward pass, and of gradients
     """
 
     flops: float
@@ -43,16 +42,16 @@ class Estimate:
     maps: float
 
     def seconds(self, ceilings: Ceilings) -> float:
-        """If products and bytes overlap perfectly, each at the rate of the ceilings; a prediction, not a bound."""
+        """Seconds if arithmetic and memory overlap perfectly at the ceilings' rates; a prediction, not a bound."""
         return max(self.moved / ceilings.bytes, self.flops / ceilings.flops)
 
     def particles(self, memory: float) -> int:
-        """How many fit so many bytes at once."""
+        """How many particles fit `memory` bytes at once."""
         return int(memory // (self.state + self.maps))
 
 
 def estimate(model: nn.Module, inputs: Tensor, precision: str) -> tuple[Plan, Estimate]:
-    """The plan of a model for inputs [B, ...], and what a step of it costs. Raises NotCovered."""
+    """The plan of a model for inputs [B, ...], and the estimate of a step. Raises NotCovered."""
     plan = plan_of(model, lambda module, x: module(x), inputs)
     samples, size = len(inputs), STORAGE[precision]
     numbers = [math.prod(shape) * samples for shape in plan.shapes]
@@ -79,22 +78,15 @@ def estimate(model: nn.Module, inputs: Tensor, precision: str) -> tuple[Plan, Es
 
 
 def measured_ceilings(device: torch.device, precision: str) -> Ceilings:
-    """A copy and a matrix product on the device, the best of a few."""
+    """The rates of a copy and of a matrix product on the device: the best of ROUNDS, after a warm-up."""
     dtype = getattr(torch, precision)
     source = torch.ones(COPIED // 4, device=device)
     target = torch.empty_like(source)
     side = SIDE[device.type]
     a, b = torch.randn(2, side, side, device=device).to(dtype)
-    copied = _least_seconds(lambda: target.copy_(source), device)
-    return Ceilings(2 * COPIED / copied, 2 * side**3 / _least_seconds(lambda: a @ b, device))
-
-
-def _least_seconds(run: Callable[[], object], device: torch.device) -> float:
-    times = []
-    for _ in range(1 + ROUNDS):
-        began = time.perf_counter()
-        run()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - began)
-    return min(times[1:])
+    seconds = []
+    for call in (lambda: target.copy_(source), lambda: a @ b):
+        call()
+        seconds += seconds_in_turn([call], device, ROUNDS)
+    copy_seconds, product_seconds = seconds
+    return Ceilings(2 * COPIED / copy_seconds, 2 * side**3 / product_seconds)

@@ -1,15 +1,15 @@
-"""Plan: a model as a list of operations that the fused engine runs without autograd; trace.py reads it off."""
+"""Plan: the intermediate representation of a model, operations that the fused engine runs without autograd."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-Shape = tuple[int, ...]  # of one sample: (channels, height, width), or (features,)
+Shape = tuple[int, ...]  # one sample's: (channels, height, width) or (features,)
 
 
 @dataclass(frozen=True)
 class Op:
-    """One operation: its place in the model, and the values it reads and writes, by number."""
+    """One operation: its place in the model, and the numbers of the values that it reads and writes."""
 
     place: str
     inputs: tuple[int, ...]
@@ -18,9 +18,9 @@ class Op:
 
 @dataclass(frozen=True)
 class Convolution(Op):
-    """A convolution, or a linear layer as one over a single pixel."""
+    """A convolution; a linear layer is one over a single pixel. `weight` and `bias` are names of parameters."""
 
-    weight: str  # names of parameters
+    weight: str
     bias: str | None
     stride: int = 1
     padding: tuple[int, int] = (0, 0)
@@ -30,7 +30,7 @@ class Convolution(Op):
 
 @dataclass(frozen=True)
 class Norm(Op):
-    """BatchNorm, and what follows it: a second input that is added, and ReLU."""
+    """BatchNorm, then the sum with a second input if there is one, then ReLU if `relu`."""
 
     weight: str | None
     bias: str | None
@@ -53,12 +53,12 @@ class Add(Op):
 
 @dataclass(frozen=True)
 class Concatenate(Op):
-    """Its inputs' channels one after the other."""
+    """The inputs' channels one after another."""
 
 
 @dataclass(frozen=True)
 class Pool(Op):
-    """Maximum (no divisors) or average over windows, given as ranges of rows and of columns."""
+    """The average over windows, or the maximum if there are no divisors; windows are ranges of rows and of columns."""
 
     rows: tuple[tuple[int, int], ...]
     columns: tuple[tuple[int, int], ...]
@@ -67,12 +67,12 @@ class Pool(Op):
 
 @dataclass(frozen=True)
 class Flatten(Op):
-    """A spatial value as features."""
+    """A value [C, H, W] as features [C * H * W]."""
 
 
 @dataclass(frozen=True)
 class Dropout(Op):
-    """Dropout of units, or of whole channels."""
+    """Dropout of single units, or of whole channels if `channels`."""
 
     p: float
     channels: bool
@@ -80,21 +80,24 @@ class Dropout(Op):
 
 @dataclass(frozen=True)
 class Plan:
-    """Operations in order, the shape of every value, and which values are the model's input and output."""
+    """Operations in order, the shape of every value, and the numbers of the model's input and output.
+
+    norms  the paths of the Norm operations' modules, in their order
+    """
 
     ops: tuple[Op, ...]
     shapes: tuple[Shape, ...]
     input: int
     output: int
-    norms: tuple[str, ...]  # the modules of the Norm ops, in their order
+    norms: tuple[str, ...]
 
     def count(self) -> dict[str, int]:
-        """How many operations there are of each kind."""
+        """The number of operations of each kind."""
         kinds = [type(op).__name__ for op in self.ops]
         return {kind: kinds.count(kind) for kind in sorted(set(kinds))}
 
     def needs_gradient(self) -> set[int]:
-        """The values that depend on a parameter."""
+        """The numbers of the values that depend on a parameter."""
         needed: set[int] = set()
         for op in self.ops:
             if isinstance(op, Convolution | Norm) or needed.intersection(op.inputs):
@@ -102,7 +105,7 @@ class Plan:
         return needed
 
 
-KINDS = {  # as csrc/cpu/fused/fused.h numbers them
+KINDS = {  # of Pointwise, numbered as in csrc/cpu/fused/fused.h
     name: number
     for number, name in enumerate(
         [

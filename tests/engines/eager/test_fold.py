@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from swamp_fast import fast_swamp
 from swamp_fast.engines.eager.check import why_not_fold
-from swamp_fast.engines.eager.engine import fastest_choice
+from swamp_fast.engines.eager.fastest import fastest_choice
 from swamp_fast.problem.prepare import prepare
 
 SETTINGS = {"engine": "eager", "batch_size": 32, "progress": False}

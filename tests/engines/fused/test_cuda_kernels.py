@@ -18,12 +18,12 @@ from torch import nn
 
 from swamp_fast.engines.fused import check
 from swamp_fast.engines.fused.check import tensor_cores_differ
+from swamp_fast.engines.fused.coverage import fused_plan
 from swamp_fast.engines.fused.cuda import halo as halo_module
 from swamp_fast.engines.fused.cuda import nvrtc
 from swamp_fast.engines.fused.cuda.halo import Halo, Prologue, Statistics, blocks_at_once, in_waves
 from swamp_fast.engines.fused.cuda.nvrtc import Launcher
 from swamp_fast.engines.fused.cuda.runner import CudaPrograms
-from swamp_fast.engines.fused.engine import fused_plan
 from swamp_fast.ops.backends import why_no_nvrtc
 
 LAUNCH = Launcher(torch.device("cuda")) if HAS_GPU else launch_on_host

@@ -11,7 +11,7 @@ from operations import NETS, SETTINGS, Net, after_convolution, error, masked, pr
 from torch import nn
 
 from swamp_fast import _C, fast_swamp, models, naive_swamp
-from swamp_fast.engines.fused.engine import fused_plan
+from swamp_fast.engines.fused.coverage import fused_plan
 from swamp_fast.engines.fused.trace import plan_of
 
 
@@ -160,7 +160,10 @@ def shared_bias():
 REFUSED = {
     "GroupNorm": (after(nn.GroupNorm(2, 4)), r"layers.n \(GroupNorm\) is not covered"),
     "a product": (after_convolution(lambda x: x * 2, 486), "mul in its forward is not covered"),
-    "statistics": (after(nn.BatchNorm2d(4, track_running_stats=False)), r"layers.n \(BatchNorm2d\) keeps its statis"),
+    "statistics": (
+        after(nn.BatchNorm2d(4, track_running_stats=False)),
+        r"layers.n \(BatchNorm2d\) keeps no running statistics",
+    ),
     "circular": (after(nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular")), r"layers.n \(Conv2d\) pads with circ"),
     "in place": (after_convolution(lambda x: F.relu(x, inplace=True) + x, 486), "changes in place what is read again"),
     "always dropped": (after_convolution(lambda x: F.dropout(x, 0.3), 486), "its dropout stays on in evaluation"),
@@ -224,4 +227,4 @@ def test_what_the_check_cannot_run_is_no_plan():
     model = nn.Sequential(nn.Flatten(), nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 2))
     data = torch.randn(3, 1, 2, 2), torch.tensor([0, 1, 0])
     engine = fast_swamp(model, data, **SETTINGS, batch_size=3, particles=1).engine
-    assert "the check of it raises ValueError" in engine["why_not_fused"]
+    assert "its self-check raises ValueError" in engine["why_not_fused"]

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.interpreter import InterpretedFunction
 
 from swamp_fast import fast_swamp, naive_swamp, sweep
-from swamp_fast.engines.fused import check, engine
+from swamp_fast.engines.fused import check, coverage, engine
 from swamp_fast.engines.fused.compact import CompactBank
 from swamp_fast.engines.fused.cuda import dense
 from swamp_fast.engines.fused.cuda.halo import Statistics
@@ -231,7 +231,7 @@ def test_gradients_beyond_what_32_bits_number(tmp_path):
 
 def test_lanes_in_cache():
     """An input and an output of 3 lanes fill half of the cache."""
-    plan = engine.fused_plan(problem_of(networks.build("residual"), 4, "float32", (1, 8, 8)))
+    plan = coverage.fused_plan(problem_of(networks.build("residual"), 4, "float32", (1, 8, 8)))
     largest = max(math.prod(shape) for shape in plan.shapes)
     assert lanes_in_cache(plan, 4, 2, 4 * largest * 4 * 2 * 3) == 3
     assert lanes_in_cache(plan, 4, 2, 10) == 1
@@ -295,7 +295,7 @@ def test_dead_channels_are_skipped(precision):
     model = seeded(Wide)
     problem = problem_of(model, 5, precision, (3, 5, 5), DEVICE)
     mask = dead_channels(problem)
-    programs = CudaPrograms(problem, engine.fused_plan(problem), mask, None)
+    programs = CudaPrograms(problem, coverage.fused_plan(problem), mask, None)
     kept = programs.plan.shapes
     convolutions = [op for op in programs.plan.ops if isinstance(op, Convolution)]
     assert [kept[op.output][0] for op in convolutions] == [16, 32, 16, 32, 5]
@@ -334,7 +334,7 @@ def test_what_is_mixed_stays_whole():
     for name, view in problem.layout.mask_views(mask).items():
         if not name.startswith("a."):
             view[:, 1:] = False
-    plan = engine.fused_plan(problem)
+    plan = coverage.fused_plan(problem)
     assert narrow(plan, problem.layout, mask)[0] == plan
     assert max(error(step(problem, "cuda", mask), step(problem, "autograd", mask)).values()) <= 1e-12
 
@@ -360,11 +360,11 @@ def test_launches_of_a_step(lanes, monkeypatch):
     monkeypatch.setattr(InterpretedFunction, "__getitem__", counted)
     model = MODELS["resnet20"](channels=3, height=32, width=32, classes=10)
     problem = problem_of(model, 4, "bfloat16", (3, 32, 32))
-    programs = CudaPrograms(problem, engine.fused_plan(problem), problem.mask, launch)
+    programs = CudaPrograms(problem, coverage.fused_plan(problem), problem.mask, launch)
     bank = CompactBank(programs.compacts, [problem.config], lanes, problem.dtype)
     grads = torch.zeros_like(bank.weights)
     trainer = Trainer(problem, bank, grads, programs.lanes(bank.weights, grads))
-    for module in trainer.way.modules:
+    for module in trainer.runner.modules:
         module.train()
     handle = first_handle(problem, bank)
     trainer.step(handle)  # tables are made

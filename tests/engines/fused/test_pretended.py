@@ -19,8 +19,9 @@ from stops import ALWAYS, Interrupted, before_steps, stop_at
 from benchmarks import protocol
 from swamp_fast import fast_swamp, naive_swamp, sweep
 from swamp_fast.analysis import Analysis, barrier_matrix, ensemble, hessian_trace, loss_barrier
-from swamp_fast.engines.eager.engine import fastest_choice
-from swamp_fast.engines.fused.engine import FusedEngine, fused_plan
+from swamp_fast.engines.eager.fastest import fastest_choice
+from swamp_fast.engines.fused.coverage import fused_plan
+from swamp_fast.engines.fused.engine import FusedEngine
 from swamp_fast.engines.trainer import first_handle
 from swamp_fast.problem.prepare import prepare
 from swamp_fast.problem.solutions import initial
@@ -102,14 +103,14 @@ def test_an_engine_alone_captures_on_the_gpu_of_its_problem(branch):
         engine = FusedEngine(problem, fused_plan(problem), "forced", {}, None, branch)
         bank = engine.spawn(initial(problem), problem.mask, range(2), None)
         trainer, before = engine.trainer, bank.weights.clone()
-        trainer.way.set_buffers(bank.buffers)
+        trainer.runner.set_buffers(bank.buffers)
         trainer.lr.fill_(0.1)
         trainer.step(first_handle(problem, bank))
         assert trainer.not_captured is None
         ((_, graph),) = trainer.graphs.values()
         assert graph.calls
         assert not torch.equal(bank.weights.cpu(), before.cpu())
-        assert [each.device for each in trainer.way.streams] == ([] if branch is None else [CUDA, CUDA])
+        assert [each.device for each in trainer.runner.streams] == ([] if branch is None else [CUDA, CUDA])
         assert torch.cuda.current_device() == 1
 
 

@@ -65,8 +65,8 @@ def launch_step(lanes: int, samples: int) -> None:
     from swamp_fast.kernels import gather_augment, masked_adamw, masked_sgd, particle_mean
 
     from swamp_fast.engines.fused.compact import CompactBank
+    from swamp_fast.engines.fused.coverage import fused_plan
     from swamp_fast.engines.fused.cuda.runner import CudaPrograms
-    from swamp_fast.engines.fused.engine import fused_plan
     from swamp_fast.engines.trainer import Trainer, first_handle
     from swamp_fast.models import build_model
     from swamp_fast.problem.prepare import prepare
@@ -78,7 +78,7 @@ def launch_step(lanes: int, samples: int) -> None:
     bank = CompactBank(programs.compacts, [problem.config], lanes, problem.dtype)
     grads = torch.zeros_like(bank.weights)
     trainer = Trainer(problem, bank, grads, programs.lanes(bank.weights, grads))
-    for module in trainer.way.modules:
+    for module in trainer.runner.modules:
         module.train()
     trainer.step(first_handle(problem, bank))
     rates = [torch.ones(lanes, dtype=torch.float64) for _ in range(6)]

@@ -1,1 +1,1 @@
-"""The fused engine on CPU: a lane after the other through the C++ kernels of csrc/cpu/fused."""
+"""The fused engine on CPU: one lane after another through the C++ kernels of csrc/cpu/fused."""

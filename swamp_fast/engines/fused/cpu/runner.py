@@ -1,4 +1,4 @@
-"""Lanes one after the other through a Program of the CPU kernels."""
+"""CpuLanes: the lane runner of the CPU kernels, one lane after another through a Program."""
 
 from __future__ import annotations
 
@@ -10,44 +10,45 @@ from torch import Tensor
 from swamp_fast.data.store import Batch
 from swamp_fast.engines.fused.buffers import Buffers
 from swamp_fast.engines.fused.compact import Compact
-from swamp_fast.engines.fused.cpu.program import Program, Rows
+from swamp_fast.engines.fused.cpu.program import Program
+from swamp_fast.engines.fused.cpu.workspace import Rows
 from swamp_fast.engines.fused.plan import Plan
 from swamp_fast.problem.problem import Problem
 
 
 class CpuPrograms:
-    """The programs under one mask, one for each size of batch."""
+    """The programs under a mask [Q], one for each batch size."""
 
     def __init__(self, problem: Problem, plan: Plan, mask: Tensor, rows: Rows) -> None:
         self.problem, self.plan, self.compact, self.rows = problem, plan, Compact(problem.layout, mask), rows
         self.made: dict[tuple[int, bool], Program] = {}
 
     def of(self, samples: int, trains: bool) -> Program:
-        """The program for so many samples; one that trains evaluates too."""
+        """The program for batches of `samples`; one that trains serves evaluation too."""
         for key in ((samples, True), (samples, trains)):
             if key in self.made:
                 return self.made[key]
         storage = torch.bfloat16 if self.problem.config.precision == "bfloat16" else self.problem.dtype
-        made = Program(self.plan, self.compact, samples, self.problem.dtype, storage, self.rows, trains)
-        self.made[samples, trains] = made
-        return made
+        program = Program(self.plan, self.compact, samples, self.problem.dtype, storage, self.rows, trains)
+        self.made[samples, trains] = program
+        return program
 
     def measure(self, lanes: int) -> None:
-        """Make now what a stopwatch decides: it is recorded before the first step."""
+        """Make the main program now, so that what its stopwatch chooses is recorded before the first step."""
         self.of(self.problem.bounds[0][1], trains=True)
 
     @property
     def compacts(self) -> list[Compact]:
-        """As CudaPrograms.compacts, of one run."""
+        """The compact form of each run, of which there is one."""
         return [self.compact]
 
     def lanes(self, weights: Tensor, grads: Tensor | None, run_of_lane: Tensor | None = None) -> CpuLanes:
-        """Lanes over compact weights [L, P'], whose gradients go to grads [L, P']."""
+        """The runner of lanes with compact weights [L, P'], whose gradients go to grads [L, P']."""
         return CpuLanes(self.problem, self, weights, grads)
 
 
 class CpuLanes:
-    """Lanes over compact weights [L, P'], whose gradients go to grads [L, P']; the modules hold the buffers alone."""
+    """Lanes with compact weights [L, P'], whose gradients go to grads [L, P']; the modules hold only the buffers."""
 
     channels_last = False
 
@@ -58,7 +59,7 @@ class CpuLanes:
 
     @property
     def weights(self) -> Tensor:
-        """[L, P] in full."""
+        """As LaneRunner.weights, [L, P]."""
         return self.programs.compact.expand(self.compact_weights)
 
     def backward(self, batch: Batch, step_keys: Tensor) -> Tensor:
@@ -71,7 +72,7 @@ class CpuLanes:
             inputs = self.problem.transformed(inputs, key)
             program = self.programs.of(len(inputs), trains=True)
             outputs = self._run(program, lane, inputs, key).requires_grad_()
-            loss = self.problem.losses(outputs.clone(), targets).mean()  # a loss may change what it is given
+            loss = self.problem.losses(outputs.clone(), targets).mean()  # a loss may change its arguments
             (out_grad,) = torch.autograd.grad(loss, outputs)
             self.grads[lane].add_(program.backward(out_grad.to(self.grads.dtype)))
             losses.append(loss.detach())
@@ -91,7 +92,7 @@ class CpuLanes:
         return self.running.read()
 
     def _run(self, program: Program, lane: int, inputs: Tensor, key: Tensor | None) -> Tensor:
-        """Outputs of a lane; running statistics move where the norms train."""
+        """Outputs [B, ...] of a lane; in training mode its running statistics move."""
         by_batch = self.running.by_batch
         if not by_batch:
             program.mean.copy_(self.running.mean[lane])

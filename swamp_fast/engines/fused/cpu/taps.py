@@ -1,6 +1,7 @@
-"""Index structures of a convolution under a mask: which places of the input each output reads, and with which weight.
+"""Taps: a convolution's index structures under a mask, which inputs each output reads and with which weights.
 
-Built once a cycle and read by every lane: all particles share the mask. Names as in csrc/cpu/fused/fused.h.
+They are built once per cycle and read by every lane, since all particles share the mask. Names as in
+csrc/cpu/fused/fused.h.
 """
 
 from __future__ import annotations
@@ -13,13 +14,13 @@ from torch import Tensor
 
 from swamp_fast.engines.fused.plan import Convolution
 
-SAMPLES = 16  # of a vector
-CHUNK = 4096  # taps * rows that one task of a weight gradient holds sums of: 256 KB of float32
+SAMPLES = 16  # in a block of a map, which the kernels process as one vector
+CHUNK = 4096  # taps * rows whose sums one task of a weight gradient holds: 256 KB of float32
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """Where the numbers of a map stand, in elements: the distance of rows and of channels."""
+    """The distance between rows (pitch) and between channels (plane) of a map, in elements."""
 
     pitch: int
     plane: int
@@ -27,27 +28,35 @@ class Geometry:
 
 @dataclass(frozen=True)
 class Taps:
-    """starts [groups + 1], offsets [taps], index [taps, rows] into the compact weights, -1 where there is none."""
+    """For each group of `rows` outputs that share loads, the inputs that they read.
+
+    A tap is one input place; a group's outputs all read it, each with its own weight.
+
+    starts   [groups + 1]   where each group's taps begin; with several phases, [phases * groups + 1]
+    offsets  [taps]         from the place of an output's pixel to the input that is read
+    index    [taps, rows]   the place of each weight in the compact vector; -1 where it is pruned
+    groups                  of one phase
+    """
 
     starts: Tensor
     offsets: Tensor
     index: Tensor
     rows: int
-    groups: int  # of one phase
+    groups: int
 
     @property
     def count(self) -> int:
-        """Taps * rows."""
+        """The number of weights in `index`, pruned ones included: taps * rows."""
         return self.index.numel()
 
     @property
     def waste(self) -> float:
-        """Products per kept weight: sharing loads between outputs costs those that one of them doesn't need."""
+        """Products per kept weight: outputs that share loads also multiply inputs that only others of them need."""
         return self.count / max(1, int((self.index >= 0).sum()))
 
     @cached_property
     def chunks(self) -> Tensor:
-        """Groups [chunks + 1] that one task of a weight gradient takes."""
+        """[chunks + 1] int64: the groups at which the chunks of a weight gradient begin, each of which is one task."""
         bounds, begin = [0], 0
         starts = (self.starts * self.rows).tolist()
         for group in range(1, self.groups + 1):
@@ -58,20 +67,24 @@ class Taps:
 
     @cached_property
     def largest_chunk(self) -> int:
-        """The most taps * rows of a chunk."""
+        """The largest taps * rows of a chunk."""
         return int((self.starts[self.chunks].diff() * self.rows).max())
 
 
 @dataclass(frozen=True)
 class ConvolutionMask:
-    """The kept weights of a convolution: bool [O, I / groups, K, K], and where in the compact vector each stands."""
+    """The mask of a convolution.
+
+    kept   [O, I / groups, K, K]  bool
+    where  [O, I / groups, K, K]  int64, the place of each weight in the compact vector
+    """
 
     op: Convolution
     kept: Tensor
     where: Tensor
 
     def forward_taps(self, rows: int, source: Geometry) -> Taps:
-        """For out = weight * in; offsets from the input place of an output's pixel (stride times it)."""
+        """Taps of out = weight * in; offsets count from an output's pixel, times the stride, in the input."""
         op, (outputs, inputs, H, W) = self.op, self.kept.shape
         channel = torch.arange(outputs)[:, None] // (outputs // op.groups) * inputs + torch.arange(inputs)
         y = torch.arange(H) * op.dilation[0] - op.padding[0]
@@ -80,11 +93,11 @@ class ConvolutionMask:
         return _gathered([(self.kept, self.where, offsets)], rows)
 
     def backward_taps(self, rows: int, out_grad: Geometry) -> Taps:
-        """For in_grad = weight * out_grad, in stride * stride phases of the input's pixels."""
+        """Taps of in_grad = weight * out_grad, in stride * stride phases of the input's pixels."""
         op, (outputs, inputs, H, W) = self.op, self.kept.shape
-        own = outputs // op.groups
-        kept, where = (_transposed(each, op.groups) for each in (self.kept, self.where))
-        channel = torch.arange(inputs * op.groups)[:, None] // inputs * own + torch.arange(own)
+        of_group = outputs // op.groups
+        kept, where = (_transposed(weights, op.groups) for weights in (self.kept, self.where))
+        channel = torch.arange(inputs * op.groups)[:, None] // inputs * of_group + torch.arange(of_group)
         phases = []
         for phase in range(op.stride**2):
             y = phase // op.stride + op.padding[0] - torch.arange(H) * op.dilation[0]
@@ -95,16 +108,16 @@ class ConvolutionMask:
         return _gathered(phases, rows)
 
     def most_rows(self, backward: bool) -> int:
-        """How many outputs may share loads: those of one group of channels."""
+        """The largest number of outputs that can share loads; they must be in one group of channels."""
         outputs, inputs = self.kept.shape[:2]
-        own = (inputs if backward else outputs // self.op.groups) if self.op.groups > 1 else 4
-        return 4 if own % 4 == 0 else 2 if own % 2 == 0 else 1
+        of_group = (inputs if backward else outputs // self.op.groups) if self.op.groups > 1 else 4
+        return 4 if of_group % 4 == 0 else 2 if of_group % 2 == 0 else 1
 
 
 def pads(
     op: Convolution, kernel: tuple[int, ...], inside: tuple[int, ...], outside: tuple[int, ...]
 ) -> tuple[int, int]:
-    """How wide a border of zeros the input needs, and the output's gradient."""
+    """The width of the border of zeros that the input needs, and of that of the output's gradient."""
     forward = backward = 0
     for axis in (0, 1):
         reach = (kernel[axis] - 1) * op.dilation[axis]
@@ -127,12 +140,12 @@ def _transposed(weights: Tensor, groups: int) -> Tensor:
 
 
 def _offsets(channel: Tensor, y: Tensor, x: Tensor, map_: Geometry) -> Tensor:
-    """[N, M, H, W] from channels [N, M], rows [H] and columns [W]."""
+    """Offsets [N, M, H, W] in a map, from channels [N, M], rows [H] and columns [W]."""
     return channel[:, :, None, None] * map_.plane + y[:, None] * map_.pitch + x * SAMPLES
 
 
 def _gathered(phases: list[tuple[Tensor, Tensor, Tensor]], rows: int) -> Taps:
-    """The lists of one or more phases, of (kept, where, offsets) [N, M, H, W] each."""
+    """Taps of one or more phases, each given as (kept, where, offsets) [N, M, H, W]."""
     counts, offsets, index = [torch.zeros(1, dtype=torch.int64)], [], []
     groups = -(-len(phases[0][0]) // rows)
     for kept, where, places in phases:

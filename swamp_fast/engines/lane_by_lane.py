@@ -1,4 +1,7 @@
-"""Lane by lane: the user's own module runs once a lane, on views of the bank. Right for every model there is."""
+"""Lane by lane: the user's own module runs once per lane, on views of the bank.
+
+This is correct for every model, so the other execution modes are checked against it.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,10 @@ from swamp_fast.problem.problem import Problem
 
 
 class LaneByLane:
-    """L copies of the model whose parameters are views of weights [L, P], and their gradients of grads [L, P]."""
+    """L copies of the model, with parameters that are views of weights [L, P] and gradients that are views of grads.
+
+    templates  one module per lane to copy; by default the problem's for all
+    """
 
     def __init__(
         self,
@@ -28,14 +34,15 @@ class LaneByLane:
         templates: list[nn.Module] | None = None,
     ) -> None:
         self.problem, self.weights, self.channels_last = problem, weights, channels_last
-        self.modules: list[nn.Module] = [copy.deepcopy(each) for each in templates or [problem.template] * len(weights)]
+        templates = templates or [problem.template] * len(weights)
+        self.modules: list[nn.Module] = [copy.deepcopy(template) for template in templates]
         self.bound = [
             Bound(module, problem.layout, weights[lane], None if grads is None else grads[lane])
             for lane, module in enumerate(self.modules)
         ]
 
     def backward(self, batch: Batch, step_keys: Tensor) -> Tensor:
-        """Add each lane's gradient of its mean loss to grads; returns the losses [L]."""
+        """Add the gradient of each lane's mean loss to grads; returns the losses [L]."""
         losses = []
         for lane, module in enumerate(self.modules):
             key, bound = step_keys[lane : lane + 1], self.bound[lane]
@@ -51,15 +58,16 @@ class LaneByLane:
         return torch.stack(losses)
 
     def outputs(self, inputs: Any, keys: Tensor) -> list[Any]:
-        """Each lane's outputs on the same inputs [B, ...]; what it draws, it draws with keys [L, 3]."""
+        """Each lane's outputs on the same inputs [B, ...]; random draws use keys [L, 3]."""
         outputs = []
         for lane, module in enumerate(self.modules):
-            own = self._formatted(tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, inputs))
+            lane_inputs = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, inputs)
+            lane_inputs = self._formatted(lane_inputs)
             key, bound = keys[lane : lane + 1], self.bound[lane]
             bound.hold()
             self.problem.seeded(key)
             with DropoutStream(key), self.problem.autocast():
-                outputs.append(self.problem.forward(module, own))
+                outputs.append(self.problem.forward(module, lane_inputs))
             bound.take_back()
         return outputs
 
@@ -68,12 +76,12 @@ class LaneByLane:
         write_buffers(self.modules, buffers)
 
     def buffers(self) -> dict[str, Tensor]:
-        """The modules' buffers as they are now, [L, ...]."""
+        """The modules' current buffers [L, ...]."""
         return read_buffers(self.modules)
 
     def _formatted(self, inputs: Any) -> Any:
         if self.problem.device.type == "cpu":
-            return tree_map(partial(_placed_anew, last=self.channels_last), inputs)
+            return tree_map(partial(_at_a_new_address, last=self.channels_last), inputs)
         return channels_last(inputs) if self.channels_last else inputs
 
 
@@ -85,16 +93,16 @@ def write_buffers(modules: list[nn.Module], buffers: dict[str, Tensor]) -> None:
 
 
 def read_buffers(modules: list[nn.Module]) -> dict[str, Tensor]:
-    """The buffers of L modules, [L, ...]."""
-    each = [dict(module.named_buffers()) for module in modules]
-    return {name: torch.stack([buffers[name] for buffers in each]) for name in each[0]}
+    """The buffers [L, ...] of L modules."""
+    by_module = [dict(module.named_buffers()) for module in modules]
+    return {name: torch.stack([buffers[name] for buffers in by_module]) for name in by_module[0]}
 
 
-def _placed_anew(leaf: Any, last: bool) -> Any:
-    """A copy of a lane's inputs at an address of its own.
+def _at_a_new_address(leaf: Any, last: bool) -> Any:
+    """A copy of a lane's inputs in memory of its own.
 
-    The CPU's libraries sum in an order that depends on address and strides, and a lane's batch stands behind those of
-    the lanes before it: where it stands, a particle's bits would depend on its place.
+    The CPU's libraries sum in an order that depends on addresses and strides. In the bank's batch, a lane's inputs are
+    stored behind those of other lanes, so without the copy a particle's bits would depend on its place in the bank.
     """
     if not isinstance(leaf, Tensor):
         return leaf
@@ -102,7 +110,7 @@ def _placed_anew(leaf: Any, last: bool) -> Any:
 
 
 class Bound:
-    """A module whose trained parameters are views of a vector [P], and their gradients of grads [P]."""
+    """A module whose trained parameters are views of a vector [P], and whose gradients are views of grads [P]."""
 
     def __init__(self, module: nn.Module, layout: Layout, vector: Tensor, grads: Tensor | None) -> None:
         views = layout.views(vector)
@@ -111,12 +119,12 @@ class Bound:
         self.parameters = [(parameter, views[name], grad_views.get(name)) for name, parameter in named]
 
     def hold(self) -> None:
-        """Set the views, whatever a forward before put in their place."""
+        """Make the parameters views again, whatever an earlier forward replaced them by."""
         for parameter, view, grad in self.parameters:
             parameter.data, parameter.grad = view, grad
 
     def take_back(self) -> None:
-        """Copy what a forward put in the views' place (weight.data = …, zero_grad()) into them."""
+        """Where a forward replaced a view (weight.data = …, zero_grad()), copy the replacement into it."""
         for parameter, view, grad in self.parameters:
             if parameter.data_ptr() != view.data_ptr():
                 view.copy_(parameter.data)
@@ -125,7 +133,7 @@ class Bound:
 
 
 def channels_last(inputs: Any) -> Any:
-    """Pictures [B, C, H, W] with their channels last in memory; anything else as it is."""
+    """Images [B, C, H, W] with channels last in memory; anything else unchanged."""
     return tree_map(
         lambda leaf: (
             leaf.contiguous(memory_format=torch.channels_last) if isinstance(leaf, Tensor) and leaf.dim() == 4 else leaf

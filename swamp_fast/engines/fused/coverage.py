@@ -1,0 +1,97 @@
+"""Whether the fused engine can run a problem: its Plan, or the reason why not."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor
+
+from swamp_fast.engines.fused.plan import Convolution, Plan
+from swamp_fast.engines.fused.trace import NotCovered, plan_of
+from swamp_fast.particles.norms import norms_of
+from swamp_fast.particles.random import generators_left_alone
+from swamp_fast.problem.problem import Problem
+
+
+def fused_plan(problem: Problem) -> Plan | str:
+    """The plan by which the fused engine can run the model, or why it can't."""
+    reason = _why_not_here(problem) or _why_not_this_forward(problem)
+    if reason is not None:
+        return reason
+    inputs = _first_inputs(problem)
+    if _transform_reshapes(problem, inputs):
+        return "the transform changes the shape of its inputs"
+    try:
+        plan = plan_of(problem.template, problem.forward, inputs)
+    except NotCovered as not_covered:
+        return str(not_covered)
+    return _why_not_these_parameters(problem, plan) or _why_not_these_norms(problem, plan) or plan
+
+
+def _why_not_here(problem: Problem) -> str | None:
+    """A device or data that the engine has no form for."""
+    if problem.device.type not in ("cpu", "cuda"):
+        return f"it has no kernels for {problem.device.type}"
+    if torch.version.hip is not None:
+        # The blocks that count their arrivals would need a fence for each of a block's waves on AMD.
+        return "its kernels have not been tried on AMD GPUs"
+    if not problem.train.stacked:
+        return "the batches come from a user-defined collate function"
+    return None
+
+
+def _why_not_this_forward(problem: Problem) -> str | None:
+    """Side effects of the forward that a plan can't express."""
+    probe = problem.probe
+    if probe.draws_elsewhere:
+        return "its forward draws random numbers besides dropout"
+    if probe.keeps_state:
+        return "its forward keeps state in the model"
+    if probe.changed:
+        return f"its forward changes {probe.changed[0]}"
+    if probe.reads_values is not None:
+        return f"its forward looks at values ({probe.reads_values})"
+    return None
+
+
+def _first_inputs(problem: Problem) -> Tensor:
+    """The inputs [B, ...] of one lane's first batch."""
+    keys = torch.zeros(1, 3, dtype=torch.int64, device=problem.device)
+    order = torch.arange(problem.train.length, device=problem.device)[None]
+    handle = next(iter(problem.train.batches(order, keys, [problem.bounds[0]])))
+    inputs: Tensor = problem.train.fetch(handle, None).lane(0)[0]
+    return inputs
+
+
+def _transform_reshapes(problem: Problem, inputs: Tensor) -> bool:
+    if problem.transform is None or not isinstance(inputs, Tensor):
+        return False
+    with generators_left_alone():
+        return bool(problem.transform(inputs.clone()).shape != inputs.shape)
+
+
+def _why_not_these_parameters(problem: Problem, plan: Plan) -> str | None:
+    """Parameters that are pruned or frozen where the kernels don't expect it."""
+    weights = {op.weight for op in plan.ops if isinstance(op, Convolution)}
+    for entry in problem.layout.prunable:
+        if entry.name not in weights:
+            return f"{entry.name} is pruned, but is not the weight of a convolution or a linear layer"
+    for name, parameter in problem.template.named_parameters():
+        if not parameter.requires_grad:
+            return f"{name} is frozen"
+    return None
+
+
+def _why_not_these_norms(problem: Problem, plan: Plan) -> str | None:
+    """Norms whose statistics the engine would not move as their modules do."""
+    template = copy.deepcopy(problem.template).train()
+    norms = norms_of([template])
+    for path, module in template.named_modules():
+        if module in norms and not module.training:
+            return f"{path} ({type(module).__name__}) stays in evaluation mode"
+        if module in norms and module.momentum != norms[0].momentum:
+            return f"{path} ({type(module).__name__}) has another momentum than the first norm"
+    if len(norms) != len(plan.norms):
+        return "it has norms that its forward doesn't use"
+    return None

@@ -1,0 +1,120 @@
+"""Workspace: the memory that a program's kernel calls read and write, planned once for a mask and a batch size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from swamp_fast.engines.fused.compact import Compact
+from swamp_fast.engines.fused.cpu.maps import Map
+from swamp_fast.engines.fused.cpu.taps import ConvolutionMask, pads
+from swamp_fast.engines.fused.plan import Convolution, Dropout, Norm, Plan
+from swamp_fast.ops.contracts import native
+
+Call = Callable[[], None]  # of one kernel
+Rows = dict[str, list[int]]  # by a convolution's weight: how many outputs share loads in each of its passes
+
+
+class Workspace:
+    """Memory for one lane's forward and backward pass on batches of B samples, and calls of the kernels on it.
+
+    weights, grads  [P']  compact
+    mean, variance  [channels of all norms]  of the batch, or in evaluation the running statistics
+    unbiased        [channels of all norms]  n / (n - 1) for the n numbers in a batch's statistics
+    masks           of the convolutions, by the number of their output
+    values          the map of each value
+    grad_maps       of the values' gradients that are in use while the backward calls are made
+    norms           the kernels' form of each Norm, by the number of its output
+    factors         of each Dropout, in order, and its factors' map
+    gather_calls    that collect weights for the convolutions, before the forward calls
+    rows            see Rows; what it lacks is measured and added
+    """
+
+    def __init__(
+        self, plan: Plan, compact: Compact, samples: int, dtype: torch.dtype, storage: torch.dtype, rows: Rows
+    ) -> None:
+        self.plan, self.compact, self.samples, self.dtype, self.storage = plan, compact, samples, dtype, storage
+        self.rows = rows
+        self.kernels, self.threads = native().fused, torch.get_num_threads()
+        self._storage_kind = getattr(self.kernels.Storage, str(storage).removeprefix("torch."))
+        self._entries = {entry.name: entry for entry in compact.layout.entries}
+        self.weights = torch.zeros(compact.P, dtype=dtype)
+        self.grads = torch.zeros_like(self.weights)
+        self.masks = {op.output: self._mask(op) for op in plan.ops if isinstance(op, Convolution)}
+        self.first_channel, channels = {}, 0
+        for op in plan.ops:
+            if isinstance(op, Norm):
+                self.first_channel[op.output] = channels
+                channels += plan.shapes[op.output][0]
+        self.mean, self.variance = torch.zeros(2, channels, dtype=dtype)
+        self.unbiased = torch.ones(channels, dtype=dtype)
+        self.norms: dict[int, Any] = {}
+        self.factors: list[tuple[Dropout, Map]] = []
+        self.gather_calls: list[Call] = []
+        self.scratch = self.partial = torch.zeros(0, dtype=dtype)  # of weight gradients; the largest is shared
+        self._kept_alive: list[Tensor] = []
+        value_pads, self._grad_pads = self._pads()
+        self.values = [Map.of(shape, samples, pad, storage) for shape, pad in zip(plan.shapes, value_pads, strict=True)]
+        self.needed = plan.needs_gradient()
+        self.grad_maps: dict[int, Map] = {}
+        self._free_maps: dict[tuple[Any, ...], list[Map]] = {}
+
+    def call(self, name: str, argument: Any) -> Call:
+        """A call of a kernel on its argument object."""
+        return partial(getattr(self.kernels, name), self._storage_kind, argument, self.threads)
+
+    def gather_call(self, index: int, values: int, count: int) -> Call:
+        """A call that copies `count` weights to the address `values`, by int32 places at the address `index`."""
+        arguments = self._storage_kind, self.weights.data_ptr(), index, values, count, self.threads
+        return partial(self.kernels.gather, *arguments)
+
+    def address(self, vector: Tensor, name: str | None) -> int:
+        """The address in a compact vector [P'] of a parameter that is never pruned; 0 for None."""
+        return 0 if name is None else vector[int(self.compact.where[self._entries[name].begin]) :].data_ptr()
+
+    def keep_alive(self, tensor: Tensor) -> int:
+        """The address of a tensor, which from now on lives as long as the workspace."""
+        self._kept_alive.append(tensor)
+        return tensor.data_ptr()
+
+    def grad_of(self, value: int) -> tuple[Map, bool]:
+        """The map of a value's gradient, and whether calls before have written to it, so that the next must add."""
+        if value in self.grad_maps:
+            return self.grad_maps[value], True
+        return self.take_grad(value), False
+
+    def take_grad(self, value: int) -> Map:
+        """A map for a value's gradient, reused where one of its shape is free."""
+        shape, pad = self.plan.shapes[value], self._grad_pads[value]
+        free = self._free_maps.get((shape, pad))
+        self.grad_maps[value] = free.pop() if free else Map.of(shape, self.samples, pad, self.storage)
+        return self.grad_maps[value]
+
+    def give_back_grad(self, value: int) -> None:
+        """Free the map of a value's gradient for later ones."""
+        if value in self.grad_maps:
+            free = self._free_maps.setdefault((self.plan.shapes[value], self._grad_pads[value]), [])
+            free.append(self.grad_maps.pop(value))
+
+    def _mask(self, op: Convolution) -> ConvolutionMask:
+        entry = self._entries[op.weight]
+        shape = entry.shape if len(entry.shape) == 4 else (*entry.shape, 1, 1)
+        where = self.compact.where[entry.begin : entry.end].view(shape)
+        return ConvolutionMask(op, where >= 0, where)
+
+    def _pads(self) -> tuple[list[int], list[int]]:
+        """The border of zeros that each value's map needs, and that of its gradient."""
+        values, grads = ([0] * len(self.plan.shapes) for _ in range(2))
+        for op in self.plan.ops:
+            inside = self.plan.shapes[op.inputs[0]]
+            if isinstance(op, Convolution) and len(inside) == 3:
+                height, width = self.masks[op.output].kept.shape[2:]
+                sizes = inside[1:], self.plan.shapes[op.output][1:]
+                forward, backward = pads(op, (height, width), sizes[0], sizes[1])
+                values[op.inputs[0]] = max(values[op.inputs[0]], forward)
+                grads[op.output] = backward
+        return values, grads

@@ -1,0 +1,52 @@
+"""Nodes of a traced graph: the arguments they were called with, and the values they give."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+FUNCTIONAL_DROPOUTS = {F.dropout, F.dropout2d}
+
+
+def values_of(module: nn.Module, graph: fx.Graph, inputs: Tensor) -> dict[fx.Node, Any]:
+    """What each node of a module's graph gives on inputs [B, ...]."""
+    values = _Values(fx.GraphModule(module, graph))
+    with torch.no_grad():
+        values.run(inputs.clone())
+    return values.by_node
+
+
+class _Values(fx.Interpreter):
+    """Runs a graph and keeps the value of every node."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self.by_node: dict[fx.Node, Any] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        self.by_node[n] = super().run_node(n)
+        return self.by_node[n]
+
+
+def holds_tensors(value: Any) -> bool:
+    """Whether a node's value is a tensor, or may contain one."""
+    return isinstance(value, Tensor | dict | list) or (isinstance(value, tuple) and any(map(holds_tensors, value)))
+
+
+def source_of(node: fx.Node) -> Any:
+    """A node's first argument: its input, or the list of its inputs."""
+    return node.args[0] if node.args else node.kwargs["tensors" if "tensors" in node.kwargs else "input"]
+
+
+def arguments_of(node: fx.Node, *names: str) -> dict[str, Any]:
+    """A node's arguments after its first, by name; `names` are those of the positional ones."""
+    return dict(zip(names, node.args[1:], strict=False)) | dict(node.kwargs)
+
+
+def dropout_arguments(node: fx.Node) -> tuple[float, bool, bool]:
+    """p, training and inplace of a functional dropout."""
+    arguments = arguments_of(node, "p", "training", "inplace")
+    return arguments.get("p", 0.5), arguments.get("training", True), arguments.get("inplace", False)
