@@ -27,8 +27,8 @@ from swamp_fast.engines.fused.trace import NotCovered
 from swamp_fast.models import MODELS, SmallCNN, build_model
 from swamp_fast.ops.backends import backends
 from swamp_fast.report.figures import accuracy_over_sparsity
-from swamp_fast.report.table import history_table, summary_table
-from swamp_fast.report.write import write_report
+from swamp_fast.report.tables import history_table, summary_table
+from swamp_fast.report import write_report
 from swamp_fast.runs.checkpoint import write
 from swamp_fast.runs.result import SwampResult
 from swamp_fast.studies.compare import compare
