@@ -8,7 +8,7 @@ import torch
 
 from benchmarks.timing import RESULTS, header, write
 from swamp_fast import fast_swamp
-from swamp_fast.cli import DEMO
+from swamp_fast.cli.runs import DEMO
 from swamp_fast.common.format import percent
 from swamp_fast.models import SmallCNN
 from swamp_fast.report.figures import accuracy_over_sparsity

@@ -10,7 +10,8 @@ from typing import Any
 
 from benchmarks.timing import write
 from swamp_fast.common.statistics import half_width
-from swamp_fast.report.drawings import lines_over_density, save
+from swamp_fast.report.canvas import save
+from swamp_fast.report.charts import draw_accuracy_lines
 
 KEPT = ("cycle", "density", "particles", "accuracy", "loss", "mean_accuracy", "best_accuracy", "ensemble_accuracy",
         "val_accuracy", "particle_accuracy", "train_seconds", "seconds", "peak_memory")  # fmt: skip
@@ -75,7 +76,7 @@ def accuracy(study: str, rows: list[Row], about: Row, results: Path) -> None:
     told = {"cells": "test accuracy, %: mean ± standard deviation over (seeds)",
             "differences": "points, of the same seeds, with the 95 % interval of Student's t"}  # fmt: skip
     write(f"protocol_{study}", COMMAND, about | told, table, results)
-    save(lines_over_density(lines), results / f"protocol_{study}.svg")
+    save(draw_accuracy_lines(lines), results / f"protocol_{study}.svg")
 
 
 def speed(study: str, rows: list[Row], data: Row, about: Row, results: Path) -> None:

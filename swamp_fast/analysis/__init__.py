@@ -1,7 +1,9 @@
-"""Connectivity, flatness, masks, ensembles and cost of models, evaluated many at once as lanes of an engine.
+"""Connectivity, flatness, masks, ensembles and cost of solutions, many of them evaluated at once as lanes.
 
-Three walk-throughs, small enough for seconds on scikit-learn's digits; longer trainings, seeds and real pictures are
-what a conclusion takes. All start from one network and one set of settings:
+Each file answers one question; evaluator.py evaluates the solutions for all of them.
+
+Three walk-throughs follow, which take seconds on scikit-learn's digits. A conclusion takes longer trainings, several
+seeds and real pictures. All three start from one network and one set of settings:
 
 >>> import torch
 >>> from swamp_fast import fast_swamp
@@ -11,8 +13,8 @@ what a conclusion takes. All start from one network and one set of settings:
 >>> model = SmallCNN(1, 10, width=8)
 >>> settings = {"epochs": 3, "ticket_epochs": 2, "batch_size": 64, "progress": False}
 
-**Are two particles linearly connected?** The barrier between them, in error on test data, and the loss at mixtures of
-them; 2 % error is the customary threshold (arXiv 1912.05671).
+**Are two particles linearly connected?** See the barrier between them, in error on test data, and the loss of their
+mixtures; 2 % error is the customary threshold (arXiv 1912.05671).
 
 >>> result = fast_swamp(model, "digits", particles=2, cycles=1, keep_particles=True, **settings)
 >>> on = Analysis(model, "digits", config=result.config)
@@ -24,24 +26,24 @@ them; 2 % error is the customary threshold (arXiv 1912.05671).
 >>> max(mixtures.train_loss) <= max(mixtures.corners.train_loss) + 0.01
 True
 
-**Is SWAMP's minimum flatter than IMP's, at equal sparsity?** The trace of the Hessian, with its interval; scaled by the
-layers' norms, since BatchNorm hides their scale.
+**Is SWAMP's minimum flatter than IMP's, at equal sparsity?** See the trace of the Hessian with its interval, scaled by
+the layers' norms, because BatchNorm hides their scale.
 
 >>> traces = {}
->>> for name, own in {"imp": {"particles": 1, "swa": False}, "swamp": {"particles": 4}}.items():
-...     found = fast_swamp(model, "digits", cycles=2, **own, **settings)
-...     traces[name] = hessian_trace(on, found.state_dict, found.masks, probes=16, samples=512)
+>>> for name, method in {"imp": {"particles": 1, "swa": False}, "swamp": {"particles": 4}}.items():
+...     pruned = fast_swamp(model, "digits", cycles=2, **method, **settings)
+...     traces[name] = hessian_trace(on, pruned.state_dict, pruned.masks, probes=16, samples=512)
 >>> [len(trace.layers) for trace in traces.values()]
 [11, 11]
 >>> f"{traces['swamp'].scaled:.3g} ± {traces['swamp'].scaled_half_width:.2g}, norm {traces['swamp'].norm:.3g}"
 '... ± ..., norm ...'
 
-**What do more particles gain?** N = 1, 2, 4, 8 with nested draws: particle 3 is the same whatever N is.
+**What do more particles gain?** Compare N = 1, 2, 4, 8. The draws are nested: particle 3 is the same for every N.
 
 >>> accuracy = {}
 >>> for n in (1, 2, 4, 8):
 ...     accuracy[n] = fast_swamp(model, "digits", particles=n, cycles=1, **settings).history[-1]["accuracy"]
->>> all(0.9 < each <= 1 for each in accuracy.values())
+>>> all(0.9 < value <= 1 for value in accuracy.values())
 True
 """
 
@@ -51,8 +53,9 @@ from swamp_fast.analysis.ensemble import Ensemble, Predictions, ensemble, predic
 from swamp_fast.analysis.evaluator import Analysis, Scores, State, averages, particles
 from swamp_fast.analysis.hessian import HessianTrace, LayerTrace, hessian_trace
 from swamp_fast.analysis.masks import Channels, MaskOverlap, Overlap, channels, densities, mask_overlap
-from swamp_fast.analysis.plane import Plane, contour, loss_plane, random_plane
-from swamp_fast.analysis.suite import analyze, differing, table
+from swamp_fast.analysis.plane import Plane, contour, loss_plane
+from swamp_fast.analysis.suite import analyze, differing
+from swamp_fast.analysis.summary import table
 from swamp_fast.analysis.ticket_stability import TicketStability, ticket_stability
 
 __all__ = [
@@ -90,7 +93,6 @@ __all__ = [
     "mask_overlap",
     "particles",
     "predictions",
-    "random_plane",
     "table",
     "ticket_stability",
 ]

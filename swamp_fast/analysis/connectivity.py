@@ -1,4 +1,4 @@
-"""Linear mode connectivity: the barrier on the line between two solutions, and losses in the hull of several."""
+"""Are solutions linearly connected? Barriers on the line between two, and losses in the convex hull of several."""
 
 from __future__ import annotations
 
@@ -17,18 +17,19 @@ from swamp_fast.runs.result import SwampResult
 
 @dataclass(frozen=True, kw_only=True)
 class Path(Scores):
-    """Scores at the points (1 - t) a + t b, 0 <= t <= 1, both ends included."""
+    """Scores at the points (1 - t) a + t b of the line between two states, for t from 0 to 1."""
 
     t: list[float]
 
     def barrier(self, what: str = "train_loss", over: str = "max") -> float:
-        """How far the path rises; `what` is a score, of which errors are fractions.
+        """How far a score rises on the path; NaN if it is NaN anywhere.
 
-        over  "max": the highest point minus the higher end; "mean": minus the mean of the ends (Frankle et al. 2020,
-              1912.05671); "line": the highest rise above the straight line between them (Entezari et al. 2022,
-              2110.06296). All are the same where the ends are equally good.
+        what  one of SCORES; errors are fractions
+        over  "max": above the higher end; "mean": above the mean of the ends (Frankle et al. 2020, arXiv 1912.05671);
+              "line": above the straight line between them (Entezari et al. 2022, arXiv 2110.06296). All three are
+              equal where the ends are equally good.
 
-        NaN if any point's score is NaN.
+        Raises ValueError for another `over`, and for a score that isn't available.
         """
         values = self.of(what)
         if over == "max":
@@ -41,40 +42,42 @@ class Path(Scores):
         raise ValueError(f'`over` must be one of "max", "mean", "line", got "{over}".')
 
     def barriers(self) -> dict[str, dict[str, float]]:
-        """All barriers of every score that there is."""
-        there = [what for what in SCORES if getattr(self, what) is not None]
-        return {what: {over: self.barrier(what, over) for over in ("max", "mean", "line")} for what in there}
+        """Every available score -> "max", "mean" and "line" -> barrier."""
+        available = [score for score in SCORES if getattr(self, score) is not None]
+        return {score: {over: self.barrier(score, over) for over in ("max", "mean", "line")} for score in available}
 
 
 @dataclass(frozen=True)
 class BarrierMatrix:
-    """The paths between all pairs i < j of N states."""
+    """The paths between all pairs i < j of N states; `count` is N."""
 
     count: int
     paths: dict[tuple[int, int], Path]
 
     def matrix(self, what: str = "train_loss", over: str = "max") -> list[list[float]]:
         """Barriers [N, N], 0 on the diagonal; see Path.barrier."""
-        found = [[0.0] * self.count for _ in range(self.count)]
+        barriers = [[0.0] * self.count for _ in range(self.count)]
         for (i, j), path in self.paths.items():
-            found[i][j] = found[j][i] = path.barrier(what, over)
-        return found
+            barriers[i][j] = barriers[j][i] = path.barrier(what, over)
+        return barriers
 
 
 def highest(values: Sequence[float]) -> float:
-    """The largest, or NaN if there is one among them: max() passes over NaN that doesn't stand first."""
+    """The largest value, or NaN if any is NaN; max() would ignore a NaN that isn't the first value."""
     return math.nan if any(map(math.isnan, values)) else max(values)
 
 
 def loss_barrier(
     on: Analysis, a: Mapping[str, Tensor], b: Mapping[str, Tensor], points: int = 11, *, reestimate: bool = True
 ) -> Path:
-    """Losses and errors at equally spaced points of the line between two states, as lanes at once.
+    """Losses and errors at equally spaced points of the line between two states, evaluated as lanes.
 
-    The barrier is 0 between solutions of one linearly connected basin, which particles of one matching ticket should
-    be (Frankle et al. 2020, "Linear Mode Connectivity and the Lottery Ticket Hypothesis", arXiv 1912.05671). BatchNorm
-    is re-estimated at every point: with interpolated statistics (`reestimate=False`) a barrier stands where there is
-    none. Fewer than 11 points may miss it; look at loss and error, on train and on test.
+    The barrier is 0 between solutions in one linearly connected basin, as particles of one matching ticket should be
+    (Frankle et al. 2020, "Linear Mode Connectivity and the Lottery Ticket Hypothesis", arXiv 1912.05671). BatchNorm is
+    re-estimated at every point, because interpolated statistics (`reestimate=False`) show barriers where there are
+    none. Fewer than 11 points may miss a barrier; look at loss and error, on training and on test data.
+
+    Raises ValueError for fewer than 3 points.
     """
     return barrier_matrix(on, [a, b], points, reestimate=reestimate).paths[0, 1]
 
@@ -82,7 +85,10 @@ def loss_barrier(
 def barrier_matrix(
     on: Analysis, states: Sequence[Mapping[str, Tensor]], points: int = 11, *, reestimate: bool = True
 ) -> BarrierMatrix:
-    """As loss_barrier between every two of N states, the points of all paths as lanes together."""
+    """The paths between all pairs of N states, evaluated together as lanes; see loss_barrier.
+
+    Raises ValueError for fewer than 3 points or 2 states.
+    """
     if points < 3:
         raise ValueError(f"`points` must be at least 3, both ends and one between; got {points}. 11 are customary.")
     if len(states) < 2:
@@ -101,13 +107,13 @@ def barrier_matrix(
 
 
 def consecutive(on: Analysis, result: SwampResult, points: int = 11, *, reestimate: bool = True) -> list[Path]:
-    """The path between each cycle's average and the next one's: do consecutive sparse solutions stay connected?
+    """The paths between each cycle's average and the next one's: do consecutive sparse solutions stay connected?
 
-    The two have different supports: on the way the weights that the next mask prunes shrink to 0.
+    The ends have different supports: along the path the weights that the next mask prunes shrink to 0.
     """
     states = [state for state, _ in averages(result)]
     pairs = list(pairwise(states))
-    # The sparsest first: at its density the engine is chosen.
+    # The sparsest pair comes first, because the engine is chosen at its density.
     return [loss_barrier(on, a, b, points, reestimate=reestimate) for a, b in pairs[::-1]][::-1]
 
 
@@ -128,11 +134,13 @@ def hull(
     seed: int = 0,
     reestimate: bool = True,
 ) -> Hull:
-    """Losses at mixtures of states whose shares are drawn evenly from the simplex, Dirichlet(1), all as lanes at once.
+    """Losses at random mixtures of states, evaluated as lanes; shares are uniform on the simplex, Dirichlet(1).
 
-    If the loss within is no higher than at the corners the particles stand around one basin, the claim behind their
-    averaging (Choi et al. 2024, arXiv 2305.14852). Of many particles even shares lie near the centre: the mixtures then
-    say little of the hull's rim. BatchNorm is re-estimated at every point.
+    If no mixture has a higher loss than the corners, the particles surround one basin, which is the claim behind
+    averaging them (Choi et al. 2024, arXiv 2305.14852). With many particles all mixtures lie near the centre, and say
+    little about the edge of the hull. BatchNorm is re-estimated at every point.
+
+    Raises ValueError without states or mixtures.
     """
     if mixtures < 1 or not states:
         raise ValueError(f"a hull needs states and mixtures, got {len(states)} and {mixtures}.")

@@ -1,4 +1,4 @@
-"""What a sparse model costs at inference: FLOPs, bytes and kept parameters by layer, and measured latency."""
+"""What does a sparse model cost at inference? FLOPs, bytes and kept parameters by layer, and measured latency."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from swamp_fast.runs.result import module_of
 
 @dataclass(frozen=True)
 class LayerCost:
-    """One parameter's part in a forward of one sample: FLOPs (2 a multiply-add) and bytes, as kept and dense.
+    """One parameter's share of one sample's forward pass: FLOPs (2 per multiply-add) and bytes, sparse and dense.
 
-    FLOPs are None where it is prunable, but no weight of a convolution, linear or attention layer.
+    FLOPs are None for a prunable parameter that is no weight of a convolution, linear or attention layer.
     """
 
     flops: int | None
@@ -36,12 +36,12 @@ class LayerCost:
 
 @dataclass(frozen=True)
 class InferenceCost(LayerCost):
-    """The cost of one model, as kept and dense.
+    """The cost of one model, sparse and dense.
 
-    flops                  None if a layer's are; products without weights, as attention's, are in no layer's
-    dense_flops            as torch counts them, which leaves nn.LSTM's out
-    bytes                  of the kept values and of the masks' bits; buffers are not counted
-    kept                   parameters, those that are never pruned included
+    flops                  None if those of a layer are; includes products without weights, such as attention's
+    dense_flops            as torch counts them, which omits nn.LSTM
+    bytes                  of the kept values and of the masks as bits, without buffers
+    kept                   parameters, including those that are never pruned
     sparse_ms, dense_ms    median latency of one batch on this CPU; None for the reason in `why`
     """
 
@@ -59,32 +59,32 @@ def inference_cost(
     batch_size: int | None = None,
     repeats: int = 15,
 ) -> InferenceCost:
-    """FLOPs, bytes and kept parameters of a sparse model, and how long it takes on this CPU beside the dense module.
+    """FLOPs, bytes and kept parameters of a sparse model, and its latency on this CPU compared with the dense module.
 
-    The sparse model runs on this project's kernels under its mask; the dense one is the plain module with the same
-    weights, in eval mode, with channels first or last in memory, whichever is faster. They take turns, after one run
-    each to warm up. FLOPs count matrix products and convolutions. They are not time: below some density the traffic of
-    activations rules. Both run with torch's number of threads.
+    The sparse model runs on this project's kernels under its mask. The dense one is the plain module with the same
+    weights in eval mode, with channels first or last in memory, whichever is faster. They take turns after one run
+    each to warm up, with torch's number of threads. FLOPs count matrix products and convolutions; they don't predict
+    time, because below some density the memory traffic of activations dominates.
     """
     problem, mask = on.problem, on.mask(masks)
     kept = problem.kept(mask)
     layers = {}
     for name, parameter in problem.template.named_parameters():
         size, itemsize = parameter.numel(), parameter.element_size()
-        own, uses = kept.get(name, size), problem.probe.uses.get(name, 0.0)
-        bits = -(-size // 8) if name in kept else 0
+        count, uses = kept.get(name, size), problem.probe.uses.get(name, 0.0)
+        mask_bytes = -(-size // 8) if name in kept else 0
         unknown = name in problem.probe.uncounted
-        flops, dense_flops = (None if unknown else round(2 * uses * number) for number in (own, size))
-        layers[name] = LayerCost(flops, dense_flops, own * itemsize + bits, size * itemsize, own, size)
+        flops, dense_flops = (None if unknown else round(2 * uses * number) for number in (count, size))
+        layers[name] = LayerCost(flops, dense_flops, count * itemsize + mask_bytes, size * itemsize, count, size)
     batch = batch_size or problem.config.batch_size
     sparse, dense, why = _latency(on, state, mask, batch, repeats)
     return InferenceCost(
         flops=None if problem.probe.uncounted else problem.flops(mask),
         dense_flops=problem.probe.dense_flops,
-        bytes=sum(each.bytes for each in layers.values()),
-        dense_bytes=sum(each.dense_bytes for each in layers.values()),
-        kept=sum(each.kept for each in layers.values()),
-        size=sum(each.size for each in layers.values()),
+        bytes=sum(layer.bytes for layer in layers.values()),
+        dense_bytes=sum(layer.dense_bytes for layer in layers.values()),
+        kept=sum(layer.kept for layer in layers.values()),
+        size=sum(layer.size for layer in layers.values()),
         batch_size=batch,
         sparse_ms=sparse,
         dense_ms=dense,
@@ -97,15 +97,15 @@ def inference_cost(
 def _latency(
     on: Analysis, state: Mapping[str, Tensor], mask: Tensor, batch_size: int, repeats: int
 ) -> tuple[float | None, float | None, str | None]:
-    """Median milliseconds of a batch, sparse and dense, or why they aren't measured."""
+    """Median milliseconds per batch, sparse and dense, and the reason why one of them is None."""
     problem = on.problem
     if problem.device.type != "cpu":
-        return None, None, f"it is measured on a CPU, and the analysis is on {problem.device}"
+        return None, None, f"latency is measured on a CPU, and the analysis is on {problem.device}"
     if repeats < 1:
-        return None, None, "no repeats were asked for"
+        return None, None, "no repeats were requested"
     inputs, _, count = next(pass_in_stored_order(on.train, batch_size))
     if count < batch_size:
-        return None, None, f"there are {count} samples, less than a batch of {batch_size}"
+        return None, None, f"there are {count} samples, fewer than a batch of {batch_size}"
     engine, point, keys = on.fused, on.solution(state), on.keys(1)
     module = module_of(problem.template, state_of(problem, point))
 
@@ -124,7 +124,7 @@ def _latency(
         with torch.no_grad():
             return None, min(medians(contenders, repeats)) * 1e3, engine
     engine.spawn(point, mask, range(1), None)
-    models = engine.side_by_side(point.weights[None], {name: each[None] for name, each in point.buffers.items()})
+    models = engine.side_by_side(point.weights[None], {name: buffer[None] for name, buffer in point.buffers.items()})
     with torch.no_grad():
         sparse, *dense = medians([lambda: models.outputs(inputs, keys), *contenders], repeats)
     engine.release()
@@ -132,12 +132,12 @@ def _latency(
 
 
 def medians(contenders: list[Callable[[], object]], repeats: int) -> list[float]:
-    """Median seconds of each, taking turns, after one run each to warm up."""
-    taken: list[list[float]] = [[] for _ in contenders]
+    """Median seconds of each contender; they take turns, after one run each to warm up."""
+    times: list[list[float]] = [[] for _ in contenders]
     for turn in range(repeats + 1):
-        for own, run in zip(taken, contenders, strict=True):
+        for seconds, run in zip(times, contenders, strict=True):
             began = time.perf_counter()
             run()
             if turn:
-                own.append(time.perf_counter() - began)
-    return [statistics.median(own) for own in taken]
+                seconds.append(time.perf_counter() - began)
+    return [statistics.median(seconds) for seconds in times]

@@ -1,4 +1,4 @@
-"""Many models of one architecture, evaluated at once as lanes of an engine."""
+"""What are the losses and errors of these solutions? Models of one architecture, evaluated together as lanes."""
 
 from __future__ import annotations
 
@@ -42,25 +42,22 @@ from swamp_fast.problem.solutions import solution_of
 from swamp_fast.runs.record import Run
 from swamp_fast.runs.result import SwampResult, snapshot_of
 
-State = dict[str, Tensor]  # parameters and buffers by name, as SwampResult.state_dict
-Outputs = Callable[[Any, int], list[Any]]  # (inputs [B, ...], time) -> each model's outputs
-Found = TypeVar("Found")
+State = dict[str, Tensor]  # parameters and buffers by name, as in SwampResult.state_dict
+Outputs = Callable[[Any, int], list[Any]]  # (inputs [B, ...], time) -> the outputs of each model
+Measured = TypeVar("Measured")
 
 SCORES = ("train_loss", "train_error", "test_loss", "test_error")
-CHECKED_LANES = 4  # lanes that are folded at once: so many are proven to give what they give alone
-NEUTRAL_SETTINGS = {
-    "layer_kept": None,
-    "mask_score": "abs-mean",
-    "combine": "mean",
-}  # no masks are made, no particle is chosen
-MAX_MEMORY_FRACTION = 0.4  # of the free memory that the lanes may take
+CHECKED_LANES = 4  # lanes that are folded together: for this many the engine checks that each gives what it gives alone
+# An analysis makes no masks and chooses no particle, so it doesn't depend on how the run did.
+NEUTRAL_SETTINGS = {"layer_kept": None, "mask_score": "abs-mean", "combine": "mean"}
+MAX_MEMORY_FRACTION = 0.4  # of the free memory, for the lanes
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scores:
     """Mean losses and errors (1 - accuracy) of M models, [M] each; None without test data, or without accuracies.
 
-    train_samples  how many training samples stand for all
+    train_samples  how many training samples were used
     """
 
     train_loss: list[float]
@@ -70,7 +67,7 @@ class Scores:
     train_samples: int
 
     def of(self, what: str) -> list[float]:
-        """One of SCORES. Raises ValueError if it is none of them, or there is none of it."""
+        """The values [M] of one of SCORES. Raises ValueError for another name, or if that score isn't available."""
         if what not in SCORES:
             raise ValueError(f'`what` must be one of {", ".join(SCORES)}; got "{what}".')
         values: list[float] | None = getattr(self, what)
@@ -80,26 +77,27 @@ class Scores:
         return values
 
     def part(self, rows: Iterable[int]) -> dict[str, Any]:
-        """The scores of some of the models, to make other Scores of."""
-        every, rows = {name: getattr(self, name) for name in SCORES}, list(rows)
-        own = {name: None if each is None else [each[row] for row in rows] for name, each in every.items()}
-        return {**own, "train_samples": self.train_samples}
+        """The arguments of the Scores of some of the models."""
+        scores, rows = {name: getattr(self, name) for name in SCORES}, list(rows)
+        chosen = {name: values and [values[row] for row in rows] for name, values in scores.items()}
+        return {**chosen, "train_samples": self.train_samples}
 
 
 class Analysis:
-    """A model and its data, made ready as for a run: what models of that architecture are evaluated on.
+    """A model and its data, prepared as for a run, on which solutions of that architecture are evaluated.
 
     Args:
-        model, train, test, val, forward, loss, prunable, config, settings: as of fast_swamp, and as the run had them:
-            a `val` that was held out is held out here.
-        standardise: the run's, result.standardise, by which its model takes uint8 pictures; None: the mean and std of
-            `train`, which are the same where the data are.
-        samples: so many training samples stand for all of them, in losses and for BatchNorm: the first of a fixed
-            shuffle; None: all.
+        model, train, test, val, forward, loss, prunable, config, settings: as for fast_swamp, and as the run had them;
+            validation data that the run held out are held out here too.
+        standardise: the run's result.standardise, by which its model scales uint8 pictures; None: the mean and std of
+            `train`, which are equal if the data are.
+        samples: how many training samples to use for losses and BatchNorm: the first ones of a fixed shuffle; None:
+            all.
 
-    Losses are means over un-augmented samples; M models are M lanes of an engine, in chunks that fit the memory.
-    BatchNorm statistics are re-estimated for every model on the training data, all of them in stored order. Raises as
-    fast_swamp.
+    Losses are means over samples without augmentation. M models are M lanes of an engine, in chunks that fit into
+    memory. BatchNorm statistics are re-estimated for every model on the training data in stored order.
+
+    Raises as fast_swamp.
     """
 
     def __init__(
@@ -117,14 +115,13 @@ class Analysis:
         samples: int | None = None,
         **settings: Any,
     ) -> None:
-        own = SwampConfig.of(config, settings)
-        own = own.replace(
+        prepared = SwampConfig.of(config, settings).replace(
             cycles=0, particles=CHECKED_LANES, run_dir=None, tensorboard=False, progress=False, **NEUTRAL_SETTINGS
         )
         self.problem = prepare(
             *(model, train, test),
             Arguments(val=val, forward=forward, loss=loss, prunable=prunable),
-            config=own,
+            config=prepared,
             settings={name: settings[name] for name in ("batch_size",) if name in settings},
             standardise=standardise,
         )
@@ -132,14 +129,14 @@ class Analysis:
         self.engines: Engine | None = None
 
     def evaluate(self, states: Sequence[Mapping[str, Tensor]], *, reestimate: bool = True) -> Scores:
-        """The scores of models; `reestimate=False` takes their BatchNorm statistics as they are."""
+        """The scores of states; `reestimate=False` uses their own BatchNorm statistics."""
         shares = torch.eye(len(states), dtype=torch.float64)
         return self.mixed([self.solution(state) for state in states], shares, reestimate=reestimate)
 
     def mixed(self, solutions: Sequence[Solution], shares: Tensor, *, reestimate: bool = True) -> Scores:
         """The scores of M linear combinations of K solutions.
 
-        shares  [M, K]  float64; what is no floating-point number is taken from the solution with the largest share
+        shares  [M, K]  float64; an integer buffer is taken from the solution with the largest share
         """
 
         def scores(run: Outputs, channels_last: bool) -> tuple[list[float], ...]:
@@ -148,44 +145,52 @@ class Analysis:
             return (*train, *test)
 
         chunks = self.measured(solutions, shares, scores, reestimate=reestimate)
-        found: list[list[float] | None] = [[value for chunk in chunks for value in chunk[i]] for i in range(4)]
-        own = {what: values or None for what, values in zip(SCORES, found, strict=True)}
-        return Scores(**own, train_samples=self.train.length)  # type: ignore[arg-type]
+        columns = [[value for chunk in chunks for value in chunk[i]] for i in range(len(SCORES))]
+        available = {name: values or None for name, values in zip(SCORES, columns, strict=True)}
+        return Scores(**available, train_samples=self.train.length)  # type: ignore[arg-type]
 
     @one_at_a_time
     def measured(
         self,
         solutions: Sequence[Solution],
         shares: Tensor,
-        measure: Callable[[Outputs, bool], Found],
+        measure: Callable[[Outputs, bool], Measured],
         *,
         reestimate: bool = True,
-    ) -> list[Found]:
-        """What `measure(run, channels_last)` finds of M linear combinations of K solutions, chunk by chunk.
+    ) -> list[Measured]:
+        """What `measure(run, channels_last)` returns for M linear combinations of K solutions, chunk by chunk.
 
-        Each runs under the union of the solutions' supports: a weight that is 0 in all is 0 in every combination.
+        The models run under the union of the solutions' supports: a weight that is 0 in all of them is 0 in every
+        combination.
+
+        shares  [M, K]  float64
         """
-        Q, stack = self.problem.layout.Q, torch.stack([each.weights for each in solutions]).double()
+        Q, stack = self.problem.layout.Q, torch.stack([solution.weights for solution in solutions]).double()
         support = (stack[:, :Q] != 0).any(0)
-        buffers = {name: torch.stack([each.buffers[name] for each in solutions]) for name in solutions[0].buffers}
-        with ExitStack() as around:
-            around.enter_context(generators_left_alone())
+        names = solutions[0].buffers
+        buffers = {name: torch.stack([solution.buffers[name] for solution in solutions]) for name in names}
+        with ExitStack() as stacked:
+            stacked.enter_context(generators_left_alone())
             if self.problem.device.type == "cuda":
-                around.enter_context(torch.cuda.device(self.problem.device))
+                stacked.enter_context(torch.cuda.device(self.problem.device))
             engine = self._engine_under(support if bool(support.any()) else self.problem.mask, solutions[0])
-            around.callback(engine.release)
+            stacked.callback(engine.release)
             lanes = self._lanes_at_once(engine, len(shares))
             if isinstance(engine, FusedEngine):
                 assert engine.programs is not None
                 engine.programs.measure(lanes)
-            return [
-                self._chunk(engine, torch.stack([mixture(stack, row) for row in rows]).to(self.problem.dtype),
-                            {name: mixed_buffer(each, rows) for name, each in buffers.items()}, measure, reestimate)
-                for rows in shares.to(self.problem.device).split(lanes)
-            ]  # fmt: skip
+            measured = []
+            for rows in shares.to(self.problem.device).split(lanes):
+                weights = torch.stack([mixture(stack, row) for row in rows]).to(self.problem.dtype)
+                mixed_buffers = {name: mixed_buffer(buffer, rows) for name, buffer in buffers.items()}
+                measured.append(self._chunk(engine, weights, mixed_buffers, measure, reestimate))
+            return measured
 
     def solution(self, state: Mapping[str, Tensor]) -> Solution:
-        """A state as a vector and buffers; those that it lacks are the model's. Raises ValueError if it misfits."""
+        """A state as a vector and buffers; buffers that it lacks are the model's.
+
+        Raises ValueError if it doesn't fit the model.
+        """
         template = self.problem.template
         parameters, buffers = dict(template.named_parameters()), dict(template.named_buffers())
         missing = [name for name in parameters if name not in state]
@@ -193,40 +198,44 @@ class Analysis:
         if missing or foreign:
             raise ValueError(
                 f"the state doesn't fit the model: it lacks {', '.join(missing) or 'nothing'}, and has "
-                f"{', '.join(foreign) or 'nothing'} besides. Make the Analysis with the architecture that was trained."
+                f"{', '.join(foreign) or 'nothing'} besides. Create the Analysis with the architecture that was "
+                "trained."
             )
-        for name, own in {**parameters, **buffers}.items():
-            if name in state and state[name].shape != own.shape:
+        for name, tensor in {**parameters, **buffers}.items():
+            if name in state and state[name].shape != tensor.shape:
                 raise ValueError(
                     f"the state doesn't fit the model: {name} has shape {list(state[name].shape)}, the model's has "
-                    f"{list(own.shape)}."
+                    f"{list(tensor.shape)}."
                 )
-            if isinstance(own, nn.Parameter) and not own.requires_grad:
-                if not torch.equal(own, state[name].to(own.device, own.dtype)):
+            if isinstance(tensor, nn.Parameter) and not tensor.requires_grad:
+                if not torch.equal(tensor, state[name].to(tensor.device, tensor.dtype)):
                     raise ValueError(
-                        f"{name} is frozen and differs from the model's; make the Analysis with the weights of the "
+                        f"{name} is frozen and differs from the model's; create the Analysis with the weights of the "
                         "model that was trained."
                     )
         return solution_of(self.problem, {**buffers, **state})
 
     def mask(self, masks: Mapping[str, Tensor]) -> Tensor:
-        """Masks by name as [Q]; a prunable parameter that isn't named is kept whole."""
+        """Masks by name as one mask [Q]; a prunable parameter that has none is kept whole.
+
+        Raises ValueError for a name that isn't prunable.
+        """
         mask = self.problem.layout.full_mask(self.problem.device)
         views = self.problem.layout.mask_views(mask)
         foreign = [name for name in masks if name not in views]
         if foreign:
-            raise ValueError(f"`masks`: {', '.join(foreign)} is not prunable here; those are {', '.join(views)}.")
-        for name, own in masks.items():
-            views[name].copy_(own)
+            raise ValueError(f"`masks`: {', '.join(foreign)} is not prunable here; prunable are {', '.join(views)}.")
+        for name, given in masks.items():
+            views[name].copy_(given)
         return mask
 
     def keys(self, lanes: int) -> Tensor:
-        """What models draw with in evaluation, the same for each: [L, 3]."""
+        """Keys [L, 3] of random draws in evaluation, the same for every model."""
         return lane_keys([self.problem.config.seed] * lanes, [stream_of(0, 0)] * lanes, self.problem.device)
 
     @cached_property
     def fused(self) -> FusedEngine | str:
-        """The fused engine on the model, or why it can't run it."""
+        """The fused engine for the model, or the reason why it can't run the model."""
         problem = dataclasses.replace(self.problem, config=self.problem.config.replace(engine="fused"))
         try:
             engine = start_engine(problem, Run(problem, "analysis"))
@@ -236,7 +245,7 @@ class Analysis:
         return engine
 
     def _engine_under(self, mask: Tensor, start: Solution) -> EagerEngine | FusedEngine:
-        """The engine that the settings select for a mask [Q], ready for models under it."""
+        """The engine that the settings select for a mask [Q], ready to run models under that mask."""
         if self.engines is None:
             problem = dataclasses.replace(self.problem, mask=mask)
             self.engines = start_engine(problem, Run(problem, "analysis"))
@@ -251,10 +260,11 @@ class Analysis:
         engine: EagerEngine | FusedEngine,
         weights: Tensor,
         buffers: dict[str, Tensor],
-        measure: Callable[[Outputs, bool], Found],
+        measure: Callable[[Outputs, bool], Measured],
         estimated: bool,
-    ) -> Found:
-        if isinstance(engine, EagerEngine) and self._differ_outside_norms(buffers):  # folded lanes would share them
+    ) -> Measured:
+        if isinstance(engine, EagerEngine) and self._differ_outside_norms(buffers):
+            # Folded lanes would share these buffers.
             engine = EagerEngine(self.problem, Choice("lanes", engine.choice.channels_last, "buffers differ", {}))
         models, keys = engine.side_by_side(weights, buffers), self.keys(len(weights))
 
@@ -266,7 +276,7 @@ class Analysis:
         return measure(run, models.channels_last)
 
     def _score(self, run: Outputs, data: Data, which: int, channels_last: bool) -> tuple[list[float], list[float]]:
-        """Mean losses and errors on a split, [M] each; no errors where there are no accuracies."""
+        """Mean losses [M] and errors [M] on a split; [] instead of errors if there are no accuracies."""
         loss: Tensor | float = 0.0
         wrong: Tensor | int = 0
         entries = 0
@@ -287,7 +297,7 @@ class Analysis:
 
     @cached_property
     def _bytes_of_lane(self) -> int:
-        """About what a lane takes: its weights in float64, in full and compact, and the few maps that live at once."""
+        """Estimated bytes per lane: its weights in float64, full and compact, and a few activations at once."""
         inputs, _, _ = next(pass_in_stored_order(self.train, self.problem.config.batch_size))
         largest = _Largest()
         with largest, torch.no_grad():
@@ -299,27 +309,27 @@ class Analysis:
         norms = {id(buffer) for norm in norms_of([self.problem.template]) for buffer in norm.buffers()}
         named = self.problem.template.named_buffers()
         others = [buffers[name] for name, buffer in named if id(buffer) not in norms]
-        return any(not torch.equal(each, each[:1].expand_as(each)) for each in others)
+        return any(not torch.equal(buffer, buffer[:1].expand_as(buffer)) for buffer in others)
 
 
 def particles(result: SwampResult) -> list[State]:
-    """The particles of the last cycle, one state each. Raises ValueError if they weren't kept."""
+    """The states of the particles of the last cycle. Raises ValueError if the run didn't keep them."""
     if result.particles is None:
         raise ValueError("the result holds no particles; run it with keep_particles=True.")
     count = len(next(iter(result.particles.values())))
-    return [{name: each[i] for name, each in result.particles.items()} for i in range(count)]
+    return [{name: tensor[i] for name, tensor in result.particles.items()} for i in range(count)]
 
 
 def averages(result: SwampResult) -> list[tuple[State, dict[str, Tensor]]]:
-    """Each cycle's average and its masks."""
-    snapshots = [snapshot_of(each) for each in result.snapshots]
-    return [(each.state, each.masks) for each in snapshots]
+    """The average of each cycle, and its masks."""
+    snapshots = [snapshot_of(stored) for stored in result.snapshots]
+    return [(snapshot.state, snapshot.masks) for snapshot in snapshots]
 
 
 def some_of(data: Data, samples: int | None) -> Data:
-    """So many samples of a split, the first of a fixed shuffle; all, or None: the split itself.
+    """The first `samples` samples of a fixed shuffle of a split, because stored samples are often sorted by class.
 
-    Stored samples are often sorted by class. Raises ValueError for none or too many.
+    None gives the whole split. Raises ValueError for no samples or too many.
     """
     if samples is None or samples == data.length:
         return data
@@ -331,21 +341,21 @@ def some_of(data: Data, samples: int | None) -> Data:
 
 
 def mixture(stack: Tensor, row: Tensor) -> Tensor:
-    """The linear combination [P] of vectors [K, P] with shares [K]; what has no share has no part, not even a NaN."""
+    """The linear combination [P] of vectors [K, P] with shares [K]; a NaN times a share of 0 is left out."""
     used = row.nonzero().flatten()
     mixed: Tensor = torch.tensordot(row[used], stack[used], 1)
     return mixed
 
 
-def mixed_buffer(each: Tensor, rows: Tensor) -> Tensor:
-    """A buffer [M, ...] of linear combinations with shares [M, K] of K solutions, from theirs [K, ...]."""
-    if not each.is_floating_point():
-        return each[rows.argmax(1)]
-    return torch.stack([mixture(each.double(), row) for row in rows]).to(each.dtype)
+def mixed_buffer(buffer: Tensor, shares: Tensor) -> Tensor:
+    """A buffer [M, ...] of M linear combinations with shares [M, K], from that of K solutions [K, ...]."""
+    if not buffer.is_floating_point():
+        return buffer[shares.argmax(1)]
+    return torch.stack([mixture(buffer.double(), row) for row in shares]).to(buffer.dtype)
 
 
 class _Largest(TorchDispatchMode):
-    """Notes the largest tensor that an operation gives, in bytes."""
+    """Records the size in bytes of the largest tensor that an operation returns."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -353,5 +363,5 @@ class _Largest(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        self.bytes = max([self.bytes, *(each.numel() * each.element_size() for each in tensors(out))])
+        self.bytes = max([self.bytes, *(tensor.numel() * tensor.element_size() for tensor in tensors(out))])
         return out

@@ -1,4 +1,4 @@
-"""Flatness: the trace of the training loss's Hessian, by Hutchinson's estimator."""
+"""How flat is the minimum? The trace of the Hessian of the training loss, by Hutchinson's estimator."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from swamp_fast.particles.random import at_time, evaluation_time, generators_lef
 
 @dataclass(frozen=True)
 class LayerTrace:
-    """One parameter's part: the trace of its block, half the width of its 95 % interval, its norm, its kept weights."""
+    """One parameter: the trace of its block, half the width of the 95 % interval, its norm, and its kept weights."""
 
     trace: float
     half_width: float
@@ -34,9 +34,9 @@ class LayerTrace:
 class HessianTrace:
     """tr(H) of the training loss at one solution; half widths are those of 95 % intervals over the probes.
 
-    scaled  sum over parameters l of |w_l|^2 / n_l tr(H_ll), n_l its kept weights: it stays as it is when a layer's
-            weights are multiplied by a number that the function doesn't notice
-    norm    of all weights that are in the trace
+    scaled  sum over parameters l of |w_l|^2 / n_l tr(H_ll), where n_l is the number of kept weights: it doesn't change
+            when a layer's weights are multiplied by a factor that leaves the function unchanged
+    norm    of all weights in the trace
     """
 
     trace: float
@@ -60,15 +60,17 @@ def hessian_trace(
 ) -> HessianTrace:
     """The trace of the Hessian over the kept weights and all other trained parameters: how sharp the minimum is.
 
-    It is that of the mean loss of `samples` training samples (see Analysis; None: all of them), un-augmented,
-    without weight decay, with the state's own BatchNorm statistics. Each probe is a vector v of signs on what is
-    trained, 0 where pruned, and gives v H v, whose expectation is the trace (Hutchinson 1990; as in PyHessian, Yao et
-    al. 2020, arXiv 1912.07145). A weight's sign depends on `seed`, the probe and its place alone, so that two models
-    are compared with the same probes.
+    H is the Hessian of the mean loss of `samples` training samples (see Analysis; None: all of them), without
+    augmentation and weight decay, with the state's own BatchNorm statistics. Each probe is a vector v of random signs
+    on the trained weights and of zeros on the pruned ones; the expectation of v H v is the trace (Hutchinson 1990; as
+    in PyHessian, Yao et al. 2020, arXiv 1912.07145). The sign of a weight depends only on `seed`, the probe and the
+    weight's position, so two models are compared with the same probes.
 
-    BatchNorm makes the loss blind to the scale of weights, and averaging shrinks them, which raises the raw trace of
-    an average (Dinh et al. 2017, arXiv 1703.04933): compare `scaled`, and look at the norms. Of fewer kept weights a
-    trace is a sum of fewer terms: compare at equal density.
+    BatchNorm hides the scale of weights, and averaging shrinks them, which raises the raw trace of an average (Dinh et
+    al. 2017, arXiv 1703.04933): compare `scaled`, and look at the norms. With fewer kept weights the trace has fewer
+    terms: compare at equal density.
+
+    Raises ValueError for fewer than 2 probes.
     """
     if probes < 2:
         raise ValueError(f"`probes` must be at least 2, for an interval; got {probes}.")
@@ -84,12 +86,12 @@ def hessian_trace(
     data = some_of(on.train, samples)
     forms = quadratic_forms(on, point, (2 * signs - 1) * trained, data)
     norms, kept = {}, on.problem.kept(mask)
-    for name, own in layout.views(point.weights).items():
-        norms[name] = float(own.double().norm())
-        kept.setdefault(name, own.numel())
-    every = torch.stack(list(forms.values()))
+    for name, weights in layout.views(point.weights).items():
+        norms[name] = float(weights.double().norm())
+        kept.setdefault(name, weights.numel())
+    by_layer = torch.stack(list(forms.values()))  # [layers, probes]
     scales = torch.tensor([norms[name] ** 2 / max(kept[name], 1) for name in forms], dtype=torch.float64)
-    total, scaled = every.sum(0).tolist(), (scales @ every).tolist()
+    total, scaled = by_layer.sum(0).tolist(), (scales @ by_layer).tolist()
     return HessianTrace(
         trace=sum(total) / probes,
         half_width=half_width(total),
@@ -100,19 +102,19 @@ def hessian_trace(
         samples=data.length,
         layers={
             name: LayerTrace(sum(values) / probes, half_width(values), norms[name], kept[name])
-            for name, values in zip(forms, every.tolist(), strict=True)
+            for name, values in zip(forms, by_layer.tolist(), strict=True)
         },
     )
 
 
 @one_at_a_time
 def quadratic_forms(on: Analysis, point: Solution, vectors: Tensor, data: Data) -> dict[str, Tensor]:
-    """v_l (H v)_l of each vector and each parameter l, by name, [V] float64 each; their sum over l is v H v.
+    """v_l (H v)_l of every vector v and every parameter l, as name -> [V] float64; the sum over l is v H v.
 
     vectors  [V, P]  of any type; H is the Hessian of the mean loss over `data`
 
-    One graph of the gradient a batch, and a backward through it a vector: measured twice as fast on a CPU as the
-    vectors in folded lanes, each with a graph of its own, and right for every model.
+    Each batch has one graph of the gradient, through which every vector is propagated backwards. That was measured
+    twice as fast on a CPU as vectors in folded lanes with a graph each, and is correct for every model.
     """
     problem, layout = on.problem, on.problem.layout
     module = copy.deepcopy(problem.template).eval()
@@ -132,26 +134,26 @@ def quadratic_forms(on: Analysis, point: Solution, vectors: Tensor, data: Data) 
                 loss = problem.losses(problem.forward(module, inputs), targets).mean()
             share, gradients = count / data.length, _grad([loss], parameters, None, True)
             for place, vector in enumerate(vectors):
-                own = layout.views(vector.to(problem.device, problem.dtype))
-                directions = [own[entry.name] for entry in layout.entries]
+                views = layout.views(vector.to(problem.device, problem.dtype))
+                directions = [views[entry.name] for entry in layout.entries]
                 products = _grad(gradients, parameters, directions, False)
-                found = [(a.double() * b.double()).sum() for a, b in zip(directions, products, strict=True)]
-                forms[:, place] += share * torch.stack(found).cpu()
-    return {entry.name: own for entry, own in zip(layout.entries, forms, strict=True)}
+                values = [(v.double() * hv.double()).sum() for v, hv in zip(directions, products, strict=True)]
+                forms[:, place] += share * torch.stack(values).cpu()
+    return {entry.name: values for entry, values in zip(layout.entries, forms, strict=True)}
 
 
 def _grad(
     outputs: list[Tensor], inputs: list[nn.Parameter], directions: list[Tensor] | None, create_graph: bool
 ) -> list[Tensor]:
-    """Gradients of outputs, zero where one doesn't depend on an input; they may be asked for again."""
-    there = [place for place, output in enumerate(outputs) if output.requires_grad]
-    if not there:
-        return [torch.zeros_like(each) for each in inputs]
+    """Gradients of outputs in some directions, zero for inputs without influence; the graph is kept."""
+    differentiable = [place for place, output in enumerate(outputs) if output.requires_grad]
+    if not differentiable:
+        return [torch.zeros_like(parameter) for parameter in inputs]
     return list(
         torch.autograd.grad(
-            [outputs[place] for place in there],
+            [outputs[place] for place in differentiable],
             inputs,
-            None if directions is None else [directions[place] for place in there],
+            None if directions is None else [directions[place] for place in differentiable],
             retain_graph=True,
             create_graph=create_graph,
             materialize_grads=True,

@@ -1,4 +1,4 @@
-"""Masks compared: how much they have in common, how dense their layers are, which channels are dead."""
+"""What do masks look like? How much two have in common, the density of each layer, dead channels."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ Masks = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Overlap:
-    """Two masks, of a layer or in all.
+    """How alike two masks are.
 
-    hamming             the share of weights that one keeps and the other doesn't
-    iou                 kept by both / kept by either; 1 where neither keeps any
-    density_a, density_b  kept / all, of each
+    hamming               the share of weights that exactly one of them keeps
+    iou                   kept by both / kept by either; 1 if neither keeps any
+    density_a, density_b  kept / all, of each mask
     """
 
     hamming: float
@@ -35,16 +35,18 @@ class Overlap:
 
 @dataclass(frozen=True)
 class MaskOverlap(Overlap):
-    """In all, and by layer."""
+    """The overlap over all layers together, and by layer."""
 
     layers: dict[str, Overlap]
 
 
 @dataclass(frozen=True)
 class Channels:
-    """Output channels of a layer: how many; those without kept incoming weights; those without kept outgoing ones.
+    """Output channels of a layer.
 
-    dead_out  None where the layers that follow aren't known
+    channels  how many there are
+    dead_in   how many have no kept incoming weight
+    dead_out  how many have no kept outgoing weight; None if it is unknown which layers read them
     """
 
     channels: int
@@ -53,15 +55,17 @@ class Channels:
 
 
 def mask_overlap(a: Masks, b: Masks) -> MaskOverlap:
-    """How alike two masks are, in all and by layer: of IMP and SWAMP at one density, or of two seeds.
+    """How alike two masks are, in all and by layer: of IMP and SWAMP at one density, for example, or of two seeds.
 
-    Two random masks of density d have a Hamming distance of 2 d (1 - d) and an IoU of d / (2 - d): masks of equal
-    density by layer agree by chance the more, the denser the layer. Raises ValueError for masks of other layers.
+    Two random masks of density d have a Hamming distance of 2 d (1 - d) and an IoU of d / (2 - d), so masks agree more
+    by chance in denser layers.
+
+    Raises ValueError if the masks are for different layers or shapes.
     """
     differing = [name for name in {**a, **b} if name not in a or name not in b or a[name].shape != b[name].shape]
     if differing or not a:
         raise ValueError(
-            f"the masks must be of the same layers and shapes; {', '.join(differing) or 'there are none'}."
+            f"the masks must be of the same layers and shapes; {', '.join(differing) or 'there are no layers'}."
         )
     layers = {name: _overlap(a[name].flatten(), b[name].flatten()) for name in a}
     whole = _overlap(*(torch.cat([masks[name].flatten() for name in a]) for masks in (a, b)))
@@ -76,25 +80,25 @@ def densities(masks: Masks) -> dict[str, float]:
 def channels(masks: Masks | SwampResult, on: Analysis | None = None) -> dict[str, Channels]:
     """Dead output channels of each pruned convolution and linear layer, whose masks are [out, in, ...].
 
-    A channel without kept incoming weights gives a constant, one without kept outgoing weights is never read: both
-    could be cut away. What reads a channel is known if the model of an Analysis can be traced; weights that are not
-    pruned count as kept. A transposed convolution's mask is [in, out / groups, ...]; only an Analysis knows that it is.
+    A channel without kept incoming weights is constant, one without kept outgoing weights is never read: both could be
+    removed. Which layers read a channel is known if there is an Analysis whose model can be traced; weights that are
+    not prunable count as kept. Only an Analysis tells a transposed convolution, whose mask is [in, out / groups, ...].
     """
     masks = masks.masks if isinstance(masks, SwampResult) else masks
-    read = None if on is None else _read(on, masks)
-    found = {}
-    for name, mask in (masks if on is None else {**masks, **_transposed(on, masks)}).items():
-        own = None if read is None else read.get(name)
+    read = {} if on is None else _channels_read(on, masks)
+    by_output = masks if on is None else {**masks, **_transposed(on, masks)}
+    counts = {}
+    for name, mask in by_output.items():
         dead_in = int((~mask.flatten(1).any(1)).sum()) if mask.dim() > 1 else int((~mask).sum())
-        found[name] = Channels(len(mask), dead_in, None if own is None else int((~own).sum()))
-    return found
+        counts[name] = Channels(len(mask), dead_in, int((~read[name]).sum()) if name in read else None)
+    return counts
 
 
 def _transposed(on: Analysis, masks: Masks) -> dict[str, Tensor]:
     """The masks of transposed convolutions as [out, in / groups, ...]."""
     names = {id(parameter): name for name, parameter in on.problem.template.named_parameters()}
-    layers = [each for each in on.problem.template.modules() if isinstance(each, _ConvTransposeNd)]
-    groups = {names.get(id(each.weight), ""): each.groups for each in layers}
+    layers = [module for module in on.problem.template.modules() if isinstance(module, _ConvTransposeNd)]
+    groups = {names.get(id(layer.weight), ""): layer.groups for layer in layers}
     return {
         name: mask.unflatten(0, (groups[name], -1)).transpose(1, 2).flatten(0, 1)
         for name, mask in masks.items()
@@ -108,36 +112,36 @@ def _overlap(a: Tensor, b: Tensor) -> Overlap:
     return Overlap((either - both) / len(a), iou, int(a.sum()) / len(a), int(b.sum()) / len(b))
 
 
-def _read(on: Analysis, masks: Masks) -> dict[str, Tensor] | None:
-    """Which output channels [C] bool of each traced layer are read by a kept weight or are the model's output."""
+def _channels_read(on: Analysis, masks: Masks) -> dict[str, Tensor]:
+    """Which output channels [C] bool of each traced layer are read by a kept weight or by the model's output.
+
+    {} if the model can't be traced.
+    """
     inputs, _, _ = next(pass_in_stored_order(on.train, on.problem.config.batch_size))
     try:
         plan = plan_of(on.problem.template, on.problem.forward, inputs)
     except NotCovered:
-        return None
-    values = _values_read(plan, {**_kept_whole(on), **masks})
+        return {}
+    whole = {name: torch.ones(p.shape, dtype=torch.bool) for name, p in on.problem.template.named_parameters()}
+    values = _values_read(plan, {**whole, **masks})
     return {op.weight: values[op.output] for op in plan.ops if isinstance(op, Convolution)}
 
 
-def _kept_whole(on: Analysis) -> dict[str, Tensor]:
-    return {name: torch.ones(p.shape, dtype=torch.bool) for name, p in on.problem.template.named_parameters()}
-
-
 def _values_read(plan: Plan, masks: Masks) -> list[Tensor]:
-    """Which channels [C] of every value are read, from the output backwards."""
+    """Which channels [C] of every value of the plan are read, going backwards from the output."""
     read = [torch.zeros(shape[0], dtype=torch.bool) for shape in plan.shapes]
     read[plan.output][:] = True
     for op in reversed(plan.ops):
-        own = read[op.output]
+        used = read[op.output]
         if isinstance(op, Convolution):
             kept = masks[op.weight].cpu().unflatten(0, (op.groups, -1)).transpose(1, 2)  # [groups, in, out, ...]
             read[op.inputs[0]] |= kept.flatten(2).any(2).flatten()
         elif isinstance(op, Concatenate):
-            for value, part in zip(op.inputs, own.split([len(read[value]) for value in op.inputs]), strict=True):
+            for value, part in zip(op.inputs, used.split([len(read[value]) for value in op.inputs]), strict=True):
                 read[value] |= part
         elif isinstance(op, Flatten):
-            read[op.inputs[0]] |= own.view(len(read[op.inputs[0]]), -1).any(1)
+            read[op.inputs[0]] |= used.view(len(read[op.inputs[0]]), -1).any(1)
         else:
             for value in op.inputs:
-                read[value] |= own
+                read[value] |= used
     return read

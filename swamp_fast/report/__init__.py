@@ -1,1 +1,5 @@
-"""What is shown of a run: progress on the console, tables and figures."""
+"""Reports: HTML pages, figures and tables, made from what a run, a sweep or a comparison left in its folder."""
+
+from swamp_fast.report.write import write_report
+
+__all__ = ["write_report"]

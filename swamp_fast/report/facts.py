@@ -1,31 +1,33 @@
-"""What a run's page is made of, and how its numbers are written."""
+"""What a run's page is about: everything its folder holds."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
 from shlex import quote
 from typing import Any
 
 from swamp_fast.config import SwampConfig
+from swamp_fast.runs.checkpoint import RunDirectory
 
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What is told of a run.
+    """A run as its folder tells it.
 
-    name      of its folder, from whose parent commands and code are written
-    about     run.json
-    rows      the history
-    kept      by cycle, layer -> density
-    settings  config.toml's text
-    analysis  analysis.json, {} without
-    model     the network as `--model` names it, if the user said
-    updated   when its last cycle was written
+    name      of the folder; commands and code on the page are for its parent folder
+    about     the content of run.json
+    rows      the history, one row per cycle
+    kept      per cycle: layer -> density
+    settings  the text of config.toml
+    analysis  the content of analysis.json; {} if there is none
+    model     the network as `--model` names it; None if the user gave no name
+    updated   when the last cycle was written, in ISO 8601
     """
 
     name: str
@@ -37,6 +39,31 @@ class RunFacts:
     model: str | None
     updated: str
 
+    @classmethod
+    def read(cls, path: Path, model: str | None = None) -> RunFacts:
+        """Read a run's folder. Raises ValueError if no cycle is finished or a file is damaged."""
+        folder = RunDirectory(path)
+        about, finished = folder.about(), folder.cycles_done()
+        if finished == 0:
+            raise ValueError(f"{path}: no cycle of this run is finished yet, so there is nothing to report.")
+        rows, kept = [], []
+        for cycle in range(finished):
+            snapshot = folder.cycle(cycle)
+            rows.append(snapshot.row)
+            kept.append({layer: mask.float().mean().item() for layer, mask in snapshot.masks.items()})
+        settings, analysis = path / "config.toml", path / "analysis.json"
+        updated = folder.cycle_path(finished - 1).stat().st_mtime
+        return cls(
+            name=path.resolve().name,
+            about=about,
+            rows=rows,
+            kept=kept,
+            settings=settings.read_text() if settings.exists() else SwampConfig.of(None, about["config"]).to_toml(),
+            analysis=read_json(analysis) if analysis.exists() else {},
+            model=model,
+            updated=datetime.fromtimestamp(updated, UTC).isoformat(),
+        )
+
     @property
     def config(self) -> SwampConfig:
         """The settings."""
@@ -44,84 +71,86 @@ class RunFacts:
 
     @property
     def densities(self) -> dict[int, float]:
-        """By cycle."""
+        """Cycle -> density."""
         return {row["cycle"]: row["density"] for row in self.rows}
 
     @property
-    def left(self) -> int:
-        """Trainings still to come."""
+    def trainings_left(self) -> int:
+        """How many trainings are still to come."""
         return self.config.cycles + 1 - len(self.rows)
 
     @property
-    def alone(self) -> bool:
-        """Whether there is one particle in every cycle."""
+    def single_particle(self) -> bool:
+        """Whether every cycle has one particle."""
         return all(row["particles"] == 1 for row in self.rows)
 
     @property
     def solution(self) -> str:
-        """What a training comes to."""
-        return "particle" if self.alone else "best particle" if self.config.combine == "best" else "average"
+        """What the particles of a cycle become."""
+        return "particle" if self.single_particle else "best particle" if self.config.combine == "best" else "average"
 
     @property
-    def analysed(self) -> int | None:
-        """Cycles that the analysis has; None without any."""
+    def analysed_cycles(self) -> int | None:
+        """How many cycles the analysis covers; None if it has nothing per cycle."""
         parts = (self.analysis.get(name) or () for name in ("masks", "cost", "hessian"))
         return max((row["cycle"] + 1 for rows in parts for row in rows), default=None)
 
     @property
+    def console_lines(self) -> dict[str, list[str]]:
+        """What the console said about the model and the data, by the first word of the line."""
+        lines: dict[str, list[str]] = {}
+        for line in self.about.get("lines", ()):
+            topic, _, text = line.partition(" ")
+            lines.setdefault(topic, []).append(text.strip())
+        return lines
+
+    @property
     def held_out(self) -> str | None:
-        """The fraction of the training data that was held out, "VAL" where nothing tells; None without any."""
+        """The fraction of the training data that was held out; "VAL" if it is unknown, None if nothing was held out.
+
+        It is computed from the sizes of both parts, which only the console's lines have.
+        """
         if self.about["fingerprints"].get("val") is None:
             return None
-        said = [line.partition(" ")[2].strip() for line in self.about.get("lines", ()) if line.startswith("data ")]
-        found = [re.search(r": ([\d,]+) samples", line) for line in said[:2]]
-        if len(said) < 2 or not said[1].startswith("val of ") or None in found:
+        splits = self.console_lines.get("data", [])[:2]
+        sizes = [int(size[1].replace(",", "")) for line in splits if (size := re.search(r": ([\d,]+) samples", line))]
+        if len(sizes) < 2 or not splits[1].startswith("val of "):
             return "VAL"
-        left, held = (int(each[1].replace(",", "")) for each in found if each)
-        fractions = (round(held / (left + held), digits) for digits in range(1, 17))
-        return next(f"{each}" for each in fractions if round(each * (left + held)) == held)
+        trained_on, held_out = sizes
+        total = trained_on + held_out
+        fractions = (round(held_out / total, digits) for digits in range(1, 17))
+        return next(f"{fraction}" for fraction in fractions if round(fraction * total) == held_out)
 
     @property
     def data_flags(self) -> str:
-        """`--data` and, where they are needed, `--val` and `--test`, as far as anything says."""
-        lines = [line.partition(" ")[2].strip() for line in self.about.get("lines", ())]
+        """`--data` and, where the run needs them, `--val` and `--test`; capitals stand for what is unknown."""
+        lines = [line for topic in self.console_lines.values() for line in topic]
         val = f" --val {self.held_out}" if self.held_out else ""
         test = " --test TEST" if any(line.startswith("test: ") for line in lines) else ""
-        return f"--data {quote(self.known('data', 'DATA'))}{val}{test}"
+        return f"--data {quote(self.data_name or 'DATA')}{val}{test}"
 
-    def known(self, name: str, unknown: str) -> str:
-        """The `model` or the `data` as the command line names it, as far as anything says."""
-        told = self.model if name == "model" else None
-        about = self.analysis.get("about") or {}
-        return str(told or about.get(name) or unknown)
+    @property
+    def model_name(self) -> str | None:
+        """The network as `--model` names it: as the user said, or as the analysis was told."""
+        return self.model or (self.analysis.get("about") or {}).get("model")
 
+    @property
+    def data_name(self) -> str | None:
+        """The training data as `--data` named them to the analysis."""
+        return (self.analysis.get("about") or {}).get("data")
 
-def in_python(text: str) -> str:
-    """A text as a literal of Python's."""
-    return json.dumps(text, ensure_ascii=False)
-
-
-def in_words(value: Any) -> str:
-    """Any setting or fact, in words."""
-    if isinstance(value, bool) or value is None:
-        return {True: "on", False: "off", None: "–"}[value]
-    if isinstance(value, Mapping):
-        return ", ".join(f"{name} {in_words(each)}" for name, each in value.items())
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return ", ".join(map(in_words, value))
-    return in_digits(value) if isinstance(value, float) else f"{value}"
+    @property
+    def analysis_is_partial(self) -> bool:
+        """Whether the analysis covers other cycles than the run has."""
+        return self.analysed_cycles not in (None, len(self.rows))
 
 
-def in_digits(value: float | None) -> str:
-    """Four digits; a dash for None."""
-    return "–" if value is None else f"{value:.4g}"
-
-
-def in_thousands(value: float | None) -> str:
-    """Thousands apart; a dash for None."""
-    return "–" if value is None else f"{value:,}"
-
-
-def in_millions(value: float | None) -> str:
-    """In millions; a dash for None."""
-    return "–" if value is None else f"{value / 1e6:.2f}"
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON file that holds a table. Raises ValueError if it doesn't."""
+    try:
+        content = json.loads(path.read_text())
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds a {type(content).__name__}")
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); move it away, or write it again.") from error
+    return content

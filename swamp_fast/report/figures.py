@@ -1,46 +1,50 @@
-"""Figures of a run or a sweep as files, with matplotlib."""
+"""Figures as files of their own: of a run, of a sweep's points, of a loss plane."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from swamp_fast.report.drawings import lines_over_density, plane, save, score_over_density
+from swamp_fast.report.analysis_charts import draw_plane
+from swamp_fast.report.canvas import save
+from swamp_fast.report.charts import draw_accuracy_lines, draw_score
 
 
 def accuracy_over_sparsity(history: list[dict[str, Any]], path: Path, title: str = "") -> Path:
-    """Accuracy on test over the density (which falls to the right): the average, and every particle as a dot.
+    """Draw test accuracy over density, which falls to the right: the average as a line, every particle as a dot.
 
-    The format is that of the path's suffix. Raises ImportError without matplotlib, ValueError without accuracies.
+    The path's suffix chooses the format. Raises ImportError without matplotlib, ValueError without accuracies.
     """
     rows = [row for row in history if row["accuracy"] is not None]
     if not rows:
         raise ValueError("there are no accuracies to draw: the run had no test data.")
-    figure = score_over_density(rows, "accuracy")
+    figure = draw_score(rows, "accuracy")
     figure.suptitle(title, fontsize=10.5)
     return save(figure, path)
 
 
 def accuracy_of_points(lines: dict[str, list[dict[str, Any]]], path: Path) -> Path:
-    """Accuracy of the averages over the density: a line a point of a sweep, by its label, of rows of its summary.
+    """Draw the averages' test accuracy over density, one line per point of a sweep.
 
-    The standard deviation over seeds is a band around it. Raises as accuracy_over_sparsity.
+    lines  label -> that point's rows of the sweep's summary; a band shows the standard deviation over seeds
+
+    Raises as accuracy_over_sparsity.
     """
     if not any(row.get("accuracy") is not None for rows in lines.values() for row in rows):
         raise ValueError("there are no accuracies to draw: the runs had no test data, or none was finished.")
-    return save(lines_over_density(lines), path)
+    return save(draw_accuracy_lines(lines), path)
 
 
-def loss_contour(found: dict[str, Any], path: Path, what: str = "train_loss") -> Path:
-    """Level lines of a score over a plane through solutions, as `analyze` writes it.
+def loss_contour(plane: dict[str, Any], path: Path, score: str = "train_loss") -> Path:
+    """Draw level lines of a score over a plane through solutions.
 
-    found  x [X] and y [Y], the score [Y, X], points [[x, y], ...] and their names
+    plane  as `analyze` writes it: x [X], y [Y], the score [Y, X], points [[x, y], ...] and their names
 
-    The format is that of the path's suffix. Raises ImportError without matplotlib, ValueError without that score.
+    The path's suffix chooses the format. Raises ImportError without matplotlib, ValueError without that score.
     """
-    if found.get(what) is None:
-        raise ValueError(f"the plane has no {what} to draw.")
-    unit, label = (100, "%") if what.endswith("error") else (1, "")
-    values = [[value * unit for value in row] for row in found[what]]
-    label = f"{what.replace('_', ' ')} {label}".strip()
-    return save(plane(found["x"], found["y"], values, found["points"], found["names"], label), path)
+    if plane.get(score) is None:
+        raise ValueError(f"the plane has no {score} to draw.")
+    scale, unit = (100, " %") if score.endswith("error") else (1, "")
+    values = [[value * scale for value in row] for row in plane[score]]
+    label = f"{score.replace('_', ' ')}{unit}"
+    return save(draw_plane(plane["x"], plane["y"], values, plane["points"], plane["names"], label), path)

@@ -24,7 +24,7 @@ from swamp_fast.problem.arguments import Arguments, Forward, Loss, Transform, cr
 from swamp_fast.problem.problem import Problem
 from swamp_fast.problem.prunable import Prunable
 from swamp_fast.report.figures import accuracy_of_points
-from swamp_fast.report.table import comparison_table
+from swamp_fast.report.tables import comparison_table
 from swamp_fast.runs.checkpoint import write
 from swamp_fast.runs.result import SwampResult
 from swamp_fast.studies.sweep import Model, SweepResult, SweptRun, drawn, spread_of, swept, without_folder, write_csv

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import csv
 import dataclasses
 import functools
-import io
 import itertools
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -22,6 +20,7 @@ from swamp_fast import distributed
 from swamp_fast.common.exclusive import one_at_a_time
 from swamp_fast.common.format import duration, percent
 from swamp_fast.common.statistics import mean_and_spread
+from swamp_fast.common.tables import csv_bytes
 from swamp_fast.config import SwampConfig
 from swamp_fast.distributed import Ranks
 from swamp_fast.driver import swamp
@@ -297,12 +296,7 @@ def _measured(problems: Sequence[Problem], console: Console) -> tuple[dict[str, 
 
 def write_csv(path: Path, rows: Sequence[dict[str, Any]], first: Sequence[str] = ()) -> Path:
     """Write rows as CSV, a column a key, those in `first` before the others."""
-    text = io.StringIO()
-    columns = dict.fromkeys([*first, *(name for row in rows for name in row)])
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write(path, text.getvalue().encode())
+    write(path, csv_bytes(rows, first))
     return path
 
 

@@ -29,7 +29,6 @@ from swamp_fast.analysis import (
     loss_plane,
     mask_overlap,
     predictions,
-    random_plane,
     table,
 )
 from swamp_fast.analysis.hessian import quadratic_forms
@@ -441,33 +440,6 @@ def test_a_plane_goes_through_its_three_solutions(residual, tmp_path):
         loss_plane(on, states[0], states[1], between(states[0], states[1], 0.5))
     with pytest.raises(ValueError, match="`size` must be at least 2"):
         loss_plane(on, *states, size=1)
-
-
-def test_random_directions_are_as_long_as_the_filters(residual):
-    state, on = state_of(residual, 1, density=0.5), analysis(residual)
-    masks = {name: state[name] != 0 for name in ("stem.weight", "conv.weight")}
-    seen = []
-    original = on.mixed
-
-    def spied(solutions, shares, **kwargs):
-        seen.append((solutions, shares))
-        return original(solutions, shares, **kwargs)
-
-    with mock.patch.object(on, "mixed", spied):
-        found = random_plane(on, state, masks, size=3)
-    (((own, *directions), _),) = seen
-    for direction in directions:
-        views = on.problem.layout.views(direction.weights)
-        for name, mask in masks.items():
-            assert not views[name][~mask].any()
-        for name in ("stem.weight", "conv.weight", "head.weight"):
-            torch.testing.assert_close(views[name].flatten(1).norm(dim=1), state[name].flatten(1).norm(dim=1))
-        assert not any(views[name].any() for name in ("norm1.weight", "norm1.bias", "head.bias"))
-    assert found.train_loss[1][1] == pytest.approx(found.at_points.train_loss[0], **SAME)  # the middle is the state
-    assert found.at_points.train_loss == pytest.approx(on.evaluate([state]).train_loss, **SAME)
-    views = on.problem.layout.views(own.weights + directions[0].weights - directions[1].weights)
-    loss, _, _ = alone(residual, {**state, **views}, pictures(), pictures(), 32)
-    assert found.train_loss[0][2] == pytest.approx(loss, **SAME)
 
 
 def test_the_corners_of_a_hull_are_the_particles(residual):

@@ -170,18 +170,17 @@ def test_analyze_on_the_command_line(tmp_path, capsys):
     before = (tmp_path / "run" / "analysis.json").read_bytes()
     other = ["analyze", out, "--model", "small_cnn", "--data", "digits", *less]
     assert main(other) == 2
-    assert "the train, val data are not the run's" in capsys.readouterr().err
+    assert "the train, val data differ from the run's" in capsys.readouterr().err
     assert (tmp_path / "run" / "analysis.json").read_bytes() == before
     assert main([*other, "--anyway"]) == 0
-    assert "the train, val data are not the run's" in capsys.readouterr().err
+    assert "the train, val data differ from the run's" in capsys.readouterr().err
     found = json.loads((tmp_path / "run" / "analysis.json").read_text())
     assert (found["hessian"], found["hull"], found["plane"], found["cost"][0]["sparse_ms"]) == ([], None, None, None)
-    # Another run beside it, and a random plane.
+    # Another run beside it.
     two = str(tmp_path / "two")
     assert main(["run", *common, "--out", two, "--seed", "0", "--no-swa", *settings[:-2], "1", "--no-progress"]) == 0
     capsys.readouterr()
-    less[less.index("--size") + 1] = "2"
-    assert main(["analyze", out, *common, *less, "--against", two, "--random-plane"]) == 0
+    assert main(["analyze", out, *common, *less, "--against", two]) == 0
     assert "against two, cycle 1: IoU of the masks 0." in capsys.readouterr().out
     found = json.loads((tmp_path / "run" / "analysis.json").read_text())
     results = [SwampResult.load(each) for each in (out, two)]
@@ -199,8 +198,6 @@ def test_analyze_on_the_command_line(tmp_path, capsys):
     assert between_them == pytest.approx(path.barriers()["train_loss"], abs=1e-4)
     ends = found["against"]["barriers"][1]["ends"]
     assert ends["test_loss"] == pytest.approx([path.test_loss[0], path.test_loss[-1]], abs=1e-4)
-    assert (found["random_plane"]["points"], found["random_plane"]["cycle"]) == ([[0.0, 0.0]], 1)
-    assert found["random_plane"]["at_points"]["train_loss"] == pytest.approx([path.train_loss[0]], rel=1e-3)
     assert {"train_loss", "test_error"} <= set(found["consecutive"][0]["barriers_as_given"])
     assert main(["analyze", out, "--model", "mlp", "--data", "digits", *less]) == 2
     assert "the model doesn't fit this run" in capsys.readouterr().err
@@ -221,7 +218,7 @@ def test_a_run_with_a_loss_of_its_own_is_not_scored_with_another(tmp_path, capsy
     few = ["--probes", "0", "--mixtures", "0", "--size", "0", "--repeats", "0", "--points", "3"]
     for more in ([], ["--anyway"]):
         assert main(["analyze", out, "--model", "mlp", "--data", "digits", *few, *more]) == 2
-        assert "a `loss` of its own: use swamp_fast.analysis from Python" in capsys.readouterr().err
+        assert "the run used its own `loss`: analyse it from Python" in capsys.readouterr().err
     assert not (tmp_path / "run" / "analysis.json").exists()
     assert differing(Analysis(model, "digits", config=result.config, loss=halved), result) == []
     called = Analysis(model, "digits", val=0.2, config=result.config, forward=lambda model, x: model(x))
@@ -253,10 +250,10 @@ def test_other_data_are_standardised_as_the_run_did(tmp_path, capsys, digits):
     loss = float(nn.functional.cross_entropy(outputs, targets))
     shifted = Analysis(model, str(dark), config=result.config, standardise=result.standardise)
     assert shifted.evaluate([result.state_dict]).train_loss == pytest.approx([loss], rel=1e-4)
-    few = ["--probes", "0", "--mixtures", "0", "--size", "2", "--repeats", "0", "--points", "3", "--anyway"]
-    assert main(["analyze", str(out), "--model", "mlp", "--data", str(dark), *few, "--random-plane"]) == 0
-    found = json.loads((out / "analysis.json").read_text())
-    assert found["random_plane"]["at_points"]["train_loss"] == pytest.approx([loss], rel=1e-4)
+    few = ["--probes", "0", "--mixtures", "0", "--size", "0", "--repeats", "0", "--points", "3", "--anyway"]
+    assert main(["analyze", str(out), "--model", "mlp", "--data", str(dark), *few, "--against", str(out)]) == 0
+    (between,) = json.loads((out / "analysis.json").read_text())["against"]["barriers"]
+    assert between["ends"]["train_loss"] == pytest.approx([loss, loss], rel=1e-4)
 
 
 def test_a_run_on_other_data_is_told_before_it_is_compared(tmp_path, capsys, digits):
@@ -272,10 +269,10 @@ def test_a_run_on_other_data_is_told_before_it_is_compared(tmp_path, capsys, dig
     few = ["--probes", "0", "--mixtures", "0", "--size", "0", "--repeats", "0", "--points", "3"]
     call = ["analyze", one, "--model", "mlp", "--data", data, *few, "--against", two]
     assert main(call) == 2
-    assert f"the train data are not {two}'s" in capsys.readouterr().err
+    assert f"the train data differ from {two}'s" in capsys.readouterr().err
     assert main([*call, "--anyway"]) == 0
     shown = capsys.readouterr()
-    assert f"the train data are not {two}'s" in shown.err
+    assert f"the train data differ from {two}'s" in shown.err
     against = json.loads((tmp_path / "one" / "analysis.json").read_text())["against"]
     own, theirs = against["barriers"][0]["ends"]["test_error"]
     assert f"error between {percent(own)} and {percent(theirs)}" in shown.out

@@ -11,7 +11,8 @@ import sys
 import pytest
 
 from swamp_fast import SwampConfig, backends
-from swamp_fast.cli import SETTINGS, main
+from swamp_fast.cli import main
+from swamp_fast.cli.flags import SETTINGS
 from swamp_fast.common.format import duration, percent
 from swamp_fast.runs.console import Console
 
@@ -87,9 +88,9 @@ def test_interrupting(monkeypatch, capsys):
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("swamp_fast.cli.fast_swamp", interrupt)
+    monkeypatch.setattr("swamp_fast.cli.runs.fast_swamp", interrupt)
     assert main(["run", "--model", "mlp", "--data", "digits"]) == 130
-    assert "goes on from its last checkpoint" in capsys.readouterr().err
+    assert "continues from the last checkpoint" in capsys.readouterr().err
 
 
 def test_backends_say_what_is_active(capsys):

@@ -15,19 +15,21 @@ import browser
 import pytest
 import reported
 import torch
+from jinja2 import UndefinedError
 
 from swamp_fast import fast_swamp, sweep
 from swamp_fast.cli import main
-from swamp_fast.report import drawings
-from swamp_fast.report.drawings import COLOURS
-from swamp_fast.report.of_run import page_of_run
-from swamp_fast.report.page import Html, tag, text
-from swamp_fast.report.table import summary_table
-from swamp_fast.report.write import _facts, write_report
+from swamp_fast.report import write_report
+from swamp_fast.report.analysis_charts import draw_dead_channels
+from swamp_fast.report.canvas import COLOURS
+from swamp_fast.report.charts import draw_score
+from swamp_fast.report.facts import RunFacts
+from swamp_fast.report.page import code, render
+from swamp_fast.report.run_page import run_page
+from swamp_fast.report.tables import summary_table
 
 VOID = {"meta", "link", "br"}
-EVERY_FIGURE = {"accuracy", "barriers", "matrix", "plane", "random-plane", "overlap", "flatness", "layers", "time"}
-EVERY_FIGURE |= {"dead-channels"}
+EVERY_FIGURE = {"accuracy", "barriers", "matrix", "plane", "overlap", "flatness", "layers", "dead-channels", "time"}
 
 
 class Parsed(HTMLParser):
@@ -134,14 +136,14 @@ def test_a_run_with_its_analysis(tmp_path):
     assert float(numbers(folder, "barriers")[0]["test_error over mean"]) == 0.006
     assert float(numbers(folder, "layers")[0]["convs.0.weight"]) == 1.0
     assert float(numbers(folder, "overlap")[6]["iou of convs.1.weight"]) == pytest.approx(0.4)
-    for said in ("Against b", "0.900", "A random plane at the average of cycle 6"):
+    for said in ("Against b", "0.900"):
         assert said in found.said, said
     assert len(numbers(folder, "cycles")) == 7
 
 
 def test_particles_are_seen_at_the_averages_place():
     rows = [{"density": 1.0, "accuracy": 0.9, "particle_accuracy": [0.9]}]
-    dots, line = drawings.score_over_density(rows, "accuracy").axes[0].lines
+    dots, line = draw_score(rows, "accuracy").axes[0].lines
     assert (dots.get_label(), dots.get_markerfacecolor(), line.get_label()) == ("a particle", "none", "their average")
     assert dots.get_zorder() > line.get_zorder()
 
@@ -160,7 +162,7 @@ def test_a_run_without_test_data_or_analysis_unfinished(tmp_path):
     assert figures(folder) == {"accuracy", "layers", "time"}
     for said in (
         "Unfinished: 4 of 7 trainings",
-        "no analysis yet: swamp-fast analyze a --model resnet20 --data DATA",
+        "there is no analysis yet: swamp-fast analyze a --model resnet20 --data DATA",
         "--config a/config.toml --out a",
         "the run had no test data",
         "Training loss over sparsity",
@@ -173,7 +175,7 @@ def test_a_run_without_test_data_or_analysis_unfinished(tmp_path):
 @pytest.mark.parametrize(
     "lacks",
     [
-        ("particles", "plane", "random_plane", "cost", "hull"),
+        ("particles", "plane", "cost", "hull"),
         ("consecutive", "against", "hessian", "masks", "ensemble"),
     ],
 )
@@ -185,7 +187,7 @@ def test_an_analysis_that_lacks_parts(tmp_path, lacks):
     path.write_text(json.dumps({name: part for name, part in analysis.items() if name not in lacks}))
     found = parsed(write_report(folder))
     drawn = {"particles": "matrix", "hessian": "flatness", "masks": "dead-channels", "consecutive": "barriers"}
-    drawn |= {"against": "overlap", "random_plane": "random-plane"}
+    drawn |= {"against": "overlap"}
     assert figures(folder) == EVERY_FIGURE - {drawn.get(part, part) for part in lacks}
     assert ("--keep-particles" in found.said) == ("particles" in lacks)
     assert ("barriers between cycles, flatness, dead channels" in found.said) == ("masks" in lacks)
@@ -217,11 +219,11 @@ def edited(path: Path, **changes) -> None:
     [
         (
             {"combine": "best"},
-            ("the best particle has 97.90", "the one best on validation data", "the best of several"),
+            ("the best particle reaches 97.90", "the one that is best on validation data", "the best of several"),
         ),
         ({"mask_score": "random"}, ("Random pruning with averaged", "drawn at random")),
-        ({"mask_from": "dense"}, ("every mask from the dense solution", "one global threshold")),
-        ({"particles": 1}, ("Iterative magnitude pruning of one particle", "the particle has 97.90")),
+        ({"mask_from": "dense"}, ("every mask from the dense solution", "One global threshold")),
+        ({"particles": 1}, ("Iterative magnitude pruning of one particle", "the particle reaches 97.90")),
     ],
 )
 def test_a_run_that_is_not_swamp_is_not_called_so(tmp_path, settings, said):
@@ -230,9 +232,9 @@ def test_a_run_that_is_not_swamp_is_not_called_so(tmp_path, settings, said):
     for words in said:
         assert words in found, words
     assert "Iterative magnitude pruning with averaged particles" not in found
-    assert ("the average has" in found) == ("mask_score" in settings or "mask_from" in settings)
+    assert ("the average reaches" in found) == ("mask_score" in settings or "mask_from" in settings)
     assert ("points above" in found) == (settings.get("particles") != 1)
-    assert ("one global threshold decides" in found) == ("mask_score" not in settings)
+    assert ("One global threshold decides" in found) == ("mask_score" not in settings)
 
 
 def test_a_run_without_flops(tmp_path):
@@ -241,13 +243,13 @@ def test_a_run_without_flops(tmp_path):
 
 
 def test_the_command_has_the_data_that_was_held_out(tmp_path):
-    facts = _facts(reported.write_run(tmp_path / "a", cycles=2, done=2), "a", None)
+    facts = RunFacts.read(reported.write_run(tmp_path / "a", cycles=2, done=2))
     about = facts.about | {"fingerprints": facts.about["fingerprints"] | {"val": "d24b4251"}}
-    said = page_of_run(dataclasses.replace(facts, about=about)).html()
+    said = run_page(dataclasses.replace(facts, about=about)).html()
     assert "--data DATA --val VAL --config a/config.toml --out a-again" in said
     data = ["train: x.npz train: 1,294 samples on cpu", "val of train: x.npz train: 144 samples on cpu"]
     lines = [about["lines"][0], *(f"data     {each}" for each in (*data, "test: y.npz test: 359 samples on cpu"))]
-    said = page_of_run(dataclasses.replace(facts, about=about | {"lines": lines})).html()
+    said = run_page(dataclasses.replace(facts, about=about | {"lines": lines})).html()
     for command in ("--config a/config.toml --out a-again", "--config a/config.toml --out a"):
         assert f"swamp-fast run --model MODEL --data DATA --val 0.1 --test TEST {command}" in said
     assert "train, test, val=0.1, config=config" in said
@@ -258,24 +260,24 @@ def test_an_analysis_of_fewer_cycles_than_the_run_has(tmp_path):
     reported.write_analysis(folder, 3)
     edited(folder / "analysis.json", particles=None)
     said = parsed(write_report(folder)).said
-    assert "The analysis is of 3 cycles, the run has 7: analyse it again." in said
-    assert "one of 3: swamp-fast analyze a --model small_cnn --data digits" in said
+    assert "The analysis covers 3 cycles, the run has 7: analyse it again." in said
+    assert "this one covers 3: swamp-fast analyze a --model small_cnn --data digits" in said
     assert "--keep-particles" not in said
 
 
 def test_what_is_not_known_is_not_drawn():
     masks = [{"cycle": cycle, "dead_in": 2, "dead_out": None} for cycle in (0, 1)]
-    (line,) = drawings.dead_channels(masks, {0: 1.0, 1: 0.8}).axes[0].lines
+    (line,) = draw_dead_channels(masks, {0: 1.0, 1: 0.8}).axes[0].lines
     assert list(line.get_ydata()) == [2, 2]
 
 
 def test_milliseconds_are_of_a_batch(tmp_path):
     folder = reported.write_run(tmp_path / "a")
     reported.write_analysis(folder)
-    assert "FLOPs of one sample's forward, milliseconds of a batch:" in parsed(write_report(folder)).said
+    assert "milliseconds those of a batch, measured" in parsed(write_report(folder)).said
     cost = json.loads((folder / "analysis.json").read_text())["cost"]
     edited(folder / "analysis.json", cost=[row | {"batch_size": 128} for row in cost])
-    assert "milliseconds of 128 samples at once:" in parsed(write_report(folder)).said
+    assert "milliseconds those of 128 samples at once, measured" in parsed(write_report(folder)).said
 
 
 @pytest.mark.parametrize("page", ["comparison", "run", "sweep"])
@@ -313,11 +315,22 @@ def test_text_of_the_run_is_escaped(tmp_path):
     assert f"--model {quote(HOSTILE)} --data DATA --config 'a&<b>/config.toml' --out 'a&<b>-again'" in found.said
 
 
-def test_html_is_only_what_was_made_as_html():
-    assert tag("p", "<b>") == "<p>&lt;b&gt;</p>\n"
-    assert Html("<p>") + "<b>" == "<p>&lt;b&gt;"
-    assert isinstance(Html("<p>") + text("x"), Html)
-    assert text("5 %") == "5&nbsp;%"
+def test_what_a_template_gets_is_escaped():
+    assert "<li>&lt;b&gt;</li>" in render("failed.html", errors=["<b>"])
+    assert "<li><code>&lt;b&gt;</code></li>" in render("failed.html", errors=[code("<b>")])
+    with pytest.raises(UndefinedError):
+        render("failed.html")
+
+
+def test_text_of_a_comparison_is_escaped(tmp_path):
+    """On the page and in the drawings, whose text matplotlib escapes."""
+    folder = reported.write_comparison(tmp_path / "c", methods=("imp", HOSTILE), seeds=2)
+    edited(folder / "comparison.json", errors=[{"method": HOSTILE, "seed": 3, "error": HOSTILE}])
+    (folder / "comparison.csv").write_text("method\n")
+    found = parsed(write_report(folder))
+    assert "script" not in found.seen
+    assert f"{HOSTILE}, seed 3: {HOSTILE}" in found.said
+    assert found.said.count(HOSTILE) > 20
 
 
 def test_a_comparison(tmp_path):
@@ -327,7 +340,7 @@ def test_a_comparison(tmp_path):
     assert figures(folder) == {"accuracy", "differences", "cost"}
     assert "10 methods, 5 seeds each; differences are to imp." in found.said
     assert "fewer than ten" in found.said
-    assert "their spread over seeds is in the table" in found.said
+    assert "the spread over seeds is in the table" in found.said
     assert re.search(r"SGD down to.*swamp\s*6.87\s%\s*88.00 ± 0.30\s%\s*16.78\s%\s*40.96\s%", found.said, re.S)
     assert {row["method"] for row in numbers(folder, "differences")} == set(reported.METHODS) - {"imp"}
 
@@ -419,7 +432,7 @@ def test_mistakes(tmp_path, capsys, monkeypatch):
     assert "comparison.json is damaged" in capsys.readouterr().err
     folder = reported.write_run(tmp_path / "none", done=0)
     assert main(["report", str(folder)]) == 2
-    assert "no cycle of this run was finished" in capsys.readouterr().err
+    assert "no cycle of this run is finished" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert main(["report", str(reported.write_run(tmp_path / "run", done=1))]) == 2
     assert "swamp-fast[report]" in capsys.readouterr().err

@@ -16,7 +16,7 @@ from torch import nn
 from swamp_fast import SwampConfig, compare, fast_swamp
 from swamp_fast.cli import main
 from swamp_fast.methods import METHODS, seeds_of
-from swamp_fast.report.write import write_report
+from swamp_fast.report import write_report
 from swamp_fast.studies import sweep as module
 from swamp_fast.studies.compare import _summary as summary_of
 

@@ -98,8 +98,6 @@ def write_analysis(path: Path, done: int = 7) -> None:
                  "corners": {name: [0.04, 0.05, 0.06] for name in kinds}},
         "plane": {"x": axis, "y": axis, **dict.fromkeys(kinds, bowl), "points": [[0.0, 0.0], [1.0, 0.0], [0.4, 0.9]],
                   "names": ["0", "1", "2"]},
-        "random_plane": {"x": axis, "y": axis, **dict.fromkeys(kinds, bowl), "points": [[0.0, 0.0]],
-                         "names": ["the state"], "cycle": done - 1},
         "against": {
             "run": "b",
             "overlap": [{"cycle": c, "density_a": 0.8**c, "density_b": 0.8**c, "iou": 1 - 0.1 * c, "hamming": 0.05 * c,

@@ -1,0 +1,90 @@
+"""What commands share: how one is registered, the flags of the settings, and flags that hold several numbers."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import inspect
+import re
+from collections.abc import Callable, Collection
+from typing import Any, TypeAlias
+
+from swamp_fast.config import CHOICES, SwampConfig
+from swamp_fast.models import MODELS
+
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+Handler = Callable[[argparse.Namespace], None]
+
+# The fields of SwampConfig that are flags: --out takes the place of run_dir, and layer_kept is a table.
+SETTINGS = {
+    field.name: field for field in dataclasses.fields(SwampConfig) if field.name not in ("run_dir", "layer_kept")
+}
+
+
+def add_command(commands: Commands, name: str, handler: Handler) -> argparse.ArgumentParser:
+    """Add a command; the docstring of its handler is its help."""
+    parser = commands.add_parser(name, help=handler.__doc__, description=handler.__doc__)
+    parser.set_defaults(command=handler)
+    return parser
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Add the flag that names a network."""
+    parser.add_argument("--model", required=True, help=f"{', '.join(MODELS)}, or package.module:factory")
+
+
+def add_training_data(parser: argparse.ArgumentParser) -> None:
+    """Add the flag that names the training data."""
+    parser.add_argument("--data", required=True, help="a named data set, an .npz file, or a folder of images")
+
+
+def add_settings(parser: argparse.ArgumentParser, without: Collection[str] = ()) -> None:
+    """Add a flag for every setting, except those in `without`; a flag that isn't given leaves no attribute."""
+    group = parser.add_argument_group("settings", "the fields of SwampConfig; see its documentation")
+    for name, field in SETTINGS.items():
+        if name not in without:
+            _add_setting(group, name, field)
+
+
+def given_settings(given: argparse.Namespace) -> dict[str, Any]:
+    """The settings that were given as flags."""
+    return {name: getattr(given, name) for name in SETTINGS if hasattr(given, name)}
+
+
+def numbers(text: str) -> list[int]:
+    """Integers separated by commas."""
+    return [int(part) for part in text.split(",")]
+
+
+def three_numbers(text: str) -> tuple[int, int, int]:
+    """Three integers separated by commas."""
+    first, second, third = numbers(text)
+    return first, second, third
+
+
+def _add_setting(group: argparse._ArgumentGroup, name: str, field: dataclasses.Field[Any]) -> None:
+    flag = f"--{name.replace('_', '-')}"
+    common: dict[str, Any] = {
+        "dest": name,
+        "default": argparse.SUPPRESS,
+        "help": f"{_documentation_of(name)} Default: {field.default}",
+    }
+    if isinstance(field.default, bool):
+        group.add_argument(flag, action=argparse.BooleanOptionalAction, **common)
+    elif name == "particles":
+        group.add_argument(flag, type=_one_or_several, metavar="N | N,N,…", **common)
+    else:
+        kind = {"int": int, "float": float, "float | None": float}.get(str(field.type), str)
+        group.add_argument(flag, type=kind, choices=CHOICES.get(name), **common)
+
+
+def _documentation_of(name: str) -> str:
+    """What the docstring of SwampConfig says about a setting."""
+    docstring = inspect.getdoc(SwampConfig) or ""
+    found = re.search(rf"^    {name}: (.*?)(?=^    \w+: |^Raises)", docstring, re.M | re.S)
+    return " ".join(found[1].split()).replace("%", "%%") if found else ""
+
+
+def _one_or_several(text: str) -> int | list[int]:
+    values = numbers(text)
+    return values if "," in text else values[0]

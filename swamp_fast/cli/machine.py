@@ -1,0 +1,66 @@
+"""The commands about this machine: plan, backends."""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+
+from swamp_fast.cli.flags import Commands, add_command, add_model, three_numbers
+from swamp_fast.common.memory import free_memory
+from swamp_fast.config import CHOICES
+from swamp_fast.engines.fused.estimate import estimate, measured_ceilings
+from swamp_fast.engines.fused.trace import NotCovered
+from swamp_fast.models import build_model
+from swamp_fast.ops.backends import backends
+
+
+def add_plan(commands: Commands) -> None:
+    """Register `plan`."""
+    parser = add_command(commands, "plan", plan)
+    add_model(parser)
+    parser.add_argument("--particles", type=int, default=4, metavar="N")
+    parser.add_argument("--batch-size", type=int, default=128, metavar="B")
+    parser.add_argument(
+        "--shape", type=three_numbers, default=(3, 32, 32), metavar="C,H,W", help="of a picture; default 3,32,32"
+    )
+    parser.add_argument("--classes", type=int, default=10)
+    parser.add_argument("--precision", choices=CHOICES["precision"], default="float32")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, …; by default a GPU if there is one")
+
+
+def plan(given: argparse.Namespace) -> None:
+    """Estimate the fused engine's step on this device and how many particles fit; nothing is trained."""
+    device = torch.device(given.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    channels, height, width = given.shape
+    model = build_model(given.model, channels, height, width, given.classes)
+    inputs = torch.zeros(given.batch_size, channels, height, width)
+    try:
+        traced, cost = estimate(model, inputs, given.precision)
+    except NotCovered as reason:
+        raise ValueError(f"the fused engine doesn't cover {given.model}: {reason}; the eager engine runs it.") from None
+    ceilings = measured_ceilings(device, given.precision)
+    free, seconds = free_memory(device), cost.seconds(ceilings)
+    print(", ".join(f"{count} {kind}" for kind, count in traced.count().items()))
+    print(
+        f"particle-step   {cost.flops / 1e9:.3g} GFLOP, {cost.moved / 1e9:.3g} GB of memory traffic, at density 1\n"
+        f"this device     {device}: copies {ceilings.bytes / 1e9:,.0f} GB/s, multiplies "
+        f"{ceilings.flops / 1e12:.3g} TFLOP/s in {given.precision}, measured now\n"
+        f"time            at best about {seconds * 1e3:.3g} ms per particle-step, "
+        f"{seconds * given.particles * 1e3:.3g} ms for a step of {given.particles}\n"
+        f"memory          {(cost.state + cost.maps) / 1e6:,.0f} MB per particle, of which {cost.state / 1e6:,.0f} MB "
+        f"are state; {free / 1e9:,.1f} GB are free: {cost.particles(free):,} particles fit at once"
+    )
+
+
+def add_backends(commands: Commands) -> None:
+    """Register `backends`."""
+    add_command(commands, "backends", show_backends)
+
+
+def show_backends(given: argparse.Namespace) -> None:
+    """Show which backends are active here, which are missing, and why."""
+    for name, backend in backends().items():
+        details = ", ".join(f"{key} {value}" for key, value in backend.items() if key not in ("active", "why"))
+        state = "active " if backend["active"] else "missing"
+        print(f"{name:<7} {state}  {backend['why']}" + (f" ({details})" if details else ""))

@@ -1,0 +1,32 @@
+"""The network that a command names, made for its data."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from swamp_fast.config import SwampConfig
+from swamp_fast.data.samples import one_input
+from swamp_fast.data.sources import Arrays, open_source
+from swamp_fast.models import build_model
+
+DEFAULT_CLASSES = 10  # for data that do not name their classes
+
+
+def picture_shape(data: str, config: SwampConfig) -> tuple[int, int, int, int]:
+    """Channels, height, width and number of classes of the training pictures."""
+    source = open_source(data, "train", config.data_dir).source
+    if isinstance(source, Arrays):
+        sample, classes = source.inputs[0], int(source.targets.max()) + 1
+    else:
+        sample, classes = one_input(source), len(getattr(source.dataset, "classes", ())) or DEFAULT_CLASSES
+    height, width, channels = sample.shape
+    return channels, height, width, classes
+
+
+def seeded_network(name: str, data: str, config: SwampConfig) -> nn.Module:
+    """The network for these data, with initial weights drawn under the seed of the settings."""
+    shape = picture_shape(data, config)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        return build_model(name, *shape)

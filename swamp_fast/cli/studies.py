@@ -1,0 +1,107 @@
+"""The commands for many runs, described by a TOML file: sweep, compare."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from swamp_fast import distributed
+from swamp_fast.cli.flags import Commands, add_command
+from swamp_fast.cli.networks import picture_shape
+from swamp_fast.config import SwampConfig
+from swamp_fast.models import build_model
+from swamp_fast.report.tables import summary_table
+from swamp_fast.studies.compare import compare
+from swamp_fast.studies.sweep import sweep
+
+# What each kind of file may hold, and of what type.
+COMMON_KEYS = {"model": str, "data": str, "test": str, "val": float, "out": str, "settings": dict}
+SWEEP_KEYS = {**COMMON_KEYS, "grid": dict, "points": list}
+COMPARE_KEYS = {**COMMON_KEYS, "methods": list, "seeds": list, "baseline": str}
+
+
+def add_sweep(commands: Commands) -> None:
+    """Register `sweep`."""
+    parser = add_command(commands, "sweep", run_sweep)
+    parser.add_argument("file", metavar="FILE.toml", help="model, data, [settings], and a [grid] or [[points]]")
+    parser.add_argument("--out", metavar="DIR", help="the sweep's folder; the same command continues the sweep in it")
+
+
+def run_sweep(given: argparse.Namespace) -> None:
+    """Run a grid of settings; runs that can share a step train together, and none is computed twice."""
+    study = _read(given.file, SWEEP_KEYS)
+    lacks_data = "model" not in study or "data" not in study
+    if lacks_data or ("grid" in study) == ("points" in study):
+        raise ValueError(f"{given.file} must have `model`, `data`, and either a table [grid] or tables [[points]].")
+    config = SwampConfig.of(None, study.get("settings", {}))
+    result = sweep(
+        *(_factory(study, config), study["data"], study.get("test")),
+        study.get("grid", study.get("points")),
+        out=given.out or study.get("out"),
+        val=study.get("val"),
+        config=config,
+    )
+    if not distributed.current().first:
+        return
+    print(summary_table(result.summary(), result.names))
+    failed = [run for run in result.runs if run.error is not None]
+    for run in failed:
+        print(f"{run.point}: {type(run.error).__name__}: {run.error}", file=sys.stderr)
+    if failed:
+        raise RuntimeError(f"{len(failed)} of {len(result.runs)} runs failed.")
+
+
+def add_compare(commands: Commands) -> None:
+    """Register `compare`."""
+    parser = add_command(commands, "compare", run_compare)
+    parser.add_argument("file", metavar="FILE.toml", help="model, data, methods, seeds, baseline, and [settings]")
+    parser.add_argument("--out", metavar="DIR", help="its folder; the same command continues the comparison in it")
+
+
+def run_compare(given: argparse.Namespace) -> None:
+    """Compare methods under the same seeds: accuracy over density, differences paired by seed, and cost."""
+    study = _read(given.file, COMPARE_KEYS)
+    missing = [name for name in ("model", "data", "methods", "seeds") if name not in study]
+    if missing:
+        raise ValueError(f"{given.file} lacks {', '.join(missing)}; known: {', '.join(COMPARE_KEYS)}.")
+    config = SwampConfig.of(None, study.get("settings", {}))
+    result = compare(
+        *(_factory(study, config), study["data"], study.get("test"), study["methods"], study["seeds"]),
+        out=given.out or study.get("out"),
+        val=study.get("val"),
+        baseline=study.get("baseline", "imp"),
+        config=config,
+    )
+    if not distributed.current().first:
+        return
+    print(result.table())
+    for error in result.errors:
+        print(f"{error['method']}, seed {error['seed']}: {error['error']}", file=sys.stderr)
+    if result.errors:
+        raise RuntimeError(f"{len(result.errors)} of {len(result.runs)} runs failed.")
+
+
+def _read(file: str, types: dict[str, type]) -> dict[str, Any]:
+    """A study's file. Raises ValueError for an unknown key, TypeError for a value of the wrong type."""
+    try:
+        study = tomllib.loads(Path(file).read_text())
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{file} is not valid TOML: {error}") from error
+    for name, value in study.items():
+        if name not in types:
+            raise ValueError(f"{file}: unknown `{name}`; known: {', '.join(types)}.")
+        if not isinstance(value, types[name]):
+            raise TypeError(f"{file}: `{name}` must be {types[name].__name__}, got {value!r}.")
+    return study
+
+
+def _factory(study: dict[str, Any], config: SwampConfig) -> Callable[[], nn.Module]:
+    """What makes a new network for each run; the study seeds it."""
+    shape = picture_shape(study["data"], config)
+    return lambda: build_model(study["model"], *shape)

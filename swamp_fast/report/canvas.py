@@ -1,0 +1,197 @@
+"""The canvas of every chart: colours, fonts and axes, and matplotlib figures as SVG and PNG.
+
+Files have the light colours. A page defines them as CSS variables, so that an SVG inside it follows the page's light or
+dark theme.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
+
+Row = Mapping[str, Any]
+
+# Colours by name: (light, dark). No two are equal: in an SVG each light colour is replaced by its variable.
+COLOURS = {
+    "paper": ("#ffffff", "#15191d"),
+    "ink": ("#1d2329", "#e4e8ec"),
+    "muted": ("#59636e", "#9aa6b2"),
+    "grid": ("#dde2e7", "#323a42"),
+    "blue": ("#1f62ab", "#74aeee"),
+    "orange": ("#c2570c", "#f0975c"),
+    "green": ("#2b7a4b", "#6dc490"),
+    "purple": ("#7a4aa8", "#ba97e0"),
+    "red": ("#b22f3d", "#f08189"),
+    "teal": ("#147f86", "#5cc6cc"),
+    "brown": ("#84600e", "#d3ad55"),
+    "pink": ("#b8407f", "#ea8fc0"),
+}
+PAPER, INK, MUTED, GRID, BLUE, ORANGE, GREEN, PURPLE, RED = (light for light, _ in list(COLOURS.values())[:9])
+SERIES = [light for light, _ in list(COLOURS.values())[4:]]
+LINE_STYLES = ("-", "--", ":")  # tell lines apart when there are more lines than colours
+MARKERS = "osD^vPX*<>hd"
+WIDTH = 4.7  # inches, about the width of a phone, so that text has the same size there
+STYLE: dict[Any, Any] = {
+    "font.size": 10.5,
+    "axes.labelsize": 10.5,
+    "legend.fontsize": 10,
+    "xtick.labelsize": 10,
+    "ytick.labelsize": 10,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "axes.edgecolor": MUTED,
+    "figure.facecolor": PAPER,
+    "savefig.facecolor": PAPER,
+    "axes.facecolor": "none",
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": GRID,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+    "text.parse_math": False,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "swamp_fast",
+}
+
+
+@contextmanager
+def styled() -> Iterator[None]:
+    """Draw in this style. Raises ImportError without matplotlib."""
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ImportError('figures need matplotlib: `pip install "swamp-fast[report]"`') from error
+    with matplotlib.rc_context(STYLE):
+        yield
+
+
+def panels_of(rows: int = 1, columns: int = 1, height: float = 3.5, width: float = WIDTH, **shared: Any) -> Any:
+    """A new figure and the list of its panels, row by row; sizes are in inches."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, list(figure.subplots(rows, columns, squeeze=False, **shared).flat)
+
+
+def density_axis(axes: Any, densities: Sequence[float], max_ticks: int = 7) -> None:
+    """Make the x axis one of densities in per cent: logarithmic, falling to the right, at most `max_ticks` ticks."""
+    # Densities that differ only by rounding get one tick.
+    ticks = sorted({float(f"{density * 100:.3g}") for density in densities}, reverse=True)
+    axes.set_xscale("log")
+    if not axes.xaxis_inverted():
+        axes.invert_xaxis()
+    axes.set_xticks(_evenly_spaced(ticks, max_ticks))
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
+    axes.minorticks_off()
+    axes.set_xlabel("weights kept, % (log)")
+
+
+def legend_above(figure: Any, axes: Any) -> None:
+    """Put the legend of a panel above the figure, in as many columns as its labels leave room for."""
+    handles, labels = axes.get_legend_handles_labels()
+    if handles:
+        longest = max(map(len, labels))
+        columns = 1 if longest > 21 else 2 if longest > 11 else 3
+        figure.legend(handles, labels, loc="outside upper left", ncols=columns, handlelength=2.2, columnspacing=1.2)
+
+
+def shaded_cells(axes: Any, cells: Sequence[tuple[int, int, float]], columns: int, rows: int) -> None:
+    """Draw cells (column, row, opacity from 0 to 1) as squares; row 0 is at the top."""
+    from matplotlib.collections import PatchCollection
+    from matplotlib.colors import to_rgb
+    from matplotlib.patches import Rectangle
+
+    squares = [Rectangle((x - 0.46, y - 0.46), 0.92, 0.92) for x, y, _ in cells]
+    colours = [(*to_rgb(BLUE), opacity) for _, _, opacity in cells]
+    axes.add_collection(PatchCollection(squares, facecolors=colours, edgecolors=GRID, linewidths=0.6))
+    axes.set(xlim=(-0.5, columns - 0.5), ylim=(rows - 0.5, -0.5))
+    axes.grid(visible=False)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+
+
+def shortened(name: str, length: int) -> str:
+    """The end of a name that is longer than `length`, after an ellipsis."""
+    return name if len(name) <= length else "…" + name[1 - length :]
+
+
+def save(figure: Any, path: Path) -> Path:
+    """Write a figure to a file, in the format of the path's suffix."""
+    with styled():
+        figure.savefig(path, dpi=160)
+    return path
+
+
+def svg(figure: Any) -> str:
+    """The figure as the text of an SVG file; the same figure gives the same text."""
+    with styled():
+        content = io.BytesIO()
+        figure.savefig(content, format="svg", metadata={"Date": None, "Creator": None})
+        return content.getvalue().decode()
+
+
+def png(figure: Any) -> bytes:
+    """The figure as the content of a PNG file."""
+    with styled():
+        content = io.BytesIO()
+        figure.savefig(content, format="png", dpi=160)
+        return content.getvalue()
+
+
+@dataclass(frozen=True)
+class InlineSvg:
+    """An SVG drawing for a page.
+
+    view_box   the attribute of the <svg> element
+    max_width  in rem
+    content    what is inside the <svg> element; matplotlib has escaped its texts
+    """
+
+    view_box: str
+    max_width: str
+    content: Markup
+
+
+def inline_svg(file: str, prefix: str) -> InlineSvg:
+    """Prepare the text of an SVG file for a page: colours become CSS variables, every id gets a prefix.
+
+    prefix  letters, digits and hyphens, unique on the page
+    """
+    opening = re.search(r"<svg[^>]*>", file)
+    assert opening is not None  # matplotlib wrote it
+    view_box = re.search(r'viewBox="([^"]*)"', opening[0])
+    size = view_box[1] if view_box else "0 0 1 1"
+    content = file[opening.end() : file.rindex("</svg>")]
+    for pattern in (r"<metadata>.*?</metadata>", r"<style.*?</style>", r"<!--.*?-->"):
+        content = re.sub(pattern, "", content, flags=re.S)
+    content = re.sub(r'\bid="', f'id="{prefix}-', content)
+    content = content.replace("url(#", f"url(#{prefix}-")
+    content = re.sub(r'(?:xlink:)?href="#', f'href="#{prefix}-', content)
+    for variable, (light, _) in COLOURS.items():
+        content = content.replace(light, f"var(--{variable})")
+    max_width = float(size.split()[2]) / (WIDTH * 72) * 35
+    return InlineSvg(size, f"{max_width:.3g}", Markup(content.strip()))
+
+
+def _evenly_spaced(ticks: Sequence[float], count: int) -> list[float]:
+    """At most `count` of the falling numbers, the ends included, about equally far apart in their logarithm."""
+    if len(ticks) <= count:
+        return list(ticks)
+    high, low = math.log(ticks[0]), math.log(ticks[-1])
+    wanted = [high + (low - high) * step / (count - 1) for step in range(count)]
+    return sorted({min(ticks, key=lambda tick: abs(math.log(tick) - position)) for position in wanted}, reverse=True)
