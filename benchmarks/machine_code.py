@@ -28,11 +28,11 @@ import torch
 from benchmarks.precompile import build_extension, compiling, fill
 from swamp_fast.config import CHOICES
 from swamp_fast.engines.fused.cuda import nvrtc
-from swamp_fast.engines.fused.cuda.halo import PIXELS, Halo, Statistics, blocks_at_once
+from swamp_fast.engines.fused.cuda.halo import TILE_PIXELS, WARPS, Halo, Statistics
+from swamp_fast.engines.fused.cuda.occupancy import blocks_at_once
 from swamp_fast.ops.backends import why_no_nvrtc
 
 BATCH = 128
-WARPS = 8  # of a block of csrc/cuda
 SLOTS = 4  # instructions that an SM issues in a clock
 # Of one SM of an H200 and one clock (132 SMs at 1.755 GHz): bytes of memory, from 4.3 TB/s copied, and products of
 # mma.sync, from 490 TFLOP/s; DESIGN's ceilings, not measured by this project.
@@ -106,7 +106,7 @@ def _cuda_kernel(name: str, config: str, constants: dict[str, int], shared: int,
     else:  # and in it that over sixteen pixels a time
         quadrants = constants["BLOCK_IN"] * constants["BLOCK_OUT"] // 256
         blocks = constants["IN"] * constants["OUT"] // (256 * quadrants)
-        trips = PIXELS // 16 // (WARPS // quadrants)
+        trips = TILE_PIXELS // 16 // (WARPS // quadrants)
     main = [loop for loop in loops if any("HMMA" in each for each in instructions[loop[0] : loop[1] + 1])]
     outer = max(main, key=lambda loop: loop[1] - loop[0])
     inner = [loop for loop in main if loop != outer]
@@ -124,7 +124,7 @@ def _cuda_kernel(name: str, config: str, constants: dict[str, int], shared: int,
     resources = _resources(cubin)
     return Compiled(
         name, config, **resources, shared_bytes=shared, instructions=len(instructions),
-        instructions_per_pixel=round(count * WARPS / PIXELS * blocks, 1), slots_per_pixel=round(clocks * SLOTS, 1),
+        instructions_per_pixel=round(count * WARPS / TILE_PIXELS * blocks, 1), slots_per_pixel=round(clocks * SLOTS, 1),
         blocks=blocks_at_once(resources["registers"], shared),
     )  # fmt: skip
 

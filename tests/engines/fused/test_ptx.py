@@ -46,7 +46,7 @@ class Emulated(TorchDispatchMode):
             self.tensors.append(out)  # kept, so that no other comes to stand at its place
         return out
 
-    def __call__(self, name, constants, grid, shared_bytes, arguments) -> None:
+    def __call__(self, name, constants, grid, shared_bytes, params) -> None:
         sources = nvrtc.sources_of(name)
         if self.without is not None and name == "convolve":
             pieces = sources["convolve.cu"].decode().split(BARRIER)
@@ -54,7 +54,7 @@ class Emulated(TorchDispatchMode):
             sources["convolve.cu"] = f"{before};{after}".encode()
         code, _ = nvrtc.build(name, sources, constants, "compute_90")
         self.launches += 1
-        ptx.run(code.decode(), grid, nvrtc.THREADS, shared_bytes, arguments, self.tensors, seed=self.launches)
+        ptx.run(code.decode(), grid, nvrtc.THREADS, shared_bytes, [params], self.tensors, seed=self.launches)
 
 
 @pytest.fixture
