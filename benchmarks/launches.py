@@ -14,6 +14,7 @@ import torch
 from benchmarks.steps import Step
 from swamp_fast.engines.fused.cuda import nvrtc
 from swamp_fast.engines.fused.cuda.halo import Halo, Prologue, Statistics
+from swamp_fast.engines.fused.cuda.params import Params
 
 KINDS = ("kernel", "gpu_memcpy", "gpu_memset")  # of the profiler's events
 HALO_KINDS = ("forward", "by input", "by weights")
@@ -75,9 +76,9 @@ def halo_step(halo: Halo, kind: str, blocks: int, lanes: int, samples: int) -> S
         constants: nvrtc.Constants,
         grid: tuple[int, int, int],
         shared_bytes: int,
-        arguments: Sequence[nvrtc.Argument],
+        params: Params,
     ) -> None:
-        launcher(name, {**constants, "MIN_BLOCKS": blocks}, grid, shared_bytes, arguments)
+        launcher(name, {**constants, "MIN_BLOCKS": blocks}, grid, shared_bytes, params)
 
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(shape, device=device)

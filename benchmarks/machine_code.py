@@ -24,15 +24,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from benchmarks.precompile import build_extension, compiling, fill
 from swamp_fast.config import CHOICES
 from swamp_fast.engines.fused.cuda import nvrtc
-from swamp_fast.engines.fused.cuda.halo import PIXELS, Halo, Statistics, blocks_at_once
+from swamp_fast.engines.fused.cuda.halo import TILE_PIXELS, WARPS, Halo, Statistics
+from swamp_fast.engines.fused.cuda.occupancy import blocks_at_once
 from swamp_fast.ops.backends import why_no_nvrtc
 
 BATCH = 128
-WARPS = 8  # of a block of csrc/cuda
 SLOTS = 4  # instructions that an SM issues in a clock
 # Of one SM of an H200 and one clock (132 SMs at 1.755 GHz): bytes of memory, from 4.3 TB/s copied, and products of
 # mma.sync, from 490 TFLOP/s; DESIGN's ceilings, not measured by this project.
@@ -106,7 +107,7 @@ def _cuda_kernel(name: str, config: str, constants: dict[str, int], shared: int,
     else:  # and in it that over sixteen pixels a time
         quadrants = constants["BLOCK_IN"] * constants["BLOCK_OUT"] // 256
         blocks = constants["IN"] * constants["OUT"] // (256 * quadrants)
-        trips = PIXELS // 16 // (WARPS // quadrants)
+        trips = TILE_PIXELS // 16 // (WARPS // quadrants)
     main = [loop for loop in loops if any("HMMA" in each for each in instructions[loop[0] : loop[1] + 1])]
     outer = max(main, key=lambda loop: loop[1] - loop[0])
     inner = [loop for loop in main if loop != outer]
@@ -124,7 +125,7 @@ def _cuda_kernel(name: str, config: str, constants: dict[str, int], shared: int,
     resources = _resources(cubin)
     return Compiled(
         name, config, **resources, shared_bytes=shared, instructions=len(instructions),
-        instructions_per_pixel=round(count * WARPS / PIXELS * blocks, 1), slots_per_pixel=round(clocks * SLOTS, 1),
+        instructions_per_pixel=round(count * WARPS / TILE_PIXELS * blocks, 1), slots_per_pixel=round(clocks * SLOTS, 1),
         blocks=blocks_at_once(resources["registers"], shared),
     )  # fmt: skip
 
@@ -136,14 +137,16 @@ def triton_kernels(arch: str) -> list[Compiled]:
     def keep(function: Any, args: Any, kwargs: Any, kernel: Any) -> None:
         if kernel.hash in found:
             return
-        types = {str(each.dtype).removeprefix("torch.") for each in args if isinstance(each, torch.Tensor)}
-        constants = ", ".join(f"{name} = {value}" for name, value in kwargs.items() if name.isupper())
+        tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)]
+        types = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors}
+        constants = [f"{name} = {value}" for name, value in kwargs.items() if name.isupper()]
+        constants += [f"no {name}" for name, value in zip(function.arg_names, args, strict=False) if value is None]
         code = kernel.asm["cubin"] if arch.startswith("sm_") else None
-        about = {"registers": None, "spills": None} if code is None else _resources(code)
+        resources = {"registers": None, "spills": None} if code is None else _resources(code)
         count = None if code is None else len(disassembled(code)[0])
-        config = f"{', '.join(sorted(types))}; {constants}"
+        config = f"{', '.join(sorted(types))}; {', '.join(constants)}"
         found[kernel.hash] = Compiled(
-            function.__name__, config, **about, shared_bytes=kernel.metadata.shared, instructions=count
+            function.__name__, config, **resources, shared_bytes=kernel.metadata.shared, instructions=count
         )
 
     with compiling(arch, keep):
@@ -245,17 +248,17 @@ def _launch_norms(dtype: torch.dtype, bank: torch.dtype, lanes: int, samples: in
     weights = torch.zeros(lanes, 4096, dtype=bank)
     a, b, c, d = torch.zeros(4, lanes, samples, 8, 8, 64, dtype=dtype)
     mean, variance, scale, offset = torch.zeros(4, lanes, 80, dtype=bank)
-    each = mean, variance, scale, offset, 16
-    to = Statistics(*each, weights, 16, 80, 1e-5, torch.zeros(lanes, 64, dtype=torch.int32))
+    arrivals = torch.zeros(lanes, 64, dtype=torch.int32)
+    to = Statistics(mean, variance, scale, offset, 16, weights, 16, 80, 1e-5, arrivals)
     norm.statistics(a, to)
-    norm.scale_offset(*each, 64, weights, 16, 80, 1e-5)
+    norm.scale_offset(to, 64)
     for side in (None, d):
-        norm.norm(a, side, b, mean, scale, 16, weights, 80, True)
+        norm.norm(a, side, b, to, True)
     for out, side in product((b, None), (None, d)):
         if out is None and side is not None:
             continue
-        maps = (a, out, c, b if out is None else a, side, False, side is not None)
-        norm.norm_grad(*maps, mean, variance, scale, offset, 16, weights, 16, 80, 1e-5, True, True, to.arrivals)
+        in_grad = b if out is None else a
+        norm.norm_grad(a, out, c, in_grad, side, False, side is not None, to, weights, True, True)
 
 
 def _tool(name: str) -> Path:

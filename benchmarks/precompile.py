@@ -34,6 +34,7 @@ from swamp_fast import ops
 from swamp_fast.engines.fused.check import differs_from_autograd, tensor_cores_differ
 from swamp_fast.engines.fused.coverage import fused_plan
 from swamp_fast.engines.fused.cuda import nvrtc
+from swamp_fast.engines.fused.cuda.params import Params
 from swamp_fast.engines.fused.cuda.runner import CudaPrograms, lanes_in_cache
 from swamp_fast.engines.fused.engine import FusedEngine
 from swamp_fast.engines.fused.plan import Plan
@@ -135,7 +136,7 @@ class _Compile:
         constants: nvrtc.Constants,
         grid: tuple[int, int, int],
         shared_bytes: int,
-        arguments: Sequence[nvrtc.Argument],
+        params: Params,
     ) -> None:
         """As nvrtc.Launch, without running."""
         nvrtc.compile_kernel(name, constants, self.arch)

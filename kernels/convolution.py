@@ -1,7 +1,8 @@
-"""convolve and weight_grad: the convolutions of all lanes in one launch each, as matrix products over shifted pixels.
+"""convolve, weight_grad and bias_grad: the convolutions of all lanes in one launch each, as matrix products.
 
-Maps are [L, B, H, W, C]; a linear layer is a convolution over one pixel. Weights come dense, the type of the maps, as
-swamp_fast/engines/fused/cuda/dense.py lays them out: [groups, taps, in, out], one lane a row.
+A convolution is a sum over its taps of products of shifted pixels with that tap's weights. Maps are [L, B, H, W, C]; a
+linear layer is a convolution over one pixel. Weights come dense, in the type of the maps, one lane a row, as
+swamp_fast/engines/fused/cuda/dense.py lays them out: [groups, taps, in, out].
 """
 
 import torch
@@ -9,339 +10,259 @@ import triton
 import triton.language as tl
 from triton.runtime.interpreter import InterpretedFunction
 
-from .norm import arrived_last, merge_arguments, merge_constants, merge_statistics
+from .arguments import Maps, Part, Product, Window, rows
+from .norm import arrived_last, target_of, tile_statistics
 
-PIXELS = {2: 128, 4: 128, 8: 32}  # of a tile, by the bytes of a number
-MOST_OUT = {2: 128, 4: 64, 8: 16}
-MOST_IN = {2: 32, 4: 32, 8: 16}
-LEAST = 16  # of any side of a matrix product
-BIAS_ELEMENTS = 2048  # of a tile of pixels and channels
-SPLIT_PIXELS = 512  # that one program of a weight gradient sums over, at least
-SPLITS = 64  # of it, at most
-# Numbers that all parts of a layer's gradient hold, unless one part alone holds more: 4 MiB a lane in float32, and in
-# blocks of 32 x 64 weights 512 programs a lane, enough for any GPU.
-PART_NUMBERS = 2**20
+# Sizes of a block of a matrix product, by the bytes of a number.
+PIXELS = {2: 128, 4: 128, 8: 32}
+MAX_OUT = {2: 128, 4: 64, 8: 16}
+MAX_IN = {2: 32, 4: 32, 8: 16}
+MIN_SIDE = 16  # of any block of a matrix product
+BIAS_ELEMENTS = 2048  # pixels times channels of a tile of a bias gradient
+MIN_SPLIT_PIXELS = 512  # that one program of a weight gradient sums over
+MAX_SPLITS = 64  # parts of a weight gradient
+# All parts of a layer's gradient together, unless one part alone is larger: 4 MiB a lane in float32, and in blocks of
+# 32 x 64 weights 512 programs a lane, enough for any GPU.
+MAX_PART_NUMBERS = 2**20
 
 
 @triton.jit
-def shifted_pixels(
-    pixel,
-    tap,
-    end,
-    height,
-    width,
-    out_height,
-    out_width,
-    STEP: tl.constexpr,
-    PAD_Y: tl.constexpr,
-    PAD_X: tl.constexpr,
-    DILATION_Y: tl.constexpr,
-    DILATION_X: tl.constexpr,
-    KERNEL_X: tl.constexpr,
-    BY_INPUT: tl.constexpr,
-):
+def shifted_pixels(pixel, tap, end, maps, WINDOW: tl.constexpr, BY_INPUT: tl.constexpr):
     """Which pixel of the source a tap reads for each pixel of the output, and whether there is one.
 
-    By the input it is the other way round: the output's pixel is the convolution's input, the source its output.
+    y, x = out_y * step + tap_y * dilation_y - pad_y, out_x * step + tap_x * dilation_x - pad_x
+
+    BY_INPUT solves this for out_y, out_x: the pixel is then one of the convolution's input, the source its output.
+
+    pixel  [N] of all samples of a lane; `end` is behind the last
+    maps   Maps, whose height and width are the source's
     """
-    x = pixel % out_width
-    y = pixel // out_width % out_height
-    sample = pixel // out_width // out_height
+    x = pixel % maps.out_width
+    y = pixel // maps.out_width % maps.out_height
+    sample = pixel // maps.out_width // maps.out_height
     if BY_INPUT:
-        y = y + PAD_Y - tap // KERNEL_X * DILATION_Y
-        x = x + PAD_X - tap % KERNEL_X * DILATION_X
-        there = (y >= 0) & (x >= 0)
-        if STEP > 1:
-            there = there & (y % STEP == 0) & (x % STEP == 0)
-            y = y // STEP
-            x = x // STEP
+        y = y + WINDOW.pad_y - tap // WINDOW.kernel_x * WINDOW.dilation_y
+        x = x + WINDOW.pad_x - tap % WINDOW.kernel_x * WINDOW.dilation_x
+        inside = (y >= 0) & (x >= 0)
+        if WINDOW.step > 1:
+            inside = inside & (y % WINDOW.step == 0) & (x % WINDOW.step == 0)
+            y = y // WINDOW.step
+            x = x // WINDOW.step
     else:
-        y = y * STEP + tap // KERNEL_X * DILATION_Y - PAD_Y
-        x = x * STEP + tap % KERNEL_X * DILATION_X - PAD_X
-        there = (y >= 0) & (x >= 0)
-    there = there & (pixel < end) & (y < height) & (x < width)
-    return (sample * height + y) * width + x, there
+        y = y * WINDOW.step + tap // WINDOW.kernel_x * WINDOW.dilation_y - WINDOW.pad_y
+        x = x * WINDOW.step + tap % WINDOW.kernel_x * WINDOW.dilation_x - WINDOW.pad_x
+        inside = (y >= 0) & (x >= 0)
+    inside = inside & (pixel < end) & (y < maps.height) & (x < maps.width)
+    return (sample * maps.height + y) * maps.width + x, inside
 
 
 @triton.jit
-def added_product(sums, a, b, PRECISION: tl.constexpr):
-    """Add a [M, K] times b [K, N] to sums [M, N].
+def added_product(sums, a, b, PRODUCT: tl.constexpr):
+    """sums [M, N] + a [M, K] @ b [K, N].
 
-    Float64 proves plans, so it takes the long way: Triton's float64 products on tensor cores are young.
+    Float64 is there to prove plans, and takes the long way: Triton's float64 products on tensor cores are young.
     """
     if sums.dtype == tl.float64:
         return sums + tl.sum(a[:, :, None] * b[None, :, :], 1)
-    return tl.dot(a, b, sums, input_precision=PRECISION, out_dtype=sums.dtype)
+    if PRODUCT.upcast:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, sums, input_precision=PRODUCT.precision, out_dtype=sums.dtype)
 
 
 @triton.jit(do_not_specialize=["samples"])
 def convolve_kernel(
-    source,  # [L, B, H, W, groups * IN]
-    weights,  # [L, ...], this layer's [groups, taps, IN, OUT] at `first`
-    bias,  # [L, ...], this layer's [groups * OUT] at `first_bias`, if HAS_BIAS
-    out,  # [L, B, OH, OW, groups * OUT]
-    means,  # [L, tiles, groups * OUT] of each tile's pixels, if STATISTICS
-    squares,  # [L, tiles, groups * OUT] sums of squared differences from them
-    arrivals,  # [L, blocks of channels] zeros; if STATISTICS, as all up to arrivals_stride
-    mean,  # [L, ...] and so on, as merge_statistics
-    variance,
-    scale,
-    offset,
-    norm_weights,
-    statistics_stride,
-    first_channel,
-    norm_weights_stride,
-    first_norm_weight,
-    first_norm_bias,
-    arrivals_stride,
-    weights_stride,
-    first,
-    bias_stride,
-    first_bias,
-    samples,
-    height,
-    width,
-    out_height,
-    out_width,
-    groups,
-    IN: tl.constexpr,
-    OUT: tl.constexpr,
-    TAPS: tl.constexpr,
-    KERNEL_X: tl.constexpr,
-    STEP: tl.constexpr,
-    PAD_Y: tl.constexpr,
-    PAD_X: tl.constexpr,
-    DILATION_Y: tl.constexpr,
-    DILATION_X: tl.constexpr,
-    BY_INPUT: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    ACCUMULATE: tl.constexpr,
-    STATISTICS: tl.constexpr,
-    EPS: tl.constexpr,
-    HAS_NORM_WEIGHT: tl.constexpr,
-    HAS_NORM_BIAS: tl.constexpr,
-    SUM: tl.constexpr,
-    PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
-    BLOCK_PIXELS: tl.constexpr,
-    BLOCK_IN: tl.constexpr,
-    BLOCK_OUT: tl.constexpr,
-):
-    pixels = samples * out_height * out_width
+    source_ptr, weights, bias, out_ptr, to, maps, samples, IN: tl.constexpr, OUT: tl.constexpr, WINDOW: tl.constexpr,
+    BY_INPUT: tl.constexpr, ACCUMULATE: tl.constexpr, EPS: tl.constexpr, PRODUCT: tl.constexpr,
+    BLOCK_PIXELS: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_OUT: tl.constexpr,
+):  # fmt: skip
+    """out[p, o] = bias[o] + sum over taps t and inputs i of source[pixel that t reads for p, i] * weights[t, i, o].
+
+    Of each lane and group; then the statistics of `out` as it was rounded.
+
+    source_ptr  [L, B, H, W, groups * IN]
+    weights     Part [L, ...]  this layer's [groups, taps, IN, OUT]
+    bias        Part [L, ...]  this layer's [groups * OUT], or None
+    out_ptr     [L, B, OH, OW, groups * OUT]  written, or added to if ACCUMULATE
+    to          Target of the statistics of `out`, with EPS, or None
+    maps        Maps
+    samples     B
+    WINDOW      Window
+    BY_INPUT    whether `source` is the gradient of a convolution's output and `out` that of its input
+    PRODUCT     Product
+
+    Grid: tiles of pixels * groups * L, blocks of outputs. Reference: torch.nn.functional.conv2d.
+    """
+    # Which tile, group and lane this program computes.
+    pixels = samples * maps.out_height * maps.out_width
     tiles = tl.cdiv(pixels, BLOCK_PIXELS)
     tile = tl.program_id(0) % tiles
-    group = tl.program_id(0) // tiles % groups
-    lane = (tl.program_id(0) // tiles // groups).to(tl.int64)
+    group = tl.program_id(0) // tiles % maps.groups
+    lane = (tl.program_id(0) // tiles // maps.groups).to(tl.int64)
     pixel = tile * BLOCK_PIXELS + tl.arange(0, BLOCK_PIXELS)
     o = tl.program_id(1) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     i = tl.arange(0, BLOCK_IN)
-    source += lane * samples * height * width * groups * IN + group * IN
-    weights += lane * weights_stride + first + group * TAPS * IN * OUT
+    source_ptr += lane * samples * maps.height * maps.width * maps.groups * IN + group * IN
+    weights_ptr = weights.ptr + lane * weights.stride + weights.first + group * WINDOW.taps * IN * OUT
+    # The products, tap by tap and chunk by chunk of the inputs.
     chunks: tl.constexpr = (IN + BLOCK_IN - 1) // BLOCK_IN
-    sums = tl.zeros((BLOCK_PIXELS, BLOCK_OUT), SUM)
-    for step in range(TAPS * chunks):
+    sums = tl.zeros((BLOCK_PIXELS, BLOCK_OUT), PRODUCT.sum)
+    for step in range(WINDOW.taps * chunks):
         tap = step // chunks
         channel = step % chunks * BLOCK_IN + i
-        place, there = shifted_pixels(
-            pixel, tap, pixels, height, width, out_height, out_width,
-            STEP, PAD_Y, PAD_X, DILATION_Y, DILATION_X, KERNEL_X, BY_INPUT,
-        )  # fmt: skip
+        place, there = shifted_pixels(pixel, tap, pixels, maps, WINDOW, BY_INPUT)
         a = tl.load(
-            source + place.to(tl.int64)[:, None] * (groups * IN) + channel[None, :],
+            source_ptr + place.to(tl.int64)[:, None] * (maps.groups * IN) + channel[None, :],
             mask=there[:, None] & (channel < IN)[None, :],
             other=0.0,
         )
         w = tl.load(
-            weights + (tap * IN + channel)[:, None] * OUT + o[None, :],
+            weights_ptr + (tap * IN + channel)[:, None] * OUT + o[None, :],
             mask=(channel < IN)[:, None] & (o < OUT)[None, :],
             other=0.0,
         )
-        if UPCAST:
-            a = a.to(tl.float32)
-            w = w.to(tl.float32)
-        sums = added_product(sums, a, w, PRECISION)
+        sums = added_product(sums, a, w, PRODUCT)
+    # The bias, and what `out` holds already.
     inside = (pixel < pixels)[:, None] & (o < OUT)[None, :]
-    if HAS_BIAS:
-        b = tl.load(bias + lane * bias_stride + first_bias + group * OUT + o, mask=o < OUT, other=0.0)
-        sums += b[None, :].to(SUM)
-    place = (lane * pixels + pixel)[:, None] * (groups * OUT) + (group * OUT + o)[None, :]
+    if bias is not None:
+        bias_ptr = bias.ptr + lane * bias.stride + bias.first + group * OUT
+        b = tl.load(bias_ptr + o, mask=o < OUT, other=0.0)
+        sums += b[None, :].to(PRODUCT.sum)
+    place = (lane * pixels + pixel)[:, None] * (maps.groups * OUT) + (group * OUT + o)[None, :]
     if ACCUMULATE:
-        sums += tl.load(out + place, mask=inside, other=0.0).to(SUM)
-    rounded = sums.to(out.dtype.element_ty)
-    tl.store(out + place, rounded, mask=inside)
-    if STATISTICS:
-        value = tl.where(inside, rounded.to(SUM), 0.0)
-        count = tl.minimum(pixels - tile * BLOCK_PIXELS, BLOCK_PIXELS).to(SUM)
-        own = tl.sum(value, 0) / count
-        away = tl.where(inside, value - own[None, :], 0.0)
-        channels = groups * OUT
-        c = group * OUT + o
-        means += lane * tiles * channels
-        squares += lane * tiles * channels
-        tl.store(means + tile * channels + c, own, mask=o < OUT)
-        tl.store(squares + tile * channels + c, tl.sum(away * away, 0), mask=o < OUT)
-        if arrived_last(arrivals + lane * arrivals_stride + group * tl.num_programs(1) + tl.program_id(1), tiles):
-            merge_statistics(
-                means, squares, mean, variance, scale, offset, norm_weights, statistics_stride, first_channel,
-                norm_weights_stride, first_norm_weight, first_norm_bias, lane, c, o < OUT, tiles, BLOCK_PIXELS, pixels,
-                channels, EPS, HAS_NORM_WEIGHT, HAS_NORM_BIAS, BLOCK_OUT,
-            )  # fmt: skip
+        sums += tl.load(out_ptr + place, mask=inside, other=0.0).to(PRODUCT.sum)
+    rounded = sums.to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + place, rounded, mask=inside)
+    if to is not None:
+        value = tl.where(inside, rounded.to(PRODUCT.sum), 0.0)
+        arrival = group * tl.num_programs(1) + tl.program_id(1)
+        tile_statistics(
+            value, inside, to, lane, tile, tiles, group * OUT + o, o < OUT, arrival, pixels, maps.groups * OUT,
+            EPS, BLOCK_PIXELS, BLOCK_OUT,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["samples", "splits"])
 def weight_grad_kernel(
-    source,  # [L, B, H, W, groups * IN]
-    out_grad,  # [L, B, OH, OW, groups * OUT]
-    partial,  # [L, ...], this layer's [splits, groups, taps, IN, OUT] at `first`
-    partial_stride,
-    first,
-    samples,
-    height,
-    width,
-    out_height,
-    out_width,
-    groups,
-    splits,
-    split_pixels,  # a multiple of 16; the last splits may have fewer, or none
-    IN: tl.constexpr,
-    OUT: tl.constexpr,
-    TAPS: tl.constexpr,
-    KERNEL_X: tl.constexpr,
-    STEP: tl.constexpr,
-    PAD_Y: tl.constexpr,
-    PAD_X: tl.constexpr,
-    DILATION_Y: tl.constexpr,
-    DILATION_X: tl.constexpr,
-    SUM: tl.constexpr,
-    PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
-    BLOCK_PIXELS: tl.constexpr,
-    BLOCK_IN: tl.constexpr,
-    BLOCK_OUT: tl.constexpr,
-):
+    source_ptr, out_grad_ptr, partial, maps, samples, splits, split_pixels,
+    IN: tl.constexpr, OUT: tl.constexpr, WINDOW: tl.constexpr, PRODUCT: tl.constexpr,
+    BLOCK_PIXELS: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_OUT: tl.constexpr,
+):  # fmt: skip
+    """partial[s, t, i, o] = sum over the pixels p of split s of source[pixel that t reads for p, i] * out_grad[p, o].
+
+    Of each lane and group.
+
+    source_ptr    [L, B, H, W, groups * IN]
+    out_grad_ptr  [L, B, OH, OW, groups * OUT]
+    partial       Part [L, ...]  this layer's [splits, groups, taps, IN, OUT], written
+    maps          Maps
+    samples       B
+    split_pixels  pixels of a split, a multiple of 16; the last splits may have fewer, or none
+    WINDOW        Window
+    PRODUCT       Product
+
+    Grid: blocks of inputs * taps * splits * groups * L, blocks of outputs.
+    """
+    # Which block of weights, split, group and lane this program computes.
     chunks: tl.constexpr = (IN + BLOCK_IN - 1) // BLOCK_IN
     program = tl.program_id(0)
     i = program % chunks * BLOCK_IN + tl.arange(0, BLOCK_IN)
-    tap = program // chunks % TAPS
-    program = program // (chunks * TAPS)
+    tap = program // chunks % WINDOW.taps
+    program = program // (chunks * WINDOW.taps)
     o = tl.program_id(1) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     split = program % splits
-    group = program // splits % groups
-    lane = (program // splits // groups).to(tl.int64)
-    pixels = samples * out_height * out_width
-    source += lane * samples * height * width * groups * IN + group * IN
-    out_grad += lane * pixels * groups * OUT + group * OUT
-    sums = tl.zeros((BLOCK_IN, BLOCK_OUT), SUM)
+    group = program // splits % maps.groups
+    lane = (program // splits // maps.groups).to(tl.int64)
+    pixels = samples * maps.out_height * maps.out_width
+    source_ptr += lane * samples * maps.height * maps.width * maps.groups * IN + group * IN
+    out_grad_ptr += lane * pixels * maps.groups * OUT + group * OUT
+    # The products, tile by tile of the split's pixels.
+    sums = tl.zeros((BLOCK_IN, BLOCK_OUT), PRODUCT.sum)
     end = tl.minimum(pixels, (split + 1) * split_pixels)
     for begin in range(split * split_pixels, end, BLOCK_PIXELS):
         pixel = begin + tl.arange(0, BLOCK_PIXELS)
-        place, there = shifted_pixels(
-            pixel, tap, end, height, width, out_height, out_width,
-            STEP, PAD_Y, PAD_X, DILATION_Y, DILATION_X, KERNEL_X, False,
-        )  # fmt: skip
+        place, there = shifted_pixels(pixel, tap, end, maps, WINDOW, False)
         a = tl.load(
-            source + place.to(tl.int64)[:, None] * (groups * IN) + i[None, :],
+            source_ptr + place.to(tl.int64)[:, None] * (maps.groups * IN) + i[None, :],
             mask=there[:, None] & (i < IN)[None, :],
             other=0.0,
         )
         g = tl.load(
-            out_grad + pixel.to(tl.int64)[:, None] * (groups * OUT) + o[None, :],
+            out_grad_ptr + pixel.to(tl.int64)[:, None] * (maps.groups * OUT) + o[None, :],
             mask=(pixel < end)[:, None] & (o < OUT)[None, :],
             other=0.0,
         )
-        if UPCAST:
-            a = a.to(tl.float32)
-            g = g.to(tl.float32)
-        sums = added_product(sums, tl.trans(a), g, PRECISION)
-    at = ((split * groups + group) * TAPS + tap) * IN * OUT + i[:, None] * OUT + o[None, :]
-    tl.store(
-        partial + lane * partial_stride + first + at,
-        sums,
-        mask=(i < IN)[:, None] & (o < OUT)[None, :],
-    )
+        sums = added_product(sums, tl.trans(a), g, PRODUCT)
+    at = ((split * maps.groups + group) * WINDOW.taps + tap) * IN * OUT + i[:, None] * OUT + o[None, :]
+    partial_ptr = partial.ptr + lane * partial.stride + partial.first
+    tl.store(partial_ptr + at, sums, mask=(i < IN)[:, None] & (o < OUT)[None, :])
 
 
 @triton.jit(do_not_specialize=["pixels"])
 def bias_grad_kernel(
-    out_grad,  # [L, pixels, C]
-    partial,  # [L, tiles, C]
-    arrivals,  # [L, blocks of channels] zeros
-    grads,  # [L, ...], this layer's bias at `first`: added to
-    arrivals_stride,
-    grads_stride,
-    first,
-    pixels,
-    channels,
-    SUM: tl.constexpr,
-    BLOCK_PIXELS: tl.constexpr,
-    BLOCK_CHANNELS: tl.constexpr,
-):
+    out_grad_ptr, sums_ptr, arrivals, grads, pixels, channels,
+    SUM: tl.constexpr, BLOCK_PIXELS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """grads[l, c] += sum over p of out_grad[l, p, c]: over each tile, then, by the last program to arrive, over all.
+
+    out_grad_ptr  [L, pixels, C]
+    sums_ptr      [L, tiles, C]  written
+    arrivals      Rows [L, blocks of channels]  zero before and after
+    grads         Part [L, ...]  this layer's bias, added to
+    SUM                          the type of a tile's sums
+
+    Grid: tiles, blocks of channels, L.
+    """
+    # The sum over this tile.
     lane = tl.program_id(2).to(tl.int64)
     tiles = tl.num_programs(0)
     pixel = tl.program_id(0) * BLOCK_PIXELS + tl.arange(0, BLOCK_PIXELS)
     c = tl.program_id(1) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
     inside = (pixel < pixels)[:, None] & (c < channels)[None, :]
     place = (lane * pixels + pixel)[:, None] * channels + c[None, :]
-    own = tl.sum(tl.load(out_grad + place, mask=inside, other=0.0).to(SUM), 0)
-    partial += lane * tiles * channels
-    tl.store(partial + tl.program_id(0) * channels + c, own, mask=c < channels)
-    if arrived_last(arrivals + lane * arrivals_stride + tl.program_id(1), tiles):
+    tile_sum = tl.sum(tl.load(out_grad_ptr + place, mask=inside, other=0.0).to(SUM), 0)
+    sums_ptr += lane * tiles * channels
+    tl.store(sums_ptr + tl.program_id(0) * channels + c, tile_sum, mask=c < channels)
+    if arrived_last(arrivals.ptr + lane * arrivals.stride + tl.program_id(1), tiles):
+        # The sum over all tiles.
         total = tl.zeros((BLOCK_PIXELS, BLOCK_CHANNELS), tl.float64)
         for begin in range(0, tiles, BLOCK_PIXELS):
             tile = begin + tl.arange(0, BLOCK_PIXELS)
             real = (tile < tiles)[:, None] & (c < channels)[None, :]
-            total += tl.load(partial + tile[:, None] * channels + c[None, :], mask=real, other=0.0).to(tl.float64)
-        at = grads + lane * grads_stride + first + c
-        before = tl.load(at, mask=c < channels, other=0.0)
-        tl.store(at, before + tl.sum(total, 0).to(before.dtype), mask=c < channels)
+            total += tl.load(sums_ptr + tile[:, None] * channels + c[None, :], mask=real, other=0.0).to(tl.float64)
+        grads_ptr = grads.ptr + lane * grads.stride + grads.first + c
+        before = tl.load(grads_ptr, mask=c < channels, other=0.0)
+        tl.store(grads_ptr, before + tl.sum(total, 0).to(before.dtype), mask=c < channels)
 
 
 def convolve(source, weights, first, bias, first_bias, out, window, by_input, accumulate, to, precision):
     """Launch one convolution, or its gradient by the input: then `source` is the output's gradient, `out` the input's.
 
+    source      [L, B, H, W, C]
+    weights     [L, T], with this layer's from `first` on
+    bias        a bank [L, P'] with this layer's from `first_bias` on, or None
+    out         [L, B, OH, OW, C'], written, or added to if accumulate
     window      kernel, stride, padding, dilation, groups, in pairs but for stride and groups
-    bias        a bank [L, ...] with this layer's at `first_bias`, or None
     to          where the statistics of `out` go, as norm.statistics has it, or None
-    precision   of products in float32: "ieee" or "tf32"
+    precision   of products of float32: "ieee" or "tf32"
     """
-    kernel, stride, padding, dilation, groups = window
-    lanes, samples, height, width, channels = source.shape
-    _, _, out_height, out_width, out_channels = out.shape
-    inner, outer, size = channels // groups, out_channels // groups, out.element_size()
-    block_out = _block(outer, MOST_OUT[size])
-    tiles = triton.cdiv(samples * out_height * out_width, PIXELS[size])
-    if to is None:
-        merge, constants = (out,) * 8 + (0,) * 6, {"EPS": 0.0, "HAS_WEIGHT": False, "HAS_BIAS": False}
-    else:
-        each = torch.empty(2, lanes, tiles, out_channels, dtype=to.mean.dtype, device=source.device)
-        merge, constants = (*each, *merge_arguments(to)), merge_constants(to)
-    grid = (tiles * lanes * groups, triton.cdiv(outer, block_out))
+    inner, outer, maps, constants = _geometry(source, out, window)
+    (lanes, samples), size = source.shape[:2], out.element_size()
+    block_out = _block(outer, MAX_OUT[size])
+    tiles = triton.cdiv(samples * maps.out_height * maps.out_width, PIXELS[size])
+    target = None if to is None else target_of(to, lanes, tiles, out.shape[-1])
     with torch.cuda.device_of(source):
-        convolve_kernel[grid](
-            *(source, weights, weights if bias is None else bias, out, *merge),
-            *(weights.stride(0), first, 0 if bias is None else bias.stride(0), first_bias),
-            *(samples, height, width, out_height, out_width, groups),
+        convolve_kernel[(tiles * lanes * maps.groups, triton.cdiv(outer, block_out))](
+            *(source, _part(weights, first), _part(bias, first_bias), out, target, maps, samples),
             IN=inner,
             OUT=outer,
-            TAPS=kernel[0] * kernel[1],
-            KERNEL_X=kernel[1],
-            STEP=stride,
-            PAD_Y=padding[0],
-            PAD_X=padding[1],
-            DILATION_Y=dilation[0],
-            DILATION_X=dilation[1],
+            WINDOW=constants,
             BY_INPUT=by_input,
-            HAS_BIAS=bias is not None,
             ACCUMULATE=accumulate,
-            STATISTICS=to is not None,
-            EPS=constants["EPS"],
-            HAS_NORM_WEIGHT=constants["HAS_WEIGHT"],
-            HAS_NORM_BIAS=constants["HAS_BIAS"],
-            SUM=_sum_type(out),
-            PRECISION=precision,
-            UPCAST=_upcasts(source),
+            EPS=0.0 if to is None else to.eps,
+            PRODUCT=_product(source, precision),
             BLOCK_PIXELS=PIXELS[size],
-            BLOCK_IN=_block(inner, MOST_IN[size]),
+            BLOCK_IN=_block(inner, MAX_IN[size]),
             BLOCK_OUT=block_out,
             enable_fp_fusion=True,
             num_warps=8,
@@ -349,32 +270,26 @@ def convolve(source, weights, first, bias, first_bias, out, window, by_input, ac
 
 
 def weight_grad(source, out_grad, partial, first, splits, window, precision):
-    """Launch the gradient by the weights, in `splits` parts that are still to be summed: see weight_grad_splits."""
-    kernel, stride, padding, dilation, groups = window
-    lanes, samples, height, width, channels = source.shape
-    _, _, out_height, out_width, out_channels = out_grad.shape
-    inner, outer, size = channels // groups, out_channels // groups, source.element_size()
-    taps = kernel[0] * kernel[1]
-    block_in, block_out = _block(inner, MOST_IN[size]), _block(outer, min(64, MOST_OUT[size]))
-    pixels = samples * out_height * out_width
-    split_pixels = LEAST * triton.cdiv(pixels, LEAST * splits)  # always a multiple, so that one kernel is for all sizes
-    grid = (triton.cdiv(inner, block_in) * taps * splits * groups * lanes, triton.cdiv(outer, block_out))
+    """Launch the gradient by the weights, in `splits` parts that are still to be summed: see weight_grad_splits.
+
+    source     [L, B, H, W, C]
+    out_grad   [L, B, OH, OW, C']
+    partial    [L, ...], written from `first` on
+    window, precision  as `convolve`
+    """
+    inner, outer, maps, constants = _geometry(source, out_grad, window)
+    (lanes, samples), size = source.shape[:2], source.element_size()
+    block_in, block_out = _block(inner, MAX_IN[size]), _block(outer, min(64, MAX_OUT[size]))
+    pixels = samples * maps.out_height * maps.out_width
+    split_pixels = MIN_SIDE * triton.cdiv(pixels, MIN_SIDE * splits)  # always a multiple, so that one kernel is compiled
+    programs = triton.cdiv(inner, block_in) * constants.taps * splits * maps.groups * lanes
     with torch.cuda.device_of(source):
-        weight_grad_kernel[grid](
-            *(source, out_grad, partial, partial.stride(0), first),
-            *(samples, height, width, out_height, out_width, groups, splits, split_pixels),
+        weight_grad_kernel[(programs, triton.cdiv(outer, block_out))](
+            *(source, out_grad, _part(partial, first), maps, samples, splits, split_pixels),
             IN=inner,
             OUT=outer,
-            TAPS=taps,
-            KERNEL_X=kernel[1],
-            STEP=stride,
-            PAD_Y=padding[0],
-            PAD_X=padding[1],
-            DILATION_Y=dilation[0],
-            DILATION_X=dilation[1],
-            SUM=_sum_type(source),
-            PRECISION=precision,
-            UPCAST=_upcasts(source),
+            WINDOW=constants,
+            PRODUCT=_product(source, precision),
             BLOCK_PIXELS=PIXELS[size] // 2,
             BLOCK_IN=block_in,
             BLOCK_OUT=block_out,
@@ -383,15 +298,19 @@ def weight_grad(source, out_grad, partial, first, splits, window, precision):
 
 
 def bias_grad(out_grad, grads, first, arrivals):
-    """Launch the gradient by the bias, added to grads [L, ...] from `first` on; arrivals as norm.statistics has it."""
+    """Launch the gradient by the bias, added to grads [L, ...] from `first` on.
+
+    out_grad  [L, ..., C]
+    arrivals  [L, ...] int32, zero before and after
+    """
     lanes, channels = out_grad.shape[0], out_grad.shape[-1]
     pixels = out_grad[0].numel() // channels
     block = _block(channels, 64)
     tiles = triton.cdiv(pixels, BIAS_ELEMENTS // block)
-    partial = torch.empty(lanes, tiles, channels, dtype=grads.dtype, device=grads.device)
+    sums = torch.empty(lanes, tiles, channels, dtype=grads.dtype, device=grads.device)
     with torch.cuda.device_of(out_grad):
         bias_grad_kernel[(tiles, triton.cdiv(channels, block), lanes)](
-            *(out_grad, partial, arrivals, grads, arrivals.stride(0), grads.stride(0), first, pixels, channels),
+            *(out_grad, sums, rows(arrivals), _part(grads, first), pixels, channels),
             SUM=_sum_type(out_grad),
             BLOCK_PIXELS=BIAS_ELEMENTS // block,
             BLOCK_CHANNELS=block,
@@ -401,18 +320,33 @@ def bias_grad(out_grad, grads, first, arrivals):
 
 
 def weight_grad_splits(pixels, weights):
-    """In how many parts a gradient is summed; it depends on the sizes alone, and so do the bits."""
-    return max(1, min(SPLITS, pixels // SPLIT_PIXELS, PART_NUMBERS // weights))
+    """In how many parts a weight gradient is summed. It depends on the sizes alone, because the bits depend on it."""
+    return max(1, min(MAX_SPLITS, pixels // MIN_SPLIT_PIXELS, MAX_PART_NUMBERS // weights))
+
+
+def _geometry(source, out, window):
+    """A group's inputs and outputs, the Maps, and the Window."""
+    kernel, stride, padding, dilation, groups = window
+    _, _, height, width, channels = source.shape
+    _, _, out_height, out_width, out_channels = out.shape
+    maps = Maps(height, width, out_height, out_width, groups)
+    constants = Window(kernel[0] * kernel[1], kernel[1], stride, *padding, *dilation)
+    return channels // groups, out_channels // groups, maps, constants
+
+
+def _part(tensor, first):
+    return None if tensor is None else Part(tensor, tensor.stride(0), first)
+
+
+def _product(tensor, precision):
+    """In the interpreter products of bfloat16 are wrong without an error, so they are upcast there."""
+    upcast = tensor.dtype == torch.bfloat16 and isinstance(convolve_kernel, InterpretedFunction)
+    return Product(_sum_type(tensor), precision, upcast)
 
 
 def _block(size, most):
-    return max(LEAST, min(most, triton.next_power_of_2(size)))
+    return max(MIN_SIDE, min(most, triton.next_power_of_2(size)))
 
 
 def _sum_type(tensor):
     return tl.float64 if tensor.dtype == torch.float64 else tl.float32
-
-
-def _upcasts(tensor):
-    """In the interpreter products of bfloat16 are wrong without an error."""
-    return tensor.dtype == torch.bfloat16 and isinstance(convolve_kernel, InterpretedFunction)

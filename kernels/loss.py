@@ -4,49 +4,56 @@ import torch
 import triton
 import triton.language as tl
 
-ELEMENTS = {4: 2048, 8: 1024}  # of a block of samples and classes, by the bytes of a number
-MOST_CLASSES = 1024
+BLOCK_ELEMENTS = {4: 2048, 8: 1024}  # samples times classes of a block, by the bytes of a number
+MAX_CLASSES = 1024
 IGNORED = -100  # torch's target of a sample without a loss
 
 
 @triton.jit(do_not_specialize=["samples"])
 def cross_entropy_kernel(
-    outputs,  # [L, B, K]
-    targets,  # [L, B] int64
-    losses,  # [L] written
-    out_grad,  # [L, B, K] written
-    samples,
-    classes,
-    SKIP: tl.constexpr,
-    BLOCK_SAMPLES: tl.constexpr,
-    BLOCK_CLASSES: tl.constexpr,
-):
+    outputs_ptr, targets_ptr, losses_ptr, out_grad_ptr, samples, classes,
+    SKIP: tl.constexpr, BLOCK_SAMPLES: tl.constexpr, BLOCK_CLASSES: tl.constexpr,
+):  # fmt: skip
+    """losses[l] = mean over b of log(sum over k of exp(outputs[l, b, k])) - outputs[l, b, targets[l, b]].
+
+    Its gradient is (softmax(outputs)[l, b, k] - [k == targets[l, b]]) / B. A target SKIP counts as a loss of 0; another
+    target that is no class makes the lane's loss NaN.
+
+    outputs_ptr   [L, B, K]
+    targets_ptr   [L, B]     int64
+    losses_ptr    [L]        written
+    out_grad_ptr  [L, B, K]  written
+
+    Grid: L. Source: the mean of torch.nn.functional.cross_entropy with reduction="none".
+    """
     lane = tl.program_id(0).to(tl.int64)
-    kind = outputs.dtype.element_ty
+    kind = outputs_ptr.dtype.element_ty
     k = tl.arange(0, BLOCK_CLASSES)
     total = tl.zeros((BLOCK_SAMPLES,), kind)
     for begin in range(0, samples, BLOCK_SAMPLES):
         b = begin + tl.arange(0, BLOCK_SAMPLES)
         at = (lane * samples + b)[:, None] * classes + k[None, :]
         inside = (b < samples)[:, None] & (k < classes)[None, :]
-        value = tl.load(outputs + at, mask=inside, other=0.0)
+        value = tl.load(outputs_ptr + at, mask=inside, other=0.0)
         value = tl.where((k < classes)[None, :], value, float("-inf"))
-        target = tl.load(targets + lane * samples + b, mask=b < samples, other=SKIP)
+        target = tl.load(targets_ptr + lane * samples + b, mask=b < samples, other=SKIP)
         chosen = k[None, :] == target[:, None]
-        most = tl.max(value, 1)
-        power = tl.exp(value - most[:, None])
+        # The loss, with the largest output subtracted so that no exponential overflows.
+        largest = tl.max(value, 1)
+        power = tl.exp(value - largest[:, None])
         sums = tl.sum(power, 1)
-        loss = tl.log(sums) + (most - tl.sum(tl.where(chosen, value, 0.0), 1))
+        loss = tl.log(sums) + (largest - tl.sum(tl.where(chosen, value, 0.0), 1))
         counts = target != SKIP
         wrong = counts & ((target < 0) | (target >= classes))
         total += tl.where(counts, tl.where(wrong, float("nan"), loss), 0.0)
+        # The gradient.
         grad = (power / sums[:, None] - chosen.to(kind)) / samples
-        tl.store(out_grad + at, tl.where(counts[:, None], grad, 0.0), mask=inside)
-    tl.store(losses + lane, tl.sum(total, 0) / samples)
+        tl.store(out_grad_ptr + at, tl.where(counts[:, None], grad, 0.0), mask=inside)
+    tl.store(losses_ptr + lane, tl.sum(total, 0) / samples)
 
 
 def cross_entropy(outputs, targets):
-    """Launch the mean cross-entropy of each lane, [L], and its gradient by outputs [L, B, K], K at most MOST_CLASSES.
+    """Launch the mean cross-entropy of each lane, [L], and its gradient by outputs [L, B, K], K at most MAX_CLASSES.
 
     A target of IGNORED counts as a loss of 0, as in torch; any other that is no class makes the lane's loss NaN.
     """
@@ -57,7 +64,7 @@ def cross_entropy(outputs, targets):
         cross_entropy_kernel[(lanes,)](
             *(outputs, targets, losses, out_grad, samples, classes),
             SKIP=IGNORED,
-            BLOCK_SAMPLES=ELEMENTS[outputs.element_size()] // block,
+            BLOCK_SAMPLES=BLOCK_ELEMENTS[outputs.element_size()] // block,
             BLOCK_CLASSES=block,
             enable_fp_fusion=False,
             num_warps=8,

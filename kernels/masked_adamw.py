@@ -1,80 +1,88 @@
-"""masked_adamw_: the step of all lanes in one launch; a mask is read once for all of them."""
+"""masked_adamw_: the step of all lanes in one launch; a mask is read once for all lanes of a run."""
 
 import torch
 import triton
 import triton.language as tl
+
+from .arguments import rows
 
 BLOCK = 512
 
 
 @triton.jit(do_not_specialize=["lanes"])
 def masked_adamw_kernel(
-    weights,  # [L, P]
-    grads,  # [L, P]
-    exp_avg,  # [L, P]
-    exp_avg_sq,  # [L, P]
-    swa,  # [L, P], or weights again if not AVERAGE
-    masks,  # [R, Q]
-    run_of_lane,  # [L]
-    lr,  # [L] float64, as the rates below
-    beta1,
-    beta2,
-    eps,
-    weight_decay,
-    correction1,  # [L] 1 - beta1^step
-    correction2,  # [L] 1 - beta2^step
-    grad_scale,  # [L], or lr again if not SCALED
-    swa_weight,  # [L], or lr again if not AVERAGE
-    weights_stride,
-    grads_stride,
-    exp_avg_stride,
-    exp_avg_sq_stride,
-    swa_stride,
-    masks_stride,
-    lanes,
-    parameters,
-    prunable,
-    SCALED: tl.constexpr,
-    AVERAGE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    weights, grads, exp_avg, exp_avg_sq, swa, masks, run_of_lane_ptr,
+    lr_ptr, beta1_ptr, beta2_ptr, eps_ptr, weight_decay_ptr, correction1_ptr, correction2_ptr,
+    grad_scale_ptr, swa_weight_ptr, lanes, parameters, prunable, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One step of AdamW in place, then of the running mean.
+
+        g    = grad_scale * grads
+        m    = mask * (m + (g - m) * (1 - beta1))
+        v    = mask * (beta2 * v + (1 - beta2) * g^2)
+        w    = mask * (w * (1 - lr * weight_decay) - lr / correction1 * m / (sqrt(v) / sqrt(correction2) + eps))
+        swa += (w - swa) * swa_weight
+
+    weights           Rows [L, P]  w, changed
+    grads             Rows [L, P]
+    exp_avg           Rows [L, P]  m, changed
+    exp_avg_sq        Rows [L, P]  v, changed
+    swa               Rows [L, P]  changed, or None
+    masks             Rows [R, Q]  bool; parameters Q … P have no mask
+    run_of_lane_ptr   [L]          int64
+    lr_ptr, beta1_ptr, beta2_ptr, eps_ptr, weight_decay_ptr  [L] float64
+    correction1_ptr   [L]          float64, 1 - beta1^step
+    correction2_ptr   [L]          float64, 1 - beta2^step
+    grad_scale_ptr    [L]          float64, or None for 1
+    swa_weight_ptr    [L]          float64, 0 leaves a lane's mean alone; None without swa
+
+    Grid: blocks of parameters. Reference: swamp_fast/ops/reference/masked_adamw.py.
+    Source: Loshchilov and Hutter 2019, arXiv 1711.05101, algorithm 2.
+    """
     columns = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < parameters
     has_mask = columns < prunable
+    weights_ptr, grads_ptr, mean_ptr, square_ptr = weights.ptr, grads.ptr, exp_avg.ptr, exp_avg_sq.ptr  # of the lane
+    if swa is not None:
+        swa_ptr = swa.ptr
     run = tl.full((), -1, tl.int64)
     keep = has_mask
     for lane in range(lanes):
-        lane_run = tl.load(run_of_lane + lane)
-        if lane_run != run:  # lanes of a run stand together, so this reads each mask once
+        # The mask, if it isn't the last lane's: lanes of a run stand together, so each mask is read once.
+        lane_run = tl.load(run_of_lane_ptr + lane)
+        if lane_run != run:
             run = lane_run
-            loaded = tl.load(masks + run * masks_stride + columns, mask=has_mask, other=1)
+            loaded = tl.load(masks.ptr + run * masks.stride + columns, mask=has_mask, other=1)
             keep = (loaded != 0) & inside
-        w = tl.load(weights + columns, mask=inside)
-        g = tl.load(grads + columns, mask=inside)
-        mean = tl.load(exp_avg + columns, mask=inside)
-        square = tl.load(exp_avg_sq + columns, mask=inside)
-        if SCALED:
-            g = g * tl.load(grad_scale + lane).to(w.dtype)
-        rate, first, second = tl.load(lr + lane), tl.load(beta1 + lane), tl.load(beta2 + lane)
-        mean = tl.where(keep, mean + (g - mean) * (1 - first).to(w.dtype), 0.0)
-        square = tl.where(keep, square * second.to(w.dtype) + g * g * (1 - second).to(w.dtype), 0.0)
-        root = tl.sqrt(square) / tl.sqrt(tl.load(correction2 + lane)).to(w.dtype)
-        size = (rate / tl.load(correction1 + lane)).to(w.dtype)
-        w = w * (1 - rate * tl.load(weight_decay + lane)).to(w.dtype)
-        w = tl.where(keep, w - size * mean / (root + tl.load(eps + lane).to(w.dtype)), 0.0)
-        tl.store(exp_avg + columns, mean, mask=inside)
-        tl.store(exp_avg_sq + columns, square, mask=inside)
-        tl.store(weights + columns, w, mask=inside)
-        if AVERAGE:
-            share = tl.load(swa_weight + lane).to(w.dtype)
-            if share != 0:  # outside the SWA window the mean is neither read nor written
-                average = tl.load(swa + columns, mask=inside)
-                tl.store(swa + columns, average + (w - average) * share, mask=inside)
-            swa += swa_stride
-        weights += weights_stride
-        grads += grads_stride
-        exp_avg += exp_avg_stride
-        exp_avg_sq += exp_avg_sq_stride
+        w = tl.load(weights_ptr + columns, mask=inside)
+        g = tl.load(grads_ptr + columns, mask=inside)
+        mean = tl.load(mean_ptr + columns, mask=inside)
+        square = tl.load(square_ptr + columns, mask=inside)
+        if grad_scale_ptr is not None:
+            g = g * tl.load(grad_scale_ptr + lane).to(w.dtype)
+        rate, beta1, beta2 = tl.load(lr_ptr + lane), tl.load(beta1_ptr + lane), tl.load(beta2_ptr + lane)
+        # The moments.
+        mean = tl.where(keep, mean + (g - mean) * (1 - beta1).to(w.dtype), 0.0)
+        square = tl.where(keep, square * beta2.to(w.dtype) + g * g * (1 - beta2).to(w.dtype), 0.0)
+        # The step. Its rates are computed in float64 and rounded once, as torch's are.
+        root = tl.sqrt(square) / tl.sqrt(tl.load(correction2_ptr + lane)).to(w.dtype)
+        size = (rate / tl.load(correction1_ptr + lane)).to(w.dtype)
+        w = w * (1 - rate * tl.load(weight_decay_ptr + lane)).to(w.dtype)
+        w = tl.where(keep, w - size * mean / (root + tl.load(eps_ptr + lane).to(w.dtype)), 0.0)
+        tl.store(mean_ptr + columns, mean, mask=inside)
+        tl.store(square_ptr + columns, square, mask=inside)
+        tl.store(weights_ptr + columns, w, mask=inside)
+        # The running mean, neither read nor written outside the SWA phase.
+        if swa is not None:
+            share = tl.load(swa_weight_ptr + lane).to(w.dtype)
+            if share != 0:
+                average = tl.load(swa_ptr + columns, mask=inside)
+                tl.store(swa_ptr + columns, average + (w - average) * share, mask=inside)
+            swa_ptr += swa.stride
+        weights_ptr += weights.stride
+        grads_ptr += grads.stride
+        mean_ptr += exp_avg.stride
+        square_ptr += exp_avg_sq.stride
 
 
 def masked_adamw_(
@@ -83,17 +91,11 @@ def masked_adamw_(
 ):  # fmt: skip
     """Launch the step; arguments as in swamp_fast/ops/masked_adamw.py."""
     lanes, parameters = weights.shape
-    scaled, average = grad_scale is not None, swa is not None
-    mean = swa if average else weights
     with torch.cuda.device_of(weights):
         masked_adamw_kernel[(triton.cdiv(parameters, BLOCK),)](
-            *(weights, grads, exp_avg, exp_avg_sq, mean, masks, run_of_lane),
-            *(lr, beta1, beta2, eps, weight_decay, 1 - beta1**step, 1 - beta2**step),
-            *(grad_scale if scaled else lr, swa_weight if average else lr),
-            *(each.stride(0) for each in (weights, grads, exp_avg, exp_avg_sq, mean, masks)),
+            *(rows(weights), rows(grads), rows(exp_avg), rows(exp_avg_sq), rows(swa), rows(masks), run_of_lane),
+            *(lr, beta1, beta2, eps, weight_decay, 1 - beta1**step, 1 - beta2**step, grad_scale, swa_weight),
             *(lanes, parameters, masks.shape[1]),
-            SCALED=scaled,
-            AVERAGE=average,
             BLOCK=BLOCK,
             enable_fp_fusion=False,
         )

@@ -1,73 +1,81 @@
-"""masked_sgd_: the step of all lanes in one launch; a mask is read once for all of them."""
+"""masked_sgd_: the step of all lanes in one launch; a mask is read once for all lanes of a run."""
 
 import torch
 import triton
 import triton.language as tl
+
+from .arguments import rows
 
 BLOCK = 1024
 
 
 @triton.jit(do_not_specialize=["lanes"])
 def masked_sgd_kernel(
-    weights,  # [L, P]
-    grads,  # [L, P]
-    momentum_buffer,  # [L, P]
-    swa,  # [L, P], or weights again if not AVERAGE
-    masks,  # [R, Q]
-    run_of_lane,  # [L]
-    lr,  # [L] float64, as the rates below
-    momentum,
-    weight_decay,
-    grad_scale,  # [L], or lr again if not SCALED
-    swa_weight,  # [L], or lr again if not AVERAGE
-    weights_stride,
-    grads_stride,
-    momentum_stride,
-    swa_stride,
-    masks_stride,
-    lanes,
-    parameters,
-    prunable,
-    NESTEROV: tl.constexpr,
-    SCALED: tl.constexpr,
-    AVERAGE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    weights, grads, momentum_buffer, swa, masks, run_of_lane_ptr,
+    lr_ptr, momentum_ptr, weight_decay_ptr, grad_scale_ptr, swa_weight_ptr,
+    lanes, parameters, prunable, NESTEROV: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One step of SGD with momentum and coupled weight decay in place, then of the running mean.
+
+        g    = grad_scale * grads + weight_decay * w
+        v    = mask * (momentum * v + g)
+        w    = mask * (w - lr * v), or mask * (w - lr * (g + momentum * v)) if NESTEROV
+        swa += (w - swa) * swa_weight
+
+    weights           Rows [L, P]  w, changed
+    grads             Rows [L, P]
+    momentum_buffer   Rows [L, P]  v, changed
+    swa               Rows [L, P]  changed, or None
+    masks             Rows [R, Q]  bool; parameters Q … P have no mask
+    run_of_lane_ptr   [L]          int64
+    lr_ptr, momentum_ptr, weight_decay_ptr  [L] float64
+    grad_scale_ptr    [L]          float64, or None for 1
+    swa_weight_ptr    [L]          float64, 0 leaves a lane's mean alone; None without swa
+
+    Grid: blocks of parameters. Reference: swamp_fast/ops/reference/masked_sgd.py.
+    """
     columns = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < parameters
     has_mask = columns < prunable
+    weights_ptr, grads_ptr, buffer_ptr = weights.ptr, grads.ptr, momentum_buffer.ptr  # of the lane
+    if swa is not None:
+        swa_ptr = swa.ptr
     run = tl.full((), -1, tl.int64)
     keep = has_mask
     for lane in range(lanes):
-        lane_run = tl.load(run_of_lane + lane)
-        if lane_run != run:  # lanes of a run stand together, so this reads each mask once
+        # The mask, if it isn't the last lane's: lanes of a run stand together, so each mask is read once.
+        lane_run = tl.load(run_of_lane_ptr + lane)
+        if lane_run != run:
             run = lane_run
-            loaded = tl.load(masks + run * masks_stride + columns, mask=has_mask, other=1)
+            loaded = tl.load(masks.ptr + run * masks.stride + columns, mask=has_mask, other=1)
             keep = (loaded != 0) & inside
-        w = tl.load(weights + columns, mask=inside)
-        g = tl.load(grads + columns, mask=inside)
-        buffer = tl.load(momentum_buffer + columns, mask=inside)
-        mu = tl.load(momentum + lane).to(w.dtype)
-        if SCALED:
-            g *= tl.load(grad_scale + lane).to(w.dtype)
-        step = tl.fma(w, tl.load(weight_decay + lane).to(w.dtype), g)  # else either product could be fused
+        w = tl.load(weights_ptr + columns, mask=inside)
+        g = tl.load(grads_ptr + columns, mask=inside)
+        buffer = tl.load(buffer_ptr + columns, mask=inside)
+        mu = tl.load(momentum_ptr + lane).to(w.dtype)
+        # Gradient, scale and weight decay. The fused product is explicit, or the compiler could fuse either one.
+        if grad_scale_ptr is not None:
+            g *= tl.load(grad_scale_ptr + lane).to(w.dtype)
+        step = tl.fma(w, tl.load(weight_decay_ptr + lane).to(w.dtype), g)
+        # Momentum, then the weights.
         buffer = tl.where(keep, buffer * mu + step, 0.0)
         if NESTEROV:
             step = step + buffer * mu
         else:
             step = buffer
-        w = tl.where(keep, w - step * tl.load(lr + lane).to(w.dtype), 0.0)
-        tl.store(momentum_buffer + columns, buffer, mask=inside)
-        tl.store(weights + columns, w, mask=inside)
-        if AVERAGE:
-            share = tl.load(swa_weight + lane).to(w.dtype)
-            if share != 0:  # outside the SWA window the mean is neither read nor written
-                mean = tl.load(swa + columns, mask=inside)
-                tl.store(swa + columns, mean + (w - mean) * share, mask=inside)
-            swa += swa_stride
-        weights += weights_stride
-        grads += grads_stride
-        momentum_buffer += momentum_stride
+        w = tl.where(keep, w - step * tl.load(lr_ptr + lane).to(w.dtype), 0.0)
+        tl.store(buffer_ptr + columns, buffer, mask=inside)
+        tl.store(weights_ptr + columns, w, mask=inside)
+        # The running mean, neither read nor written outside the SWA phase.
+        if swa is not None:
+            share = tl.load(swa_weight_ptr + lane).to(w.dtype)
+            if share != 0:
+                mean = tl.load(swa_ptr + columns, mask=inside)
+                tl.store(swa_ptr + columns, mean + (w - mean) * share, mask=inside)
+            swa_ptr += swa.stride
+        weights_ptr += weights.stride
+        grads_ptr += grads.stride
+        buffer_ptr += momentum_buffer.stride
 
 
 def masked_sgd_(
@@ -76,17 +84,12 @@ def masked_sgd_(
 ):  # fmt: skip
     """Launch the step; arguments as in swamp_fast/ops/masked_sgd.py."""
     lanes, parameters = weights.shape
-    scaled, average = grad_scale is not None, swa is not None
-    mean = swa if average else weights
     with torch.cuda.device_of(weights):
         masked_sgd_kernel[(triton.cdiv(parameters, BLOCK),)](
-            *(weights, grads, momentum_buffer, mean, masks, run_of_lane),
-            *(lr, momentum, weight_decay, grad_scale if scaled else lr, swa_weight if average else lr),
-            *(weights.stride(0), grads.stride(0), momentum_buffer.stride(0), mean.stride(0), masks.stride(0)),
+            *(rows(weights), rows(grads), rows(momentum_buffer), rows(swa), rows(masks), run_of_lane),
+            *(lr, momentum, weight_decay, grad_scale, swa_weight),
             *(lanes, parameters, masks.shape[1]),
             NESTEROV=nesterov,
-            SCALED=scaled,
-            AVERAGE=average,
             BLOCK=BLOCK,
             enable_fp_fusion=True,
         )

@@ -4,33 +4,35 @@ import torch
 import triton
 import triton.language as tl
 
+from .arguments import rows
+
 BLOCK = 1024
 
 
 @triton.jit(do_not_specialize=["lanes"])
-def particle_mean_kernel(
-    weights,  # [L, P]
-    run_of_lane,  # [L]
-    mean,  # [R, P]
-    weights_stride,
-    mean_stride,
-    lanes,
-    parameters,
-    BLOCK: tl.constexpr,
-):
+def particle_mean_kernel(weights, run_of_lane_ptr, mean, lanes, parameters, BLOCK: tl.constexpr):
+    """mean[r, p] = sum over the lanes l of run r of weights[l, p] / how many they are.
+
+    weights          Rows [L, P]
+    run_of_lane_ptr  [L]          int64
+    mean             Rows [R, P]  written
+
+    Grid: blocks of parameters, R. Reference: swamp_fast/ops/reference/particle_mean.py.
+    """
     run = tl.program_id(1).to(tl.int64)
     columns = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < parameters
+    weights_ptr = weights.ptr  # of the lane
     total = tl.zeros((BLOCK,), tl.float64)
     particles = 0.0
     for lane in range(lanes):
-        if tl.load(run_of_lane + lane) == run:
-            w = tl.load(weights + columns, mask=inside, other=0.0)
+        if tl.load(run_of_lane_ptr + lane) == run:
+            w = tl.load(weights_ptr + columns, mask=inside, other=0.0)
             total += w.to(tl.float64)
             particles += 1.0
-        weights += weights_stride
+        weights_ptr += weights.stride
     out = total / particles
-    tl.store(mean + run * mean_stride + columns, out.to(mean.dtype.element_ty), mask=inside)
+    tl.store(mean.ptr + run * mean.stride + columns, out.to(mean.ptr.dtype.element_ty), mask=inside)
 
 
 def particle_mean(weights, run_of_lane, runs):
@@ -39,8 +41,6 @@ def particle_mean(weights, run_of_lane, runs):
     mean = weights.new_empty((runs, parameters))
     with torch.cuda.device_of(weights):
         particle_mean_kernel[(triton.cdiv(parameters, BLOCK), runs)](
-            *(weights, run_of_lane, mean, weights.stride(0), mean.stride(0), lanes, parameters),
-            BLOCK=BLOCK,
-            enable_fp_fusion=False,
+            *(rows(weights), run_of_lane, rows(mean), lanes, parameters), BLOCK=BLOCK, enable_fp_fusion=False
         )
     return mean

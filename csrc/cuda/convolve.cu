@@ -5,6 +5,7 @@
 // Compiled in: HEIGHT, WIDTH; IN, OUT channels; BLOCK_OUT of them by one block; CHUNK channels of the input at a time;
 // BY_INPUT, PROLOGUE, HAS_BIAS, ACCUMULATE, STATISTICS; MIN_BLOCKS that an SM shall hold at once.
 // Grid: blocks, OUT / BLOCK_OUT, lanes.
+#include "params.h"
 #include "tile.h"
 
 namespace {
@@ -31,31 +32,7 @@ __device__ void load_weights(bfloat16* to, const bfloat16* weights, int first_in
 
 }  // namespace
 
-extern "C" __global__ void __launch_bounds__(256, MIN_BLOCKS) convolve(
-    const bfloat16* source,   // [L, B, HEIGHT, WIDTH, IN]
-    const bfloat16* weights,  // [L, ...], this layer's [9, IN, OUT] (by the input too: as dense.py lays them out)
-    long long weights_stride,
-    const float* scale,       // [L, ...], this norm's IN channels, if PROLOGUE
-    const float* offset,
-    long long norm_stride,
-    const float* bias,        // [L, ...], this layer's OUT, if HAS_BIAS
-    long long bias_stride,
-    bfloat16* out,            // [L, B, HEIGHT, WIDTH, OUT]
-    int samples,
-    int tiles,                // of a lane
-    int block_tiles,          // that a block takes one after another
-    float* scratch,           // [2, L, blocks, OUT], if STATISTICS: means, and sums of squared differences from them
-    float* mean,              // [L, ...], the OUT channels of the norm behind, if STATISTICS, as all below
-    float* variance,          // biased
-    float* scale_of_out,      // of that norm as in * scale + offset
-    float* offset_of_out,
-    long long statistics_stride,
-    const float* norm_weight,  // [L, ...], or null
-    const float* norm_bias,
-    long long norm_weights_stride,
-    double eps,
-    unsigned* arrivals,       // [L, ...] zeros
-    long long arrivals_stride) {
+extern "C" __global__ void __launch_bounds__(256, MIN_BLOCKS) convolve(const __grid_constant__ ConvolveParams params) {
   extern __shared__ __align__(16) bfloat16 memory[];
   bfloat16* const halo = memory;
   bfloat16* const own_weights = halo + kHalo;
@@ -64,13 +41,13 @@ extern "C" __global__ void __launch_bounds__(256, MIN_BLOCKS) convolve(
   float* const moments = shift + BLOCK_OUT;                                    // [2, warps, BLOCK_OUT]
   const int lane = blockIdx.z, first_out = blockIdx.y * BLOCK_OUT;
   const int warp = threadIdx.x / 32, thread = threadIdx.x % 32;
-  const long long lane_pixels = static_cast<long long>(samples) * HEIGHT * WIDTH;
-  source += lane * lane_pixels * IN;
-  out += lane * lane_pixels * OUT + first_out;
-  weights += lane * weights_stride;
-  scale += lane * norm_stride;
-  offset += lane * norm_stride;
-  float* const means = scratch + static_cast<long long>(lane) * gridDim.x * OUT + first_out;
+  const long long lane_pixels = static_cast<long long>(params.samples) * HEIGHT * WIDTH;
+  const bfloat16* const source = params.source + lane * lane_pixels * IN;
+  bfloat16* const out = params.out + lane * lane_pixels * OUT + first_out;
+  const bfloat16* const weights = params.weights + lane * params.weights_stride;
+  const float* const scale = params.scale + lane * params.prologue_stride;
+  const float* const offset = params.offset + lane * params.prologue_stride;
+  float* const means = params.scratch + static_cast<long long>(lane) * gridDim.x * OUT + first_out;
   float* const squares = means + static_cast<long long>(gridDim.z) * gridDim.x * OUT;
 
   int place[kFragments];  // of the row that this thread gives the address of
@@ -82,7 +59,8 @@ extern "C" __global__ void __launch_bounds__(256, MIN_BLOCKS) convolve(
   Prologue prologue = prologue_of<CHUNK, PROLOGUE>(0, scale, offset);
   if (kOneChunk) load_weights(own_weights, weights, 0, first_out);
 
-  const int begin = blockIdx.x * block_tiles, end = min(begin + block_tiles, tiles);
+  const int block_tiles = params.block_tiles, samples = params.samples;
+  const int begin = blockIdx.x * block_tiles, end = min(begin + block_tiles, params.tiles);
   for (int number = begin; number < end; ++number) {
     const Tile tile = tile_of(number);
     float sums[kFragments][kColumns][4] = {};
@@ -124,7 +102,7 @@ extern "C" __global__ void __launch_bounds__(256, MIN_BLOCKS) convolve(
       const int column = n * 8 + thread % 4 * 2;
       float add[2] = {0, 0};
       if constexpr (HAS_BIAS)
-        for (int i = 0; i < 2; ++i) add[i] = bias[lane * bias_stride + first_out + column + i];
+        for (int i = 0; i < 2; ++i) add[i] = params.bias[lane * params.bias_stride + first_out + column + i];
 #pragma unroll
       for (int f = 0; f < kFragments; ++f)
 #pragma unroll
@@ -202,7 +180,7 @@ extern "C" __global__ void __launch_bounds__(256, MIN_BLOCKS) convolve(
       means[blockIdx.x * OUT + threadIdx.x] = shift[threadIdx.x] + away / count;
       squares[blockIdx.x * OUT + threadIdx.x] = max(squared - away * away / count, 0.0f);
     }
-    if (!arrived_last(arrivals + lane * arrivals_stride + blockIdx.y, gridDim.x, reinterpret_cast<unsigned*>(shift))) return;
+    if (!arrived_last(params.arrivals + lane * params.arrivals_stride + blockIdx.y, gridDim.x, reinterpret_cast<unsigned*>(shift))) return;
 
     // In double, in the blocks' order within each of the sharers, then in theirs.
     static_assert(!STATISTICS || kThreads % BLOCK_OUT == 0);
@@ -227,13 +205,13 @@ extern "C" __global__ void __launch_bounds__(256, MIN_BLOCKS) convolve(
     }
     if (sharer > 0) return;
     const float m = middle, v = spread;
-    float by = 1 / sqrt(v + eps);
-    const long long parameter = lane * norm_weights_stride + first_out + channel;
-    if (norm_weight) by *= norm_weight[parameter];
-    const long long at = lane * statistics_stride + first_out + channel;
-    mean[at] = m;
-    variance[at] = v;
-    scale_of_out[at] = by;
-    offset_of_out[at] = norm_bias ? norm_bias[parameter] - m * by : -m * by;
+    float by = 1 / sqrt(v + params.eps);
+    const long long parameter = lane * params.norm_weights_stride + first_out + channel;
+    if (params.norm_weight) by *= params.norm_weight[parameter];
+    const long long at = lane * params.statistics_stride + first_out + channel;
+    params.mean[at] = m;
+    params.variance[at] = v;
+    params.out_scale[at] = by;
+    params.out_offset[at] = params.norm_bias ? params.norm_bias[parameter] - m * by : -m * by;
   }
 }

@@ -5,6 +5,7 @@
 // being 1, 2, 4 or 8; PROLOGUE; MIN_BLOCKS that an SM shall hold at once.
 // Grid: parts, (IN / BLOCK_IN) * (OUT / BLOCK_OUT), lanes. A part takes tiles in order, so that bits don't depend on the
 // device.
+#include "params.h"
 #include "tile.h"
 
 namespace {
@@ -30,17 +31,8 @@ __device__ void load_gradient(bfloat16* to, const bfloat16* lane, Tile tile, int
 
 }  // namespace
 
-extern "C" __global__ void __launch_bounds__(256, MIN_BLOCKS) weight_grad(
-    const bfloat16* source,    // [L, B, HEIGHT, WIDTH, IN]
-    const float* scale,        // [L, ...], this norm's IN channels, if PROLOGUE
-    const float* offset,
-    long long norm_stride,
-    const bfloat16* out_grad,  // [L, B, HEIGHT, WIDTH, OUT]
-    float* partial,            // [L, ...], this layer's [parts, size of a part] with [9, IN, OUT] in each
-    long long partial_stride,
-    int part_size,
-    int samples,
-    int tiles) {
+extern "C" __global__ void __launch_bounds__(256, MIN_BLOCKS)
+    weight_grad(const __grid_constant__ WeightGradParams params) {
   extern __shared__ __align__(16) bfloat16 memory[];
   bfloat16* const halo = memory;
   bfloat16* const gradient = memory + kHalo;
@@ -49,20 +41,21 @@ extern "C" __global__ void __launch_bounds__(256, MIN_BLOCKS) weight_grad(
   const int warp = threadIdx.x / 32, thread = threadIdx.x % 32;
   const int quadrant = warp % kQuadrants, sharer = warp / kQuadrants;
   const int own_in = quadrant / (BLOCK_OUT / 16) * 16, own_out = quadrant % (BLOCK_OUT / 16) * 16;
-  const long long lane_pixels = static_cast<long long>(samples) * HEIGHT * WIDTH;
-  source += lane * lane_pixels * IN;
-  out_grad += lane * lane_pixels * OUT;
+  const long long lane_pixels = static_cast<long long>(params.samples) * HEIGHT * WIDTH;
+  const bfloat16* const source = params.source + lane * lane_pixels * IN;
+  const bfloat16* const out_grad = params.out_grad + lane * lane_pixels * OUT;
+  const float* const scale = params.scale + lane * params.prologue_stride;
+  const float* const offset = params.offset + lane * params.prologue_stride;
 
   clear_halo<BLOCK_IN>(halo);
-  const Prologue prologue =
-      prologue_of<BLOCK_IN, PROLOGUE>(first_in, scale + lane * norm_stride, offset + lane * norm_stride);
+  const Prologue prologue = prologue_of<BLOCK_IN, PROLOGUE>(first_in, scale, offset);
   float sums[kTaps][2][4] = {};
-  const int end = static_cast<int>(static_cast<long long>(blockIdx.x + 1) * tiles / parts);
-  for (int number = static_cast<int>(static_cast<long long>(blockIdx.x) * tiles / parts); number < end; ++number) {
+  const int end = static_cast<int>(static_cast<long long>(blockIdx.x + 1) * params.tiles / parts);
+  for (int number = static_cast<int>(static_cast<long long>(blockIdx.x) * params.tiles / parts); number < end; ++number) {
     const Tile tile = tile_of(number);
     __syncthreads();
-    load_halo<BLOCK_IN, PROLOGUE>(halo, source, tile, samples, IN, first_in, prologue);
-    load_gradient(gradient, out_grad, tile, samples, first_out);
+    load_halo<BLOCK_IN, PROLOGUE>(halo, source, tile, params.samples, IN, first_in, prologue);
+    load_gradient(gradient, out_grad, tile, params.samples, first_out);
     __syncthreads();
     for (int f = sharer; f < kPixels / 16; f += kSharers) {
       unsigned b[4];
@@ -94,7 +87,7 @@ extern "C" __global__ void __launch_bounds__(256, MIN_BLOCKS) weight_grad(
       for (int i = 0; i < kTaps * 8; ++i) sums[i / 8][i / 4 % 2][i % 4] += own[i * 32];
   }
   if (sharer > 0) return;
-  float* const to = partial + lane * partial_stride + static_cast<long long>(blockIdx.x) * part_size +
+  float* const to = params.partial + lane * params.partial_stride + static_cast<long long>(blockIdx.x) * kTaps * IN * OUT +
                     (first_in + own_in + thread / 4) * OUT + first_out + own_out + thread % 4 * 2;
 #pragma unroll
   for (int tap = 0; tap < kTaps; ++tap)

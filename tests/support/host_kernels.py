@@ -14,6 +14,7 @@ HOST = Path(__file__).parent / "host"
 
 @functools.cache
 def built(name: str, constants: tuple[tuple[str, int], ...]) -> ctypes.CDLL:
+    """The function `launch` of host/launch.cpp for one kernel and its constants."""
     defines = [f"-D{key}={value}" for key, value in constants] + (["-DWEIGHT_GRAD"] if name == "weight_grad" else [])
     digest = hashlib.blake2b(" ".join(defines).encode(), digest_size=8).hexdigest()
     out = Path(folder()) / f"{digest}.so"
@@ -26,10 +27,12 @@ def built(name: str, constants: tuple[tuple[str, int], ...]) -> ctypes.CDLL:
 
 @functools.cache
 def folder() -> str:
+    """Where the kernels built in this process are kept."""
     return tempfile.mkdtemp()
 
 
-def launch_on_host(name, constants, grid, shared_bytes, arguments) -> None:
+def launch_on_host(name, constants, grid, shared_bytes, params) -> None:
     """As swamp_fast.engines.fused.cuda.nvrtc.Launcher."""
     assert shared_bytes <= 99 * 1024
-    assert built(name, tuple(constants.items()))(*map(ctypes.c_int, grid), *arguments), "threads waited unequally often"
+    launch = built(name, tuple(constants.items()))
+    assert launch(*map(ctypes.c_int, grid), ctypes.byref(params)), "threads waited unequally often"

@@ -11,6 +11,7 @@ It says nothing of machine code, of blocks that run at the same time, or of spee
 
 from __future__ import annotations
 
+import ctypes
 import random
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -53,21 +54,17 @@ def run(
 ) -> None:
     """Run the one kernel of `ptx` over a grid of blocks. Raises Fault.
 
-    arguments  ctypes numbers, as a launch has them
+    arguments  ctypes numbers or structs, one for each parameter of the kernel
     tensors    on the CPU: all that the kernel may reach, each with its whole storage
     """
     kernel, chance = Kernel(ptx), random.Random(seed)
-    sizes = [len(bytes(each)) for each in arguments]
-    if sizes != [size for _, size in kernel.parameters]:
-        raise TypeError(f"the parameters are {kernel.parameters}, the arguments take {sizes} bytes")
-    given = {name: bytes(each) for (name, _), each in zip(kernel.parameters, arguments, strict=True)}
-    memory = Memory(tensors)
+    parameters, memory = kernel.parameters.filled(arguments), Memory(tensors)
     x, y, z = grid
     places = [(i, j, k) for i in range(x) for j in range(y) for k in range(z)]
     chance.shuffle(places)
     with np.errstate(all="ignore"):
         for place in places:
-            Block(kernel, given, grid, place, threads, Shared(shared_bytes), memory).run(chance)
+            Block(kernel, parameters, grid, place, threads, Shared(shared_bytes), memory).run(chance)
 
 
 @dataclass(frozen=True)
@@ -84,7 +81,7 @@ class Decoded:
 class Kernel:
     """A kernel's code, decoded.
 
-    parameters  their names and bytes
+    parameters  where each stands
     registers   the type of each, by its number
     code        in order
     """
@@ -94,8 +91,7 @@ class Kernel:
         found = re.search(r"\.entry\s+\w+\s*\((.*?)\)(.*?)\{(.*)\}", ptx, re.DOTALL)
         if found is None:
             raise ValueError("no kernel is in this PTX")
-        declared = re.findall(r"\.param\s+\.(\w+)\s[^,]*?(\w+)\s*(?:,|$)", found[1].strip())
-        self.parameters = [(name, TYPES[kind].itemsize) for kind, name in declared]
+        self.parameters = Parameters(found[1])
         self.shared = set(re.findall(r"\.shared\s+\.align\s+\d+\s+\.b8\s+(\w+)\[\]", ptx))
         self.registers: list[np.dtype[Any]] = []
         self.kinds = {
@@ -131,7 +127,13 @@ class Kernel:
             raise NotImplementedError(f"{text} is read as {kind}, and is {own}")
         if text.startswith("%"):
             return lambda warp: warp.special[text].astype(kind)
-        constant = np.full(32, SHARED if text in self.shared else _number(text, kind)).astype(kind)
+        if text in self.shared:
+            value: Any = SHARED
+        elif text in self.parameters.begins:
+            value = self.parameters.begins[text]
+        else:
+            value = _number(text, kind)
+        constant = np.full(32, value).astype(kind)
         return lambda warp: constant
 
     def sink(self, text: str) -> Callable[[Warp, Values, Mask], None]:
@@ -225,6 +227,36 @@ class Region:
         self.views[size][(at - self.begin) // size] = content
 
 
+class Parameters:
+    """A kernel's parameters, in an address space of their own that begins at 0.
+
+    begins  where each begins, by name
+    sizes   the bytes of each, by name
+    """
+
+    def __init__(self, declaration: str) -> None:
+        pattern = r"\.param\s+(?:\.align\s+(\d+)\s+)?\.(\w+)\s[^,]*?(\w+)(?:\[(\d+)\])?\s*(?:,|$)"
+        self.begins: dict[str, int] = {}
+        self.sizes: dict[str, int] = {}
+        self.end = 0
+        for alignment, kind, name, count in re.findall(pattern, declaration.strip()):
+            itemsize = TYPES[kind].itemsize
+            step = int(alignment or itemsize)
+            self.begins[name] = -(-self.end // step) * step
+            self.sizes[name] = itemsize * int(count or 1)
+            self.end = self.begins[name] + self.sizes[name]
+
+    def filled(self, arguments: Sequence[Any]) -> Region:
+        """The space with these arguments in it. Raises TypeError where they don't fit."""
+        sizes = [ctypes.sizeof(argument) for argument in arguments]
+        if sizes != list(self.sizes.values()):
+            raise TypeError(f"the parameters take {self.sizes} bytes, the arguments {sizes}")
+        content = np.zeros(-(-self.end // 16) * 16, np.uint8)  # whole units of the widest load
+        for begin, argument in zip(self.begins.values(), arguments, strict=True):
+            content[begin : begin + ctypes.sizeof(argument)] = np.frombuffer(bytes(argument), np.uint8)
+        return Region(0, content)
+
+
 class Memory:
     """The tensors, where they stand."""
 
@@ -313,14 +345,14 @@ class Block:
     def __init__(
         self,
         kernel: Kernel,
-        given: dict[str, bytes],
+        parameters: Region,
         grid: tuple[int, int, int],
         place: tuple[int, int, int],
         threads: int,
         shared: Shared,
         memory: Memory,
     ) -> None:
-        self.kernel, self.given, self.shared, self.memory = kernel, given, shared, memory
+        self.kernel, self.parameters, self.shared, self.memory = kernel, parameters, shared, memory
         special = {f"%ctaid.{axis}": value for axis, value in zip("xyz", place, strict=True)}
         special |= {f"%nctaid.{axis}": value for axis, value in zip("xyz", grid, strict=True)}
         special |= {"%ntid.x": threads, "%ntid.y": 1, "%ntid.z": 1, "%tid.y": 0, "%tid.z": 0}
@@ -398,17 +430,20 @@ class Warp:
             self.paths[at] = lanes
 
     def read(self, at: Values, size: int, active: Mask, threads: Values) -> Values:
-        """So many bytes at the address of each active lane, [32]."""
-        own = self._addresses(at, size, active)
-        if self._is_shared(own):
-            found = self.block.shared.read(own, size, threads[active])
+        """`size` bytes at the address of each active lane, [32]."""
+        addresses = self._addresses(at, size, active)
+        if self._is_shared(addresses):
+            content = self.block.shared.read(addresses, size, threads[active])
         else:
-            found = self.block.memory.read(own, size)
-        if active is ALL:
-            return found
-        out = np.zeros(32, found.dtype)
-        out[active] = found
-        return out
+            content = self.block.memory.read(addresses, size)
+        return _spread(content, active)
+
+    def read_parameters(self, at: Values, size: int, active: Mask) -> Values:
+        """As `read`, in the space of the parameters. Raises Fault outside it."""
+        addresses = self._addresses(at, size, active)
+        if (addresses < 0).any() or (addresses + size > self.block.kernel.parameters.end).any():
+            raise Fault("outside the parameters")
+        return _spread(self.block.parameters.read(addresses, size), active)
 
     def write(self, at: Values, content: Values, active: Mask) -> None:
         """The content of each active lane to its address."""
@@ -427,3 +462,12 @@ class Warp:
     def _is_shared(self, at: Values) -> bool:
         """Which of the two all addresses are in, by the first."""
         return bool(at[0] < self.block.memory.begins[0]) if len(self.block.memory.begins) else True
+
+
+def _spread(content: Values, active: Mask) -> Values:
+    """What the active lanes have, as a number of each lane; 0 for the others."""
+    if active is ALL:
+        return content
+    out = np.zeros(32, content.dtype)
+    out[active] = content
+    return out

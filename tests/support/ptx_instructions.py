@@ -64,8 +64,6 @@ def split(operands: str) -> list[str]:
 def _memory(kernel: Kernel, own: Instruction) -> Step:
     """Loads and stores, of vectors too."""
     kind, is_load = own.type(), own.opcode[0] == "ld"
-    if "param" in own.opcode:
-        return _parameter(kernel, own)
     registers, place = own.operands if is_load else own.operands[::-1]
     names = split(registers[1:-1]) if registers.startswith("{") else [registers]
     address, size = kernel.address(place), kind.itemsize * len(names)
@@ -73,7 +71,12 @@ def _memory(kernel: Kernel, own: Instruction) -> Step:
         sinks = [kernel.sink(name) for name in names]
 
         def load(warp: Warp, active: Mask) -> None:
-            found = warp.read(address(warp), size, active, warp.threads).view(kind).reshape(32, -1)
+            at = address(warp)
+            if "param" in own.opcode:
+                content = warp.read_parameters(at, size, active)
+            else:
+                content = warp.read(at, size, active, warp.threads)
+            found = content.view(kind).reshape(32, -1)
             for column, sink in enumerate(sinks):
                 sink(warp, found[:, column].copy(), active)
 
@@ -85,13 +88,6 @@ def _memory(kernel: Kernel, own: Instruction) -> Step:
         warp.write(address(warp), content.view(f"V{size}")[:, 0], active)
 
     return store
-
-
-def _parameter(kernel: Kernel, own: Instruction) -> Step:
-    kind, name, sink = own.type(), own.operands[1].strip("[] "), kernel.sink(own.operands[0])
-    if name not in dict(kernel.parameters):
-        raise own.unknown()
-    return lambda warp, active: sink(warp, np.frombuffer(warp.block.given[name], kind).repeat(32), active)
 
 
 def _move(kernel: Kernel, own: Instruction) -> Step:

@@ -21,8 +21,9 @@ from swamp_fast.engines.fused.check import tensor_cores_differ
 from swamp_fast.engines.fused.coverage import fused_plan
 from swamp_fast.engines.fused.cuda import halo as halo_module
 from swamp_fast.engines.fused.cuda import nvrtc
-from swamp_fast.engines.fused.cuda.halo import Halo, Prologue, Statistics, blocks_at_once, in_waves
+from swamp_fast.engines.fused.cuda.halo import Halo, Prologue, Statistics
 from swamp_fast.engines.fused.cuda.nvrtc import Launcher
+from swamp_fast.engines.fused.cuda.occupancy import blocks_at_once, tiles_per_block
 from swamp_fast.engines.fused.cuda.runner import CudaPrograms
 from swamp_fast.ops.backends import why_no_nvrtc
 
@@ -157,10 +158,11 @@ def test_a_constant_channel_has_no_variance():
     assert not to.variance[:, 3:19].any()
 
 
-def broken(name, constants, grid, shared_bytes, arguments) -> None:
+def broken(name, constants, grid, shared_bytes, params) -> None:
     """A launcher whose convolutions turn their taps round."""
-    LAUNCH(name, {**constants, "BY_INPUT": 1 - constants["BY_INPUT"]} if name == "convolve" else constants, grid,
-           shared_bytes, arguments)  # fmt: skip
+    if name == "convolve":
+        constants = {**constants, "BY_INPUT": 1 - constants["BY_INPUT"]}
+    LAUNCH(name, constants, grid, shared_bytes, params)
 
 
 class Residual(nn.Module):
@@ -254,16 +256,16 @@ def test_a_slightly_wrong_border_is_found(which, what, monkeypatch):
 def test_blocks_fill_whole_waves():
     """ResNet-20's first stage by the input, 8 lanes on 132 processors of three blocks: 1.29 waves of 8 tiles before."""
     tiles = Halo(32, 32, 16, 16).tiles(128)
-    block_tiles = in_waves(tiles, 8, 132 * 3)
+    block_tiles = tiles_per_block(tiles, 8, 132 * 3)
     blocks = 8 * -(-tiles // block_tiles)
     assert (block_tiles, blocks) == (11, 376)
     assert blocks <= 132 * 3 < 8 * -(-tiles // 10)
-    assert in_waves(tiles, 1, 132 * 3) == 2  # one lane: 256 blocks, where one tile each would be a second wave
-    assert in_waves(1, 5, 396) == 1
+    assert tiles_per_block(tiles, 1, 132 * 3) == 2  # one lane: 256 blocks, where one tile each would be a second wave
+    assert tiles_per_block(1, 5, 396) == 1
     for rows in (3, 64):  # never later than with all tiles in one block, or each in its own
         for many in (1, tiles):
-            waves, least = (-(-rows * -(-tiles // each) // 396) for each in (many, in_waves(tiles, rows, 396)))
-            assert least * (in_waves(tiles, rows, 396) + 1) <= waves * (many + 1)
+            waves, least = (-(-rows * -(-tiles // each) // 396) for each in (many, tiles_per_block(tiles, rows, 396)))
+            assert least * (tiles_per_block(tiles, rows, 396) + 1) <= waves * (many + 1)
 
 
 def test_blocks_of_a_processor():

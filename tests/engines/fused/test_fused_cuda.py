@@ -94,7 +94,7 @@ def test_as_exact_as_autograd(name, precision, monkeypatch):
 @pytest.mark.as_launched
 def test_statistics_and_gradients_over_many_tiles(monkeypatch):
     """More than the last program takes at once; on a GPU, programs that run at the same time, again and again."""
-    monkeypatch.setattr(norm, "ELEMENTS", 256)
+    monkeypatch.setattr(norm, "TILE_ELEMENTS", 256)
     monkeypatch.setattr(convolution, "BIAS_ELEMENTS", 64)
     lanes, samples, channels, eps = 2, 64 if HAS_GPU else 9, 20, 1e-3
     shape = (lanes, samples, 16, 16, channels)
@@ -117,7 +117,7 @@ def test_statistics_and_gradients_over_many_tiles(monkeypatch):
         torch.testing.assert_close(to.variance, source.var((1, 2, 3), unbiased=False), rtol=1e-12, atol=1e-12)
         own, in_grad = grads.clone(), torch.empty_like(source)
         maps = source, source, out_grad, in_grad, None, False, False
-        norm.norm_grad(*maps, *each, 0, own, 0, channels, eps, False, True, arrivals)
+        norm.norm_grad(*maps, to, own, False, True)
         convolution.bias_grad(out_grad, own, 2 * channels, arrivals)
         sums = torch.cat([expected[1], out_grad.sum((1, 2, 3))], 1)
         torch.testing.assert_close(in_grad, expected[0], rtol=1e-11, atol=1e-11)

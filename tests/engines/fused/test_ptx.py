@@ -46,7 +46,7 @@ class Emulated(TorchDispatchMode):
             self.tensors.append(out)  # kept, so that no other comes to stand at its place
         return out
 
-    def __call__(self, name, constants, grid, shared_bytes, arguments) -> None:
+    def __call__(self, name, constants, grid, shared_bytes, params) -> None:
         sources = nvrtc.sources_of(name)
         if self.without is not None and name == "convolve":
             pieces = sources["convolve.cu"].decode().split(BARRIER)
@@ -54,7 +54,7 @@ class Emulated(TorchDispatchMode):
             sources["convolve.cu"] = f"{before};{after}".encode()
         code, _ = nvrtc.build(name, sources, constants, "compute_90")
         self.launches += 1
-        ptx.run(code.decode(), grid, nvrtc.THREADS, shared_bytes, arguments, self.tensors, seed=self.launches)
+        ptx.run(code.decode(), grid, nvrtc.THREADS, shared_bytes, [params], self.tensors, seed=self.launches)
 
 
 @pytest.fixture
@@ -169,6 +169,7 @@ def test_two_threads_that_write_one_place_are_a_race():
         ("outside the 252 bytes of shared memory: st.shared", {"shared": 252}),
         ("no multiple of 4: @%p1 st.global.u32", {"edit": ("[%rd3]", "[%rd3+2]")}),
         ("only a part of a warp waits: @%p1 bar.sync 0", {"barrier": "setp.lt.u32 %p1, %r2, 40; @%p1 bar.sync 0;"}),
+        ("outside the parameters: ld.param", {"edit": ("[distance]", "[distance+4]")}),
         ("some warps have ended", {"barrier": "setp.lt.u32 %p1, %r2, 32; @%p1 ret; bar.sync 0;"}),
     ],
 )
@@ -199,5 +200,5 @@ def test_lanes_part_and_meet_again():
 def test_an_instruction_that_is_not_known_is_told():
     with pytest.raises(NotImplementedError, match=r"not known to the interpreter of PTX: popc.b32 %r5, %r2"):
         passed_on(0, "popc.b32 %r5, %r2;")
-    with pytest.raises(TypeError, match="the arguments take"):
+    with pytest.raises(TypeError, match="the parameters take"):
         ptx.run(TO_NEIGHBOUR.replace("BARRIER", ""), (1, 1, 1), 64, 0, [ctypes.c_int(0)], [])

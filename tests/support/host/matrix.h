@@ -12,6 +12,7 @@
 #include <vector>
 
 #define __global__
+#define __grid_constant__
 #define __device__
 #define __launch_bounds__(...)
 #define __shared__

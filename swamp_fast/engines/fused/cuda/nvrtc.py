@@ -1,6 +1,6 @@
 """The kernels of csrc/cuda: compiled at run time by NVRTC, whose library comes with torch's wheel, and launched.
 
-Compiling needs no GPU; what was compiled is kept on disk, by a hash of all that went in.
+Compiling needs no GPU. Machine code is kept on disk under a hash of all that it was made from.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import hashlib
 import os
 import re
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from importlib.resources import files
 from pathlib import Path
@@ -19,77 +19,75 @@ from typing import Any, Protocol
 
 import torch
 
-HEADERS = ("tile.h", "matrix.h")
-Constants = Mapping[str, int]
-Argument = Any  # a ctypes number, as the kernel's signature has it
-THREADS = 256
-# Of a cubin: its magic, where the tables of programs and of sections begin, and the sizes and numbers of their entries.
+from swamp_fast.engines.fused.cuda.params import Params
+
+HEADERS = ("params.h", "tile.h", "matrix.h")
+Constants = Mapping[str, int]  # what a kernel is compiled with, by name
+THREADS = 256  # of a block
+# The head of a cubin: its magic, where its program and section tables begin, and the sizes and counts of their entries.
 ELF_HEADER = struct.Struct("<4s28xQQ6xHHHH2x")
 
 
 class Launch(Protocol):
-    """Runs a kernel of csrc/cuda, compiled with its constants, over a grid of blocks."""
+    """Runs a kernel of csrc/cuda."""
 
     def __call__(
-        self,
-        name: str,
-        constants: Constants,
-        grid: tuple[int, int, int],
-        shared_bytes: int,
-        arguments: Sequence[Argument],
+        self, name: str, constants: Constants, grid: tuple[int, int, int], shared_bytes: int, params: Params
     ) -> None:
-        """The kernel `name` of `name`.cu."""
+        """Run kernel `name` of `name`.cu, compiled with its constants, over a grid of blocks.
+
+        shared_bytes  shared memory of a block
+        params        passed by value
+        """
         ...
 
 
 def compile_kernel(name: str, constants: Constants, arch: str) -> bytes:
-    """Machine code of csrc/cuda/`name`.cu for an architecture ("sm_90"). Raises RuntimeError with NVRTC's log.
+    """Machine code of csrc/cuda/`name`.cu for an architecture ("sm_90"), from the cache if it is there.
 
-    Where MIN_BLOCKS of a processor would leave a thread too few registers, it is for fewer.
+    Where MIN_BLOCKS blocks on one processor would leave a thread too few registers, the code is for fewer blocks.
+    Raises RuntimeError with NVRTC's log if the source doesn't compile.
     """
-    from cuda.bindings import nvrtc
-
     sources = sources_of(name)
-    _, *version = nvrtc.nvrtcVersion()
-    digest = hashlib.blake2b(digest_size=16)
-    for part in (*sources.values(), *(each.encode() for each in _options(constants, arch)), str(version).encode()):
-        digest.update(len(part).to_bytes(8, "little") + part)
-    kept = _cache() / f"{name}-{arch}-{digest.hexdigest()}.cubin"
+    cached = _cache_path(name, sources, constants, arch)
     with suppress(OSError):
-        found = kept.read_bytes()
-        if _is_whole(found):
-            return found
-    for least in range(constants["MIN_BLOCKS"], 0, -1):
-        code, log = build(name, sources, {**constants, "MIN_BLOCKS": least}, arch)
-        spilled = re.search(r"(\d+) bytes stack frame", log)
-        if spilled is None or spilled[1] == "0":
+        code = cached.read_bytes()
+        if _is_whole(code):
+            return code
+    for min_blocks in range(constants["MIN_BLOCKS"], 0, -1):
+        code, log = build(name, sources, {**constants, "MIN_BLOCKS": min_blocks}, arch)
+        stack = re.search(r"(\d+) bytes stack frame", log)
+        if stack is None or stack[1] == "0":  # no register is spilled
             break
-    with suppress(OSError):  # a cache that can't be written costs time, nothing else
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        beside = kept.with_suffix(f".{os.getpid()}")
-        beside.write_bytes(code)
-        beside.replace(kept)
+    with suppress(OSError):  # a cache that can't be written only costs time
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        temporary = cached.with_suffix(f".{os.getpid()}")
+        temporary.write_bytes(code)
+        temporary.replace(cached)
     return code
 
 
 def sources_of(name: str) -> dict[str, bytes]:
-    """A kernel's source and the headers, by their files' names."""
+    """A kernel's source and the headers, by file name."""
     folder = files("swamp_fast.cuda_sources")
-    return {each: (folder / each).read_bytes() for each in (f"{name}.cu", *HEADERS)}
+    return {file: (folder / file).read_bytes() for file in (f"{name}.cu", *HEADERS)}
 
 
 def build(name: str, sources: Mapping[str, bytes], constants: Constants, arch: str) -> tuple[bytes, str]:
-    """Machine code, or PTX for "compute_90", from sources that are given; and NVRTC's log. Raises as compile_kernel."""
+    """Compile the given sources of a kernel, without the cache; returns the code and NVRTC's log.
+
+    The code is machine code for "sm_90", and PTX for "compute_90".
+    Raises RuntimeError with the log if they don't compile.
+    """
     from cuda.bindings import nvrtc
 
     options = _options(constants, arch)
-    headers = [sources[each] for each in HEADERS]
+    headers = [sources[file] for file in HEADERS]
+    names = [file.encode() for file in HEADERS]
     program = _checked(
-        nvrtc.nvrtcCreateProgram(
-            sources[f"{name}.cu"], f"{name}.cu".encode(), len(headers), headers, [each.encode() for each in HEADERS]
-        )
+        nvrtc.nvrtcCreateProgram(sources[f"{name}.cu"], f"{name}.cu".encode(), len(headers), headers, names)
     )
-    (error,) = nvrtc.nvrtcCompileProgram(program, len(options), [each.encode() for each in options])
+    (error,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
     log = b" " * _checked(nvrtc.nvrtcGetProgramLogSize(program))
     nvrtc.nvrtcGetProgramLog(program, log)
     if int(error):
@@ -102,7 +100,7 @@ def build(name: str, sources: Mapping[str, bytes], constants: Constants, arch: s
 
 
 class Launcher:
-    """Launches on a device's current stream."""
+    """Launches kernels on the current stream of one device; keeps those that it has loaded."""
 
     def __init__(self, device: torch.device) -> None:
         major, minor = torch.cuda.get_device_capability(device)
@@ -110,42 +108,43 @@ class Launcher:
         self.functions: dict[tuple[Any, ...], Any] = {}
 
     def __call__(
-        self,
-        name: str,
-        constants: Constants,
-        grid: tuple[int, int, int],
-        shared_bytes: int,
-        arguments: Sequence[Argument],
+        self, name: str, constants: Constants, grid: tuple[int, int, int], shared_bytes: int, params: Params
     ) -> None:
         """As Launch."""
         from cuda.bindings import driver
 
         with torch.cuda.device(self.device):
-            key = (name, *constants.items())
-            if key not in self.functions:
-                module = _checked(driver.cuModuleLoadData(compile_kernel(name, constants, self.arch)))
-                function = _checked(driver.cuModuleGetFunction(module, name.encode()))
-                most = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-                _checked(driver.cuFuncSetAttribute(function, most, shared_bytes))
-                self.functions[key] = function
-            pointers = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(each) for each in arguments))
+            function = self._function(name, constants, shared_bytes)
+            arguments = (ctypes.c_void_p * 1)(ctypes.addressof(params))  # the kernel's one argument
             stream = torch.cuda.current_stream(self.device).cuda_stream
             _checked(
                 driver.cuLaunchKernel(
-                    *(self.functions[key], *grid, THREADS, 1, 1, shared_bytes, stream),
-                    *(ctypes.addressof(pointers), 0),
+                    *(function, *grid, THREADS, 1, 1, shared_bytes, stream), *(ctypes.addressof(arguments), 0)
                 )
             )
+
+    def _function(self, name: str, constants: Constants, shared_bytes: int) -> Any:
+        """A kernel, loaded at its first use; the device must be the current one."""
+        from cuda.bindings import driver
+
+        key = (name, *constants.items())
+        if key not in self.functions:
+            module = _checked(driver.cuModuleLoadData(compile_kernel(name, constants, self.arch)))
+            function = _checked(driver.cuModuleGetFunction(module, name.encode()))
+            limit = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            _checked(driver.cuFuncSetAttribute(function, limit, shared_bytes))
+            self.functions[key] = function
+        return self.functions[key]
 
 
 @functools.cache
 def launcher(device: torch.device) -> Launcher:
-    """The device's launcher, which keeps what it has loaded."""
+    """The one launcher of a device."""
     return Launcher(device)
 
 
 def _checked(result: Any) -> Any:
-    """The value of a call of cuda-bindings. Raises RuntimeError for what it reports."""
+    """The value that a call of cuda-bindings returns beside its error code. Raises RuntimeError for an error."""
     error, *values = result
     if int(error):
         raise RuntimeError(f"CUDA reports {error!r}")
@@ -153,12 +152,24 @@ def _checked(result: Any) -> Any:
 
 
 def _options(constants: Constants, arch: str) -> list[str]:
-    defined = [f"-D{key}={value}" for key, value in constants.items()]
-    return [f"--gpu-architecture={arch}", "--std=c++17", "--ptxas-options=-v", *defined]  # -v: resources in the log
+    """NVRTC's options; with -v the log names the resources that a kernel takes."""
+    defines = [f"-D{name}={value}" for name, value in constants.items()]
+    return [f"--gpu-architecture={arch}", "--std=c++17", "--ptxas-options=-v", *defines]
+
+
+def _cache_path(name: str, sources: Mapping[str, bytes], constants: Constants, arch: str) -> Path:
+    """The file of a kernel's machine code, named by a hash of the sources, the options and NVRTC's version."""
+    from cuda.bindings import nvrtc
+
+    _, *version = nvrtc.nvrtcVersion()
+    digest = hashlib.blake2b(digest_size=16)
+    for part in (*sources.values(), *(option.encode() for option in _options(constants, arch)), str(version).encode()):
+        digest.update(len(part).to_bytes(8, "little") + part)
+    return _cache() / f"{name}-{arch}-{digest.hexdigest()}.cubin"
 
 
 def _is_whole(code: bytes) -> bool:
-    """Whether a file of the cache is a cubin to its end: a full disk or a lost node may leave less."""
+    """Whether a cached file is a complete cubin; a full disk or a lost machine may leave less."""
     if len(code) < ELF_HEADER.size:
         return False
     magic, programs, sections, program_size, program_count, section_size, section_count = ELF_HEADER.unpack_from(code)
@@ -167,6 +178,6 @@ def _is_whole(code: bytes) -> bool:
 
 
 def _cache() -> Path:
-    """SWAMP_FAST_CACHE, or the user's cache folder."""
+    """The folder SWAMP_FAST_CACHE, or swamp_fast in the user's cache folder."""
     given = os.environ.get("SWAMP_FAST_CACHE")
     return Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "swamp_fast"

@@ -244,6 +244,10 @@ class Pass:
             self.grads[value] = self.program.map_of(value, self.lanes, self.samples)
         return self.grads[value], there
 
+    def _grad_if_needed(self, value: int) -> tuple[Tensor | None, bool]:
+        """As `_grad`; None for a value that needs no gradient."""
+        return self._grad(value) if value in self.program.needed else (None, False)
+
     def _add_grad(self, value: int, grad: Tensor) -> None:
         """Add to the gradient of a value, if any is needed."""
         if value not in self.program.needed:
@@ -299,43 +303,42 @@ class Pass:
                     *(out_grad, self.dense, place, None, 0, in_grad, window, True, accumulate, None, precision)
                 )
 
-    def _norm_arguments(self, op: Norm) -> tuple[int, int, int]:
-        weight, bias = (-1 if name is None else self.program.begins[name] for name in (op.weight, op.bias))
-        return self.program.first_channel[op.output], weight, bias
-
     def _statistics(self, op: Norm) -> Statistics:
-        first, weight, bias = self._norm_arguments(op)
-        each = self.mean, self.variance, self.scale, self.offset, first
-        return Statistics(*each, self.weights, weight, bias, op.eps, self.arrivals)
-
-    def _norm(self, op: Norm) -> None:
-        kernels, source = self.program.kernels("norm"), self.values[op.inputs[0]]
-        first, weight, bias = self._norm_arguments(op)
-        if not self.by_batch:
-            each = self.mean, self.variance, self.scale, self.offset, first
-            kernels.scale_offset(*each, source.shape[-1], self.weights, weight, bias, op.eps)
-        elif self.program.norm_behind.get(op.inputs[0]) is not op:
-            kernels.statistics(source, self._statistics(op))
-        if op.output in self.program.recomputed:
-            self.prologues[op.output] = source, Prologue(self.scale, self.offset, first)
-            return
-        side = self.values[op.inputs[1]] if len(op.inputs) > 1 else None
-        kernels.norm(
-            *(source, side, self._out(op), self.mean, self.scale, first, self.weights, bias, op.relu),
+        """Where a norm's statistics, weight and bias stand."""
+        weight, bias = (-1 if name is None else self.program.begins[name] for name in (op.weight, op.bias))
+        return Statistics(
+            *(self.mean, self.variance, self.scale, self.offset, self.program.first_channel[op.output]),
+            *(self.weights, weight, bias, op.eps, self.arrivals),
         )
 
+    def _norm(self, op: Norm) -> None:
+        kernels, source, statistics = self.program.kernels("norm"), self.values[op.inputs[0]], self._statistics(op)
+        if not self.by_batch:
+            kernels.scale_offset(statistics, source.shape[-1])
+        elif self.program.norm_behind.get(op.inputs[0]) is not op:
+            kernels.statistics(source, statistics)
+        if op.output in self.program.recomputed:
+            self.prologues[op.output] = source, Prologue(self.scale, self.offset, statistics.first)
+            return
+        side = self.values[op.inputs[1]] if len(op.inputs) > 1 else None
+        kernels.norm(source, side, self._out(op), statistics, op.relu)
+
     def _norm_backward(self, op: Norm) -> None:
-        first, weight, bias = self._norm_arguments(op)
-        # The residual's first: it is written first, which tells where both inputs are one value.
-        side, accumulate_side = (None, False)
-        if len(op.inputs) > 1:
-            needed = op.inputs[1] in self.program.needed
-            side, accumulate_side = self._grad(op.inputs[1]) if needed else (None, False)
-        in_grad, accumulate = self._grad(op.inputs[0]) if op.inputs[0] in self.program.needed else (None, False)
+        # The residual's gradient first, because the kernel writes it first: this matters if both inputs are one value.
+        side_grad, accumulate_side = self._grad_if_needed(op.inputs[1]) if len(op.inputs) > 1 else (None, False)
+        in_grad, accumulate = self._grad_if_needed(op.inputs[0])
         self.program.kernels("norm").norm_grad(
-            *(self.values[op.inputs[0]], self.values.get(op.output), self.grads[op.output], in_grad, side),
-            *(accumulate, accumulate_side, self.mean, self.variance, self.scale, self.offset, first),
-            *(self.weight_grads, weight, bias, op.eps, op.relu, self.by_batch, self.arrivals),
+            self.values[op.inputs[0]],
+            self.values.get(op.output),
+            self.grads[op.output],
+            in_grad,
+            side_grad,
+            accumulate,
+            accumulate_side,
+            self._statistics(op),
+            self.weight_grads,
+            op.relu,
+            self.by_batch,
         )
 
     def _pool(self, op: Pool) -> None:

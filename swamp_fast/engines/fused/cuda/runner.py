@@ -218,7 +218,7 @@ class CudaLanes:
         """Each lane's mean loss, and its gradient; a loss of the user's runs lane by lane, as it may mix samples."""
         if self.problem.loss is cross_entropy and outputs.dim() == 3 and targets.dtype == torch.int64:
             kernels = triton_kernels("loss")
-            if outputs.shape[2] <= kernels.MOST_CLASSES:
+            if outputs.shape[2] <= kernels.MAX_CLASSES:
                 found: tuple[Tensor, Tensor] = kernels.cross_entropy(outputs.contiguous(), targets.contiguous())
                 return found
         outputs.requires_grad_()
