@@ -122,7 +122,6 @@ def _environment() -> Environment:
     environment.filters |= {
         "percent": formats.percent,
         "duration": formats.duration,
-        "significant": formats.significant,
         "grouped": formats.grouped,
         "python": formats.python_literal,
         "quote": quote,

@@ -21,6 +21,7 @@ from swamp_fast.report.charts import draw_score, draw_times
 from swamp_fast.report.facts import Row, RunFacts
 from swamp_fast.report.formats import DASH, decimal, duration, grouped, millions, percent, significant, words
 from swamp_fast.report.page import Page, Picture, Section, Table, code, render
+from swamp_fast.report.usage_sections import load_section, missing_section, reproduce_section
 
 SCORE_NAMES = {"accuracy": "accuracy", "loss": "loss", "train_loss": "training loss"}
 ENSEMBLE_COLUMNS = {"accuracy": "test accuracy", "nll": "NLL", "ece": "ECE"}
@@ -42,9 +43,9 @@ def run_page(run: RunFacts) -> Page:
         _engine_section(run),
         inference_section(run),
         _cycles_section(run),
-        _load_section(run),
-        _reproduce_section(run),
-        _missing_section(run),
+        load_section(run),
+        reproduce_section(run),
+        missing_section(run),
     ]
     history = [_plain(row) for row in run.rows]
     present = [section for section in sections if section is not None]
@@ -327,61 +328,6 @@ def _cycles_section(run: RunFacts) -> Section:
     filled = {name: cells for name, cells in columns.items() if set(cells) != {DASH}}
     rows = list(zip(*filled.values(), strict=True))
     return Section("All cycles", "run/cycles.html", {"cycles": Table("one row per cycle", [*filled], rows, 0)})
-
-
-def _load_section(run: RunFacts) -> Section:
-    name = run.model_name
-    module, _, factory = (name or "").partition(":")
-    in_a_module = factory != "" and all(part.isidentifier() for part in [*module.split("."), factory])
-    scaling = run.about.get("standardise")
-    values = {
-        "name": run.name,
-        "model": name,
-        "module": module if in_a_module else None,
-        "factory": factory,
-        "solution": run.solution,
-        "earlier_cycle": max(len(run.rows) - 2, 0),
-        "finished": not run.trainings_left,
-        "scaling": scaling and {name: [f"{value:.6g}" for value in scaling[name]] for name in ("mean", "std")},
-    }
-    return Section("Load the model", "run/load.html", values)
-
-
-def _reproduce_section(run: RunFacts) -> Section:
-    values = {
-        "name": run.name,
-        "seed": run.config.seed,
-        "particles": words(run.about["config"].get("particles")),
-        "model": run.model_name or "MODEL",
-        "data_flags": run.data_flags,
-        "val": run.held_out,
-        "in_python": run.about["driver"] == "fast_swamp",
-        "settings": run.settings.rstrip(),
-    }
-    return Section("Reproduce it", "run/reproduce.html", values)
-
-
-def _missing_section(run: RunFacts) -> Section:
-    last, analysis = run.rows[-1], run.analysis
-    names = {"consecutive": "barriers between cycles", "hessian": "flatness", "masks": "dead channels"}
-    names |= {"cost": "inference cost", "ensemble": "NLL and ECE of an ensemble"}
-    values = {
-        "name": run.name,
-        "model": run.model_name or "MODEL",
-        "data": run.data_name or "DATA",
-        "data_flags": run.data_flags,
-        "trainings_left": run.trainings_left,
-        "has_test": last["accuracy"] is not None or last["loss"] is not None,
-        "has_val": last.get("val_accuracy") is not None,
-        "has_analysis": bool(analysis),
-        "analysis_is_partial": run.analysis_is_partial,
-        "cycles": len(run.rows),
-        "analysed_cycles": run.analysed_cycles,
-        "has_particles": bool(analysis.get("particles")) or run.single_particle,
-        "keeps_particles": run.config.keep_particles,
-        "analyses": [text for name, text in names.items() if not analysis.get(name)],
-    }
-    return Section("What is missing here", "run/missing.html", values)
 
 
 def _plain(row: Row) -> Row:

@@ -235,7 +235,7 @@ def test_the_trace_of_a_network_is_that_of_its_hessian():
     assert found.norm == pytest.approx(float(flat.norm()), **EXACT)
 
 
-def test_the_scaled_trace_is_blind_to_the_scale_of_a_layer():
+def test_the_scaled_trace_does_not_depend_on_the_scale_of_a_layer():
     """A convolution in front of BatchNorm: 3 times its weights, the same function."""
     model = Curved()
     on, state = analysis(model), state_of(model, 3)
@@ -338,7 +338,7 @@ def test_a_matrix_of_barriers_is_that_of_its_pairs(residual):
     assert [matrix[i][i] for i in range(3)] == [0, 0, 0]
 
 
-def test_some_samples_stand_for_all(residual):
+def test_a_sample_of_the_training_data(residual):
     """The first of a shuffle: on data sorted by class the first stored ones are of a few classes."""
     state = state_of(residual)
     on = analysis(residual, samples=64)
@@ -549,7 +549,7 @@ def test_an_ensemble_is_the_mean_of_softmax(residual):
 
 
 class Bare(nn.Module):
-    """A recurrent layer and a bare weight, whose products no layer tells."""
+    """A recurrent layer and a bare weight, whose products no layer counts."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -559,7 +559,7 @@ class Bare(nn.Module):
         return self.head(self.rows(x.squeeze(1).transpose(0, 1))[0][-1] @ self.bare)
 
 
-def test_flops_that_no_layer_tells_are_none():
+def test_flops_that_no_layer_counts_are_none():
     on = analysis(Bare(), prunable=["bare", "rows.weight_*", "head"])
     found = inference_cost(on, Bare().double().state_dict(), {}, repeats=0)
     unknown = ["bare", "rows.weight_ih_l0", "rows.weight_hh_l0"]

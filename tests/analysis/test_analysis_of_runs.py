@@ -1,4 +1,4 @@
-"""Analyses of whole runs, from Python and on the command line: tickets, consecutive cycles, `analyze`."""
+"""Analyses of whole runs, from Python and from the command line: tickets, consecutive cycles, `analyze`."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_the_ticket_needs_a_classification():
 
 
 def test_runs_of_all_methods_can_be_analysed(digits):
-    """What is about masks and the choice of a particle is no part of an analysis, nor of a ticket."""
+    """How a run made masks and chose a particle matters neither to an analysis nor to a ticket."""
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 10))
     small = {"epochs": 1, "ticket_epochs": 0, "batch_size": 40, "progress": False, "engine": "eager"}
     random = {"cycles": 1, "particles": 1, "mask_score": "random", "layer_kept": [[400]], "combine": "best"}
@@ -165,7 +165,7 @@ def test_analyze_on_the_command_line(tmp_path, capsys):
     assert found["cost"][1]["flops"] < found["cost"][0]["flops"] == found["cost"][0]["dense_flops"]
     assert found["cost"][1]["sparse_ms"] > 0
     assert set(found["ensemble"]["single"]) == {"accuracy", "nll", "ece"}
-    # Other data than the run's are refused, or told; what was asked to be left out is.
+    # Data that differ from the run's are refused, or reported with --anyway; sizes of 0 leave analyses out.
     less = ["--probes", "0", "--mixtures", "0", "--size", "0", "--repeats", "0", "--points", "3", "--samples", "64"]
     before = (tmp_path / "run" / "analysis.json").read_bytes()
     other = ["analyze", out, "--model", "small_cnn", "--data", "digits", *less]
@@ -206,7 +206,7 @@ def test_analyze_on_the_command_line(tmp_path, capsys):
 
 
 def test_a_run_with_a_loss_of_its_own_is_not_scored_with_another(tmp_path, capsys, digits):
-    """On the command line there is no other than cross entropy; from Python it is told which differ."""
+    """The command line only has cross entropy; from Python, `differing` names what differs."""
 
     def halved(outputs: Tensor, targets: Tensor) -> Tensor:
         return nn.functional.cross_entropy(outputs, targets, reduction="none") / 2
@@ -226,7 +226,7 @@ def test_a_run_with_a_loss_of_its_own_is_not_scored_with_another(tmp_path, capsy
 
 
 def test_other_data_are_standardised_as_the_run_did(tmp_path, capsys, digits):
-    """A shift of the data shows in the scores: it isn't taken out by the new data's own mean and std."""
+    """A shift of the data shows in the scores, because the mean and std of the new data are not used."""
     (inputs, targets), test = digits
     dark = tmp_path / "dark.npz"
     images = {f"{name}_images": (each // 3).movedim(1, -1) for name, each in (("train", inputs), ("test", test[0]))}
@@ -256,8 +256,8 @@ def test_other_data_are_standardised_as_the_run_did(tmp_path, capsys, digits):
     assert between["ends"]["train_loss"] == pytest.approx([loss, loss], rel=1e-4)
 
 
-def test_a_run_on_other_data_is_told_before_it_is_compared(tmp_path, capsys, digits):
-    """Two runs that don't solve one task: their barrier says nothing without their errors."""
+def test_a_run_on_other_data_is_reported_before_it_is_compared(tmp_path, capsys, digits):
+    """A barrier between runs on different data says nothing without their errors."""
     run = {"epochs": 2, "ticket_epochs": 0, "cycles": 0, "particles": 1, "progress": False, "engine": "eager"}
     (inputs, targets), test = digits
     one, two, data = str(tmp_path / "one"), str(tmp_path / "two"), str(tmp_path / "data.npz")
@@ -279,8 +279,8 @@ def test_a_run_on_other_data_is_told_before_it_is_compared(tmp_path, capsys, dig
     assert against["differs"] == ["train"]
 
 
-def test_what_analyze_refuses_and_leaves_out(digits):
-    """Wrong arguments are told before the work; particles that are the same have no plane, and lose nothing else."""
+def test_what_analyze_refuses_and_omits(digits):
+    """Wrong arguments raise before any work; equal particles have no plane, but everything else."""
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 10))
     run = {"epochs": 1, "ticket_epochs": 0, "cycles": 0, "particles": 3, "progress": False, "engine": "eager"}
     rates = {"lr": 0.0, "swa_lr": 0.0, "batch_size": 40}

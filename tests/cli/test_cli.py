@@ -19,7 +19,7 @@ from swamp_fast.runs.console import Console
 FAST = ["--cycles", "1", "--epochs", "1", "--ticket-epochs", "0", "--particles", "2", "--no-progress"]
 
 
-def test_run_show_and_go_on(tmp_path, capsys):
+def test_run_show_and_continue(tmp_path, capsys):
     out = tmp_path / "run"
     command = ["run", "--model", "mlp", "--data", "digits", "--val", "0.1", "--out", str(out), *FAST]
     assert main(command) == 0
@@ -76,7 +76,7 @@ def test_every_setting_is_a_flag(capsys):
         (["show", "nowhere"], "holds no run of swamp_fast"),
     ],
 )
-def test_mistakes_are_told_in_a_line(command, text, capsys):
+def test_mistakes_are_reported_in_one_line(command, text, capsys):
     assert main(command) == 2
     error = capsys.readouterr().err
     assert error.startswith("swamp-fast: ")
@@ -93,15 +93,15 @@ def test_interrupting(monkeypatch, capsys):
     assert "continues from the last checkpoint" in capsys.readouterr().err
 
 
-def test_backends_say_what_is_active(capsys):
+def test_backends_shows_what_is_active(capsys):
     found = backends()
     assert found["cpp"]["active"]
     assert found["cpp"]["instruction_set"] in ("generic", "avx2", "avx512")
     assert main(["backends"]) == 0
     text = capsys.readouterr().out
-    for name, each in found.items():
+    for name, backend in found.items():
         assert name in text
-        assert each["why"] in text
+        assert backend["why"] in text
 
 
 def test_as_a_module_and_with_plain_lines_where_there_is_no_terminal(tmp_path):
@@ -151,7 +151,7 @@ def test_the_demo_reaches_98_percent_at_4_4_percent_density_in_under_two_minutes
     assert rows[-1]["accuracy"] >= 0.98
 
 
-def test_plan_tells_what_a_step_costs(capsys):
+def test_plan_shows_what_a_step_costs(capsys):
     assert main(["plan", "--model", "small_cnn", "--shape", "1,8,8", "--particles", "3", "--batch-size", "16"]) == 0
     said = capsys.readouterr().out
     for word in ("Convolution", "GFLOP", "measured now", "a step of 3", "particles fit at once"):

@@ -1,4 +1,4 @@
-"""The report: what it says, that it says it safely, and what a real browser makes of it."""
+"""Reports: their content, the escaping of user text, and how a real browser shows them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ EVERY_FIGURE = {"accuracy", "barriers", "matrix", "plane", "overlap", "flatness"
 
 
 class Parsed(HTMLParser):
-    """The elements of a page, each closed in its order; its text, its ids, and every address in it."""
+    """A page's elements, text, ids and addresses; asserts that elements are closed in order and run no script."""
 
     def __init__(self, page: Path) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ class Parsed(HTMLParser):
 
 
 def parsed(page: Path) -> Parsed:
-    """A page that is well-formed, loads nothing, and whose own links lead somewhere."""
+    """Parse a page; asserts that it is well-formed, loads nothing, and that its links lead somewhere."""
     found = Parsed(page)
     assert len(found.ids) == len(set(found.ids))
     assert all(address == "data:," or address[1:] in found.ids for address in found.loaded)
@@ -90,7 +90,7 @@ def parsed(page: Path) -> Parsed:
 
 
 def figures(folder: Path) -> set[str]:
-    """The figures of a report, each with its three files."""
+    """The names of a report's figures; asserts that each has its three files."""
     names = {path.stem for path in (folder / "figures").glob("*.svg")}
     assert names == {path.stem for path in (folder / "figures").glob("*.png")}
     for name in names:
@@ -129,7 +129,7 @@ def test_a_run_with_its_analysis(tmp_path):
     ):
         assert said in found.said, said
     assert "swamp-fast analyze" not in found.said
-    assert "no-repeat local" in page.read_text()  # the shadow of a table that is cut
+    assert "no-repeat local" in page.read_text()  # the shadow at the edge of a wide table
     rows = numbers(folder, "accuracy")
     assert [row["particle 1"] for row in rows][1:4] == [rows[1]["particle 1"], "", rows[3]["particle 1"]]
     assert float(rows[2]["particle 2"]) == pytest.approx(0.97 - 0.04 / 6 + 0.008)
@@ -141,7 +141,7 @@ def test_a_run_with_its_analysis(tmp_path):
     assert len(numbers(folder, "cycles")) == 7
 
 
-def test_particles_are_seen_at_the_averages_place():
+def test_the_average_does_not_hide_a_particle_at_its_place():
     rows = [{"density": 1.0, "accuracy": 0.9, "particle_accuracy": [0.9]}]
     dots, line = draw_score(rows, "accuracy").axes[0].lines
     assert (dots.get_label(), dots.get_markerfacecolor(), line.get_label()) == ("a particle", "none", "their average")
@@ -210,7 +210,7 @@ def test_an_analysis_without_test_data(tmp_path):
 
 
 def edited(path: Path, **changes) -> None:
-    """A JSON file with other values."""
+    """Change values of a JSON file."""
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
@@ -226,7 +226,7 @@ def edited(path: Path, **changes) -> None:
         ({"particles": 1}, ("Iterative magnitude pruning of one particle", "the particle reaches 97.90")),
     ],
 )
-def test_a_run_that_is_not_swamp_is_not_called_so(tmp_path, settings, said):
+def test_a_run_that_is_not_swamp_is_not_described_as_swamp(tmp_path, settings, said):
     folder = reported.write_run(tmp_path / "a", **settings)
     found = parsed(write_report(folder)).said.replace("\xa0", " ")
     for words in said:
@@ -282,7 +282,7 @@ def test_milliseconds_are_of_a_batch(tmp_path):
 
 @pytest.mark.parametrize("page", ["comparison", "run", "sweep"])
 def test_a_file_of_another_version(tmp_path, page, capsys):
-    """It is told of without a traceback."""
+    """The error names the file; there is no traceback."""
     folder = tmp_path / "a"
     if page == "comparison":
         reported.write_comparison(folder)
@@ -389,7 +389,7 @@ def test_a_sweep_and_its_runs(tmp_path, digits):
 
 
 def test_a_sweep_over_particles_and_points_that_set_different_things(tmp_path, digits):
-    """A line a point, also where it sets what a row of the history has; no spread of one seed, no NaN's mean."""
+    """One line per point, even if it sets a column of the history; one seed has no spread."""
 
     def made() -> torch.nn.Module:
         return torch.nn.Sequential(
@@ -472,11 +472,11 @@ def test_in_a_browser(chromium, pages, width, theme):
         red, green, blue = map(int, re.findall(r"\d+", look.background)[:3])
         assert (red + green + blue > 600) == (theme == "light")
         assert look.picture[:4] == b"\x89PNG"
-        assert len(look.picture) > 20_000  # an empty one has about 3,000
+        assert len(look.picture) > 20_000  # an empty page has about 3,000
 
 
-def test_the_browser_would_tell(chromium, tmp_path):
-    """A page that asks for something, complains and overflows is seen to."""
+def test_the_browser_notices_a_bad_page(chromium, tmp_path):
+    """The test notices a page that makes a request, logs an error and overflows."""
     bad = (
         '<meta name=viewport content="width=device-width"><p style="width: 2000px">x<img src="http://a.invalid/b.png">'
     )

@@ -1,4 +1,4 @@
-"""Chromium without a window, driven over a pipe by the DevTools protocol: what a page requests, says, looks like."""
+"""Headless Chromium, driven through a pipe by the DevTools protocol: what a page requests, logs and looks like."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 CHROMIUM = shutil.which("chromium")
-PATIENCE = 60.0  # seconds
+PATIENCE = 60.0  # seconds to wait for a message
 
 
 @dataclass
 class Look:
-    """What a page was like: its requests, what the console and the log had, its widths in pixels, and its picture."""
+    """What was observed: requests, messages of the console and the log, widths in pixels, and a screenshot."""
 
     requests: list[str]
     messages: list[str]
@@ -30,7 +30,7 @@ class Look:
 
 
 class Browser:
-    """As a context; every name is mapped to nowhere, so that nothing is fetched from a network."""
+    """A browser as a context manager; no host name resolves, so nothing is fetched from a network."""
 
     def __init__(self, profile: Path) -> None:
         own_read, its_write = os.pipe()
@@ -70,7 +70,7 @@ class Browser:
         os.close(self.write)
 
     def look(self, page: Path, width: int, theme: str, whole: bool = False) -> Look:
-        """Open a page of the disk at a width, in a theme, "light" or "dark"."""
+        """Open a local page with a window width and a theme, "light" or "dark"; `whole` captures all of it."""
         self.call(
             "Emulation.setDeviceMetricsOverride", width=width, height=800, deviceScaleFactor=1, mobile=width < 600
         )
@@ -89,7 +89,7 @@ class Browser:
         return Look(requests, messages, *found, base64.b64decode(picture["data"]))
 
     def pdf(self, page: Path) -> bytes:
-        """A page as it is printed."""
+        """The page as it would be printed."""
         self.call("Page.navigate", url=page.as_uri())
         return base64.b64decode(self.call("Page.printToPDF")["data"])
 
@@ -109,12 +109,12 @@ class Browser:
         return [event["params"] for event in self.events if event.get("method") == method]
 
     def _take(self) -> dict[str, Any]:
-        """The next message; an event is kept."""
+        """The next message; events are also kept."""
         until = time.monotonic() + PATIENCE
         while b"\0" not in self.rest:
             ready, _, _ = select.select([self.read], [], [], max(until - time.monotonic(), 0))
             if not ready:
-                raise TimeoutError(f"chromium said nothing for {PATIENCE} s.")
+                raise TimeoutError(f"no message from chromium for {PATIENCE} s.")
             self.rest += os.read(self.read, 1 << 20)
         first, _, self.rest = self.rest.partition(b"\0")
         message = json.loads(first)
