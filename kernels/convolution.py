@@ -58,7 +58,7 @@ def shifted_pixels(pixel, tap, end, maps, WINDOW: tl.constexpr, BY_INPUT: tl.con
 
 @triton.jit
 def added_product(sums, a, b, PRODUCT: tl.constexpr):
-    """sums [M, N] + a [M, K] @ b [K, N].
+    """Sums [M, N] + a [M, K] @ b [K, N].
 
     Float64 is there to prove plans, and takes the long way: Triton's float64 products on tensor cores are young.
     """

@@ -165,7 +165,7 @@ def scale_offset_kernel(norm, affine, channels, EPS: tl.constexpr, BLOCK: tl.con
 def norm_kernel(
     source_ptr, side_ptr, out_ptr, norm, affine, pixels, channels, RELU: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """out = relu((source - mean) * scale + bias + side), without what there isn't.
+    """Out = relu((source - mean) * scale + bias + side), without what there isn't.
 
     source_ptr  [L, pixels, C]
     side_ptr    [L, pixels, C]  or None

@@ -15,6 +15,7 @@ from swamp_fast.config import SwampConfig
 from swamp_fast.driver import fast_swamp
 from swamp_fast.naive import naive_swamp
 from swamp_fast.ops.backends import backends
+from swamp_fast.report import write_report
 from swamp_fast.runs.result import SwampResult
 from swamp_fast.studies.compare import Comparison, compare
 from swamp_fast.studies.sweep import SweepResult, sweep
@@ -32,4 +33,5 @@ __all__ = [
     "naive_swamp",
     "ops",
     "sweep",
+    "write_report",
 ]

@@ -133,6 +133,14 @@ def test_every_package_is_installed():
     }
 
 
+def test_every_template_is_installed():
+    """Likewise for the report's templates."""
+    package_data = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    folder = ROOT / "swamp_fast" / "report"
+    installed = {path for pattern in package_data["swamp_fast.report"] for path in folder.glob(f"{pattern}/*")}
+    assert {path for path in (folder / "templates").rglob("*.*") if path.is_file()} <= installed
+
+
 def test_importing_needs_none_of_the_extras():
     """The core runs without them; what needs one says which extra brings it."""
     code = """
