@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import csv
-import io
 import json
-from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from swamp_fast.common.csv import csv_bytes
 from swamp_fast.config import SwampConfig
 from swamp_fast.report.drawings import png
 from swamp_fast.report.facts import RunFacts
@@ -48,9 +47,9 @@ def write_report(directory: str | Path, model: str | None = None) -> Path:
     for picture in page.pictures:
         write(folder / "figures" / f"{picture.name}.svg", picture.svg.encode())
         write(folder / "figures" / f"{picture.name}.png", png(picture.drawing))
-        write(folder / "numbers" / f"{picture.name}.csv", _csv(picture.rows))
+        write(folder / "numbers" / f"{picture.name}.csv", csv_bytes(picture.rows))
     for name, rows in page.tables.items():
-        write(folder / "numbers" / f"{name}.csv", _csv(rows))
+        write(folder / "numbers" / f"{name}.csv", csv_bytes(rows))
     path = folder / "report.html"
     write(path, content.encode())
     return path
@@ -111,11 +110,3 @@ def _number(cell: str) -> Any:
         except ValueError:
             continue
     return cell or None
-
-
-def _csv(rows: Sequence[Mapping[str, Any]]) -> bytes:
-    content = io.StringIO()
-    writer = csv.DictWriter(content, dict.fromkeys(name for row in rows for name in row), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return content.getvalue().encode()
