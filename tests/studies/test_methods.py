@@ -173,7 +173,7 @@ def test_the_best_particle_by_loss_where_there_are_no_accuracies(digits):
         ({"mask_score": "signal-to-noise", "particles": (2, 1, 2), "cycles": 2}, "but cycle 1 has one"),
         (
             {"mask_score": "rms", "combine": "best"},
-            'combine="best" goes on with one of them; set mask_score="abs-mean"',
+            'combine="best" keeps one of them; set mask_score="abs-mean"',
         ),
         ({"schedule": "swa", "swa": False, "lr": 0.01}, "`swa_lr` must be at most `lr`"),
     ],
