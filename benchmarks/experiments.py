@@ -24,7 +24,7 @@ from swamp_fast import compare, distributed
 from swamp_fast.analysis import Analysis, averages, barrier_matrix, consecutive, hessian_trace, mask_overlap, particles
 from swamp_fast.data.sources import Arrays, open_source
 from swamp_fast.runs.result import SwampResult
-from swamp_fast.studies.compare import Comparison
+from swamp_fast.studies.comparison import Comparison
 
 METHODS = ["swamp", "imp", "imp+swa", "swamp-sgd", "imp-swa-schedule", "imp-long", "imp-fine", "one-shot", "random"]
 LOOKED_AT = ["swamp", "imp+swa", "imp"]  # of which the geometry is shown

@@ -17,8 +17,10 @@ from swamp_fast.naive import naive_swamp
 from swamp_fast.ops.backends import backends
 from swamp_fast.report import write_report
 from swamp_fast.runs.result import SwampResult
-from swamp_fast.studies.compare import Comparison, compare
-from swamp_fast.studies.sweep import SweepResult, sweep
+from swamp_fast.studies.compare import compare
+from swamp_fast.studies.comparison import Comparison
+from swamp_fast.studies.result import SweepResult
+from swamp_fast.studies.sweep import sweep
 from swamp_fast.version import __version__
 
 __all__ = [

@@ -25,82 +25,86 @@ CHOICES = {
     "on_divergence": ("stop", "drop"),
 }
 ENGINES = ("auto", "eager", "fused", "fastest")
-# The other values of `engine`, as swamp_fast/engines/rule.py describes them.
+# The other values of `engine`, which swamp_fast/engines/selection.py describes.
 ENGINE_NAME = re.compile(
     r"fused|(fused@(?P<up_to>0\.\d{0,5}[1-9]),)?eager:(?P<way>lanes|fold|fold_grouped)(?P<last>:channels_last)?"
 )
-# What belongs to one optimizer alone.
+# The settings of one optimizer only.
 OPTIMIZERS = {"momentum": "sgd", "nesterov": "sgd", "beta1": "adamw", "beta2": "adamw", "adam_eps": "adamw"}
 LEAST_EPS = 2.0**-126  # the smallest normal float32 number
-# They say where a run happens and what is kept and shown of it, not what it computes. A run that stopped because a
-# particle diverged may go on without it: until then both choices compute the same.
+# Settings that don't change what a run computes: where it runs, what it records and what it shows. `on_divergence` is
+# one of them, so that a run that stopped because a particle diverged can go on without that particle.
 RUN_ID_EXCLUDES = (
     *("device", "run_dir", "resume", "progress", "tensorboard", "data_dir"),
     *("checkpoint_minutes", "on_divergence"),
 )
-MOST_PARTICLES = 1 << 16  # a particle's number has 16 bits of its stream's word
+MOST_PARTICLES = 1 << 16  # a particle's number has 16 bits in the address of its draws
 MOST_CYCLES = (1 << 16) - 2
 
 
 @dataclass(frozen=True, kw_only=True)
 class SwampConfig:
-    """The settings of one run. Those marked *ours* are our choice: the paper's text for them could not be had.
+    """The settings of one run, whose defaults are the paper's CIFAR protocol as far as it is known.
+
+    Those marked *ours* are our choice, as the paper's text about them was not available.
 
     Attributes:
-        particles: N, trained from one ticket and averaged; an int, or cycles + 1 of them, one a training (SWAMP+).
-            *Ours*: 4.
-        cycles: C, the number of prunings; there are C + 1 trainings, the first of them dense. 0 trains dense only.
+        particles: N, the particles that are trained from one ticket and averaged; an int, or a list of cycles + 1
+            ints, one per training (SWAMP+). *Ours*: 4.
+        cycles: C, the number of prunings. There are C + 1 trainings, the first of them dense. 0 trains dense only.
         target_density: instead of `cycles`: prune until kept / prunable is at most this.
         prune: the fraction of the remaining weights that each cycle removes.
-        epochs: length of every training.
-        ticket_epochs: T0, dense training at the constant rate `lr` before the first cycle. 0: the given weights are
-            the ticket, also a way to warm-start. *Ours*: 10.
-        batch_size: samples a particle and step. A DataLoader's own batch size replaces it. *Ours*: 128.
-        lr: the rate that each training starts with.
-        swa: average the weights over the last part of each training; off: the last iterate.
-        schedule: of the rate in a cycle: "swa" is a cosine from `lr` to `swa_lr` where the SWA window starts, constant
-            in it; "cosine" one to 0 at the end; "auto" is "swa" with `swa`, else "cosine". "swa" without `swa` tells
-            what averaging gains from what its schedule does. *Ours*.
-        swa_lr: the constant rate of the SWA window; at most `lr`. The cosine from `lr` down to it is *ours*.
-        swa_start: the window starts at epoch floor(swa_start * epochs), and takes one sample an epoch's end.
-        optimizer: "sgd", or "adamw", which wants about a hundredth of the rates: lr=1e-3, swa_lr=5e-4.
+        epochs: the length of every training.
+        ticket_epochs: T0, the length of the dense training at the constant rate `lr` before the first cycle. 0: the
+            given weights are the ticket, which is also a way to warm-start. *Ours*: 10.
+        batch_size: samples per particle and step. A DataLoader's own batch size replaces it. *Ours*: 128.
+        lr: the learning rate at the start of each training.
+        swa: whether to average the weights over the last part of each training, or to take the last iterate.
+        schedule: how the rate falls in a cycle: "swa" is a cosine from `lr` to `swa_lr` at the start of the SWA window,
+            constant in it; "cosine" one to 0 at the end; "auto" is "swa" with `swa`, else "cosine". "swa" without
+            `swa` separates the gain of averaging from that of its schedule. *Ours*.
+        swa_lr: the constant rate in the SWA window; at most `lr`. The cosine from `lr` down to it is *ours*.
+        swa_start: the window begins at epoch floor(swa_start * epochs), with one SWA sample at the end of each epoch.
+        optimizer: "sgd", or "adamw", which needs about a hundredth of the rates: lr=1e-3, swa_lr=5e-4.
         momentum: of SGD; 0 is plain SGD.
-        nesterov: Nesterov's form of it.
-        beta1: how much of the gradient's running mean AdamW keeps at a step.
-        beta2: how much of the running mean of its square.
-        adam_eps: added to the root of that in AdamW's denominator.
-        weight_decay: on every parameter; coupled with SGD, decoupled with AdamW. *Ours*: 5e-4.
+        nesterov: whether SGD's momentum is Nesterov's.
+        beta1: the decay of AdamW's running mean of the gradient.
+        beta2: the decay of AdamW's running mean of the squared gradient.
+        adam_eps: added to the root of the latter in AdamW's denominator.
+        weight_decay: of every parameter; coupled with SGD, decoupled with AdamW. *Ours*: 5e-4.
         clip_norm: each particle's gradient is scaled down to this norm, taken over its kept weights and all other
-            parameters; None leaves it as it is.
-        augment: "crop_flip" pads by 4 pixels, crops and mirrors pictures; "auto" does so for CIFAR. *Ours*.
-        rewind: what a cycle starts from: the ticket (SWAMP), or the last average (Sparse Model Soups, 2306.16788).
-        combine: what the particles become: their "mean" (SWAMP); or the "best" of them on val, by accuracy (by loss
-            where there are none), which is then what is reported and pruned.
-        mask_score: what the global threshold ranks, w_n the particles: "abs-mean" is |mean w_n| (SWAMP); "mean-abs" the
-            mean of |w_n|; "rms" the root of the mean of w_n squared; "signal-to-noise" |mean w_n| over the standard
-            deviation of the w_n (of N, not N - 1; infinite where all agree, 0 where all are 0), the ranking of Graves
-            (2011) and Blundell et al. (1505.05424, section 5.1) over particles in place of a posterior. "random" keeps
-            of each layer as many as "abs-mean" would, drawn by (seed, cycle). All but "abs-mean" are *ours* here.
-        layer_kept: for "random", how many weights of each prunable parameter, in the model's order, each cycle from 1
-            keeps instead, cycles x layers: such as another run's, so that the masks differ in nothing else.
-        mask_from: the solution that masks are made from: the "last" cycle's, or always the "dense" one's of cycle 0, by
-            which each cycle is one-shot magnitude pruning to its density.
+            parameters; None doesn't clip.
+        augment: "crop_flip" pads pictures by 4 pixels, crops and mirrors them; "auto" does so for CIFAR. *Ours*.
+        rewind: where a cycle starts: at the "ticket" (SWAMP), or at the last "average" (Sparse Model Soups,
+            2306.16788).
+        combine: what the particles become: their "mean" (SWAMP), or the "best" of them on val by accuracy (by loss if
+            there are no accuracies), which is then reported and pruned.
+        mask_score: what the global threshold ranks, with w_n the particles: "abs-mean" is |mean w_n| (SWAMP);
+            "mean-abs" the mean of |w_n|; "rms" the root of the mean of w_n squared; "signal-to-noise" |mean w_n| over
+            the standard deviation of the w_n (of N, not N - 1; infinite where all agree, 0 where all are 0), the
+            ranking of Graves (2011) and Blundell et al. (1505.05424, section 5.1) over particles in place of a
+            posterior. "random" draws, by seed and cycle, as many weights of each layer as "abs-mean" would keep. All
+            but "abs-mean" are *ours* here.
+        layer_kept: for "random", the number of weights to keep of each prunable parameter, in the model's order, in
+            each cycle from 1 on, cycles x layers: for example those of another run, so that only the masks differ.
+        mask_from: the solution that masks are made from: that of the "last" cycle, or always the "dense" one of cycle
+            0, so that each cycle is one-shot magnitude pruning to its density.
         seed: of the batch order, augmentation and dropout. The initial weights are those of the model.
-        device: "auto" is CUDA where there is one, else the CPU; or any torch device.
+        device: "auto" is CUDA if there is any, else the CPU; or any torch device.
         engine: "auto" chooses by a rule, so that a seed has one result on a machine: the fused engine in the cycles
             where it covers the model and the mask is sparse enough for it, else the eager one. "eager" and "fused" run
-            every cycle on one of them; "fastest" takes what is faster here and now by a stopwatch. The string in
+            every cycle on one of them; "fastest" takes what a stopwatch finds fastest here and now. The string in
             `result.engine["name"]` selects the same engines again.
         precision: of activations and weights; "bfloat16" runs under autocast over float32 weights.
-        keep_particles: keep the particles' SWA means of the last cycle in the result.
-        on_divergence: when a particle's loss or weights are no longer finite at an epoch's end, "stop" ends the run
-            with an error, "drop" leaves the particle out of its cycle's average. No other particle is touched by it.
-        run_dir: a folder that holds the run, from which it goes on when started again.
-        checkpoint_minutes: how often a checkpoint is written inside a training, besides one a cycle; 0: never.
-        resume: go on from what run_dir holds; off: run_dir must be empty.
-        progress: show progress on standard error.
-        tensorboard: write TensorBoard events to run_dir/tensorboard, too; needs the extra "tensorboard".
-        data_dir: where named data sets are; else the environment variable SWAMP_DATA says.
+        keep_particles: whether the result holds the last cycle's particles, as SWA means.
+        on_divergence: if a particle's loss or weights are not finite at the end of an epoch, "stop" ends the run with
+            an error, "drop" leaves the particle out of its cycle's average. It affects no other particle.
+        run_dir: a folder that records the run; started again with it, the run goes on.
+        checkpoint_minutes: how often a checkpoint is written during a training, besides one per cycle; 0: never.
+        resume: whether to go on from the run in run_dir; if not, run_dir must be empty.
+        progress: whether to show progress on standard error.
+        tensorboard: whether to write TensorBoard events to run_dir/tensorboard; needs the extra "tensorboard".
+        data_dir: the folder of named data sets; None: that of the environment variable SWAMP_DATA.
 
     Raises ValueError or TypeError for a setting that is unknown, out of range, or contradicts another.
     """
@@ -145,25 +149,26 @@ class SwampConfig:
     data_dir: str | None = None
 
     def __post_init__(self) -> None:
-        """Check every field, and turn `target_density` into cycles."""
+        """Check every field, and derive `cycles` from `target_density`."""
         for field in dataclasses.fields(self):
             object.__setattr__(self, field.name, _typed(field.name, getattr(self, field.name), str(field.type)))
         for name, known in CHOICES.items():
             if getattr(self, name) not in known:
-                wanted = ", ".join(f'"{each}"' for each in known)
-                raise ValueError(f'`{name}` must be one of {wanted}; got "{getattr(self, name)}".')
+                choices = ", ".join(f'"{choice}"' for choice in known)
+                raise ValueError(f'`{name}` must be one of {choices}; got "{getattr(self, name)}".')
         if self.engine not in ENGINES and ENGINE_NAME.fullmatch(self.engine) is None:
             raise ValueError(
-                f"`engine` must be one of {', '.join(json.dumps(each) for each in ENGINES)}, or a result's "
+                f"`engine` must be one of {', '.join(json.dumps(engine) for engine in ENGINES)}, or a result's "
                 f'engine["name"] such as "eager:lanes:channels_last"; got "{self.engine}".'
             )
         self._check_ranges()
+        self._check_optimizer()
         if self.target_density is not None:
             self._derive_cycles(self.target_density)
         _in_range("cycles", self.cycles, 0, MOST_CYCLES)
         if isinstance(self.particles, tuple) and len(self.particles) != self.cycles + 1:
             raise ValueError(
-                f"`particles` as a schedule needs one number a training, cycles + 1 = {self.cycles + 1}; "
+                f"`particles` as a list needs one number per training, cycles + 1 = {self.cycles + 1}; "
                 f"got {len(self.particles)}. Cycle 0 is the dense training."
             )
         self._check_scores()
@@ -178,21 +183,6 @@ class SwampConfig:
         _in_range("batch_size", self.batch_size, 1, 1 << 31)
         for name in ("lr", "swa_lr", "weight_decay", "checkpoint_minutes"):
             _in_range(name, getattr(self, name), 0.0, math.inf)
-        for name in ("momentum", "beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must lie in [0, 1), got {getattr(self, name)}.")
-        _in_range("adam_eps", self.adam_eps, LEAST_EPS, math.inf)
-        if self.clip_norm is not None and not 0 < self.clip_norm < math.inf:
-            raise ValueError(f"`clip_norm` must be above 0 and finite, got {self.clip_norm}; None clips nothing.")
-        for name, optimizer in OPTIMIZERS.items():
-            value, default = getattr(self, name), type(self).__dataclass_fields__[name].default
-            if self.optimizer != optimizer and value != default:
-                raise ValueError(
-                    f'`{name}` is a setting of optimizer="{optimizer}", got {name} = {value} with '
-                    f'optimizer="{self.optimizer}". Leave it at {default}, or choose the other optimizer.'
-                )
-        if self.nesterov and self.momentum == 0:
-            raise ValueError("`nesterov` needs momentum; set momentum above 0 or nesterov=False.")
         if not 0 <= self.swa_start < 1:
             raise ValueError(f"`swa_start` must lie in [0, 1), got {self.swa_start}; 0.75 averages the last quarter.")
         if self.ends_at_swa_lr and self.swa_lr > self.lr:
@@ -203,16 +193,33 @@ class SwampConfig:
         if not -(1 << 63) <= self.seed < 1 << 63:
             raise ValueError(f"`seed` must fit 64 bits, got {self.seed}.")
 
+    def _check_optimizer(self) -> None:
+        for name in ("momentum", "beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must lie in [0, 1), got {getattr(self, name)}.")
+        _in_range("adam_eps", self.adam_eps, LEAST_EPS, math.inf)
+        if self.clip_norm is not None and not 0 < self.clip_norm < math.inf:
+            raise ValueError(f"`clip_norm` must be above 0 and finite, got {self.clip_norm}; None doesn't clip.")
+        for name, optimizer in OPTIMIZERS.items():
+            value, default = getattr(self, name), default_of(name)
+            if self.optimizer != optimizer and value != default:
+                raise ValueError(
+                    f'`{name}` is a setting of optimizer="{optimizer}", got {name} = {value} with '
+                    f'optimizer="{self.optimizer}". Leave it at {default}, or choose the other optimizer.'
+                )
+        if self.nesterov and self.momentum == 0:
+            raise ValueError("`nesterov` needs momentum; set momentum above 0 or nesterov=False.")
+
     def _check_scores(self) -> None:
-        """Refuse a score that is made of more particles than there are."""
+        """Refuse a `mask_score` that the other settings can't provide."""
         if self.combine == "best" and self.mask_score not in ("abs-mean", "random"):
             raise ValueError(
-                f'`mask_score` = "{self.mask_score}" ranks by all particles, but combine="best" goes on with one of '
+                f'`mask_score` = "{self.mask_score}" ranks by all particles, but combine="best" keeps one of '
                 'them; set mask_score="abs-mean" or combine="mean".'
             )
         if self.layer_kept is not None and (self.mask_score != "random" or len(self.layer_kept) != self.cycles):
             raise ValueError(
-                f'`layer_kept` is for mask_score="random", a list for each of {self.cycles} cycles; got '
+                f'`layer_kept` needs mask_score="random", and one list for each of {self.cycles} cycles; got '
                 f'{len(self.layer_kept)} lists with mask_score="{self.mask_score}".'
             )
         alone = [cycle for cycle in range(self.cycles) if self.scored_at(cycle) and self.particles_at(cycle) == 1]
@@ -225,10 +232,9 @@ class SwampConfig:
     def _derive_cycles(self, target: float) -> None:
         if not 0 < target < 1:
             raise ValueError(f"`target_density` must lie strictly between 0 and 1, got {target}.")
-        # A density that is reached but for rounding counts as reached.
+        # Without the last term, rounding could ask for a cycle more.
         cycles = math.ceil(math.log(target) / math.log(1 - self.prune) - 1e-9)
-        default = type(self).__dataclass_fields__["cycles"].default
-        if self.cycles not in (default, cycles):
+        if self.cycles not in (default_of("cycles"), cycles):
             raise ValueError(
                 f"`target_density` stands instead of `cycles`: {target} takes {cycles} cycles at prune = {self.prune}, "
                 f"got cycles = {self.cycles} too. Give one of them."
@@ -237,67 +243,57 @@ class SwampConfig:
 
     @classmethod
     def quick(cls, **changes: Any) -> SwampConfig:
-        """Settings for a first look: minutes on a laptop for a small network; not the protocol of the paper."""
+        """Short trainings for a first look, minutes on a laptop for a small network; not the protocol of the paper."""
         return cls(**{"epochs": 12, "ticket_epochs": 3, "batch_size": 64, **changes})
 
     @classmethod
-    def paper(cls, **changes: Any) -> SwampConfig:
-        """The paper's CIFAR protocol as far as it is known; what is ours in it is marked in the class's docs."""
-        return cls(
-            **{"particles": 4, "cycles": 14, "epochs": 150, "ticket_epochs": 10, "batch_size": 128}
-            | {"lr": 0.1, "swa_lr": 0.05, "swa_start": 0.75, "momentum": 0.9, "weight_decay": 5e-4}
-            | changes
-        )
-
-    @classmethod
     def of(cls, config: SwampConfig | None, settings: Mapping[str, Any]) -> SwampConfig:
-        """`config` (or the defaults) with `settings` put in; unknown names are refused."""
+        """`config`, or the defaults, with `settings` in place of its own. Raises TypeError for an unknown name."""
         _refuse_unknown(settings)
         if config is not None and not isinstance(config, SwampConfig):
             raise TypeError(f"`config` must be a SwampConfig, got {type(config).__name__}.")
-        made = cls(**settings) if config is None else config.replace(**settings)
-        if settings.get("target_density") is not None and settings.get("cycles", made.cycles) != made.cycles:
+        merged = cls(**settings) if config is None else config.replace(**settings)
+        if settings.get("target_density") is not None and settings.get("cycles", merged.cycles) != merged.cycles:
             raise ValueError(
-                f"`target_density` stands instead of `cycles`: {made.target_density} takes {made.cycles} cycles at "
-                f"prune = {made.prune}, got cycles = {settings['cycles']} too. Give one of them."
+                f"`target_density` stands instead of `cycles`: {merged.target_density} takes {merged.cycles} cycles at "
+                f"prune = {merged.prune}, got cycles = {settings['cycles']} too. Give one of them."
             )
-        return made
+        return merged
 
     def replace(self, **changes: Any) -> SwampConfig:
-        """A copy with some settings changed; a new `cycles` or `target_density` replaces the other."""
+        """A copy with other values of some settings; a new `cycles` or `target_density` replaces the other."""
         _refuse_unknown(changes)
         if "cycles" in changes:
             changes = {"target_density": None, **changes}
         elif self.target_density is not None or changes.get("target_density") is not None:
-            changes = {"cycles": type(self).__dataclass_fields__["cycles"].default, **changes}
+            changes = {"cycles": default_of("cycles"), **changes}
         return dataclasses.replace(self, **changes)
 
     def particles_at(self, cycle: int) -> int:
-        """N of one cycle."""
+        """The number of particles of one cycle."""
         return self.particles[cycle] if isinstance(self.particles, tuple) else self.particles
 
     def scored_at(self, cycle: int) -> bool:
-        """Whether a mask is made from a cycle's particles by a score that its solution alone doesn't tell."""
+        """Whether a later mask ranks a score of this cycle's particles that can't be made from their average alone."""
         makes_masks = cycle < self.cycles and (self.mask_from == "last" or cycle == 0)
         return makes_masks and self.mask_score not in ("abs-mean", "random")
 
     @property
     def ends_at_swa_lr(self) -> bool:
-        """Whether a cycle's rate falls to `swa_lr`, not to 0."""
+        """Whether the rate falls to `swa_lr` in a cycle, not to 0."""
         return self.schedule == "swa" or (self.schedule == "auto" and self.swa)
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings as plain values; a schedule of particles becomes a list."""
-        values = dataclasses.asdict(self)
-        return {name: _plain(value) for name, value in values.items()}
+        """The settings as plain values; tuples become lists."""
+        return {name: _as_lists(value) for name, value in dataclasses.asdict(self).items()}
 
     def identity(self) -> dict[str, Any]:
-        """The settings that decide what is computed."""
+        """The settings that decide what a run computes."""
         return {name: value for name, value in self.to_dict().items() if name not in RUN_ID_EXCLUDES}
 
     def to_toml(self) -> str:
         """TOML text; settings that are None are left out."""
-        # JSON's plain values are TOML's, but for null.
+        # A plain value is written the same way in JSON and in TOML, except None.
         lines = [
             f"{name} = {json.dumps(value, ensure_ascii=False)}"
             for name, value in self.to_dict().items()
@@ -315,6 +311,11 @@ class SwampConfig:
         return cls.of(None, values)
 
 
+def default_of(name: str) -> Any:
+    """The default of a setting."""
+    return SwampConfig.__dataclass_fields__[name].default
+
+
 def _refuse_unknown(settings: Mapping[str, Any]) -> None:
     known = [field.name for field in dataclasses.fields(SwampConfig)]
     for name in settings:
@@ -326,35 +327,40 @@ def _refuse_unknown(settings: Mapping[str, Any]) -> None:
             raise TypeError(f"unknown setting `{name}`.{hint}")
 
 
-def _plain(value: Any) -> Any:
-    """Tuples as lists, which is how they come back from a file."""
-    return [_plain(each) for each in value] if isinstance(value, tuple) else value
+def _as_lists(value: Any) -> Any:
+    """Nested tuples as lists, the form in which they are read from a file."""
+    return [_as_lists(item) for item in value] if isinstance(value, tuple) else value
 
 
-def _typed(name: str, value: Any, wanted: str) -> Any:
-    """`value` as its field's type; an int may stand for a float, a list for a tuple, a Path for a str."""
-    if value is None and "None" in wanted:
+def _typed(name: str, value: Any, annotation: str) -> Any:
+    """A value as its field's type: an int may stand for a float, a list for a tuple, a Path for a str.
+
+    Raises TypeError for other types.
+    """
+    if value is None and "None" in annotation:
         return None
-    if name == "particles" and isinstance(value, list | tuple):
-        return tuple(_typed(name, each, "int") for each in value)
-    if name == "layer_kept" and isinstance(value, list | tuple):
-        return tuple(_typed("particles", each, "a list of ints") for each in value)
-    if isinstance(value, Path) and wanted.startswith("str"):
+    if isinstance(value, list | tuple) and annotation.endswith("tuple[int, ...]"):
+        return tuple(_typed(name, item, "int") for item in value)
+    if isinstance(value, list | tuple) and annotation.startswith("tuple[tuple[int, ...], ...]"):
+        return tuple(_typed(name, item, "tuple[int, ...]") for item in value)
+    if isinstance(value, Path) and annotation.startswith("str"):
         return str(value)
-    kind = next(kind for kind in ("bool", "int", "float", "str") if wanted.startswith(kind))
+    kind = next((kind for kind in ("bool", "int", "float", "str") if annotation.startswith(kind)), "list")
     fits = {
         "bool": isinstance(value, bool),
         "int": isinstance(value, numbers.Integral) and not isinstance(value, bool),
         "float": isinstance(value, numbers.Real) and not isinstance(value, bool),
         "str": isinstance(value, str),
+        "list": False,
     }[kind]
     if not fits:
-        raise TypeError(f"`{name}` must be {wanted.replace('tuple[int, ...]', 'a list of ints')}, got {value!r}.")
+        expected = annotation.replace("tuple[tuple[int, ...], ...]", "a list of lists of ints")
+        raise TypeError(f"`{name}` must be {expected.replace('tuple[int, ...]', 'a list of ints')}, got {value!r}.")
     # NumPy's numbers become plain ones.
     return {"bool": bool, "int": int, "float": float, "str": str}[kind](value)
 
 
 def _in_range(name: str, value: float, low: float, high: float) -> None:
     if not (low <= value <= high) or math.isinf(value):
-        most = "finite" if math.isinf(high) else f"at most {high}"
-        raise ValueError(f"`{name}` must be at least {low:g} and {most}, got {value}.")
+        limit = "finite" if math.isinf(high) else f"at most {high}"
+        raise ValueError(f"`{name}` must be at least {low:g} and {limit}, got {value}.")

@@ -1,7 +1,7 @@
 """SWAMP as a careful researcher writes it today: plain PyTorch, one particle after the other.
 
-The oracle of the tests and the baseline of the benchmarks. It shares the checks, the data and the random streams
-with fast_swamp, and nothing of how it trains, averages, prunes or evaluates.
+It is the oracle of the tests and the baseline of the benchmarks. It shares the checks, the data, the random draws and
+the record with fast_swamp, but no code that trains, averages, prunes or evaluates.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from swamp_fast.common.exclusive import one_at_a_time
-from swamp_fast.common.memory import peak_memory
 from swamp_fast.config import SwampConfig
 from swamp_fast.data.store import Data, pass_in_stored_order
 from swamp_fast.particles.dropout import DropoutStream
@@ -27,7 +26,7 @@ from swamp_fast.problem.prepare import prepare
 from swamp_fast.problem.problem import Problem
 from swamp_fast.problem.prunable import Prunable
 from swamp_fast.runs.record import Run
-from swamp_fast.runs.result import SwampResult
+from swamp_fast.runs.result import SCORES, SwampResult
 
 State = dict[str, Tensor]
 
@@ -48,8 +47,9 @@ def naive_swamp(
     config: SwampConfig | None = None,
     **settings: Any,
 ) -> SwampResult:
-    """Prune a model with SWAMP, particle by particle. Arguments, result and errors are fast_swamp's; there is but one
-    way to run it, whatever `engine` says.
+    """Prune a model with SWAMP, one particle after the other.
+
+    Arguments, result and errors are those of fast_swamp; `engine` makes no difference.
     """
     arguments = Arguments(
         val=val,
@@ -64,64 +64,31 @@ def naive_swamp(
     config = problem.config
     with Run(problem, "naive_swamp") as run:
         run.keep_engine({"engine": "naive", "name": "naive", "why": "plain PyTorch, one particle after the other"})
-        if run.ticket is None:
-            first = copy.deepcopy(problem.template)
-            train_particle(problem, run, first, {}, None, 0)
-            run.keep_ticket(state_of(first))
-        assert run.ticket is not None
-        ticket = load(problem, run.ticket)
-        masks = {name: mask.clone() for name, mask in problem.layout.mask_views(problem.mask).items()}
-        average = ticket
-        if run.rows:
-            masks = {name: mask.to(problem.device) for name, mask in run.last().masks.items()}
+        ticket = train_ticket(problem, run)
+        average, masks = ticket, {n: mask.clone() for n, mask in problem.layout.mask_views(problem.mask).items()}
+        if run.rows:  # the run goes on after these cycles
             average = load(problem, run.last().state)
+            masks = {name: mask.to(problem.device) for name, mask in run.last().masks.items()}
 
-        for cycle in range(len(run.rows), config.cycles + 1):
-            began = time.perf_counter()
+        for cycle in run.remaining_cycles():
             if cycle > 0:
                 masks = prune(problem, run.masks_source().ranked, masks, cycle)
             start = ticket if config.rewind == "ticket" or cycle == 0 else average
-
-            particles, losses = {}, []
-            dropped: list[dict[str, int]] = []
-            trained = time.perf_counter()
-            for number in range(config.particles_at(cycle)):
-                particle = copy.deepcopy(start)
-                try:
-                    losses.append(train_particle(problem, run, particle, masks, cycle, number))
-                except Diverged as error:
-                    if config.on_divergence == "stop" or len(dropped) + 1 == config.particles_at(cycle):
-                        raise
-                    dropped.append({"lane": number, "epoch": error.epoch})
-                    run.tell_dropped(cycle, number, error.epoch)
-                    continue
-                particles[number] = particle
-            train_seconds = time.perf_counter() - trained
-
-            score = score_of(problem, [*particles.values()], cycle)
+            particles, training = train_particles(problem, run, start, masks, cycle)
+            score = score_of(problem, list(particles.values()), cycle)
             average = mean_of(list(particles.values()))
-            models = {**particles, config.particles_at(cycle): average}  # the average's stream is the next
+            models = {**particles, config.particles_at(cycle): average}  # the number after the particles'
             for number, each in models.items():
                 reestimate_batchnorm(problem, each, problem.keys_of(cycle, number))
-            kept = sum(int(mask.sum()) for mask in masks.values())
             scored, best = scores(problem, models, cycle)
             if config.combine == "best":
                 average = list(particles.values())[best]
             row = {
                 "cycle": cycle,
                 "particles": config.particles_at(cycle),
-                "density": kept / sum(mask.numel() for mask in masks.values()),
-                "kept": kept,
-                "flops": problem.probe.flops(
-                    {name: int(mask.sum()) for name, mask in masks.items()},
-                    {name: mask.numel() for name, mask in masks.items()},
-                ),
+                **sparsity(problem, masks),
                 **scored,
-                "train_loss": losses,
-                "dropped": dropped,
-                "train_seconds": train_seconds,
-                "seconds": time.perf_counter() - began,
-                "peak_memory": peak_memory(problem.device),
+                **training,
             }
             if config.keep_particles and cycle == config.cycles:
                 run.keep_particles([state_of(each) for each in particles.values()])
@@ -130,8 +97,47 @@ def naive_swamp(
         return run.result()
 
 
+def train_ticket(problem: Problem, run: Run) -> nn.Module:
+    """The matching ticket: the model after `ticket_epochs` of dense training, or the one that the run has recorded."""
+    if run.ticket is None:
+        model = copy.deepcopy(problem.template)
+        train_particle(problem, run, model, {}, None, 0)
+        run.keep_ticket(state_of(model))
+    assert run.ticket is not None
+    return load(problem, run.ticket)
+
+
+def train_particles(
+    problem: Problem, run: Run, start: nn.Module, masks: State, cycle: int
+) -> tuple[dict[int, nn.Module], dict[str, Any]]:
+    """The trained particles by their numbers, without those that diverged, and the training's part of the row."""
+    config, began = problem.config, time.perf_counter()
+    particles: dict[int, nn.Module] = {}
+    losses: list[float] = []
+    dropped: list[dict[str, int]] = []
+    for number in range(config.particles_at(cycle)):
+        particle = copy.deepcopy(start)
+        try:
+            losses.append(train_particle(problem, run, particle, masks, cycle, number))
+            particles[number] = particle
+        except Diverged as error:
+            if config.on_divergence == "stop" or len(dropped) + 1 == config.particles_at(cycle):
+                raise
+            dropped.append({"lane": number, "epoch": error.epoch})
+            run.tell_dropped(cycle, number, error.epoch)
+    return particles, {"train_loss": losses, "dropped": dropped, "train_seconds": time.perf_counter() - began}
+
+
+def sparsity(problem: Problem, masks: State) -> dict[str, Any]:
+    """Density, kept weights and FLOPs of one sample's forward under masks."""
+    kept = {name: int(mask.sum()) for name, mask in masks.items()}
+    sizes = {name: mask.numel() for name, mask in masks.items()}
+    count = sum(kept.values())
+    return {"density": count / sum(sizes.values()), "kept": count, "flops": problem.probe.flops(kept, sizes)}
+
+
 class Diverged(FloatingPointError):
-    """A particle whose loss or weights are not finite, and the epoch, counted from 1, at whose end that was seen."""
+    """A particle has a loss or weights that are not finite, at the end of an epoch, counted from 1."""
 
     def __init__(self, where: str, epoch: int) -> None:
         super().__init__(
@@ -141,74 +147,88 @@ class Diverged(FloatingPointError):
 
 
 def train_particle(problem: Problem, run: Run, model: nn.Module, masks: State, cycle: int | None, number: int) -> float:
-    """Train one particle through a full schedule (cycle None: the ticket's), and leave its SWA mean in the model.
+    """Train a model as one particle of a cycle, or as the ticket (cycle None), and leave its SWA mean in it.
 
-    Returns its mean loss over the last epoch.
+    Returns its mean loss over the last epoch. Raises Diverged.
     """
-    config, device = problem.config, problem.device
+    config, steps_per_epoch = problem.config, len(problem.bounds)
     epochs = config.ticket_epochs if cycle is None else config.epochs
-    averaged = config.swa and cycle is not None
     swa_start = min(math.floor(config.swa_start * epochs), epochs - 1)
-    keys = lane_keys([config.seed], [stream_of(cycle, number)], device)
+    keys = lane_keys([config.seed], [stream_of(cycle, number)], problem.device)
     where = "ticket" if cycle is None else f"cycle {cycle}/{config.cycles}, particle {number + 1}"
 
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    for name, mask in masks.items():
-        parameters[name].data.mul_(mask)
+    apply_masks(parameters, masks)
     for module in model.modules():
         if isinstance(module, _NormBase) and module.running_mean is not None:
             module.reset_running_stats()
     model.train()
     optimizer = optimizer_of(config, parameters.values())
-    swa: dict[str, Tensor] = {}
-    step, last_losses = 0, 0.0
+    swa: State = {}
+    step, mean_loss = 0, 0.0
     for epoch in range(epochs):
         epoch_keys = at_time(keys, epoch)
         order = epoch_order(epoch_keys, problem.train.length)
-        epoch_loss = torch.zeros((), dtype=torch.float64, device=device)
+        epoch_loss = torch.zeros((), dtype=torch.float64, device=problem.device)
         for handle in problem.train.batches(order, epoch_keys, problem.bounds):
             if cycle is not None:
                 for group in optimizer.param_groups:
-                    group["lr"] = learning_rate(config, step, len(problem.bounds), swa_start)
-            key = at_time(keys, step)
-            inputs, targets = problem.train.fetch(handle, epoch_keys).lane(0)
-            inputs = problem.transformed(inputs, key)
-            problem.seeded(key)
-            optimizer.zero_grad()
-            with DropoutStream(key), problem.autocast():
-                loss = problem.losses(problem.forward(model, inputs), targets).mean()
-            loss.backward()
-            for parameter in parameters.values():
-                if parameter.grad is None:  # not used in this step: it decays all the same
-                    parameter.grad = torch.zeros_like(parameter)
-            for name, mask in masks.items():
-                parameters[name].grad.mul_(mask)  # type: ignore[union-attr]
-            if config.clip_norm is not None:
-                torch.nn.utils.clip_grad_norm_(parameters.values(), config.clip_norm)
-            optimizer.step()
-            for name, mask in masks.items():
-                parameters[name].data.mul_(mask)
-            epoch_loss += loss.detach()
+                    group["lr"] = learning_rate(config, step, steps_per_epoch, swa_start)
+            batch = problem.train.fetch(handle, epoch_keys).lane(0)
+            epoch_loss += train_step(problem, model, parameters, masks, optimizer, batch, at_time(keys, step))
             run.step(1, f"{where}, epoch {epoch + 1}/{epochs}")
             run.stop_if_asked()
             step += 1
-        last_losses = float(epoch_loss) / len(problem.bounds)
-        run.keep_epoch(cycle, epoch, [last_losses], number)
+        mean_loss = float(epoch_loss) / steps_per_epoch
+        run.keep_epoch(cycle, epoch, [mean_loss], number)
         finite = all(bool(torch.isfinite(parameter).all()) for parameter in parameters.values())
-        if not math.isfinite(last_losses) or not finite:
+        if not math.isfinite(mean_loss) or not finite:
             raise Diverged(where, epoch + 1)
-        if averaged and epoch >= swa_start:
-            samples = epoch - swa_start + 1
+        if config.swa and cycle is not None and epoch >= swa_start:
             for name, parameter in parameters.items():
                 mean = swa.setdefault(name, torch.zeros_like(parameter))
-                mean += (parameter.detach() - mean) / samples
+                mean += (parameter.detach() - mean) / (epoch - swa_start + 1)
     for name, mean in swa.items():
         parameters[name].data.copy_(mean)
-    return last_losses
+    return mean_loss
+
+
+def train_step(
+    problem: Problem,
+    model: nn.Module,
+    parameters: dict[str, nn.Parameter],
+    masks: State,
+    optimizer: torch.optim.Optimizer,
+    batch: tuple[Any, Any],
+    key: Tensor,
+) -> Tensor:
+    """One step on a batch, with draws from the step's key [1, 3]. Returns the mean loss."""
+    inputs, targets = problem.transformed(batch[0], key), batch[1]
+    problem.seeded(key)
+    optimizer.zero_grad()
+    with DropoutStream(key), problem.autocast():
+        loss = problem.losses(problem.forward(model, inputs), targets).mean()
+    loss.backward()
+    for parameter in parameters.values():
+        if parameter.grad is None:  # unused in this step, but it decays all the same
+            parameter.grad = torch.zeros_like(parameter)
+    for name, mask in masks.items():
+        parameters[name].grad.mul_(mask)  # type: ignore[union-attr]
+    if problem.config.clip_norm is not None:
+        torch.nn.utils.clip_grad_norm_(parameters.values(), problem.config.clip_norm)
+    optimizer.step()
+    apply_masks(parameters, masks)
+    return loss.detach()
+
+
+def apply_masks(parameters: dict[str, nn.Parameter], masks: State) -> None:
+    """Set pruned weights to 0."""
+    for name, mask in masks.items():
+        parameters[name].data.mul_(mask)
 
 
 def optimizer_of(config: SwampConfig, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    """The optimizer that the settings ask for."""
+    """The optimizer of the settings."""
     if config.optimizer == "adamw":
         return torch.optim.AdamW(
             parameters,
@@ -227,7 +247,7 @@ def optimizer_of(config: SwampConfig, parameters: Iterable[nn.Parameter]) -> tor
 
 
 def learning_rate(config: SwampConfig, step: int, steps_per_epoch: int, swa_start: int) -> float:
-    """The cosine from lr down to swa_lr where SWA starts, constant from there; or down to 0 at the end."""
+    """A cosine from `lr` down to `swa_lr` at the start of SWA, constant from there; or down to 0 at the end."""
     with_swa = config.schedule == "swa" or (config.schedule == "auto" and config.swa)
     end, epochs = (config.swa_lr, swa_start) if with_swa else (0.0, config.epochs)
     progress = min(step / (epochs * steps_per_epoch), 1.0) if epochs else 1.0
@@ -245,14 +265,14 @@ def mean_of(particles: list[nn.Module]) -> nn.Module:
 
 
 def score_of(problem: Problem, particles: list[nn.Module], cycle: int) -> State:
-    """What later masks rank of this cycle's particles, where that isn't the size of the solution's weights."""
+    """The score that later masks rank, by name, if `mask_score` makes it from the particles; else {}."""
     config = problem.config
     if not config.scored_at(cycle):
         return {}
     if config.mask_score == "signal-to-noise" and len(particles) == 1:
         raise FloatingPointError(f"cycle {cycle}: one particle is left, which has no signal-to-noise; lower lr.")
     named = [dict(each.named_parameters()) for each in particles]
-    found = {}
+    ranked = {}
     for entry in problem.layout.prunable:
         stack = torch.stack([each[entry.name].detach() for each in named]).double()
         if config.mask_score == "mean-abs":
@@ -263,14 +283,14 @@ def score_of(problem: Problem, particles: list[nn.Module], cycle: int) -> State:
             signal, noise = stack.mean(0).abs(), stack.std(0, correction=0)
             noise[stack.amax(0) == stack.amin(0)] = 0
             score = torch.where(noise > 0, signal / noise, torch.where(signal > 0, math.inf, 0.0))
-        found[entry.name] = score.to(problem.dtype)
-    return found
+        ranked[entry.name] = score.to(problem.dtype)
+    return ranked
 
 
 def prune(problem: Problem, ranked: State, masks: State, cycle: int) -> State:
-    """Keep the largest weights of all layers together; equal ones in the order of the layers.
+    """Masks that keep the largest of all layers' weights; of equal ones the first.
 
-    A random mask keeps as many of each layer, drawn.
+    Random masks keep as many weights of each layer, or as many as `layer_kept` says.
     """
     config = problem.config
     magnitudes = torch.cat([ranked[name].detach().to(problem.device).abs().flatten() for name in masks])
@@ -288,7 +308,7 @@ def prune(problem: Problem, ranked: State, masks: State, cycle: int) -> State:
 
 
 def draw(config: SwampConfig, kept: Tensor, count: int, cycle: int, layer: int) -> Tensor:
-    """So many of a layer's kept weights, at random."""
+    """A mask of `count` of a layer's kept weights, drawn at random."""
     chosen = torch.zeros_like(kept)
     for place in layer_order(config.seed, cycle, layer, len(kept), kept.device).tolist():
         if count and kept[place]:
@@ -299,9 +319,9 @@ def draw(config: SwampConfig, kept: Tensor, count: int, cycle: int, layer: int) 
 
 @torch.no_grad()
 def reestimate_batchnorm(problem: Problem, model: nn.Module, keys: Tensor) -> None:
-    """Running statistics as the mean over a pass through the training data, weighted by samples; eval mode after.
+    """Set running statistics to their mean over the training data, weighted by samples, and the model to eval mode.
 
-    Each call of a norm counts, where a forward has several.
+    A norm that a forward calls more than once counts each call.
     """
     model.eval()
     norms = [m for m in model.modules() if isinstance(m, _NormBase) and m.running_mean is not None]
@@ -327,24 +347,11 @@ def reestimate_batchnorm(problem: Problem, model: nn.Module, keys: Tensor) -> No
 
 
 def scores(problem: Problem, models: dict[int, nn.Module], cycle: int) -> tuple[dict[str, Any], int]:
-    """A cycle's scores: of the average, the last of the numbered models, of every particle, of their ensemble; and
-    which particle of those before it is the best on val.
+    """The scores of a cycle, and the index of the particle that is the best on val.
 
-    combine="best" puts that one in the average's place.
+    models  by number: the particles, and last the average, whose place combine="best" gives to the best particle
     """
-    row: dict[str, Any] = dict.fromkeys(
-        [
-            "accuracy",
-            "loss",
-            "particle_accuracy",
-            "particle_loss",
-            "best_accuracy",
-            "mean_accuracy",
-            "ensemble_accuracy",
-            "val_accuracy",
-            "val_mean_accuracy",
-        ]
-    )
+    row: dict[str, Any] = dict.fromkeys(SCORES)
     test, val = problem.test, problem.val
     keyed = [(model, problem.keys_of(cycle, number)) for number, model in models.items()]
     best = 0
@@ -373,7 +380,7 @@ def scores(problem: Problem, models: dict[int, nn.Module], cycle: int) -> tuple[
 def evaluate(
     problem: Problem, model: nn.Module, data: Data, keys: Tensor, which: int
 ) -> tuple[float, float | None, Tensor | None]:
-    """Mean loss, accuracy, and the softmax of every sample; the last two None where there are no classes."""
+    """Mean loss, accuracy, and the softmax of every sample [n, C]; the last two are None without classes."""
     loss, outputs = 0.0, []
     for number, (inputs, targets, count) in enumerate(pass_in_stored_order(data, problem.config.batch_size)):
         output = problem.outputs(model, inputs, at_time(keys, evaluation_time(which, number)))
@@ -392,7 +399,7 @@ def targets_of(problem: Problem, data: Data) -> Tensor:
 
 
 def load(problem: Problem, state: State) -> nn.Module:
-    """A model on the device with the given parameters and buffers."""
+    """A model on the device with these parameters and buffers."""
     model = copy.deepcopy(problem.template)
     for name, tensor in {**dict(model.named_parameters()), **dict(model.named_buffers())}.items():
         tensor.data.copy_(state[name])

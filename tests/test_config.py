@@ -14,7 +14,10 @@ BAD = [
     ({"zzz": 3}, TypeError, "unknown setting `zzz`. Known: particles, cycles"),
     ({"particles": 0}, ValueError, "`particles` must be at least 1"),
     ({"particles": [4, 0], "cycles": 1}, ValueError, "`particles` must be at least 1"),
-    ({"particles": [4, 4], "cycles": 3}, ValueError, r"one number a training, cycles \+ 1 = 4; got 2"),
+    ({"particles": [4, 4], "cycles": 3}, ValueError, r"one number per training, cycles \+ 1 = 4; got 2"),
+    ({"layer_kept": [3]}, TypeError, "`layer_kept` must be a list of ints, got 3"),
+    ({"layer_kept": 3}, TypeError, "`layer_kept` must be a list of lists of ints | None, got 3"),
+    ({"layer_kept": [[3]]}, ValueError, '`layer_kept` needs mask_score="random", and one list for each of 14'),
     ({"particles": 2.5}, TypeError, "`particles` must be int | a list of ints, got 2.5"),
     ({"cycles": -1}, ValueError, "`cycles` must be at least 0"),
     ({"prune": 0.0}, ValueError, "`prune` must lie strictly between 0 and 1"),
@@ -35,7 +38,7 @@ BAD = [
     ({"adam_eps": 1e-6}, ValueError, '`adam_eps` is a setting of optimizer="adamw"'),
     ({"optimizer": "adamw", "beta2": 1.0}, ValueError, r"`beta2` must lie in \[0, 1\), got 1.0"),
     ({"optimizer": "adamw", "adam_eps": 0.0}, ValueError, "`adam_eps` must be at least 1.17549e-38 and finite"),
-    ({"clip_norm": 0.0}, ValueError, "`clip_norm` must be above 0 and finite, got 0.0; None clips nothing"),
+    ({"clip_norm": 0.0}, ValueError, "`clip_norm` must be above 0 and finite, got 0.0; None doesn't clip"),
     ({"clip_norm": float("nan")}, ValueError, "`clip_norm` must be above 0 and finite, got nan"),
     ({"swa_start": 1.0}, ValueError, r"`swa_start` must lie in \[0, 1\)"),
     ({"swa_start": -0.1}, ValueError, r"`swa_start` must lie in \[0, 1\)"),
@@ -65,7 +68,6 @@ def test_refuses(settings, kind, text):
 
 def test_defaults_are_those_of_the_method():
     config = SwampConfig()
-    assert config == SwampConfig.paper()
     assert (config.particles, config.cycles, config.prune, config.epochs, config.ticket_epochs) == (4, 14, 0.2, 150, 10)
     assert (config.lr, config.swa_lr, config.swa_start, config.momentum) == (0.1, 0.05, 0.75, 0.9)
     assert (config.weight_decay, config.batch_size) == (5e-4, 128)

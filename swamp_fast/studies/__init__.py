@@ -1,1 +1,1 @@
-"""Many runs: sweeps over a grid, packed into shared steps, and comparisons of methods."""
+"""Many runs: sweeps over a grid of settings, trained together where they can be, and comparisons of methods."""

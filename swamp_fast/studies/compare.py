@@ -1,83 +1,35 @@
-"""Methods against each other: the same seeds, one sweep, differences paired by seed."""
+"""compare(): methods under the same seeds, as one sweep."""
 
 from __future__ import annotations
 
 import json
 import operator
-import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from swamp_fast import distributed
 from swamp_fast.common.exclusive import one_at_a_time
-from swamp_fast.common.statistics import half_width
+from swamp_fast.common.tables import csv_bytes
 from swamp_fast.config import SwampConfig
-from swamp_fast.data.store import pass_in_stored_order
 from swamp_fast.methods import DECIDED, METHODS, particles_of, seeds_of
-from swamp_fast.particles.random import at_time, evaluation_time, generators_left_alone
-from swamp_fast.problem.arguments import Arguments, Forward, Loss, Transform, cross_entropy
+from swamp_fast.problem.arguments import Arguments, Forward, Loss, Transform
 from swamp_fast.problem.problem import Problem
 from swamp_fast.problem.prunable import Prunable
-from swamp_fast.report.figures import accuracy_of_points
-from swamp_fast.report.tables import comparison_table
 from swamp_fast.runs.checkpoint import write
 from swamp_fast.runs.result import SwampResult
-from swamp_fast.studies.sweep import Model, SweepResult, SweptRun, drawn, spread_of, swept, without_folder, write_csv
+from swamp_fast.studies.comparison import Comparison, accuracy_over_seeds, paired_differences, rows_of, summary_of
+from swamp_fast.studies.grid import Model, shared_settings
+from swamp_fast.studies.result import SweepResult, SweptRun
+from swamp_fast.studies.sweep import draw, run_points
 
-DENSE = {"sgd": "imp", "swa": "imp+swa"}  # the methods whose cycle 0 is the dense reference
+# The dense references, and the methods whose cycle 0 they are.
+DENSE = {"sgd": "imp", "swa": "imp+swa"}
 
-
-@dataclass
-class Comparison:
-    """What methods came to.
-
-    Attributes:
-        baseline: the method that the others are compared with.
-        rows: one a method, seed and cycle: method, seed, cycle, density, accuracy and loss on test, and what it took to
-            come to that density, the ticket and all trainings before it included: particle_epochs, and seconds (without
-            the ticket's, which no history has; of runs that shared steps, a share each).
-        summary: one a method and cycle: method, cycle, density, seeds, accuracy (the mean), accuracy_std, loss and
-            loss_std in the same way, matching_sgd and matching_swa, particle_epochs, seconds. It matches if its mean
-            accuracy is at least that of the dense reference over the seeds that both have, without any tolerance; None
-            without accuracies or such seeds.
-        paired: one a method, other than the baseline, and cycle: method, cycle, density, seeds, difference (the mean
-            over seeds of its accuracy minus the baseline's of the same seed), low and high, the 95 % interval of
-            Student's t; None with one seed. Intervals are of each row by itself, not of all at once.
-        dense: "sgd" and "swa" -> accuracy, accuracy_std and seeds of one dense particle at the same schedule.
-        errors: one a method and seed that failed: method, seed, error.
-        runs: (method, seed) -> its runs; an ensemble has several.
-    """
-
-    baseline: str
-    rows: list[dict[str, Any]]
-    summary: list[dict[str, Any]]
-    paired: list[dict[str, Any]]
-    dense: dict[str, dict[str, Any]]
-    errors: list[dict[str, Any]]
-    runs: dict[tuple[str, int], list[SweptRun]]
-
-    def to_dict(self) -> dict[str, Any]:
-        """As plain values, without the runs."""
-        return {name: value for name, value in vars(self).items() if name != "runs"}
-
-    def table(self) -> str:
-        """The last cycle, a row a method, as text."""
-        return comparison_table(self.summary, self.paired, self.baseline)
-
-    def figure(self, path: str | Path) -> Path:
-        """Draw the accuracy over the density, a line a method, with its spread over seeds; the suffix is the format.
-
-        Raises ImportError without matplotlib, ValueError without accuracies.
-        """
-        lines: dict[str, list[dict[str, Any]]] = {}
-        for row in self.summary:
-            lines.setdefault(row["method"], []).append(row)
-        return accuracy_of_points(lines, Path(path))
+MethodAndSeed = tuple[str, int]
 
 
 @one_at_a_time
@@ -99,86 +51,41 @@ def compare(
     config: SwampConfig | None = None,
     **common: Any,
 ) -> Comparison:
-    """Run methods under the same seeds, as one sweep: runs that can share a step are packed, none is done twice.
+    """Run methods under the same seeds, as one sweep: runs that can share a step do, and none is done twice.
 
     Args:
         model: a factory, called under each seed, so that initialisation and ticket vary; or a module, the one
-            initialisation of all, whose differences then say nothing of others.
+            initialisation of all runs: then differences say nothing about other initialisations.
         train, test, val, forward, loss, transform, prunable, initial_masks: as for fast_swamp. "best-particle" needs
             val: nothing is selected on test.
-        methods: names in swamp_fast.methods.METHODS, which says what each is and whose.
+        methods: names in swamp_fast.methods.METHODS, which describes each and names its source.
         seeds: at least two for intervals.
         out: a folder for the runs, as of sweep, and for comparison.json, .csv, .svg and .png.
         baseline: one of the methods.
-        config, common: what all methods share. `particles` is N; what methods differ in must not be among it.
+        config, common: the settings that all methods share. `particles` is N; the settings in which methods differ
+            must keep their defaults.
 
-    Raises as sweep does, ValueError for a method that is not known.
+    Raises as sweep, and ValueError for a method that is not known.
     """
-    base = without_folder(SwampConfig.of(config, common))
+    base = shared_settings(config, common)
     _check(methods, seeds, baseline, base)
     methods, seeds = list(methods), [operator.index(seed) for seed in seeds]
-    wanted = {
-        (method, seed): [
-            base.replace(**METHODS[method].settings(base), seed=own) for own in seeds_of(METHODS[method], base, seed)
-        ]
-        for method in methods
-        for seed in seeds
-    }
-    others = [METHODS[method].layers_of for method in methods]
-    for name in {each for each in others if each is not None} - {*methods}:
-        wanted |= {(name, seed): [base.replace(**METHODS[name].settings(base), seed=seed)] for seed in seeds}
-    for name in DENSE.values():
-        if (name, seeds[0]) not in wanted:
-            wanted |= {
-                (f"dense of {name}", seed): [base.replace(**METHODS[name].settings(base), seed=seed, cycles=0)]
-                for seed in seeds
-            }
     arguments = Arguments(
         val=val, forward=forward, loss=loss, transform=transform, prunable=prunable, initial_masks=initial_masks
     )
-    runs: dict[SwampConfig, SweptRun] = {}
-    problems: dict[SwampConfig, Problem] = {}
+    done = _Runs(model, train, test, arguments, base, out)
 
-    def do(configs: Iterable[SwampConfig]) -> None:
-        new = list(dict.fromkeys(configs))
-        if not new:
-            return
-        done, of = swept(model, train, test, [_changes(base, own) for own in new], base, out, arguments)
-        runs.update(zip(new, done.runs, strict=True))
-        problems.update(zip(new, of, strict=True))
+    wanted = _wanted(methods, seeds, base)
+    done.run(config for (method, _), configs in wanted.items() if not _layers_of(method) for config in configs)
+    _take_layers(wanted, done)
+    done.run(config for configs in wanted.values() for config in configs)
 
-    later = {(method, seed): METHODS[method].layers_of for method in methods for seed in seeds}
-    do(own for key, each in wanted.items() for own in each if not later.get(key))
-    for (method, seed), other in later.items():
-        if other is not None:
-            (own,), told = wanted[method, seed], runs[wanted[other, seed][0]]
-            if told.result is None:
-                runs[own] = told  # it can't be done either
-            else:
-                wanted[method, seed] = [own.replace(layer_kept=_layer_kept(told.result))]
-    do(own for each in wanted.values() for own in each if own not in runs)
-    found = {key: [runs[own] for own in each] for key, each in wanted.items()}
-
-    rows, errors = [], []
-    for (method, seed), members in found.items():
-        failed = [run.error for run in members if run.error is not None]
-        if failed:
-            errors.append({"method": method, "seed": seed, "error": f"{type(failed[0]).__name__}: {failed[0]}"})
-        else:
-            problem = problems[wanted[method, seed][0]]
-            rows += [{"method": method, "seed": seed, **row} for row in _rows(method, base, problem, members)]
-    references = {name: _reference(rows, method) for name, method in DENSE.items()}
-    dense = {name: _spread([*there.values()]) for name, there in references.items()}
-    rows = [row for row in rows if row["method"] in methods]
-    summary = _summary(rows, references)
-    compared = Comparison(baseline, rows, summary, _paired(rows, baseline), dense, errors, found)
+    runs = {key: [done.runs[config] for config in configs] for key, configs in wanted.items()}
+    problems = {key: done.problems[configs[0]] for key, configs in wanted.items() if configs[0] in done.problems}
+    comparison = _compared(methods, baseline, base, runs, problems)
     if out is not None and distributed.current().first:
-        SweepResult([*runs.values()]).write_csv(Path(out) / "results.csv")
-        write_csv(Path(out) / "comparison.csv", rows)
-        write(Path(out) / "comparison.json", json.dumps(compared.to_dict(), indent=1).encode())
-        for suffix in ("svg", "png"):
-            drawn(compared.figure, Path(out) / f"comparison.{suffix}", base)
-    return compared
+        _write(comparison, SweepResult([*done.runs.values()]), Path(out), base)
+    return comparison
 
 
 def _check(methods: Sequence[str], seeds: Sequence[int], baseline: str, base: SwampConfig) -> None:
@@ -199,124 +106,118 @@ def _check(methods: Sequence[str], seeds: Sequence[int], baseline: str, base: Sw
             )
 
 
+@dataclass
+class _Runs:
+    """The runs of a comparison by their settings: each is done once, even if several methods have it."""
+
+    model: Model
+    train: object
+    test: object
+    arguments: Arguments
+    base: SwampConfig
+    out: str | Path | None
+    runs: dict[SwampConfig, SweptRun] = field(default_factory=dict)
+    problems: dict[SwampConfig, Problem] = field(default_factory=dict)
+
+    def run(self, configs: Iterable[SwampConfig]) -> None:
+        """Do the runs that haven't been done yet, as one sweep."""
+        new = [config for config in dict.fromkeys(configs) if config not in self.runs]
+        if new:
+            points = [_changes(self.base, config) for config in new]
+            result, problems = run_points(
+                self.model, self.train, self.test, self.arguments, points, self.base, self.out
+            )
+            self.runs.update(zip(new, result.runs, strict=True))
+            self.problems.update(zip(new, problems, strict=True))
+
+
+def _changes(base: SwampConfig, config: SwampConfig) -> dict[str, Any]:
+    """The settings of a run as a point of a sweep: what differs from the base, and the seed."""
+    shared = base.to_dict()
+    changes = {name: value for name, value in config.to_dict().items() if value != shared[name]}
+    if config.target_density is None:
+        changes = {**changes, "cycles": config.cycles} if base.target_density is not None else changes
+        changes.pop("target_density", None)
+    return {**changes, "seed": config.seed}
+
+
+def _wanted(methods: Sequence[str], seeds: Sequence[int], base: SwampConfig) -> dict[MethodAndSeed, list[SwampConfig]]:
+    """The settings of the runs of all methods, of those that tell others their layers, and of the dense references."""
+    wanted = {
+        (method, seed): [
+            base.replace(**METHODS[method].settings(base), seed=own) for own in seeds_of(METHODS[method], base, seed)
+        ]
+        for method in methods
+        for seed in seeds
+    }
+    others = {other for other in map(_layers_of, methods) if other is not None}
+    for name in others - {*methods}:
+        wanted |= {(name, seed): [base.replace(**METHODS[name].settings(base), seed=seed)] for seed in seeds}
+    for name in DENSE.values():
+        if (name, seeds[0]) not in wanted:
+            wanted |= {
+                (_dense_of(name), seed): [base.replace(**METHODS[name].settings(base), seed=seed, cycles=0)]
+                for seed in seeds
+            }
+    return wanted
+
+
+def _dense_of(method: str) -> str:
+    """The name of a method's dense cycle alone, where the method itself isn't run."""
+    return f"dense of {method}"
+
+
+def _layers_of(method: str) -> str | None:
+    """The method whose runs tell this one how many weights to keep in each layer, if there is one."""
+    return METHODS[method].layers_of if method in METHODS else None
+
+
+def _take_layers(wanted: dict[MethodAndSeed, list[SwampConfig]], done: _Runs) -> None:
+    """Put the counts of other runs' layers into the settings that need them; if such a run failed, so does this one."""
+    for (method, seed), configs in wanted.items():
+        other = _layers_of(method)
+        if other is not None:
+            (config,), run = configs, done.runs[wanted[other, seed][0]]
+            if run.result is None:
+                done.runs[config] = run
+            else:
+                wanted[method, seed] = [config.replace(layer_kept=_layer_kept(run.result))]
+
+
 def _layer_kept(result: SwampResult) -> list[list[int]]:
     """How many weights of each layer a run kept in each cycle from 1 on."""
     cycles = range(1, len(result.history))
     return [[int(mask.sum()) for mask in result.at(cycle)[1].values()] for cycle in cycles]
 
 
-def _changes(base: SwampConfig, own: SwampConfig) -> dict[str, Any]:
-    """A configuration as a sweep's point."""
-    there = base.to_dict()
-    changes = {name: value for name, value in own.to_dict().items() if value != there[name]}
-    if own.target_density is None:
-        changes = {**changes, "cycles": own.cycles} if base.target_density is not None else changes
-        changes.pop("target_density", None)
-    return {**changes, "seed": own.seed}
+def _compared(
+    methods: Sequence[str],
+    baseline: str,
+    base: SwampConfig,
+    runs: dict[MethodAndSeed, list[SweptRun]],
+    problems: Mapping[MethodAndSeed, Problem],
+) -> Comparison:
+    rows, errors = [], []
+    for (method, seed), members in runs.items():
+        failed = next((run for run in members if run.error is not None), None)
+        if failed is not None:
+            errors.append({"method": method, "seed": seed, "error": failed.error_text})
+        else:
+            own = rows_of(method, base, problems[method, seed], members)
+            rows += [{"method": method, "seed": seed, **row} for row in own]
+    references = {
+        name: {row["seed"]: row for row in rows if row["method"] in (method, _dense_of(method)) and row["cycle"] == 0}
+        for name, method in DENSE.items()
+    }
+    dense = {name: accuracy_over_seeds([*by_seed.values()]) for name, by_seed in references.items()}
+    rows = [row for row in rows if row["method"] in methods]
+    summary, paired = summary_of(rows, references), paired_differences(rows, baseline)
+    return Comparison(baseline, rows, summary, paired, dense, errors, runs)
 
 
-def _rows(method: str, base: SwampConfig, problem: Problem, members: Sequence[SweptRun]) -> list[dict[str, Any]]:
-    """A method's rows under one seed, one for each of its cycles that stands for one of the base."""
-    config, every = problem.config, METHODS[method].every(base) if method in METHODS else 1
-    results = [run.result for run in members if run.result is not None]
-    rows = []
-    for cycle in range(0, config.cycles + 1, every):
-        row = results[0].history[cycle]
-        scores = {"accuracy": row["accuracy"], "loss": row["loss"]}
-        if len(results) > 1:
-            scores = ensemble_scores(problem, [result.at(cycle)[0] for result in results])
-        taken = {0, cycle} if config.mask_from == "dense" else range(cycle + 1)
-        epochs = config.ticket_epochs + config.epochs * sum(config.particles_at(each) for each in taken)
-        rows.append(
-            {"cycle": cycle // every, "density": statistics.fmean(each.history[cycle]["density"] for each in results)}
-            | scores
-            | {"particle_epochs": len(results) * epochs}
-            | {"seconds": sum(each.history[number]["seconds"] for each in results for number in taken)}
-        )
-    return rows
-
-
-@torch.no_grad()
-def ensemble_scores(problem: Problem, models: Sequence[nn.Module]) -> dict[str, float | None]:
-    """Accuracy and cross-entropy on test of the mean of the models' softmax.
-
-    None without test data or classes; the loss is None where the problem's is another, which takes no probabilities.
-    """
-    if problem.test is None or not problem.classifies:
-        return {"accuracy": None, "loss": None}
-    models = [model.to(problem.device, problem.dtype) for model in models]
-    keys = [problem.keys_of(0, number) for number in range(len(models))]
-    correct, entries, loss = 0, 0, 0.0
-    with generators_left_alone():
-        batches = pass_in_stored_order(problem.test, problem.config.batch_size)
-        for number, (inputs, targets, count) in enumerate(batches):
-            time = evaluation_time(1, number)
-            outputs = [
-                problem.outputs(model, inputs, at_time(key, time)) for model, key in zip(models, keys, strict=True)
-            ]
-            together = torch.stack([each.double().softmax(1) for each in outputs]).mean(0)
-            correct, entries = correct + int((together.argmax(1) == targets).sum()), entries + targets.numel()
-            if problem.loss is cross_entropy:
-                logs = together.clamp_min(torch.finfo(torch.float64).tiny).log()
-                loss += float(problem.losses(logs, targets).mean()) * count
-    mean = loss / problem.test.length if problem.loss is cross_entropy else None
-    return {"accuracy": correct / entries, "loss": mean}
-
-
-def _reference(rows: Sequence[dict[str, Any]], method: str) -> dict[int, dict[str, Any]]:
-    """Seed -> the row of a method's dense cycle."""
-    return {row["seed"]: row for row in rows if row["method"] in (method, f"dense of {method}") and row["cycle"] == 0}
-
-
-def _spread(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Seeds, mean accuracy and its standard deviation; None without accuracies."""
-    spread = spread_of("accuracy", rows) if rows else {}
-    return {"seeds": len(rows), "accuracy": None, "accuracy_std": None} | spread
-
-
-def _grouped(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, int], dict[int, dict[str, Any]]]:
-    """Rows by method and cycle, and by seed."""
-    groups: dict[tuple[str, int], dict[int, dict[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault((row["method"], row["cycle"]), {})[row["seed"]] = row
-    return groups
-
-
-def _summary(
-    rows: Sequence[dict[str, Any]], references: Mapping[str, Mapping[int, dict[str, Any]]]
-) -> list[dict[str, Any]]:
-    summary = []
-    for (method, cycle), each in _grouped(rows).items():
-        own = list(each.values())
-        spread = _spread(own)
-        matching = {f"matching_{name}": _matches(each, there) for name, there in references.items()}
-        means = {name: statistics.fmean(row[name] for row in own) for name in ("density", "particle_epochs", "seconds")}
-        losses = {"loss": None, "loss_std": None} | spread_of("loss", own)
-        summary.append({"method": method, "cycle": cycle, **spread, **losses, **matching, **means})
-    return summary
-
-
-def _matches(own: Mapping[int, dict[str, Any]], dense: Mapping[int, dict[str, Any]]) -> bool | None:
-    """Whether the mean accuracy over the seeds that both have is at least the dense one's."""
-    both = [seed for seed in own if seed in dense]
-    ours, theirs = (_spread([rows[seed] for seed in both])["accuracy"] for rows in (own, dense))
-    return None if ours is None or theirs is None else ours >= theirs
-
-
-def _paired(rows: Sequence[dict[str, Any]], baseline: str) -> list[dict[str, Any]]:
-    """Each method's differences from the baseline, cycle by cycle, over the seeds that both have."""
-    groups, paired = _grouped(rows), []
-    for (method, cycle), own in groups.items():
-        there = groups.get((baseline, cycle), {})
-        both = [seed for seed in own if seed in there]
-        if method == baseline or not both or any(own[seed]["accuracy"] is None for seed in both):
-            continue
-        differences = [own[seed]["accuracy"] - there[seed]["accuracy"] for seed in both]
-        mean, low, high = statistics.fmean(differences), None, None
-        if len(both) > 1:
-            half = half_width(differences)
-            low, high = mean - half, mean + half
-        density = statistics.fmean(there[seed]["density"] for seed in both)
-        paired.append({"method": method, "cycle": cycle, "density": density, "seeds": len(both)})
-        paired[-1] |= {"difference": mean, "low": low, "high": high}
-    return paired
+def _write(comparison: Comparison, runs: SweepResult, folder: Path, base: SwampConfig) -> None:
+    runs.write_csv(folder / "results.csv")
+    write(folder / "comparison.csv", csv_bytes(comparison.rows))
+    write(folder / "comparison.json", json.dumps(comparison.to_dict(), indent=1).encode())
+    for suffix in ("svg", "png"):
+        draw(comparison.figure, folder / f"comparison.{suffix}", base)

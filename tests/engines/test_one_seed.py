@@ -19,7 +19,7 @@ from swamp_fast import fast_swamp, models, sweep
 from swamp_fast.engines.selection import by_rule
 from swamp_fast.engines.start import proven_plan
 from swamp_fast.problem.prepare import prepare
-from swamp_fast.studies import sweep as sweeps_module
+from swamp_fast.studies import packing
 
 SETTINGS = {"particles": 2, "cycles": 1, "epochs": 2, "ticket_epochs": 1, "batch_size": 48, "device": "cpu"}
 SETTINGS |= {"seed": 1, "progress": False}
@@ -129,7 +129,7 @@ def test_a_short_run_is_the_start_of_a_longer_one(kind):
 @pytest.mark.parametrize("kind", ["fused", "eager", "dropout"])
 def test_a_run_alone_is_one_of_eight_in_a_sweep(kind, monkeypatch):
     """Also where all eight are trained in one bank."""
-    monkeypatch.setattr(sweeps_module, "runs_at_once", lambda engine, problems: (len(problems), "forced"))
+    monkeypatch.setattr(packing, "runs_at_once", lambda engine, problems: (len(problems), "forced"))
     common = {name: value for name, value in (SETTINGS | KINDS[kind][1]).items() if name != "seed"}
     found = sweep(made(kind), data(kind), grid={"seed": [1, 2], "lr": [0.1, 0.08], "weight_decay": [0, 5e-4]}, **common)
     assert len({digest(each.result) for each in found.runs}) == 8
@@ -172,7 +172,7 @@ def test_the_engine_is_the_model_s_whatever_its_seed(digits):
 @pytest.mark.parametrize("way", ["eager:fold", "eager:fold_grouped"])
 def test_folded_runs_of_a_sweep_are_what_they_are_alone(way, monkeypatch):
     """On a CPU; a folded lane's bits depend on how many stand beside it."""
-    monkeypatch.setattr(sweeps_module, "runs_at_once", lambda engine, problems: (3, "forced"))
+    monkeypatch.setattr(packing, "runs_at_once", lambda engine, problems: (3, "forced"))
     common = {name: value for name, value in SETTINGS.items() if name != "seed"} | {"engine": way, "batch_size": 7}
     model = nn.Sequential(nn.Conv2d(1, 6, 3), nn.GELU(), nn.Flatten(), nn.Linear(216, 10))
     for each in sweep(model, data("fused"), grid={"seed": [1, 2, 3]}, **common).runs:

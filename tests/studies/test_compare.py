@@ -17,8 +17,8 @@ from swamp_fast import SwampConfig, compare, fast_swamp
 from swamp_fast.cli import main
 from swamp_fast.methods import METHODS, seeds_of
 from swamp_fast.report import write_report
-from swamp_fast.studies import sweep as module
-from swamp_fast.studies.compare import _summary as summary_of
+from swamp_fast.studies import packing, running
+from swamp_fast.studies.comparison import summary_of
 
 SETTINGS = {"particles": 2, "cycles": 2, "epochs": 1, "ticket_epochs": 1, "batch_size": 32, "progress": False}
 SETTINGS |= {"engine": "eager", "precision": "float64"}
@@ -31,7 +31,7 @@ def made() -> nn.Module:
 
 
 def lane_by_lane(monkeypatch) -> None:
-    monkeypatch.setattr(module, "runs_at_once", lambda engine, problems: (len(problems), "forced"))
+    monkeypatch.setattr(packing, "runs_at_once", lambda engine, problems: (len(problems), "forced"))
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +138,7 @@ def test_differences_are_paired_by_seed(compared):
 def test_what_can_share_a_step_does_and_nothing_is_done_twice(digits, monkeypatch, tmp_path):
     lane_by_lane(monkeypatch)
     sizes = []
-    monkeypatch.setattr(module, "runs_at_once", lambda engine, problems: (sizes.append(len(problems)) or 9, "forced"))
+    monkeypatch.setattr(packing, "runs_at_once", lambda engine, problems: (sizes.append(len(problems)) or 9, "forced"))
     methods = ["imp", "imp+swa", "imp-swa-schedule", "imp-fine", "ensemble", "one-shot", "random", "swamp", "sms"]
     settings = SETTINGS | {"cycles": 1}
     first = compare(made, *digits, methods, [0], out=tmp_path, **settings)
@@ -190,14 +190,14 @@ def test_files_table_and_figure(compared):
 def test_a_run_that_fails_is_told_and_the_others_stay(digits, monkeypatch):
     lane_by_lane(monkeypatch)
 
-    original = module.swamp
+    original = running.swamp
 
     def swamp(problem, engine, run):
         if problem.config.mask_score == "random":
             raise FloatingPointError("no luck")
         return (yield from original(problem, engine, run))
 
-    monkeypatch.setattr(module, "swamp", swamp)
+    monkeypatch.setattr(running, "swamp", swamp)
     found = compare(made, *digits, ["imp", "random"], [0], **SETTINGS)
     assert found.errors == [{"method": "random", "seed": 0, "error": "FloatingPointError: no luck"}]
     assert {row["method"] for row in found.rows} == {"imp"}

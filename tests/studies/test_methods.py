@@ -16,7 +16,7 @@ from swamp_fast.methods import METHODS, seeds_of
 from swamp_fast.particles.random import layer_order, stream_of
 from swamp_fast.particles.schedule import cycle_training, kept_after
 from swamp_fast.runs.checkpoint import load_tensors
-from swamp_fast.studies import sweep as module
+from swamp_fast.studies import packing
 
 SETTINGS = {
     "engine": "eager",
@@ -173,7 +173,7 @@ def test_the_best_particle_by_loss_where_there_are_no_accuracies(digits):
         ({"mask_score": "signal-to-noise", "particles": (2, 1, 2), "cycles": 2}, "but cycle 1 has one"),
         (
             {"mask_score": "rms", "combine": "best"},
-            'combine="best" goes on with one of them; set mask_score="abs-mean"',
+            'combine="best" keeps one of them; set mask_score="abs-mean"',
         ),
         ({"schedule": "swa", "swa": False, "lr": 0.01}, "`swa_lr` must be at most `lr`"),
     ],
@@ -316,7 +316,7 @@ def test_packed_they_give_what_they_give_alone(way, digits, monkeypatch):
         {"target_density": 0.3},
     ]
     sizes = []
-    monkeypatch.setattr(module, "runs_at_once", lambda engine, problems: (sizes.append(len(problems)) or 7, "forced"))
+    monkeypatch.setattr(packing, "runs_at_once", lambda engine, problems: (sizes.append(len(problems)) or 7, "forced"))
     settings = {name: value for name, value in SETTINGS.items() if name != "cycles"} | {"engine": f"eager:{way}"}
     found = sweep(lambda: networks.build("residual"), *digits, points, val=0.2, cycles=3, **settings)
     assert sizes == [7]
@@ -331,7 +331,7 @@ def test_packed_they_give_what_they_give_alone(way, digits, monkeypatch):
 
 def test_the_share_of_a_packed_run(digits, monkeypatch):
     """Seconds of runs in one bank add up to what it took."""
-    monkeypatch.setattr(module, "runs_at_once", lambda engine, problems: (4, "forced"))
+    monkeypatch.setattr(packing, "runs_at_once", lambda engine, problems: (4, "forced"))
     import time
 
     began = time.perf_counter()

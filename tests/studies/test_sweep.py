@@ -19,7 +19,8 @@ from swamp_fast.engines.eager.engine import EagerEngine
 from swamp_fast.engines.selection import named
 from swamp_fast.problem.prepare import prepare
 from swamp_fast.runs.record import Run
-from swamp_fast.studies import sweep as module
+from swamp_fast.studies import packing
+from swamp_fast.studies.running import PackRunner
 
 SETTINGS = {"particles": 2, "cycles": 2, "epochs": 2, "ticket_epochs": 1, "batch_size": 32, "progress": False}
 
@@ -53,7 +54,7 @@ def bits(a, b) -> None:
 
 @pytest.mark.parametrize("way", ["lanes", "fold"])
 def test_packed_equals_alone_in_float64(way, data, monkeypatch):
-    monkeypatch.setattr(module, "runs_at_once", lambda engine, problems: (3, "forced"))
+    monkeypatch.setattr(packing, "runs_at_once", lambda engine, problems: (3, "forced"))
     how = {"engine": f"eager:{way}", "precision": "float64", "keep_particles": True}
     points = [{"seed": 0}, {"seed": 3, "lr": 0.07, "swa_lr": 0.03}, {"weight_decay": 1e-3, "momentum": 0.8}]
     points[2]["prune"] = 0.3
@@ -66,7 +67,7 @@ def test_packed_equals_alone_in_float64(way, data, monkeypatch):
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_packed_equals_alone_bit_for_bit(optimizer, data, monkeypatch):
     """On the fused engine, and lane by lane on the eager one."""
-    monkeypatch.setattr(module, "runs_at_once", lambda engine, problems: (4, "forced"))
+    monkeypatch.setattr(packing, "runs_at_once", lambda engine, problems: (4, "forced"))
     rates = {"optimizer": optimizer} | ({} if optimizer == "sgd" else {"lr": 1e-3, "swa_lr": 5e-4})
     grid = {"seed": [0, 1], "weight_decay": [0.0, 1e-3]}
     for engine in ("fused", "eager"):
@@ -76,13 +77,13 @@ def test_packed_equals_alone_bit_for_bit(optimizer, data, monkeypatch):
 
 def test_nothing_is_computed_twice(data, tmp_path, monkeypatch):
     first = sweep(made, *data, {"seed": [0, 1]}, out=tmp_path, engine="eager", **SETTINGS)
-    packs, original = [], module._run_pack
+    packs, original = [], PackRunner.run_pack
 
-    def counted(pack, *rest):
+    def counted(self, pack):
         packs.append(len(pack.numbers))
-        original(pack, *rest)
+        original(self, pack)
 
-    monkeypatch.setattr(module, "_run_pack", counted)
+    monkeypatch.setattr(PackRunner, "run_pack", counted)
     again = sweep(made, *data, {"seed": [0, 1]}, out=tmp_path, engine="eager", **SETTINGS)
     assert packs == []
     for a, b in zip(first.runs, again.runs, strict=True):
@@ -104,7 +105,7 @@ def test_nothing_is_computed_twice(data, tmp_path, monkeypatch):
 
 
 def test_a_run_that_diverges_stops_no_other(data, monkeypatch):
-    monkeypatch.setattr(module, "runs_at_once", lambda engine, problems: (3, "forced"))
+    monkeypatch.setattr(packing, "runs_at_once", lambda engine, problems: (3, "forced"))
     found = sweep(made, *data, {"lr": [0.1, 1e30, 0.05]}, swa_lr=0.05, engine="eager", **SETTINGS)
     good, bad, other = found.runs
     assert isinstance(bad.error, FloatingPointError)
@@ -116,7 +117,7 @@ def test_a_run_that_diverges_stops_no_other(data, monkeypatch):
 
 @pytest.mark.parametrize("engine", ["eager", "fused"])
 def test_stopped_it_goes_on(engine, data, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "runs_at_once", lambda engine, problems: (2, "forced"))
+    monkeypatch.setattr(packing, "runs_at_once", lambda engine, problems: (2, "forced"))
     whole = sweep(made, *data, {"seed": [0, 1]}, engine=engine, **SETTINGS)
     original, steps = Run.step, []
 
@@ -138,7 +139,7 @@ def test_stopped_it_goes_on(engine, data, tmp_path, monkeypatch):
 
 @pytest.fixture
 def three_at_once(monkeypatch):
-    monkeypatch.setattr(module, "runs_at_once", lambda engine, problems: (3, "forced"))
+    monkeypatch.setattr(packing, "runs_at_once", lambda engine, problems: (3, "forced"))
 
 
 SEEDS = {"seed": [0, 1, 2]}
@@ -288,8 +289,8 @@ def test_a_score_that_is_not_finite(data, tmp_path):
 def test_runs_are_dealt_by_what_they_cost(data):
     points = [{"epochs": epochs, "seed": seed} for seed in range(4) for epochs in (1, 9)]
     problems = [prepare(made(), *data, settings={**SETTINGS, **point}) for point in points]
-    packs = [module.Pack(numbers, {}, 1) for numbers in module.packs_of(problems)]
-    parts = module.dealt(packs, problems, 2)
+    packs = [packing.Pack(numbers, {}, 1) for numbers in packing.packs_of(problems)]
+    parts = packing.dealt(packs, problems, 2)
     costs = [sum(points[number]["epochs"] for pack in part for number in pack.numbers) for part in parts]
     assert costs == [20, 20]
 

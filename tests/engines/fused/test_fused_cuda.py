@@ -29,7 +29,7 @@ from swamp_fast.engines.fused.cuda.runner import CudaPrograms, lanes_in_cache, l
 from swamp_fast.engines.fused.plan import Convolution
 from swamp_fast.engines.trainer import Trainer, first_handle
 from swamp_fast.models import MODELS
-from swamp_fast.studies import sweep as sweeps
+from swamp_fast.studies import packing
 
 DEVICE = "cuda" if HAS_GPU else "cpu"
 pytestmark = pytest.mark.usefixtures("large_tiles")
@@ -151,7 +151,7 @@ def test_runs_in_one_bank(digits, monkeypatch):
         monkeypatch.setattr(module, "programs_of", lambda *given: CudaPrograms(*given[:3], None))
     always = property(lambda self: True, lambda self, value: None)
     monkeypatch.setattr(engine.FusedEngine, "joins", always, raising=False)
-    monkeypatch.setattr(sweeps, "runs_at_once", lambda engine, problems: (2, "forced"))
+    monkeypatch.setattr(packing, "runs_at_once", lambda engine, problems: (2, "forced"))
     model = seeded(lambda: networks.build("dropout"))
     (inputs, targets), (test_inputs, test_targets) = digits
     settings = {"particles": 2, "cycles": 1, "epochs": 1, "ticket_epochs": 0, "batch_size": 4, "progress": False}

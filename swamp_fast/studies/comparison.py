@@ -1,0 +1,182 @@
+"""The result of a comparison: its rows, their summary over seeds, and differences paired by seed."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from swamp_fast.common.statistics import half_width
+from swamp_fast.config import SwampConfig
+from swamp_fast.data.store import pass_in_stored_order
+from swamp_fast.methods import METHODS
+from swamp_fast.particles.random import at_time, evaluation_time, generators_left_alone
+from swamp_fast.problem.arguments import cross_entropy
+from swamp_fast.problem.problem import Problem
+from swamp_fast.report.figures import accuracy_of_points
+from swamp_fast.report.tables import comparison_table
+from swamp_fast.studies.result import SweptRun, spread_of
+
+Row = dict[str, Any]
+
+
+@dataclass
+class Comparison:
+    """The result of `compare`.
+
+    Attributes:
+        baseline: the method that the others are compared with.
+        rows: one per method, seed and cycle: method, seed, cycle, density, accuracy and loss on test, and the cost to
+            reach that density, the ticket and all trainings before it included: particle_epochs, and seconds (without
+            the ticket's, which no history has; runs that were trained together share them equally).
+        summary: one per method and cycle: method, cycle, density, seeds, accuracy (the mean), accuracy_std, loss,
+            loss_std, matching_sgd, matching_swa, particle_epochs, seconds. A method matches if its mean accuracy is at
+            least that of the dense reference over the seeds that both have, without any tolerance; None without
+            accuracies or such seeds.
+        paired: one per method, other than the baseline, and cycle: method, cycle, density, seeds, difference (the mean
+            over seeds of its accuracy minus the baseline's under the same seed), low and high, the 95 % interval of
+            Student's t; None with one seed. Intervals are of each row by itself, not of all at once.
+        dense: "sgd" and "swa" -> accuracy, accuracy_std and seeds of one dense particle at the same schedule.
+        errors: one per method and seed that failed: method, seed, error.
+        runs: (method, seed) -> its runs; an ensemble has several.
+    """
+
+    baseline: str
+    rows: list[Row]
+    summary: list[Row]
+    paired: list[Row]
+    dense: dict[str, Row]
+    errors: list[Row]
+    runs: dict[tuple[str, int], list[SweptRun]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """All attributes except the runs, as plain values."""
+        return {name: value for name, value in vars(self).items() if name != "runs"}
+
+    def table(self) -> str:
+        """The last cycle as text, one line per method."""
+        return comparison_table(self.summary, self.paired, self.baseline)
+
+    def figure(self, path: str | Path) -> Path:
+        """Draw the accuracy over the density, one line per method, with its spread over seeds.
+
+        Raises ImportError without matplotlib, ValueError without accuracies.
+        """
+        lines: dict[str, list[Row]] = {}
+        for row in self.summary:
+            lines.setdefault(row["method"], []).append(row)
+        return accuracy_of_points(lines, Path(path))
+
+
+def rows_of(method: str, base: SwampConfig, problem: Problem, runs: Sequence[SweptRun]) -> list[Row]:
+    """The rows of a method under one seed, one for each of its cycles that stands for a cycle of the base."""
+    config, every = problem.config, METHODS[method].every(base) if method in METHODS else 1
+    results = [run.result for run in runs if run.result is not None]
+    rows = []
+    for cycle in range(0, config.cycles + 1, every):
+        row = results[0].history[cycle]
+        scores = {"accuracy": row["accuracy"], "loss": row["loss"]}
+        if len(results) > 1:
+            scores = ensemble_scores(problem, [result.at(cycle)[0] for result in results])
+        trained = {0, cycle} if config.mask_from == "dense" else range(cycle + 1)
+        epochs = config.ticket_epochs + config.epochs * sum(config.particles_at(each) for each in trained)
+        rows.append(
+            {
+                "cycle": cycle // every,
+                "density": statistics.fmean(result.history[cycle]["density"] for result in results),
+                **scores,
+                "particle_epochs": len(results) * epochs,
+                "seconds": sum(result.history[each]["seconds"] for result in results for each in trained),
+            }
+        )
+    return rows
+
+
+@torch.no_grad()
+def ensemble_scores(problem: Problem, models: Sequence[nn.Module]) -> dict[str, float | None]:
+    """Accuracy and cross-entropy on test of the mean of the models' softmax.
+
+    Both are None without test data or classes. The loss is None if the problem has another loss, as that may not take
+    probabilities.
+    """
+    if problem.test is None or not problem.classifies:
+        return {"accuracy": None, "loss": None}
+    models = [model.to(problem.device, problem.dtype) for model in models]
+    keys = [problem.keys_of(0, number) for number in range(len(models))]
+    correct, entries, loss = 0, 0, 0.0
+    with generators_left_alone():
+        batches = pass_in_stored_order(problem.test, problem.config.batch_size)
+        for number, (inputs, targets, count) in enumerate(batches):
+            time = evaluation_time(1, number)
+            outputs = [
+                problem.outputs(model, inputs, at_time(key, time)) for model, key in zip(models, keys, strict=True)
+            ]
+            softmax = torch.stack([output.double().softmax(1) for output in outputs]).mean(0)
+            correct, entries = correct + int((softmax.argmax(1) == targets).sum()), entries + targets.numel()
+            if problem.loss is cross_entropy:
+                logs = softmax.clamp_min(torch.finfo(torch.float64).tiny).log()
+                loss += float(problem.losses(logs, targets).mean()) * count
+    mean = loss / problem.test.length if problem.loss is cross_entropy else None
+    return {"accuracy": correct / entries, "loss": mean}
+
+
+def accuracy_over_seeds(rows: Sequence[Row]) -> Row:
+    """The number of seeds, the mean accuracy and its standard deviation, which are None without accuracies."""
+    spread = spread_of("accuracy", rows) if rows else {}
+    return {"seeds": len(rows), "accuracy": None, "accuracy_std": None} | spread
+
+
+def summary_of(rows: Sequence[Row], references: Mapping[str, Mapping[int, Row]]) -> list[Row]:
+    """One row per method and cycle, see Comparison.
+
+    references  name -> seed -> the row of the dense reference
+    """
+    summary = []
+    for (method, cycle), by_seed in _grouped(rows).items():
+        group = list(by_seed.values())
+        matching = {f"matching_{name}": _matches(by_seed, dense) for name, dense in references.items()}
+        means = {
+            name: statistics.fmean(row[name] for row in group) for name in ("density", "particle_epochs", "seconds")
+        }
+        losses = {"loss": None, "loss_std": None} | spread_of("loss", group)
+        summary.append({"method": method, "cycle": cycle, **accuracy_over_seeds(group), **losses, **matching, **means})
+    return summary
+
+
+def paired_differences(rows: Sequence[Row], baseline: str) -> list[Row]:
+    """Each method's difference from the baseline in each cycle, over the seeds that both have, see Comparison."""
+    groups, paired = _grouped(rows), []
+    for (method, cycle), by_seed in groups.items():
+        base = groups.get((baseline, cycle), {})
+        seeds = [seed for seed in by_seed if seed in base]
+        if method == baseline or not seeds or any(by_seed[seed]["accuracy"] is None for seed in seeds):
+            continue
+        differences = [by_seed[seed]["accuracy"] - base[seed]["accuracy"] for seed in seeds]
+        mean, low, high = statistics.fmean(differences), None, None
+        if len(seeds) > 1:
+            half = half_width(differences)
+            low, high = mean - half, mean + half
+        density = statistics.fmean(base[seed]["density"] for seed in seeds)
+        paired.append({"method": method, "cycle": cycle, "density": density, "seeds": len(seeds)})
+        paired[-1] |= {"difference": mean, "low": low, "high": high}
+    return paired
+
+
+def _grouped(rows: Sequence[Row]) -> dict[tuple[str, int], dict[int, Row]]:
+    """(method, cycle) -> seed -> row."""
+    groups: dict[tuple[str, int], dict[int, Row]] = {}
+    for row in rows:
+        groups.setdefault((row["method"], row["cycle"]), {})[row["seed"]] = row
+    return groups
+
+
+def _matches(rows: Mapping[int, Row], dense: Mapping[int, Row]) -> bool | None:
+    """Whether the mean accuracy over the seeds that both have is at least the dense one's; None without accuracies."""
+    seeds = [seed for seed in rows if seed in dense]
+    accuracy, reference = (accuracy_over_seeds([of[seed] for seed in seeds])["accuracy"] for of in (rows, dense))
+    return None if accuracy is None or reference is None else accuracy >= reference

@@ -1,0 +1,50 @@
+"""The runs of a sweep: the points of its grid, the settings that they share, and the model of each."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from swamp_fast.config import SwampConfig
+
+Model = nn.Module | Callable[[], nn.Module]
+Grid = Mapping[str, Iterable[Any]] | Sequence[Mapping[str, Any]]
+
+
+def points_of(grid: Grid) -> list[dict[str, Any]]:
+    """The points of a grid: every combination of the values of a mapping, or the points of a list.
+
+    Raises TypeError for a setting without a list of values, ValueError for an empty list of points.
+    """
+    if isinstance(grid, Mapping):
+        for name, values in grid.items():
+            if isinstance(values, str | Mapping) or not isinstance(values, Iterable) or not list(values):
+                raise TypeError(f"`grid` must have a list of values for `{name}`, got {values!r}.")
+        return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+    points = [dict(point) for point in grid]
+    if not points:
+        raise ValueError("`grid` is empty; give at least one point, such as {}.")
+    return points
+
+
+def shared_settings(config: SwampConfig | None, settings: Mapping[str, Any]) -> SwampConfig:
+    """The settings that all runs share. Raises TypeError if they name a folder, as each run has its own."""
+    shared = SwampConfig.of(config, settings)
+    if shared.run_dir is not None:
+        raise TypeError("`run_dir` is the folder of one run; a sweep has `out`, a folder for all of them.")
+    return shared
+
+
+def model_of(model: Model, seed: int) -> nn.Module:
+    """The model of one run: `model` itself, or what the factory makes under the run's seed."""
+    if isinstance(model, nn.Module):
+        return model
+    if not callable(model):
+        raise TypeError(f"`model` must be a module or a factory of one, got {type(model).__name__}.")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return model()

@@ -1,0 +1,82 @@
+"""The progress of a sweep on the console: the cycles of its runs, and the time that is left for all of them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from swamp_fast.common.format import duration, percent
+from swamp_fast.config import SwampConfig
+from swamp_fast.particles.schedule import total_particle_epochs
+from swamp_fast.problem.problem import Problem
+from swamp_fast.runs.console import Console
+from swamp_fast.runs.progress import FIRST_ESTIMATE_SECONDS
+from swamp_fast.runs.record import Run
+from swamp_fast.studies.result import SweptRun
+
+
+class SweepConsole(Console):
+    """The console of the runs of a sweep. It shows none of their lines, and calls `on_step` after a step of any."""
+
+    def __init__(self, on_step: Callable[[], None]) -> None:
+        super().__init__(False)
+        self.on_step = on_step
+
+    def status(self, text: str) -> None:
+        """A run has done a step."""
+        self.on_step()
+
+
+class SweepProgress:
+    """Shows what the runs of this process do, and estimates how long the whole sweep will take.
+
+    unopened     run number -> its particle-steps, until it is opened
+    records      run number -> the record of a run that was opened
+    run_console  the console of every run
+    """
+
+    def __init__(self, console: Console, problems: Mapping[int, Problem], runs: Sequence[SweptRun]) -> None:
+        self.console, self.runs = console, runs
+        self.unopened = {
+            number: total_particle_epochs(problem.config) * len(problem.bounds) for number, problem in problems.items()
+        }
+        self.records: dict[int, Run] = {}
+        self.run_console = SweepConsole(self._step)
+        self.began: float | None = None
+        self.estimated = False
+
+    def opened(self, number: int, record: Run) -> None:
+        """A run begins."""
+        self.began = time.perf_counter() if self.began is None else self.began
+        self.unopened.pop(number)
+        self.records[number] = record
+
+    def cycle(self, run: SweptRun, config: SwampConfig, row: dict[str, Any]) -> None:
+        """A cycle of a run is over."""
+        self.console.line(
+            f"{run.name}: cycle {row['cycle']}/{config.cycles}, density {percent(row['density'])}, accuracy "
+            f"{percent(row['accuracy'])}; the sweep has about {duration(self.seconds_left())} left"
+        )
+
+    def failed(self, number: int, error: Exception) -> None:
+        """A run ended with an error."""
+        run = self.runs[number]
+        run.error = error
+        self.unopened.pop(number, None)
+        self.records.pop(number, None)
+        self.console.line(f"{run.name} ended: {run.error_text}")
+
+    def seconds_left(self) -> float:
+        """An estimate for the runs of this process."""
+        done = sum(record.progress.steps_done for record in self.records.values())
+        left = sum(self.unopened.values()) + sum(max(0, record.progress.steps_left) for record in self.records.values())
+        return (time.perf_counter() - (self.began or 0.0)) / max(done, 1) * left
+
+    def _step(self) -> None:
+        left = duration(self.seconds_left())
+        if not self.estimated and self.began is not None and time.perf_counter() - self.began > FIRST_ESTIMATE_SECONDS:
+            self.estimated = True
+            self.console.line(f"time     about {left} left at this pace")
+        over = sum(run.over for run in self.runs)
+        self.console.status(f"{over} of {len(self.runs)} runs are over, about {left} left")

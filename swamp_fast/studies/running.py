@@ -1,0 +1,118 @@
+"""Running the packs of a process: runs are opened, trained together, and recorded with their results or errors."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+from swamp_fast.driver import swamp
+from swamp_fast.engines.start import Engine, start_engine
+from swamp_fast.problem.problem import Problem
+from swamp_fast.runs.console import Console
+from swamp_fast.runs.record import Run
+from swamp_fast.runs.result import SwampResult
+from swamp_fast.runs.signals import StopSignals
+from swamp_fast.studies.packing import Pack
+from swamp_fast.studies.progress import SweepProgress
+from swamp_fast.studies.result import SweptRun
+from swamp_fast.studies.together import run_together
+
+
+@dataclass(frozen=True)
+class _OpenRun:
+    """A run that is open; `resumed`: its folder had recorded an engine."""
+
+    record: Run
+    resumed: bool
+
+
+class PackRunner:
+    """Runs the packs of one process.
+
+    on_group  called after each group of runs that were trained at once
+    """
+
+    def __init__(
+        self, problems: Sequence[Problem], runs: Sequence[SweptRun], console: Console, on_group: Callable[[], None]
+    ) -> None:
+        self.problems, self.runs, self.console, self.on_group = problems, runs, console, on_group
+        self.signals = StopSignals()  # of all runs: a signal stops the sweep
+
+    def run(self, packs: Sequence[Pack]) -> None:
+        """Run all packs. A run that fails gets its error, and the others go on."""
+        numbers = [number for pack in packs for number in pack.numbers]
+        self.progress = SweepProgress(self.console, {number: self.problems[number] for number in numbers}, self.runs)
+        for pack in packs:
+            self.run_pack(pack)
+
+    def run_pack(self, pack: Pack) -> None:
+        """Run a pack, `at_once` runs at a time."""
+        engine: Engine | None = None
+        for begin in range(0, len(pack.numbers), pack.at_once):
+            with ExitStack() as stack:
+                group = self._open(pack, pack.numbers[begin : begin + pack.at_once], stack)
+                for part in _by_engine(group):
+                    engine = self._run_group(part, engine)
+            self.on_group()
+
+    def _open(self, pack: Pack, numbers: Iterable[int], stack: ExitStack) -> dict[int, _OpenRun]:
+        """Open runs until the stack is closed, with the pack's engine unless they have recorded one."""
+        opened: dict[int, _OpenRun] = {}
+        for number in numbers:
+            try:
+                record = Run(
+                    self._in_its_folder(number),
+                    "fast_swamp",
+                    console=self.progress.run_console,
+                    signals=self.signals,
+                    at_once=pack.at_once,
+                )
+                self.progress.opened(number, record)
+                stack.enter_context(record)
+                resumed = bool(record.engine)
+                record.keep_engine(record.engine or copy.deepcopy(pack.engine))
+                opened[number] = _OpenRun(record, resumed)
+            except Exception as error:
+                self.progress.failed(number, error)
+        return opened
+
+    def _in_its_folder(self, number: int) -> Problem:
+        """The problem of a run with its folder, whose cycles the sweep's progress shows."""
+        problem, run = self.problems[number], self.runs[number]
+        config = problem.config.replace(progress=False, run_dir=None if run.folder is None else str(run.folder))
+        return dataclasses.replace(problem, config=config, on_cycle=lambda row: self.progress.cycle(run, config, row))
+
+    def _run_group(self, group: Mapping[int, _OpenRun], engine: Engine | None) -> Engine | None:
+        """Train runs together on their recorded engine, on the given one if it is the same; returns the engine."""
+        ends: Sequence[SwampResult | Exception]
+        try:
+            engine = _engine_of(next(iter(group.values())), engine)
+            ends = run_together(engine, [swamp(run.record.problem, engine, run.record) for run in group.values()])
+        except Exception as error:
+            ends = [error] * len(group)
+        for number, end in zip(group, ends, strict=True):
+            if isinstance(end, Exception):
+                self.progress.failed(number, end)
+            else:
+                self.runs[number].result = end
+        return engine
+
+
+def _by_engine(group: Mapping[int, _OpenRun]) -> list[dict[int, _OpenRun]]:
+    """The runs of a group by their recorded engine: one that was begun on another machine may have another."""
+    parts: dict[str, dict[int, _OpenRun]] = {}
+    for number, run in group.items():
+        parts.setdefault(str(run.record.engine.get("name")), {})[number] = run
+    return list(parts.values())
+
+
+def _engine_of(run: _OpenRun, engine: Engine | None) -> Engine:
+    """The engine that a run has recorded: `engine` if that is the same one, else started now."""
+    if engine is None or engine.name != run.record.engine.get("name"):
+        return start_engine(run.record.problem, run.record)
+    if run.resumed:
+        engine.replay(run.record.engine)
+    return engine

@@ -1,0 +1,188 @@
+"""Runs that can share a step, done together: their trainings of the same cycle are one bank of the engine."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Generic
+
+import torch
+from torch import Tensor
+
+from swamp_fast.cycle.training import Returned, TrainingOutcome, TrainingRequest, Trainings, Watch, alone
+from swamp_fast.engines.eager.engine import EagerEngine
+from swamp_fast.engines.fused.engine import FusedEngine
+from swamp_fast.engines.start import Engine
+from swamp_fast.particles.bank import ParticleBank
+
+PackEngine = EagerEngine | FusedEngine
+
+
+def run_together(engine: Engine, runs: Sequence[Trainings[Returned]]) -> list[Returned | Exception]:
+    """Do the trainings of runs that can share a step. Returns each run's result, or the error that ended it.
+
+    Runs at the same step of the same cycle are trained together; one that is behind goes first.
+    """
+    if not isinstance(engine, PackEngine) or not engine.joins:
+        return [_run_alone(engine, run) for run in runs]
+    queue = _Queue(runs)
+    while queue.requests:
+        group = queue.take()
+        answers: Sequence[TrainingOutcome | Exception]
+        try:
+            answers = train_together(engine, list(group.values()))
+        except Exception as error:
+            engine.release()
+            if len(group) > 1:  # one of them may be at fault, or the memory doesn't suffice for all
+                queue.separate(group)
+                continue
+            answers = [error]
+        for number, answer in zip(group, answers, strict=True):
+            queue.answer(number, answer)
+    return [queue.ended[number] for number in range(len(runs))]
+
+
+def _run_alone(engine: Engine, run: Trainings[Returned]) -> Returned | Exception:
+    try:
+        return alone(engine, run)
+    except Exception as error:
+        return error
+
+
+class _Queue(Generic[Returned]):
+    """Runs by their numbers: each waits for the training that it requests, or has ended.
+
+    separated  runs that are trained one at a time from now on
+    """
+
+    def __init__(self, runs: Sequence[Trainings[Returned]]) -> None:
+        self.runs = runs
+        self.requests: dict[int, TrainingRequest] = {}
+        self.ended: dict[int, Returned | Exception] = {}
+        self.separated: set[int] = set()
+        for number, run in enumerate(runs):
+            self._advance(number, functools.partial(next, run))
+
+    def take(self) -> dict[int, TrainingRequest]:
+        """The next requests to train together, which no longer wait."""
+        _align(self.requests.values())
+        first = min(_position(request) for request in self.requests.values())
+        numbers = [number for number, request in self.requests.items() if _position(request) == first]
+        numbers = [number for number in numbers if number in self.separated][:1] or numbers
+        return {number: self.requests.pop(number) for number in numbers}
+
+    def separate(self, group: dict[int, TrainingRequest]) -> None:
+        """Put requests back, to be trained one at a time."""
+        self.separated.update(group)
+        self.requests.update(group)
+
+    def answer(self, number: int, answer: TrainingOutcome | Exception) -> None:
+        """Let a run go on with the outcome of its training, or raise the error in it."""
+        run = self.runs[number]
+        if isinstance(answer, Exception):
+            self._advance(number, functools.partial(run.throw, answer))
+        else:
+            self._advance(number, functools.partial(run.send, answer))
+
+    def _advance(self, number: int, advance: Callable[[], TrainingRequest]) -> None:
+        try:
+            self.requests[number] = advance()
+        except StopIteration as end:
+            self.ended[number] = end.value
+        except Exception as error:
+            self.ended[number] = error
+
+
+def _position(request: TrainingRequest) -> tuple[int, int]:
+    """The cycle, and the step of the checkpoint from which it goes on."""
+    kept = request.run.checkpoint_of(request.cycle)
+    return -1 if request.cycle is None else request.cycle, 0 if kept is None else kept.steps
+
+
+def _align(requests: Iterable[TrainingRequest]) -> None:
+    """Let runs whose checkpoints of a training are of two steps go on from the earlier one.
+
+    They are if the process was killed after it had written some of them.
+    """
+    earliest: dict[int | None, int] = {}
+    for request in requests:
+        if (kept := request.run.checkpoint_of(request.cycle)) is not None:
+            earliest[request.cycle] = min(kept.steps, earliest.get(request.cycle, kept.steps))
+    for request in requests:
+        if request.cycle in earliest:
+            request.run.go_back_to(earliest[request.cycle])
+
+
+def train_together(engine: PackEngine, requests: Sequence[TrainingRequest]) -> list[TrainingOutcome | Exception]:
+    """Trainings of several runs, with the same number of lanes and epochs, in one bank.
+
+    Returns the outcome of each, or the error of a run that diverged.
+    """
+    for request in requests:
+        request.run.begin_training()
+    first, masks = requests[0], torch.stack([request.mask for request in requests])
+    starts, configs = [request.start for request in requests], [request.run.config for request in requests]
+    bank = engine.spawn_runs(starts, masks, range(first.particles), first.cycle, configs)
+    watched = _WatchedRuns(engine, bank, requests)
+    for request in requests:
+        request.run.keep_engine(engine.describe())
+    trainings = [request.training for request in requests]
+    try:
+        losses = engine.train_runs(bank, trainings, watched.on_step, watched.on_epoch, watched.states_before)
+    except _AllDiverged:
+        return [watched.errors[number] for number in range(len(requests))]
+    return watched.outcomes(losses)
+
+
+class _AllDiverged(Exception):
+    """No run is left to train."""
+
+
+class _WatchedRuns:
+    """The watches of runs that are trained in one bank, and the errors of those that diverged, by number."""
+
+    def __init__(self, engine: PackEngine, bank: ParticleBank, requests: Sequence[TrainingRequest]) -> None:
+        self.engine, self.bank, self.requests = engine, bank, requests
+        self.watches = [
+            Watch(request, bank.of_run(number), functools.partial(engine.state, number))
+            for number, request in enumerate(requests)
+        ]
+        self.errors: dict[int, Exception] = {}
+
+    @property
+    def states_before(self) -> list[dict[str, Tensor]] | None:
+        """The states from which the trainings go on; None if they begin."""
+        return [watch.state_before for watch in self.watches if watch.state_before is not None] or None
+
+    def on_step(self, step: int) -> None:
+        """Count a step of all runs; if one needs a checkpoint all get one, so that they are of the same step."""
+        left = [watch for number, watch in enumerate(self.watches) if number not in self.errors]
+        due = [watch.on_step(step) for watch in left]
+        if any(due):
+            for watch in left:
+                watch.keep()
+        for request in self.requests:
+            request.run.stop_if_asked()
+
+    def on_epoch(self, epoch: int, losses: Tensor) -> None:
+        """Give each run the mean losses [L / R] of its lanes, and note the error of one that diverges."""
+        for number, own in enumerate(losses.split(self.requests[0].particles)):
+            try:
+                if number not in self.errors:
+                    self.watches[number].on_epoch(epoch, own)
+            except FloatingPointError as error:
+                self.errors[number] = error
+        if len(self.errors) == len(self.watches):
+            raise _AllDiverged
+
+    def outcomes(self, losses: Tensor) -> list[TrainingOutcome | Exception]:
+        """The outcome of each run, from the mean losses [L] of the last epoch, or its error."""
+        outcomes: list[TrainingOutcome | Exception] = []
+        for number, (watch, own) in enumerate(zip(self.watches, losses.split(self.requests[0].particles), strict=True)):
+            watch.bank.buffers = self.bank.of_run(number).buffers
+            if number in self.errors:
+                outcomes.append(self.errors[number])
+            else:
+                side_by_side = functools.partial(self.engine.side_by_side, run=number)
+                outcomes.append(watch.outcome(own, side_by_side, len(self.requests)))
+        return outcomes
