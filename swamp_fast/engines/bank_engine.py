@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from torch import Tensor
 
 from swamp_fast.config import SwampConfig
-from swamp_fast.engines.trainer import Trainer, joined
+from swamp_fast.engines.trainer import LaneRunner, Trainer, joined
 from swamp_fast.particles.bank import ParticleBank, Solution
 from swamp_fast.particles.schedule import Training
 from swamp_fast.problem.problem import Problem
 
 
 class BankEngine:
-    """An engine that trains one bank at a time; how its lanes run is up to a subclass.
+    """Trains one bank of particles at a time, and runs models side by side; how lanes run is up to the subclass.
 
     trainer  of the current bank; None before the first and after `release`
     joins    whether lanes of several runs may share a bank
@@ -83,6 +84,18 @@ class BankEngine:
         """A run's state between two steps of the current training, from which it can resume."""
         assert self.trainer is not None
         return self.trainer.state(run)
+
+    def side_by_side(self, weights: Tensor, buffers: dict[str, Tensor], run: int = 0) -> LaneRunner:
+        """Models of one run with weights [M, P] and buffers [M, ...], in eval mode, to run on the same inputs."""
+        raise NotImplementedError
+
+    def describe(self) -> dict[str, Any]:
+        """What ran, how, and why, for the run's record."""
+        raise NotImplementedError
+
+    def replay(self, record: dict[str, Any]) -> None:
+        """Adopt what a stopwatch chose in another process or run, as its `describe` recorded it."""
+        raise NotImplementedError
 
     def release(self) -> None:
         """Free the memory of training and evaluation."""

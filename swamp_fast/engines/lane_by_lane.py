@@ -42,7 +42,7 @@ class LaneByLane:
         ]
 
     def backward(self, batch: Batch, step_keys: Tensor) -> Tensor:
-        """Add the gradient of each lane's mean loss to grads; returns the losses [L]."""
+        """As LaneRunner.backward."""
         losses = []
         for lane, module in enumerate(self.modules):
             key, bound = step_keys[lane : lane + 1], self.bound[lane]
@@ -58,7 +58,7 @@ class LaneByLane:
         return torch.stack(losses)
 
     def outputs(self, inputs: Any, keys: Tensor) -> list[Any]:
-        """Each lane's outputs on the same inputs [B, ...]; random draws use keys [L, 3]."""
+        """As LaneRunner.outputs."""
         outputs = []
         for lane, module in enumerate(self.modules):
             lane_inputs = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, inputs)
@@ -72,11 +72,11 @@ class LaneByLane:
         return outputs
 
     def set_buffers(self, buffers: dict[str, Tensor]) -> None:
-        """Write buffers [L, ...] into the modules."""
+        """As LaneRunner.set_buffers."""
         write_buffers(self.modules, buffers)
 
     def buffers(self) -> dict[str, Tensor]:
-        """The modules' current buffers [L, ...]."""
+        """As LaneRunner.buffers."""
         return read_buffers(self.modules)
 
     def _formatted(self, inputs: Any) -> Any:

@@ -84,11 +84,11 @@ class SwitchingEngine:
         return self.now.state()
 
     def side_by_side(self, weights: Tensor, buffers: dict[str, Tensor], run: int = 0) -> LaneRunner:
-        """As EagerEngine.side_by_side."""
+        """As BankEngine.side_by_side."""
         return self.now.side_by_side(weights, buffers, run)
 
     def describe(self) -> dict[str, Any]:
-        """For the run's record: what ran, how, and why."""
+        """As BankEngine.describe."""
         return {
             "engine": self.kind,
             "name": self.name,
@@ -99,6 +99,6 @@ class SwitchingEngine:
         }
 
     def replay(self, record: dict[str, Any]) -> None:
-        """As FusedEngine.replay."""
+        """As BankEngine.replay."""
         self.engines = dict(record["engines"])
         self.fused.replay(record["fused"])

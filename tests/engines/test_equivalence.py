@@ -1,6 +1,4 @@
-"""fast_swamp against the naive loop: the same masks and weights in float64, for every kind of network and every way
-of running the lanes.
-"""
+"""fast_swamp against the naive loop: equal masks and weights in float64, for every network and execution mode."""
 
 from __future__ import annotations
 
@@ -14,7 +12,7 @@ from swamp_fast.engines.eager.choice import Choice
 
 
 def settings(name: str) -> dict[str, object]:
-    """3 particles, 3 cycles, at most 60 steps a cycle."""
+    """3 particles, 3 cycles, at most 60 steps per cycle."""
     big = name == "resnet18"
     return {
         "engine": "eager",
@@ -39,7 +37,7 @@ def data_for(name: str, digits):
 
 @pytest.fixture(scope="module")
 def naive_results(digits):
-    """The naive loop's result, once a network."""
+    """The naive loop's result, computed once for each network."""
     results = {}
 
     def get(name: str):
@@ -78,13 +76,13 @@ def test_equal_to_the_naive_loop(name, way, channels_last, digits, naive_results
 
 
 def test_the_networks_learn(naive_results):
-    """What is compared above is training, not noise: the loss falls well below that of guessing."""
+    """The comparisons above are of training, not noise: the loss falls well below that of guessing."""
     losses = {name: max(naive_results(name).history[0]["train_loss"]) for name in networks.NETWORKS}
     assert max(losses.values()) < 2.2, losses
 
 
 def test_variants_agree_too(digits):
-    """SMS's rewind, no SWA, Nesterov, a schedule of particles, initial masks, other prune: all are settings."""
+    """Settings: SMS's rewind, no SWA, Nesterov, a schedule of particles, initial masks, another prune."""
     common = settings("tied") | {"epochs": 3}
     half = {"middle.weight": torch.rand(32, 32, generator=torch.Generator().manual_seed(3)) < 0.5}
     for change in (

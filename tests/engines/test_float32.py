@@ -1,6 +1,7 @@
-"""In float32 a run is chaotic, so it is compared one step at a time, from states along a naive trajectory: gradient
-and update err from float64 at most twice as much as the naive loop's own does in the same memory format. (On CPU
-torch's BatchNorm rounds more coarsely with channels last than with channels first, for whoever uses it.)
+"""fast_swamp in float32, where a run is chaotic: compared one step at a time, from states along a naive trajectory.
+
+Gradient and update may differ from float64 at most twice as much as those of the naive loop in the same memory format.
+(On CPU, torch's BatchNorm itself rounds more coarsely with channels last than with channels first.)
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ LR, MOMENTUM, DECAY = 0.05, 0.9, 5e-4
 
 
 class Naive:
-    """The naive loop's step on one particle: a plain module and torch.optim.SGD."""
+    """The naive loop's step on one particle, by a plain module and torch.optim.SGD."""
 
     def __init__(self, problem: Problem, channels_last: bool) -> None:
         self.channels_last = channels_last
@@ -141,7 +142,7 @@ def test_one_step_errs_at_most_twice_as_much(name, way, channels_last, digits):
 
 
 def test_lane_by_lane_has_the_bits_of_the_naive_loop():
-    """At one thread count and in one memory format both run the same kernels: masks and weights are equal."""
+    """With one thread count and memory format, both run the same kernels: masks and weights are equal."""
     fast, naive = pruned(partial(fast_swamp, engine="eager:lanes"), 0, 1), pruned(naive_swamp, 0, 1)
     assert agreement(fast, naive) == 1.0
     for name, value in naive.ticket.items():

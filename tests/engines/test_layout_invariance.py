@@ -1,4 +1,4 @@
-"""What a particle is depends on its seed and its number alone: not on N, on its lane, or on how lanes are run."""
+"""A particle depends on its seed and its number alone: not on N, on its lane, or on how the lanes are run."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def trained(name: str, digits, precision: str, choice: Choice, particles: list[i
 
 
 def trained_by(engine, problem, particles: list[int]) -> torch.Tensor:
-    """As `trained`, by an engine."""
+    """As `trained`, on a given engine."""
     parameters, buffers = problem.template.named_parameters(), problem.template.named_buffers()
     start = Solution(problem.layout.flat(dict(parameters), problem.dtype, problem.device), dict(buffers))
     bank = engine.spawn(start, problem.mask, particles, 0)
@@ -61,7 +61,7 @@ def test_lane_by_lane_bit_for_bit(name, channels_last, digits):
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize(("shape", "batch"), [((5,), 7), ((13,), 33), ((301,), 33), ((3, 7, 7), 5), ((1, 9, 9), 3)])
 def test_bit_for_bit_where_a_lane_s_batch_starts_at_any_address(shape, batch, fused):
-    """The CPU's libraries sum in an order that depends on it."""
+    """The CPU's libraries sum in an order that depends on the address."""
     inputs, targets = 0.3 * torch.randn(100, *shape), torch.arange(100) % 3
     side = shape[-1] - 4
     layers = [nn.Linear(shape[0], 37), nn.ReLU(), nn.Linear(37, 19), nn.ReLU(), nn.Linear(19, 3)]
@@ -89,7 +89,7 @@ def test_orders_are_permutations_that_differ_by_seed_cycle_particle_and_epoch():
 
 
 def test_streams_never_meet():
-    """Ticket, cycles and particles have words of their own; purposes too."""
+    """The ticket, every cycle and every particle draw different random numbers, and so does every purpose."""
     words = {stream_of(cycle, particle) for cycle in (None, 0, 1, 500) for particle in (0, 1, 65535)}
     assert len(words) == 12
     assert max(words) < 1 << 32

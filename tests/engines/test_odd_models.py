@@ -1,4 +1,4 @@
-"""Models that do what few forwards do: however the lanes run, they give what the naive loop gives, or are refused."""
+"""Models with unusual forwards: in every execution mode they give the naive loop's result, or are refused."""
 
 from __future__ import annotations
 
@@ -186,7 +186,7 @@ LANES_ONLY = [
     *(ReadsByNumpy, ReadsByIsNonzero, SelectsByMask, LooksAtTheLargest, NormOfChunks, SharedDropout, AlwaysNoisy),
     *(Counts, OwnGenerator, ReassignsWeights),
 ]
-# The sizes at which these differ are met in the check at the run's own sizes, when a fold has won.
+# These differ only at the run's own sizes, which are checked once folding has won.
 BY_SIZE = [LooksAtTheBatchSize]
 EITHER = [PadsTheBatch, AlwaysDrops, ClearsGradients, ChangesItsInputs]
 
@@ -198,7 +198,7 @@ def arguments(kind: type[nn.Module]) -> dict[str, object]:
 
 
 def data(kind: type[nn.Module], few):
-    """Channels last differs from channels first only where there are several channels."""
+    """Channels last differs from channels first only with several channels."""
     if kind is not ViewsAfterConvolution:
         return few
     return tuple((torch.cat([inputs] * 3, 1), targets) for inputs, targets in few)

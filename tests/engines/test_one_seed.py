@@ -76,7 +76,7 @@ def data(kind: str):
 
 
 def digest(result) -> str:
-    """Of every cycle's weights and masks, and of what the history says besides time and memory."""
+    """Of every cycle's weights and masks, and of the history without times and memory."""
     found = hashlib.blake2b(digest_size=8)
     for cycle, row in enumerate(result.history):
         snapshot = result._snapshot(cycle)
@@ -92,14 +92,14 @@ def run(kind: str, **changes):
 
 
 def main() -> None:
-    """What a fresh process gives: a line for each kind."""
+    """Print the results of this process: one line of JSON, by kind."""
     torch.set_num_threads(2)
     results = {kind: run(kind) for kind in KINDS}
     print(json.dumps({kind: (result.engine["engine"], digest(result)) for kind, result in results.items()}))
 
 
 def processes(count: int) -> list[dict[str, list[str]]]:
-    """The results of that many processes at a time."""
+    """The results of `count` processes that run at the same time."""
     paths = [ROOT, ROOT / "tests" / "support", Path(__file__).parent]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths))}
     environment["OMP_WAIT_POLICY"] = "passive"  # threads that wait for each other leave the cores to other processes
@@ -146,7 +146,7 @@ def test_the_name_of_the_engine_gives_the_run_again(kind):
 
 
 def signed(seed: int) -> nn.Module:
-    """Weights of one size and random signs: their sums on pictures of few values are often 0, where ReLU bends."""
+    """Weights of one magnitude and random signs: their sums over few pixel values are often exactly 0, ReLU's kink."""
     torch.manual_seed(seed)
     model = nn.Sequential(
         *(nn.Conv2d(1, 8, 3, padding=1, bias=False), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.ReLU()),
@@ -158,7 +158,7 @@ def signed(seed: int) -> nn.Module:
 
 
 def test_the_engine_is_the_model_s_whatever_its_seed(digits):
-    """Also where the first weights are no numbers."""
+    """Also if an initial weight is NaN."""
     names = set()
     for seed in range(4):
         problem = prepare(signed(seed), *digits, settings=SETTINGS | {"seed": seed})
@@ -171,7 +171,7 @@ def test_the_engine_is_the_model_s_whatever_its_seed(digits):
 
 @pytest.mark.parametrize("way", ["eager:fold", "eager:fold_grouped"])
 def test_folded_runs_of_a_sweep_are_what_they_are_alone(way, monkeypatch):
-    """On a CPU; a folded lane's bits depend on how many stand beside it."""
+    """On a CPU, where a folded lane's bits depend on the number of lanes beside it."""
     monkeypatch.setattr(packing, "runs_at_once", lambda engine, problems: (3, "forced"))
     common = {name: value for name, value in SETTINGS.items() if name != "seed"} | {"engine": way, "batch_size": 7}
     model = nn.Sequential(nn.Conv2d(1, 6, 3), nn.GELU(), nn.Flatten(), nn.Linear(216, 10))
@@ -180,7 +180,7 @@ def test_folded_runs_of_a_sweep_are_what_they_are_alone(way, monkeypatch):
 
 
 def test_a_sweep_takes_no_engine_from_a_damaged_record(tmp_path):
-    """New runs beside it are trained; the damaged one's error is its own."""
+    """New runs beside a damaged one are trained; only the damaged run ends with an error."""
     common = {name: value for name, value in SETTINGS.items() if name != "seed"} | {"engine": "fastest"}
     common |= {"cycles": 0, "ticket_epochs": 0}
     sweep(made("eager"), data("eager"), grid={"seed": [1]}, out=tmp_path, **common)

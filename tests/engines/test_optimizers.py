@@ -32,7 +32,7 @@ SETTINGS = {
 
 @pytest.fixture(scope="module")
 def naive(digits):
-    """The naive loop's result, once a network and an optimizer."""
+    """The naive loop's result, computed once for each network and optimizer."""
     results = {}
 
     def get(name: str, optimizer: str):
@@ -54,7 +54,7 @@ def test_equal_to_the_naive_loop(way, optimizer, digits, naive):
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd, clipped"])
 def test_what_is_not_used_in_a_step_decays_all_the_same(optimizer, digits, naive):
-    """A tied parameter counts once in the norm; one without a gradient moves by its moments and its decay."""
+    """A tied parameter counts once in the norm; a parameter without a gradient moves by its moments and decay."""
     for name in ("tied", "branching"):
         fast = fast_swamp(networks.build(name), *digits, engine="eager", **SETTINGS, **OPTIMIZERS[optimizer])
         same(fast, naive(name, optimizer))
@@ -62,7 +62,7 @@ def test_what_is_not_used_in_a_step_decays_all_the_same(optimizer, digits, naive
 
 @pytest.mark.parametrize(("changed", "plain"), [("adamw", "sgd"), ("sgd, clipped", "sgd"), ("adamw, clipped", "adamw")])
 def test_what_is_compared_is_training_with_the_setting_on(changed, plain, naive):
-    """A bound that never clips would be equal too, and so would networks that learn nothing."""
+    """The comparison would also succeed if the bound never clipped, or if the networks learned nothing."""
     found, other = naive("residual", changed), naive("residual", plain)
     assert max(float((found.ticket[key] - value).abs().max()) for key, value in other.ticket.items()) > 1e-3
     assert max(found.history[0]["train_loss"]) < 2.2  # guessing has 2.3
@@ -90,7 +90,7 @@ def test_only_adamw_has_a_second_moment(digits):
 @pytest.mark.skipif(HAS_GPU, reason=HAS_A_GPU)
 @pytest.mark.parametrize("optimizer", NEW)
 def test_replaying_a_graph_is_stepping(optimizer, digits):
-    """The step's number and the second moment stand at fixed addresses; capturing leaves them as they were."""
+    """The step's number and the second moment are at fixed addresses; capturing leaves them unchanged."""
     settings = SETTINGS | {"batch_size": 48} | OPTIMIZERS[optimizer]
     with gpu():
         fast = fast_swamp(networks.build("residual"), *digits, engine="eager", **settings, device="cuda")
@@ -100,7 +100,7 @@ def test_replaying_a_graph_is_stepping(optimizer, digits):
 
 @pytest.mark.parametrize("optimizer", NEW[1:])
 def test_a_gradient_that_is_not_finite_is_not_clipped_away(optimizer, digits):
-    """A norm beyond float64 is infinite, and the scale NaN, not 0: the run stops and names the particle."""
+    """A norm beyond float64 is infinite and gives a scale of NaN, not 0: the run stops and names the particle."""
     calls = 0
 
     def loss(outputs, targets):

@@ -1,4 +1,4 @@
-"""The rule of engine="auto": its densities against the tables that they come from, and what it reads."""
+"""The rule of engine="auto": its densities against the tables that they come from, and its inputs."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from swamp_fast.engines.selection import CROSSOVER, by_rule, eager_by_rule, flop
 from swamp_fast.problem.prepare import prepare
 
 TABLES = [json.loads(path.read_text()) for path in sorted((ROOT / "benchmarks" / "results").glob("engine_rule_*.json"))]
-SLOWER = 0.95  # eager / fused: the fused engine may lose that much where the rule takes it; medians vary as much
+SLOWER = 0.95  # eager / fused: the fused engine may be this much slower where the rule selects it; medians vary as much
 QUIET = {"progress": False}
 
 
 def tables_of(precision: str, kind: str) -> list[dict[float, float]]:
-    """Of each measured model of a kind: FLOP density -> time of the eager engine / time of the fused one."""
+    """For each measured model of a kind: FLOP density -> time of the eager engine / time of the fused one."""
     return [
         {row["FLOP density"]: row["eager / this"] for row in table["table"] if row[""] == "fused"}
         for table in TABLES

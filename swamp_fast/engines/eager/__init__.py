@@ -1,1 +1,1 @@
-"""Any model on any device: autograd over the user's own forward."""
+"""The eager engine: autograd over the user's own forward, for any model on any device."""

@@ -20,10 +20,10 @@ from swamp_fast.problem.problem import Problem
 
 
 class EagerEngine(BankEngine):
-    """Trains a bank of particles, and runs models side by side for evaluation.
+    """Runs lanes by autograd.
 
     why_not_fused  why the fused engine wasn't selected, where the rule would have preferred it
-    evaluated      the memory of `side_by_side` and its runner, kept for models of the same shape
+    evaluated      the weights and runner of the last `side_by_side`
     """
 
     kind = "eager"
@@ -64,7 +64,7 @@ class EagerEngine(BankEngine):
         self.trainer = self.evaluated = None
 
     def side_by_side(self, weights: Tensor, buffers: dict[str, Tensor], run: int = 0) -> LaneRunner:
-        """Models of one run with weights [M, P] and buffers [M, ...], in eval mode, to run on the same inputs."""
+        """As BankEngine.side_by_side; memory is reused for models of the same shape."""
         fits = self.evaluated is not None and self.evaluated[0].shape == weights.shape
         if not fits or self.problem.probe.keeps_state:
             self.evaluated = None
@@ -85,7 +85,7 @@ class EagerEngine(BankEngine):
         return [*self.trainer.runner.modules, self.trainer.runner.modules[0]]
 
     def describe(self) -> dict[str, Any]:
-        """For the run's record: what ran, how, and why."""
+        """As BankEngine.describe."""
         why_not = self.trainer.not_captured if self.trainer is not None else "nothing was trained"
         return {
             "engine": self.kind,
@@ -97,7 +97,7 @@ class EagerEngine(BankEngine):
         }
 
     def replay(self, record: dict[str, Any]) -> None:
-        """As FusedEngine.replay; this engine decides nothing after its start."""
+        """As BankEngine.replay; this engine chooses nothing after its start."""
 
 
 def lane_runner(

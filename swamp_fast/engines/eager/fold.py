@@ -40,7 +40,7 @@ class Folded:
         self.modules = [self.module]
 
     def backward(self, batch: Batch, step_keys: Tensor) -> Tensor:
-        """As LaneByLane.backward."""
+        """As LaneRunner.backward."""
         inputs = self._transformed(batch, step_keys)
         with DropoutStream(step_keys, _rows(inputs)), self.problem.autocast():
             losses = self._losses(self.problem.forward(self.module, inputs), batch.targets)
@@ -48,7 +48,7 @@ class Folded:
         return losses.detach()
 
     def outputs(self, inputs: Any, keys: Tensor) -> list[Any]:
-        """As LaneByLane.outputs."""
+        """As LaneRunner.outputs."""
         folded = tree_map(
             lambda leaf: leaf.repeat(self.lanes, *(1,) * (leaf.dim() - 1)) if isinstance(leaf, Tensor) else leaf,
             inputs,
@@ -58,7 +58,7 @@ class Folded:
         return [self._lane(outputs, lane) for lane in range(self.lanes)]
 
     def set_buffers(self, buffers: dict[str, Tensor]) -> None:
-        """As LaneByLane.set_buffers. A buffer that the folded lanes share must have the same value in each."""
+        """As LaneRunner.set_buffers. A buffer that the folded lanes share must have the same value in each."""
         for name, buffer in self.module.named_buffers():
             if name in buffers:
                 buffer.copy_(
@@ -66,7 +66,7 @@ class Folded:
                 )
 
     def buffers(self) -> dict[str, Tensor]:
-        """As LaneByLane.buffers."""
+        """As LaneRunner.buffers."""
         stacked = dict(self.module.named_buffers())
         return {
             name: stacked[name].view(self.lanes, *buffer.shape)

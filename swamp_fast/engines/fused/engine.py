@@ -23,7 +23,7 @@ from swamp_fast.problem.problem import Problem
 
 
 class FusedEngine(BankEngine):
-    """Trains a bank of particles, and runs models side by side for evaluation, by this project's own kernels.
+    """Runs lanes by a plan on this project's own kernels.
 
     rows    by cycle ("ticket" for the ticket's): how many outputs share loads in each convolution. A stopwatch chooses;
             the run records it, so that a resumed run replays it
@@ -74,7 +74,7 @@ class FusedEngine(BankEngine):
         self.programs = self.trainer = None
 
     def side_by_side(self, weights: Tensor, buffers: dict[str, Tensor], run: int = 0) -> CpuLanes | CudaLanes:
-        """As EagerEngine.side_by_side."""
+        """As BankEngine.side_by_side."""
         assert self.programs is not None
         compact = self.programs.compacts[run].compact(weights)
         run_of_model = torch.full((len(weights),), run, dtype=torch.int64, device=weights.device)
@@ -85,7 +85,7 @@ class FusedEngine(BankEngine):
         return runner
 
     def describe(self) -> dict[str, Any]:
-        """For the run's record: what ran, how, and why."""
+        """As BankEngine.describe."""
         why_not = self.trainer.not_captured if self.trainer is not None else "nothing was trained"
         return {
             "engine": self.kind,
@@ -104,7 +104,7 @@ class FusedEngine(BankEngine):
         return FusedEngine(self.problem, self.plan, "", {}, self.launch, self.branch)
 
     def replay(self, record: dict[str, Any]) -> None:
-        """Adopt what a stopwatch chose for another engine, as that engine's `describe` records it."""
+        """As BankEngine.replay."""
         self.rows = record.get("rows", {})
 
 

@@ -1,4 +1,4 @@
-"""The self-check before folding: it lets through what is right, and names what isn't."""
+"""The self-check before folding: it accepts models that fold correctly, and says why others don't."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_networks(name, grouped, digits):
 
 
 class Mixed(nn.Module):
-    """Folds but for what `mix` does."""
+    """A model that folds, if `mix` does."""
 
     def __init__(self, mix) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""test_ptx asks of the interpreted kernels what test_cuda_kernels asks: it imports it."""
+"""Lets test_ptx import test_cuda_kernels, whose tests it repeats on interpreted kernels."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ def test_batch_sizes_and_empty_layers(batch, density):
             continue
         problem = problem_of(seeded(NETS[name]), batch)
         mask = masked(problem, density)
-        # Behind an empty layer a channel is constant: rounding, 1e-16, is divided by sqrt(eps), 3e-3, forward and back.
+        # Behind an empty layer a channel is constant: rounding, 1e-16, is divided by sqrt(eps), 3e-3, in both passes.
         bound = 1e-10 if density == 0 else 1e-12
         assert max(error(step(problem, "fused", mask), step(problem, "autograd", mask)).values()) <= bound
 
@@ -76,7 +76,7 @@ def test_as_exact_as_autograd(name, precision, instruction_set):
 
 
 def test_bits_depend_on_nothing_but_the_lane():
-    """Not on how many lanes there are, on how outputs share loads, or on the number of threads."""
+    """They don't depend on the number of lanes, on which outputs share loads, or on the number of threads."""
     problem = problem_of(models.SmallCNN(3, 5), 50, "float32")
     mask = masked(problem, 0.4)
     reference = step(problem, "fused", mask, lanes=3)
@@ -214,7 +214,7 @@ def test_a_loss_that_changes_the_outputs(digits):
 
 
 def test_places_are_told_apart():
-    """A name that begins like the tracer's own is left as it is."""
+    """A module's name that begins like the tracer's prefix is kept."""
     model = nn.Sequential()
     for name in ("_stem", "model_stem", "model"):
         model.add_module(name, nn.Conv2d(3, 3, 3, padding=1))
@@ -223,7 +223,7 @@ def test_places_are_told_apart():
 
 
 def test_what_the_check_cannot_run_is_no_plan():
-    """Three samples of one batch leave the check one, which BatchNorm1d refuses."""
+    """With three samples, the check has one per lane, which BatchNorm1d refuses."""
     model = nn.Sequential(nn.Flatten(), nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 2))
     data = torch.randn(3, 1, 2, 2), torch.tensor([0, 1, 0])
     engine = fast_swamp(model, data, **SETTINGS, batch_size=3, particles=1).engine

@@ -63,7 +63,7 @@ class CpuLanes:
         return self.programs.compact.expand(self.compact_weights)
 
     def backward(self, batch: Batch, step_keys: Tensor) -> Tensor:
-        """As LaneByLane.backward."""
+        """As LaneRunner.backward."""
         assert self.grads is not None
         losses = []
         for lane in range(len(self.modules)):
@@ -79,16 +79,16 @@ class CpuLanes:
         return torch.stack(losses)
 
     def outputs(self, inputs: Any, keys: Tensor) -> list[Any]:
-        """As LaneByLane.outputs."""
+        """As LaneRunner.outputs."""
         program = self.programs.of(len(inputs), trains=False)
         return [self._run(program, lane, inputs, None) for lane in range(len(self.modules))]
 
     def set_buffers(self, buffers: dict[str, Tensor]) -> None:
-        """As LaneByLane.set_buffers."""
+        """As LaneRunner.set_buffers."""
         self.running.write(buffers)
 
     def buffers(self) -> dict[str, Tensor]:
-        """As LaneByLane.buffers."""
+        """As LaneRunner.buffers."""
         return self.running.read()
 
     def _run(self, program: Program, lane: int, inputs: Tensor, key: Tensor | None) -> Tensor:
