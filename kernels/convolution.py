@@ -58,7 +58,7 @@ def shifted_pixels(pixel, tap, end, maps, WINDOW: tl.constexpr, BY_INPUT: tl.con
 
 @triton.jit
 def added_product(sums, a, b, PRODUCT: tl.constexpr):
-    """sums [M, N] + a [M, K] @ b [K, N].
+    """Sums [M, N] + a [M, K] @ b [K, N].
 
     Float64 is there to prove plans, and takes the long way: Triton's float64 products on tensor cores are young.
     """
@@ -281,7 +281,9 @@ def weight_grad(source, out_grad, partial, first, splits, window, precision):
     (lanes, samples), size = source.shape[:2], source.element_size()
     block_in, block_out = _block(inner, MAX_IN[size]), _block(outer, min(64, MAX_OUT[size]))
     pixels = samples * maps.out_height * maps.out_width
-    split_pixels = MIN_SIDE * triton.cdiv(pixels, MIN_SIDE * splits)  # always a multiple, so that one kernel is compiled
+    split_pixels = MIN_SIDE * triton.cdiv(
+        pixels, MIN_SIDE * splits
+    )  # always a multiple, so that one kernel is compiled
     programs = triton.cdiv(inner, block_in) * constants.taps * splits * maps.groups * lanes
     with torch.cuda.device_of(source):
         weight_grad_kernel[(programs, triton.cdiv(outer, block_out))](

@@ -39,7 +39,7 @@ def write_scale_offset(mean, variance, norm, affine, lane, c, inside, EPS: tl.co
 
 @triton.jit
 def arrived_last(arrivals_ptr, programs):
-    """Whether this program is the last of several to arrive; it then sees what the others stored. Resets the counter."""
+    """Whether this program is the last of them to arrive; it then sees what the others stored. The counter is reset."""
     tl.debug_barrier()  # after the stores of all threads of this program
     last = tl.atomic_add(arrivals_ptr, 1, sem="acq_rel") == programs - 1
     if last:
@@ -162,10 +162,8 @@ def scale_offset_kernel(norm, affine, channels, EPS: tl.constexpr, BLOCK: tl.con
 
 
 @triton.jit(do_not_specialize=["pixels"])
-def norm_kernel(
-    source_ptr, side_ptr, out_ptr, norm, affine, pixels, channels, RELU: tl.constexpr, BLOCK: tl.constexpr
-):
-    """out = relu((source - mean) * scale + bias + side), without what there isn't.
+def norm_kernel(source_ptr, side_ptr, out_ptr, norm, affine, pixels, channels, RELU: tl.constexpr, BLOCK: tl.constexpr):
+    """Out = relu((source - mean) * scale + bias + side), without what there isn't.
 
     source_ptr  [L, pixels, C]
     side_ptr    [L, pixels, C]  or None

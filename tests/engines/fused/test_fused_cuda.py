@@ -61,7 +61,7 @@ def test_every_operation_in_float64(name):
 @pytest.mark.as_launched
 @pytest.mark.parametrize("name", ["3x3", "dilated, stride 2"])
 def test_many_tiles_and_parts(name, monkeypatch):
-    monkeypatch.setattr(convolution, "SPLIT_PIXELS", 64)
+    monkeypatch.setattr(convolution, "MIN_SPLIT_PIXELS", 64)
     assert differs(name, 4, 1.0) <= 1e-12
 
 
