@@ -243,15 +243,15 @@ def _launch_fused_kernels(dtype: torch.dtype) -> None:
 
 
 def _launch_norms(dtype: torch.dtype, bank: torch.dtype, lanes: int, samples: int) -> None:
-    from swamp_fast.kernels import norm
+    from swamp_fast.kernels import batch_statistics, norm
 
     weights = torch.zeros(lanes, 4096, dtype=bank)
     a, b, c, d = torch.zeros(4, lanes, samples, 8, 8, 64, dtype=dtype)
     mean, variance, scale, offset = torch.zeros(4, lanes, 80, dtype=bank)
     arrivals = torch.zeros(lanes, 64, dtype=torch.int32)
     to = Statistics(mean, variance, scale, offset, 16, weights, 16, 80, 1e-5, arrivals)
-    norm.statistics(a, to)
-    norm.scale_offset(to, 64)
+    batch_statistics.statistics(a, to)
+    batch_statistics.scale_offset(to, 64)
     for side in (None, d):
         norm.norm(a, side, b, to, True)
     for out, side in product((b, None), (None, d)):

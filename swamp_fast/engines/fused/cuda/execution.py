@@ -204,7 +204,8 @@ class Pass:
         )
 
     def _norm(self, op: Norm) -> None:
-        kernels, source, statistics = self.program.kernels("norm"), self.values[op.inputs[0]], self._statistics(op)
+        source, statistics = self.values[op.inputs[0]], self._statistics(op)
+        kernels = self.program.kernels("batch_statistics")
         if not self.by_batch:
             kernels.scale_offset(statistics, source.shape[-1])
         elif self.program.norm_behind.get(op.inputs[0]) is not op:
@@ -213,7 +214,7 @@ class Pass:
             self.prologues[op.output] = source, Prologue(self.scale, self.offset, statistics.first)
             return
         side = self.values[op.inputs[1]] if len(op.inputs) > 1 else None
-        kernels.norm(source, side, self._out(op), statistics, op.relu)
+        self.program.kernels("norm").norm(source, side, self._out(op), statistics, op.relu)
 
     def _norm_backward(self, op: Norm) -> None:
         # The residual's gradient first, because the kernel writes it first: this matters if both inputs are one value.
