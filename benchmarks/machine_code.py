@@ -1,13 +1,13 @@
-"""What the GPU kernels compile to, for a GPU that needn't be there: registers, spills, shared memory, instructions.
+"""What the GPU kernels compile to: registers, spills, shared memory, instructions. No GPU is needed.
 
     python -m benchmarks.machine_code [--arch sm_90] [--json]
     python -m benchmarks.machine_code [--arch sm_90] --fill FOLDER --model resnet20 --particles 8 [--python python3.12]
 
-The second fills FOLDER with what a machine with such a GPU would compile first: see precompile.py beside this file.
+The second fills FOLDER with what a machine with such a GPU would compile at its first run; see precompile.py.
 
-The Triton launchers run on CPU tensors under a driver that only names the target: each kernel is compiled with the
-very specialisation of its launch, and not run. The kernels of csrc/cuda are compiled by NVRTC. Both are read by the
-disassemblers that Triton carries.
+The Triton launchers run on CPU tensors under a driver that only names the target, so each kernel is compiled exactly as
+its launch would specialise it, and not run. The kernels of csrc/cuda are compiled by NVRTC. The disassemblers that come
+with Triton read both.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from swamp_fast.engines.fused.cuda.occupancy import blocks_at_once
 from swamp_fast.ops.backends import why_no_nvrtc
 
 BATCH = 128
-SLOTS = 4  # instructions that an SM issues in a clock
-# Of one SM of an H200 and one clock (132 SMs at 1.755 GHz): bytes of memory, from 4.3 TB/s copied, and products of
-# mma.sync, from 490 TFLOP/s; DESIGN's ceilings, not measured by this project.
+SLOTS = 4  # instructions that an SM issues per clock
+# What one SM of an H200 (132 SMs at 1.755 GHz) does per clock: bytes of memory at 4.3 TB/s, and products of mma.sync at
+# 490 TFLOP/s. These are estimates that this project has not measured.
 BYTES, PRODUCTS = 18.6, 1057.0
-HALOS = {  # by what they stand in
+HALOS = {  # by network
     "ResNet-20": [Halo(32, 32, 16, 16), Halo(16, 16, 32, 32), Halo(8, 8, 64, 64)],
     "WRN-28-2": [Halo(32, 32, 32, 32), Halo(16, 16, 64, 64), Halo(8, 8, 128, 128)],
     "VGG-19": [Halo(32, 32, 64, 64), Halo(4, 4, 256, 512), Halo(2, 2, 512, 512)],
@@ -49,11 +49,11 @@ HALOS = {  # by what they stand in
 class Compiled:
     """One kernel in one configuration.
 
-    instructions            in its code
-    instructions_per_pixel  that warps issue for a pixel of the output, in a batch of 128; None where it isn't counted
-    slots_per_pixel         that an H200 has while memory or tensor cores are at work on it: with no more instructions
-                            than that, they don't decide
-    blocks                  that an SM of an H100 holds at once, of csrc/cuda
+    instructions            of its code
+    instructions_per_pixel  issued per pixel of the output, in a batch of 128; None where it isn't counted
+    slots_per_pixel         how many an H200 can issue in the time that memory and tensor cores take for the pixel: with
+                            fewer instructions than that, these don't limit the kernel
+    blocks                  how many blocks an SM of an H100 holds at once; for csrc/cuda only
     """
 
     name: str
@@ -243,15 +243,15 @@ def _launch_fused_kernels(dtype: torch.dtype) -> None:
 
 
 def _launch_norms(dtype: torch.dtype, bank: torch.dtype, lanes: int, samples: int) -> None:
-    from swamp_fast.kernels import norm
+    from swamp_fast.kernels import batch_statistics, norm
 
     weights = torch.zeros(lanes, 4096, dtype=bank)
     a, b, c, d = torch.zeros(4, lanes, samples, 8, 8, 64, dtype=dtype)
     mean, variance, scale, offset = torch.zeros(4, lanes, 80, dtype=bank)
     arrivals = torch.zeros(lanes, 64, dtype=torch.int32)
     to = Statistics(mean, variance, scale, offset, 16, weights, 16, 80, 1e-5, arrivals)
-    norm.statistics(a, to)
-    norm.scale_offset(to, 64)
+    batch_statistics.statistics(a, to)
+    batch_statistics.scale_offset(to, 64)
     for side in (None, d):
         norm.norm(a, side, b, to, True)
     for out, side in product((b, None), (None, d)):

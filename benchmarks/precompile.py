@@ -1,12 +1,12 @@
-"""Compile for a GPU that needn't be there: `machine_code --fill` fills the caches that a process on a GPU looks in.
+"""Compile without a GPU: `machine_code --fill` fills the caches that a process with a GPU reads.
 
 FOLDER/triton   Triton's cache (TRITON_CACHE_DIR), up to 3.6 with the modules in C that launch its kernels
 FOLDER/cubins   the kernels of csrc/cuda (SWAMP_FAST_CACHE)
 FOLDER/_C.*.so  the extension, for another Python
 FOLDER/.commit  what all of it was made from
 
-Triton's key holds its own version, a kernel's source, its specialisation, options and ptxas, and no path. So the
-launchers are called with the arguments of a real step, on CPU tensors that stand for the GPU's, and nothing is run.
+Triton's cache key contains its version, a kernel's source, its specialisation, its options and ptxas, but no path. So
+the launchers are called with the arguments of a real step, on CPU tensors in place of the GPU's, and nothing is run.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ CACHE = 50 << 20  # bytes of the second-level cache of an H100 and an H200, for 
 
 
 class NamedTarget:
-    """As much of a Triton driver as compiling asks for."""
+    """The part of a Triton driver that compiling needs."""
 
     def __init__(self, target: Any) -> None:
         self.target = target
@@ -69,10 +69,10 @@ class NamedTarget:
 
 @contextlib.contextmanager
 def compiling(arch: str, on_kernel: Callable[[Any, Any, Any, Any], None] | None = None) -> Iterator[None]:
-    """While it is open, Triton's launches compile for "sm_90" or "gfx942", and run nothing.
+    """Make Triton's launches compile for "sm_90" or "gfx942" without running anything, while the context is open.
 
     on_kernel(function, arguments, named arguments, compiled kernel) is called at each launch.
-    Raises RuntimeError where Triton interprets: a process does one or the other.
+    Raises RuntimeError if this process interprets Triton, because it can't also compile.
     """
     from swamp_fast.kernels import masked_sgd
     from triton.backends.compiler import GPUTarget
@@ -100,13 +100,13 @@ def compiling(arch: str, on_kernel: Callable[[Any, Any, Any, Any], None] | None 
 
 
 class OnGpu(Problem):
-    """A problem that says it is on a GPU, whose tensors are on the CPU."""
+    """A problem that claims to be on a GPU, with its tensors on the CPU."""
 
     device = GPU
 
 
 class _Factories(TorchFunctionMode):
-    """What is made on, or moved to, the GPU is on the CPU."""
+    """Tensors that are created on the GPU, or moved there, are on the CPU instead."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         def here(value: Any) -> Any:
@@ -125,7 +125,7 @@ class _Ops(TorchDispatchMode):
 
 
 class _Compile:
-    """Stands for a launcher of csrc/cuda's kernels."""
+    """Replaces the launcher of csrc/cuda's kernels: compiles them."""
 
     def __init__(self, arch: str) -> None:
         self.arch = arch
@@ -198,18 +198,20 @@ def _fill(arch: str, model: str, particles: Sequence[int], batch: int, precision
 
 
 def _checks(problem: Problem, plan: Plan, launch: nvrtc.Launch | None) -> None:
-    """What the fused engine compares before its first step; here nothing was computed, so everything differs."""
+    """The fused engine's checks before its first step. Nothing is computed here, so all results differ."""
     differences = [differs_from_autograd(problem, plan)]
     if launch is not None:
         halos = CudaPrograms(problem, plan, problem.mask, launch).program.halos.values()
-        differences += [tensor_cores_differ([halo], launch, GPU) for halo in halos]  # each ends with what differs
+        differences += [
+            tensor_cores_differ([halo], launch, GPU) for halo in halos
+        ]  # one at a time: a difference ends it
     for difference in differences:
         if difference is not None and "differ from" not in difference:
             raise RuntimeError(difference)
 
 
 def _cycle(problem: Problem, plan: Plan, particles: int, launch: nvrtc.Launch | None) -> None:
-    """A step, of all lanes and in branches, and what comes between two trainings."""
+    """A step, of all lanes together and in branches, and what a cycle does after its training."""
     engine = FusedEngine(problem, plan, "", {}, launch)
     bank = engine.spawn(initial(problem), problem.mask, range(particles), 1)
     trainer, programs = engine.trainer, engine.programs
@@ -236,7 +238,7 @@ def _cycle(problem: Problem, plan: Plan, particles: int, launch: nvrtc.Launch | 
 
 
 def _build_launchers(kernels: Iterable[Any]) -> None:
-    """What Triton up to 3.6 builds with a C compiler at a kernel's first launch, a second for each signature."""
+    """Build the modules in C that Triton up to 3.6 builds at each kernel's first launch, in about a second each."""
     from triton import knobs
     from triton.backends.nvidia import driver
     from triton.runtime import build
@@ -244,7 +246,7 @@ def _build_launchers(kernels: Iterable[Any]) -> None:
     if not hasattr(driver, "compile_module_from_src"):
         return
     with tempfile.TemporaryDirectory() as stub, mock.patch.object(build, "_load_module_from_path"):
-        # The driver's library is there on the GPU's machine; its name is enough to link.
+        # The GPU's machine has the driver's library; its name is enough to link against it here.
         library = ["-o", f"{stub}/libcuda.so.1", "-Wl,-soname,libcuda.so.1"]
         subprocess.run(["cc", "-shared", "-x", "c", "/dev/null", *library], check=True)
         with knobs.nvidia.scope():
@@ -262,16 +264,16 @@ def build_extension(folder: Path, python: str) -> Path:
         [python, "-c", "import sysconfig; print(sysconfig.get_config_var('EXT_SUFFIX'))"],
         capture_output=True, text=True, check=True,
     ).stdout.strip()  # fmt: skip
-    there = folder / f"_C{tag}"
+    extension = folder / f"_C{tag}"
     sources = [ROOT / "setup.py", *(path for path in (ROOT / "csrc" / "cpu").rglob("*") if path.is_file())]
-    if there.exists() and there.stat().st_mtime >= max(path.stat().st_mtime for path in sources):
-        return there
+    if extension.exists() and extension.stat().st_mtime >= max(path.stat().st_mtime for path in sources):
+        return extension
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as made:
         command = [python, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", made, str(ROOT)]
         subprocess.run(command, check=True, stdout=sys.stderr)
         (wheel,) = Path(made).glob("*.whl")
         with zipfile.ZipFile(wheel) as archive:
-            there.write_bytes(archive.read(f"swamp_fast/_C{tag}"))
-    subprocess.run(["strip", str(there)], check=True)
-    return there
+            extension.write_bytes(archive.read(f"swamp_fast/_C{tag}"))
+    subprocess.run(["strip", str(extension)], check=True)
+    return extension

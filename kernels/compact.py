@@ -34,9 +34,7 @@ def expand_weights_kernel(weights, index_ptr, run_of_lane_ptr, out, size, BLOCK:
 
 
 @triton.jit
-def collect_gradients_kernel(
-    partial, base_ptr, step_ptr, parts_ptr, run_of_lane_ptr, grads, size, BLOCK: tl.constexpr
-):
+def collect_gradients_kernel(partial, base_ptr, step_ptr, parts_ptr, run_of_lane_ptr, grads, size, BLOCK: tl.constexpr):
     """grads[l, p] += sum over k < parts[p] of partial[l, base[p] + k * step[p]], the tables being those of l's run.
 
     partial          Rows [L, ...]  parts of the dense gradients

@@ -11,7 +11,7 @@ import triton.language as tl
 from triton.runtime.interpreter import InterpretedFunction
 
 from .arguments import Maps, Part, Product, Window, rows
-from .norm import arrived_last, target_of, tile_statistics
+from .batch_statistics import arrived_last, target_of, tile_statistics
 
 # Sizes of a block of a matrix product, by the bytes of a number.
 PIXELS = {2: 128, 4: 128, 8: 32}
@@ -243,7 +243,7 @@ def convolve(source, weights, first, bias, first_bias, out, window, by_input, ac
     bias        a bank [L, P'] with this layer's from `first_bias` on, or None
     out         [L, B, OH, OW, C'], written, or added to if accumulate
     window      kernel, stride, padding, dilation, groups, in pairs but for stride and groups
-    to          where the statistics of `out` go, as norm.statistics has it, or None
+    to          where the statistics of `out` go, as batch_statistics.statistics has it, or None
     precision   of products of float32: "ieee" or "tf32"
     """
     inner, outer, maps, constants = _geometry(source, out, window)
@@ -281,7 +281,9 @@ def weight_grad(source, out_grad, partial, first, splits, window, precision):
     (lanes, samples), size = source.shape[:2], source.element_size()
     block_in, block_out = _block(inner, MAX_IN[size]), _block(outer, min(64, MAX_OUT[size]))
     pixels = samples * maps.out_height * maps.out_width
-    split_pixels = MIN_SIDE * triton.cdiv(pixels, MIN_SIDE * splits)  # always a multiple, so that one kernel is compiled
+    split_pixels = MIN_SIDE * triton.cdiv(
+        pixels, MIN_SIDE * splits
+    )  # always a multiple, so that one kernel is compiled
     programs = triton.cdiv(inner, block_in) * constants.taps * splits * maps.groups * lanes
     with torch.cuda.device_of(source):
         weight_grad_kernel[(programs, triton.cdiv(outer, block_out))](

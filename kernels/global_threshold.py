@@ -112,7 +112,8 @@ def write_mask_kernel(
 def global_threshold(weights, masks, keep):
     """Launch the select; arguments as in swamp_fast/ops/global_threshold.py.
 
-    Returns thresholds [R], masks [R, Q], and the verdict [R, 2]: how many NaNs, and how many weights the old mask keeps.
+    Returns thresholds [R], masks [R, Q], and the verdict [R, 2]: how many NaNs there are, and how many weights the old
+    mask keeps.
     """
     dtype = weights.dtype
     integer = torch.int32 if dtype == torch.float32 else torch.int64

@@ -1,7 +1,7 @@
 """pool and pool_grad: maximum and average over windows, given as ranges of rows and of columns, of all lanes.
 
-Maps are [N, H, W, C], N all pictures of all lanes. In the backward pass each pixel of the input gathers from the windows
-that hold it, in order, so no two programs write to one place.
+Maps are [N, H, W, C], N all pictures of all lanes. In the backward pass each pixel of the input gathers from the
+windows that hold it, in order, so no two programs write to one place.
 """
 
 import torch
@@ -137,7 +137,9 @@ def pool_grad(source, out, in_grad, out_grad, windows, accumulate):
 
 def windows_of(rows, columns, divisors, height, width, device):
     """The Windows of a pooling, from its ranges of rows and of columns; `divisors` is None for the maximum."""
-    holding = [[_holding(ranges, place) for place in range(size)] for ranges, size in ((rows, height), (columns, width))]
+    holding = [
+        [_holding(ranges, place) for place in range(size)] for ranges, size in ((rows, height), (columns, width))
+    ]
     tables = (torch.tensor(table, dtype=torch.int32, device=device) for table in (rows, columns, *holding))
     return Windows(*tables, None if divisors is None else torch.tensor(divisors, dtype=torch.float64, device=device))
 

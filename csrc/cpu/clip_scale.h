@@ -1,32 +1,33 @@
-// By how much each lane's gradient is scaled so that its norm is at most a bound. The order of the sums is that of
-// parts and accumulators whose numbers are fixed: the bits depend on no thread, lane or instruction set.
+// The factor that scales each lane's gradient down so that its norm is at most a bound. The sums go over fixed numbers of
+// parts and accumulators in a fixed order, so their bits depend on no thread count, lane or instruction set.
 
 constexpr int kAccumulators = 16;
 
-// Adds the squares of `count` numbers to the accumulators, in turn: first a chunk's squares, which are independent,
-// then their sums, which are not, so that both loops are vectorised.
+// Adds the squares of `count` numbers to the accumulators, in turn. The squares of a chunk are independent and their sums
+// are not; two loops, so that both are vectorised.
 template <typename T, bool masked>
 void add_squares(const T* g, const uint8_t* mask, int64_t count, double* sums) {
   constexpr int64_t kSquares = 16 * kAccumulators;
-  double own[kAccumulators] = {};
+  double totals[kAccumulators] = {};
   for (int64_t begin = 0; begin < count; begin += kSquares) {
-    const int64_t here = begin + kSquares < count ? kSquares : count - begin;
+    const int64_t length = begin + kSquares < count ? kSquares : count - begin;
     double squares[kSquares];
-    if (here < kSquares) __builtin_memset(squares, 0, sizeof squares);
+    if (length < kSquares) __builtin_memset(squares, 0, sizeof squares);
 #pragma omp simd
-    for (int64_t i = 0; i < here; ++i) {
+    for (int64_t i = 0; i < length; ++i) {
       T value = g[begin + i];
       if constexpr (masked) value = keep_if(mask[begin + i], value);
       squares[i] = double(value) * double(value);
     }
     for (int i = 0; i < kSquares; i += kAccumulators) {
 #pragma omp simd
-      for (int j = 0; j < kAccumulators; ++j) own[j] += squares[i + j];
+      for (int j = 0; j < kAccumulators; ++j) totals[j] += squares[i + j];
     }
   }
-  for (int j = 0; j < kAccumulators; ++j) sums[j] += own[j];
+  for (int j = 0; j < kAccumulators; ++j) sums[j] += totals[j];
 }
 
+// The sum of the squares of one lane's gradient where its mask keeps.
 template <typename T>
 double squares_of_lane(const ClipScale<T>& a, int64_t lane, int threads) {
   constexpr int kParts = 64;
@@ -50,6 +51,7 @@ double squares_of_lane(const ClipScale<T>& a, int64_t lane, int threads) {
   return total;
 }
 
+// scale = min(1, clip_norm / (norm + 1e-6)), and NaN where the norm is not finite.
 template <typename T>
 void clip_scale(const ClipScale<T>& a, int threads) {
   for (int64_t lane = 0; lane < a.lanes; ++lane) {

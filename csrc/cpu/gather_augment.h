@@ -1,5 +1,6 @@
-// Pictures by index, standardised through the table, with a random crop (after padding with black) and flip.
+// Gathers pictures by index: padded with black, cropped and flipped at random, and standardised through the table.
 
+// One picture: pixel (y, x) of the output is pixel (y + dy, x + dx) of the picture, which is flipped first.
 template <typename T, typename Source>
 void gather_picture(const GatherAugment<T>& a, const Source* picture, T* out, int64_t dy, int64_t dx, bool flip) {
   const int64_t row_step = a.channels_last ? a.width * a.channels : a.width;

@@ -1,6 +1,6 @@
-// The exact magnitude threshold by radix select over the bits of |w|: for numbers that are not NaN the bits
-// order as the magnitudes do. Each pass counts one digit of the weights that share the digits found so far;
-// the last one writes the mask. Every thread owns one span of the row, so ties are dealt out by index.
+// The exact magnitude threshold by radix select over the bits of |w|, which order as the magnitudes do unless one is NaN.
+// Each pass counts one digit of the weights that share the higher digits of the threshold found so far; at the end the mask
+// is written. Each thread takes one span of the row, so that ties are kept in the order of their indices.
 
 template <typename T>
 struct Radix;
@@ -20,7 +20,7 @@ struct Radix<double> {
 };
 
 constexpr int kBins = 2048;    // no digit is wider than 11 bits
-constexpr int kStride = kBins + 128;  // between tables: bins near each other fall into other lines of a page
+constexpr int kStride = kBins + 128;  // of a table: nearby bins of two tables then differ in their place within a page
 constexpr int kChunk = 1024;
 
 struct Span {
@@ -33,13 +33,14 @@ inline Span span_of(int64_t count, int thread, int threads) {
   return {begin, end < count ? end : count};
 }
 
-// Counts one digit of the kept weights whose higher digits are `prefix`; returns whether a kept one is NaN.
+// Counts one digit, the bits shift … above, of the kept weights whose higher digits are `prefix`. Returns whether one of
+// them is NaN, which only the first pass looks for.
 template <typename T, bool first>
 bool count_digit(const T* weights, const uint8_t* mask, Span span, int shift, int above,
                  typename Radix<T>::Bits prefix, uint32_t* histogram) {
   using Bits = typename Radix<T>::Bits;
-  constexpr int kTables = 8;  // neighbours often share a digit: tables of their own keep the additions apart
-  uint32_t counts[kTables][kStride];  // bin kBins takes what is pruned already
+  constexpr int kTables = 8;  // neighbours often share a digit; in separate tables their increments don't wait for each other
+  uint32_t counts[kTables][kStride];  // bin kBins counts the pruned weights
   __builtin_memset(counts, 0, sizeof counts);
   const Bits digit_mask = first ? ~Bits(0) : (Bits(1) << (above - shift)) - 1;
   bool nan = false;
@@ -61,18 +62,18 @@ bool count_digit(const T* weights, const uint8_t* mask, Span span, int shift, in
       for (int64_t i = 0; i < count; i += kTables)
         for (int table = 0; table < kTables; ++table) ++counts[table][digits[i + table]];
     } else {
-      // Few weights share the prefix: list the groups of eight that hold one, without a branch to mispredict.
+      // Few weights share the prefix: list the groups of eight that hold one, without a branch that could be mispredicted.
       alignas(8) uint8_t match[kChunk] = {};
       for (int64_t i = 0; i < count; ++i) match[i] = m[i] & uint8_t(((bits[i] & Radix<T>::magnitude) >> above) == prefix);
       uint64_t groups[kChunk / 8];
       uint16_t listed[kChunk / 8];
       __builtin_memcpy(groups, match, sizeof groups);
-      int found = 0;
+      int listed_count = 0;
       for (int group = 0; group < kChunk / 8; ++group) {
-        listed[found] = uint16_t(group);
-        found += groups[group] != 0;
+        listed[listed_count] = uint16_t(group);
+        listed_count += groups[group] != 0;
       }
-      for (int k = 0; k < found; ++k) {
+      for (int k = 0; k < listed_count; ++k) {
         for (uint64_t any = groups[listed[k]]; any; any &= any - 1) {
           const int64_t i = listed[k] * 8 + __builtin_ctzll(any) / 8;
           ++counts[0][(bits[i] >> shift) & digit_mask];
@@ -87,7 +88,7 @@ bool count_digit(const T* weights, const uint8_t* mask, Span span, int shift, in
   return nan;
 }
 
-// Keeps what is above the threshold, and the first `ties` that equal it.
+// Keeps the weights above the threshold, and the first `ties` of those that equal it.
 template <typename T>
 void write_mask(const T* weights, const uint8_t* mask, Span span, typename Radix<T>::Bits threshold, int64_t ties,
                 uint8_t* new_mask) {
@@ -123,7 +124,7 @@ void global_threshold(const GlobalThreshold<T>& a, int threads) {
     const uint8_t* mask = a.masks + run * a.masks_stride;
     uint8_t* new_mask = a.new_masks + run * a.new_masks_stride;
     Bits prefix = 0;
-    int64_t wanted = a.keep[run];  // of the weights that share `prefix`, how many of the largest are kept
+    int64_t wanted = a.keep[run];  // how many of the weights that share `prefix` are kept: the largest ones
     int above = 0;
     for (const int shift : Radix<T>::shifts) {
       int nans = 0;
@@ -139,24 +140,24 @@ void global_threshold(const GlobalThreshold<T>& a, int threads) {
         for (int64_t i = 0; i < int64_t{threads} * kBins; ++i) kept += histograms[i];
         a.verdict[run * 2] = nans;
         a.verdict[run * 2 + 1] = kept;
-        if (nans || wanted > kept) wanted = 0;  // refused by the contract, which reads the verdict
-        if (wanted == 0) {                      // the threshold is above everything
+        if (nans || wanted > kept) wanted = 0;  // the contract reads the verdict and raises
+        if (wanted == 0) {  // nothing is kept: the threshold is above all weights
           prefix = Radix<T>::infinity;
           break;
         }
       }
       int bin = kBins - 1;
       for (;; --bin) {
-        int64_t here = 0;
-        for (int thread = 0; thread < threads; ++thread) here += histograms[thread * kBins + bin];
-        if (here >= wanted) break;
-        wanted -= here;
+        int64_t in_bin = 0;
+        for (int thread = 0; thread < threads; ++thread) in_bin += histograms[thread * kBins + bin];
+        if (in_bin >= wanted) break;
+        wanted -= in_bin;
       }
       const int width = above ? above - shift : 0;
       prefix = (prefix << width) | Bits(bin);
       above = shift;
     }
-    // The last digit is 10 bits wide; each thread's count in its bin is how many of its weights tie.
+    // The last digit is 10 bits wide; a thread's count in the threshold's bin is how many of its weights tie.
     const int bin = int(prefix & ((Bits(1) << 10) - 1));
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
     for (int thread = 0; thread < threads; ++thread) {

@@ -1,5 +1,5 @@
-// Compiled once for every instruction set, with SWAMP_ISA naming it. No standard containers in here: a template
-// that two instruction sets instantiate is one symbol to the linker, and it might keep the wider one.
+// The kernels of the ops, compiled once for every instruction set, which SWAMP_ISA names. No standard containers here: a
+// template that two instruction sets instantiate is one symbol to the linker, which might keep the wider one.
 #include "kernels.h"
 
 #define SWAMP_JOIN2(a, b) a##b
@@ -9,7 +9,7 @@ namespace swamp {
 namespace SWAMP_JOIN(isa_, SWAMP_ISA) {
 namespace {
 
-constexpr uint32_t kCropFlip = 1;  // the purpose word of swamp_fast/data/streams.py
+constexpr uint32_t kCropFlip = 1;  // the purpose word, as in swamp_fast/particles/random.py
 
 #include "masked.h"
 #include "philox.h"

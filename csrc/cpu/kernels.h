@@ -1,6 +1,6 @@
-// What each instruction set provides. Letters as in swamp_fast/__init__.py: R runs, L lanes, P parameters,
-// Q prunable ones, B batch. Strides are in elements, between rows; inside a row elements are contiguous.
-// Nothing here is checked: the contracts in swamp_fast/ops/ have done that.
+// The ops' arguments, and the table of kernels that each instruction set provides. Letters as in swamp_fast/__init__.py:
+// R runs, L lanes, P parameters, Q prunable ones, B batch. Strides are in elements from row to row; a row is contiguous.
+// Nothing is checked here, because the contracts in swamp_fast/ops/ have done that.
 #pragma once
 
 #include <cstdint>
@@ -19,8 +19,8 @@ struct MaskedSgd {
   const double* lr;            // [L]
   const double* momentum;      // [L]
   const double* weight_decay;  // [L]
-  const double* grad_scale;    // [L] what a gradient is multiplied by, or null
-  const double* swa_weight;    // [L] 1 / samples so far, 0 leaves the mean alone; null without swa
+  const double* grad_scale;    // [L] factor of a lane's gradient, or null
+  const double* swa_weight;    // [L] 1 / (samples with this one), 0 leaves the mean alone; null without swa
   int64_t weights_stride, grads_stride, momentum_stride, swa_stride, masks_stride;
   int64_t lanes, parameters, prunable;
   bool nesterov;
@@ -41,8 +41,8 @@ struct MaskedAdamw {
   const double* eps;           // [L]
   const double* weight_decay;  // [L]
   const double* step;          // [L] 1 for the first
-  const double* grad_scale;    // [L] what a gradient is multiplied by, or null
-  const double* swa_weight;    // [L] 1 / samples so far, 0 leaves the mean alone; null without swa
+  const double* grad_scale;    // [L] factor of a lane's gradient, or null
+  const double* swa_weight;    // [L] 1 / (samples with this one), 0 leaves the mean alone; null without swa
   int64_t weights_stride, grads_stride, exp_avg_stride, exp_avg_sq_stride, swa_stride, masks_stride;
   int64_t lanes, parameters, prunable;
 };
@@ -74,7 +74,7 @@ struct GlobalThreshold {
   const int64_t* keep;   // [R]
   T* thresholds;         // [R]
   uint8_t* new_masks;    // [R, Q]
-  int64_t* verdict;      // [R, 2] whether there was a NaN, how many weights the mask keeps
+  int64_t* verdict;      // [R, 2] in how many spans a NaN was found, and how many weights the mask keeps
   int64_t weights_stride, masks_stride, new_masks_stride;
   int64_t runs, prunable;
 };
@@ -86,13 +86,13 @@ struct Philox {
   uint32_t purpose;
 };
 
-// Source is uint8 with a table, or T without one.
+// Pictures are uint8 with a table, or T without one.
 template <typename T>
 struct GatherAugment {
   const void* images;     // [n, H, W, C]
   const T* table;         // [C, 256], or null: images are T and taken as they are
   const int64_t* index;   // [L, B]
-  const int64_t* samples; // [L, B] what a draw is addressed by
+  const int64_t* samples; // [L, B] the number that addresses each draw
   const int64_t* keys;    // [L, 3] seed, stream, epoch
   T* out;                 // [L, B, C, H, W], or [L, B, H, W, C] in memory if channels_last
   int64_t lanes, batch, height, width, channels;

@@ -1,11 +1,16 @@
-// The masked AdamW step and the SWA running mean, in one pass over the bank. In the order of torch.optim.AdamW.
+// The masked AdamW step and the SWA running mean, in one pass over the bank. Operations go in torch.optim.AdamW's order.
 
 template <typename T>
 struct AdamwRates {
-  T decay, first, second, second_rest, size, root_correction, eps, grad_scale, swa_weight;
+  T decay;            // 1 - lr * weight_decay
+  T one_minus_beta1;
+  T beta2, one_minus_beta2;
+  T size;             // -lr / (1 - beta1^step)
+  T root_correction;  // sqrt(1 - beta2^step)
+  T eps, grad_scale, swa_weight;
 };
 
-// The rates of one lane at its step; like torch's, computed in float64 and rounded once.
+// The rates of one lane at its step: as torch does, computed in float64 and rounded once.
 template <typename T>
 AdamwRates<T> adamw_rates(const MaskedAdamw<T>& a, int64_t lane) {
   const double lr = a.lr[lane], beta1 = a.beta1[lane], beta2 = a.beta2[lane], step = a.step[lane];
@@ -26,8 +31,8 @@ void masked_adamw_span(T* __restrict w, const T* __restrict g, T* __restrict m, 
 #pragma omp simd
   for (int64_t i = 0; i < count; ++i) {
     const T grad = g[i] * r.grad_scale;
-    T mean = multiply_add(grad - m[i], r.first, m[i]);
-    T square = r.second * v[i] + r.second_rest * grad * grad;
+    T mean = multiply_add(grad - m[i], r.one_minus_beta1, m[i]);
+    T square = r.beta2 * v[i] + r.one_minus_beta2 * grad * grad;
     T root;
     if constexpr (sizeof(T) == 4) root = __builtin_sqrtf(square);
     else root = __builtin_sqrt(square);

@@ -1,5 +1,5 @@
 // The masked SGD step and the SWA running mean, in one pass over the bank.
-// Rounds as torch.optim.SGD does, so the two give the same bits where both have a fused multiply-add.
+// It rounds as torch.optim.SGD does, so the two give the same bits where both have a fused multiply-add.
 
 template <typename T, bool masked, bool nesterov, bool average>
 void masked_sgd_span(T* __restrict w, const T* __restrict g, T* __restrict m, T* __restrict s,

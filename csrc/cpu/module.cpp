@@ -1,5 +1,5 @@
-// The Python face of the CPU kernels: addresses, extents and a thread count. Which instruction set runs is
-// decided when the module is imported and may be lowered with use(); nothing is checked here but that.
+// The Python bindings of the CPU kernels, which take addresses, extents and a thread count; swamp_fast/_C.pyi names them.
+// The widest instruction set that the processor has is chosen at import; use() chooses another. Only that is checked here.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -34,7 +34,7 @@ const Kernels* active = nullptr;
 
 void use(const std::string& name) {
   bool known = false;
-  for (const auto& each : available()) known = known || each == name;
+  for (const auto& instruction_set : available()) known = known || instruction_set == name;
   if (!known) throw std::invalid_argument("this processor has no kernels named " + name);
   active = &kernels_generic();
   use_fused(fused_generic());

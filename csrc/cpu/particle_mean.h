@@ -1,4 +1,4 @@
-// The mean over the lanes of every run, summed in float64 in the order of the lanes.
+// The mean over the lanes of each run, summed in float64 in the order of the lanes.
 
 template <typename T>
 void particle_mean(const ParticleMean<T>& a, int threads) {

@@ -1,22 +1,38 @@
-// A 3x3 convolution, stride 1, border 1, of all lanes: halo tiles times weights on the tensor cores; with BatchNorm and
-// ReLU at the load, and the statistics of what it stores: each block leaves its own, and the last of them merges those.
-// By the input it is the same with the taps turned round.
+// A 3x3 convolution, stride 1, border 1, of all lanes on the tensor cores:
 //
-// Compiled in: HEIGHT, WIDTH; IN, OUT channels; BLOCK_OUT of them by one block; CHUNK channels of the input at a time;
-// BY_INPUT, PROLOGUE, HAS_BIAS, ACCUMULATE, STATISTICS; MIN_BLOCKS that an SM shall hold at once.
-// Grid: blocks, OUT / BLOCK_OUT, lanes.
+//   out[p, o] = bias[o] + sum over taps t and inputs i of x[p + t, i] * weights[t, i, o]
+//   x = relu(source * scale + offset), or the source itself without a prologue
+//
+// and the statistics of `out` as it was rounded. Each block stores its own, and the last block to arrive merges them. The
+// gradient by the input is the same sum with the taps in reverse order.
+//
+// Compiled in:
+//   HEIGHT, WIDTH       of a picture, powers of two
+//   IN, OUT             channels
+//   BLOCK_OUT           output channels of a block
+//   CHUNK               input channels that are in shared memory at a time
+//   BY_INPUT            whether this is the gradient by the input
+//   PROLOGUE, HAS_BIAS  whether there is one
+//   ACCUMULATE          whether the result is added to `out`
+//   STATISTICS          whether the statistics of `out` are computed
+//   MIN_BLOCKS          blocks that a processor (SM) should hold at once
+// Grid: blocks of block_tiles tiles, OUT / BLOCK_OUT, lanes.
 #include "params.h"
 #include "tile.h"
 
 namespace {
 
 constexpr int kInPitch = CHUNK + kPad, kOutPitch = BLOCK_OUT + kPad;
-constexpr int kHalo = kHaloPixels * kInPitch, kWeights = kTaps * CHUNK * kOutPitch;  // numbers in shared memory
-constexpr int kFragments = 2, kColumns = BLOCK_OUT / 8;  // of 16 pixels, and of 8 channels, that a warp sums
-constexpr bool kOneChunk = CHUNK == IN;  // the weights then stay; else the output's tile takes their place
+// Numbers in shared memory.
+constexpr int kHalo = kHaloPixels * kInPitch, kWeights = kTaps * CHUNK * kOutPitch;
+// A warp sums kFragments times 16 pixels of kColumns times 8 channels.
+constexpr int kFragments = 2, kColumns = BLOCK_OUT / 8;
+// With one chunk the weights stay in shared memory; with more the rounded output takes their place after each tile.
+constexpr bool kOneChunk = CHUNK == IN;
 constexpr int kRounded = kPixels * kOutPitch;
 constexpr int kNumbers = kOneChunk ? kWeights + kRounded : kWeights > kRounded ? kWeights : kRounded;
 
+// Loads the weights [9, CHUNK, BLOCK_OUT] of one chunk.
 __device__ void load_weights(bfloat16* to, const bfloat16* weights, int first_in, int first_out) {
   constexpr int vectors = BLOCK_OUT / 8;
 #pragma unroll
@@ -35,9 +51,9 @@ __device__ void load_weights(bfloat16* to, const bfloat16* weights, int first_in
 extern "C" __global__ void __launch_bounds__(256, MIN_BLOCKS) convolve(const __grid_constant__ ConvolveParams params) {
   extern __shared__ __align__(16) bfloat16 memory[];
   bfloat16* const halo = memory;
-  bfloat16* const own_weights = halo + kHalo;
-  bfloat16* const rounded = kOneChunk ? own_weights + kWeights : own_weights;  // [256, kOutPitch]
-  float* const shift = reinterpret_cast<float*>(own_weights + kNumbers);       // [BLOCK_OUT]
+  bfloat16* const tile_weights = halo + kHalo;  // [9 * CHUNK, kOutPitch]
+  bfloat16* const rounded = kOneChunk ? tile_weights + kWeights : tile_weights;  // [256, kOutPitch]
+  float* const shift = reinterpret_cast<float*>(tile_weights + kNumbers);       // [BLOCK_OUT]
   float* const moments = shift + BLOCK_OUT;                                    // [2, warps, BLOCK_OUT]
   const int lane = blockIdx.z, first_out = blockIdx.y * BLOCK_OUT;
   const int warp = threadIdx.x / 32, thread = threadIdx.x % 32;
@@ -50,25 +66,28 @@ extern "C" __global__ void __launch_bounds__(256, MIN_BLOCKS) convolve(const __g
   float* const means = params.scratch + static_cast<long long>(lane) * gridDim.x * OUT + first_out;
   float* const squares = means + static_cast<long long>(gridDim.z) * gridDim.x * OUT;
 
-  int place[kFragments];  // of the row that this thread gives the address of
+  // Which row of the halo this thread gives the address of, for each fragment.
+  int place[kFragments];
   for (int f = 0; f < kFragments; ++f) place[f] = halo_place((warp * kFragments + f) * 16 + thread % 16);
-  // Sums over this thread's pixels of (value - shift) and its square. The shift is one of the block's own numbers, so
-  // that the variance is at least (mean - shift)^2 / n, and what cancels in the end is bounded.
+  // For the statistics: sums over this thread's pixels of (value - shift) and of its square. The shift is one of the
+  // block's own values, so the variance is at least (mean - shift)^2 / n, which bounds the cancellation at the end.
   float total[kColumns][2] = {}, square[kColumns][2] = {};
   clear_halo<CHUNK>(halo);
   Prologue prologue = prologue_of<CHUNK, PROLOGUE>(0, scale, offset);
-  if (kOneChunk) load_weights(own_weights, weights, 0, first_out);
+  if (kOneChunk) load_weights(tile_weights, weights, 0, first_out);
 
   const int block_tiles = params.block_tiles, samples = params.samples;
   const int begin = blockIdx.x * block_tiles, end = min(begin + block_tiles, params.tiles);
   for (int number = begin; number < end; ++number) {
     const Tile tile = tile_of(number);
     float sums[kFragments][kColumns][4] = {};
+
+    // The products, chunk by chunk of the input channels and tap by tap.
     for (int first_in = 0; first_in < IN; first_in += CHUNK) {
       __syncthreads();
       if (!kOneChunk) {
         prologue = prologue_of<CHUNK, PROLOGUE>(first_in, scale, offset);
-        load_weights(own_weights, weights, first_in, first_out);
+        load_weights(tile_weights, weights, first_in, first_out);
       }
       load_halo<CHUNK, PROLOGUE>(halo, source, tile, samples, IN, first_in, prologue);
       __syncthreads();
@@ -84,7 +103,7 @@ extern "C" __global__ void __launch_bounds__(256, MIN_BLOCKS) convolve(const __g
           for (int n = 0; n < kColumns; n += 2) {
             unsigned b[4];
             load_matrices_transposed(
-                b, own_weights + (tap * CHUNK + k + thread % 16) * kOutPitch + n * 8 + thread / 16 * 8);
+                b, tile_weights + (tap * CHUNK + k + thread % 16) * kOutPitch + n * 8 + thread / 16 * 8);
 #pragma unroll
             for (int f = 0; f < kFragments; ++f) {
               multiply_add(sums[f][n], a[f], b[0], b[1]);
@@ -94,8 +113,8 @@ extern "C" __global__ void __launch_bounds__(256, MIN_BLOCKS) convolve(const __g
         }
     }
 
-    // Rounded into shared memory, then to the map in whole vectors. The statistics are those of the rounded numbers.
-    const int left = (samples - tile.picture) * (kRows * WIDTH);  // pixels of the tile that are real, if fewer than 256
+    // The bias is added and the sums are rounded into shared memory.
+    const int left = (samples - tile.picture) * (kRows * WIDTH);  // pixels of the tile in the batch, if fewer than 256
     if (!kOneChunk) __syncthreads();
 #pragma unroll
     for (int n = 0; n < kColumns; ++n) {
@@ -113,6 +132,8 @@ extern "C" __global__ void __launch_bounds__(256, MIN_BLOCKS) convolve(const __g
         }
     }
     __syncthreads();
+
+    // The statistics of the rounded numbers.
     if (STATISTICS && number == begin) {
       if (threadIdx.x < BLOCK_OUT) shift[threadIdx.x] = low(reinterpret_cast<unsigned short*>(rounded)[threadIdx.x]);
       __syncthreads();
@@ -134,6 +155,8 @@ extern "C" __global__ void __launch_bounds__(256, MIN_BLOCKS) convolve(const __g
             }
           }
       }
+
+    // The rounded numbers are stored in vectors of eight.
     constexpr int vectors = BLOCK_OUT / 8;
     static_assert(kPixels == kThreads);
     const long long first_pixel = (static_cast<long long>(tile.picture) * HEIGHT + tile.row) * WIDTH;
@@ -144,17 +167,18 @@ extern "C" __global__ void __launch_bounds__(256, MIN_BLOCKS) convolve(const __g
       uint4 v = *reinterpret_cast<const uint4*>(rounded + pixel * kOutPitch + channel);
       uint4* const to = reinterpret_cast<uint4*>(out + (first_pixel + pixel) * OUT + channel);
       if constexpr (ACCUMULATE) {
-        const uint4 there = *to;
-        v = {pack(low(v.x) + low(there.x), high(v.x) + high(there.x)),
-             pack(low(v.y) + low(there.y), high(v.y) + high(there.y)),
-             pack(low(v.z) + low(there.z), high(v.z) + high(there.z)),
-             pack(low(v.w) + low(there.w), high(v.w) + high(there.w))};
+        const uint4 before = *to;
+        v = {pack(low(v.x) + low(before.x), high(v.x) + high(before.x)),
+             pack(low(v.y) + low(before.y), high(v.y) + high(before.y)),
+             pack(low(v.z) + low(before.z), high(v.z) + high(before.z)),
+             pack(low(v.w) + low(before.w), high(v.w) + high(before.w))};
       }
       *to = v;
     }
   }
 
   if constexpr (STATISTICS) {
+    // The block's statistics: the threads of a warp, then the warps.
 #pragma unroll
     for (int n = 0; n < kColumns; ++n)
 #pragma unroll
@@ -180,11 +204,13 @@ extern "C" __global__ void __launch_bounds__(256, MIN_BLOCKS) convolve(const __g
       means[blockIdx.x * OUT + threadIdx.x] = shift[threadIdx.x] + away / count;
       squares[blockIdx.x * OUT + threadIdx.x] = max(squared - away * away / count, 0.0f);
     }
-    if (!arrived_last(params.arrivals + lane * params.arrivals_stride + blockIdx.y, gridDim.x, reinterpret_cast<unsigned*>(shift))) return;
+    unsigned* const arrivals = params.arrivals + lane * params.arrivals_stride + blockIdx.y;
+    if (!arrived_last(arrivals, gridDim.x, reinterpret_cast<unsigned*>(shift))) return;
 
-    // In double, in the blocks' order within each of the sharers, then in theirs.
+    // The last block merges the statistics of all, in double: the mean in a first pass, the variance about it in a second.
+    // Several threads share a channel; each sums its blocks in order, and then their sums are added in order.
     static_assert(!STATISTICS || kThreads % BLOCK_OUT == 0);
-    constexpr int sharers = kThreads / BLOCK_OUT;
+    constexpr int sharers = kThreads / BLOCK_OUT;  // threads of a channel
     const int channel = threadIdx.x % BLOCK_OUT, sharer = threadIdx.x / BLOCK_OUT, blocks = gridDim.x;
     double* const sums = reinterpret_cast<double*>(memory);  // [sharers, BLOCK_OUT]
     double middle = 0, spread = 0;
@@ -193,8 +219,8 @@ extern "C" __global__ void __launch_bounds__(256, MIN_BLOCKS) convolve(const __g
       for (int block = sharer; block < blocks; block += sharers) {
         const long long begun = static_cast<long long>(block) * block_tiles * kPixels;
         const double count = min(lane_pixels - begun, static_cast<long long>(block_tiles) * kPixels);
-        const double own = of_another(means + block * OUT + channel), away = own - middle;
-        sum += pass == 0 ? own * count : of_another(squares + block * OUT + channel) + away * away * count;
+        const double block_mean = of_another(means + block * OUT + channel), away = block_mean - middle;
+        sum += pass == 0 ? block_mean * count : of_another(squares + block * OUT + channel) + away * away * count;
       }
       __syncthreads();
       sums[threadIdx.x] = sum;
@@ -204,6 +230,8 @@ extern "C" __global__ void __launch_bounds__(256, MIN_BLOCKS) convolve(const __g
       (pass == 0 ? middle : spread) = total / lane_pixels;
     }
     if (sharer > 0) return;
+
+    // The norm behind as out * out_scale + out_offset.
     const float m = middle, v = spread;
     float by = 1 / sqrt(v + params.eps);
     const long long parameter = lane * params.norm_weights_stride + first_out + channel;

@@ -1,10 +1,17 @@
-// The gradient by the weights of a 3x3 convolution, stride 1, border 1, of all lanes: for every tap the product of the
-// shifted input, transposed, with the output's gradient, over many tiles in registers; BatchNorm and ReLU at the load.
+// The gradient by the weights of a 3x3 convolution, stride 1, border 1, of all lanes on the tensor cores:
 //
-// Compiled in: HEIGHT, WIDTH; IN, OUT channels; BLOCK_IN, BLOCK_OUT of them by one block, (BLOCK_IN / 16) * (BLOCK_OUT / 16)
-// being 1, 2, 4 or 8; PROLOGUE; MIN_BLOCKS that an SM shall hold at once.
-// Grid: parts, (IN / BLOCK_IN) * (OUT / BLOCK_OUT), lanes. A part takes tiles in order, so that bits don't depend on the
-// device.
+//   partial[part, t, i, o] = sum over the pixels p of the part of x[p + t, i] * out_grad[p, o]
+//   x = relu(source * scale + offset), or the source itself without a prologue
+//
+// A block sums over many tiles in registers. A part takes tiles in order, so that bits don't depend on the device.
+//
+// Compiled in:
+//   HEIGHT, WIDTH        of a picture, powers of two
+//   IN, OUT              channels
+//   BLOCK_IN, BLOCK_OUT  channels of a block; (BLOCK_IN / 16) * (BLOCK_OUT / 16) is 1, 2, 4 or 8
+//   PROLOGUE             whether there is one
+//   MIN_BLOCKS           blocks that a processor (SM) should hold at once
+// Grid: parts, (IN / BLOCK_IN) * (OUT / BLOCK_OUT), lanes.
 #include "params.h"
 #include "tile.h"
 
@@ -12,9 +19,10 @@ namespace {
 
 constexpr int kInPitch = BLOCK_IN + kPad, kOutPitch = BLOCK_OUT + kPad;
 constexpr int kHalo = kHaloPixels * kInPitch;  // numbers in shared memory
-constexpr int kQuadrants = (BLOCK_IN / 16) * (BLOCK_OUT / 16);  // of 16 by 16 weights, one a warp
-constexpr int kSharers = kWarps / kQuadrants;                   // warps that sum over different pixels of a quadrant
+constexpr int kQuadrants = (BLOCK_IN / 16) * (BLOCK_OUT / 16);  // of 16 by 16 weights; a warp sums one
+constexpr int kSharers = kWarps / kQuadrants;                   // warps of one quadrant, each with other pixels
 
+// Loads the gradient [256, BLOCK_OUT] of a tile; zero for pixels behind the batch.
 __device__ void load_gradient(bfloat16* to, const bfloat16* lane, Tile tile, int samples, int first) {
   constexpr int vectors = BLOCK_OUT / 8;
   const long long begin = (static_cast<long long>(tile.picture) * HEIGHT + tile.row) * WIDTH;
@@ -40,7 +48,7 @@ extern "C" __global__ void __launch_bounds__(256, MIN_BLOCKS)
   const int first_in = blockIdx.y / (OUT / BLOCK_OUT) * BLOCK_IN, first_out = blockIdx.y % (OUT / BLOCK_OUT) * BLOCK_OUT;
   const int warp = threadIdx.x / 32, thread = threadIdx.x % 32;
   const int quadrant = warp % kQuadrants, sharer = warp / kQuadrants;
-  const int own_in = quadrant / (BLOCK_OUT / 16) * 16, own_out = quadrant % (BLOCK_OUT / 16) * 16;
+  const int warp_in = quadrant / (BLOCK_OUT / 16) * 16, warp_out = quadrant % (BLOCK_OUT / 16) * 16;
   const long long lane_pixels = static_cast<long long>(params.samples) * HEIGHT * WIDTH;
   const bfloat16* const source = params.source + lane * lane_pixels * IN;
   const bfloat16* const out_grad = params.out_grad + lane * lane_pixels * OUT;
@@ -49,6 +57,8 @@ extern "C" __global__ void __launch_bounds__(256, MIN_BLOCKS)
 
   clear_halo<BLOCK_IN>(halo);
   const Prologue prologue = prologue_of<BLOCK_IN, PROLOGUE>(first_in, scale, offset);
+
+  // The products, tile by tile of this part.
   float sums[kTaps][2][4] = {};
   const int end = static_cast<int>(static_cast<long long>(blockIdx.x + 1) * params.tiles / parts);
   for (int number = static_cast<int>(static_cast<long long>(blockIdx.x) * params.tiles / parts); number < end; ++number) {
@@ -59,9 +69,9 @@ extern "C" __global__ void __launch_bounds__(256, MIN_BLOCKS)
     __syncthreads();
     for (int f = sharer; f < kPixels / 16; f += kSharers) {
       unsigned b[4];
-      load_matrices_transposed(b, gradient + (f * 16 + thread % 16) * kOutPitch + own_out + thread / 16 * 8);
+      load_matrices_transposed(b, gradient + (f * 16 + thread % 16) * kOutPitch + warp_out + thread / 16 * 8);
       const int pixel = f * 16 + thread % 8 + thread / 16 * 8;
-      const bfloat16* const from = halo + halo_place(pixel) * kInPitch + own_in + thread / 8 % 2 * 8;
+      const bfloat16* const from = halo + halo_place(pixel) * kInPitch + warp_in + thread / 8 % 2 * 8;
 #pragma unroll
       for (int tap = 0; tap < kTaps; ++tap) {
         unsigned a[4];
@@ -72,23 +82,25 @@ extern "C" __global__ void __launch_bounds__(256, MIN_BLOCKS)
     }
   }
 
-  // The sharers' sums, added up in a tree: each thread to those of the same place in another warp.
+  // The sharers' sums are added in a tree: each thread adds those of the thread at its place in another warp.
   float* const shared = reinterpret_cast<float*>(memory);  // [sharers / 2, quadrants, 9 * 8, 32]
 #pragma unroll
   for (int half = kSharers / 2; half > 0; half /= 2) {
-    float* const own = shared + (sharer % half * kQuadrants + quadrant) * kTaps * 8 * 32 + thread;
+    float* const place = shared + (sharer % half * kQuadrants + quadrant) * kTaps * 8 * 32 + thread;
     __syncthreads();
     if (sharer >= half && sharer < 2 * half)
 #pragma unroll
-      for (int i = 0; i < kTaps * 8; ++i) own[i * 32] = sums[i / 8][i / 4 % 2][i % 4];
+      for (int i = 0; i < kTaps * 8; ++i) place[i * 32] = sums[i / 8][i / 4 % 2][i % 4];
     __syncthreads();
     if (sharer < half)
 #pragma unroll
-      for (int i = 0; i < kTaps * 8; ++i) sums[i / 8][i / 4 % 2][i % 4] += own[i * 32];
+      for (int i = 0; i < kTaps * 8; ++i) sums[i / 8][i / 4 % 2][i % 4] += place[i * 32];
   }
   if (sharer > 0) return;
+
+  // The quadrant's gradients are stored.
   float* const to = params.partial + lane * params.partial_stride + static_cast<long long>(blockIdx.x) * kTaps * IN * OUT +
-                    (first_in + own_in + thread / 4) * OUT + first_out + own_out + thread % 4 * 2;
+                    (first_in + warp_in + thread / 4) * OUT + first_out + warp_out + thread % 4 * 2;
 #pragma unroll
   for (int tap = 0; tap < kTaps; ++tap)
 #pragma unroll

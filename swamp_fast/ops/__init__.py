@@ -1,7 +1,7 @@
-"""The ops: each one a contract that checks, C++ for CPU, Triton for CUDA, and a reference that says what it means.
+"""The ops. Each has a contract that checks its arguments, a C++ kernel, a Triton kernel, and a reference in PyTorch.
 
-The letters of the shapes are in `swamp_fast/__init__.py`; `swamp_fast.ops.reference` holds the same names in
-plain PyTorch.
+The letters of the shapes are explained in `swamp_fast/__init__.py`. `swamp_fast.ops.reference` has the same names in
+plain PyTorch and defines what each op computes.
 """
 
 from swamp_fast.ops.clip_scale import clip_scale

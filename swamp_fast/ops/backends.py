@@ -1,4 +1,4 @@
-"""What of swamp_fast is active on this machine, what is missing, and why."""
+"""Which backends of swamp_fast are active on this machine, and why the others are not."""
 
 from __future__ import annotations
 
@@ -9,17 +9,35 @@ import torch
 
 
 def backends() -> dict[str, dict[str, Any]]:
-    """A dict a backend: "cpp" (the CPU kernels), "triton", "cuda".
+    """Describe each backend by name.
 
-    Each has `active` (bool) and `why`; cpp also `instruction_set` and `available`, triton and cuda their versions.
+    "cpp"     the CPU kernels; also has `instruction_set`, `available` and `threads`
+    "triton"  the kernels of the ops and of the fused engine on a GPU; also has `version` where Triton is installed
+    "cuda"    the GPUs that torch finds; also has `version` where torch is built for GPUs
+    "nvrtc"   the compiler of the fused engine's bfloat16 convolutions on NVIDIA's GPUs
+
+    Each has `active` (bool) and `why` (a reason either way).
     """
-    return {"cpp": _cpp(), "triton": _triton(), "cuda": _cuda()}
+    return {"cpp": _cpp(), "triton": _triton(), "cuda": _cuda(), "nvrtc": _nvrtc()}
 
 
 def has_amx() -> bool:
-    """Whether the processor has Intel's AMX: products of bfloat16 in tiles."""
+    """Whether the processor has Intel's AMX, which multiplies bfloat16 matrices in tiles."""
     supported = getattr(torch.cpu, "_is_amx_tile_supported", None)
     return supported is not None and bool(supported())
+
+
+def why_no_nvrtc() -> str | None:
+    """Why the kernels of csrc/cuda can't be compiled here; None if they can. No GPU is needed to compile."""
+    try:
+        from cuda.bindings import nvrtc
+    except ImportError as error:
+        return f"cuda-bindings, which torch's CUDA builds bring, is missing ({error})"
+    try:
+        (error_code,) = nvrtc.nvrtcVersion()[:1]
+    except Exception as error:  # the library isn't found
+        return f"NVRTC doesn't load ({str(error).splitlines()[0]})"
+    return None if int(error_code) == 0 else f"NVRTC fails with {error_code}"
 
 
 def _cpp() -> dict[str, Any]:
@@ -38,16 +56,13 @@ def _cpp() -> dict[str, Any]:
 
 def _triton() -> dict[str, Any]:
     try:
-        found = version("triton")
+        installed = version("triton")
     except PackageNotFoundError:
         return {"active": False, "why": "the package triton is not installed (Linux: pip install triton)"}
     if not torch.cuda.is_available():
-        return {
-            "active": False,
-            "why": "installed, but there is no CUDA device to run its kernels",
-            "version": found,
-        }
-    return {"active": True, "why": "runs the ops on CUDA devices", "version": found}
+        why = "installed, but there is no CUDA device to run its kernels"
+        return {"active": False, "why": why, "version": installed}
+    return {"active": True, "why": "runs the ops on CUDA devices", "version": installed}
 
 
 def _cuda() -> dict[str, Any]:
@@ -60,14 +75,10 @@ def _cuda() -> dict[str, Any]:
     return {"active": True, "why": ", ".join(names), **built}
 
 
-def why_no_nvrtc() -> str | None:
-    """Why kernels can't be compiled here; None if they can."""
-    try:
-        from cuda.bindings import nvrtc
-    except ImportError as error:
-        return f"cuda-bindings, which torch's CUDA builds bring, is missing ({error})"
-    try:
-        (error_code,) = nvrtc.nvrtcVersion()[:1]
-    except Exception as error:  # of a library that isn't found
-        return f"NVRTC doesn't load ({str(error).splitlines()[0]})"
-    return None if int(error_code) == 0 else f"NVRTC fails with {error_code}"
+def _nvrtc() -> dict[str, Any]:
+    missing = why_no_nvrtc()
+    if missing is not None:
+        return {"active": False, "why": missing}
+    if not torch.cuda.is_available():
+        return {"active": False, "why": "installed, but there is no CUDA device to run what it compiles"}
+    return {"active": True, "why": "compiles the fused engine's bfloat16 convolutions"}

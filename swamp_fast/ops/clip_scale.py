@@ -1,4 +1,4 @@
-"""How much every lane's gradient is scaled down so that its norm is at most a bound."""
+"""The factor that scales each lane's gradient down so that its norm is at most a bound."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from swamp_fast.ops.contracts import FLOATS, Contract, native, register, triton_
 
 
 def clip_scale(grads: Tensor, masks: Tensor, run_of_lane: Tensor, clip_norm: Tensor) -> Tensor:
-    """min(1, clip_norm / (norm + 1e-6)) of each lane, by the Euclidean norm of its gradient where its mask keeps.
+    """Compute min(1, clip_norm / (norm + 1e-6)) of each lane, where norm is the Euclidean norm of its kept gradient.
 
-    Summed in float64, in an order that P and Q alone decide. NaN where the norm is not finite: a lane that diverges
-    is to be seen to. Meant for the `grad_scale` of masked_sgd_ and masked_adamw_.
+    It is summed in float64, in an order that P and Q alone decide. A norm that is not finite gives NaN, so that a
+    diverging lane shows. The result is meant for the `grad_scale` of masked_sgd_ and masked_adamw_.
 
     grads        [L, P]  float32 or float64; rows may be strided
-    masks        [R, Q]  bool, False is pruned and doesn't count; parameters Q … P have no mask
-    run_of_lane  [L]     int64, the run whose mask a lane wears
+    masks        [R, Q]  bool, False is pruned and doesn't count; parameters Q … P have no mask and count
+    run_of_lane  [L]     int64, the run that a lane belongs to, whose mask it uses
     clip_norm    [L]     float64, the bound, above 0
 
     Returns [L] float64. Raises ValueError or TypeError for shapes, types or devices that don't fit.

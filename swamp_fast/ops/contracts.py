@@ -1,4 +1,4 @@
-"""What the contracts of the ops share: binding the letters of shapes, and registering with torch."""
+"""What all ops share: checking arguments by the letters of their shapes, and registering with torch."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ LIBRARY = torch.library.Library("swamp_fast", "DEF")
 
 
 class Contract:
-    """Checks the tensors of one call; a letter means the same size wherever it stands.
+    """Checks the arguments of one call.
 
-    The first tensor sets the device. Errors say what was expected, what came, and what to do.
+    A letter of a shape is bound to the size that it first stands for, and must be that size in every later tensor. The
+    first tensor also sets the device. Errors say what was expected, what came, and what to do.
     """
 
     def __init__(self, op: str) -> None:
         self.op = op
-        self.sizes: dict[str, tuple[int, str]] = {}
+        self.sizes: dict[str, int] = {}
         self.device: tuple[torch.device, str] | None = None
 
     def tensor(
@@ -34,10 +35,13 @@ class Contract:
         rows: bool = False,
         advice: str = "",
     ) -> Tensor:
-        """Check one argument against `shape`, letters or numbers apart by blanks.
+        """Check one tensor and return it.
 
-        rows  a stride between rows is welcome; elements within a row must be contiguous. Without it the
-              whole tensor must be contiguous.
+        shape   letters or numbers, separated by blanks
+        rows    whether it is enough that each row is contiguous; otherwise the whole tensor must be
+        advice  is added to the error about a wrong shape
+
+        Raises TypeError for another type, ValueError for another shape, device or layout.
         """
         if not isinstance(value, Tensor):
             raise TypeError(f"{self.op}: `{name}` must be a tensor [{_comma(shape)}], got {type(value).__name__}.")
@@ -53,29 +57,19 @@ class Contract:
             raise ValueError(
                 f"{self.op}: `{name}` must be on {self.device[0]} as `{self.device[1]}` is, got {value.device}."
             )
-        if rows:
-            if value.stride(-1) != 1 and value.shape[-1] > 1:
-                raise ValueError(
-                    f"{self.op}: the rows of `{name}` must be contiguous, got strides {tuple(value.stride())}. "
-                    f"Pass {name}.contiguous()."
-                )
-            if value.dim() > 1 and value.shape[0] > 1 and value.stride(0) < value.shape[-1]:
-                raise ValueError(
-                    f"{self.op}: the rows of `{name}` must not overlap, got strides {tuple(value.stride())}. "
-                    f"Pass {name}.contiguous()."
-                )
-        elif not value.is_contiguous():
-            raise ValueError(
-                f"{self.op}: `{name}` must be contiguous, got strides {tuple(value.stride())}. "
-                f"Pass {name}.contiguous()."
-            )
+        self._layout(name, value, rows)
         return value
 
     def lanes(self, masks: Tensor, run_of_lane: Tensor) -> None:
-        """Check the masks [R, Q] of a bank whose [L, P] is known, and which of them each lane wears."""
+        """Check the masks [R, Q] of a bank whose [L, P] is known, and which of them each lane uses."""
         self.tensor("run_of_lane", run_of_lane, "L", [torch.int64])
         self.tensor(
-            "masks", masks, "R Q", [torch.bool], rows=True, advice="Lanes of a run share one mask; pass one row a run."
+            "masks",
+            masks,
+            "R Q",
+            [torch.bool],
+            rows=True,
+            advice="Lanes of a run share one mask; pass one row per run.",
         )
         if self.size("Q") > self.size("P"):
             raise self.fail(
@@ -84,12 +78,12 @@ class Contract:
         self.in_range("run_of_lane", run_of_lane, self.size("R"), "R")
 
     def rates(self, **rates: Tensor) -> None:
-        """Check what holds a number a lane."""
+        """Check settings that have one number per lane."""
         for name, rate in rates.items():
             self.tensor(name, rate, "L", [torch.float64], advice="Rates are per lane.")
 
     def update(self, weights: Tensor, grad_scale: Tensor | None, swa: Tensor | None, swa_weight: Tensor | None) -> None:
-        """Check what every update of weights [L, P] may be given besides."""
+        """Check the optional arguments of every op that updates weights [L, P]."""
         if grad_scale is not None:
             self.rates(grad_scale=grad_scale)
         if (swa is None) != (swa_weight is None):
@@ -99,28 +93,44 @@ class Contract:
             self.rates(swa_weight=swa_weight)
 
     def size(self, letter: str) -> int:
-        """The size that a letter was bound to."""
-        return self.sizes[letter][0]
+        """The size that a letter is bound to."""
+        return self.sizes[letter]
 
     def fail(self, message: str) -> ValueError:
-        """An error of this op."""
+        """An error that names this op, to be raised."""
         return ValueError(f"{self.op}: {message}")
 
     def in_range(self, name: str, value: Tensor, end: int, letter: str) -> None:
-        """Refuse entries outside [0, end). Entries on a GPU are trusted: looking would stop the stream."""
+        """Raise ValueError for entries outside [0, end). On a GPU they are trusted: reading them would stall it."""
         if value.device.type != "cpu" or value.numel() == 0:
             return
         low, high = (int(bound) for bound in value.aminmax())
         if low < 0 or high >= end:
             raise self.fail(f"`{name}` must lie in [0, {letter}) = [0, {end}), got {low} … {high}.")
 
+    def _layout(self, name: str, value: Tensor, rows: bool) -> None:
+        """Check that a tensor is contiguous, or, with `rows`, that its rows are and don't overlap."""
+        if not rows:
+            wrong = None if value.is_contiguous() else f"`{name}` must be contiguous"
+        elif value.stride(-1) != 1 and value.shape[-1] > 1:
+            wrong = f"the rows of `{name}` must be contiguous"
+        elif value.dim() > 1 and value.shape[0] > 1 and value.stride(0) < value.shape[-1]:
+            wrong = f"the rows of `{name}` must not overlap"
+        else:
+            wrong = None
+        if wrong is not None:
+            raise self.fail(f"{wrong}, got strides {tuple(value.stride())}. Pass {name}.contiguous().")
+
     def _shape(self, name: str, value: Tensor, letters: list[str], advice: str) -> None:
-        wanted = [int(s) if s.isdigit() else self.sizes.get(s, (None,))[0] for s in letters]
+        """Check a tensor's shape, and bind the letters that are new."""
+        expected_sizes = [int(letter) if letter.isdigit() else self.sizes.get(letter) for letter in letters]
         fits = value.dim() == len(letters) and all(
-            want in (None, have) for want, have in zip(wanted, value.shape, strict=True)
+            size in (None, actual) for size, actual in zip(expected_sizes, value.shape, strict=True)
         )
         if not fits:
-            known = [str(s if want is None else want) for s, want in zip(letters, wanted, strict=True)]
+            known = [
+                letter if size is None else str(size) for letter, size in zip(letters, expected_sizes, strict=True)
+            ]
             expected = f"[{', '.join(letters)}]"
             if known != letters:
                 expected += f" = [{', '.join(known)}]"
@@ -128,9 +138,9 @@ class Contract:
                 f"{self.op}: `{name}` must have shape {expected}, got {list(value.shape)}."
                 + (f" {advice}" if advice else "")
             )
-        for letter, have in zip(letters, value.shape, strict=True):
+        for letter, size in zip(letters, value.shape, strict=True):
             if not letter.isdigit():
-                self.sizes.setdefault(letter, (have, name))
+                self.sizes.setdefault(letter, size)
 
 
 def register(schema: str, *, cpu: Callable[..., Any], cuda: Callable[..., Any], fake: Callable[..., Any]) -> None:
@@ -143,7 +153,7 @@ def register(schema: str, *, cpu: Callable[..., Any], cuda: Callable[..., Any], 
 
 
 def native() -> ModuleType:
-    """The C++ kernels; raises if the extension was not built."""
+    """The C++ kernels. Raises ImportError if the extension is not built."""
     try:
         import swamp_fast._C as _C
     except ImportError as error:
@@ -157,7 +167,7 @@ def native() -> ModuleType:
 
 
 def triton_kernels(name: str) -> ModuleType:
-    """One module of swamp_fast.kernels; raises if Triton is missing."""
+    """One module of swamp_fast.kernels. Raises ImportError if Triton is missing."""
     try:
         import triton  # noqa: F401
     except ImportError as error:

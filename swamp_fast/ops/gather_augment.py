@@ -1,4 +1,4 @@
-"""Batches of pictures by index: standardised, cropped and flipped on the way."""
+"""Batches of pictures by index, standardised, cropped and flipped."""
 
 from __future__ import annotations
 
@@ -19,17 +19,18 @@ def gather_augment(
     flip: bool = False,
     channels_last: bool = False,
 ) -> Tensor:
-    """Gather each lane's pictures; uint8 goes through the table, floating-point pictures are taken as they are.
+    """Gather each lane's pictures. uint8 goes through the table; floating-point pictures are taken as they are.
 
-    With pad > 0 a picture is framed by `pad` black pixels (value 0 before the table) and cropped back to its
-    size at a random place; with flip it is mirrored with probability 1/2. The draw is Philox block `sample`
-    of the lane's stream with purpose 1: word 0 gives the row, word 1 the column, the top bit of word 2 the flip.
+    With pad > 0 a picture gets a border of `pad` black pixels (value 0 before the table) and is cropped back to its
+    size at a random place. With flip it is mirrored with probability 1/2. The random words are Philox block `sample` of
+    the lane's stream with purpose 1: word 0 gives the row, word 1 the column, the top bit of word 2 the flip.
 
     images         [n, H, W, C]  uint8, or the type of the result
     table          [C, 256]      float32 or float64: the standardised value of every byte; None without uint8
     index          [L, B]        int64, samples in [0, n)
     keys           [L, 3]        int64: seed, stream, epoch
-    samples        [L, B]        int64, the sample that a draw is addressed by, if `images` is a part; else `index`
+    samples        [L, B]        int64, the number that addresses each draw, where `images` is only a part of the
+                                 data; None for `index`
     pad                          pixels, 0 … 64
     channels_last                the result's memory order is [L, B, H, W, C]; its shape stays
 

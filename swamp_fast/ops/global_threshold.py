@@ -1,4 +1,4 @@
-"""The exact global magnitude threshold of every run, and the mask that it leaves."""
+"""The exact global magnitude threshold of every run, and the mask that results."""
 
 from __future__ import annotations
 
@@ -11,24 +11,25 @@ from swamp_fast.ops.contracts import FLOATS, Contract, native, register, triton_
 
 
 def global_threshold(weights: Tensor, masks: Tensor, keep: Tensor | Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Keep the `keep` largest |w| of every run among those its mask keeps; equal ones by the lowest index.
+    """Keep the `keep` largest |w| of every run among those that its mask keeps; ties go to the lowest index.
 
-    No sort and no copy of the weights: a radix select over the bits of |w|, one small histogram a pass.
+    This is a radix select over the bits of |w| with one small histogram per pass; no weight is sorted or copied.
 
     weights  [R, Q]  float32 or float64; rows may be strided
     masks    [R, Q]  bool, False is pruned already
-    keep     [R]     int64 tensor or integers, 0 … what the mask keeps
+    keep     [R]     int64 tensor or integers, from 0 to what the mask keeps
 
     Returns thresholds [R], like weights, the smallest |w| that was kept (infinity where keep is 0), and the new
-    masks [R, Q] bool with exactly `keep` True. On a GPU the call waits for its verdict once.
-    Raises ValueError for a NaN among the kept weights, for keeping more than there are, and for what doesn't fit.
+    masks [R, Q] bool with exactly `keep` True. On a GPU the call waits for the result once, to check it.
+    Raises ValueError for a NaN among the kept weights and for a `keep` that is negative or too large; ValueError or
+    TypeError for shapes, types or devices that don't fit.
     """
     c = Contract("global_threshold")
     c.tensor("weights", weights, "R Q", FLOATS, rows=True)
     c.tensor("masks", masks, "R Q", [torch.bool], rows=True)
     if not isinstance(keep, Tensor):
         keep = torch.tensor(list(keep), dtype=torch.int64, device=weights.device)
-    c.tensor("keep", keep, "R", [torch.int64], advice="One count a run.")
+    c.tensor("keep", keep, "R", [torch.int64], advice="One count per run.")
     if keep.device.type == "cpu" and bool((keep < 0).any()):
         raise c.fail(f"`keep` must be at least 0, got {keep.tolist()}.")
     thresholds, new_masks, verdict = torch.ops.swamp_fast.global_threshold(weights, masks, keep)

@@ -28,26 +28,30 @@ def masked_adamw_(
 ) -> None:
     """One AdamW step in place; a pruned weight and both its moments are exactly 0 afterwards.
 
-    Gradient times `grad_scale`; both moments, times mask; decoupled weight decay; weights, times mask; then
-    `swa += (weights - swa) * swa_weight`.
+        g    = grad_scale * grads
+        m    = mask * (beta1 * m + (1 - beta1) * g)
+        v    = mask * (beta2 * v + (1 - beta2) * g^2)
+        w    = mask * (w * (1 - lr * weight_decay)
+                       - lr / (1 - beta1^step) * m / (sqrt(v) / sqrt(1 - beta2^step) + eps))
+        swa += (w - swa) * swa_weight
 
     weights       [L, P]  float32 or float64, changed in place; rows may be strided
     grads         [L, P]  like weights
     exp_avg       [L, P]  first moment, like weights, changed in place; zeros before the first step
     exp_avg_sq    [L, P]  second moment, likewise
     masks         [R, Q]  bool, False is pruned; parameters Q … P have no mask
-    run_of_lane   [L]     int64, the run whose mask a lane wears
+    run_of_lane   [L]     int64, the run that a lane belongs to, whose mask it uses
     lr            [L]     float64, step size
-    beta1, beta2  [L]     float64, how much of the moments stays, in [0, 1)
+    beta1, beta2  [L]     float64, decay of the moments, in [0, 1)
     eps           [L]     float64, added to the root of the second moment; above 0, or 0/0 is NaN
     weight_decay  [L]     float64, 1/step, of lr
     step          [L]     float64, the number of this step, 1 for the first, for the bias correction
-    grad_scale    [L]     float64, what a lane's gradient is multiplied by (see clip_scale), or None
+    grad_scale    [L]     float64, factor of a lane's gradient (see clip_scale), or None
     swa           [L, P]  running mean of the weights, changed in place, or None
-    swa_weight    [L]     float64, 1/(samples with this one); 0 leaves a lane's mean alone
+    swa_weight    [L]     float64, 1 / (samples of the mean with this one); 0 leaves a lane's mean alone
 
     Raises ValueError or TypeError for shapes, types or devices that don't fit.
-    Source: Loshchilov and Hutter 2019, arXiv 1711.05101, algorithm 2, as torch.optim.AdamW has it.
+    Source: Loshchilov and Hutter 2019, arXiv 1711.05101, algorithm 2, rounded as torch.optim.AdamW does.
     """
     c = Contract("masked_adamw_")
     c.tensor("weights", weights, "L P", FLOATS, rows=True)

@@ -25,20 +25,24 @@ def masked_sgd_(
 ) -> None:
     """One SGD step in place; a pruned weight and its momentum are exactly 0 afterwards.
 
-    Gradient times `grad_scale`, with coupled weight decay, times mask; momentum; weights, times mask; then
-    `swa += (weights - swa) * swa_weight`. Rounds as torch.optim.SGD does.
+        g    = mask * (grad_scale * grads + weight_decay * weights)
+        v    = mask * (momentum * v + g)
+        w    = mask * (w - lr * v), or with Nesterov's momentum mask * (w - lr * (g + momentum * v))
+        swa += (w - swa) * swa_weight
+
+    It rounds as torch.optim.SGD does.
 
     weights          [L, P]  float32 or float64, changed in place; rows may be strided
     grads            [L, P]  like weights
     momentum_buffer  [L, P]  like weights, changed in place; zeros before the first step
     masks            [R, Q]  bool, False is pruned; parameters Q … P have no mask
-    run_of_lane      [L]     int64, the run whose mask a lane wears
+    run_of_lane      [L]     int64, the run that a lane belongs to, whose mask it uses
     lr               [L]     float64, step size
     momentum         [L]     float64, 0 is plain SGD
     weight_decay     [L]     float64, 1/step
-    grad_scale       [L]     float64, what a lane's gradient is multiplied by (see clip_scale), or None
+    grad_scale       [L]     float64, factor of a lane's gradient (see clip_scale), or None
     swa              [L, P]  running mean of the weights, changed in place, or None
-    swa_weight       [L]     float64, 1/(samples with this one); 0 leaves a lane's mean alone
+    swa_weight       [L]     float64, 1 / (samples of the mean with this one); 0 leaves a lane's mean alone
 
     Raises ValueError or TypeError for shapes, types or devices that don't fit.
     Source: torch.optim.SGD (dampening 0); Izmailov et al. 2018, arXiv 1803.05407, equation of the running mean.

@@ -1,4 +1,4 @@
-"""The mean over the particles of every run."""
+"""The mean over the particles of each run."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from swamp_fast.ops.contracts import FLOATS, Contract, native, register, triton_
 
 
 def particle_mean(weights: Tensor, run_of_lane: Tensor, runs: int) -> Tensor:
-    """Average the lanes of each run, summed in float64 in the order of the lanes.
+    """Average the lanes of each run; they are summed in float64 in their order.
 
     weights      [L, P]  float32 or float64; rows may be strided
-    run_of_lane  [L]     int64, the run a lane belongs to; every run has a lane
+    run_of_lane  [L]     int64, the run that a lane belongs to; every run must have a lane
     runs                 R
 
-    Returns [R, P], like weights. Raises ValueError or TypeError for what doesn't fit.
+    Returns [R, P], like weights. Raises ValueError or TypeError for arguments that don't fit.
     Source: SWAMP, Choi et al. 2024, arXiv 2305.14852, algorithm 1.
     """
     c = Contract("particle_mean")

@@ -1,4 +1,4 @@
-"""Counter-based random words: the source of every random number of a run."""
+"""Counter-based random words, from which every random number of a run is made."""
 
 from __future__ import annotations
 
@@ -7,26 +7,26 @@ from torch import Tensor
 
 from swamp_fast.ops.contracts import Contract, native, register, triton_kernels
 
-MOST_WORDS = 4 << 32  # a stream's block counter has 32 bits
+MAX_WORDS = 4 << 32  # of a stream: its block counter has 32 bits
 
 
 def philox(keys: Tensor, purpose: int, count: int) -> Tensor:
-    """The first `count` random words of one stream a lane; the same on every device.
+    """The first `count` random words of one stream per lane; the same on every device.
 
     Word j is word j % 4 of Philox-4x32-10 with key = seed and counter = (j // 4, time, stream, purpose).
 
     keys     [L, 3]  int64: seed (64 bits), stream and time (their low 32 bits)
     purpose          what the words are for, 0 … 2**32 - 1
-    count            words a lane
+    count            words per lane
 
-    Returns [L, count] int32, to be read as 32 random bits. Raises ValueError or TypeError for what doesn't fit.
+    Returns [L, count] int32, each of 32 random bits. Raises ValueError or TypeError for arguments that don't fit.
     Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
     """
     c = Contract("philox")
     c.tensor("keys", keys, "L 3", [torch.int64], advice="A row is (seed, stream, time).")
     if not 0 <= purpose < 1 << 32:
         raise c.fail(f"`purpose` must lie in [0, 2**32), got {purpose}.")
-    if not 0 <= count <= MOST_WORDS:
+    if not 0 <= count <= MAX_WORDS:
         raise c.fail(f"`count` must lie in [0, 2**34], got {count}.")
     words: Tensor = torch.ops.swamp_fast.philox(keys, purpose, count)
     return words

@@ -124,7 +124,7 @@ def test_a_pruned_nan_is_no_matter_and_a_kept_one_raises(implementation):
     [
         ([5], "run 0 is to keep 5 weights, but its mask keeps only 4"),
         ([-1], "`keep` must be at least 0, got"),
-        ([1, 2], r"`keep` must have shape \[R\] = \[1\], got \[2\]. One count a run"),
+        ([1, 2], r"`keep` must have shape \[R\] = \[1\], got \[2\]. One count per run"),
     ],
 )
 def test_refuses(keep, text):

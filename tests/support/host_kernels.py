@@ -1,4 +1,4 @@
-"""The kernels of csrc/cuda, run by a CPU: built by a C++ compiler, their threads as fibers."""
+"""Runs the kernels of csrc/cuda on the CPU: a C++ compiler builds them, and their threads are fibers."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""A GPU that is none: tensors that say they are on cuda:0 and live on the CPU, and CUDA graphs that are replayed.
+"""A pretended GPU: tensors that claim to be on cuda:0 but live on the CPU, and CUDA graphs that are replayed.
 
-It refuses what a GPU refuses: an operation on tensors of two devices, NumPy's look at a tensor of the device, and
-inside a captured step all that waits for the device or comes from the host. A replay repeats the operations, not the
-Python around them, on the very tensors that capturing saw; numbers of the host are those of the capture. Triton's
-kernels run in its interpreter, those of csrc/cuda thread by thread.
+It raises where a GPU does: for an operation on tensors of two devices, for NumPy's access to a tensor of the GPU, and
+inside a captured step for everything that waits for the GPU or copies from the host. A replay repeats the operations,
+not the Python code around them, on the tensors that were captured; numbers of the host keep their captured values.
+Triton's kernels run in its interpreter, those of csrc/cuda thread by thread.
 
-It says nothing of machine code, streams, memory or speed.
+It can't show errors of machine code, streams or memory.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Call = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any], Any]
 
 
 class OnGpu(Tensor):
-    """A tensor that says it is on the GPU; `inner` holds the numbers."""
+    """A tensor that claims to be on the GPU; `inner` holds the numbers."""
 
     inner: Tensor
 
@@ -78,7 +78,7 @@ class Graph:
 
     capturing: list[Call] | None = None
     underway: list[object] = []  # noqa: RUF012
-    elsewhere = False  # whether another GPU than the tensors' is the current one
+    elsewhere = False  # whether the current GPU is not the tensors' GPU
 
     def __init__(self) -> None:
         self.calls: list[Call] = []
@@ -86,9 +86,9 @@ class Graph:
     @staticmethod
     @contextlib.contextmanager
     def capture(graph: Graph, pool: object = None) -> Iterator[None]:
-        """As torch.cuda.graph: one that breaks off lets none begin until its pool is ended.
+        """As torch.cuda.graph. After a capture that fails, no other can begin until its memory pool is ended.
 
-        It begins on the current GPU: what runs on the tensors' is in no graph, if that is another.
+        Only operations on the current GPU are captured: none, if the tensors are on another.
         """
         if Graph.underway:
             raise RuntimeError("captures_underway.empty() INTERNAL ASSERT FAILED")
@@ -142,7 +142,7 @@ def _index(device: Any) -> int:
 
 
 def not_captured(what: str) -> None:
-    """Refuse inside a captured step what a GPU refuses there."""
+    """Raise RuntimeError if a step is being captured, as a GPU does for operations that aren't permitted then."""
     if Graph.capturing is not None:
         raise RuntimeError(f"operation not permitted when stream is capturing: {what}")
 
@@ -152,12 +152,12 @@ def _tensors(tree: Any) -> list[Tensor]:
 
 
 def _called(function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    """Call a function with what is inside, and remember it where a graph is captured."""
+    """Call a function with the inner tensors, and record the call if a graph is being captured."""
 
     def inside(each: Tensor) -> Tensor:
         if isinstance(each, OnGpu):
             return each.inner
-        return each if Graph.capturing is None else each.clone()  # a graph keeps the number, not where it stood
+        return each if Graph.capturing is None else each.clone()  # a graph keeps the value, not the tensor
 
     args, kwargs = tree_map_only(Tensor, inside, (args, kwargs))
     out = function(*args, **kwargs)
@@ -193,18 +193,18 @@ def _operate(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     out = _called(func, args, kwargs)
     if not to_gpu or name == "_local_scalar_dense":
         return out
-    given = {id(each.inner): each for each in here}  # what is changed in place is given back itself
+    given = {id(each.inner): each for each in here}  # tensors that are changed in place are returned themselves
     changes = any(each.alias_info is not None and each.alias_info.is_write for each in func._schema.returns)
     return tree_map_only(Tensor, lambda each: given[id(each)] if changes and id(each) in given else OnGpu(each), out)
 
 
 def _engine_runs() -> bool:
-    """Whether autograd's engine does: it asks the C++ side of a tensor for its device, which is the CPU."""
+    """Whether autograd's engine is running: it asks the C++ side of a tensor for its device, which is the CPU."""
     return torch._C._current_graph_task_id() != -1
 
 
 class _Operations(TorchDispatchMode):
-    """Every operation, of this project too: those run as on a GPU, through Triton, or by the CPU's kernels."""
+    """Dispatches every operation. This project's own run through Triton as on a GPU, or with the CPU's kernels."""
 
     def __init__(self, triton: bool) -> None:
         super().__init__()
@@ -219,7 +219,7 @@ class _Operations(TorchDispatchMode):
 
 
 class _Functions(TorchFunctionMode):
-    """What torch decides by a tensor's device before an operation begins."""
+    """Replaces the functions in which torch decides by a tensor's device before an operation begins."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
@@ -260,7 +260,7 @@ def _moved(tensor: Tensor, *args: Any, copy: bool = False, **kwargs: Any) -> Ten
 
 
 def _launched(call: Callable[..., Any]) -> Callable[..., Any]:
-    """A launch of Triton's: pointers of the host can't be read by a GPU."""
+    """Wraps a launch of Triton's, which raises for tensors of the host, as a GPU can't read them."""
 
     def launch(executor: Any, *args: Any, **kwargs: Any) -> Any:
         for each in _tensors((args, kwargs)):
@@ -273,11 +273,11 @@ def _launched(call: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextlib.contextmanager
 def gpu(triton: bool = False, launch: Callable[..., None] | None = None, elsewhere: bool = False) -> Iterator[None]:
-    """While it is open, torch has the GPU.
+    """Give torch the pretended GPU while the context is open.
 
-    triton     whether this project's operations run their Triton kernels, in the interpreter, or those of the CPU
-    launch     stands for nvrtc.Launcher.__call__; without one the kernels of csrc/cuda are not available
-    elsewhere  whether a second GPU, on which nothing is, is the current one
+    triton     whether this project's operations run their Triton kernels in the interpreter; else those of the CPU
+    launch     replaces nvrtc.Launcher.__call__; without it the kernels of csrc/cuda are not available
+    elsewhere  whether the current GPU is a second one, which has no tensors
     """
     from triton.runtime.interpreter import GridExecutor
 
@@ -328,7 +328,7 @@ def gpu(triton: bool = False, launch: Callable[..., None] | None = None, elsewhe
         stack.enter_context(mock.patch("torch.optim.Optimizer._accelerator_graph_capture_health_check"))
         stack.enter_context(mock.patch("torch._C._cuda_endAllocateToPool", Graph.end_pool))
         if launch is None:
-            stack.enter_context(mock.patch("swamp_fast.engines.fused.check.why_no_nvrtc", return_value="none given"))
+            stack.enter_context(mock.patch("swamp_fast.engines.fused.check.why_no_nvrtc", return_value="no launcher"))
         else:
             of_the_host = lambda launcher, *given: _called(launch, given, {})  # noqa: E731
             stack.enter_context(mock.patch("swamp_fast.engines.fused.cuda.nvrtc.Launcher.__call__", of_the_host))

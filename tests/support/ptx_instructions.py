@@ -1,4 +1,4 @@
-"""What the instructions of PTX do, for ptx.py: of each a function that makes its step out of its operands."""
+"""What the instructions of PTX do, for ptx.py: for each a function that makes its step from its operands."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     from ptx import Kernel, Warp
 
-Values = NDArray[Any]  # [32], a number of each lane
-Mask = NDArray[np.bool_]  # [32], which lanes take part
+Values = NDArray[Any]  # [32], one number for each lane
+Mask = NDArray[np.bool_]  # [32], which lanes are active
 Source = Callable[["Warp"], Values]
 Step = Callable[["Warp", Mask], None]
 
 LANES = np.arange(32)
-ALL: Mask = np.ones(32, np.bool_)  # this very one, where a warp is whole
-SEVERAL = -2  # instead of a thread's number
+ALL: Mask = np.ones(32, np.bool_)  # this very object where all lanes of a warp are active
+SEVERAL = -2  # several threads, instead of one thread's number
 TYPES = {
     f"{kind}{8 * size}": np.dtype(f"{letter}{size}")
     for kind, letter in (("b", "u"), ("u", "u"), ("s", "i"), ("f", "f"))
@@ -30,7 +30,7 @@ TYPES = {
 
 
 class Fault(Exception):
-    """What a GPU traps at, or leaves undefined."""
+    """Something that a GPU traps at or leaves undefined."""
 
 
 class Race(Fault):
@@ -39,32 +39,32 @@ class Race(Fault):
 
 @dataclass(frozen=True)
 class Instruction:
-    """One instruction, without its guard: "add.s32 %r1, %r2, 3" is ("add", "s32") of ("%r1", "%r2", "3")."""
+    """One instruction without its guard. "add.s32 %r1, 3" has opcode ("add", "s32") and operands ("%r1", "3")."""
 
     text: str
     opcode: tuple[str, ...]
     operands: tuple[str, ...]
 
     def type(self, place: int = -1) -> np.dtype[Any]:
-        """The type that one part of the opcode names."""
+        """The type that one part of the opcode names; the last part by default."""
         if self.opcode[place] not in TYPES:
             raise self.unknown()
         return TYPES[self.opcode[place]]
 
     def unknown(self) -> NotImplementedError:
-        """To be raised."""
+        """The error to raise where this interpreter doesn't know the instruction."""
         return NotImplementedError(f"not known to the interpreter of PTX: {self.text}")
 
 
 def split(operands: str) -> list[str]:
-    """Operands at their commas; what is in braces or brackets stays whole."""
+    """Split operands at their commas, but not within braces or brackets."""
     return [each.strip() for each in re.findall(r"(?:\{[^}]*\}|\[[^\]]*\]|[^,])+", operands) if each.strip()]
 
 
-def _memory(kernel: Kernel, own: Instruction) -> Step:
-    """Loads and stores, of vectors too."""
-    kind, is_load = own.type(), own.opcode[0] == "ld"
-    registers, place = own.operands if is_load else own.operands[::-1]
+def _memory(kernel: Kernel, instruction: Instruction) -> Step:
+    """Loads and stores, also of vectors."""
+    kind, is_load = instruction.type(), instruction.opcode[0] == "ld"
+    registers, place = instruction.operands if is_load else instruction.operands[::-1]
     names = split(registers[1:-1]) if registers.startswith("{") else [registers]
     address, size = kernel.address(place), kind.itemsize * len(names)
     if is_load:
@@ -72,7 +72,7 @@ def _memory(kernel: Kernel, own: Instruction) -> Step:
 
         def load(warp: Warp, active: Mask) -> None:
             at = address(warp)
-            if "param" in own.opcode:
+            if "param" in instruction.opcode:
                 content = warp.read_parameters(at, size, active)
             else:
                 content = warp.read(at, size, active, warp.threads)
@@ -90,31 +90,34 @@ def _memory(kernel: Kernel, own: Instruction) -> Step:
     return store
 
 
-def _move(kernel: Kernel, own: Instruction) -> Step:
-    """Copies: generic addresses are those of global and of shared memory here."""
-    to, source = own.operands
+def _move(kernel: Kernel, instruction: Instruction) -> Step:
+    """Copies. Generic addresses equal those of global and shared memory here."""
+    to, source = instruction.operands
     if "{" in to + source:
-        raise own.unknown()
-    return _mapped(kernel, own, own.type(), lambda value: value)
+        raise instruction.unknown()
+    return _mapped(kernel, instruction, instruction.type(), lambda value: value)
 
 
-def _mapped(kernel: Kernel, own: Instruction, kind: np.dtype[Any], function: Callable[..., Values]) -> Step:
-    """A function of operands of one type."""
-    sink, sources = kernel.sink(own.operands[0]), [kernel.source(each, kind) for each in own.operands[1:]]
+def _mapped(kernel: Kernel, instruction: Instruction, kind: np.dtype[Any], function: Callable[..., Values]) -> Step:
+    """Applies a function to operands of one type."""
+    sink, sources = (
+        kernel.sink(instruction.operands[0]),
+        [kernel.source(each, kind) for each in instruction.operands[1:]],
+    )
     return lambda warp, active: sink(warp, function(*(source(warp) for source in sources)), active)
 
 
 def _of_all(function: Callable[..., Values]) -> Callable[[Kernel, Instruction], Step]:
-    """The handler of a function that means the same for each type."""
-    return lambda kernel, own: _mapped(kernel, own, own.type(), function)
+    """The handler of a function that is the same for every type."""
+    return lambda kernel, instruction: _mapped(kernel, instruction, instruction.type(), function)
 
 
-def _load_matrices(kernel: Kernel, own: Instruction) -> Step:
-    """Load 8x8 matrices of 16 bits, of which lane l has (l / 4, 2 * (l % 4)) and the next, or of the transpose."""
-    if own.opcode[1:5] != ("sync", "aligned", "m8n8", "x4"):
-        raise own.unknown()
-    sinks = [kernel.sink(each) for each in split(own.operands[0][1:-1])]
-    address, transposed = kernel.address(own.operands[1]), "trans" in own.opcode
+def _load_matrices(kernel: Kernel, instruction: Instruction) -> Step:
+    """Loads 8x8 matrices of 16 bits: lane l gets (l / 4, 2 * (l % 4)) and the next, or those of the transpose."""
+    if instruction.opcode[1:5] != ("sync", "aligned", "m8n8", "x4"):
+        raise instruction.unknown()
+    sinks = [kernel.sink(each) for each in split(instruction.operands[0][1:-1])]
+    address, transposed = kernel.address(instruction.operands[1]), "trans" in instruction.opcode
     row, column = LANES // 4, LANES % 4 * 2
 
     def load(warp: Warp, active: Mask) -> None:
@@ -133,7 +136,7 @@ def _whole(active: Mask) -> None:
 
 
 def _fragment(registers: int, places: Callable[[int], tuple[Values, Values]], width: int) -> Values:
-    """Of a matrix by rows, [rows * width]: which number of the lanes' registers, [registers * 32], stands there."""
+    """Where each number of a matrix by rows, [rows * width], stands in the lanes' registers, [registers * 32]."""
     out = np.empty(registers * 32, np.int64)
     for register in range(registers):
         row, column = places(register)
@@ -144,17 +147,17 @@ def _fragment(registers: int, places: Callable[[int], tuple[Values, Values]], wi
 GROUP, WITHIN = LANES // 4, LANES % 4 * 2
 A = _fragment(
     8, lambda i: (GROUP + i // 2 % 2 * 8, WITHIN + i % 2 + i // 4 * 8), 16
-)  # 16 x 16, a number a half register
+)  # 16 x 16, one number in each half of a register
 B = _fragment(4, lambda i: (WITHIN + i % 2 + i // 2 * 8, GROUP), 8)  # 16 x 8
-C = _fragment(4, lambda i: (GROUP + i // 2 * 8, WITHIN + i % 2), 8)  # 16 x 8, a number a register
+C = _fragment(4, lambda i: (GROUP + i // 2 * 8, WITHIN + i % 2), 8)  # 16 x 8, one number in each register
 OF_C = np.argsort(C)
 
 
-def _multiply_add(kernel: Kernel, own: Instruction) -> Step:
-    """Products of bfloat16 matrices, as PTX lays its fragments out."""
-    if own.opcode[1:] != ("sync", "aligned", "m16n8k16", "row", "col", "f32", "bf16", "bf16", "f32"):
-        raise own.unknown()
-    d, a, b, c = (split(each[1:-1]) for each in own.operands)
+def _multiply_add(kernel: Kernel, instruction: Instruction) -> Step:
+    """Products of bfloat16 matrices, whose fragments are laid out as PTX defines."""
+    if instruction.opcode[1:] != ("sync", "aligned", "m16n8k16", "row", "col", "f32", "bf16", "bf16", "f32"):
+        raise instruction.unknown()
+    d, a, b, c = (split(each[1:-1]) for each in instruction.operands)
     halves = [[kernel.source(each, TYPES["u32"]) for each in registers] for registers in (a, b)]
     sums, sinks = [kernel.source(each, TYPES["f32"]) for each in c], [kernel.sink(each) for each in d]
 
@@ -171,43 +174,43 @@ def _multiply_add(kernel: Kernel, own: Instruction) -> Step:
 
 
 def _halves(pairs: Values) -> Values:
-    """Registers [n, 32] of two bfloat16 each as float32 [2 n * 32], the lower half first."""
+    """Registers [n, 32] of two bfloat16 each, as float32 [2 n * 32] with the lower half first."""
     both = np.stack([pairs << np.uint32(16), pairs & np.uint32(0xFFFF0000)], 1)
     return both.view(np.float32).ravel()
 
 
-def _shuffle(kernel: Kernel, own: Instruction) -> Step:
-    """The number of the lane whose own differs by the bits of the second operand."""
-    if own.opcode[1:] != ("sync", "bfly", "b32"):
-        raise own.unknown()
-    sink = kernel.sink(own.operands[0].split("|")[0])
-    value, bits, clamp, members = (kernel.source(each, TYPES["u32"]) for each in own.operands[1:])
+def _shuffle(kernel: Kernel, instruction: Instruction) -> Step:
+    """Reads a register of the lane whose number is this lane's, xor the second operand."""
+    if instruction.opcode[1:] != ("sync", "bfly", "b32"):
+        raise instruction.unknown()
+    sink = kernel.sink(instruction.operands[0].split("|")[0])
+    value, bits, clamp, members = (kernel.source(each, TYPES["u32"]) for each in instruction.operands[1:])
 
     def shuffle(warp: Warp, active: Mask) -> None:
         _whole(active)
         if (clamp(warp) != 31).any() or (members(warp) != 2**32 - 1).any():
-            raise own.unknown()
+            raise instruction.unknown()
         sink(warp, value(warp)[LANES ^ bits(warp)], active)
 
     return shuffle
 
 
-def _convert(kernel: Kernel, own: Instruction) -> Step:
-    """Conversions, where no rounding but to the nearest is needed."""
-    if own.opcode[-2:] == ("bf16x2", "f32"):
-        return _round_pair(kernel, own)
-    to, kind = own.type(-2), own.type()
+def _convert(kernel: Kernel, instruction: Instruction) -> Step:
+    """Conversions, which round to the nearest only."""
+    if instruction.opcode[-2:] == ("bf16x2", "f32"):
+        return _round_pair(kernel, instruction)
+    to, kind = instruction.type(-2), instruction.type()
     narrows = to.kind == "f" and (kind.kind != "f" or to.itemsize < kind.itemsize)
-    if own.opcode[1:-2] not in ((), ("rn",) if narrows else ()) or (kind.kind == "f" and to.kind != "f"):
-        raise own.unknown()
-    return _mapped(kernel, own, kind, lambda value: value.astype(to))
+    if instruction.opcode[1:-2] not in ((), ("rn",) if narrows else ()) or (kind.kind == "f" and to.kind != "f"):
+        raise instruction.unknown()
+    return _mapped(kernel, instruction, kind, lambda value: value.astype(to))
 
 
-def _round_pair(kernel: Kernel, own: Instruction) -> Step:
-    """Two float32 to bfloat16, the first in the upper half."""
-    if own.opcode[1:-2] not in (("rn",), ("rn", "relu")):
-        raise own.unknown()
-    relu = "relu" in own.opcode
+def _round_pair(kernel: Kernel, instruction: Instruction) -> Step:
+    """Packs two float32 as bfloat16, the first in the upper half."""
+    if instruction.opcode[1:-2] not in (("rn",), ("rn", "relu")):
+        raise instruction.unknown()
+    relu = "relu" in instruction.opcode
 
     def rounded(value: Values) -> Values:
         if relu:
@@ -216,7 +219,9 @@ def _round_pair(kernel: Kernel, own: Instruction) -> Step:
         bits = (bits + np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1))) >> np.uint32(16)
         return np.where(np.isnan(value), np.uint32(0x7FFF), bits)
 
-    return _mapped(*(kernel, own, TYPES["f32"]), lambda high, low: rounded(low) | rounded(high) << np.uint32(16))
+    return _mapped(
+        *(kernel, instruction, TYPES["f32"]), lambda high, low: rounded(low) | rounded(high) << np.uint32(16)
+    )
 
 
 COMPARISONS: dict[str, Callable[..., Values]] = {
@@ -243,29 +248,29 @@ def _unordered(x: Values, y: Values) -> Values:
     return np.isnan(x) | np.isnan(y)
 
 
-def _compare(kernel: Kernel, own: Instruction) -> Step:
-    """Comparisons; "ne" of floats is ordered: false beside a NaN."""
-    kind, which = own.type(), own.opcode[1]
-    if len(own.opcode) != 3 or which not in COMPARISONS:
-        raise own.unknown()
+def _compare(kernel: Kernel, instruction: Instruction) -> Step:
+    """Comparisons. Those of floats are ordered: also "ne" is false if one is NaN."""
+    kind, which = instruction.type(), instruction.opcode[1]
+    if len(instruction.opcode) != 3 or which not in COMPARISONS:
+        raise instruction.unknown()
     compare = COMPARISONS[which]
     if kind.kind == "f" and which == "ne":
-        return _mapped(kernel, own, kind, lambda x, y: (x != y) & ~_unordered(x, y))
-    return _mapped(kernel, own, kind, compare)
+        return _mapped(kernel, instruction, kind, lambda x, y: (x != y) & ~_unordered(x, y))
+    return _mapped(kernel, instruction, kind, compare)
 
 
-def _select(kernel: Kernel, own: Instruction) -> Step:
-    """The first where the predicate is true."""
-    to, first, second, predicate = own.operands
+def _select(kernel: Kernel, instruction: Instruction) -> Step:
+    """Selects the first operand where the predicate is true, else the second."""
+    to, first, second, predicate = instruction.operands
     sink, chosen = kernel.sink(to), kernel.source(predicate, TYPES["pred"])
-    a, b = (kernel.source(each, own.type()) for each in (first, second))
+    a, b = (kernel.source(each, instruction.type()) for each in (first, second))
     return lambda warp, active: sink(warp, np.where(chosen(warp), a(warp), b(warp)), active)
 
 
-def _shift(kernel: Kernel, own: Instruction) -> Step:
-    """Shifts: what is shifted by more than there are bits is 0, or the sign."""
-    kind, left = own.type(), own.opcode[0] == "shl"
-    to, value, by = own.operands
+def _shift(kernel: Kernel, instruction: Instruction) -> Step:
+    """Shifts. Shifting by more bits than there are gives 0, or the sign."""
+    kind, left = instruction.type(), instruction.opcode[0] == "shl"
+    to, value, by = instruction.operands
     sink, source, amount = kernel.sink(to), kernel.source(value, kind), kernel.source(by, TYPES["u32"])
     bits = 8 * kind.itemsize
 
@@ -280,18 +285,18 @@ def _shift(kernel: Kernel, own: Instruction) -> Step:
     return shift
 
 
-def _multiply(kernel: Kernel, own: Instruction) -> Step:
-    """Products, and mad, which adds: of floats, or a half or all of a product of integers."""
-    kind = own.type()
-    if kind.kind == "f" and own.opcode[0] == "mul":
-        return _mapped(kernel, own, kind, np.multiply)
-    if own.opcode[1] == "hi" and own.opcode[0] == "mul" and kind.itemsize == 4:
+def _multiply(kernel: Kernel, instruction: Instruction) -> Step:
+    """Products, and mad, which also adds. Of integers it takes the lower half, the upper half or the whole product."""
+    kind = instruction.type()
+    if kind.kind == "f" and instruction.opcode[0] == "mul":
+        return _mapped(kernel, instruction, kind, np.multiply)
+    if instruction.opcode[1] == "hi" and instruction.opcode[0] == "mul" and kind.itemsize == 4:
         wide = np.dtype(f"{kind.kind}8")
-        return _mapped(kernel, own, kind, lambda x, y: (x.astype(wide) * y >> wide.type(32)).astype(kind))
-    if kind.kind == "f" or own.opcode[1] not in ("lo", "wide"):
-        raise own.unknown()
-    out = np.dtype(f"{kind.kind}{2 * kind.itemsize}") if own.opcode[1] == "wide" else kind
-    to, first, second, *rest = own.operands
+        return _mapped(kernel, instruction, kind, lambda x, y: (x.astype(wide) * y >> wide.type(32)).astype(kind))
+    if kind.kind == "f" or instruction.opcode[1] not in ("lo", "wide"):
+        raise instruction.unknown()
+    out = np.dtype(f"{kind.kind}{2 * kind.itemsize}") if instruction.opcode[1] == "wide" else kind
+    to, first, second, *rest = instruction.operands
     sink, a, b = kernel.sink(to), kernel.source(first, kind), kernel.source(second, kind)
     added = [kernel.source(each, out) for each in rest]
 
@@ -302,46 +307,46 @@ def _multiply(kernel: Kernel, own: Instruction) -> Step:
     return multiply
 
 
-def _fused(kernel: Kernel, own: Instruction) -> Step:
-    kind = own.type()
-    return _mapped(kernel, own, kind, lambda x, y, z: (x.astype(np.float64) * y + z).astype(kind))
+def _fused(kernel: Kernel, instruction: Instruction) -> Step:
+    kind = instruction.type()
+    return _mapped(kernel, instruction, kind, lambda x, y, z: (x.astype(np.float64) * y + z).astype(kind))
 
 
-def _divide(kernel: Kernel, own: Instruction) -> Step:
-    """Quotients and remainders: integers are cut towards zero."""
-    kind, remainder = own.type(), own.opcode[0] == "rem"
+def _divide(kernel: Kernel, instruction: Instruction) -> Step:
+    """Quotients and remainders. Those of integers round towards zero."""
+    kind, remainder = instruction.type(), instruction.opcode[0] == "rem"
     if kind.kind == "f":
         if remainder:
-            raise own.unknown()
-        return _mapped(kernel, own, kind, np.divide)
+            raise instruction.unknown()
+        return _mapped(kernel, instruction, kind, np.divide)
 
     def divide(x: Values, y: Values) -> Values:
         y = np.where(y == 0, kind.type(1), y)  # undefined, in lanes that don't use it
         rest = np.fmod(x, y)
         return rest if remainder else (x - rest) // y
 
-    return _mapped(kernel, own, kind, divide)
+    return _mapped(kernel, instruction, kind, divide)
 
 
-def _insert(kernel: Kernel, own: Instruction) -> Step:
-    """The lower bits of the first into the second, from a bit on."""
-    to, first, second, at, count = own.operands
-    sink, (a, b) = kernel.sink(to), (kernel.source(each, own.type()) for each in (first, second))
+def _insert(kernel: Kernel, instruction: Instruction) -> Step:
+    """Inserts the lower bits of the first operand into the second, from a given bit on."""
+    to, first, second, at, count = instruction.operands
+    sink, (a, b) = kernel.sink(to), (kernel.source(each, instruction.type()) for each in (first, second))
     begin, mask = int(at), ((1 << int(count)) - 1) << int(at)
-    keep = own.type().type(~mask % (1 << 8 * own.type().itemsize))
-    kind = own.type().type
+    keep = instruction.type().type(~mask % (1 << 8 * instruction.type().itemsize))
+    kind = instruction.type().type
     return lambda warp, active: sink(warp, (b(warp) & keep) | (a(warp) << kind(begin) & kind(mask)), active)
 
 
-def _atomic(kernel: Kernel, own: Instruction) -> Step:
-    """Add to integers in global memory at once; lanes one after another."""
-    kind = own.type()
-    if "add" not in own.opcode or "shared" in own.opcode or kind.kind == "f":
-        raise own.unknown()
+def _atomic(kernel: Kernel, instruction: Instruction) -> Step:
+    """Atomic addition to integers in global memory; lanes go one after another."""
+    kind = instruction.type()
+    if "add" not in instruction.opcode or "shared" in instruction.opcode or kind.kind == "f":
+        raise instruction.unknown()
     sink, address, value = (
-        kernel.sink(own.operands[0]),
-        kernel.address(own.operands[1]),
-        kernel.source(own.operands[2], kind),
+        kernel.sink(instruction.operands[0]),
+        kernel.address(instruction.operands[1]),
+        kernel.source(instruction.operands[2], kind),
     )
 
     def add(warp: Warp, active: Mask) -> None:
@@ -356,8 +361,8 @@ def _atomic(kernel: Kernel, own: Instruction) -> Step:
     return add
 
 
-def _fence(kernel: Kernel, own: Instruction) -> Step:
-    """Fences: everything is seen in order here."""
+def _fence(kernel: Kernel, instruction: Instruction) -> Step:
+    """Fences, which do nothing here: all memory operations are seen in order."""
     return lambda warp, active: None
 
 

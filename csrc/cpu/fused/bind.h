@@ -1,4 +1,4 @@
-// The Python face of the fused engine's kernels.
+// The Python bindings of the fused engine's kernels.
 #pragma once
 
 #include <pybind11/pybind11.h>

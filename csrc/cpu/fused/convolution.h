@@ -1,7 +1,8 @@
-// Convolution over the kept weights only: forward, by the input and by the weights; a linear layer is one with pixels
-// for blocks. For a tile of pixels and one group of outputs, a broadcast weight times shifted pixels of the input.
+// Convolution over the kept weights only: forward, and its gradients by the input and by the weights. A tile of pixels of
+// one group of outputs is the sum of broadcast weights times shifted pixels of the input. A linear layer is a convolution
+// whose pixels are the batch's blocks.
 
-// Taps [begin, end) onto accumulators [rows][height][width].
+// Adds the products of taps [begin, end) to accumulators [rows][height][width].
 template <typename S, int rows, int height, int width, typename T = Compute<S>>
 inline void accumulate_taps(const S* in, int64_t row_step, int64_t column_step, const int32_t* offsets, const T* values,
                             int64_t begin, int64_t end, Vector<T> (&sums)[rows][height][width]) {
@@ -19,7 +20,7 @@ template <typename S>
 struct ConvolveTile {
   const Convolve& a;
   View<S> in, out;
-  int64_t block, phase, row, column;  // of the phase's own grid
+  int64_t block, phase, row, column;  // row and column count the pixels of this phase only
   int64_t begin_group, end_group;
 };
 
@@ -56,7 +57,7 @@ void convolve_tile(const ConvolveTile<S>& t) {
   }
 }
 
-// A tile of height x width pixels, or what is left of it at the right border.
+// A tile of height x width pixels, or a narrower one at the right border.
 template <typename S, int rows, int height, int width>
 void convolve_width(const ConvolveTile<S>& t, int64_t left) {
   if (left >= width) {
@@ -66,7 +67,7 @@ void convolve_width(const ConvolveTile<S>& t, int64_t left) {
   }
 }
 
-// Pixels of a tile: as many accumulators as the registers hold.
+// Pixels of a tile, so that the accumulators fill the registers.
 #if defined(__AVX512F__)
 constexpr int kTile = 8, kTileOfFour = 4;
 #else
@@ -76,7 +77,7 @@ constexpr int kTile = 4, kTileOfFour = 2;
 template <int rows>
 constexpr int kWidth = rows == 4 ? kTileOfFour : kTile;
 
-// The row of every channel that the next tile below reads first: more places than the processor foresees.
+// Prefetches the row of every channel that the next tile below reads first; hardware can't follow so many streams.
 template <typename S>
 inline void prefetch_below(const Convolve& a, const ConvolveTile<S>& t, int height, int width) {
   for (int64_t channel = 0; channel < a.in.channels; ++channel) {
@@ -87,10 +88,10 @@ inline void prefetch_below(const Convolve& a, const ConvolveTile<S>& t, int heig
 
 template <typename S, int rows>
 void convolve_rows(const Convolve& a, int threads) {
-  constexpr int64_t kGroups = rows == 4 ? 8 : rows == 2 ? 16 : 32;  // of a task, so that few channels are many tasks
+  constexpr int64_t kGroups = rows == 4 ? 8 : rows == 2 ? 16 : 32;  // of a task: 32 channels, for enough tasks
   constexpr int width = kWidth<rows>;
   const int64_t parts = (a.taps.groups + kGroups - 1) / kGroups;
-  const bool prefetches = a.taps.starts[a.taps.groups] > 4 * a.in.channels;  // else a tile has less to do than that
+  const bool prefetches = a.taps.starts[a.taps.groups] > 4 * a.in.channels;  // else prefetching costs more than the tile
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
   for (int64_t task = 0; task < a.out.blocks * parts; ++task) {
     const int64_t part = task % parts, end = (part + 1) * kGroups;
@@ -100,7 +101,7 @@ void convolve_rows(const Convolve& a, int threads) {
       const int64_t H = (a.out.height - t.phase / a.out_step + a.out_step - 1) / a.out_step;
       const int64_t W = (a.out.width - t.phase % a.out_step + a.out_step - 1) / a.out_step;
       for (t.row = 0; t.row < H;) {
-        // Narrow maps take two rows at once.
+        // Narrow maps take two rows in one tile.
         const int tall = 2 * W <= width && t.row + 1 < H ? 2 : 1;
         for (t.column = 0; t.column < W; t.column += tall == 2 ? width / 2 : width) {
           if (prefetches && t.phase == 0) prefetch_below(a, t, tall, width / tall);
@@ -120,7 +121,7 @@ void convolve(const Convolve& a, int threads) {
   else convolve_rows<S, 1>(a, threads);
 }
 
-// Of one tile, onto accumulators [taps, rows] of sixteen samples.
+// Adds the weight gradients of one tile to accumulators [taps, rows] of sixteen samples.
 template <typename S, int rows, int height, int width, typename T = Compute<S>>
 inline void weight_grad_tile(const S* in, int64_t row_step, int64_t column_step, const S* out_grad,
                              int64_t plane, int64_t pitch, int64_t outputs, const int32_t* offsets, int64_t begin,
@@ -212,10 +213,10 @@ void weight_grad_rows(const WeightGrad& a, int threads) {
     for (int64_t channel = 0; channel < a.out_grad.channels; ++channel) {
       T total = T(0);
       for (int64_t block = 0; block < a.out_grad.blocks; ++block) {
-        Vector<T> each{};
+        Vector<T> plane{};
         for (int64_t y = 0; y < H; ++y)
-          for (int64_t x = 0; x < W; ++x) each += load(g.at(block, channel, y, x));
-        total += sum<T>(each);
+          for (int64_t x = 0; x < W; ++x) plane += load(g.at(block, channel, y, x));
+        total += sum<T>(plane);
       }
       static_cast<T*>(a.bias_grad)[channel] = total;
     }
@@ -229,7 +230,7 @@ void weight_grad(const WeightGrad& a, int threads) {
   else weight_grad_rows<S, 1>(a, threads);
 }
 
-// The weights in the order that taps read them in.
+// Copies weights into the order in which taps read them.
 template <typename S>
 void gather(const void* weights, const int32_t* index, void* values, int64_t count, int threads) {
   using T = Compute<S>;

@@ -1,5 +1,5 @@
-// Compiled once for every instruction set, with SWAMP_ISA naming it, as kernels.cpp is. Products and sums may be fused
-// here: nothing promises the bits of another library.
+// The fused engine's kernels, compiled once for every instruction set, as kernels.cpp is. Products and sums may be fused
+// here, because these kernels need not give the bits of another library.
 #include "fused.h"
 
 #include <math.h>

@@ -1,9 +1,9 @@
 // The fused engine's kernels on CPU: one lane's forward and backward pass, without autograd.
 //
-// The batch is the vector: a map holds [blocks][channels][height + 2 pad][width + 2 pad][16 samples], and its border
+// Vectors run over samples: a map holds [blocks][channels][height + 2 pad][width + 2 pad][16 samples], and its border
 // stays zero. A flat map, of features without pixels, is one block of height 1 whose pixels are the batch's blocks.
-// Samples beyond the batch, in the last 16, hold numbers that are never read into a sum, and their gradients are zero.
-// Nothing here is checked: swamp_fast/engines/fused/ has done that.
+// The last 16 samples may reach beyond the batch. Those samples hold arbitrary numbers, which no sum takes in, and their
+// gradients are zero. Nothing is checked here, because swamp_fast/engines/fused/ has done that.
 #pragma once
 
 #include <cstdint>
@@ -13,20 +13,21 @@ namespace swamp {
 struct Map {
   void* data;
   int64_t blocks, channels, height, width, pad;
-  int64_t samples;  // B: how many of the vectors' entries are real
+  int64_t samples;  // B
   bool flat;
 };
 
-// Which weights there are: for every group of `rows` outputs of a phase, the input places that one of them reads.
+// The kept weights of a convolution. Outputs come in groups of `rows`; a tap is a place of the input that at least one
+// output of the group reads.
 struct Taps {
-  const int32_t* starts;   // [phases * groups + 1]
-  const int32_t* offsets;  // [taps] in elements, from the pixel itself
-  const void* values;      // [taps, rows] weights, zero where an output doesn't read the place
+  const int32_t* starts;   // [phases * groups + 1] where each group's taps begin
+  const int32_t* offsets;  // [taps] in elements, from the output's pixel
+  const void* values;      // [taps, rows] weights, zero where an output doesn't read the tap
   int64_t groups, rows;    // rows is 1, 2 or 4
 };
 
 // out(y * out_step + phase) = sum over taps of value * in(y * in_step + offset): a convolution with in_step = stride,
-// or its gradient by the input, with out_step = stride and a phase for each place in it.
+// or its gradient by the input, with out_step = stride and one phase for each of the stride^2 positions of a pixel.
 struct Convolve {
   Map in, out;
   Taps taps;
@@ -39,24 +40,24 @@ struct Convolve {
 struct WeightGrad {
   Map in, out_grad;
   Taps taps;
-  const int64_t* chunks;  // [chunk_count + 1] groups that one task takes
+  const int64_t* chunks;  // [chunk_count + 1] where the groups of each task begin
   int64_t chunk_count;
-  int64_t parts;          // the blocks are summed in so many parts, then the parts in order
+  int64_t parts;          // blocks of samples are summed in this many parts, then the parts in order
   int64_t in_step;
-  const int32_t* index;   // [taps, rows] where the weight stands in grads, -1 where there is none
+  const int32_t* index;   // [taps, rows] the weight's place in grads, -1 for none
   void* partial;          // [parts, taps, rows]
   void* scratch;          // [threads, scratch_size, 16]
-  int64_t scratch_size;   // the most taps * rows of a chunk
+  int64_t scratch_size;   // the largest taps * rows of a chunk
   void* grads;
   void* bias_grad;        // [outputs], or null
 };
 
-// out = relu?((in - mean) * rstd * weight + bias + residual?), channel by channel.
+// out = relu((in - mean) * rstd * weight + bias + residual) by channel; relu and residual are optional.
 struct Norm {
   Map in, out, residual;  // residual.data is null without one
   const void* weight;     // [C]
   const void* bias;       // [C]
-  void* mean;             // [C] of the batch if `batch`, else given
+  void* mean;             // [C] written if `batch`, else read
   void* variance;         // [C] biased, likewise
   double eps;
   bool batch, relu;
@@ -70,7 +71,7 @@ struct NormGrad {
   bool accumulate, accumulate_residual;
 };
 
-// kind: a Pointwise.
+// An activation; `kind` is a PointwiseKind.
 struct Pointwise {
   Map in, out, in_grad, out_grad;  // gradients in the backward pass only
   int64_t kind;
@@ -80,13 +81,14 @@ struct Pointwise {
 
 enum PointwiseKind : int64_t { kRelu, kLeakyRelu, kElu, kGelu, kGeluTanh, kSilu, kTanh, kSigmoid, kSoftplus, kHardswish, kMish };
 
-// Some channels of one map to some of another: a sum of branches, a concatenation, and their gradients.
+// Copies channels of one map to channels of another, or adds them: sums of branches, concatenations, and their gradients.
 struct Channels {
   Map from, to;
   int64_t from_channel, to_channel, count;
   bool accumulate;
 };
 
+// out = in * factor: dropout, forward and backward.
 struct Multiply {
   Map in, factor, out;
   bool accumulate;
@@ -96,17 +98,17 @@ struct Pool {
   Map in, out, in_grad, out_grad;
   const int64_t* rows;      // [out.height, 2] begin and end in the input
   const int64_t* columns;   // [out.width, 2]
-  const double* divisors;   // [out.height, out.width], or null: the maximum
+  const double* divisors;   // [out.height, out.width] of an average; null for the maximum
   bool accumulate;
 };
 
-// A spatial map and the flat map of its features, in the order channel, row, column.
+// A spatial map and the flat map of its features, in the order channel, row, column; `back` copies flat to spatial.
 struct Flatten {
   Map spatial, flat;
   bool back, accumulate;
 };
 
-// A tensor [B, C, H, W] (or [B, features]) by its strides, and a map.
+// A tensor [B, C, H, W], or [B, features], with its strides, and the map that it is copied to or from.
 struct Pack {
   void* tensor;
   int64_t sample_stride, channel_stride, row_stride, column_stride;

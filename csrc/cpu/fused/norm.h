@@ -1,8 +1,8 @@
-// BatchNorm with what follows it, ReLU and a residual, forward and backward. A task takes one channel of all blocks: it
-// fits the second-level cache, so that only the first of its passes reads memory.
+// BatchNorm with the residual and the ReLU behind it, forward and backward. A task takes one channel of all blocks, which
+// fits the second-level cache, so only the first of its passes reads memory.
 
-// visit(block, row, columns that are whole, columns) for every row of a map; the columns from `whole` on, and all those of
-// the last block, have samples beyond the batch.
+// Calls visit(block, row, whole) for every row of a map. All 16 samples of the first `whole` columns are in the batch; the
+// columns behind them have samples beyond it.
 template <typename F>
 inline void each_row(const Map& m, F visit) {
   for (int64_t block = 0; block < m.blocks; ++block) {
@@ -32,29 +32,29 @@ void batch_statistics(const Norm& a, int64_t channel, double& mean, double& vari
   };
   each_row(a.in, [&](int64_t block, int64_t row, int64_t whole) {
     const S* from = in.at(block, channel, row, 0);
-    Vector<T> each{};
-    for (int64_t x = 0; x < whole; ++x) each += load(from + x * kSamples);
-    for (int64_t x = whole; x < a.in.width; ++x) each += only<T>(load(from + x * kSamples), left);
-    part += each;
+    Vector<T> row_sum{};
+    for (int64_t x = 0; x < whole; ++x) row_sum += load(from + x * kSamples);
+    for (int64_t x = whole; x < a.in.width; ++x) row_sum += only<T>(load(from + x * kSamples), left);
+    part += row_sum;
     if (++rows == 32) flush();
   });
   flush();
   mean = total / count;
   const Vector<T> middle = splat<T>(T(mean));
   total = 0;
-  double drift = 0;  // of the rounded mean from the exact one
+  double drift = 0;  // how far the exact mean is from the rounded one
   each_row(a.in, [&](int64_t block, int64_t row, int64_t whole) {
     const S* from = in.at(block, channel, row, 0);
-    Vector<T> each{};
+    Vector<T> row_sum{};
     for (int64_t x = 0; x < whole; ++x) {
       const Vector<T> d = load(from + x * kSamples) - middle;
-      each += d * d;
+      row_sum += d * d;
     }
     for (int64_t x = whole; x < a.in.width; ++x) {
       const Vector<T> d = only<T>(load(from + x * kSamples) - middle, left);
-      each += d * d;
+      row_sum += d * d;
     }
-    part += each;
+    part += row_sum;
     if (++rows == 32) flush();
   });
   flush();
@@ -111,12 +111,12 @@ void norm_grad_channel(const NormGrad& a, int64_t channel) {
   const View<S> in(f.in), out(f.out), g(a.out_grad), to(a.in_grad), side(residual ? a.residual_grad : a.out_grad);
   const ChannelNorm<T> n = channel_norm<S>(f, channel);
   const int64_t W = f.in.width, left = f.in.samples % kSamples;
-  // The gradient before relu, whose mask is computed anew where nothing was added.
+  // The gradient through relu. Without a residual relu's mask is recomputed instead of read.
   const auto before = [&](const S* g_row, const S* out_row, const Vector<T>& centred, int64_t x) {
-    Vector<T> each = load(g_row + x);
-    if constexpr (relu && residual) each = load(out_row + x) > Vector<T>{} ? each : Vector<T>{};
-    else if constexpr (relu) each = centred * n.scale + n.shift > Vector<T>{} ? each : Vector<T>{};
-    return each;
+    Vector<T> gradient = load(g_row + x);
+    if constexpr (relu && residual) gradient = load(out_row + x) > Vector<T>{} ? gradient : Vector<T>{};
+    else if constexpr (relu) gradient = centred * n.scale + n.shift > Vector<T>{} ? gradient : Vector<T>{};
+    return gradient;
   };
   double total = 0, total_centred = 0;
   Vector<T> part{}, part_centred{};
@@ -132,16 +132,16 @@ void norm_grad_channel(const NormGrad& a, int64_t channel) {
     const S* out_row = out.at(block, channel, row, 0);
     const S* g_row = g.at(block, channel, row, 0);
     S* side_row = side.at(block, channel, row, 0);
-    Vector<T> each{}, each_centred{};
+    Vector<T> row_sum{}, row_centred{};
     for (int64_t x = 0; x < W * kSamples; x += kSamples) {
       const Vector<T> centred = load(in_row + x) - n.mean;
       const Vector<T> gradient = before(g_row, out_row, centred, x);
-      each += gradient;
-      each_centred += gradient * centred;
+      row_sum += gradient;
+      row_centred += gradient * centred;
       if constexpr (residual) store(side_row + x, a.accumulate_residual ? load(side_row + x) + gradient : gradient);
     }
-    part += each;
-    part_centred += each_centred;
+    part += row_sum;
+    part_centred += row_centred;
     if (++rows == 32) flush();
   });
   flush();

@@ -1,4 +1,4 @@
-// Maximum and average over windows, given as ranges of rows and of columns.
+// Maximum and average over windows, which are ranges of rows times ranges of columns. A NaN in a window is its maximum.
 
 template <typename S>
 void pool(const Pool& a, int threads) {
@@ -16,8 +16,8 @@ void pool(const Pool& a, int threads) {
         value = load(in.at(block, channel, ys[0], xs[0]));
         for (int64_t y = ys[0]; y < ys[1]; ++y)
           for (int64_t x = xs[0]; x < xs[1]; ++x) {
-            const Vector<T> each = load(in.at(block, channel, y, x));
-            value = (each > value) | (each != each) ? each : value;
+            const Vector<T> pixel = load(in.at(block, channel, y, x));
+            value = (pixel > value) | (pixel != pixel) ? pixel : value;
           }
       }
       store(out.at(block, channel, row, column), value);
@@ -39,7 +39,7 @@ void pool_grad(const Pool& a, int threads) {
       for (int64_t column = 0; column < a.out.width; ++column) {
         const int64_t *ys = a.rows + 2 * row, *xs = a.columns + 2 * column;
         Vector<T> gradient = load(out_grad.at(block, channel, row, column));
-        const Vector<T> most = load(out.at(block, channel, row, column));
+        const Vector<T> largest = load(out.at(block, channel, row, column));
         if (a.divisors) gradient /= splat<T>(T(a.divisors[row * a.out.width + column]));
         for (int64_t y = ys[0]; y < ys[1]; ++y)
           for (int64_t x = xs[0]; x < xs[1]; ++x) {
@@ -47,9 +47,9 @@ void pool_grad(const Pool& a, int threads) {
             if (a.divisors) {
               store(to, load(to) + gradient);
             } else {  // all of it to the first place that holds the maximum
-              const auto found = load(in.at(block, channel, y, x)) == most;
-              store(to, load(to) + (found ? gradient : Vector<T>{}));
-              gradient = found ? Vector<T>{} : gradient;
+              const auto is_first = load(in.at(block, channel, y, x)) == largest;
+              store(to, load(to) + (is_first ? gradient : Vector<T>{}));
+              gradient = is_first ? Vector<T>{} : gradient;
             }
           }
       }

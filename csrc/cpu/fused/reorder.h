@@ -1,4 +1,4 @@
-// Between the framework's tensors, spatial maps and flat ones.
+// Copies between PyTorch's tensors, spatial maps and flat maps.
 
 template <typename S>
 void flatten(const Flatten& a, int threads) {

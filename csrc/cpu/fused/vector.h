@@ -1,4 +1,4 @@
-// Sixteen samples: the unit of every map. Storage is what memory holds, T what is computed with.
+// Vectors of sixteen samples, the unit of every map. S is the type in memory (storage), T the type of arithmetic.
 
 struct bfloat16 {
   uint16_t bits;
@@ -52,7 +52,7 @@ inline void store(S* to, Vector<Compute<S>> value) {
   }
 }
 
-// As store, without reading the line first: for lines that are written whole, more of them than the caches hold.
+// As store, but past the caches: for full cache lines, more of them than the caches hold.
 template <typename S>
 inline void stream(S* to, Vector<Compute<S>> value) {
 #if defined(__AVX512F__)
@@ -84,7 +84,7 @@ inline Vector<T> only(Vector<T> v, int64_t count) {
   return v;
 }
 
-// A map's geometry, in elements.
+// Where a map's pixels stand, in elements.
 template <typename S>
 struct View {
   S* data;
@@ -100,7 +100,7 @@ struct View {
   }
 };
 
-// How many samples of a vector are real.
+// How many samples of a vector are in the batch.
 inline int64_t valid(const Map& m, int64_t block, int64_t column) {
   const int64_t left = m.samples - kSamples * (m.flat ? column : block);
   return left < kSamples ? left : kSamples;

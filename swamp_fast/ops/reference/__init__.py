@@ -1,4 +1,4 @@
-"""What each op means, in plain PyTorch on any device and float type. If a kernel disagrees, the kernel is wrong."""
+"""What each op computes, in plain PyTorch on any device and float type. If a kernel disagrees, the kernel is wrong."""
 
 from swamp_fast.ops.reference.clip_scale import clip_scale
 from swamp_fast.ops.reference.gather_augment import gather_augment

@@ -26,17 +26,17 @@ def masked_adamw_(
     for lane in range(weights.shape[0]):
         pruned = ~masks[run_of_lane[lane]]
         w, mean, square = weights[lane], exp_avg[lane], exp_avg_sq[lane]
-        rate, first, second, number = (each[lane].item() for each in (lr, beta1, beta2, step))
+        rate, b1, b2, number = (setting[lane].item() for setting in (lr, beta1, beta2, step))
         grad = grads[lane] * (1.0 if grad_scale is None else grad_scale[lane].item())
-        mean.lerp_(grad, 1 - first)
-        square.mul_(second).addcmul_(grad, grad, value=1 - second)
+        mean.lerp_(grad, 1 - b1)
+        square.mul_(b2).addcmul_(grad, grad, value=1 - b2)
         w.mul_(1 - rate * weight_decay[lane].item())
         w.addcdiv_(
             mean,
-            square.sqrt().div_((1 - second**number) ** 0.5).add_(eps[lane].item()),
-            value=-rate / (1 - first**number),
+            square.sqrt().div_((1 - b2**number) ** 0.5).add_(eps[lane].item()),
+            value=-rate / (1 - b1**number),
         )
-        for each in (mean, square, w):
-            each[:prunable].masked_fill_(pruned, 0)
+        for state in (mean, square, w):
+            state[:prunable].masked_fill_(pruned, 0)
         if swa is not None and swa_weight is not None and swa_weight[lane] != 0:
             swa[lane].add_(w - swa[lane], alpha=swa_weight[lane].item())

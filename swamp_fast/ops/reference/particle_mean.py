@@ -12,5 +12,5 @@ def particle_mean(weights: Tensor, run_of_lane: Tensor, runs: int) -> Tensor:
         total = torch.zeros_like(lanes[0])
         for lane in lanes:
             total += lane
-        means.append(total / total.new_tensor(len(lanes)))  # by a number CUDA multiplies with the reciprocal
+        means.append(total / total.new_tensor(len(lanes)))  # CUDA multiplies by a Python number's reciprocal
     return torch.stack(means).to(weights.dtype)

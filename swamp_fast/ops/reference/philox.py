@@ -7,13 +7,13 @@ LOW = 0xFFFFFFFF
 
 
 def philox(keys: Tensor, purpose: int, count: int) -> Tensor:
-    """The first `count` words of one stream a lane; the contract is in swamp_fast/ops/philox.py."""
+    """The first `count` words of one stream per lane; the contract is in swamp_fast/ops/philox.py."""
     blocks = torch.arange((count + 3) // 4, device=keys.device)
     return philox_blocks(keys[:, None, :], purpose, blocks).flatten(1)[:, :count]
 
 
 def philox_blocks(keys: Tensor, purpose: int, blocks: Tensor) -> Tensor:
-    """Block numbers [..., n] of the streams with keys [..., 1, 3] -> their words [..., n, 4] int32."""
+    """The words [..., n, 4] int32 of blocks [..., n] of the streams with keys [..., 1, 3]."""
     seed, stream, time = keys.unbind(-1)
     c0, c1, c2, c3 = torch.broadcast_tensors(blocks & LOW, time & LOW, stream & LOW, torch.full_like(blocks, purpose))
     k0, k1 = seed & LOW, (seed >> 32) & LOW

@@ -1,4 +1,4 @@
-"""The structs of csrc/cuda/params.h and their mirrors in params.py have one layout, by the host's compiler and NVRTC."""
+"""The structs of csrc/cuda/params.h are laid out as their mirrors in params.py, by the host's compiler and by NVRTC."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from equality import same
 from operations import NETS, error, masked, problem_of, seeded, step
 from skips import HAS_A_GPU, HAS_GPU
-from swamp_fast.kernels import compact, convolution, loss, norm
+from swamp_fast.kernels import batch_statistics, compact, convolution, loss, norm
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.interpreter import InterpretedFunction
@@ -61,7 +61,7 @@ def test_every_operation_in_float64(name):
 @pytest.mark.as_launched
 @pytest.mark.parametrize("name", ["3x3", "dilated, stride 2"])
 def test_many_tiles_and_parts(name, monkeypatch):
-    monkeypatch.setattr(convolution, "SPLIT_PIXELS", 64)
+    monkeypatch.setattr(convolution, "MIN_SPLIT_PIXELS", 64)
     assert differs(name, 4, 1.0) <= 1e-12
 
 
@@ -94,7 +94,7 @@ def test_as_exact_as_autograd(name, precision, monkeypatch):
 @pytest.mark.as_launched
 def test_statistics_and_gradients_over_many_tiles(monkeypatch):
     """More than the last program takes at once; on a GPU, programs that run at the same time, again and again."""
-    monkeypatch.setattr(norm, "TILE_ELEMENTS", 256)
+    monkeypatch.setattr(batch_statistics, "TILE_ELEMENTS", 256)
     monkeypatch.setattr(convolution, "BIAS_ELEMENTS", 64)
     lanes, samples, channels, eps = 2, 64 if HAS_GPU else 9, 20, 1e-3
     shape = (lanes, samples, 16, 16, channels)
@@ -112,7 +112,7 @@ def test_statistics_and_gradients_over_many_tiles(monkeypatch):
     ]
     expected = torch.autograd.grad(torch.stack(outs), [leaf, parameters], out_grad)
     for _ in range(20 if HAS_GPU else 1):
-        norm.statistics(source, to)
+        batch_statistics.statistics(source, to)
         torch.testing.assert_close(to.mean, source.mean((1, 2, 3)), rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(to.variance, source.var((1, 2, 3), unbiased=False), rtol=1e-12, atol=1e-12)
         own, in_grad = grads.clone(), torch.empty_like(source)

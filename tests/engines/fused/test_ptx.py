@@ -13,6 +13,7 @@ import ptx
 import pytest
 import test_cuda_kernels
 import torch
+from ptx_instructions import Fault, Race
 from skips import HAS_GPU
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -104,7 +105,7 @@ def test_weight_grad(halo, samples, emulated):
 @pytest.mark.parametrize("without", range(BARRIERS))
 def test_a_removed_barrier_is_a_race(without, emulated, monkeypatch):
     """Each of convolve.cu, whose weights come in chunks; with all of them the same passes above."""
-    with emulated(without), pytest.raises(ptx.Race, match="byte .* of shared memory .* without a barrier"):
+    with emulated(without), pytest.raises(Race, match="byte .* of shared memory .* without a barrier"):
         test_cuda_kernels.test_convolve(*CONVOLVED[1], True, monkeypatch)
 
 
@@ -151,14 +152,14 @@ def test_what_passes_from_thread_to_thread_needs_a_barrier():
     assert torch.equal(passed_on(0), expected)
     for distance in (1, 32):
         assert torch.equal(passed_on(distance, "bar.sync 0;"), (expected + distance) % 64)
-        with pytest.raises(ptx.Race, match="without a barrier: (ld|st).shared.u32"):
+        with pytest.raises(Race, match="without a barrier: (ld|st).shared.u32"):
             passed_on(distance)
 
 
 def test_two_threads_that_write_one_place_are_a_race():
-    with pytest.raises(ptx.Race, match="is written, and another thread has written it"):
+    with pytest.raises(Race, match="is written, and another thread has written it"):
         passed_on(0, edit=("mad.lo.s32 %r4, %r2, 4, %r3", "mov.u32 %r4, %r3"))
-    with pytest.raises(ptx.Race, match="is written, and another thread has read it"):
+    with pytest.raises(Race, match="is written, and another thread has read it"):
         passed_on(0, "bar.sync 0; ld.shared.u32 %r8, [%r3]; st.shared.u32 [%r4], %r8;")
 
 
@@ -174,7 +175,7 @@ def test_two_threads_that_write_one_place_are_a_race():
     ],
 )
 def test_what_a_gpu_leaves_undefined_is_told(told, arguments):
-    with pytest.raises(ptx.Fault, match=re.escape(told)):
+    with pytest.raises(Fault, match=re.escape(told)):
         passed_on(0, **{"barrier": "bar.sync 0;", **arguments})
 
 

@@ -1,5 +1,6 @@
-// The instructions of csrc/cuda/matrix.h, and as much of CUDA as the kernels use, on a CPU: a block's threads are fibers
-// that run one after another, each until it waits for the others. Slow, and exact about who waits for whom.
+// The functions of csrc/cuda/matrix.h, and as much of CUDA as the kernels use, for a CPU. The threads of a block are fibers
+// that run one after another, each until it waits for the others. This is slow, but exact about which thread waits for
+// which.
 #ifndef SWAMP_MATRIX
 #define SWAMP_MATRIX
 
@@ -35,8 +36,8 @@ static ucontext_t scheduler, fibers[kThreads];
 static bool done[kThreads];
 static int current;
 
-// Every thread of the block comes here before one goes on. A kernel that lets some pass by never ends: all do the same
-// number of waits, or `unequal` tells.
+// Returns once every thread of the block has called it. `unequal` is set if the threads of a block call it a different
+// number of times.
 static int waits[kThreads];
 static bool unequal;
 
@@ -72,7 +73,7 @@ inline unsigned pack_relu(float low, float high) { return pack(low < 0 ? 0 : low
 
 inline uint4 read_only(const bfloat16* from) { return *reinterpret_cast<const uint4*>(from); }
 
-// Warps take part as a whole; here the whole block waits, which is stricter.
+// On a GPU the threads of a warp exchange; here the whole block waits, which is stricter.
 inline float __shfl_xor_sync(unsigned, float value, int step) {
   uint64_t bits = 0;
   memcpy(&bits, &value, 4);
@@ -86,7 +87,7 @@ inline float __shfl_xor_sync(unsigned, float value, int step) {
 
 inline void load(unsigned (&to)[4], const bfloat16* row, bool transposed) {
   host::exchanged[threadIdx.x] = reinterpret_cast<uint64_t>(row);
-  if (reinterpret_cast<uint64_t>(row) % 16) __builtin_trap();  // as the device would
+  if (reinterpret_cast<uint64_t>(row) % 16) __builtin_trap();  // as a GPU does
   host::wait();
   const int warp = threadIdx.x / 32 * 32, l = threadIdx.x % 32;
   for (int m = 0; m < 4; ++m) {
@@ -105,9 +106,9 @@ inline void load_matrices_transposed(unsigned (&to)[4], const bfloat16* row) { l
 static unsigned operands[host::kThreads][6];
 
 inline void multiply_add(float (&sums)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
-  unsigned* own = operands[threadIdx.x];
-  for (int i = 0; i < 4; ++i) own[i] = a[i];
-  own[4] = b0, own[5] = b1;
+  unsigned* mine = operands[threadIdx.x];
+  for (int i = 0; i < 4; ++i) mine[i] = a[i];
+  mine[4] = b0, mine[5] = b1;
   host::wait();
   const int warp = threadIdx.x / 32 * 32, l = threadIdx.x % 32;
   for (int i = 0; i < 4; ++i) {
@@ -123,17 +124,17 @@ inline void multiply_add(float (&sums)[4], const unsigned (&a)[4], unsigned b0, 
 
 inline float of_another(const float* from) { return *from; }
 
-// Blocks run one after another here: that stores come before arrivals is the device's alone.
-inline bool arrived_last(unsigned* arrivals, unsigned of, unsigned* shared) {
+// Blocks run one after another here, so the order of stores and arrivals needs no fence.
+inline bool arrived_last(unsigned* arrivals, unsigned blocks, unsigned* shared) {
   host::wait();
   if (threadIdx.x == 0) *shared = (*arrivals)++;
   host::wait();
-  if (*shared != of - 1) return false;
+  if (*shared != blocks - 1) return false;
   if (threadIdx.x == 0) *arrivals = 0;
   return true;
 }
 
-// Runs a kernel over a grid, block after block. Returns false if threads of a block waited a different number of times.
+// Runs a kernel over a grid, block after block. Returns whether all threads of each block waited equally often.
 template <typename Kernel>
 bool run(Extent grid, Kernel kernel) {
   using namespace host;

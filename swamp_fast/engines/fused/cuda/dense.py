@@ -1,4 +1,4 @@
-"""Dense weights for matrix products, made of a compact bank each step, and their gradients brought back."""
+"""Dense weights for matrix products, expanded from a compact bank each step, and their gradients collected into one."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ from swamp_fast.particles.layout import ALIGNMENT
 
 @dataclass(frozen=True)
 class Place:
-    """Where a convolution's `size` weights [groups, taps, in, out] stand in a dense row, and then [.., out, in]."""
+    """Where a convolution's weights stand in a dense row: twice, in the two orders that its products read."""
 
-    forward: int
-    by_input: int
-    size: int
-    kernel: tuple[int, int]
+    forward: int  # where [groups, taps, in, out] begin
+    by_input: int  # where [groups, taps, out, in] begin
+    size: int  # of each
+    kernel: tuple[int, int]  # height and width
 
 
 class DenseWeights:
-    """The index tables between compact vectors [L, P'] and dense rows [L, T], of R runs' masks.
+    """The index between compact rows [L, P'] and dense rows [L, T] under the masks of R runs.
 
-    index     [R, T]  int32: which compact number stands at a place of a dense row, -1 for a pruned weight or padding
-    places    of every convolution, by its output's number
-    channels  of each value, by its number: which of the model's the plan has, as narrow.py has it
+    index     [R, T]  int32, the place in a compact row of each number of a dense row; -1 for a pruned weight or padding
+    places    of each convolution, by the number of its output
     """
 
     def __init__(self, plan: Plan, compacts: Sequence[Compact], channels: Sequence[Tensor]) -> None:
+        """`channels` are those of the model that are left of each value of the plan, as narrow.narrow gives them."""
         self.compacts = compacts
         self.places: dict[int, Place] = {}
         self.index = torch.stack([self._row(plan, compact, channels) for compact in compacts]).int()
 
     def _row(self, plan: Plan, compact: Compact, channels: Sequence[Tensor]) -> Tensor:
-        """One run's row of the index; the places are the same for all."""
+        """One run's row of the index. The places are the same for all runs."""
         entries = {entry.name: entry for entry in compact.layout.entries}
         rows: list[Tensor] = []
         length = 0
@@ -47,29 +47,33 @@ class DenseWeights:
                 continue
             entry = entries[op.weight]
             shape = entry.shape if len(entry.shape) == 4 else (*entry.shape, 1, 1)
-            own = compact.where[entry.begin : entry.end].view(*shape[:2], -1)
+            where = compact.where[entry.begin : entry.end].view(*shape[:2], -1)
             if op.groups == 1:
-                own = own[channels[op.output].to(own.device)][:, channels[op.inputs[0]].to(own.device)]
-            own = own.view(op.groups, own.shape[0] // op.groups, own.shape[1], -1)
+                left = [channels[value].to(where.device) for value in (op.output, op.inputs[0])]
+                where = where[left[0]][:, left[1]]
+            where = where.view(op.groups, where.shape[0] // op.groups, where.shape[1], -1)
             begins = []
             for axes in ((0, 3, 2, 1), (0, 3, 1, 2)):
                 begins.append(length)
-                row = own.permute(axes).flatten()
+                row = where.permute(axes).flatten()
                 rows.append(torch.nn.functional.pad(row, (0, -len(row) % ALIGNMENT), value=-1))
                 length += len(rows[-1])
-            self.places[op.output] = Place(begins[0], begins[1], own.numel(), (shape[2], shape[3]))
+            self.places[op.output] = Place(begins[0], begins[1], where.numel(), (shape[2], shape[3]))
         return torch.cat([*rows, compact.where.new_zeros(0)])
 
     def expand(self, weights: Tensor, run_of_lane: Tensor, out: Tensor) -> None:
-        """Compact weights [L, P'] -> dense rows [L, T], in the type of `out`."""
+        """Write the compact weights [L, P'] into dense rows `out` [L, T], in the type of `out`."""
         triton_kernels("compact").expand_weights(weights, self.index, run_of_lane, out)
 
 
 class Gradients:
-    """Parts of the weights' dense gradients, [L, parts of all layers], and where each compact weight's stand.
+    """Where the parts of each weight's gradient stand in a row [L, length] of the parts of all layers' dense gradients.
 
-    splits  parts of every convolution, by its output's number; they depend on the sizes alone
-    first   where those of each begin in a row of `length`
+    splits  how many parts each convolution has, by the number of its output; they depend on the sizes alone
+    first   where the parts of each begin in a row
+    length  of a row
+    base, step, parts  [R, P'] where the first part of a weight's gradient stands (-1: nowhere), how far apart the parts
+                       are, and how many there are
     """
 
     def __init__(self, dense: DenseWeights, splits: dict[int, int]) -> None:
@@ -80,20 +84,24 @@ class Gradients:
         self.base = torch.full(shape, -1, dtype=index_type(self.length), device=device)
         self.step, self.parts = torch.zeros(2, *shape, dtype=torch.int32, device=device)
         for output, place in dense.places.items():
-            own = dense.index[:, place.forward : place.forward + place.size]
-            run, there = (own >= 0).nonzero(as_tuple=True)
-            where = own[run, there].long()
-            self.base[run, where] = (self.first[output] + there).to(self.base.dtype)
+            index = dense.index[:, place.forward : place.forward + place.size]
+            run, column = (index >= 0).nonzero(as_tuple=True)
+            where = index[run, column].long()
+            self.base[run, where] = (self.first[output] + column).to(self.base.dtype)
             self.step[run, where], self.parts[run, where] = place.size, splits[output]
 
     def collect(self, partial: Tensor, run_of_lane: Tensor, grads: Tensor) -> None:
-        """Add the sums over the parts, [L, self.length], to grads [L, P']."""
+        """Sum the parts `partial` [L, length] of each weight's gradient and add them to grads [L, P']."""
         tables = self.base, self.step, self.parts
         triton_kernels("compact").collect_gradients(partial, *tables, run_of_lane, grads)
 
 
 def begins_of(sizes: dict[int, int], splits: dict[int, int]) -> tuple[dict[int, int], int]:
-    """Where each layer's parts begin in a row of all, and that row's length, by the layers' weights and their parts."""
+    """Where each layer's parts begin in a row of all, and the length of that row.
+
+    sizes   weights of each layer, by its number
+    splits  parts of each layer
+    """
     first, length = {}, 0
     for layer, size in sizes.items():
         first[layer] = length
@@ -102,5 +110,5 @@ def begins_of(sizes: dict[int, int], splits: dict[int, int]) -> tuple[dict[int, 
 
 
 def index_type(length: int) -> torch.dtype:
-    """What numbers the places of a row; the kernel multiplies and adds in 64 bits where this has them."""
+    """The type that can number the places of a row; the kernel computes places in this type."""
     return torch.int32 if length <= torch.iinfo(torch.int32).max else torch.int64

@@ -276,9 +276,9 @@ def _quadrants(block_in: int, block_out: int) -> int:
 
 
 def _convolve_min_blocks(constants: dict[str, int]) -> int:
-    """How many blocks of a convolution a processor should hold at once: the most that spill no register with NVRTC 13.0.
+    """How many blocks of a convolution a processor should hold at once: the most without spills under NVRTC 13.0.
 
-    With another compiler that spills, nvrtc.py takes fewer. A third block of 16 channels with statistics and a prologue
+    Where another compiler spills, nvrtc.py takes fewer. A third block of 16 channels with statistics and a prologue
     would fit, but takes more instructions per pixel than an H200 issues while its memory is at work (see
     test_kernels_compile.py).
     """
