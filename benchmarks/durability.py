@@ -38,6 +38,8 @@ from swamp_fast.runs.record import Run
 ENGINES = ("eager", "fused", "by density")
 SWITCHING = "fused@0.7,eager:lanes"  # eager in the dense cycles, then fused
 UNREPEATABLE = ("seconds", "train_seconds", "peak_memory")  # columns of the history that differ between equal runs
+# By the forkserver: this module, and what a run imports only when it starts, which takes longer than the small run.
+PRELOADED = ["benchmarks.durability", "sklearn.datasets", "torch._dynamo"]
 SMALL: dict[str, Any] = {"batch_size": 64, "cycles": 2, "epochs": 2, "particles": 2, "ticket_epochs": 1, "prune": 0.5}
 
 
@@ -117,7 +119,7 @@ def forkserver() -> ForkServerContext:
     if str(ROOT) not in paths:
         os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *paths])
     os.environ.setdefault("PYTHONWARNINGS", "ignore::RuntimeWarning:runpy")  # this module is preloaded and then run
-    context.set_forkserver_preload(["benchmarks.durability"])
+    context.set_forkserver_preload(PRELOADED)
     return context
 
 
