@@ -1,9 +1,13 @@
-"""How well final masks agree in float32, where a run is chaotic: the eager engine's ways with the naive loop, beside
-the naive loop with itself at another thread count. python -m benchmarks.agreement
+"""Measures how well final masks agree in float32, where rounding makes runs diverge.
+
+    python -m benchmarks.agreement
+
+Compares each mode of the eager engine with the naive loop, and the naive loop with itself at another thread count.
 """
 
 from __future__ import annotations
 
+import argparse
 import statistics
 from collections.abc import Callable
 from functools import partial
@@ -15,48 +19,52 @@ from swamp_fast import SwampResult, fast_swamp, naive_swamp
 from swamp_fast.engines.eager.choice import Choice
 from swamp_fast.models import SmallCNN
 
-WAYS = [("lanes", False), ("lanes", True), ("fold", False), ("fold_grouped", False)]
+MODES = [("lanes", False), ("lanes", True), ("fold", False), ("fold_grouped", False)]  # mode, channels last
 SEEDS = 6
 
 
 def pruned(function: Callable[..., SwampResult], seed: int, threads: int) -> SwampResult:
-    """A small CNN on digits through 6 prunings."""
+    """Train a small CNN on digits through 6 prunings."""
     torch.manual_seed(seed)
     model = SmallCNN(1, 10, 16)
-    before = torch.get_num_threads()
+    threads_before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         sizes = {"particles": 3, "cycles": 6, "epochs": 4, "ticket_epochs": 2, "batch_size": 64}
         return function(model, "digits", seed=seed, progress=False, **sizes)
     finally:
-        torch.set_num_threads(before)
+        torch.set_num_threads(threads_before)
 
 
 def agreement(one: SwampResult, other: SwampResult) -> float:
-    """The share of the kept weights that two results have in common."""
+    """Return the share of the kept weights that two results have in common."""
     both = sum(int((one.masks[name] & other.masks[name]).sum()) for name in one.masks)
-    return both / one.history[-1]["kept"]
+    return both / int(one.history[-1]["kept"])
 
 
-def agreements(way: str, channels_last: bool) -> tuple[list[float], list[float]]:
-    """Over seeds: of a way with the naive loop, both with two threads; of the naive loop with one and two threads."""
-    ours, theirs = [], []
+def agreements(mode: str, channels_last: bool) -> tuple[list[float], list[float]]:
+    """Return two agreements per seed: the eager engine with the naive loop, and the naive loop with itself.
+
+    The first is with two threads in both, the second with one thread and with two.
+    """
+    with_naive, naive_with_itself = [], []
     for seed in range(SEEDS):
         naive = pruned(naive_swamp, seed, 2)
-        engine = Choice(way, channels_last, "", {}).name
-        ours.append(agreement(pruned(partial(fast_swamp, engine=engine), seed, 2), naive))
-        theirs.append(agreement(pruned(naive_swamp, seed, 1), naive))
-    return ours, theirs
+        engine = Choice(mode, channels_last, "", {}).name
+        with_naive.append(agreement(pruned(partial(fast_swamp, engine=engine), seed, 2), naive))
+        naive_with_itself.append(agreement(pruned(naive_swamp, seed, 1), naive))
+    return with_naive, naive_with_itself
 
 
 def main() -> None:
     """Measure and write benchmarks/results/agreement."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     table = []
-    for way, channels_last in WAYS:
-        ours, theirs = agreements(way, channels_last)
-        name = f"fast_swamp, {way}, channels {'last' if channels_last else 'first'}, with naive_swamp"
-        table.append(_row(name, ours))
-    table.append(_row("naive_swamp with one thread, with itself with two", theirs))
+    for mode, channels_last in MODES:
+        with_naive, naive_with_itself = agreements(mode, channels_last)
+        name = f"fast_swamp, {mode}, channels {'last' if channels_last else 'first'}, with naive_swamp"
+        table.append(_row(name, with_naive))
+    table.append(_row("naive_swamp with one thread, with itself with two", naive_with_itself))
     about = header(SEEDS) | {"network": "SmallCNN(16) on digits", "cycles": 6, "particles": 3}
     write("agreement", "python -m benchmarks.agreement", about, table)
 

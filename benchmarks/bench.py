@@ -1,4 +1,4 @@
-"""What the slices of benchmarks.gpu share: the device, contenders kept apart, and each network proven once."""
+"""What the slices of benchmarks.gpu share: the device and sizes, isolated contenders, and each network checked once."""
 
 from __future__ import annotations
 
@@ -20,39 +20,40 @@ from swamp_fast.engines.step_time import timed_lanes
 from swamp_fast.problem.problem import Problem
 
 ROUNDS = 10
-STEPS = 20  # between two looks at the clock
-Contender = tuple[int, Callable[[], Step]]  # particles of a call, and what makes the call
-Times = dict[str, dict[str, float] | str]  # of each contender: quantiles in seconds, or how it failed
+STEPS_PER_TURN = 20  # between two readings of the clock
+Contender = tuple[int, Callable[[], Step]]  # the particles that one call trains, and what makes the call
+Times = dict[str, dict[str, float] | str]  # contender -> quantiles in seconds, or how it failed
 
 
 class Bench:
-    """What the slices share: the device, sizes, what was proven of each network, and where results go."""
+    """The state of one call of benchmarks.gpu.
+
+    checked     model -> its plan and the launcher of its CUDA kernels, or why the fused engine may not train it
+    branches    (model, lanes) -> lanes per branch of the CUDA graph; None: all lanes in one branch
+    summary     what the slice under way reports on its last line
+    """
 
     def __init__(self, out: Path, data: Path | None, rehearse: bool) -> None:
         self.device = torch.device("cpu" if rehearse else "cuda")
         self.data, self.rehearse = data, rehearse
         self.batch, self.numbers = (8, 200_000) if rehearse else (128, 20_000_000)
         self.size, self.particles = (8, 2) if rehearse else (32, 8)
-        self.rounds, self.steps_a_turn = (2, 1) if rehearse else (ROUNDS, STEPS)
+        self.rounds, self.steps_per_turn = (2, 1) if rehearse else (ROUNDS, STEPS_PER_TURN)
         self.name = "cpu" if rehearse else torch.cuda.get_device_name().lower().replace(" ", "_")
-        self.proofs: dict[str, tuple[Plan, Launch | None] | str] = {}
+        self.checked: dict[str, tuple[Plan, Launch | None] | str] = {}
         self.branches: dict[tuple[str, int], int | None] = {}
-        self.said = ""  # of a slice, in a line
+        self.summary = ""
         timing.RESULTS = out
 
     def write(self, slice_: str, table: list[dict[str, Any]], of: str = "", **more: Any) -> None:
-        """One table, as timing.write."""
+        """Write the table of a slice, or of its part `of`, under a header with `more`."""
         about = timing.header(self.rounds) | {"device": self.name, "batch": self.batch, **more}
         if not self.rehearse:
             import triton
 
             about |= {"triton": triton.__version__, "cuda": torch.version.cuda}
-        timing.write(
-            "_".join(filter(None, ("gpu", slice_, of, self.name))),
-            f"python -m benchmarks.gpu --only {slice_}",
-            about,
-            table,
-        )
+        name = "_".join(filter(None, ("gpu", slice_, of, self.name)))
+        timing.write(name, f"python -m benchmarks.gpu --only {slice_}", about, table)
 
     def timed(
         self,
@@ -61,32 +62,32 @@ class Bench:
         steps: int | None = None,
         rounds: int | None = None,
     ) -> None:
-        """Seconds of one call of each: made and timed one after the other, and at last all in turns.
+        """Time one call of each contender: first each by itself, then all in turns.
 
         contenders  make the calls
-        write       is given what there is after each. One that fails has how instead of its times.
+        write       receives the times so far after each contender; one that fails has its error instead of times
 
-        Raises RuntimeError for those at the end.
+        Raises RuntimeError at the end if any contender failed.
         """
-        steps, rounds = steps or self.steps_a_turn, rounds or self.rounds
-        found: Times = {}
+        steps, rounds = steps or self.steps_per_turn, rounds or self.rounds
+        times: Times = {}
         runs: dict[str, Step] = {}
         for name, make in contenders.items():
-            if self.lost():
-                found[name] = "failed: not tried, since the device was lost before"
+            if self.device_is_lost():
+                times[name] = "failed: not tried, since the device was lost before"
             else:
                 try:
                     runs[name] = make()
-                    found[name] = self._interleaved({name: runs[name]}, steps, min(2, rounds))[name]
+                    times[name] = self._interleaved({name: runs[name]}, steps, min(2, rounds))[name]
                 except Exception as error:
                     traceback.print_exc()
                     runs.pop(name, None)
-                    found[name] = failure(error)
-            write(found)
-        if runs and not self.lost():
-            found |= self._interleaved(runs, steps, rounds)
-            write(found)
-        failed = [f"{name} {how}" for name, how in found.items() if isinstance(how, str)]
+                    times[name] = failure(error)
+            write(times)
+        if runs and not self.device_is_lost():
+            times |= self._interleaved(runs, steps, rounds)
+            write(times)
+        failed = [f"{name} {how}" for name, how in times.items() if isinstance(how, str)]
         if failed:
             raise RuntimeError("; ".join(failed))
 
@@ -107,12 +108,12 @@ class Bench:
 
             return many
 
-        times = timing.interleaved({name: turn(name) for name in runs}, rounds)
-        each: Times = {name: {key: value / steps for key, value in own.items()} for name, own in times.items()}
-        return each | failed
+        turns = timing.interleaved({name: turn(name) for name in runs}, rounds)
+        times: Times = {name: {key: value / steps for key, value in each.items()} for name, each in turns.items()}
+        return times | failed
 
-    def lost(self) -> bool:
-        """Whether the GPU answers no more: after an illegal access none does, until the process ends."""
+    def device_is_lost(self) -> bool:
+        """Whether the GPU no longer answers: after an illegal access it doesn't until the process ends."""
         try:
             if self.device.type == "cuda":
                 torch.cuda.synchronize()
@@ -121,49 +122,50 @@ class Bench:
         return False
 
     def steps(self, slice_: str, contenders: Mapping[str, Contender], against: str, **about: Any) -> None:
-        """A table of particle-steps."""
+        """Time contenders and write a table of particle-steps, with ratios to the contender `against`."""
 
-        def write(found: Times) -> None:
-            each = {name: times["median"] / contenders[name][0]
-                    for name, times in found.items() if isinstance(times, dict)}  # fmt: skip
+        def write(times: Times) -> None:
+            medians = {name: quantiles["median"] / contenders[name][0]
+                       for name, quantiles in times.items() if isinstance(quantiles, dict)}  # fmt: skip
             table = []
-            for name, times in found.items():
-                particles = contenders[name][0]
-                row: dict[str, Any] = {"": name, "particles": particles, "ms a particle-step": times}
-                row |= dict.fromkeys(("p20", "p80", "particle-steps/s", f"this / {against}"), "")
-                if isinstance(times, dict):
-                    row["ms a particle-step"] = round(each[name] * 1e3, 4)
-                    row |= {key: round(times[key] / particles * 1e3, 4) for key in ("p20", "p80")}
-                    row["particle-steps/s"] = round(1 / each[name], 1)
-                    if against in each:
-                        row[f"this / {against}"] = round(each[name] / each[against], 2)
+            for name, quantiles in times.items():
+                row: dict[str, Any] = {"": name, **particle_step_cells(quantiles, contenders[name][0])}
+                row |= dict.fromkeys(("particle-steps/s", f"this / {against}"), "")
+                if name in medians:
+                    row["particle-steps/s"] = round(1 / medians[name], 1)
+                    if against in medians:
+                        row[f"this / {against}"] = round(medians[name] / medians[against], 2)
                 table.append(row)
-            told = "; ".join(f"{row['']} {row['ms a particle-step']}" for row in table)
-            self.said = f"ms a particle-step: {told}; "
+            cells = "; ".join(f"{row['']} {row['ms a particle-step']}" for row in table)
+            self.summary = f"ms per particle-step: {cells}"
             self.write(slice_, table, **about)
 
         self.timed({name: make for name, (_, make) in contenders.items()}, write)
 
     def problem(self, model: str, particles: int) -> Problem:
-        """A network on random pictures."""
-        return problem_of(model, particles, self.batch, "bfloat16", self.device, self.size)
+        """Prepare the training of a network on random pictures in bfloat16."""
+        shape = (3, self.size, self.size)
+        return problem_of(model, particles, self.batch, shape, precision="bfloat16", device=str(self.device))
 
     def engine(self, model: str, particles: int) -> tuple[FusedEngine, Problem]:
-        """The fused engine; each network is planned and checked once. Raises RuntimeError for one that isn't right."""
+        """Return the fused engine for a network, which is planned and checked once.
+
+        Raises RuntimeError if the engine doesn't cover the network or differs from autograd.
+        """
         problem = self.problem(model, particles)
-        if model not in self.proofs:
-            self.proofs[model] = self._proof(problem)
-        proof = self.proofs[model]
-        if isinstance(proof, str):
-            raise RuntimeError(proof)
-        plan, launch = proof
+        if model not in self.checked:
+            self.checked[model] = self._check(problem)
+        checked = self.checked[model]
+        if isinstance(checked, str):
+            raise RuntimeError(checked)
+        plan, launch = checked
         lanes = timed_lanes(problem)
         if (model, lanes) not in self.branches:
             self.branches[model, lanes] = faster_branch(problem, plan, launch)
-            print(f"lanes of a branch of the graph: {self.branches[model, lanes] or 'all'}", flush=True)
+            print(f"lanes per branch of the graph: {self.branches[model, lanes] or 'all'}", flush=True)
         return FusedEngine(problem, plan, "benchmark", {}, launch, self.branches[model, lanes]), problem
 
-    def _proof(self, problem: Problem) -> tuple[Plan, Launch | None] | str:
+    def _check(self, problem: Problem) -> tuple[Plan, Launch | None] | str:
         plan = fused_plan(problem)
         if isinstance(plan, str):
             return plan
@@ -177,11 +179,24 @@ class Bench:
         return plan, launch
 
     def fused(self, model: str, particles: int) -> Step:
-        """A step of the fused engine."""
+        """Return a step of the fused engine."""
         engine, problem = self.engine(model, particles)
         return step_of(engine, problem, particles)
 
 
+def cells(quantiles: dict[str, float] | str, name: str, shown: Callable[[float], Any]) -> dict[str, Any]:
+    """Return the cells of a contender: its median under `name`, p20 and p80; or how it failed."""
+    if isinstance(quantiles, str):
+        return {name: quantiles, "p20": "", "p80": ""}
+    return {column: shown(quantiles[key]) for column, key in ((name, "median"), ("p20", "p20"), ("p80", "p80"))}
+
+
+def particle_step_cells(quantiles: dict[str, float] | str, particles: int) -> dict[str, Any]:
+    """Return the number of particles and the cells of one particle's share of a step."""
+    shown = cells(quantiles, "ms a particle-step", lambda seconds: round(seconds / particles * 1e3, 4))
+    return {"particles": particles, **shown}
+
+
 def failure(error: Exception) -> str:
-    """What stands in a table instead of a figure."""
+    """Describe an error in one line, for the place of a figure in a table."""
     return f"failed: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"

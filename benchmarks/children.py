@@ -1,6 +1,7 @@
-"""Child processes one after the other, each with a limit of its own inside a budget; what came of them is packed.
+"""Runs commands one after the other as child processes, each within its own time limit and all within one budget.
 
-A child that fails, hangs or comes too late is a row, and the next one starts. Only the standard library is imported.
+A child that fails or hangs, or for which no time is left, becomes a row of the report, and the next child starts. The
+report and everything the children wrote are packed after each child. Imports the standard library only.
 """
 
 from __future__ import annotations
@@ -13,24 +14,27 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-GRACE = 3.0  # seconds between asking a child to end and ending it
-LEAST = 10.0  # seconds that must be left for a child to begin
-RESERVE = 5.0  # seconds of the budget that are kept for packing
-LINES = 15  # of a log, that are shown
-NEEDS_GPU = "needs a GPU"  # in the last line of a child that had something, or all, to do on one
+from benchmarks.tables import markdown_table
+
+GRACE_SECONDS = 3.0  # between SIGTERM and SIGKILL
+MIN_SECONDS = 10.0  # a child is not started with less time than this
+PACKING_SECONDS = 5.0  # of the budget, kept for packing the results
+SHOWN_LINES = 15  # of a log, printed after its child; a report shows four times as many
+NEEDS_GPU = "needs a GPU"  # stands in the last line of a child that could not do everything without one
 
 
 @dataclass(frozen=True)
 class Child:
-    """A command and the seconds that it may take; "{minutes}" in it stands for those that it has.
+    """A command to run for at most `seconds`. "{minutes}" in the command becomes 90 % of the time it really has.
 
-    tests   whether it is pytest's: then a run in which no test passes has failed
-    leaves  seconds of the budget for what comes behind
+    tests   whether the command runs pytest; a run in which no test passed then counts as failed
+    leaves  seconds of the budget that this child must leave for those after it
     """
 
     name: str
@@ -42,24 +46,24 @@ class Child:
 
 @dataclass(frozen=True)
 class Row:
-    """What came of a child. `result` begins with passed, needs a GPU, failed, killed, skipped or stopped."""
+    """How a child ended. `result` starts with passed, needs a GPU, failed, killed, skipped or stopped."""
 
     name: str
     result: str
     seconds: float
-    said: str
+    last_line: str
 
     @property
-    def bad(self) -> bool:
-        """Whether it is to be mended; one that came too late is not."""
+    def broken(self) -> bool:
+        """Whether something must be fixed. A child that was skipped for lack of time is not broken."""
         return self.result.startswith(("failed", "killed"))
 
 
 class Visit:
     """Runs children within a budget of seconds.
 
-    out    at the end holds results.tgz (all of `work`, each child's log as NAME.log) and steps.md
-    title  of steps.md
+    out    receives results.tgz, which holds all of `work` including each child's log NAME.log, and steps.md
+    title  the heading of steps.md
     """
 
     def __init__(
@@ -73,12 +77,12 @@ class Visit:
             folder.mkdir(parents=True, exist_ok=True)
 
     @property
-    def left(self) -> float:
-        """Seconds."""
-        return self.seconds - RESERVE - (time.monotonic() - self.began)
+    def seconds_left(self) -> float:
+        """The part of the budget that children may still use."""
+        return self.seconds - PACKING_SECONDS - (time.monotonic() - self.began)
 
     def run(self, children: Sequence[Child]) -> None:
-        """All of them, in order; results are packed after each."""
+        """Run the children in order, and pack the results after each."""
         for child in children:
             try:
                 self._run(child)
@@ -86,59 +90,55 @@ class Visit:
                 self.pack()
 
     def _run(self, child: Child) -> None:
-        if self.left - child.leaves < LEAST:
+        if self.seconds_left - child.leaves < MIN_SECONDS:
             self._add(Row(child.name, "skipped, too late", 0.0, ""))
             return
-        limit = min(child.seconds, self.left - child.leaves)
-        began, log = time.monotonic(), self.log(child.name)
+        limit = min(child.seconds, self.seconds_left - child.leaves)
+        began = time.monotonic()
         command = [part.replace("{minutes}", f"{0.9 * limit / 60:.2f}") for part in child.command]
-        with log.open("wb") as file:
-            process = subprocess.Popen(
-                command, stdout=file, stderr=subprocess.STDOUT, cwd=self.cwd, env=dict(self.environment),
-                start_new_session=True,
-            )  # fmt: skip
-            try:
+        options = {"stderr": subprocess.STDOUT, "cwd": self.cwd, "env": dict(self.environment)}
+        try:
+            with self.log(child.name).open("wb") as file, child_process(command, stdout=file, **options) as process:
                 code = process.wait(limit)
                 result = "passed" if code == 0 else f"failed, exit code {code}"
-            except subprocess.TimeoutExpired:
-                result = f"killed after {limit:.0f} s"
-            except BaseException:
-                self._add(Row(child.name, "stopped by a signal", time.monotonic() - began, self.last(child.name, 1)))
-                raise
-            finally:
-                _end(process)
-        said = self.last(child.name, 1)
-        if result == "passed" and child.tests and not re.search(r"\d+ passed", said):
-            result = NEEDS_GPU if "skipped" in said else "failed, no test ran"
-        elif result == "passed" and NEEDS_GPU in said:
+        except subprocess.TimeoutExpired:
+            result = f"killed after {limit:.0f} s"
+        except BaseException:
+            seconds = time.monotonic() - began
+            self._add(Row(child.name, "stopped by a signal", seconds, self.last_lines(child.name, 1)))
+            raise
+        last_line = self.last_lines(child.name, 1)
+        if result == "passed" and child.tests and not re.search(r"\d+ passed", last_line):
+            result = NEEDS_GPU if "skipped" in last_line else "failed, no test ran"
+        elif result == "passed" and NEEDS_GPU in last_line:
             result = NEEDS_GPU
-        self._add(Row(child.name, result, time.monotonic() - began, said))
+        self._add(Row(child.name, result, time.monotonic() - began, last_line))
 
     def _add(self, row: Row) -> None:
         self.rows.append(row)
         print(f"\n== {row.name}: {row.result}, {row.seconds:.0f} s", flush=True)
         if row.seconds:
-            print(self.last(row.name, LINES), flush=True)
+            print(self.last_lines(row.name, SHOWN_LINES), flush=True)
 
     def log(self, name: str) -> Path:
-        """Where a child's output is."""
+        """Return the path of a child's log."""
         return self.work / f"{name}.log"
 
-    def last(self, name: str, count: int) -> str:
-        """The last lines of a child's output that aren't empty."""
+    def last_lines(self, name: str, count: int) -> str:
+        """Return the last `count` lines of a child's log that are not empty."""
         lines = self.log(name).read_text(errors="replace").splitlines() if self.log(name).exists() else []
         return "\n".join(line[:200] for line in [line for line in lines if line.strip()][-count:])
 
     def pack(self) -> None:
-        """Write results.tgz and steps.md anew, each whole or not at all."""
-        lines = [f"# {self.title}", "", "| step | result | s | last line |", "|---|---|--:|---|"]
+        """Replace results.tgz and steps.md. Each is replaced whole or not at all."""
+        rows = [
+            {"step": row.name, "result": row.result, "s": f"{row.seconds:.0f}", "last line": row.last_line}
+            for row in self.rows
+        ]
+        lines = [f"# {self.title}", "", *markdown_table(rows), "", self.verdict(), ""]
         for row in self.rows:
-            said = row.said.replace("|", "\\|")
-            lines.append(f"| {row.name} | {row.result} | {row.seconds:.0f} | {said} |")
-        lines += ["", self.verdict(), ""]
-        for row in self.rows:
-            if row.bad:
-                lines += [f"## {row.name}", "", "```", self.last(row.name, 4 * LINES), "```", ""]
+            if row.broken:
+                lines += [f"## {row.name}", "", "```", self.last_lines(row.name, 4 * SHOWN_LINES), "```", ""]
         part = self.out / "part"
         part.write_text("\n".join(lines))
         part.replace(self.out / "steps.md")
@@ -147,35 +147,40 @@ class Visit:
         part.replace(self.out / "results.tgz")
 
     def verdict(self) -> str:
-        """What to mend first."""
-        bad = [row for row in self.rows if row.bad]
+        """Say in one line how many steps went well and which one to fix first."""
+        broken = [row for row in self.rows if row.broken]
         late = [row.name for row in self.rows if row.result.startswith("skipped")]
-        count = f"{len(self.rows) - len(bad) - len(late)} of {len(self.rows)} steps went well"
-        count += f"; too late for {', '.join(late)}" if late else ""
-        if not bad:
-            return f"{count}. Nothing to mend."
-        others = f"; after it {', '.join(row.name for row in bad[1:])}" if bad[1:] else ""
-        return f"{count}. To mend first: {bad[0].name} ({bad[0].result}){others}."
+        count = f"{len(self.rows) - len(broken) - len(late)} of {len(self.rows)} steps went well"
+        count += f"; no time was left for {', '.join(late)}" if late else ""
+        if not broken:
+            return f"{count}. Nothing to fix."
+        others = f"; then {', '.join(row.name for row in broken[1:])}" if broken[1:] else ""
+        return f"{count}. To fix first: {broken[0].name} ({broken[0].result}){others}."
 
     def conclude(self) -> bool:
-        """Print the verdict and the first failing child's last lines; returns whether all went well."""
-        first = next((row for row in self.rows if row.bad), None)
+        """Print the verdict and the last lines of the first broken child. Return whether no child is broken."""
+        first = next((row for row in self.rows if row.broken), None)
         print(f"\n{self.verdict()}", flush=True)
         if first is not None:
-            print(self.last(first.name, LINES), flush=True)
+            print(self.last_lines(first.name, SHOWN_LINES), flush=True)
         return first is None
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """End a child and what it started: first by asking."""
-    for number, seconds in ((signal.SIGTERM, GRACE), (signal.SIGKILL, None)):
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, number)
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(seconds)
+@contextmanager
+def child_process(command: Sequence[str | Path], **options: Any) -> Iterator[subprocess.Popen[Any]]:
+    """Start a process in a session of its own; on leaving the context, end it and all that it started."""
+    process = subprocess.Popen(command, start_new_session=True, **options)
+    try:
+        yield process
+    finally:
+        for number, seconds in ((signal.SIGTERM, GRACE_SECONDS), (signal.SIGKILL, None)):
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, number)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(seconds)
 
 
 def pytest_command(*options: str) -> list[str]:
-    """In several processes, where pytest-xdist is there: most of a test on a GPU is compiling."""
+    """Return a pytest command, with several processes if pytest-xdist is installed: GPU tests mostly compile."""
     processes = ["-n", str(min(12, os.cpu_count() or 1))] if importlib.util.find_spec("xdist") else []
     return [sys.executable, "-m", "pytest", "-q", *processes, "-p", "no:cacheprovider", "--durations=10", *options]

@@ -1,4 +1,4 @@
-"""The JPEG copy of CIFAR-10, decoded where the script that decodes it is at hand."""
+"""Reads CIFAR-10 from an .npz, which is decoded from a JPEG copy where the script for that is at hand."""
 
 from __future__ import annotations
 
@@ -7,23 +7,34 @@ import sys
 import tempfile
 from pathlib import Path
 
+import numpy as np
+import torch
+from torch import Tensor
+
 from benchmarks.timing import ROOT
 
 SCRIPT = Path("data") / "decode_cifar10.py"
 
 
 def decoded() -> Path:
-    """An .npz with train_images, train_labels, test_images, test_labels, decoded once a machine.
+    """Return an .npz with train_images, train_labels, test_images and test_labels, decoded once per machine.
 
-    Raises FileNotFoundError where there is no script beside the copy.
+    Raises FileNotFoundError if the decoding script is in none of the places where it is looked for.
     """
     scripts = [folder / SCRIPT for folder in (ROOT / "shared", ROOT.parent / "shared", ROOT / ".first_contact")]
     script = next((path for path in scripts if path.exists()), None)
     if script is None:
-        raise FileNotFoundError(f"--data cifar10.npz is needed: none of {', '.join(map(str, scripts))} is there.")
-    found = Path(tempfile.gettempdir()) / "cifar10_jpeg_decoded.npz"
-    if not found.exists():
-        part = found.with_name(f"part_{found.name}")
+        raise FileNotFoundError(f"--data cifar10.npz is needed, since none of {', '.join(map(str, scripts))} exists.")
+    path = Path(tempfile.gettempdir()) / "cifar10_jpeg_decoded.npz"
+    if not path.exists():
+        part = path.with_name(f"part_{path.name}")
         subprocess.run([sys.executable, script, part], check=True)
-        part.replace(found)
-    return found
+        part.replace(path)
+    return path
+
+
+def pictures(path: Path, split: str, count: int) -> tuple[Tensor, Tensor]:
+    """Return the first `count` pictures of a split as uint8 [B, 3, 32, 32], and their labels [B]."""
+    loaded = np.load(path)
+    images = torch.from_numpy(loaded[f"{split}_images"][:count]).movedim(-1, 1)
+    return images, torch.from_numpy(loaded[f"{split}_labels"][:count])

@@ -1,6 +1,8 @@
-"""The measures of the eager path on this CPU: python -m benchmarks.cpu [--only NAME …].
+"""Measures the eager engine and two ops on this CPU: the global threshold, the update, and a training of ResNet-20.
 
-Each writes benchmarks/results/NAME.json and NAME.md. Nothing else may run meanwhile.
+    python -m benchmarks.cpu [--only NAME ...]
+
+Each benchmark writes benchmarks/results/NAME.json and NAME.md. Nothing else may run on the machine meanwhile.
 """
 
 from __future__ import annotations
@@ -9,20 +11,19 @@ import argparse
 import dataclasses
 import subprocess
 import sys
+from typing import Any
 
 import numpy as np
 import torch
 
+from benchmarks.steps import initial_solution, problem_of
 from benchmarks.timing import header, interleaved, write
 from swamp_fast import naive, ops
 from swamp_fast.common.memory import peak_memory
 from swamp_fast.engines.eager.engine import EagerEngine
 from swamp_fast.engines.selection import eager_by_rule
-from swamp_fast.models import build_model
 from swamp_fast.ops import reference
-from swamp_fast.particles.bank import Solution
 from swamp_fast.particles.schedule import cycle_training
-from swamp_fast.problem.prepare import prepare
 from swamp_fast.problem.problem import Problem
 from swamp_fast.runs.record import Run
 
@@ -30,14 +31,14 @@ COMMAND = "python -m benchmarks.cpu --only"
 
 
 def global_threshold(rounds: int = 9) -> None:
-    """20 million float32: against kthvalue on |w|, numpy.partition on a ready-made |w|, and a sort."""
+    """Time the threshold of 20 million float32 against kthvalue, numpy.partition on a ready-made |w|, and a sort."""
     count, keep = 20_000_000, 16_000_000
     weights, mask = torch.randn(1, count), torch.ones(1, count, dtype=torch.bool)
     magnitude = weights[0].abs()
     small = weights[:, :100_000].contiguous(), mask[:, :100_000].contiguous(), torch.tensor([70_000])
-    for found, expected in zip(ops.global_threshold(*small), reference.global_threshold(*small), strict=True):
-        if not torch.equal(found, expected):
-            raise SystemExit("global_threshold disagrees with its reference: no timing")
+    for result, expected in zip(ops.global_threshold(*small), reference.global_threshold(*small), strict=True):
+        if not torch.equal(result, expected):
+            raise SystemExit("global_threshold differs from its reference, so it is not timed")
     times = interleaved(
         {
             "ops.global_threshold": lambda: ops.global_threshold(weights, mask, [keep]),
@@ -54,7 +55,7 @@ def global_threshold(rounds: int = 9) -> None:
 
 
 def extra_memory(count: int, keep: int) -> int:
-    """KB that a call adds to the peak of a fresh process that has held a second mask before."""
+    """Return the KB that a call adds to the peak memory of a fresh process, which held a second mask before."""
     code = f"""
 import resource, torch
 from swamp_fast import ops
@@ -69,18 +70,21 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 
 
 def masked_sgd(rounds: int = 15) -> None:
-    """[4, 5 million] float32 with SWA: bytes a second against those of a copy in the same rounds."""
+    """Time the update of [4, 5 million] float32 with and without SWA against a copy: bytes per second."""
     lanes, parameters = 4, 5_000_000
     weights, grads, momentum, swa, other = torch.randn(5, lanes, parameters).unbind()
     masks, run_of_lane = torch.rand(1, parameters) < 0.3, torch.zeros(lanes, dtype=torch.int64)
-    rates = [torch.full((lanes,), value, dtype=torch.float64) for value in (1e-3, 0.9, 5e-4, 0.5)]
+    rates = {"lr": 1e-3, "momentum": 0.9, "weight_decay": 5e-4, "swa_weight": 0.5}
+    of_lanes: dict[str, Any]
+    of_lanes = {name: torch.full((lanes,), value, dtype=torch.float64) for name, value in rates.items()}
+    swa_weight = of_lanes.pop("swa_weight")
 
     def step(average: bool) -> None:
-        ops.masked_sgd_(
-            *(weights, grads, momentum, masks, run_of_lane),
-            **dict(zip(("lr", "momentum", "weight_decay"), rates[:3], strict=True)),
-            **({"swa": swa, "swa_weight": rates[3]} if average else {}),
-        )
+        state = (weights, grads, momentum, masks, run_of_lane)
+        if average:
+            ops.masked_sgd_(*state, **of_lanes, swa=swa, swa_weight=swa_weight)
+        else:
+            ops.masked_sgd_(*state, **of_lanes)
 
     times = interleaved(
         {
@@ -101,12 +105,12 @@ def masked_sgd(rounds: int = 15) -> None:
 
 
 def eager(rounds: int = 7, steps: int = 4) -> None:
-    """ResNet-20, batch 128, 4 particles: trainings of a few steps by the eager engine and by the naive loop."""
-    problem = resnet20(128 * steps)
-    last = dataclasses.replace(problem, template=problem.template.to(memory_format=torch.channels_last))
-    problem = resnet20(128 * steps)  # `to` changed the first one's template in place
+    """Time trainings of a few steps by the eager engine and by the naive loop: ResNet-20, batch 128, 4 particles."""
+    problem, other = (problem_of("resnet20", 4, 128, batches=steps, epochs=1) for _ in range(2))
+    template: Any = other.template
+    channels_last = dataclasses.replace(other, template=template.to(memory_format=torch.channels_last))
     choice = eager_by_rule(problem)
-    engine, start = EagerEngine(problem, choice), ticket(problem)
+    engine, start = EagerEngine(problem, choice), initial_solution(problem)
     training = cycle_training(problem.config, steps)
 
     def by_engine() -> None:
@@ -124,7 +128,7 @@ def eager(rounds: int = 7, steps: int = 4) -> None:
         {
             f"fast_swamp, {choice.way}, channels {'last' if choice.channels_last else 'first'}": by_engine,
             "naive_swamp, channels first": lambda: by_naive(problem),
-            "naive_swamp, channels last": lambda: by_naive(last),
+            "naive_swamp, channels last": lambda: by_naive(channels_last),
         },
         rounds,
     )
@@ -141,24 +145,8 @@ def eager(rounds: int = 7, steps: int = 4) -> None:
     )
 
 
-def resnet20(samples: int) -> Problem:
-    """ResNet-20 on pictures of CIFAR's size; which, is no matter for time."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        images, labels = torch.randint(0, 256, (samples, 3, 32, 32), dtype=torch.uint8), torch.arange(samples) % 10
-        model = build_model("resnet20", 3, 32, 32, 10)
-    settings = {"particles": 4, "epochs": 1, "batch_size": 128, "augment": "crop_flip", "progress": False}
-    return prepare(model, (images, labels), settings=settings)
-
-
-def ticket(problem: Problem) -> Solution:
-    """The initial weights."""
-    weights = problem.layout.flat(dict(problem.template.named_parameters()), problem.dtype, problem.device)
-    return Solution(weights, {name: buffer.clone() for name, buffer in problem.template.named_buffers()})
-
-
 def milliseconds(times: dict[str, float], share: int = 1) -> dict[str, float]:
-    """Seconds as milliseconds for one of `share`."""
+    """Return times in milliseconds, divided by `share`."""
     return {f"{name}, ms": round(value / share * 1e3, 3) for name, value in times.items()}
 
 
@@ -166,13 +154,13 @@ BENCHMARKS = {"global_threshold": global_threshold, "masked_sgd": masked_sgd, "e
 
 
 def main() -> None:
-    """Run the benchmarks that are named, or all."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Run the requested benchmarks, by default all."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=BENCHMARKS, default=list(BENCHMARKS))
     for name in parser.parse_args().only:
         BENCHMARKS[name]()
     peak = peak_memory(torch.device("cpu")) / 2**30
-    print(f"peak memory of this process {peak:.1f} GB")
+    print(f"peak memory of this process: {peak:.1f} GB")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,13 @@
-"""The demo's run as a result: scikit-learn's digits, 4 particles, 14 cycles. python -m benchmarks.digits"""
+"""Accuracy over sparsity in the demo's run: scikit-learn's digits, 4 particles, 14 cycles.
+
+    python -m benchmarks.digits
+
+Writes benchmarks/results/digits, with a figure.
+"""
 
 from __future__ import annotations
 
+import argparse
 import time
 
 import torch
@@ -15,7 +21,8 @@ from swamp_fast.report.figures import accuracy_over_sparsity
 
 
 def main() -> None:
-    """Run it and write benchmarks/results/digits."""
+    """Run the demo and write its table and figure."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     torch.manual_seed(DEMO.seed)
     began = time.perf_counter()
     result = fast_swamp(SmallCNN(1, 10), "digits", config=DEMO, progress=False)

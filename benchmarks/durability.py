@@ -1,10 +1,10 @@
-"""Whether a run survives being killed, and what its checkpoints cost: python -m benchmarks.durability kills | cost.
+"""Measures whether a run survives being killed, and what its checkpoints cost.
 
-kills  real processes are killed at random moments and started again, on each engine, until the run is through; its
-       bits against those of a run that nobody touched
-cost   the checkpoints of a training, by time and size, and their share of the run's time
+    python -m benchmarks.durability kills    kill real processes at random moments and start them again, on each engine,
+                                             until the run ends; compare its bits with those of an uninterrupted run
+    python -m benchmarks.durability cost     time and size of the checkpoints, and their share of the run's time
 
-Each writes benchmarks/results/durability_WHAT.
+They write benchmarks/results/durability_kills and durability_cost.
 """
 
 from __future__ import annotations
@@ -16,30 +16,35 @@ import random
 import signal
 import tempfile
 import time
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.timing import header, summary, write
+from benchmarks.steps import random_pictures
+from benchmarks.timing import ROOT, header, summary, write
 from swamp_fast import SwampConfig, SwampResult, fast_swamp
 from swamp_fast.cycle.training import Watch
 from swamp_fast.models import build_model
-from swamp_fast.runs.checkpoint import RunDirectory, Unfinished
+from swamp_fast.runs.checkpoint import RunDirectory
 from swamp_fast.runs.record import Run
 
-ROOT = Path(__file__).parent.parent
 ENGINES = ("eager", "fused", "by density")
-BOTH = "fused@0.7,eager:lanes"  # eager in the dense cycles
-CLOCKS = ("seconds", "train_seconds", "peak_memory")
-SMALL = {"batch_size": 64, "cycles": 2, "epochs": 2, "particles": 2, "ticket_epochs": 1, "prune": 0.5}
+SWITCHING = "fused@0.7,eager:lanes"  # eager in the dense cycles, then fused
+UNREPEATABLE = ("seconds", "train_seconds", "peak_memory")  # columns of the history that differ between equal runs
+# By the forkserver: this module, and what a run imports only when it starts, which takes longer than the small run.
+PRELOADED = ["benchmarks.durability", "sklearn.datasets", "torch._dynamo"]
+SMALL: dict[str, Any] = {"batch_size": 64, "cycles": 2, "epochs": 2, "particles": 2, "ticket_epochs": 1, "prune": 0.5}
 
 
 class Small(nn.Sequential):
-    """A convolution, BatchNorm and dropout: weights, buffers and random numbers to be kept."""
+    """A small CNN whose weights, buffers (BatchNorm) and random numbers (dropout) must all survive."""
 
     def __init__(self) -> None:
         torch.manual_seed(0)
@@ -51,39 +56,45 @@ class Small(nn.Sequential):
 
 
 def small_run(engine: str, folder: str, device: str = "cpu", minutes: float = 1e-6, **changed: Any) -> None:
-    """A small run on one engine, or on both, with a checkpoint after each step."""
+    """Do a small run on one engine, or switch between both; by default with a checkpoint after each step."""
     torch.set_num_threads(1)
-    settings = {**SMALL, "engine": BOTH if engine == "by density" else engine, "device": device}
+    settings: dict[str, Any] = {**SMALL, "engine": SWITCHING if engine == "by density" else engine, "device": device}
     settings |= {"progress": False, **changed}
     result = fast_swamp(Small(), "digits", run_dir=folder, checkpoint_minutes=minutes, **settings)
     if result.engine["engine"] != engine:
-        raise ValueError(f"the {engine} engine was to run, {result.engine['engine']} did.")
+        raise ValueError(f"expected the {engine} engine to run, but {result.engine['engine']} did.")
 
 
 @dataclass
 class Crashes:
-    """What became of runs that were stopped: how often, where, and whether all ended with the same bits."""
+    """How interrupted runs ended.
+
+    moments  how far the run was at each interruption
+    codes    exit codes of the interrupted processes
+    ended    number of runs that ended in the end
+    equal    number of those with the bits of an uninterrupted run
+    """
 
     engine: str
-    moments: list[str] = field(default_factory=list)  # what their folders held
-    codes: list[int | None] = field(default_factory=list)  # of the stopped processes
+    moments: list[str] = field(default_factory=list)
+    codes: list[int | None] = field(default_factory=list)
     ended: int = 0
     equal: int = 0
 
 
 def crash(engine: str, folder: Path, times: int, seed: int, device: str = "cpu", by: int = signal.SIGKILL) -> Crashes:
-    """Stop runs so many times in all, at random moments, starting each again until it is through."""
-    context, chance, crashes = workers(), random.Random(seed), Crashes(engine)
-    ready = context.Process(target=time.sleep, args=(0,))  # what all are forked from is there when it ends
+    """Interrupt runs `times` times in all, at random moments, and start each again until it ends."""
+    context, chance, crashes = forkserver(), random.Random(seed), Crashes(engine)
+    ready = context.Process(target=time.sleep, args=(0,))  # when it ends, the forkserver has imported everything
     ready.start()
     ready.join()
     whole, began = folder / "whole", time.perf_counter()
-    ended(start(context, engine, whole, device))
+    join(start(context, engine, whole, device))
     seconds = time.perf_counter() - began
     number = 0
     while True:
-        own = folder / f"cut {number}"
-        process = start(context, engine, own, device)
+        cut = folder / f"cut {number}"
+        process = start(context, engine, cut, device)
         if len(crashes.moments) < times:
             process.join(chance.uniform(0, seconds))
             if process.is_alive():
@@ -91,176 +102,186 @@ def crash(engine: str, folder: Path, times: int, seed: int, device: str = "cpu",
                 process.join()
                 if process.exitcode:
                     crashes.codes.append(process.exitcode)
-                    crashes.moments.append(held(own))
+                    crashes.moments.append(progress_of(cut))
                     continue
-        ended(process)
+        join(process)
         crashes.ended += 1
-        crashes.equal += same_bits(whole, own)
+        crashes.equal += same_bits(whole, cut)
         number += 1
         if len(crashes.moments) >= times:
             return crashes
 
 
-def workers() -> ForkServerContext:
-    """Processes that are forked from one which has imported all of it, and has no threads."""
+def forkserver() -> ForkServerContext:
+    """Return a context whose processes are forked from one that has imported everything and has no threads."""
     context = multiprocessing.get_context("forkserver")
     paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     if str(ROOT) not in paths:
         os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *paths])
-    os.environ.setdefault("PYTHONWARNINGS", "ignore::RuntimeWarning:runpy")  # it is preloaded, and run
-    context.set_forkserver_preload(["benchmarks.durability"])
+    os.environ.setdefault("PYTHONWARNINGS", "ignore::RuntimeWarning:runpy")  # this module is preloaded and then run
+    context.set_forkserver_preload(PRELOADED)
     return context
 
 
 def start(context: ForkServerContext, engine: str, folder: Path, device: str) -> ForkServerProcess:
-    """A process that begins the run, or goes on with it."""
+    """Start a process that starts the run, or resumes it."""
     process = context.Process(target=small_run, args=(engine, str(folder), device))
     process.start()
     return process
 
 
-def ended(process: ForkServerProcess) -> None:
-    """Wait for its end, which must be a good one."""
+def join(process: ForkServerProcess) -> None:
+    """Wait until a process ends. Raise RuntimeError if it failed."""
     process.join()
     if process.exitcode != 0:
-        raise RuntimeError(f"a run that was not stopped ended with {process.exitcode}; its error is above.")
+        raise RuntimeError(f"a run that was not interrupted ended with {process.exitcode}; its error is above.")
 
 
-def held(folder: Path) -> str:
-    """How far the run of a folder is."""
+def progress_of(folder: Path) -> str:
+    """Describe how far the run in a folder is."""
     directory = RunDirectory(folder)
     if not (folder / "run.json").exists():
         return "before the first step"
     directory.about()
     for path in directory.training_paths():
         if path.exists():
-            kept = directory.training(path)
-            return f"{'ticket' if kept.cycle is None else f'cycle {kept.cycle}'}, step {kept.steps}"
+            training = directory.training(path)
+            return f"{'ticket' if training.cycle is None else f'cycle {training.cycle}'}, step {training.steps}"
     return f"after {directory.cycles_done()} cycles" if directory.ticket() is not None else "in the ticket"
 
 
 def same_bits(a: Path, b: Path) -> bool:
-    """Whether two runs are the same: ticket, weights, buffers, masks and history, but for its clocks."""
+    """Whether two runs have the same ticket, weights, buffers, masks and history, but for times and memory."""
     runs = [SwampResult.load(path) for path in (a, b)]
     states: list[list[dict[str, Tensor]]] = []
     for run in runs:
         cycles = [run._snapshot(cycle) for cycle in range(len(run.snapshots))]
         states.append([run.ticket, *(each.state for each in cycles), *(each.masks for each in cycles)])
-    rows = [[{k: v for k, v in row.items() if k not in CLOCKS} for row in run.history] for run in runs]
+    rows = [[{k: v for k, v in row.items() if k not in UNREPEATABLE} for row in run.history] for run in runs]
     return rows[0] == rows[1] and all(map(same_tensors, *states))
 
 
 def same_tensors(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    """Bit for bit."""
+    """Whether two dicts hold the same tensors, bit for bit."""
     return a.keys() == b.keys() and all(torch.equal(tensor, b[name]) for name, tensor in a.items())
 
 
 def kills(tries: int, seed: int, device: str) -> None:
-    """The table of crashes."""
+    """Kill runs on each engine, and write the table."""
     table = []
     for number, engine in enumerate(ENGINES):
         with tempfile.TemporaryDirectory() as folder:
-            found = crash(engine, Path(folder), tries, seed + number, device)
-        inside = [moment for moment in found.moments if "step" in moment and "before" not in moment]
+            crashes = crash(engine, Path(folder), tries, seed + number, device)
+        inside = [moment for moment in crashes.moments if "step" in moment and "before" not in moment]
         table.append(
-            {"engine": engine, "kills": len(found.moments), "inside a training": len(inside),
-             "runs that ended": found.ended, "with equal bits": found.equal}
+            {"engine": engine, "kills": len(crashes.moments), "inside a training": len(inside),
+             "runs that ended": crashes.ended, "with equal bits": crashes.equal}
         )  # fmt: skip
     about = header(1) | {"signal": "SIGKILL", "seed": seed, "device": device, **SMALL}
     write("durability_kills", f"python -m benchmarks.durability kills --tries {tries} --seed {seed}", about, table)
 
 
-class Stopwatch:
-    """Takes the time of every checkpoint, and the size of its file."""
+class CheckpointTimes:
+    """A context that measures the seconds of every checkpoint and the bytes of its file.
+
+    seconds        of checkpoints inside trainings: collecting the state and writing it
+    cycle_seconds  of those at the end of cycles
+    """
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
         self.cycle_seconds: list[float] = []
         self.bytes: list[int] = []
-        self._taken = 0.0
+        self._collecting = 0.0
+        self._patched = ExitStack()
 
-    def __enter__(self) -> Stopwatch:
-        state, training, cycle = Watch.state, Run.keep_training, RunDirectory.write_cycle
+    def __enter__(self) -> CheckpointTimes:
+        def state_collected(seconds: float, *_: Any) -> None:
+            self._collecting = seconds
 
-        def timed_state(watch: Watch) -> Unfinished:
-            began = time.perf_counter()
-            found = state(watch)
-            self._taken = time.perf_counter() - began
-            return found
-
-        def timed_training(run: Run, kept: Unfinished) -> None:
-            began = time.perf_counter()
-            training(run, kept)
-            self.seconds.append(self._taken + time.perf_counter() - began)
+        def training_written(seconds: float, run: Run, *_: Any) -> None:
+            self.seconds.append(self._collecting + seconds)
             if run.folder is not None:
                 self.bytes.append(run.folder.training_paths()[0].stat().st_size)
 
-        def timed_cycle(folder: RunDirectory, *rest: Any) -> None:
-            began = time.perf_counter()
-            cycle(folder, *rest)
-            self.cycle_seconds.append(time.perf_counter() - began)
+        def cycle_written(seconds: float, *_: Any) -> None:
+            self.cycle_seconds.append(seconds)
 
-        self._before = state, training, cycle
-        Watch.state, Run.keep_training = timed_state, timed_training  # type: ignore[method-assign]
-        RunDirectory.write_cycle = timed_cycle  # type: ignore[method-assign]
+        for owner, name, report in (
+            (Watch, "state", state_collected),
+            (Run, "keep_training", training_written),
+            (RunDirectory, "write_cycle", cycle_written),
+        ):
+            timed = _timed(getattr(owner, name), report)
+            self._patched.enter_context(mock.patch.object(owner, name, timed))
         return self
 
     def __exit__(self, *_: object) -> None:
-        Watch.state, Run.keep_training, RunDirectory.write_cycle = self._before  # type: ignore[method-assign]
+        self._patched.close()
+
+
+def _timed(method: Callable[..., Any], report: Callable[..., None]) -> Callable[..., Any]:
+    """Return a method that also calls report(seconds, *arguments)."""
+
+    def call(*arguments: Any) -> Any:
+        began = time.perf_counter()
+        returned = method(*arguments)
+        report(time.perf_counter() - began, *arguments)
+        return returned
+
+    return call
 
 
 def cost(given: argparse.Namespace) -> None:
-    """The table of what checkpoints cost: short intervals give many; the share at the default one stands beside."""
-    chance = torch.Generator().manual_seed(0)
-    pictures = torch.randint(0, 256, (given.samples, 3, 32, 32), dtype=torch.uint8, generator=chance)
-    labels = torch.randint(0, 10, (given.samples,), generator=chance)
+    """Measure what checkpoints cost, and write the table.
+
+    Short intervals give many checkpoints; their share of the time at the default interval is computed from them.
+    """
     settings = {"particles": given.particles, "cycles": given.cycles, "epochs": given.epochs, "ticket_epochs": 0}
     table = []
     for engine in given.engine:
-        with tempfile.TemporaryDirectory(dir=given.dir) as folder, Stopwatch() as watch:
+        with tempfile.TemporaryDirectory(dir=given.dir) as folder, CheckpointTimes() as times:
             began = time.perf_counter()
             fast_swamp(
-                *(build_model(given.model, 3, 32, 32, 10), (pictures, labels)),
+                *(build_model(given.model, 3, 32, 32, 10), random_pictures(given.samples)),
                 **{**settings, "engine": engine, "device": given.device, "augment": "crop_flip"},
                 run_dir=folder,
                 checkpoint_minutes=given.minutes,
             )
             seconds = time.perf_counter() - began
-        if not watch.seconds:
-            raise SystemExit(f"the {engine} engine's run of {seconds:.0f} s had no checkpoint: lower --minutes")
-        each, whole = summary(watch.seconds), sum(watch.seconds) + sum(watch.cycle_seconds)
-        default = 60 * SwampConfig().checkpoint_minutes
+        if not times.seconds:
+            raise SystemExit(f"the {engine} engine's run of {seconds:.0f} s wrote no checkpoint: lower --minutes")
+        one, total = summary(times.seconds), sum(times.seconds) + sum(times.cycle_seconds)
+        interval = 60 * SwampConfig().checkpoint_minutes
         table.append(
-            {"engine": engine, "checkpoints": len(watch.seconds), "MB, the first": round(watch.bytes[0] / 1e6, 2),
-             "MB, the last": round(watch.bytes[-1] / 1e6, 2), "ms": round(each["median"] * 1e3, 1),
-             "p20": round(each["p20"] * 1e3, 1), "p80": round(each["p80"] * 1e3, 1),
-             "share of this run": f"{whole / seconds:.3%}",
-             "share at the default interval": f"{each['median'] / (default + each['median']):.4%}"}
+            {"engine": engine, "checkpoints": len(times.seconds), "MB, the first": round(times.bytes[0] / 1e6, 2),
+             "MB, the last": round(times.bytes[-1] / 1e6, 2), "ms": round(one["median"] * 1e3, 1),
+             "p20": round(one["p20"] * 1e3, 1), "p80": round(one["p80"] * 1e3, 1),
+             "share of this run": f"{total / seconds:.3%}",
+             "share at the default interval": f"{one['median'] / (interval + one['median']):.4%}"}
         )  # fmt: skip
     about = header(1) | {"model": given.model, "samples": given.samples, "minutes": given.minutes, **settings}
     about |= {"on": given.device}
-    options = ("samples", "particles", "cycles", "epochs", "minutes")
-    command = f"python -m benchmarks.durability cost --model {given.model} " + " ".join(
-        f"--{name} {getattr(given, name)}" for name in options
-    )
+    options = [f"--{name} {getattr(given, name)}" for name in ("samples", "particles", "cycles", "epochs", "minutes")]
+    command = f"python -m benchmarks.durability cost --model {given.model} {' '.join(options)}"
     write("durability_cost", command, about, table)
 
 
 def main() -> None:
-    """Run what is asked for."""
+    """Run the requested benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["kills", "cost"])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--tries", type=int, default=20, help="kills on each engine")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--seed", type=int, default=0, help="of the random moments")
     parser.add_argument("--model", default="resnet20")
-    parser.add_argument("--engine", nargs="+", default=["eager", "fused"], help="of `cost`")
-    parser.add_argument("--samples", type=int, default=2560, help="pictures at random")
+    parser.add_argument("--engine", nargs="+", default=["eager", "fused"], help="engines of `cost`")
+    parser.add_argument("--samples", type=int, default=2560, help="random pictures")
     parser.add_argument("--particles", type=int, default=4)
     parser.add_argument("--cycles", type=int, default=1)
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--minutes", type=float, default=0.05, help="between checkpoints")
-    parser.add_argument("--dir", type=Path, help="where `cost` writes; the disk matters")
+    parser.add_argument("--dir", type=Path, help="folder for the checkpoints of `cost`, whose disk matters")
     given = parser.parse_args()
     if given.what == "kills":
         kills(given.tries, given.seed, given.device)

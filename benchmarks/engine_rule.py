@@ -1,10 +1,10 @@
-"""What the rule of engine="auto" stands on: a step of the eager engine against one of the fused engine, by density.
+"""Times a step of the eager engine against one of the fused engine by density: the basis of the engine="auto" rule.
 
     python -m benchmarks.engine_rule [--model NAME ...] [--precision float32 ...] [--batch B] [--cycles C ...]
 
-Both engines gather and augment their own batch, update and average; masks are uniform at random, so that the FLOP
-density is the density. One table per model and precision, benchmarks/results/engine_rule_*.json, by processor: tests
-hold the entries of swamp_fast/engines/rule.py against all of them.
+Both engines gather and augment their batches, update and average. Masks are uniform at random, so that the FLOP
+density equals the density. Writes one table per model, precision and processor, benchmarks/results/engine_rule_*;
+tests/engines/test_selection.py compares the constants of swamp_fast/engines/selection.py with all of them.
 """
 
 from __future__ import annotations
@@ -15,62 +15,45 @@ from collections.abc import Sequence
 
 import torch
 
-from benchmarks.steps import step_of
+from benchmarks.steps import Step, covered_plan, problem_of, step_of
 from benchmarks.timing import header, interleaved, processor, write
 from swamp_fast.engines.eager.engine import EagerEngine
-from swamp_fast.engines.fused.coverage import fused_plan
 from swamp_fast.engines.fused.engine import FusedEngine
-from swamp_fast.engines.fused.plan import Plan
 from swamp_fast.engines.selection import eager_by_rule, kind_of
-from swamp_fast.models import build_model
 from swamp_fast.ops.backends import has_amx
-from swamp_fast.problem.prepare import prepare
-from swamp_fast.problem.problem import Problem
 
 LANES = 2
 PRECISIONS = ("float32", "bfloat16", "float64")
-SHAPES = {  # model -> picture, batch
+SHAPES = {  # model -> shape of a picture, batch size
     "resnet20": ((3, 32, 32), 128),
     "small_cnn": ((1, 8, 8), 64),
     "wrn28_2": ((3, 32, 32), 128),
     "vgg13": ((3, 32, 32), 128),
     "mlp": ((1, 28, 28), 128),
 }
-CYCLES = (0, 1, 2, 3, 4, 5, 6, 8, 10, 14)  # 0.8 ** cycle are the densities
-
-
-def problem_of(model: str, precision: str, batch: int) -> Problem:
-    """A network on random pictures."""
-    shape, _ = SHAPES[model]
-    images = torch.randint(0, 256, (4 * batch, *shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    settings = {"particles": LANES, "batch_size": batch, "precision": precision, "progress": False, "device": "cpu"}
-    settings["augment"] = "none" if model == "mlp" else "crop_flip"
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        network = build_model(model, *shape, 10)
-    return prepare(network, (images, torch.arange(len(images)) % 10), settings=settings)
+CYCLES = (0, 1, 2, 3, 4, 5, 6, 8, 10, 14)  # the densities are 0.8 ** cycle
 
 
 def measure(model: str, precision: str, rounds: int, batch: int, cycles: Sequence[int]) -> None:
-    """One table."""
-    problem = problem_of(model, precision, batch)
-    plan = fused_plan(problem)
-    assert isinstance(plan, Plan), plan
+    """Time both engines on one network and write the table."""
+    augment = "none" if model == "mlp" else "crop_flip"
+    problem = problem_of(model, LANES, batch, SHAPES[model][0], precision=precision, augment=augment)
+    plan = covered_plan(problem)
     eager = EagerEngine(problem, eager_by_rule(problem), None)
-    contenders = {"eager": step_of(eager, problem, LANES)}
-    drawn = torch.rand(problem.mask.shape, generator=torch.Generator().manual_seed(0))
+    contenders: dict[str, Step] = {"eager": step_of(eager, problem, LANES)}
+    uniform = torch.rand(problem.mask.shape, generator=torch.Generator().manual_seed(0))
     densities = {}
     for cycle in cycles:
-        mask = problem.mask & (drawn < 0.8**cycle)
+        mask = problem.mask & (uniform < 0.8**cycle)
         densities[f"fused {cycle}"] = problem.flops(mask) / problem.flops(problem.mask)
         contenders[f"fused {cycle}"] = step_of(FusedEngine(problem, plan, "benchmark", {}), problem, LANES, mask)
     times = interleaved(contenders, rounds)
     eager_seconds = times["eager"]["median"]
     table = [
         {"": name.split()[0], "FLOP density": round(densities.get(name, 1.0), 4),
-         **{key: f"{value / LANES * 1e3:.2f}" for key, value in each.items()},
-         "eager / this": round(eager_seconds / each["median"], 3)}
-        for name, each in times.items()
+         **{key: f"{value / LANES * 1e3:.2f}" for key, value in quantiles.items()},
+         "eager / this": round(eager_seconds / quantiles["median"], 3)}
+        for name, quantiles in times.items()
     ]  # fmt: skip
     about = header(rounds) | {"capability": torch.backends.cpu.get_cpu_capability(), "amx": has_amx()}
     about |= {"model": model, "kind": kind_of(problem, plan), "precision": precision, "lanes": LANES, "batch": batch}
@@ -83,12 +66,12 @@ def measure(model: str, precision: str, rounds: int, batch: int, cycles: Sequenc
 
 
 def main() -> None:
-    """Measure what is asked for."""
+    """Measure the requested models and precisions."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
-    parser.add_argument("--batch", type=int, help="instead of the model's own")
-    parser.add_argument("--cycles", type=int, nargs="+", default=CYCLES, help="0.8 ** cycle are the densities")
+    parser.add_argument("--batch", type=int, help="batch size, default 128 (64 for small_cnn)")
+    parser.add_argument("--cycles", type=int, nargs="+", default=CYCLES, help="the densities are 0.8 ** cycle")
     parser.add_argument("--rounds", type=int, default=7)
     given = parser.parse_args()
     for model in given.model:

@@ -1,32 +1,34 @@
-"""What a GPU that is at hand for minutes is used for: steps in the order of their worth, results packed after each.
+"""Uses a GPU that is available for minutes only: tests and measurements, most important first, packed after each.
 
     python -m benchmarks.first_contact --out DIR [--minutes 9] [--visit 1] [--carried FOLDER] [--data cifar10.npz]
 
 Visit 1: a probe (versions, a launch of each kind, a captured graph), the tests of the CUDA kernels, ceilings, a
-captured step of ResNet-20 at N = 8 against float64 and timed, microseconds of each of its launches, rivals that need no
-compiler, the tests of the fused engine, capture and resume, the bank's ops, an epoch of CIFAR-10. Visit 2: compiled
-rivals, the eager engine, WRN-28-2 and VGG-19, N from 1 to 64, variants of launch bounds, then the protocol. Each step
-is a process with a limit of its own inside the --minutes; one that fails, hangs or comes too late is a row, and the
-next one starts. DIR gets steps.md and results.tgz after each step, at the end caches.tgz (what was compiled there), and
-from visit 2 protocol.zip, which `benchmarks.protocol --import` takes. The last lines say what to mend first; the exit
-code is 1 if anything is to be mended.
+captured step of ResNet-20 with 8 particles against float64 and timed, microseconds of each of its launches, rivals that
+need no compiler, the tests of the fused engine, of capture and of resuming, the bank's ops, an epoch of CIFAR-10.
+Visit 2: compiled rivals, the eager engine, WRN-28-2 and VGG-19, 1 to 64 particles, variants of launch bounds, then the
+protocol.
 
-Nothing needs to be installed on that machine but torch, Triton, NumPy, safetensors and pytest. To carry what it would
-compile first, as for Python 3.12, torch 2.11 and Triton 3.6 on an H100 or H200, fill a folder here by the same Python,
-torch and Triton, which needs no GPU, and take the JPEG copy of CIFAR-10 along, with the script that decodes it:
+Each step is a process with a time limit inside the --minutes. A step that fails or hangs, or for which no time is left,
+is a row of the report, and the next one starts. DIR gets steps.md and results.tgz after each step; at the end
+caches.tgz, which holds what was compiled on that machine; and from visit 2 protocol.zip, for `benchmarks.protocol
+--import`. The last lines say what to fix first; the exit status is 1 if there is anything to fix.
+
+That machine needs only torch, Triton, NumPy, safetensors and pytest. To spare it most of the compiling, fill a folder
+here with the same versions of Python, torch and Triton, which needs no GPU. For Python 3.12 and an H100 or H200, also
+adding the JPEG copy of CIFAR-10 and the script that decodes it:
 
     python3.12 -m benchmarks.machine_code --arch sm_90 --fill .first_contact --python python3.12
-    cp -r FOLDER .first_contact/data  # which holds cifar10_jpeg.npz and decode_cifar10.py
+    cp -r FOLDER .first_contact/data  # FOLDER holds cifar10_jpeg.npz and decode_cifar10.py
 
-That is for ResNet-20 in bfloat16, whatever N; for visit 2 fill the folder also with `--model wrn28_2 vgg19`. Take the
-tree with .first_contact, which git ignores, anywhere on that machine, and run there
+This compiles for ResNet-20 in bfloat16 and any number of particles; for visit 2 also fill it with `--model wrn28_2
+vgg19`. Copy the tree with .first_contact, which git ignores, to any place on that machine, and run there
 
     python3 -m benchmarks.first_contact --out DIR
 
-and for visit 2 the same with `--visit 2`, after unpacking caches.tgz of the first into .first_contact, and putting
-protocol.zip of an earlier second visit there, from which the protocol goes on. --data stands for .first_contact/data.
+For visit 2 add `--visit 2`, after unpacking the first visit's caches.tgz into .first_contact and copying the
+protocol.zip of an earlier second visit there, from which the protocol continues. --data replaces .first_contact/data.
 
---rehearse does each step on the CPU, at a tiny size, and says which need a GPU; its figures mean nothing.
+--rehearse runs each step on the CPU at a tiny size and says which steps need a GPU; its figures mean nothing.
 """
 
 from __future__ import annotations
@@ -45,20 +47,20 @@ from pathlib import Path
 
 from benchmarks.children import Child, Visit, pytest_command
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[1]  # not benchmarks.timing's, which imports torch
 CARRIED = ROOT / ".first_contact"
-MAPPED = {"kernels": Path("..", "kernels"), "cuda_sources": Path("..", "csrc", "cuda")}  # as pyproject.toml has it
+MAPPED = {"kernels": Path("..", "kernels"), "cuda_sources": Path("..", "csrc", "cuda")}  # as in pyproject.toml
 OPS = ("clip_scale", "gather_augment", "global_threshold", "masked_adamw", "masked_sgd", "particle_mean", "philox")
-NOT_CARRIED = {".source", ".ttir", ".ttgir", ".llir", ".ptx"}  # of Triton's cache: what a kernel was between two passes
-MOST_BYTES = 15_000_000  # of caches.tgz
+NOT_CARRIED = {".source", ".ttir", ".ttgir", ".llir", ".ptx"}  # intermediate files of Triton's cache
+MAX_CACHE_BYTES = 15_000_000  # of caches.tgz; a larger one is not kept
 
 
 def children(
     visit: int, work: Path, out: Path, rehearse: bool, data: Path | None = None, carried: Path = CARRIED
 ) -> list[Child]:
-    """The steps of a visit, in order.
+    """Return the steps of a visit in order.
 
-    work  is packed; what the protocol goes on from stands beside it, since it is large, and is exported
+    work  folder that is packed; the protocol's own folder is beside it, since it is large, and is exported instead
     """
 
     def slice_(name: str, seconds: float) -> Child:
@@ -100,22 +102,22 @@ def children(
     protocol = [sys.executable, "-m", "benchmarks.protocol", "--out", str(work.with_name("protocol"))]
     protocol += ["--rehearse"] if rehearse else ["--seeds-at-once", "1"]
     protocol += ["--data", str(data)] if data is not None else []
-    before = carried / "protocol.zip"
-    go_on = ["--budget-minutes", "{minutes}", "--only", "cost", "runs", "analysis"]
-    go_on += ["--import", str(before)] if before.exists() else []
+    state = carried / "protocol.zip"
+    a_slice = ["--budget-minutes", "{minutes}", "--only", "cost", "runs", "analysis"]
+    a_slice += ["--import", str(state)] if state.exists() else []
     return [
         slice_("compiled", 150),
         slice_("eager", 90),
         slice_("networks", 120),
         slice_("scale", 90),
         slice_("variants", 60),
-        Child("protocol", 60 if rehearse else 480, [*protocol, *go_on], leaves=35),
+        Child("protocol", 60 if rehearse else 480, [*protocol, *a_slice], leaves=35),
         Child("protocol_export", 30, [*protocol, "--export", str(out / "protocol.zip")]),
     ]
 
 
 def put_in_place(carried: Path) -> dict[str, str]:
-    """Make this tree run where it isn't installed, with what was carried; returns the children's environment."""
+    """Make this tree run without being installed, with what was carried along. Return the environment for children."""
     if _installed_from() != ROOT:
         for name, target in MAPPED.items():
             link = ROOT / "swamp_fast" / name
@@ -134,7 +136,7 @@ def put_in_place(carried: Path) -> dict[str, str]:
 
 
 def _installed_from() -> Path | None:
-    """The tree that an editable install has the package from."""
+    """Return the tree from which an editable install takes the package."""
     try:
         about = json.loads(distribution("swamp-fast").read_text("direct_url.json") or "{}")
     except PackageNotFoundError:
@@ -143,27 +145,27 @@ def _installed_from() -> Path | None:
 
 
 def relocate(cache: Path) -> None:
-    """Make a Triton cache that came from another path usable, or one of which not all is there.
+    """Make a Triton cache usable that was copied from another path, or of which only a part was copied.
 
-    A kernel's group file names its members by absolute paths, and Triton compiles again if one is missing.
+    A kernel's group file names its members by absolute paths, and Triton compiles the kernel again if one is missing.
     """
     for path in cache.glob("*/__grp__*.json"):
         group = json.loads(path.read_text())
-        here = {name: path.parent / Path(member).name for name, member in group["child_paths"].items()}
-        members = {name: str(member) for name, member in here.items() if member.exists()}
+        moved = {name: path.parent / Path(member).name for name, member in group["child_paths"].items()}
+        members = {name: str(member) for name, member in moved.items() if member.exists()}
         if members != group["child_paths"]:
             path.write_text(json.dumps({**group, "child_paths": members}))
 
 
 def pack_caches(carried: Path, before: set[Path], to: Path) -> None:
-    """What was compiled since, to be unpacked into the folder that is carried next time."""
+    """Archive the files compiled since `before`, to be unpacked into the folder that is carried next time."""
     new = [path for path in _compiled(carried) if path not in before]
     with tarfile.open(to, "w:gz", compresslevel=6) as archive:
         for path in new:
             archive.add(path, path.relative_to(carried))
     size = to.stat().st_size
-    print(f"\n{len(new)} compiled files, {size / 1e6:.1f} MB", flush=True)
-    if not new or size > MOST_BYTES:
+    print(f"\n{len(new)} files were compiled, {size / 1e6:.1f} MB", flush=True)
+    if not new or size > MAX_CACHE_BYTES:
         to.unlink()
 
 
@@ -173,21 +175,23 @@ def _compiled(carried: Path) -> set[Path]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Do a visit."""
+    """Run a visit. Return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the results")
     parser.add_argument("--minutes", type=float, default=9.0, help="for all steps together, default 9")
     parser.add_argument("--visit", type=int, choices=(1, 2), default=1)
-    parser.add_argument("--carried", type=Path, default=CARRIED, metavar="FOLDER", help="default .first_contact")
+    parser.add_argument(
+        "--carried", type=Path, default=CARRIED, metavar="FOLDER", help="what was carried along, default .first_contact"
+    )
     parser.add_argument("--data", type=Path, help="CIFAR-10 as an .npz")
-    parser.add_argument("--rehearse", action="store_true", help="on the CPU, tiny")
+    parser.add_argument("--rehearse", action="store_true", help="tiny and on the CPU, to try the command")
     given = parser.parse_args(arguments)
     carried, out = given.carried.resolve(), given.out.resolve()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _: sys.exit(128 + number))
     environment = put_in_place(carried)
     before = _compiled(carried)
-    title = f"First contact, visit {given.visit}" + ", rehearsed on a CPU: its figures mean nothing" * given.rehearse
+    title = f"First contact, visit {given.visit}" + ", rehearsed on a CPU: the figures mean nothing" * given.rehearse
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder) / "results"
         visit = Visit(out, work, 60 * given.minutes, environment, ROOT, title)

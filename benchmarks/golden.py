@@ -1,9 +1,11 @@
-"""Whether the bits of results are still those of another commit: python -m benchmarks.golden --against COMMIT.
+"""Checks that the bits of results are still those of another commit.
+
+    python -m benchmarks.golden --against COMMIT [--only NAME ...]
 
 Eight small calls (benchmarks/golden_calls.py) run with that commit's code and with this checkout's, each in a process
-of its own, on the same machine and with as many threads; masks, weights of every cycle and histories are compared, but
-for seconds and memory. The first difference of each call is named, and any makes the status 1. A call is compared as it
-is: bits that the earlier code left to a stopwatch differ by themselves.
+of its own, on the same machine and with the same number of threads. Masks, weights of every cycle and histories are
+compared, except for seconds and memory. The first difference of each call is printed, and the exit status is 1 if there
+is any. Where the older code let a stopwatch choose, results may differ without a change.
 """
 
 from __future__ import annotations
@@ -22,16 +24,17 @@ import torch
 from torch import Tensor
 
 from benchmarks import golden_calls
+from benchmarks.children import child_process
+from benchmarks.timing import ROOT
 from swamp_fast import _C
 
-ROOT = Path(__file__).parent.parent
-LINKS = {"swamp_fast/kernels": "kernels", "swamp_fast/cuda_sources": "csrc/cuda"}  # as they are installed
+LINKS = {"swamp_fast/kernels": "kernels", "swamp_fast/cuda_sources": "csrc/cuda"}  # as installed
 BUILT_FROM = ("setup.py", "csrc/cpu")
 
 
 @contextlib.contextmanager
 def tree_of(commit: str) -> Iterator[Path]:
-    """The files of a commit, with its extension, in a folder that is there for as long as they are needed."""
+    """Check out a commit, with its extension, into a folder that exists while the context does."""
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder) / "tree"
         git("worktree", "add", "--quiet", "--detach", str(tree), commit)
@@ -48,7 +51,7 @@ def git(*command: str) -> None:
 
 
 def install(tree: Path, commit: str) -> None:
-    """Put what installing would put into a tree; the extension is built unless it would be the one that is here."""
+    """Make a tree importable. The extension is built, unless this checkout's would be the same."""
     for link, target in LINKS.items():
         if not (tree / link).exists() and (tree / target).exists():
             (tree / link).symlink_to(tree / target)
@@ -61,24 +64,26 @@ def install(tree: Path, commit: str) -> None:
 
 
 def results(trees: Sequence[Path], name: str) -> list[dict[str, Any]]:
-    """What one call gives with the code of each tree, in processes of their own, side by side."""
+    """Run one call with the code of each tree, in processes side by side, and return its results."""
     with tempfile.TemporaryDirectory() as folder:
         outs = [Path(folder) / f"results {number}" for number in range(len(trees))]
         command = [sys.executable, "-W", "ignore", golden_calls.__file__]
-        running = [
-            subprocess.Popen([*command, tree, name, out], cwd=folder) for tree, out in zip(trees, outs, strict=True)
-        ]
-        codes = [process.wait() for process in running]  # of all, before any is looked at
+        with contextlib.ExitStack() as stack:
+            processes = [
+                stack.enter_context(child_process([*command, tree, name, out], cwd=folder))
+                for tree, out in zip(trees, outs, strict=True)
+            ]
+            codes = [process.wait() for process in processes]
         if any(codes):
-            raise RuntimeError(f"{name} failed; what it said stands above.")
+            raise RuntimeError(f"{name} failed; its output is above.")
         return [torch.load(out) for out in outs]  # one after the other: torch.load is not safe in two threads
 
 
 def difference(before: dict[str, Any], now: dict[str, Any]) -> str | None:
-    """The first thing, in the order of the earlier results, that isn't the same to the bit; None if nothing."""
+    """Describe the first result, in the order of the earlier ones, whose bits differ. None if all are equal."""
     for name in [*before, *now]:
         if name not in before or name not in now:
-            return f"{name} is {'new' if name in now else 'gone'}"
+            return f"{name} is {'new' if name in now else 'missing'}"
         one, other = before[name], now[name]
         if isinstance(one, Tensor) and isinstance(other, Tensor):
             if one.dtype != other.dtype or one.shape != other.shape:
@@ -93,14 +98,14 @@ def difference(before: dict[str, Any], now: dict[str, Any]) -> str | None:
 
 
 def bits(tensor: Tensor) -> Tensor:
-    """The bytes of each number [numel, bytes], by which NaN equals itself and 0 isn't -0."""
+    """Return the bytes of each number [numel, bytes]. By these NaN equals itself, and 0 differs from -0."""
     return tensor.contiguous().reshape(-1, 1).view(torch.uint8)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """0 if all calls give the same bits, else 1."""
-    parser = argparse.ArgumentParser(prog="benchmarks.golden", description=__doc__.partition("\n")[0])
-    parser.add_argument("--against", required=True, metavar="COMMIT", help="whose results are right")
+    """Compare the requested calls. Return 0 if all give the same bits, else 1."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--against", required=True, metavar="COMMIT", help="the commit whose results are expected")
     parser.add_argument("--only", nargs="+", choices=golden_calls.CALLS, default=list(golden_calls.CALLS))
     arguments = parser.parse_args(argv)
     differ = 0
@@ -108,10 +113,10 @@ def main(argv: list[str] | None = None) -> int:
         for name in arguments.only:
             began = time.perf_counter()
             before, now = results((tree, ROOT), name)
-            found = difference(before, now)
-            differ += found is not None
+            changed = difference(before, now)
+            differ += changed is not None
             seconds = time.perf_counter() - began
-            print(f"{name}: {found or f'{len(now)} results, the same bits'} ({seconds:.0f} s)", flush=True)
+            print(f"{name}: {changed or f'{len(now)} results, the same bits'} ({seconds:.0f} s)", flush=True)
     print(f"{differ} of {len(arguments.only)} calls differ from {arguments.against}", flush=True)
     return int(differ > 0)
 

@@ -1,6 +1,8 @@
-"""Eight small calls whose bits must not change: python benchmarks/golden_calls.py TREE NAME OUT, for benchmarks.golden.
+"""Eight small calls whose bits must not change, for benchmarks.golden.
 
-They use what is public alone, so that they run with the code of any commit: TREE is where its package is.
+    python benchmarks/golden_calls.py TREE NAME OUT    run the call NAME with the package in TREE; write its results
+
+They use public names only, so that they run with the code of any commit.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__":  # instead of this file's own folder
+if __name__ == "__main__":  # instead of the folder of this file
     sys.path[0] = sys.argv[1]
 
 import torch
@@ -21,15 +23,15 @@ import swamp_fast
 from swamp_fast import SwampResult, compare, fast_swamp, sweep
 from swamp_fast.models import MLP, SmallCNN
 
-CLOCKS = ("seconds", "train_seconds", "peak_memory")
+UNREPEATABLE = ("seconds", "train_seconds", "peak_memory")
 SETTINGS: dict[str, Any] = {"particles": 2, "cycles": 2, "epochs": 4, "ticket_epochs": 1, "batch_size": 32, "lr": 0.1}
 SETTINGS |= {"swa_lr": 0.05, "device": "cpu", "progress": False}
 ADAMW: dict[str, Any] = {"optimizer": "adamw", "lr": 2e-3, "swa_lr": 1e-3, "clip_norm": 0.5}
-Found = dict[str, Any]  # what a result is called -> tensor, or plain value
+Results = dict[str, Any]  # name -> tensor or plain value
 
 
 def pictures(count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Noise of uint8 [count, 1, 8, 8], brighter where its class says, and classes [count]."""
+    """Return uint8 noise [count, 1, 8, 8] with two brighter rows by class, and the classes [count]."""
     generator = torch.Generator().manual_seed(seed)
     targets = torch.randint(4, (count,), generator=generator)
     inputs = torch.randint(128, (count, 1, 8, 8), generator=generator)
@@ -42,7 +44,7 @@ TRAIN, TEST = pictures(80, 1), pictures(40, 2)
 
 
 class Noisy(Dataset[tuple[Tensor, int]]):
-    """Samples that are drawn anew each time, which is why they are streamed."""
+    """Samples with new noise at each access, which must therefore be streamed."""
 
     def __len__(self) -> int:
         return len(TRAIN[0])
@@ -53,13 +55,13 @@ class Noisy(Dataset[tuple[Tensor, int]]):
 
 
 def network() -> nn.Module:
-    """A small CNN with BatchNorm."""
+    """Return a small CNN with BatchNorm."""
     torch.manual_seed(0)
     return SmallCNN(1, 4, 8)
 
 
 def with_dropout() -> nn.Module:
-    """Two convolutions, each with dropout."""
+    """Return a network of two convolutions, each with dropout."""
     torch.manual_seed(0)
     return nn.Sequential(
         *(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Dropout(0.2)),
@@ -68,48 +70,48 @@ def with_dropout() -> nn.Module:
 
 
 def perceptron() -> nn.Module:
-    """Two hidden layers."""
+    """Return an MLP with two hidden layers."""
     torch.manual_seed(0)
     return MLP(64, 4, 32)
 
 
-def one(make: Callable[[], nn.Module], engine: str, precision: str, train: object = TRAIN, **settings: Any) -> Found:
-    """What fast_swamp gives, by name."""
+def one(make: Callable[[], nn.Module], engine: str, precision: str, train: object = TRAIN, **settings: Any) -> Results:
+    """Return the results of a run by fast_swamp, by name."""
     test = TEST if train is TRAIN else (TEST[0] / 255, TEST[1])
     return of_result(fast_swamp(make(), train, test, engine=engine, precision=precision, **{**SETTINGS, **settings}))
 
 
-def of_result(result: SwampResult | None) -> Found:
-    """History, masks and weights of every cycle, by name."""
+def of_result(result: SwampResult | None) -> Results:
+    """Return the history, masks and weights of every cycle, by name."""
     if result is None:
         raise RuntimeError("a run failed.")
-    found: Found = {}
+    results: Results = {}
     for cycle, row in enumerate(result.history):
-        found |= {f"cycle {cycle}, {name}": value for name, value in row.items() if name not in CLOCKS}
+        results |= {f"cycle {cycle}, {name}": value for name, value in row.items() if name not in UNREPEATABLE}
         model, masks = result.at(cycle)
-        found |= {f"cycle {cycle}, mask of {name}": mask for name, mask in masks.items()}
-        found |= {f"cycle {cycle}, {name}": tensor for name, tensor in model.state_dict().items()}
-    return found
+        results |= {f"cycle {cycle}, mask of {name}": mask for name, mask in masks.items()}
+        results |= {f"cycle {cycle}, {name}": tensor for name, tensor in model.state_dict().items()}
+    return results
 
 
-def a_sweep() -> Found:
-    """Four runs that share a bank."""
+def a_sweep() -> Results:
+    """Return the results of four runs that share a bank."""
     grid: dict[str, list[Any]] = {"seed": [0, 1], "lr": [0.1, 0.05]}
     runs = sweep(network, TRAIN, TEST, grid, **{**SETTINGS, "engine": "fused"}).runs
     return {f"{run.point}: {name}": value for run in runs for name, value in of_result(run.result).items()}
 
 
-def a_comparison() -> Found:
-    """Three methods under two seeds."""
+def a_comparison() -> Results:
+    """Return the results of three methods under two seeds."""
     methods = ["swamp", "imp", "random"]
-    found = compare(perceptron, TRAIN, TEST, methods, [0, 1], **{**SETTINGS, "engine": "eager"})
-    both = [*enumerate(found.rows), *enumerate(found.paired)]
-    rows = {f"row {n}, {key}": value for n, row in both for key, value in row.items() if key not in CLOCKS}
-    runs = {f"{key}, run {n}": run.result for key, several in found.runs.items() for n, run in enumerate(several)}
-    return rows | {f"{key}: {name}": value for key, each in runs.items() for name, value in of_result(each).items()}
+    compared = compare(perceptron, TRAIN, TEST, methods, [0, 1], **{**SETTINGS, "engine": "eager"})
+    both = [*enumerate(compared.rows), *enumerate(compared.paired)]
+    rows = {f"row {n}, {key}": value for n, row in both for key, value in row.items() if key not in UNREPEATABLE}
+    runs = {f"{key}, run {n}": run.result for key, several in compared.runs.items() for n, run in enumerate(several)}
+    return rows | {f"{key}: {name}": value for key, run in runs.items() for name, value in of_result(run).items()}
 
 
-CALLS: dict[str, Callable[[], Found]] = {
+CALLS: dict[str, Callable[[], Results]] = {
     "eager": lambda: one(network, "eager", "float32", augment="crop_flip", val=0.2),
     "fused": lambda: one(network, "fused", "float32", augment="crop_flip", val=0.2),
     "eager_adamw": lambda: one(network, "eager", "bfloat16", **ADAMW),
@@ -125,5 +127,5 @@ if __name__ == "__main__":
     tree, name, out = sys.argv[1:]
     place = Path(swamp_fast.__file__).resolve()
     if not place.is_relative_to(Path(tree).resolve()):
-        raise SystemExit(f"the package of {tree} was to run, {place} did.")
+        raise SystemExit(f"expected the package of {tree}, but imported {place}.")
     torch.save({"threads": torch.get_num_threads(), "torch": str(torch.__version__), **CALLS[name]()}, out)

@@ -186,7 +186,7 @@ def fill(
 def _fill(arch: str, model: str, particles: Sequence[int], batch: int, precision: str) -> None:
     tensor_cores = _Compile(arch) if precision == "bfloat16" else None
     for place, count in enumerate(particles):
-        made = problem_of(model, count, batch, precision, torch.device("cpu"))
+        made = problem_of(model, count, batch, precision=precision)
         problem = OnGpu(**{field.name: getattr(made, field.name) for field in dataclasses.fields(made)})
         with _Factories(), _Ops(), mock.patch.object(CudaPrograms, "measure"):  # type: ignore[no-untyped-call]
             plan = fused_plan(problem)

@@ -1,8 +1,8 @@
-"""A first look at a GPU: versions, what was carried, a launch of each kind, a captured graph.
+"""A first look at a machine with a GPU: versions, the extension, NVRTC, a launch of each kind, a captured graph.
 
     python -m benchmarks.probe [--rehearse]
 
-Each check is a line, and the others go on where one fails. --rehearse checks what needs no GPU.
+Each check prints one line; if one fails, the others still run. --rehearse runs the checks that need no GPU.
 """
 
 from __future__ import annotations
@@ -33,31 +33,31 @@ HALO = Halo(8, 8, 16, 16)
 
 
 def versions() -> str:
-    """Of everything that the steps use."""
-    found = []
+    """List the versions of all that the other steps use."""
+    names = []
     for name in PACKAGES:
         try:
-            found.append(f"{name} {version(name)}")
+            names.append(f"{name} {version(name)}")
         except PackageNotFoundError:
-            found.append(f"{name} missing")
-    return f"commit {commit()}, Python {platform.python_version()}, {', '.join(found)}"
+            names.append(f"{name} missing")
+    return f"commit {commit()}, Python {platform.python_version()}, {', '.join(names)}"
 
 
 def active() -> str:
-    """What swamp_fast says of this machine."""
-    return "; ".join(f"{name}: {each['why']}" for name, each in backends().items())
+    """Report which backends swamp_fast uses on this machine."""
+    return "; ".join(f"{name}: {backend['why']}" for name, backend in backends().items())
 
 
 def extension() -> str:
-    """The CPU kernels."""
+    """Call a CPU kernel."""
     keys = torch.arange(6).view(2, 3)
     if not torch.equal(ops.philox(keys, 3, 1001), reference.philox(keys, 3, 1001)):
         raise RuntimeError("philox differs from its reference")
-    return "philox as its reference"
+    return "philox equals its reference"
 
 
 def compiles() -> str:
-    """NVRTC, which needs no GPU."""
+    """Compile a kernel with NVRTC, which needs no GPU."""
     reason = why_no_nvrtc()
     if reason is not None:
         raise RuntimeError(reason)
@@ -70,40 +70,40 @@ def compiles() -> str:
 
 
 def device() -> str:
-    """The GPU."""
+    """Report the GPU and its free memory."""
     free = free_memory(torch.device("cuda"))
     return f"{torch.cuda.get_device_properties(0)}, {free / 1e9:.1f} GB free"
 
 
 def triton_kernel() -> str:
-    """One launch of Triton's."""
+    """Launch a Triton kernel."""
     keys = torch.arange(6).view(2, 3)
     if not torch.equal(ops.philox(keys.cuda(), 3, 1001).cpu(), reference.philox(keys, 3, 1001)):
         raise RuntimeError("philox differs from its reference")
-    return "philox as its reference"
+    return "philox equals its reference"
 
 
 def cuda_kernel() -> str:
-    """One launch of each kernel of csrc/cuda."""
+    """Launch each kernel of csrc/cuda and compare it with Triton's."""
     gpu = torch.device("cuda", 0)
     difference = tensor_cores_differ([HALO], nvrtc.launcher(gpu), gpu)
     if difference is not None:
         raise RuntimeError(difference)
-    return "as Triton's convolutions"
+    return "equal to Triton's convolutions"
 
 
 def captured() -> str:
-    """A graph with a launch of Triton's."""
+    """Capture a Triton launch in a CUDA graph, and replay it."""
     keys, out = torch.arange(6).view(2, 3).cuda(), torch.zeros(2, 1001, dtype=torch.int64, device="cuda")
 
     def step() -> None:
         out.add_(ops.philox(keys, 3, 1001))
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
+    warm_up_stream = torch.cuda.Stream()
+    warm_up_stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(warm_up_stream):
         step()
-    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.current_stream().wait_stream(warm_up_stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step()
@@ -112,7 +112,7 @@ def captured() -> str:
         graph.replay()
     if not torch.equal(out.cpu(), 3 * reference.philox(keys.cpu(), 3, 1001).long()):
         raise RuntimeError("three replays differ from three steps")
-    return "three replays as three steps"
+    return "three replays equal three steps"
 
 
 ANYWHERE: tuple[Callable[[], str], ...] = (versions, active, extension, compiles)
@@ -120,31 +120,31 @@ ON_GPU: tuple[Callable[[], str], ...] = (device, triton_kernel, cuda_kernel, cap
 
 
 def main() -> None:
-    """Check all; exit with 1 if one fails."""
+    """Run the checks. The exit status is 1 if one fails."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rehearse", action="store_true", help="without a GPU")
+    parser.add_argument("--rehearse", action="store_true", help="run only the checks that need no GPU")
     given = parser.parse_args()
-    count: Counter[bool] = Counter()
+    from_cache: Counter[bool] = Counter()
     if not given.rehearse:
         from triton import knobs
 
-        knobs.compilation.listener = lambda *, cache_hit, **_: count.update([cache_hit])
+        knobs.compilation.listener = lambda *, cache_hit, **_: from_cache.update([cache_hit])
     failed = []
     for check in ANYWHERE if given.rehearse else (*ANYWHERE, *ON_GPU):
         began = time.perf_counter()
         try:
-            said = check()
+            report = check()
         except Exception as error:
             traceback.print_exc()
             failed.append(check.__name__)
-            said = f"failed: {type(error).__name__}: {error}"
-        print(f"{check.__name__}: {said} ({time.perf_counter() - began:.1f} s)", flush=True)
+            report = f"failed: {type(error).__name__}: {error}"
+        print(f"{check.__name__}: {report} ({time.perf_counter() - began:.1f} s)", flush=True)
     if failed:
         sys.exit(f"benchmarks.probe: {', '.join(failed)} failed")
     if given.rehearse:
         print(f"needs a GPU: {', '.join(check.__name__ for check in ON_GPU)}")
     else:
-        print(f"Triton: {count[True]} kernels found in the cache, {count[False]} compiled")
+        print(f"Triton: {from_cache[True]} kernels from the cache, {from_cache[False]} compiled")
 
 
 if __name__ == "__main__":

@@ -1,51 +1,80 @@
-"""Training steps to be timed: the fused engine's, the eager engine's, and the loops that people write."""
+"""Training steps to be timed: those of this project's engines, and those of the loops that people write by hand."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from benchmarks.cpu import ticket
 from swamp_fast.data.store import Batch
 from swamp_fast.engines.comparison import in_float64
 from swamp_fast.engines.eager.engine import EagerEngine
+from swamp_fast.engines.fused.coverage import fused_plan
 from swamp_fast.engines.fused.engine import FusedEngine
+from swamp_fast.engines.fused.plan import Plan
 from swamp_fast.engines.lane_by_lane import LaneByLane
 from swamp_fast.engines.trainer import Trainer, first_handle
 from swamp_fast.models import build_model
+from swamp_fast.particles.bank import Solution
 from swamp_fast.problem.prepare import prepare
 from swamp_fast.problem.problem import Problem
 
 Step = Callable[[], object]
-LR = 1e-3
-FLOOR = {"bfloat16": 2**-8, "float32": 2**-20, "float64": 2**-40}  # of an error, relative: a rounding of the result
+LR, MOMENTUM, WEIGHT_DECAY = 1e-3, 0.9, 5e-4  # of every timed step
+# Relative errors below these are ignored: they are one rounding of the result.
+ROUNDING = {"bfloat16": 2**-8, "float32": 2**-20, "float64": 2**-40}
 
 
-def problem_of(model: str, particles: int, batch: int, precision: str, device: torch.device, size: int = 32) -> Problem:
-    """A network on four batches of random pictures, CIFAR-10's by default; which they are is no matter for time."""
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (4 * batch, 3, size, size), dtype=torch.uint8, generator=generator)
+def random_pictures(count: int, shape: tuple[int, int, int] = (3, 32, 32)) -> tuple[Tensor, Tensor]:
+    """Return uint8 pictures [count, C, H, W] and labels [count] of ten classes; steps take the same time for all."""
+    images = torch.randint(0, 256, (count, *shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    return images, torch.arange(count) % 10
+
+
+def seeded_model(name: str, shape: tuple[int, int, int] = (3, 32, 32)) -> nn.Module:
+    """Return a network with the same initial weights in every call."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        network = build_model(model, 3, size, size, 10)
-    settings = {"particles": particles, "batch_size": batch, "precision": precision, "augment": "crop_flip"}
-    settings |= {"device": str(device), "progress": False}
-    return prepare(network, (images, torch.arange(len(images)) % 10), settings=settings)
+        return build_model(name, *shape, 10)
+
+
+def problem_of(
+    model: str, particles: int, batch: int, shape: tuple[int, int, int] = (3, 32, 32), batches: int = 4, **changed: Any
+) -> Problem:
+    """Prepare the training of a network on `batches` batches of random pictures; `changed` are further settings."""
+    settings = {"particles": particles, "batch_size": batch, "augment": "crop_flip", "device": "cpu", "progress": False}
+    return prepare(seeded_model(model, shape), random_pictures(batches * batch, shape), settings=settings | changed)
+
+
+def initial_solution(problem: Problem) -> Solution:
+    """Return the initial weights and buffers of a problem's network."""
+    weights = problem.layout.flat(dict(problem.template.named_parameters()), problem.dtype, problem.device)
+    return Solution(weights, {name: buffer.clone() for name, buffer in problem.template.named_buffers()})
+
+
+def covered_plan(problem: Problem) -> Plan:
+    """Return the fused engine's plan of a network. Raise RuntimeError if the engine doesn't cover it."""
+    plan = fused_plan(problem)
+    if isinstance(plan, str):
+        raise RuntimeError(plan)
+    return plan
 
 
 def trainer_of(
     engine: FusedEngine | EagerEngine, problem: Problem, particles: int, mask: Tensor | None = None
 ) -> tuple[Trainer, Tensor]:
-    """An engine's trainer of a fresh bank under a mask [Q], the problem's by default, and a batch for it.
+    """Return an engine's trainer of a fresh bank, warmed up by one step, and the handle of a batch for it.
 
-    Raises RuntimeError where a GPU captures no graph.
+    mask  [Q], the problem's by default
+
+    Raises RuntimeError if the step runs on a GPU and can't be captured as a CUDA graph.
     """
-    bank = engine.spawn(ticket(problem), problem.mask if mask is None else mask, range(particles), 1)
+    bank = engine.spawn(initial_solution(problem), problem.mask if mask is None else mask, range(particles), 1)
     trainer = engine.trainer
     assert trainer is not None
     trainer.runner.set_buffers(bank.buffers)
@@ -55,88 +84,161 @@ def trainer_of(
     handle = first_handle(problem, bank)
     trainer.step(handle)
     if problem.device.type == "cuda" and trainer.not_captured is not None:
-        raise RuntimeError(f"the step is no CUDA graph: {trainer.not_captured}")
+        raise RuntimeError(f"the step can't be captured as a CUDA graph: {trainer.not_captured}")
     return trainer, handle
 
 
 def step_of(engine: FusedEngine | EagerEngine, problem: Problem, particles: int, mask: Tensor | None = None) -> Step:
-    """A step of all particles, its data gathered and augmented on the device."""
+    """Return a step of all particles, which gathers and augments its batch on the device."""
     trainer, handle = trainer_of(engine, problem, particles, mask)
     return lambda: trainer.step(handle)
 
 
 def errors(engine: FusedEngine, problem: Problem, particles: int) -> dict[str, float]:
-    """How far the losses and gradients of a step, captured on a GPU, are from those of autograd in float64.
+    """Compare the losses and gradients of one step with those of autograd in float64.
 
-    Norms of the differences relative to float64's, the worst lane's, beside those of autograd in the run's own
-    precision on the same weights and pictures. Raises RuntimeError where the engine's is over twice as large.
+    Returns the norm of each difference relative to float64's, for the worst lane, and the same for autograd in the
+    run's own precision on the same weights and pictures. Raises RuntimeError if the engine's error is more than twice
+    autograd's.
     """
     trainer, handle = trainer_of(engine, problem, particles)
     programs = engine.programs
     assert programs is not None
     batch = problem.train.fetch(handle, trainer.epoch_keys, False)
-    weights, before = trainer.runner.weights.clone(), trainer.loss_sum.clone()
+    weights, loss_before = trainer.runner.weights.clone(), trainer.loss_sum.clone()
     trainer.step(handle)
-    found = trainer.loss_sum - before, torch.stack([programs.compacts[0].expand(row) for row in trainer.grads])
-    own = _autograd(problem, weights, batch, trainer.step_keys)
+    grads = torch.stack([programs.compacts[0].expand(row) for row in trainer.grads])
+    by_engine = trainer.loss_sum - loss_before, grads
+    by_autograd = _autograd(problem, weights, batch, trainer.step_keys)
     exact_batch = Batch(batch.inputs.double(), batch.targets)
     exact = _autograd(in_float64(problem), weights.double(), exact_batch, trainer.step_keys)
-    told: dict[str, float] = {}
-    for what, mine, theirs, expected in zip(("losses", "gradients"), found, own, exact, strict=True):
-        mine_off, theirs_off = _off(mine, expected), _off(theirs, expected)
-        told |= {f"{what}, error": mine_off, f"{what}, autograd's error": theirs_off}
-        if not mine_off <= 2 * theirs_off + FLOOR[problem.config.precision]:
+    report: dict[str, float] = {}
+    for what, ours, theirs, expected in zip(("losses", "gradients"), by_engine, by_autograd, exact, strict=True):
+        our_error, their_error = _worst_error(ours, expected), _worst_error(theirs, expected)
+        report |= {f"{what}, error": our_error, f"{what}, autograd's error": their_error}
+        if not our_error <= 2 * their_error + ROUNDING[problem.config.precision]:
             raise RuntimeError(
-                f"the {what} of a step are {mine_off:.2g} from float64's, where autograd's in "
-                f"{problem.config.precision} are {theirs_off:.2g}"
+                f"the {what} of a step are {our_error:.2g} from float64's, those of autograd in "
+                f"{problem.config.precision} {their_error:.2g}"
             )
-    return told
+    return report
 
 
 def _autograd(problem: Problem, weights: Tensor, batch: Batch, keys: Tensor) -> tuple[Tensor, Tensor]:
     weights = weights.clone()
     grads = torch.zeros_like(weights)
-    way = LaneByLane(problem, weights, grads, False)
-    for module in way.modules:
+    runner = LaneByLane(problem, weights, grads, False)
+    for module in runner.modules:
         module.train()
-    return way.backward(batch, keys), grads
+    return runner.backward(batch, keys), grads
 
 
-def _off(found: Tensor, exact: Tensor) -> float:
-    rows = found.double().view(len(found), -1), exact.view(len(exact), -1)
-    return float(((rows[0] - rows[1]).norm(dim=1) / rows[1].norm(dim=1)).max())
+def _worst_error(values: Tensor, exact: Tensor) -> float:
+    rows, exact_rows = values.double().view(len(values), -1), exact.view(len(exact), -1)
+    return float(((rows - exact_rows).norm(dim=1) / exact_rows.norm(dim=1)).max())
 
 
-class Loop:
-    """What people write: one particle's network, autocast, SGD, masked weights; the data come as the fused engine's."""
+def trainable_copy(problem: Problem) -> nn.Module:
+    """Return a copy of the problem's network in the run's type and on its device, in training mode."""
+    return copy.deepcopy(problem.original).to(problem.device, problem.dtype).train()
 
-    def __init__(self, problem: Problem, compiled: str | None = None) -> None:
-        self.problem, device = problem, problem.device
-        self.model = copy.deepcopy(problem.original).to(device).to(memory_format=torch.channels_last).train()
-        self.run = torch.compile(self.model, mode=compiled) if compiled else self.model
-        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=LR, momentum=0.9, weight_decay=5e-4, fused=True)
-        masks = problem.layout.mask_views(problem.mask)
-        parameters = dict(self.model.named_parameters())
-        self.masked = [(parameters[name], each.to(torch.float32)) for name, each in masks.items()]
-        self.keys = torch.zeros(1, 3, dtype=torch.int64, device=device)
-        order = torch.arange(problem.train.length, device=device)[None]
+
+class FirstBatch:
+    """The first batch of a problem's training data, of one lane, fetched and augmented anew by each call."""
+
+    def __init__(self, problem: Problem, channels_last: bool) -> None:
+        self.train, self.channels_last = problem.train, channels_last
+        self.keys = torch.zeros(1, 3, dtype=torch.int64, device=problem.device)
+        order = torch.arange(problem.train.length, device=problem.device)[None]
         self.handle = next(iter(problem.train.batches(order, self.keys, problem.bounds[:1]))).contiguous()
 
-    def step(self) -> None:
-        """One step of one particle."""
-        inputs, targets = self.problem.train.fetch(self.handle, self.keys, True).lane(0)
-        self.optimizer.zero_grad()
-        with torch.autocast(self.problem.device.type, torch.bfloat16):
-            loss = F.cross_entropy(self.run(inputs), targets)
-        loss.backward()
-        self.optimizer.step()
+    def __call__(self) -> tuple[Tensor, Tensor]:
+        """Return inputs [B, C, H, W] and targets [B]."""
+        inputs, targets = self.train.fetch(self.handle, self.keys, self.channels_last).lane(0)
+        return inputs, targets
+
+
+class NaiveLoop:
+    """The loop that people write: one particle's network, autograd, torch.optim.SGD, masked weights.
+
+    fetches  whether each step gathers and augments its batch, as the fused engine's does; else all use one batch
+    mask     [Q], the problem's by default
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        *,
+        mask: Tensor | None = None,
+        channels_last: bool = True,
+        compiled: bool = False,
+        fetches: bool = True,
+    ) -> None:
+        self.problem = problem
+        model = trainable_copy(problem)
+        self.model = model.to(memory_format=torch.channels_last) if channels_last else model
+        self.run = torch.compile(self.model) if compiled else self.model
+        options: dict[str, Any] = {"lr": LR, "momentum": MOMENTUM, "weight_decay": WEIGHT_DECAY, "fused": True}
+        self.optimizer = torch.optim.SGD(self.model.parameters(), **options)
+        masks = problem.layout.mask_views(problem.mask if mask is None else mask)
+        parameters = dict(self.model.named_parameters())
+        self.masked = [(parameters[name], each.to(problem.dtype)) for name, each in masks.items()]
+        self.mask_weights()
+        self.fetch = FirstBatch(problem, channels_last)
+        self.batch = None if fetches else self.fetch()
+
+    def mask_weights(self) -> None:
+        """Set pruned weights to zero."""
         with torch.no_grad():
             for parameter, mask in self.masked:
                 parameter.mul_(mask)
 
+    def step(self) -> None:
+        """Train one particle for one step."""
+        inputs, targets = self.fetch() if self.batch is None else self.batch
+        self.optimizer.zero_grad()
+        low = self.problem.config.precision == "bfloat16"
+        with torch.autocast(self.problem.device.type, torch.bfloat16, enabled=low):
+            loss = F.cross_entropy(self.run(inputs), targets)
+        loss.backward()
+        self.optimizer.step()
+        self.mask_weights()
 
-def in_one_graph(loops: Sequence[Loop]) -> Step:
-    """A step of each loop, captured in one CUDA graph on forked streams; without a GPU one after the other."""
+
+def stacked_step(problem: Problem, lanes: int, compiled: bool = False) -> Step:
+    """Return a step of `lanes` particles at once, by stacked parameters and vmap, with momentum written by hand.
+
+    BatchNorm uses the batch's statistics and keeps no running ones, which vmap can't update in place. No masks.
+    """
+    models = [torch.func.replace_all_batch_norm_modules_(trainable_copy(problem)) for _ in range(lanes)]
+    weights, buffers = torch.func.stack_module_state(models)
+    momenta = {name: torch.zeros_like(each) for name, each in weights.items()}
+    inputs, targets = FirstBatch(problem, channels_last=False)()
+    inputs, targets = inputs.expand(lanes, *inputs.shape), targets.expand(lanes, *targets.shape)
+    low = problem.config.precision == "bfloat16"
+
+    def loss(weights: dict[str, Tensor], buffers: dict[str, Tensor], inputs: Tensor, targets: Tensor) -> Tensor:
+        if low:  # by hand, since under vmap autocast gives gradients of another type than their weights
+            weights, inputs = {name: each.bfloat16() for name, each in weights.items()}, inputs.bfloat16()
+        outputs = torch.func.functional_call(models[0], (weights, buffers), (inputs,))
+        return F.cross_entropy(outputs.float(), targets)
+
+    gradient: Any = torch.func.vmap(torch.func.grad(loss), randomness="different")
+    if compiled:
+        gradient = torch.compile(gradient)
+
+    def step() -> None:
+        grads = gradient(weights, buffers, inputs, targets)
+        with torch.no_grad():
+            for name, weight in weights.items():
+                momenta[name].mul_(MOMENTUM).add_(grads[name]).add_(weight, alpha=WEIGHT_DECAY)
+                weight.sub_(momenta[name], alpha=LR)
+
+    return step
+
+
+def in_one_graph(loops: Sequence[NaiveLoop]) -> Step:
+    """Return a step of each loop, captured in one CUDA graph on forked streams; on a CPU, one after the other."""
     if loops[0].problem.device.type != "cuda":
 
         def one_by_one() -> None:
@@ -146,7 +248,7 @@ def in_one_graph(loops: Sequence[Loop]) -> Step:
         return one_by_one
     streams = [torch.cuda.Stream() for _ in loops]
 
-    def fork() -> None:
+    def forked() -> None:
         current = torch.cuda.current_stream()
         for loop, stream in zip(loops, streams, strict=True):
             stream.wait_stream(current)
@@ -155,20 +257,20 @@ def in_one_graph(loops: Sequence[Loop]) -> Step:
         for stream in streams:
             current.wait_stream(stream)
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
+    warm_up_stream = torch.cuda.Stream()
+    warm_up_stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(warm_up_stream):
         for _ in range(3):
-            fork()
-    here, pool = torch.cuda.current_stream(), torch.cuda.graph_pool_handle()
-    here.wait_stream(side)
+            forked()
+    current, pool = torch.cuda.current_stream(), torch.cuda.graph_pool_handle()
+    current.wait_stream(warm_up_stream)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     try:
         with torch.cuda.graph(graph, pool=pool):
-            fork()
-    except RuntimeError:  # put back what a capture leaves that breaks off, or no contender behind it could capture
-        torch.cuda.set_stream(here)
+            forked()
+    except RuntimeError:  # undo what a failed capture leaves behind, or no later contender could capture
+        torch.cuda.set_stream(current)
         with suppress(Exception):
             torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
         raise

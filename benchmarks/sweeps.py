@@ -1,13 +1,14 @@
-"""A sweep against the same runs one by one: 8 runs of 2 particles, the small CNN on digits.
+"""Times a sweep of 8 runs of 2 particles against the same runs one after the other: the small CNN on digits.
 
     python -m benchmarks.sweeps [--engine eager fused auto] [--device cuda] [--rounds 3]
 
-On a GPU the runs are trained in one bank; on a CPU that is what the stopwatch decides.
+On a GPU the runs are trained in one bank. On a CPU the sweep measures whether that is faster.
 """
 
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,31 +18,31 @@ from swamp_fast import fast_swamp, sweep
 from swamp_fast.models import SmallCNN
 
 SETTINGS = {"particles": 2, "cycles": 2, "epochs": 6, "ticket_epochs": 2, "batch_size": 64, "progress": False}
-GRID = {"seed": [0, 1, 2, 3], "lr": [0.1, 0.07]}
+GRID: dict[str, list[Any]] = {"seed": [0, 1, 2, 3], "lr": [0.1, 0.07]}
 
 
-def made() -> SmallCNN:
-    """The small CNN, under the seed that is set."""
+def network() -> SmallCNN:
+    """Return the small CNN; torch's current seed decides its weights."""
     return SmallCNN(1, 10)
 
 
 def packed(settings: dict[str, Any]) -> None:
-    """All runs as a sweep."""
-    for run in sweep(made, "digits", None, GRID, **settings).runs:
+    """Train all runs as one sweep."""
+    for run in sweep(network, "digits", None, GRID, **settings).runs:
         if run.error is not None:
             raise run.error
 
 
 def separate(settings: dict[str, Any]) -> None:
-    """Each run by itself."""
+    """Train the runs one after the other."""
     for seed in GRID["seed"]:
         for lr in GRID["lr"]:
             torch.manual_seed(seed)
-            fast_swamp(made(), "digits", seed=seed, lr=lr, **settings)
+            fast_swamp(network(), "digits", seed=seed, lr=lr, **settings)
 
 
 def main() -> None:
-    """Time both, taking turns."""
+    """Time both in turns."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--engine", nargs="+", default=["eager", "fused"])
     parser.add_argument("--device", default="cpu")
@@ -51,12 +52,12 @@ def main() -> None:
     table = []
     for engine in given.engine:
         settings = {**SETTINGS, "engine": engine, "device": given.device, "precision": given.precision}
-        ways = {"separate": lambda own=settings: separate(own), "packed": lambda own=settings: packed(own)}
-        found = interleaved(ways, given.rounds)
+        contenders = {"separate": partial(separate, settings), "packed": partial(packed, settings)}
+        times = interleaved(contenders, given.rounds)
         table += [
-            {"engine": engine, "way": way, **{name: round(each, 2) for name, each in seconds.items()},
-             "times as fast": round(found["separate"]["median"] / seconds["median"], 3)}
-            for way, seconds in found.items()
+            {"engine": engine, "way": name, **{key: round(seconds, 2) for key, seconds in quantiles.items()},
+             "times as fast": round(times["separate"]["median"] / quantiles["median"], 3)}
+            for name, quantiles in times.items()
         ]  # fmt: skip
     about = header(given.rounds) | {"unit": "s", "on": given.device, "precision": given.precision, **SETTINGS}
     where = "" if given.device == "cpu" else f"_{given.device}"

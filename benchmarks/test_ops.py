@@ -1,4 +1,4 @@
-"""Each op alone, for pytest-benchmark: make bench."""
+"""Times each op alone, by pytest-benchmark: python -m pytest benchmarks --benchmark-only."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Without a GPU the Triton kernels run in Triton's interpreter, which has to be told before Triton is imported."""
+"""Fixtures and options of all tests.
+
+Without a GPU the Triton kernels run in Triton's interpreter, which must be chosen before Triton is imported.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +15,14 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell leaves it to what it runs in the background
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a background process of a shell
     signal.signal(signal.SIGINT, signal.default_int_handler)
-sys.path.insert(0, str(Path(__file__).parent / "support"))  # importlib mode finds no neighbours
+sys.path.insert(0, str(Path(__file__).parent / "support"))  # in importlib mode, tests can't import files beside them
 from skips import GPU, HAS_A_GPU, HAS_GPU, SLOW, pytest_sessionfinish, pytest_terminal_summary  # noqa: F401
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--slow", action="store_true", help="run the slow tier too")
+    parser.addoption("--slow", action="store_true", help="also run the slow tier")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -37,8 +40,10 @@ def _same_start() -> None:
 
 @pytest.fixture(autouse=True, scope="session")
 def _mended_interpreter() -> None:
-    """Triton's interpreter truncates to bfloat16, where a GPU rounds to the nearest; and that of 3.6 makes numbers of
-    arrays with one element in a way that NumPy 2.4 refuses.
+    """Fix two errors of Triton's interpreter.
+
+    It truncates to bfloat16, where a GPU rounds to the nearest value; and in 3.6 it converts arrays of one element to
+    numbers in a way that NumPy 2.4 rejects.
     """
     if HAS_GPU:
         return
@@ -63,7 +68,7 @@ def _mended_interpreter() -> None:
 
 @pytest.fixture(scope="session")
 def digits() -> tuple[tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
-    """A few of scikit-learn's digits, uint8 [n, 1, 8, 8]: 160 to train with, 64 to test on."""
+    """Return a few of scikit-learn's digits, uint8 [n, 1, 8, 8]: 160 for training and 64 for testing."""
     from swamp_fast.data.sources import open_source
 
     opened = open_source("digits", "train", None)
@@ -76,7 +81,7 @@ def digits() -> tuple[tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, tor
 
 @pytest.fixture
 def large_tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter takes milliseconds a program, whatever its size; `as_launched` keeps the GPU's tiles."""
+    """Use large tiles, since the interpreter takes milliseconds per program; `as_launched` keeps the GPU's tiles."""
     from swamp_fast.kernels import convolution
 
     if not HAS_GPU and "as_launched" not in request.keywords:
@@ -85,14 +90,14 @@ def large_tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
 
 
 class Implementation:
-    """One way an op can run: "generic", "avx2", "avx512" (C++), "triton" (in the interpreter) or "cuda"."""
+    """One implementation of an op: "generic", "avx2", "avx512" (C++), "triton" (in the interpreter) or "cuda"."""
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.device = torch.device("cuda" if name == "cuda" else "cpu")
 
     def __call__(self, op: str, *args: object, **kwargs: object) -> object:
-        """Run an op as its contract has it; in the interpreter its launcher is called, which checks nothing."""
+        """Call an op by its contract; in the interpreter call its launcher, which checks nothing."""
         import swamp_fast._C as _C
         from swamp_fast import ops
 
@@ -129,7 +134,7 @@ IMPLEMENTATIONS = ["generic", "avx2", "avx512", "triton", pytest.param("cuda", m
 
 @pytest.fixture(params=IMPLEMENTATIONS)
 def implementation(request: pytest.FixtureRequest) -> object:
-    """Each way an op can run here; what it allocates is filled with NaN first."""
+    """Each implementation of an op that this machine can run; memory that it allocates is filled with NaN first."""
     import swamp_fast._C as _C
 
     name = request.param
@@ -148,7 +153,7 @@ def implementation(request: pytest.FixtureRequest) -> object:
 
 @pytest.fixture
 def on():
-    """The settings by which a run is on a way."""
+    """Return the settings of a short run in an execution mode."""
     from stops import RUN, WAYS
 
-    return lambda way: RUN | {"engine": WAYS[way]}
+    return lambda mode: RUN | {"engine": WAYS[mode]}

@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.durability import ROOT, SMALL, Small, held, same_bits
+from benchmarks.durability import SMALL, Small, progress_of, same_bits
 from benchmarks.ranks import launch, small_runs
+from benchmarks.timing import ROOT
 from swamp_fast import SwampResult, distributed, fast_swamp, sweep
 from swamp_fast.distributed import Ranks
 from swamp_fast.engines.trainer import Trainer, joined, part_of
@@ -77,7 +78,7 @@ def begun(folder: Path, processes) -> None:
     """Wait until a cycle's training has a checkpoint."""
     while True:
         with suppress(OSError, RuntimeError):  # a file that is gone as it is looked at
-            if held(folder).startswith("cycle"):
+            if progress_of(folder).startswith("cycle"):
                 return
         assert all(process.is_alive() for process in processes)
         time.sleep(0.005)

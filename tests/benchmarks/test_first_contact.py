@@ -1,4 +1,4 @@
-"""benchmarks.first_contact: children that pass, fail, hang and come too late, and what is packed after each."""
+"""benchmarks.first_contact: steps that pass, fail, hang or find no time left, and what is packed after each."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def python(code: str) -> list[str]:
 
 
 def hanging(folder: Path) -> list[str]:
-    """It has a child of its own, deaf to SIGTERM, and says its number."""
+    """Return a command that hangs, with a child of its own that ignores SIGTERM and whose pid goes to a file."""
     deaf = (
         "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('deaf', flush=True); time.sleep(60)"
     )
@@ -60,9 +60,9 @@ def archived(visit: Visit) -> set[str]:
 
 
 def test_children_that_pass_fail_hang_and_come_too_late(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(module, "GRACE", 0.2)
-    monkeypatch.setattr(module, "RESERVE", 0.0)
-    monkeypatch.setattr(module, "LEAST", 2.0)
+    monkeypatch.setattr(module, "GRACE_SECONDS", 0.2)
+    monkeypatch.setattr(module, "PACKING_SECONDS", 0.0)
+    monkeypatch.setattr(module, "MIN_SECONDS", 2.0)
     visit, packed = visit_of(tmp_path, 9), []
     pack = visit.pack
     monkeypatch.setattr(visit, "pack", lambda: (pack(), packed.append(archived(visit))))
@@ -85,7 +85,7 @@ def test_children_that_pass_fail_hang_and_come_too_late(tmp_path, monkeypatch, c
         ("uses it up", "killed"),
         ("comes too late", "skipped, too late"),
     ]
-    assert [row.said for row in visit.rows] == ["fine", "why it failed", "about to hang", "still here", "", ""]
+    assert [row.last_line for row in visit.rows] == ["fine", "why it failed", "about to hang", "still here", "", ""]
     assert visit.rows[2].seconds < 4
     assert not is_running(int((tmp_path / "grandchild").read_text()))
     assert not (tmp_path / "never").exists()
@@ -94,17 +94,17 @@ def test_children_that_pass_fail_hang_and_come_too_late(tmp_path, monkeypatch, c
     assert {path.name for path in visit.out.iterdir()} == {"results.tgz", "steps.md"}
     text = (visit.out / "steps.md").read_text()
     assert "| fails | failed, exit code 1 | 0 | why it failed |" in text
-    assert "To mend first: fails (failed, exit code 1); after it hangs, uses it up." in text
+    assert "To fix first: fails (failed, exit code 1); then hangs, uses it up." in text
     capsys.readouterr()
     assert not visit.conclude()
     last = capsys.readouterr().out.strip().splitlines()
-    assert last[-3].startswith("2 of 6 steps went well; too late for comes too late. To mend first: fails")
+    assert last[-3].startswith("2 of 6 steps went well; no time was left for comes too late. To fix first: fails")
     assert last[-2:] == ["first", "why it failed"]
 
 
 def test_a_long_child_leaves_time_for_the_next(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "RESERVE", 0.0)
-    monkeypatch.setattr(module, "LEAST", 1.0)
+    monkeypatch.setattr(module, "PACKING_SECONDS", 0.0)
+    monkeypatch.setattr(module, "MIN_SECONDS", 1.0)
     visit = visit_of(tmp_path, 9)
     sleeps = python("import time; time.sleep(60)")
     visit.run(
@@ -117,36 +117,36 @@ def test_a_long_child_leaves_time_for_the_next(tmp_path, monkeypatch):
     assert [row.result for row in visit.rows] == ["killed after 2 s", "passed", "skipped, too late"]
 
 
-def test_where_all_goes_well(tmp_path, capsys):
+def test_when_all_goes_well(tmp_path, capsys):
     visit = visit_of(tmp_path, 60)
     visit.run([Child("passes", 20, python("print('fine')"))])
     assert visit.conclude()
-    assert capsys.readouterr().out.strip().splitlines()[-1] == "1 of 1 steps went well. Nothing to mend."
+    assert capsys.readouterr().out.strip().splitlines()[-1] == "1 of 1 steps went well. Nothing to fix."
 
 
 @pytest.mark.parametrize(
-    ("said", "result"),
+    ("last_line", "result"),
     [
         ("3 passed, 2 skipped in 1.0s", "passed"),
         ("7 skipped, 5 deselected in 0.1s", "needs a GPU"),
         ("no tests ran in 0.01s", "failed, no test ran"),
     ],
 )
-def test_a_test_run_without_tests_has_not_passed(said, result, tmp_path):
+def test_a_test_run_without_tests_has_not_passed(last_line, result, tmp_path):
     visit = visit_of(tmp_path, 60)
-    visit.run([Child("tests", 20, python(f"print({said!r})"), tests=True)])
+    visit.run([Child("tests", 20, python(f"print({last_line!r})"), tests=True)])
     assert visit.rows[0].result == result
 
 
-def test_a_child_may_say_that_it_needs_a_gpu_and_is_told_its_minutes(tmp_path):
+def test_a_child_can_report_that_it_needs_a_gpu_and_learns_its_minutes(tmp_path):
     visit = visit_of(tmp_path, 600)
     code = "import sys; print('needs a GPU:', sys.argv[1])"
     visit.run([Child("needs", 60, [*python(code), "{minutes}"])])
-    assert (visit.rows[0].result, visit.rows[0].said) == ("needs a GPU", "needs a GPU: 0.90")
+    assert (visit.rows[0].result, visit.rows[0].last_line) == ("needs a GPU", "needs a GPU: 0.90")
 
 
 def test_a_signal_ends_the_child_and_leaves_the_results(tmp_path):
-    """As a command that outlasts the machine's time gets it."""
+    """As when a machine's time ends before the command."""
     code = f"""
 import os, pathlib, signal, sys
 sys.path.insert(0, {str(ROOT)!r})
@@ -184,7 +184,7 @@ def test_the_steps_in_their_order(tmp_path):
 
 
 def test_a_tree_is_put_in_place_once(tmp_path, monkeypatch):
-    """A copy without an installed package, with a carried extension and cache."""
+    """A copy of the tree that is not installed, with an extension and a cache carried along."""
     root, carried = tmp_path / "tree", tmp_path / "carried"
     for folder in (root / "swamp_fast", root / "kernels", root / "csrc" / "cuda", carried / "triton" / "KEY"):
         folder.mkdir(parents=True)
@@ -222,7 +222,7 @@ def test_what_was_compiled_there_is_brought_back(tmp_path):
 
 
 def test_a_copy_without_git_knows_its_commit(tmp_path, monkeypatch):
-    """One in somebody else's repository too."""
+    """Also inside somebody else's repository."""
     copy = tmp_path / "copy"
     copy.mkdir()
     subprocess.run(["git", "init", "--quiet", tmp_path], check=True)
@@ -235,7 +235,7 @@ def test_a_copy_without_git_knows_its_commit(tmp_path, monkeypatch):
 
 
 def test_contenders_are_kept_apart(tmp_path):
-    """One that can't be made and one that breaks later are rows, the others are timed, and each table is written."""
+    """One that can't be built and one that fails later become rows; the others are timed, and each table is written."""
     bench, calls = Bench(tmp_path, None, rehearse=True), []
 
     def fails():
@@ -243,10 +243,10 @@ def test_contenders_are_kept_apart(tmp_path):
 
     def breaks():
         calls.append(1)
-        if len(calls) > 4:  # in the turns with all
+        if len(calls) > 4:  # when all take turns
             raise RuntimeError("late")
 
-    found = []
+    written = []
     contenders = {
         "good": (1, lambda: lambda: time.sleep(0.002)),
         "bad": (2, fails),
@@ -254,10 +254,13 @@ def test_contenders_are_kept_apart(tmp_path):
         "last": (4, lambda: lambda: time.sleep(0.001)),
     }
     write = bench.write
-    bench.write = lambda slice_, table, **more: (found.append([row[""] for row in table]), write(slice_, table, **more))
+    bench.write = lambda slice_, table, **more: (
+        written.append([row[""] for row in table]),
+        write(slice_, table, **more),
+    )
     with pytest.raises(RuntimeError, match=r"bad failed: ValueError: as it does; late failed: RuntimeError: late"):
         bench.steps("made_up", contenders, "good")
-    assert found == [["good"], ["good", "bad"], ["good", "bad", "late"], [*contenders], [*contenders]]
+    assert written == [["good"], ["good", "bad"], ["good", "bad", "late"], [*contenders], [*contenders]]
     rows = {row[""]: row for row in json.loads((tmp_path / "gpu_made_up_cpu.json").read_text())["table"]}
     assert rows["bad"]["ms a particle-step"] == "failed: ValueError: as it does"
     assert rows["late"]["ms a particle-step"] == "failed: RuntimeError: late"
@@ -267,13 +270,13 @@ def test_contenders_are_kept_apart(tmp_path):
 
 def test_a_network_is_planned_and_checked_once(tmp_path, monkeypatch):
     bench, seen = Bench(tmp_path, None, rehearse=True), []
-    proof = bench._proof
-    monkeypatch.setattr(bench, "_proof", lambda problem: (seen.append(problem), proof(problem))[1])
+    check = bench._check
+    monkeypatch.setattr(bench, "_check", lambda problem: (seen.append(problem), check(problem))[1])
     for particles in (1, 2, 1):
         engine, problem = bench.engine("small_cnn", particles)
-        assert (engine.plan is bench.proofs["small_cnn"][0], problem.config.particles) == (True, particles)
+        assert (engine.plan is bench.checked["small_cnn"][0], problem.config.particles) == (True, particles)
     assert len(seen) == 1
-    monkeypatch.setattr(bench, "_proof", lambda problem: (seen.append(problem), "it is not covered")[1])
+    monkeypatch.setattr(bench, "_check", lambda problem: (seen.append(problem), "it is not covered")[1])
     for _ in range(2):
         with pytest.raises(RuntimeError, match="it is not covered"):
             bench.engine("mlp", 1)
@@ -281,11 +284,11 @@ def test_a_network_is_planned_and_checked_once(tmp_path, monkeypatch):
 
 
 def test_a_wrong_step_gets_no_time(tmp_path, monkeypatch):
-    """Its gradients are compared with autograd's in float64 first."""
+    """The gradients are compared with autograd's in float64 before anything is timed."""
     bench = Bench(tmp_path, None, rehearse=True)
     engine, problem = bench.engine("small_cnn", 2)
-    told = errors(engine, problem, 2)
-    assert 0 < told["gradients, error"] < 2 * told["gradients, autograd's error"]
+    report = errors(engine, problem, 2)
+    assert 0 < report["gradients, error"] < 2 * report["gradients, autograd's error"]
     backward = CpuLanes.backward
 
     def doubled(self, batch, step_keys):

@@ -1,4 +1,4 @@
-"""Golden runs: a difference is found and named, and there is none where nothing was changed."""
+"""benchmarks.golden: a difference is found and named, and there is none if nothing was changed."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ def test_bits_are_compared():
     assert golden.difference(before, {**before, "w": one}) == "w: 2 of 3 differ; [0] was 0.0, is -0.0"
     assert golden.difference(before, {**before, "w": one.double()}) == "w was torch.float32 [3], is torch.float64 [3]"
     assert golden.difference(before, {**before, "more": 1}) == "more is new"
-    assert golden.difference({**before, "more": 1}, before) == "more is gone"
+    assert golden.difference({**before, "more": 1}, before) == "more is missing"
 
 
 def test_the_code_of_the_other_tree_runs(tmp_path, monkeypatch, capfd):
-    """One that trains at another rate."""
+    """Here it trains at another rate."""
     tree = tmp_path / "tree"
     shutil.copytree(ROOT / "swamp_fast", tree / "swamp_fast")
     for link, target in golden.LINKS.items():
@@ -47,6 +47,6 @@ def test_the_code_of_the_other_tree_runs(tmp_path, monkeypatch, capfd):
 
 @pytest.mark.slow
 def test_this_commit_against_itself(capfd):
-    """With this checkout's uncommitted changes, which must change no bit either."""
+    """This checkout may have uncommitted changes, which must change no bit either."""
     assert golden.main(["--against", "HEAD"]) == 0
     assert "0 of 8 calls differ" in capfd.readouterr().out

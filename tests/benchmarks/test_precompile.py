@@ -1,4 +1,4 @@
-"""The caches of a GPU that isn't there: what one process fills, another finds from another path of the tree."""
+"""Caches compiled for a GPU that the machine lacks: another process finds all of it, from another path of the tree."""
 
 from __future__ import annotations
 
@@ -14,22 +14,27 @@ from paths import ROOT
 from benchmarks.first_contact import MAPPED
 
 TREE = ("swamp_fast", "kernels", "csrc/cuda", "benchmarks")
-COMMAND = ["-m", "benchmarks.machine_code", "--particles", "3", "--batch", "16"]
+CODE = """
+import sys
+import swamp_fast.kernels
+from benchmarks import machine_code
+print(swamp_fast.__file__, swamp_fast.kernels.__file__, sep="\\n")
+sys.argv += ["--particles", "3", "--batch", "16"]
+machine_code.main()
+"""
 
 
 def filled(tree, folder, model, precision) -> dict[str, int]:
-    """What the command says of a folder, run in a tree whose modules alone it imports."""
+    """Fill a folder by the code of a tree. Return how many kernels were compiled and how many were found."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"PYTHONPATH": str(tree)}
-    check = "import swamp_fast.kernels; print(swamp_fast.__file__, swamp_fast.kernels.__file__)"
-    done = subprocess.run([sys.executable, "-c", check], cwd=tree, env=environment, capture_output=True, text=True)
-    assert [place.startswith(str(tree)) for place in done.stdout.split()] == [True, True], done
-    options = ["--fill", str(folder), "--model", model, "--precision", precision]
-    done = subprocess.run(
-        [sys.executable, *COMMAND, *options], cwd=tree, env=environment, capture_output=True, text=True
-    )
+    command = [sys.executable, "-c", CODE, "--fill", str(folder), "--model", model, "--precision", precision]
+    done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout)
+    package, kernels, counts = done.stdout.splitlines()
+    assert package.startswith(str(tree))
+    assert kernels.startswith(str(tree))
+    return json.loads(counts)
 
 
 def files_in(folder):
@@ -41,7 +46,7 @@ def files_in(folder):
     [("mlp", "float32", 0), pytest.param("small_cnn", "bfloat16", 4, marks=pytest.mark.slow)],
 )
 def test_another_process_finds_all_of_it_from_another_path(model, precision, cubins, tmp_path):
-    """The folder was moved, too: Triton's group files name their members by absolute paths."""
+    """The folder is moved too: Triton's group files name their members by absolute paths."""
     made, moved, copy = tmp_path / "made", tmp_path / "moved" / "there", tmp_path / "copy"
     first = filled(ROOT, made, model, precision)
     assert first["triton_compiled"] > 30

@@ -1,4 +1,4 @@
-"""benchmarks.protocol: its items, and a rehearsal in slices, on two machines, that gives what one slice gives."""
+"""benchmarks.protocol: its items, and that a rehearsal in slices on two machines gives what one slice gives."""
 
 from __future__ import annotations
 
@@ -11,22 +11,23 @@ import pytest
 import torch
 from stops import Interrupted, before_steps, stop_at
 
-from benchmarks import cifar10
+from benchmarks import cifar10, protocol_transport
 from benchmarks import protocol as module
+from benchmarks.budget import Budget
 from benchmarks.gpu import SLICES
-from benchmarks.protocol import Budget, Item, Protocol, main
+from benchmarks.protocol import Item, Protocol, main
 from swamp_fast.runs.checkpoint import RunDirectory, load_tensors
 
-STEPS = 25  # of a slice
+STEPS_PER_SLICE = 25
 
 
 @pytest.fixture(autouse=True)
 def _packed(monkeypatch):
-    """What a stopwatch would choose."""
+    """All runs share a bank, whatever a stopwatch would choose."""
     monkeypatch.setattr("swamp_fast.studies.sweep.runs_at_once", lambda engine, problems: (len(problems), "forced"))
 
 
-def test_the_items_are_the_issue_s_in_its_order(tmp_path):
+def test_the_items_in_their_order(tmp_path):
     protocol = Protocol(tmp_path, seeds=5)
     names = [item.name for item in protocol.items()]
     assert names[: len(SLICES)] == [f"gpu/{name}" for name in SLICES]
@@ -41,7 +42,7 @@ def test_the_items_are_the_issue_s_in_its_order(tmp_path):
     config = first.config("swamp", 0)
     assert (config.particles, config.cycles, config.epochs, config.batch_size) == (4, 14, 30, 128)
     assert (long.config("imp", 0).epochs, [*long.methods], [*long.seeds]) == (150, ["swamp", "imp"], [0])
-    assert particles.config("N = 4", 3) == first.config("swamp", 3)  # so it is not run twice
+    assert particles.config("N = 4", 3) == first.config("swamp", 3)  # so that it is not run twice
     assert [particles.config(name, 0).particles for name in particles.methods] == [1, 2, 4, 8, 16]
 
 
@@ -57,7 +58,7 @@ def test_a_slice_stops_in_time_and_says_what_is_left(tmp_path, monkeypatch, caps
     for left in (["goes on", "short"], ["goes on", "short"]):
         began = time.monotonic()
         protocol = Protocol(tmp_path, rehearse=True)
-        assert protocol.go_on(0.5 / 60) == left
+        assert protocol.run_items(0.5 / 60) == left
         assert time.monotonic() - began < 5
     assert capsys.readouterr().out.count("goes on: nothing of it could be kept") == 1
     assert protocol.marks["fails"] == "failed: ValueError: as it does"
@@ -69,29 +70,29 @@ def test_seeds_are_packed_all_or_a_few_at_a_time(tmp_path):
     names = [item.name for item in Protocol(tmp_path, seeds=5, at_once=2).items() if "resnet20_30" in item.name]
     pairs = ["0-1", "2-3", "4"]
     assert [name for name in names if name.startswith("runs/")] == [f"runs/resnet20_30/{each}" for each in pairs]
-    assert f"analysis/resnet20_30/{pairs[1]}" in names  # seed 2 is looked at
+    assert f"analysis/resnet20_30/{pairs[1]}" in names  # seed 2 is analysed
     assert f"analysis/resnet20_30/{pairs[2]}" not in names
 
 
 def test_an_export_holds_what_is_needed_and_no_more_than_may_be_committed(tmp_path, monkeypatch, capsys):
-    """Of finished runs their rows; of others what they go on from, as many as have room."""
+    """The rows of finished runs, and what the others continue from, as far as there is room."""
     here, there, state = tmp_path / "here", tmp_path / "there", tmp_path / "to" / "state.zip"
-    told = ["--rehearse", "--seeds", "1", "--only", "runs/small_cnn_30", "analysis/small_cnn_30", "--out"]
+    arguments = ["--rehearse", "--seeds", "1", "--only", "runs/small_cnn_30", "analysis/small_cnn_30", "--out"]
     with before_steps(stop_at(150)), pytest.raises(Interrupted):
-        main([*told, str(here), "--budget-minutes", "10"])
+        main([*arguments, str(here), "--budget-minutes", "10"])
     done = sorted(RunDirectory(folder).cycles_done() for folder in (here / "small_cnn" / "runs").iterdir())
-    assert done == [2, 2, 3]  # swamp's two particles stand in a bank of their own
-    main([*told, str(here), "--export", str(state)])
+    assert done == [2, 2, 3]  # swamp's two particles are in another bank than the one-particle runs
+    main([*arguments, str(here), "--export", str(state)])
     whole = state.stat().st_size
-    monkeypatch.setattr(module, "LARGEST", whole * 3 // 4)
-    main([*told, str(here), "--export", str(state)])
-    assert "begins anew there" in capsys.readouterr().out
+    monkeypatch.setattr(protocol_transport, "MAX_BYTES", whole * 3 // 4)
+    main([*arguments, str(here), "--export", str(state)])
+    assert "start again from the beginning" in capsys.readouterr().out
     assert state.stat().st_size < whole * 3 // 4
     monkeypatch.undo()
-    main([*told, str(here), "--budget-minutes", "10"])
-    main([*told, str(here), "--export", str(state)])
+    main([*arguments, str(here), "--budget-minutes", "10"])
+    main([*arguments, str(here), "--export", str(state)])
     assert state.stat().st_size < 50_000 < whole
-    main([*told, str(there), "--import", str(state), "--budget-minutes", "10"])
+    main([*arguments, str(there), "--import", str(state), "--budget-minutes", "10"])
     assert "left: nothing" in capsys.readouterr().out
     rows = [json.loads((out / "results" / "protocol.json").read_text()) for out in (here, there)]
     assert sum(row["study"] == "small_cnn_30" for row in rows[0]["rows"]) == 9
@@ -99,7 +100,7 @@ def test_an_export_holds_what_is_needed_and_no_more_than_may_be_committed(tmp_pa
         assert rows[0][part] == rows[1][part]
 
 
-def test_without_data_or_gpu_nothing_is_begun(tmp_path, monkeypatch):
+def test_without_data_or_gpu_nothing_is_started(tmp_path, monkeypatch):
     monkeypatch.setattr(cifar10, "ROOT", tmp_path / "a" / "b")
     with pytest.raises(FileNotFoundError, match=r"--data cifar10.npz is needed"):
         main(["--out", str(tmp_path)])
@@ -108,13 +109,13 @@ def test_without_data_or_gpu_nothing_is_begun(tmp_path, monkeypatch):
 
 
 class Counting(Budget):
-    """A budget of steps, after which all time is spent: a slice gets as far on a busy machine as on an idle one."""
+    """A budget counted in steps instead of seconds, so that a slice gets equally far on a busy and an idle machine."""
 
     now: Counting
 
     def __init__(self, seconds: float) -> None:
         super().__init__(3600.0)
-        self.steps, Counting.now = STEPS if seconds > 1 else 1, self
+        self.steps, Counting.now = STEPS_PER_SLICE if seconds > 1 else 1, self
 
     def step(self, *_) -> None:
         self.steps -= 1
@@ -126,8 +127,8 @@ class Counting(Budget):
 @pytest.mark.slow
 def test_a_rehearsal_in_slices_on_two_machines_gives_what_one_slice_gives(tmp_path, monkeypatch, capsys):
     whole, here, there, state = (tmp_path / name for name in ("whole", "here", "there", "state.zip"))
-    told = ["--rehearse", "--seeds", "2", "--only", "runs/small_cnn_30", "analysis/small_cnn_30", "--out"]
-    main([*told, str(whole), "--budget-minutes", "10"])
+    arguments = ["--rehearse", "--seeds", "2", "--only", "runs/small_cnn_30", "analysis/small_cnn_30", "--out"]
+    main([*arguments, str(whole), "--budget-minutes", "10"])
     assert "left: nothing" in capsys.readouterr().out
     trace = module.hessian_trace
     monkeypatch.setattr(module, "Budget", Counting)
@@ -135,15 +136,15 @@ def test_a_rehearsal_in_slices_on_two_machines_gives_what_one_slice_gives(tmp_pa
     stopped = 0
     with before_steps(lambda *_: Counting.now.step()):
         for number in range(100):
-            main([*told, str(here if number < 3 else there), "--budget-minutes", "1"])
-            said = capsys.readouterr().out
-            assert "0 failed" in said
-            if "left: nothing" in said:
+            main([*arguments, str(here if number < 3 else there), "--budget-minutes", "1"])
+            printed = capsys.readouterr().out
+            assert "0 failed" in printed
+            if "left: nothing" in printed:
                 break
             stopped += 1
             if number == 2:
-                main([*told, str(here), "--export", str(state)])
-                main([*told, str(there), "--import", str(state), "--budget-minutes", "0.01"])
+                main([*arguments, str(here), "--export", str(state)])
+                main([*arguments, str(there), "--import", str(state), "--budget-minutes", "0.01"])
                 assert "0 failed" in capsys.readouterr().out
         else:
             pytest.fail("100 slices were not enough")
@@ -151,12 +152,12 @@ def test_a_rehearsal_in_slices_on_two_machines_gives_what_one_slice_gives(tmp_pa
     runs = {path.name: path for path in (whole / "small_cnn" / "runs").iterdir()}
     assert len(runs) == 6
     for name, folder in runs.items():
-        places = (out / "small_cnn" / "runs" / name for out in (there, here))  # what was finished here stays here
-        own = RunDirectory(next(place for place in places if (place / "cycle_02.safetensors").exists()))
-        tensors, others = (load_tensors(path / "cycle_02.safetensors")[0] for path in (folder, own.path))
+        places = (out / "small_cnn" / "runs" / name for out in (there, here))  # runs that finished here stay here
+        last = RunDirectory(next(place for place in places if (place / "cycle_02.safetensors").exists()))
+        tensors, others = (load_tensors(path / "cycle_02.safetensors")[0] for path in (folder, last.path))
         assert tensors.keys() == others.keys()
-        assert all(torch.equal(each, others[key]) for key, each in tensors.items())
-        assert own.cycles_done() == 3
+        assert all(torch.equal(tensor, others[key]) for key, tensor in tensors.items())
+        assert last.cycles_done() == 3
     rows = [json.loads((out / "results" / "protocol.json").read_text()) for out in (whole, there)]
     for part in ("rows", "analysis"):
         assert [row.get("accuracy", row.get("trace")) for row in rows[0][part]] == [

@@ -1,4 +1,4 @@
-"""What may be skipped: hooks that count skipped tests by reason, and fail a run that skips more than that."""
+"""Hooks that count skipped tests by reason, and fail a test run that skips more than is allowed."""
 
 from __future__ import annotations
 
@@ -10,31 +10,31 @@ import torch
 
 HAS_GPU = torch.cuda.is_available()
 GPU = "needs a CUDA device"
-HAS_A_GPU = "there is a GPU"  # with which what stands for one isn't tried
+HAS_A_GPU = "there is a GPU"  # so what stands in for one is not tested
 SLOW = "slow tier: run with --slow"
-UNBOUNDED = (GPU, HAS_A_GPU, SLOW)
-# Beginnings of what else a machine may lack, and how many tests at most may be skipped for it.
-AT_MOST = {
-    "this processor has no avx": 500,  # of the ops, which run without it too: two times about 200
+UNLIMITED = (GPU, HAS_A_GPU, SLOW)
+# The beginning of any other reason -> how many tests may be skipped for it.
+MAX_SKIPS = {
+    "this processor has no avx": 500,  # tests of ops, about 200 for each of two instruction sets
     "needs chromium": 5,
     "minutes without vector instructions": 1,
 }
 
 
 def by_reason(reports: list[pytest.CollectReport | pytest.TestReport]) -> Counter[str]:
-    """How many tests were skipped for each reason."""
+    """Count the skipped tests by reason."""
     return Counter(re.sub(r"^Skipped: ", "", str(report.longrepr[2])) for report in reports if report.longrepr)
 
 
 def too_many(reasons: Counter[str]) -> list[str]:
-    """What may not be skipped so often, a line each."""
+    """Return one line for each kind of reason for which too many tests were skipped."""
     of_kind: Counter[str] = Counter()
     for reason, count in reasons.items():
-        of_kind[next((kind for kind in (*UNBOUNDED, *AT_MOST) if reason.startswith(kind)), reason)] += count
+        of_kind[next((kind for kind in (*UNLIMITED, *MAX_SKIPS) if reason.startswith(kind)), reason)] += count
     return [
-        f"{count} tests were skipped since: {kind}; at most {AT_MOST.get(kind, 0)} may be. Install what is missing."
+        f"{count} tests were skipped because: {kind}; at most {MAX_SKIPS.get(kind, 0)} may be. Install what is missing."
         for kind, count in of_kind.items()
-        if kind not in UNBOUNDED and count > AT_MOST.get(kind, 0)
+        if kind not in UNLIMITED and count > MAX_SKIPS.get(kind, 0)
     ]
 
 
@@ -44,7 +44,7 @@ def _skipped(config: pytest.Config) -> Counter[str]:
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    """Under xdist the process that hands out tests has all reports; a worker's own status counts for nothing."""
+    """Fail the session. Under xdist the controller has all reports, and a worker's status is ignored."""
     if exitstatus == pytest.ExitCode.OK and too_many(_skipped(session.config)):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 

@@ -1,4 +1,4 @@
-"""Runs that are stopped in the middle: settings of short ones, and what happens before their steps."""
+"""Short runs that are interrupted in the middle: their settings, and actions before their steps."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from swamp_fast.engines.trainer import Trainer
 
 ALWAYS = 1e-9  # minutes: a checkpoint after every step
 RUN = {"batch_size": 64, "cycles": 1, "epochs": 3, "ticket_epochs": 1, "particles": 2, "prune": 0.5, "progress": False}
-STEPS = 3  # of an epoch: 160 samples
-WAYS = {  # ways to run, as the setting `engine` names them
+STEPS = 3  # per epoch of 160 samples
+WAYS = {  # execution mode -> the setting `engine`
     "lanes": "eager:lanes",
     "fold": "eager:fold",
     "fold_grouped": "eager:fold_grouped",
@@ -20,12 +20,12 @@ WAYS = {  # ways to run, as the setting `engine` names them
 
 
 class Interrupted(BaseException):
-    """Stands for the end of a process."""
+    """Stands for the sudden end of a process."""
 
 
 @contextmanager
 def before_steps(action=lambda trainer, step: None):
-    """Call action(trainer, number) before each step of all trainings; gives their count, in a list."""
+    """Call action(trainer, number) before each training step; yields a list that holds the number of steps so far."""
     step, count = Trainer.step, [0]
 
     def counted(trainer, handle):
@@ -41,6 +41,8 @@ def before_steps(action=lambda trainer, step: None):
 
 
 def stop_at(number: int):
+    """Return an action that interrupts the run before a step."""
+
     def stop(trainer, step):
         if step == number:
             raise Interrupted
@@ -49,4 +51,5 @@ def stop_at(number: int):
 
 
 def files(folder: Path) -> dict[str, bytes]:
+    """Return the content of each file in a folder, by name."""
     return {path.name: path.read_bytes() for path in folder.iterdir()}

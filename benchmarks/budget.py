@@ -1,0 +1,52 @@
+"""A time budget for work that may be interrupted at any moment and resumed later."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from types import FrameType, TracebackType
+
+SOFT_LIMIT = 0.9  # of the budget; work under way is then asked to stop, and again at each further 10 %
+
+
+class Budget:
+    """A context in which the system's timer sends this process SIGTERM, first at SOFT_LIMIT of the budget.
+
+    The signal ends what is `working` by SystemExit; a training ends after its step. One signal is not enough, since
+    Python ignores an exception that is raised in a destructor.
+
+    working      whether a signal may raise SystemExit now
+    interrupted  whether a signal came
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self.began, self.seconds = time.monotonic(), seconds
+        self.working = self.interrupted = False
+
+    @property
+    def spent(self) -> float:
+        """The fraction of the budget that is spent."""
+        return (time.monotonic() - self.began) / self.seconds
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the soft limit is reached."""
+        return self.spent >= SOFT_LIMIT
+
+    def __enter__(self) -> Budget:
+        self.handler_before = signal.signal(signal.SIGTERM, self._stop)
+        signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        signal.setitimer(signal.ITIMER_REAL, SOFT_LIMIT * self.seconds, (1 - SOFT_LIMIT) * self.seconds)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGTERM, self.handler_before)
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        self.interrupted = True
+        if self.working:
+            raise SystemExit(128 + number)
