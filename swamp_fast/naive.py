@@ -31,6 +31,12 @@ from swamp_fast.runs.result import SwampResult
 
 State = dict[str, Tensor]
 
+# The scores of a row, None where there are no accuracies or no such data.
+SCORES = (
+    *("accuracy", "loss", "particle_accuracy", "particle_loss", "best_accuracy"),
+    *("mean_accuracy", "ensemble_accuracy", "val_accuracy", "val_mean_accuracy"),
+)
+
 
 @one_at_a_time
 def naive_swamp(
@@ -355,19 +361,7 @@ def scores(problem: Problem, models: dict[int, nn.Module], cycle: int) -> tuple[
 
     models  by number: the particles, and last the average, whose place combine="best" gives to the best particle
     """
-    row: dict[str, Any] = dict.fromkeys(
-        [
-            "accuracy",
-            "loss",
-            "particle_accuracy",
-            "particle_loss",
-            "best_accuracy",
-            "mean_accuracy",
-            "ensemble_accuracy",
-            "val_accuracy",
-            "val_mean_accuracy",
-        ]
-    )
+    row: dict[str, Any] = dict.fromkeys(SCORES)
     test, val = problem.test, problem.val
     keyed = [(model, problem.keys_of(cycle, number)) for number, model in models.items()]
     best = 0
