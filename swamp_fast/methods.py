@@ -86,7 +86,7 @@ METHODS: dict[str, Method] = {
     ),
     "swamp-sgd": Method(
         lambda base: {"swa": False},
-        f"a control of {SWAMP}, asked for by its reviewers",
+        f"a control of {SWAMP}, requested by its reviewers",
         "the rate falls to 0, as usual with SGD, so the schedule differs from swamp's too",
     ),
     "imp-swa-schedule": Method(
@@ -96,7 +96,7 @@ METHODS: dict[str, Method] = {
     ),
     "imp-long": Method(
         lambda base: _imp(epochs=particles_of(base) * base.epochs),
-        f"a control of {SWAMP}, asked for by its reviewers: the compute of N particles",
+        f"a control of {SWAMP}, requested by its reviewers: the compute of N particles",
         "the schedule is stretched to N times the epochs; the ticket's length is not",
     ),
     "imp-fine": Method(
@@ -109,7 +109,7 @@ METHODS: dict[str, Method] = {
     ),
     "best-particle": Method(
         lambda base: {"combine": "best", "mask_score": "abs-mean"},
-        f"a control of {SWAMP}, asked for by its reviewers",
+        f"a control of {SWAMP}, requested by its reviewers",
         "the best on validation data also gives the next mask",
     ),
     "ensemble": Method(

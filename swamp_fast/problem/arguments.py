@@ -21,7 +21,7 @@ CALLABLES = ("forward", "loss", "transform", "on_cycle")
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """What a call of a driver says in code rather than in SwampConfig; fast_swamp documents each of them.
+    """The data, callables and masks that a driver takes beside its settings; fast_swamp documents each of them.
 
     Raises TypeError for one that should be callable and isn't.
     """

@@ -19,7 +19,7 @@ SPLITS = ("train", "val", "test")
 
 
 class Sources(NamedTuple):
-    """Where each split comes from."""
+    """The source of each split."""
 
     train: Source
     val: Source | None
@@ -36,7 +36,7 @@ class Splits:
 
     @property
     def built(self) -> list[Built]:
-        """Those that there are."""
+        """The splits that there are, in this order."""
         return [split for split in (self.train, self.val, self.test) if split is not None]
 
     @property

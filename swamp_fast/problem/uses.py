@@ -1,4 +1,4 @@
-"""How often a forward multiplies by each weight: what pruning that weight saves."""
+"""The multiply-adds of a forward per weight, which pruning the weight saves."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-Count = Callable[[Tensor | None, float], None]  # (a parameter, how often each of its weights was multiplied by)
+Count = Callable[[Tensor | None, float], None]  # (a parameter, multiply-adds per weight)
 
 
 @contextmanager
 def counted_uses(model: nn.Module, samples: int) -> Iterator[dict[str, float]]:
-    """Parameter name -> multiply-adds per weight and sample of the forwards in this context, each of so many samples.
+    """Parameter name -> multiply-adds per weight and sample of the forwards in this context.
 
     Convolutions, linear layers and attention projections are counted; a weight that none of them uses has 0.
+
+    samples  the batch of each forward
     """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     uses = dict.fromkeys(names.values(), 0.0)

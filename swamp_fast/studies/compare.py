@@ -142,7 +142,7 @@ def _changes(base: SwampConfig, config: SwampConfig) -> dict[str, Any]:
 
 
 def _wanted(methods: Sequence[str], seeds: Sequence[int], base: SwampConfig) -> dict[MethodAndSeed, list[SwampConfig]]:
-    """The settings of the runs of all methods, of those that tell others their layers, and of the dense references."""
+    """The settings of the runs of all methods, of those whose layers others copy, and of the dense references."""
     wanted = {
         (method, seed): [
             base.replace(**METHODS[method].settings(base), seed=own) for own in seeds_of(METHODS[method], base, seed)
@@ -168,7 +168,7 @@ def _dense_of(method: str) -> str:
 
 
 def _layers_of(method: str) -> str | None:
-    """The method whose runs tell this one how many weights to keep in each layer, if there is one."""
+    """The method whose number of weights per layer this one copies, if there is one."""
     return METHODS[method].layers_of if method in METHODS else None
 
 
@@ -203,8 +203,8 @@ def _compared(
         if failed is not None:
             errors.append({"method": method, "seed": seed, "error": failed.error_text})
         else:
-            own = rows_of(method, base, problems[method, seed], members)
-            rows += [{"method": method, "seed": seed, **row} for row in own]
+            by_cycle = rows_of(method, base, problems[method, seed], members)
+            rows += [{"method": method, "seed": seed, **row} for row in by_cycle]
     references = {
         name: {row["seed"]: row for row in rows if row["method"] in (method, _dense_of(method)) and row["cycle"] == 0}
         for name, method in DENSE.items()

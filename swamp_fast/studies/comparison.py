@@ -84,14 +84,14 @@ def rows_of(method: str, base: SwampConfig, problem: Problem, runs: Sequence[Swe
         if len(results) > 1:
             scores = ensemble_scores(problem, [result.at(cycle)[0] for result in results])
         trained = {0, cycle} if config.mask_from == "dense" else range(cycle + 1)
-        epochs = config.ticket_epochs + config.epochs * sum(config.particles_at(each) for each in trained)
+        epochs = config.ticket_epochs + config.epochs * sum(config.particles_at(number) for number in trained)
         rows.append(
             {
                 "cycle": cycle // every,
                 "density": statistics.fmean(result.history[cycle]["density"] for result in results),
                 **scores,
                 "particle_epochs": len(results) * epochs,
-                "seconds": sum(result.history[each]["seconds"] for result in results for each in trained),
+                "seconds": sum(result.history[number]["seconds"] for result in results for number in trained),
             }
         )
     return rows

@@ -59,7 +59,7 @@ def packs_of(problems: Sequence[Problem]) -> list[list[int]]:
         if problem.config.clip_norm is not None:
             settings["clip_norm"] = "one per lane"
         model = model_fingerprint(problem.original, _values_of_a_lane(problem))
-        others = {name: each for name, each in problem.fingerprints.items() if name not in ("model", "mask")}
+        others = {name: value for name, value in problem.fingerprints.items() if name not in ("model", "mask")}
         packs.setdefault(repr((settings, model, others)), []).append(number)
     return list(packs.values())
 
@@ -83,7 +83,7 @@ def unfinished_packs(problems: Sequence[Problem], runs: Sequence[SweptRun], cons
         waiting = [number for number in numbers if not runs[number].load(problems[number])]
         if waiting:
             recorded = (_recorded_choice(runs[number], problems[number]) for number in numbers)
-            choice = next((each for each in recorded if each is not None), None)
+            choice = next((choice for choice in recorded if choice is not None), None)
             engine, at_once = choice or _measured_choice([problems[number] for number in waiting], console)
             packs.append(Pack(waiting, engine, at_once))
     return packs

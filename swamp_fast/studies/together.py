@@ -166,10 +166,10 @@ class _WatchedRuns:
 
     def on_epoch(self, epoch: int, losses: Tensor) -> None:
         """Give each run the mean losses [L / R] of its lanes, and note the error of one that diverges."""
-        for number, own in enumerate(losses.split(self.requests[0].particles)):
+        for number, of_run in enumerate(losses.split(self.requests[0].particles)):
             try:
                 if number not in self.errors:
-                    self.watches[number].on_epoch(epoch, own)
+                    self.watches[number].on_epoch(epoch, of_run)
             except FloatingPointError as error:
                 self.errors[number] = error
         if len(self.errors) == len(self.watches):
@@ -178,11 +178,12 @@ class _WatchedRuns:
     def outcomes(self, losses: Tensor) -> list[TrainingOutcome | Exception]:
         """The outcome of each run, from the mean losses [L] of the last epoch, or its error."""
         outcomes: list[TrainingOutcome | Exception] = []
-        for number, (watch, own) in enumerate(zip(self.watches, losses.split(self.requests[0].particles), strict=True)):
+        parts = losses.split(self.requests[0].particles)
+        for number, (watch, of_run) in enumerate(zip(self.watches, parts, strict=True)):
             watch.bank.buffers = self.bank.of_run(number).buffers
             if number in self.errors:
                 outcomes.append(self.errors[number])
             else:
                 side_by_side = functools.partial(self.engine.side_by_side, run=number)
-                outcomes.append(watch.outcome(own, side_by_side, len(self.requests)))
+                outcomes.append(watch.outcome(of_run, side_by_side, len(self.requests)))
         return outcomes

@@ -6,6 +6,7 @@ import networks
 import pytest
 import torch
 import torch.nn.functional as F
+from equality import same
 from stops import Interrupted, before_steps, stop_at
 
 from benchmarks.durability import same_bits, same_tensors
@@ -43,18 +44,6 @@ CHANGES = [
 
 def run(digits, name="tied", **changes) -> SwampResult:
     return fast_swamp(networks.build(name), *digits, **SETTINGS | changes)
-
-
-def same(a: SwampResult, b: SwampResult, tolerance: float) -> None:
-    assert len(a.history) == len(b.history)
-    for cycle, row in enumerate(a.history):
-        (one, masks), (other, expected) = a.at(cycle), b.at(cycle)
-        assert all(torch.equal(mask, masks[name]) for name, mask in expected.items()), cycle
-        for name, value in other.state_dict().items():
-            assert (one.state_dict()[name] - value).abs().max() <= tolerance, (cycle, name)
-        for name, value in row.items():
-            if name not in ("train_seconds", "seconds", "peak_memory"):
-                assert b.history[cycle][name] == pytest.approx(value, abs=tolerance), (cycle, name)
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=str)
