@@ -1,5 +1,6 @@
-"""Every GPU kernel becomes machine code for the GPUs we name, without one: in a subprocess, since a process that
-interprets Triton can't compile it.
+"""Every GPU kernel compiles to machine code within its bounds, for several GPUs and without one.
+
+Subprocesses compile, because this process interprets Triton and then can't also compile it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from paths import ROOT
 
 KERNELS = {line.split("(")[0].removeprefix("def ") for path in (ROOT / "kernels").glob("*.py")
            for line in path.read_text().splitlines() if line.startswith("def ") and "_kernel(" in line}  # fmt: skip
-# Blocks that an SM of an H100 holds at once, at least: while one waits for memory another one multiplies.
+# The fewest blocks that an SM of an H100 must hold at once, so that one multiplies while another waits for memory.
 BLOCKS = {
     ("convolve", "forward, ResNet-20 16-16 channels 32x32"): 3,
     ("convolve", "forward, prologue, ResNet-20 16-16 channels 32x32"): 2,
@@ -30,23 +31,23 @@ BLOCKS = {
     ("convolve", "by input, adds, ResNet-20 32-32 channels 16x16"): 3,
     ("weight_grad", "ResNet-20 32-32 channels 16x16"): 2,
     ("weight_grad", "prologue, ResNet-20 32-32 channels 16x16"): 1,
-}  # and of 64 channels 1
-# What depends on the compiler, by the version from which it holds until the next: bytes that a thread of a kernel in
-# float64, which only proves, may spill under Triton, and by what a kernel may exceed its slots under NVRTC.
+}  # 1 for all others
+# Bounds by compiler; each holds from its version to the next. Bytes that a thread may spill under Triton, in kernels of
+# float64, which only serve proofs; and the factor by which a kernel may exceed its slots under NVRTC.
 FLOAT64_SPILLS = {"3.6": 0, "3.8": 8, "3.9": 0}
-# A halo of four times the pixels, and two tiles a block: a small part of its network.
+# Its halo has four times the pixels, and a block has only two tiles; it is a small part of its network.
 KNOWN_SLOW = {"13.0": {"prologue, VGG-19 512-512 channels 2x2": 1.2}, "13.2": {}}
 ARCHITECTURES, SLOW = ["sm_90", "gfx942"], ["sm_80"]
-SHARED_BYTES = 99 * 1024  # what a block may have on every GPU from sm_80 on
-LDS_BYTES = 64 * 1024  # and on gfx942
+SHARED_BYTES = 99 * 1024  # of a block, on every GPU from sm_80 on
+LDS_BYTES = 64 * 1024  # of a block, on gfx942
 
 
 @pytest.fixture(scope="module")
 def compiling(tmp_path_factory, request):
-    """A process for each architecture, side by side."""
+    """One process for each architecture; they run side by side."""
     running = {}
     for arch in ARCHITECTURES + SLOW * request.config.getoption("--slow"):
-        folder = str(tmp_path_factory.mktemp(arch))  # nothing compiled before counts
+        folder = str(tmp_path_factory.mktemp(arch))  # an empty cache
         environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
         environment |= {"TRITON_CACHE_DIR": folder, "SWAMP_FAST_CACHE": folder}
         command = [sys.executable, "-m", "benchmarks.machine_code", "--arch", arch, "--json"]
@@ -89,13 +90,13 @@ def nvrtc_version() -> str:
 
 
 def of_version(bounds, installed):
-    """The bound of the newest version that isn't newer than the one installed; the oldest has to do before that."""
+    """The bound of the newest version that isn't newer than the installed one; else the oldest bound."""
     before = [each for each in bounds if Version(each) <= Version(installed)]
     return bounds[max(before, key=Version) if before else min(bounds, key=Version)]
 
 
 def test_bounds_name_their_compilers():
-    """A compiler between two has the older one's bound, and one to come the newest."""
+    """A version between two has the older one's bound, a future version the newest."""
     bounds = {"3.6": 0, "3.8": 8, "3.10": 4}
     versions = ("3.5", "3.6.0", "3.7", "3.8.1", "3.9", "3.10", "4.0")
     assert [of_version(bounds, each) for each in versions] == [0, 0, 0, 8, 8, 4, 4]
@@ -104,6 +105,6 @@ def test_bounds_name_their_compilers():
 
 
 def only_proves(kernel) -> bool:
-    """Whether nothing that it reads or writes is trained: rates alone are float64 in every precision."""
+    """Whether a kernel only serves proofs. Rates are float64 in every precision, so a type that is trained decides."""
     types = set(kernel["config"].partition(";")[0].split(", "))
     return "float64" in types and not types & {"float32", "bfloat16"}

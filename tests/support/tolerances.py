@@ -1,5 +1,5 @@
 """How far an op may be from its float64 reference: twice the error of the same reference in the op's own type, plus
-one floor a type for the rounding of the result itself. Nothing loosens this.
+one floor per type for the rounding of the result itself. Nothing loosens this.
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""Banks for the ops that update them."""
+"""Sizes of banks for the tests of the ops that update them, and copies of such banks."""
 
 from __future__ import annotations
 

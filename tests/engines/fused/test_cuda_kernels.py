@@ -1,4 +1,4 @@
-"""The kernels of csrc/cuda against float64, by themselves and in a plan: on a GPU, or on a CPU, thread by thread.
+"""The kernels of csrc/cuda against float64, alone and in a plan: on a GPU, or without one on the CPU, thread by thread.
 
 Without a GPU tests/support/host/matrix.h stands for its instructions: what is proven is everything but these.
 """
@@ -48,7 +48,7 @@ HALOS = [
 
 
 def prologue_of(lanes: int, channels: int) -> Prologue:
-    """In the middle of longer rows, as a plan's norms have them."""
+    """A random prologue in the middle of longer rows, where a plan's norms stand."""
     scale, offset = (
         normal(lanes, channels + 9, dtype=torch.float32).abs(),
         normal(lanes, channels + 9, dtype=torch.float32),
@@ -57,7 +57,7 @@ def prologue_of(lanes: int, channels: int) -> Prologue:
 
 
 def after(source: torch.Tensor, prologue: Prologue | None) -> torch.Tensor:
-    """What the kernels multiply: rounded behind the prologue."""
+    """What the kernels multiply: the source, rounded after the prologue."""
     if prologue is None:
         return source.double()
     channels = slice(prologue.first, prologue.first + source.shape[-1])
@@ -98,7 +98,7 @@ def test_convolve(halo, samples, with_prologue, monkeypatch):
 
 
 def statistics_of(lanes: int, channels: int) -> Statistics:
-    """In the middle of longer rows, which are NaN before."""
+    """Room for statistics in the middle of longer rows, which begin as NaN."""
     each = torch.full((4, lanes, channels + 7), torch.nan, device=DEVICE)
     weights = normal(lanes, 2 * channels + 11, dtype=torch.float32)
     arrivals = torch.zeros(lanes, channels, dtype=torch.int32, device=DEVICE)
@@ -107,7 +107,7 @@ def statistics_of(lanes: int, channels: int) -> Statistics:
 
 @pytest.mark.parametrize(("halo", "samples"), HALOS, ids=str)
 def test_convolve_by_input(halo, samples, monkeypatch):
-    """The same bits however many tiles a block takes."""
+    """The bits don't depend on how many tiles a block takes."""
     lanes, inputs, outputs = 2, halo.inputs, halo.outputs
     out_grad = normal(lanes, samples, halo.height, halo.width, outputs)
     weights = normal(lanes, 9 * inputs * outputs) / (3 * outputs**0.5)
@@ -141,12 +141,12 @@ def test_weight_grad(halo, samples, with_prologue):
             for a, g in ((own, grad), (own.abs(), grad.abs()))
         )
         found = partial[lane, 7:].view(parts, 3, 3, inputs, outputs).double().sum(0).permute(3, 2, 0, 1)
-        pixels = samples * halo.height * halo.width  # each sum in float32 of so many may err by so many roundings
+        pixels = samples * halo.height * halo.width  # each float32 sum may err by one rounding per term
         assert bool(((found - exact).abs() <= pixels * 2**-24 * sizes).all())
 
 
 def test_a_constant_channel_has_no_variance():
-    """Numbers of 4 whose differences are far below them: what E[x^2] - E[x]^2 would lose."""
+    """A mean of 4 and no variance: E[x^2] - E[x]^2 would lose it to cancellation."""
     halo, lanes, samples = Halo(16, 16, 16, 16), 1, 4
     source = torch.zeros(lanes, samples, 16, 16, 16, device=DEVICE).bfloat16()
     weights = torch.zeros(lanes, 9 * 16 * 16, device=DEVICE).bfloat16()
@@ -159,14 +159,14 @@ def test_a_constant_channel_has_no_variance():
 
 
 def broken(name, constants, grid, shared_bytes, params) -> None:
-    """A launcher whose convolutions turn their taps round."""
+    """A launcher whose convolutions reverse their taps."""
     if name == "convolve":
         constants = {**constants, "BY_INPUT": 1 - constants["BY_INPUT"]}
     LAUNCH(name, constants, grid, shared_bytes, params)
 
 
 class Residual(nn.Module):
-    """A stem of three channels, a norm that one convolution reads, one with a branch added, and a stride."""
+    """A stem of three channels, a norm that only a convolution reads, a norm with a residual, and a stride of 2."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -183,7 +183,7 @@ class Residual(nn.Module):
 
 
 class Chain(nn.Module):
-    """Norms that convolutions alone read: none of them is written."""
+    """Norms that only convolutions read, so that none of them is written."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -219,7 +219,7 @@ def test_in_a_plan(network, monkeypatch):
 
 
 def test_wrong_kernels_are_found(monkeypatch):
-    """What the engine does before it uses them."""
+    """The engine's check before it uses the kernels."""
     if not HAS_GPU:
         monkeypatch.setitem(convolution.PIXELS, 2, 1024)
     halos, device = [Halo(8, 8, 16, 32), Halo(8, 8, 16, 32), Halo(4, 4, 16, 16)], torch.device(DEVICE)
@@ -236,7 +236,7 @@ def fails(*arguments) -> None:
 
 @pytest.mark.parametrize(("which", "what"), [(1, "gradients by the input"), (2, "gradients by the weights")])
 def test_a_slightly_wrong_border_is_found(which, what, monkeypatch):
-    """The first row of pictures, or the first taps, wrong by a 64th of the largest gradient."""
+    """The first row of pictures, or the first three taps, are wrong by a 64th of the largest gradient."""
     if not HAS_GPU:
         monkeypatch.setitem(convolution.PIXELS, 2, 1024)
     right = check._of_halo
@@ -254,7 +254,7 @@ def test_a_slightly_wrong_border_is_found(which, what, monkeypatch):
 
 
 def test_blocks_fill_whole_waves():
-    """ResNet-20's first stage by the input, 8 lanes on 132 processors of three blocks: 1.29 waves of 8 tiles before."""
+    """ResNet-20's first stage by the input, 8 lanes on 132 processors with three blocks each, fills one wave."""
     tiles = Halo(32, 32, 16, 16).tiles(128)
     block_tiles = tiles_per_block(tiles, 8, 132 * 3)
     blocks = 8 * -(-tiles // block_tiles)
@@ -262,14 +262,14 @@ def test_blocks_fill_whole_waves():
     assert blocks <= 132 * 3 < 8 * -(-tiles // 10)
     assert tiles_per_block(tiles, 1, 132 * 3) == 2  # one lane: 256 blocks, where one tile each would be a second wave
     assert tiles_per_block(1, 5, 396) == 1
-    for rows in (3, 64):  # never later than with all tiles in one block, or each in its own
+    for rows in (3, 64):  # never slower than all tiles in one block, or each in its own
         for many in (1, tiles):
             waves, least = (-(-rows * -(-tiles // each) // 396) for each in (many, tiles_per_block(tiles, rows, 396)))
             assert least * (tiles_per_block(tiles, rows, 396) + 1) <= waves * (many + 1)
 
 
 def test_blocks_of_a_processor():
-    """Of 64 K registers a thread gets a multiple of 8, of 228 KB of shared memory a block 1 KB besides its own."""
+    """A thread gets a multiple of 8 of 64 K registers; a block takes 1 KB besides its own shared memory."""
     by_registers = {32: 8, 64: 4, 78: 3, 80: 3, 81: 2, 128: 2, 129: 1, 255: 1}
     assert {registers: blocks_at_once(registers, 1024) for registers in by_registers} == by_registers
     by_shared = {37: 6, 75: 3, 76: 2, 113: 2, 114: 1, 227: 1}
@@ -293,7 +293,7 @@ def test_a_broken_file_in_the_cache_is_compiled_again(tmp_path, monkeypatch):
 
 @pytest.mark.skipif(why_no_nvrtc() is not None, reason=f"{why_no_nvrtc()}")
 def test_no_register_is_spilled_for_more_blocks(tmp_path, monkeypatch):
-    """Where the requested number of blocks leaves too few registers, the compiler is asked for fewer."""
+    """If the requested number of blocks leaves too few registers, the kernel is compiled for fewer blocks."""
     monkeypatch.setenv("SWAMP_FAST_CACHE", str(tmp_path))
     constants, _ = Halo(4, 4, 16, 16).convolve_constants(True, False, False, False, False)
     code = nvrtc.compile_kernel("convolve", {**constants, "MIN_BLOCKS": 6}, "sm_90")
@@ -310,7 +310,7 @@ def test_no_register_is_spilled_for_more_blocks(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("size", [2, 4, 8, 16, 32, 64])
 def test_every_size_fits(size):
-    """Shared memory is within what the smallest GPU has, for every number of channels."""
+    """A block's shared memory fits the smallest GPU, for every number of channels."""
     for inputs in (16, 32, 48, 64, 128, 160, 512):
         for outputs in (16, 32, 48, 64, 80, 512):
             halo = Halo(size, size, inputs, outputs)

@@ -41,11 +41,11 @@ def differs(name: str, batch: int, density: float) -> float:
     return max(error(step(problem, "cuda", mask), step(problem, "autograd", mask)).values())
 
 
-# What differs from another network in how its forward is written only, tests/engines/fused/test_fused.py has.
+# Networks that differ from another only in how forward is written are covered by tests/engines/fused/test_fused.py.
 OF_THE_TRACER = {"sizes by axis", "sizes of one number", "sizes from the forward", "by keyword"}
 
 
-# A second or more each in the interpreter: enough of a kind in the ordinary tier.
+# These take a second or more each in the interpreter, and the ordinary tier has others of their kind.
 MORE = {name for name in NETS if name.startswith(("activation", "maximum", "average", "adaptive"))}
 MORE -= {"activation elu", "maximum, overlapping", "average, its own counts"}
 
@@ -77,7 +77,7 @@ def test_batch_sizes_and_empty_layers(batch, density):
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", ["residual", "dropout"])
 def test_as_exact_as_autograd(name, precision, monkeypatch):
-    """As test_fused.py; bfloat16 is upcast before products here, so those are proven on a GPU only."""
+    """As in test_fused.py. bfloat16 is upcast before products here, so those are proven on a GPU only."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     shape, few = (1, 8, 8), 6
     exact_problem, problem = (
@@ -93,7 +93,7 @@ def test_as_exact_as_autograd(name, precision, monkeypatch):
 
 @pytest.mark.as_launched
 def test_statistics_and_gradients_over_many_tiles(monkeypatch):
-    """More than the last program takes at once; on a GPU, programs that run at the same time, again and again."""
+    """More tiles than the last program loads at once; on a GPU repeatedly, where programs run at the same time."""
     monkeypatch.setattr(batch_statistics, "TILE_ELEMENTS", 256)
     monkeypatch.setattr(convolution, "BIAS_ELEMENTS", 64)
     lanes, samples, channels, eps = 2, 64 if HAS_GPU else 9, 20, 1e-3
@@ -146,7 +146,7 @@ def test_cross_entropy(classes, dtype):
 
 
 def test_runs_in_one_bank(digits, monkeypatch):
-    """A sweep whose runs have masks of their own, and not as many weights each: what each gives alone."""
+    """Runs of a sweep with different masks and numbers of weights give what each gives alone."""
     for module in (engine, check):
         monkeypatch.setattr(module, "programs_of", lambda *given: CudaPrograms(*given[:3], None))
     always = property(lambda self: True, lambda self, value: None)
@@ -168,7 +168,7 @@ def test_runs_in_one_bank(digits, monkeypatch):
 
 @pytest.mark.parametrize("groups", ["at_once", "branch"])
 def test_bits_depend_on_nothing_but_the_lane(groups, monkeypatch):
-    """Not on how many lanes there are, run at once, or beside each other."""
+    """It doesn't depend on how many lanes there are, run at once, or run side by side."""
     problem = problem_of(seeded(NETS["branches"]), 3, "float32", device=DEVICE)
     mask = masked(problem, 0.4)
     reference = step(problem, "cuda", mask, lanes=3)
@@ -179,7 +179,7 @@ def test_bits_depend_on_nothing_but_the_lane(groups, monkeypatch):
         setattr(self, groups, 2)
 
     monkeypatch.setattr(CudaPrograms, "__init__", in_twos)
-    if not HAS_GPU:  # one stream is as good as another
+    if not HAS_GPU:  # without a GPU the streams don't matter
         monkeypatch.setattr(torch.cuda, "Stream", mock.MagicMock())
         monkeypatch.setattr(torch.cuda, "current_stream", mock.MagicMock())
         monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
@@ -191,7 +191,7 @@ def test_bits_depend_on_nothing_but_the_lane(groups, monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_groups_beside_each_other_give_the_same_bits(precision):
-    """In a captured step too: branches of the graph."""
+    """In a captured step too, where groups are branches of the graph."""
     settings = {"particles": 5, "cycles": 1, "epochs": 2, "ticket_epochs": 1, "batch_size": 16, "progress": False}
     settings |= {"keep_particles": True, "device": DEVICE, "engine": "fused", "precision": precision}
     data = torch.randn(70, 3, 16, 16), torch.arange(70) % 5
@@ -207,14 +207,14 @@ def test_groups_beside_each_other_give_the_same_bits(precision):
 
 
 def test_parts_of_weight_gradients():
-    """Of 512 pixels each; fewer where all of them together would hold more than 2^20 numbers."""
+    """At least 512 pixels a part; fewer parts where all together would hold more than 2^20 numbers."""
     splits = convolution.weight_grad_splits
     assert [splits(128 * 8 * 8, 9 * 32 * 64), splits(128 * 32 * 32, 9 * 3 * 16), splits(100, 640)] == [16, 64, 1]
     assert [splits(10**6, 9 * 128 * 256), splits(10**6, 9 * 512 * 512), splits(10**6, 2**31)] == [3, 1, 1]
 
 
 def test_gradients_beyond_what_32_bits_number(tmp_path):
-    """Layers whose parts are more than 2^31 numbers a lane: sizes alone, and a row in a file mostly of holes."""
+    """More than 2^31 numbers in the parts of a lane: the sizes, and a gradient from a sparse file."""
     first, length = dense.begins_of({3: 36_000_000, 5: 4096}, {3: 64, 5: 2})
     assert (first, length) == ({3: 0, 5: 36_000_000 * 64}, 36_000_000 * 64 + 2 * 4096)
     assert [dense.index_type(each) for each in (length, 2**31 - 1)] == [torch.int64, torch.int32]
@@ -262,7 +262,7 @@ def test_a_run_equals_the_naive_loops(name, digits, monkeypatch):
 
 
 class Wide(nn.Module):
-    """A chain that is wide enough for channels to be skipped, a branch that ties some, a norm that nothing follows."""
+    """Wide enough for channels to be skipped, with an addition that ties channels and a norm without ReLU."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -279,7 +279,7 @@ class Wide(nn.Module):
 
 
 def dead_channels(problem) -> torch.Tensor:
-    """A mask under which most of a's and c's channels lead nowhere: a's by way of those of b that none reads."""
+    """A mask under which most channels of a and c are dead; those of a because the channels of b that read them are."""
     mask = masked(problem, 0.5)
     views = problem.layout.mask_views(mask)
     views["b.weight"][:, 5:40] = False
@@ -291,7 +291,7 @@ def dead_channels(problem) -> torch.Tensor:
 
 @pytest.mark.parametrize("precision", ["float64", "float32"])
 def test_dead_channels_are_skipped(precision):
-    """Exactly: outputs, losses and gradients are those of the whole model, and the other channels' statistics."""
+    """Outputs, losses, gradients and the live channels' statistics are exactly those of the whole model."""
     model = seeded(Wide)
     problem = problem_of(model, 5, precision, (3, 5, 5), DEVICE)
     mask = dead_channels(problem)
@@ -313,7 +313,7 @@ def test_dead_channels_are_skipped(precision):
 
 
 class Mixed(nn.Module):
-    """Channels whose readers are no plain convolutions: by groups, concatenated, flattened."""
+    """Channels that are read by grouped convolutions, concatenated or flattened, so that all are kept."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -342,7 +342,7 @@ def test_what_is_mixed_stays_whole():
 @pytest.mark.skipif(HAS_GPU, reason=f"{HAS_A_GPU}: counts calls of the interpreter")
 @pytest.mark.parametrize("lanes", [1, 8])
 def test_launches_of_a_step(lanes, monkeypatch):
-    """ResNet-20: one is about 3 us of a GPU's time at its beginning and end, whatever it does."""
+    """Of ResNet-20. Each costs about 3 us of a GPU's time at its beginning and end, whatever it does."""
     launches: list[str] = []
 
     def counted(self, grid):
@@ -367,7 +367,7 @@ def test_launches_of_a_step(lanes, monkeypatch):
     for module in trainer.runner.modules:
         module.train()
     handle = first_handle(problem, bank)
-    trainer.step(handle)  # tables are made
+    trainer.step(handle)  # makes the tables
     launches.clear()
     with Counter():
         trainer.step(handle)

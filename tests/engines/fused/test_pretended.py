@@ -1,4 +1,4 @@
-"""What runs on a GPU, on one that is pretended (pretended.py): devices kept apart, steps captured and replayed."""
+"""Code for GPUs on the pretended one (pretended.py): it keeps devices apart, and captures and replays steps."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_a_run_equals_the_naive_loops(name, way, settings, digits):
 
 @pytest.mark.parametrize("branch", [None, 1])
 def test_an_engine_alone_captures_on_the_gpu_of_its_problem(branch):
-    """Where another GPU is the current one, since no run makes its own current around it."""
+    """With another GPU as the current one, because a run doesn't make its own GPU the current one."""
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 8), torch.nn.ReLU(), torch.nn.Linear(8, 5))
     with gpu(elsewhere=True):
         problem = problem_of(model, 4, "float32", (1, 4, 4), "cuda:0")
@@ -136,7 +136,7 @@ def test_the_fastest_way_is_measured_and_folding_proven_there(digits):
 
 
 class Rows(torch.utils.data.Dataset):
-    """Samples that are not known before they are asked for."""
+    """Samples that are not known before they are requested."""
 
     def __init__(self, pictures, targets):
         self.pictures, self.targets = pictures, targets

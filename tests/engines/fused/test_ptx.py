@@ -1,4 +1,4 @@
-"""The kernels of csrc/cuda as NVRTC compiles them for a GPU, run by the interpreter of PTX (ptx.py), and that itself.
+"""The kernels of csrc/cuda as NVRTC compiles them, run by the interpreter of PTX (ptx.py), and the interpreter itself.
 
 What is checked, and how exactly, is what test_cuda_kernels.py asks of the same kernels; its host code makes a whole
 block wait where a warp does, and so can't see a missing barrier.
@@ -30,9 +30,9 @@ slow = pytest.mark.slow
 
 
 class Emulated(TorchDispatchMode):
-    """Launches as swamp_fast.engines.fused.cuda.nvrtc.Launcher does, over all tensors made while it is entered.
+    """Launches as swamp_fast.engines.fused.cuda.nvrtc.Launcher does, on the tensors made while the context is open.
 
-    without  which barrier of convolve.cu is taken out, if any
+    without  the number of the barrier of convolve.cu that is removed, if any
     """
 
     def __init__(self, without: int | None = None) -> None:
@@ -44,7 +44,7 @@ class Emulated(TorchDispatchMode):
         if isinstance(out, torch.Tensor):
             if operation._schema.name.startswith("aten::empty") and out.is_floating_point():
                 out.fill_(torch.nan)
-            self.tensors.append(out)  # kept, so that no other comes to stand at its place
+            self.tensors.append(out)  # kept alive, so that no other tensor takes its address
         return out
 
     def __call__(self, name, constants, grid, shared_bytes, params) -> None:
@@ -60,7 +60,7 @@ class Emulated(TorchDispatchMode):
 
 @pytest.fixture
 def emulated(monkeypatch):
-    """To be entered around a test of test_cuda_kernels.py: its kernels are then those of NVRTC, interpreted."""
+    """A context in which the tests of test_cuda_kernels.py run NVRTC's kernels in the interpreter."""
     if HAS_GPU:
         pytest.skip("with a GPU the kernels themselves run: see tests/engines/fused/test_cuda_kernels.py")
     reason = why_no_nvrtc()
@@ -78,7 +78,7 @@ def emulated(monkeypatch):
 @slow
 @pytest.mark.parametrize(("halo", "samples"), CONVOLVED, ids=str)
 def test_convolve(halo, samples, emulated, monkeypatch):
-    """With a prologue, a bias and statistics, of which the last block to come merges several blocks'."""
+    """With a prologue, a bias, and statistics of several blocks that the last to arrive merges."""
     with emulated() as launch:
         test_cuda_kernels.test_convolve(halo, samples, True, monkeypatch)
     assert launch.launches == 1
@@ -87,7 +87,7 @@ def test_convolve(halo, samples, emulated, monkeypatch):
 @slow
 @pytest.mark.parametrize(("halo", "samples"), CONVOLVED, ids=str)
 def test_convolve_by_input(halo, samples, emulated, monkeypatch):
-    """Added to what is there; by blocks of one tile, and of several."""
+    """Added to the output; by blocks of one tile, and of several."""
     with emulated() as launch:
         test_cuda_kernels.test_convolve_by_input(halo, samples, monkeypatch)
     assert launch.launches == 2
@@ -104,7 +104,7 @@ def test_weight_grad(halo, samples, emulated):
 @slow
 @pytest.mark.parametrize("without", range(BARRIERS))
 def test_a_removed_barrier_is_a_race(without, emulated, monkeypatch):
-    """Each of convolve.cu, whose weights come in chunks; with all of them the same passes above."""
+    """Each barrier of convolve.cu, with weights in chunks; with all barriers the same case passes above."""
     with emulated(without), pytest.raises(Race, match="byte .* of shared memory .* without a barrier"):
         test_cuda_kernels.test_convolve(*CONVOLVED[1], True, monkeypatch)
 
@@ -140,7 +140,7 @@ TO_NEIGHBOUR = """
 
 
 def passed_on(distance: int, barrier: str = "", size: int = 63, edit: tuple[str, str] = ("", ""), shared: int = 256):
-    """What each thread of two warps reads that one so far ahead has stored."""
+    """What each thread of two warps reads, where the thread `distance` ahead has stored it."""
     to = torch.full((size,), -1, dtype=torch.int32)
     code = TO_NEIGHBOUR.replace("BARRIER", barrier).replace(*edit)
     ptx.run(code, (1, 1, 1), 64, shared, [ctypes.c_void_p(to.data_ptr()), ctypes.c_int(distance)], [to])
@@ -185,7 +185,7 @@ def test_shared_memory_begins_as_nan():
 
 
 def test_lanes_part_and_meet_again():
-    """Each lane adds 1 as often as its number says; the whole warp waits behind the loop."""
+    """Each lane runs the loop as often as its number says; behind it the whole warp waits."""
     loop = """
     mov.u32 %r6, 0;
     $L1: setp.ge.u32 %p1, %r6, %r2;

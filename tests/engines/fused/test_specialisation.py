@@ -1,4 +1,4 @@
-"""Triton kernels that are compiled for one number of lanes and samples run all others: a new one costs a second."""
+"""Triton kernels compiled for one number of lanes and samples run all others; compiling a new one takes a second."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ SIZES = [
     (16, 128),
     (8, 72),
     (1, 72),
-]  # lanes, and samples of each: 72 are in a last batch
+]  # lanes, and samples of each; 72 is the size of a last batch
 
 
 def test_lanes_and_samples_compile_nothing_anew():
-    """In a process of its own, since this one interprets Triton."""
+    """In a separate process, because this one interprets Triton."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = str(ROOT)  # for benchmarks
     done = subprocess.run([sys.executable, __file__], capture_output=True, text=True, env=environment)
@@ -35,7 +35,7 @@ def test_lanes_and_samples_compile_nothing_anew():
 
 
 def what_is_compiled() -> list[list[str]]:
-    """Of each of SIZES the kernels that a step of it compiles and none before it has: their names, once for each."""
+    """For each of SIZES, the names of the kernels that its step compiles and no earlier step has compiled."""
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
@@ -61,7 +61,7 @@ def what_is_compiled() -> list[list[str]]:
 
 
 def launch_step(lanes: int, samples: int) -> None:
-    """ResNet-20's, on small pictures; a CPU's update and gather are the C++ ones, so that Triton's are called apart."""
+    """A step of ResNet-20 on small pictures. Update and gather are the CPU's here, so Triton's are launched apart."""
     from swamp_fast.kernels import gather_augment, masked_adamw, masked_sgd, particle_mean
 
     from swamp_fast.engines.fused.compact import CompactBank
