@@ -63,7 +63,7 @@ def test_children_that_pass_fail_hang_and_come_too_late(tmp_path, monkeypatch, c
     monkeypatch.setattr(module, "GRACE_SECONDS", 0.2)
     monkeypatch.setattr(module, "PACKING_SECONDS", 0.0)
     monkeypatch.setattr(module, "MIN_SECONDS", 2.0)
-    visit, packed = visit_of(tmp_path, 9), []
+    visit, packed = visit_of(tmp_path, 6), []
     pack = visit.pack
     monkeypatch.setattr(visit, "pack", lambda: (pack(), packed.append(archived(visit))))
     steps = [
@@ -254,7 +254,10 @@ def test_contenders_are_kept_apart(tmp_path):
         "last": (4, lambda: lambda: time.sleep(0.001)),
     }
     write = bench.write
-    bench.write = lambda slice_, table, **more: (written.append([row[""] for row in table]), write(slice_, table, **more))
+    bench.write = lambda slice_, table, **more: (
+        written.append([row[""] for row in table]),
+        write(slice_, table, **more),
+    )
     with pytest.raises(RuntimeError, match=r"bad failed: ValueError: as it does; late failed: RuntimeError: late"):
         bench.steps("made_up", contenders, "good")
     assert written == [["good"], ["good", "bad"], ["good", "bad", "late"], [*contenders], [*contenders]]
