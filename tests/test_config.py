@@ -1,4 +1,4 @@
-"""SwampConfig: what is refused, what is derived, and the way to TOML and back."""
+"""SwampConfig: invalid settings, derived settings, and TOML."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run that processes share is the run of one, to the bit; one that dies ends the others, and nothing is lost."""
+"""A run shared by several processes has the bits of a run by one; if one dies the others end, and nothing is lost."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from swamp_fast.engines.trainer import Trainer, joined, part_of
 from swamp_fast.particles.random import stream_of
 
 ALWAYS, SELDOM = 1e-9, 5.0  # minutes between checkpoints
-# Two lanes leave a third rank without.
+# With two particles a third rank has no lane.
 RUNS = {
     "fused": ("fused", {"particles": 4}),
     "few": ("fused", {"particles": 2, "progress": True, "rewind": "average", "keep_particles": True}),
@@ -36,7 +36,7 @@ RUNS = {
 
 
 def ended(processes, seconds: float = 60) -> list[int]:
-    """Their exit codes; those that don't end in time are killed, and have none."""
+    """Return exit codes. Processes that don't end in time are killed; their code is None."""
     until = time.monotonic() + seconds
     codes = []
     for process in processes:
@@ -49,35 +49,35 @@ def ended(processes, seconds: float = 60) -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def by(tmp_path_factory):
-    """The folder with the runs of each number of ranks."""
+def runs_by(tmp_path_factory):
+    """Return the folder with all RUNS by 1, 2 and 3 ranks."""
     folder = tmp_path_factory.mktemp("ranks")
     for world in (1, 2, 3):
-        own = folder / str(world)
-        runs = [(engine, str(own / name), SELDOM, settings) for name, (engine, settings) in RUNS.items()]
-        codes = ended(launch(world, own / "logs", small_runs, runs), 120)
-        assert codes == [0] * world, (own / "logs" / "rank_0").read_text()
+        out = folder / str(world)
+        runs = [(engine, str(out / name), SELDOM, settings) for name, (engine, settings) in RUNS.items()]
+        codes = ended(launch(world, out / "logs", small_runs, runs), 120)
+        assert codes == [0] * world, (out / "logs" / "rank_0").read_text()
     return folder
 
 
 @pytest.mark.parametrize("world", [2, 3])
 @pytest.mark.parametrize("run", [*RUNS])
-def test_the_same_bits_by_any_number_of_ranks(world, run, by):
-    assert same_bits(by / "1" / run, by / str(world) / run)
+def test_the_same_bits_by_any_number_of_ranks(world, run, runs_by):
+    assert same_bits(runs_by / "1" / run, runs_by / str(world) / run)
     if run == "by density":
-        assert set(SwampResult.load(by / str(world) / run).engine["engines"].values()) == {"eager", "fused"}
+        assert set(SwampResult.load(runs_by / str(world) / run).engine["engines"].values()) == {"eager", "fused"}
 
 
-def test_only_the_first_rank_speaks(by):
-    first, *others = ((by / "3" / "logs" / f"rank_{rank}").read_text() for rank in range(3))
+def test_only_the_first_rank_prints(runs_by):
+    first, *others = ((runs_by / "3" / "logs" / f"rank_{rank}").read_text() for rank in range(3))
     assert "cycle  2/2" in first
     assert others == ["", ""]
 
 
-def begun(folder: Path, processes) -> None:
+def wait_for_a_checkpoint(folder: Path, processes) -> None:
     """Wait until a cycle's training has a checkpoint."""
     while True:
-        with suppress(OSError, RuntimeError):  # a file that is gone as it is looked at
+        with suppress(OSError, RuntimeError):  # a file may vanish while it is read
             if progress_of(folder).startswith("cycle"):
                 return
         assert all(process.is_alive() for process in processes)
@@ -93,9 +93,9 @@ def started(world: int, folder: Path, minutes: float = ALWAYS) -> list:
     ("world", "dies", "then"),
     [(2, 1, 3), pytest.param(3, 0, 1, marks=pytest.mark.slow), pytest.param(3, 2, 2, marks=pytest.mark.slow)],
 )
-def test_a_rank_that_dies_ends_the_others_and_the_run_goes_on(world, dies, then, by, tmp_path):
+def test_a_rank_that_dies_ends_the_others_and_the_run_can_be_resumed(world, dies, then, runs_by, tmp_path):
     processes = started(world, tmp_path)
-    begun(tmp_path / "run", processes)
+    wait_for_a_checkpoint(tmp_path / "run", processes)
     os.kill(processes[dies].pid, signal.SIGKILL)
     codes = ended(processes)
     assert codes[dies] == -signal.SIGKILL
@@ -103,17 +103,17 @@ def test_a_rank_that_dies_ends_the_others_and_the_run_goes_on(world, dies, then,
     assert 0 not in codes
     assert not (tmp_path / "run" / "model.safetensors").exists()
     for rank in set(range(world)) - {dies}:
-        told = (tmp_path / "logs" / f"rank_{rank}").read_text()
-        assert re.search(rf"rank {dies} is gone.*Start again with the same run_dir", told), told
+        log = (tmp_path / "logs" / f"rank_{rank}").read_text()
+        assert re.search(rf"rank {dies} is gone.*Start again with the same run_dir", log), log
     assert ended(started(then, tmp_path, SELDOM)) == [0] * then
     assert "resumed  in cycle" in (tmp_path / "logs" / "rank_0").read_text()
-    assert same_bits(by / "1" / "fused", tmp_path / "run")
+    assert same_bits(runs_by / "1" / "fused", tmp_path / "run")
 
 
 @pytest.mark.slow
 def test_a_rank_that_hangs_is_gone_within_a_minute(tmp_path):
     processes = started(2, tmp_path)
-    begun(tmp_path / "run", processes)
+    wait_for_a_checkpoint(tmp_path / "run", processes)
     os.kill(processes[1].pid, signal.SIGSTOP)
     began = time.monotonic()
     processes[0].join(60)
@@ -125,20 +125,20 @@ def test_a_rank_that_hangs_is_gone_within_a_minute(tmp_path):
 
 
 @pytest.mark.parametrize("sent", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
-def test_a_signal_to_one_stops_all_with_a_checkpoint(sent, by, tmp_path):
+def test_a_signal_to_one_rank_stops_all_with_a_checkpoint(sent, runs_by, tmp_path):
     processes = started(3, tmp_path)
-    begun(tmp_path / "run", processes)
+    wait_for_a_checkpoint(tmp_path / "run", processes)
     os.kill(processes[1].pid, sent)
     codes = ended(processes)
     assert codes == ([143] * 3 if sent == signal.SIGTERM else [1] * 3)
-    assert "the run goes on" in (tmp_path / "logs" / "rank_0").read_text()
+    assert "to continue" in (tmp_path / "logs" / "rank_0").read_text()
     assert (tmp_path / "run" / "training.safetensors").exists()
     assert ended(started(2, tmp_path, SELDOM)) == [0, 0]
-    assert same_bits(by / "1" / "fused", tmp_path / "run")
+    assert same_bits(runs_by / "1" / "fused", tmp_path / "run")
 
 
 def raised(**settings: object) -> str:
-    """What a small run by this job raises."""
+    """Return the error of a small run by this job."""
     try:
         fast_swamp(Small(), "digits", **SMALL | {"engine": "fused", "progress": False, "device": "cpu"} | settings)
     except (RuntimeError, ValueError, FloatingPointError) as error:
@@ -147,7 +147,7 @@ def raised(**settings: object) -> str:
 
 
 def swept(out: str, **settings: object) -> str:
-    """What a sweep by this job raises."""
+    """Return the error of a sweep by this job."""
     try:
         sweep(Small, "digits", None, {"seed": [0, 1]}, out=out, **SMALL | {"progress": False} | settings)
     except ValueError as error:
@@ -156,60 +156,60 @@ def swept(out: str, **settings: object) -> str:
 
 
 def faults(folder: str) -> None:
-    """Calls that every rank must refuse; each writes why."""
+    """Make calls that every rank must refuse; each rank writes the errors to its log."""
     job = distributed.current()
 
-    def tell(name: str, text: str) -> None:
+    def report(name: str, text: str) -> None:
         print(f"{name}: {text}", file=sys.stderr)
 
-    tell("settings", raised(seed=job.rank // 2))
-    tell("one", raised(run_dir=folder if job.first else None, cycles=0))
-    tell("sweep", swept(folder + "_of", lr=0.1 if job.rank < 2 else 0.07))
-    tell("ours", raised(run_dir=folder, cycles=0))
-    tell("folder", raised(run_dir=folder, cycles=0, resume=False))
+    report("settings", raised(seed=job.rank // 2))
+    report("one", raised(run_dir=folder if job.first else None, cycles=0))
+    report("sweep", swept(folder + "_of", lr=0.1 if job.rank < 2 else 0.07))
+    report("ours", raised(run_dir=folder, cycles=0))
+    report("folder", raised(run_dir=folder, cycles=0, resume=False))
 
-    step, decided = Trainer.step, Ranks.broadcast_from_first
+    step, broadcast = Trainer.step, Ranks.broadcast_from_first
 
     def infinite(trainer, handle):
         step(trainer, handle)
         trainer.bank.weights[trainer.bank.keys[:, 1] == stream_of(0, 2)] = torch.inf
 
     Trainer.step = infinite
-    tell("stop", raised(particles=3))
-    with warnings.catch_warnings(record=True) as told:
+    report("stop", raised(particles=3))
+    with warnings.catch_warnings(record=True) as warned:
         settings = SMALL | {"particles": 3, "cycles": 0, "engine": "fused", "device": "cpu", "progress": False}
         result = fast_swamp(Small(), "digits", **settings, on_divergence="drop")
-    tell("drop", f"{result.history[0]['dropped']} {len(result.history[0]['train_loss'])} {len(told) > 0}")
+    report("drop", f"{result.history[0]['dropped']} {len(result.history[0]['train_loss'])} {len(warned) > 0}")
     Trainer.step = step
 
     def flipped(ranks, make):
-        value = decided(ranks, make)
-        if isinstance(value, torch.Tensor) and distributed.rank == 1:
+        value = broadcast(ranks, make)
+        if isinstance(value, torch.Tensor) and ranks.rank == 1:
             value[:2] = ~value[:2]
         return value
 
     Ranks.broadcast_from_first = flipped
-    tell("mask", raised())
+    report("mask", raised())
 
 
-def test_what_is_wrong_on_one_rank_all_raise(tmp_path):
+def test_an_error_on_one_rank_is_raised_on_all(tmp_path):
     assert ended(launch(3, tmp_path, faults, str(tmp_path / "run"))) == [0] * 3
     for rank in range(3):
         lines = (tmp_path / f"rank_{rank}").read_text().splitlines()
-        told = dict(line.split(": ", 1) for line in lines)
-        assert "rank 2's differs from rank 0's" in told["settings"]
-        assert ("the settings" in told["settings"]) == (rank == 2)
-        assert "the settings" in told["one"] if rank else "rank 2's call differs" in told["one"]
-        assert "rank 2's settings, model or data differ from rank 0's" in told["sweep"]
-        assert told["ours"] == "nothing"
-        assert "holds a run already, and resume=False" in told["folder"]
-        assert re.match(r"cycle 0, epoch 1: particle 2 diverged", told["stop"])
-        assert told["drop"] == f"[{{'lane': 2, 'epoch': 1}}] 2 {rank == 0}"
-        assert re.match(r"the mask of cycle 1/2.* on rank 1 it differs from rank 0's\. .*same run_dir", told["mask"])
+        errors = dict(line.split(": ", 1) for line in lines)
+        assert "rank 2's differs from rank 0's" in errors["settings"]
+        assert ("the settings" in errors["settings"]) == (rank == 2)
+        assert ("the settings" if rank else "rank 2's differs") in errors["one"]
+        assert "rank 2's settings, model or data differ from rank 0's" in errors["sweep"]
+        assert errors["ours"] == "nothing"
+        assert "holds a run already, and resume=False" in errors["folder"]
+        assert re.match(r"cycle 0, epoch 1: particle 2 diverged", errors["stop"])
+        assert errors["drop"] == f"[{{'lane': 2, 'epoch': 1}}] 2 {rank == 0}"
+        assert re.match(r"the mask of cycle 1/2.* on rank 1 it differs from rank 0's\. .*same run_dir", errors["mask"])
 
 
 def fails(in_training: bool) -> None:
-    """The second rank raises, in the middle of a training or before, and its process stays."""
+    """Let the second rank raise, during a training or before it, and keep its process alive."""
     step = Trainer.step
 
     def fail(trainer, handle):
@@ -229,8 +229,8 @@ def test_an_error_on_one_rank_ends_the_others_soon(in_training, tmp_path):
     processes[0].join(30)
     assert processes[0].exitcode == distributed.EXIT_STATUS
     assert ended(processes[1:], 0) == [None]
-    told = "ArithmeticError: no luck" if in_training else "ValueError: `lr` must be"
-    assert f"rank 1 failed: {told}" in (tmp_path / "rank_0").read_text()
+    error = "ArithmeticError: no luck" if in_training else "ValueError: `lr` must be"
+    assert f"rank 1 failed: {error}" in (tmp_path / "rank_0").read_text()
 
 
 def test_torchrun_and_the_command_line(tmp_path):
@@ -262,12 +262,12 @@ def test_the_state_of_lanes_is_divided_and_joined():
 
 
 def small_sweep(out: str) -> None:
-    """Three runs, of which one diverges."""
+    """Do three runs, of which one diverges."""
     settings = {**SMALL, "engine": "fused", "device": "cpu", "progress": False}
     points = [{"seed": 0}, {"seed": 1, "lr": 1e30}, {"seed": 2}]
-    found = sweep(Small, "digits", None, points, out=out, **settings)
-    each = [(run.error is None, None if run.result is None else len(run.result.history)) for run in found.runs]
-    assert each == [(True, SMALL["cycles"] + 1), (False, None), (True, SMALL["cycles"] + 1)], each
+    swept = sweep(Small, "digits", None, points, out=out, **settings)
+    rows = [(run.error is None, None if run.result is None else len(run.result.history)) for run in swept.runs]
+    assert rows == [(True, SMALL["cycles"] + 1), (False, None), (True, SMALL["cycles"] + 1)], rows
 
 
 def test_the_runs_of_a_sweep_are_dealt_out(tmp_path):

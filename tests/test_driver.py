@@ -1,4 +1,4 @@
-"""The driver: the laws of the method over whole runs, what is evaluated, and what the user is told."""
+"""The driver: the laws of the method over whole runs, what it evaluates, and what it reports."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_what_is_reported_is_what_the_model_does(digits):
 
 
 def test_batchnorm_is_reestimated_over_the_training_data(digits):
-    """The average's statistics are the mean over batches of its own, weighted by samples, not a particle's."""
+    """The average has statistics of its own: the mean over batches, weighted by samples; not a particle's."""
     result = fast_swamp(networks.build("residual"), *digits, **SETTINGS | {"precision": "float64", "batch_size": 48})
     images, _ = digits[0]
     mean, std = (torch.tensor(result.standardise[name]).view(1, -1, 1, 1) for name in ("mean", "std"))
@@ -69,7 +69,7 @@ def test_batchnorm_is_reestimated_over_the_training_data(digits):
 
 
 def test_one_particle_without_swa_is_magnitude_pruning_with_rewinding(digits):
-    """N = 1 with plain SGD is IMP, written here in a few lines and without any of the package."""
+    """N = 1 with plain SGD is IMP, which is written here in a few lines without the package."""
     inputs, targets = torch.randn(160, 1, 8, 8, dtype=torch.float64), digits[0][1]
     settings = SETTINGS | {"particles": 1, "swa": False, "ticket_epochs": 0, "precision": "float64", "batch_size": 160}
     model = networks.build("tied")
@@ -83,7 +83,7 @@ def test_one_particle_without_swa_is_magnitude_pruning_with_rewinding(digits):
         scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 2)
         for name in names:
             parameters[name].data *= masks[name]
-        for _ in range(2):  # one batch an epoch
+        for _ in range(2):  # an epoch is one batch
             optimizer.zero_grad()
             F.cross_entropy(ours(inputs), targets).backward()
             for name in names:
@@ -100,7 +100,7 @@ def test_one_particle_without_swa_is_magnitude_pruning_with_rewinding(digits):
         masks = {name: (parameters[name].abs() >= threshold) & masks[name] for name in names}
 
 
-def test_a_schedule_of_particles_a_target_and_none_at_all(digits):
+def test_particles_per_cycle_a_target_density_and_no_cycles(digits):
     result = fast_swamp(networks.build("tied"), *digits, **SETTINGS | {"particles": (1, 3, 1), "cycles": 2})
     assert [row["particles"] for row in result.history] == [1, 3, 1]
     assert [len(row["particle_accuracy"]) for row in result.history] == [1, 3, 1]
@@ -122,11 +122,11 @@ def test_the_ticket(digits):
     trained = fast_swamp(model, *digits, **SETTINGS)
     assert not torch.equal(trained.ticket["head.weight"], model.head.weight)
     frozen = fast_swamp(model, *digits, **SETTINGS | {"lr": 0.0, "swa_lr": 0.0, "weight_decay": 0.0})
-    for name, mask in frozen.masks.items():  # nothing moves: the last average is the ticket under the mask
+    for name, mask in frozen.masks.items():  # no weight changes, so that the last average is the masked ticket
         assert torch.allclose(frozen.state_dict[name], frozen.ticket[name] * mask, atol=1e-7)
 
 
-def test_initial_masks_hold_from_the_first_cycle_on(digits):
+def test_initial_masks_hold_from_the_first_cycle(digits):
     mask = torch.rand(32, 32) < 0.3
     result = fast_swamp(networks.build("tied"), *digits, initial_masks={"middle.weight": mask}, **SETTINGS)
     assert torch.equal(result.at(0)[1]["middle.weight"], mask)
@@ -146,7 +146,7 @@ def test_frozen_parameters_stay(digits):
 
 
 class Counting(networks.Tied):
-    """Has a buffer that its forward changes, and one that it doesn't."""
+    """A network with buffers that its forward changes, and one that it doesn't."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -173,7 +173,7 @@ def test_buffers_of_the_model_are_averaged_like_the_naive_loops(digits):
 
 
 class Noisy(networks.Tied):
-    """Draws from torch's generator in its forward."""
+    """A network that draws from torch's generator in its forward."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x + 0.1 * torch.randn_like(x) if self.training else x)
@@ -185,14 +185,14 @@ def test_other_randomness_runs_under_a_seed_per_lane(digits):
     model = Noisy()
     results = []
     for function, noise in ((fast_swamp, 1), (fast_swamp, 2), (naive_swamp, 3)):
-        torch.manual_seed(noise)  # the user's own generator must not matter
+        torch.manual_seed(noise)  # the state of the user's generator must not matter
         results.append(function(model, *digits, **settings))
     for other in results[1:]:
         assert all(torch.equal(results[0].masks[name], other.masks[name]) for name in other.masks)
         assert all(torch.allclose(results[0].state_dict[n], v, atol=1e-9) for n, v in other.state_dict.items())
 
 
-def test_a_transform_of_the_users(digits):
+def test_a_transform(digits):
     def jitter(inputs: Tensor) -> Tensor:
         assert inputs.dim() == 4
         return inputs + 0.1 * torch.randn(len(inputs), 1, 1, 1, dtype=inputs.dtype)
@@ -207,7 +207,7 @@ def test_a_transform_of_the_users(digits):
     assert not torch.allclose(plain.state_dict["head.weight"], fast.state_dict["head.weight"])
 
 
-def test_crop_and_flip_are_for_training_alone(digits):
+def test_crop_and_flip_are_for_training_only(digits):
     settings = SETTINGS | {"precision": "float64", "augment": "crop_flip"}
     fast, naive = (function(networks.build("residual"), *digits, **settings) for function in (fast_swamp, naive_swamp))
     assert all(torch.allclose(fast.state_dict[n], v, atol=1e-9) for n, v in naive.state_dict.items())
@@ -262,7 +262,7 @@ def test_on_cycle_sees_every_row(digits):
 
 
 class Narrow(nn.Module):
-    """One layer is so small that it is pruned away whole."""
+    """A network with a layer of such small weights that all of them are pruned."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -286,7 +286,7 @@ def test_an_emptied_layer_is_announced_once(function, digits):
 
 @pytest.mark.parametrize(("average", "announced"), [(0.80, True), (0.849, True), (0.86, False), (0.95, False)])
 def test_an_average_far_below_its_particles_is_announced(average, announced, digits, monkeypatch, recwarn):
-    """Particles that did not share a basin: five points below their mean is told, less isn't."""
+    """The particles did not share a basin: five points below their mean are reported, fewer aren't."""
     from swamp_fast.cycle import averaging
 
     scored = averaging.score_row
@@ -294,7 +294,7 @@ def test_an_average_far_below_its_particles_is_announced(average, announced, dig
     on_val = {"val_accuracy": average, "val_mean_accuracy": 0.9}
     for val, scores, split, advice in (
         (None, on_test, "test", "`val`, such as 0.1"),
-        (0.1, on_val, "val", "Take a later ticket (more ticket_epochs)"),  # what selects looks at validation data
+        (0.1, on_val, "val", "Take a later ticket (more ticket_epochs)"),  # validation data decide where there are any
     ):
         monkeypatch.setattr(averaging, "score_row", lambda *a, scores=scores: {**scored(*a), **scores})
         recwarn.clear()
@@ -321,7 +321,7 @@ def test_quick_settings_run(digits):
 
 
 class Sentences(nn.Module):
-    """Takes and gives dicts: token ids with a mask of what is padding."""
+    """A network with dicts as inputs and outputs: token ids with a padding mask."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -372,7 +372,7 @@ def test_dicts_collate_functions_and_recurrent_networks(digits):
 
 @pytest.mark.parametrize("norm", [nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.spectral_norm])
 def test_parametrised_modules(norm, digits):
-    """Their inner tensors are trained; what is pruned is what is plain."""
+    """The tensors behind a parametrisation are trained; only plain parameters are pruned."""
     model = networks.build("tied")
     norm(model.first)
     settings = SETTINGS | {"precision": "float64"}
@@ -383,7 +383,7 @@ def test_parametrised_modules(norm, digits):
 
 
 def test_a_float64_model_and_a_float32_run(digits):
-    """The result has the run's precision, and the model keeps its own."""
+    """The result has the run's precision; the user's model keeps its own."""
     model = networks.build("residual").double()
     result = fast_swamp(model, *digits, **SETTINGS)
     assert {value.dtype for value in result.model.state_dict().values()} == {torch.float32, torch.int64}

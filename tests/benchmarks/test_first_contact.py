@@ -63,7 +63,7 @@ def test_children_that_pass_fail_hang_and_come_too_late(tmp_path, monkeypatch, c
     monkeypatch.setattr(module, "GRACE_SECONDS", 0.2)
     monkeypatch.setattr(module, "PACKING_SECONDS", 0.0)
     monkeypatch.setattr(module, "MIN_SECONDS", 2.0)
-    visit, packed = visit_of(tmp_path, 9), []
+    visit, packed = visit_of(tmp_path, 6), []
     pack = visit.pack
     monkeypatch.setattr(visit, "pack", lambda: (pack(), packed.append(archived(visit))))
     steps = [

@@ -1,4 +1,4 @@
-"""A particle that diverges touches no other."""
+"""A particle that diverges changes no other."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from swamp_fast.runs.checkpoint import RunDirectory, load_tensors
 
 
 def poison(lane: int, at: int):
-    """NaN in a particle's weights before a step."""
+    """Return an action that puts NaN into a particle's weights before a step."""
 
     def put(trainer, step):
         if step == at and trainer.bank.lanes > lane:
@@ -23,25 +23,25 @@ def poison(lane: int, at: int):
     return put
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("mode", WAYS)
 @pytest.mark.parametrize("lane", [0, 2])
-def test_a_particle_that_diverges_touches_no_other(way, lane, on, digits, monkeypatch):
-    settings = on(way) | {"particles": 3, "on_divergence": "drop", "keep_particles": True, "val": 0.1}
+def test_a_particle_that_diverges_changes_no_other(mode, lane, on, digits):
+    settings = on(mode) | {"particles": 3, "on_divergence": "drop", "keep_particles": True, "val": 0.1}
     model = networks.build("residual")
     whole = fast_swamp(model, *digits, **settings)
     assert [row["dropped"] for row in whole.history] == [[], []]
     late = STEPS + 3 * STEPS + 4  # in the last cycle, in the second epoch
-    with before_steps(poison(lane, late)), pytest.warns(UserWarning, match="epoch 2") as told:
+    with before_steps(poison(lane, late)), pytest.warns(UserWarning, match="epoch 2") as warned:
         rest = fast_swamp(model, *digits, **settings)
     text = f"cycle 1, epoch 2: particle {lane} diverged to NaN or infinity and is in no average of the cycle."
-    assert text in [str(each.message) for each in told]
+    assert text in [str(warning.message) for warning in warned]
     assert text == rest.history[1]["warnings"][0]
     row, before = rest.history[1], whole.history[1]
     assert row["dropped"] == [{"lane": lane, "epoch": 2}]
     assert row["particles"] == 3
-    left = [each for each in range(3) if each != lane]
+    left = [other for other in range(3) if other != lane]
     for name in ("particle_accuracy", "train_loss"):
-        assert row[name] == [before[name][each] for each in left]
+        assert row[name] == [before[name][other] for other in left]
     for name, each in rest.particles.items():
         assert torch.equal(each, whole.particles[name][left]), name
     averaged = {name: each.double().mean(0) for name, each in rest.particles.items() if "weight" in name}
@@ -49,8 +49,8 @@ def test_a_particle_that_diverges_touches_no_other(way, lane, on, digits, monkey
     assert all(bool(torch.isfinite(each).all()) for each in rest.state_dict.values())
 
 
-def test_dropping_is_as_in_the_naive_loop(on, digits):
-    """By a transform that now and then spoils a batch, of one particle alone."""
+def test_dropping_equals_the_naive_loop(on, digits):
+    """A transform now and then spoils a batch of one particle."""
 
     def spoilt(inputs: Tensor) -> Tensor:
         return inputs * (float("inf") if torch.rand(()) < 0.04 else 1.0)
@@ -73,7 +73,7 @@ def test_dropping_is_as_in_the_naive_loop(on, digits):
             assert row[name] == pytest.approx(other[name], abs=1e-9)
 
 
-def test_stopped_by_a_particle_that_diverges(on, digits, tmp_path, monkeypatch):
+def test_a_run_stopped_by_divergence_can_continue_without_the_particle(on, digits, tmp_path):
     settings = on("lanes") | {"particles": 3}
     fatal = poison(1, STEPS + 1)
 
@@ -89,7 +89,7 @@ def test_stopped_by_a_particle_that_diverges(on, digits, tmp_path, monkeypatch):
     with before_steps() as count:
         with pytest.raises(FloatingPointError, match="cycle 0, epoch 1: particle 1 diverged"):
             run(run_dir=tmp_path / "cut")
-        assert count[0] == 0, "it stops where it stopped"
+        assert count[0] == 0, "it stops at the same step again"
     with before_steps(fatal), pytest.warns(UserWarning, match="diverged"):
         run(run_dir=tmp_path / "whole", on_divergence="drop")
     with pytest.warns(UserWarning, match="diverged"):
@@ -97,18 +97,18 @@ def test_stopped_by_a_particle_that_diverges(on, digits, tmp_path, monkeypatch):
     assert same_bits(tmp_path / "whole", tmp_path / "cut")
 
 
-def test_where_no_particle_is_left(on, digits, tmp_path, monkeypatch):
-    def all_of_them(trainer, step):
+def test_a_run_ends_if_all_particles_diverge(on, digits, tmp_path):
+    def spoil_all(trainer, step):
         trainer.bank.weights[:, 3] = float("inf")
 
     settings = on("lanes") | {"particles": 3, "on_divergence": "drop", "run_dir": tmp_path}
-    with before_steps(all_of_them), pytest.raises(FloatingPointError, match="ticket, epoch 1: particle 0 diverged"):
+    with before_steps(spoil_all), pytest.raises(FloatingPointError, match="ticket, epoch 1: particle 0 diverged"):
         fast_swamp(networks.build("tied"), *digits, **settings)
-    with before_steps(all_of_them), pytest.raises(FloatingPointError, match="epoch 1: particles 0, 1, 2 diverged"):
+    with before_steps(spoil_all), pytest.raises(FloatingPointError, match="epoch 1: particles 0, 1, 2 diverged"):
         fast_swamp(networks.build("tied"), *digits, **settings | {"ticket_epochs": 0, "run_dir": None})
 
 
-def test_a_dropped_particle_stays_dropped_when_resumed(on, digits, tmp_path, monkeypatch):
+def test_a_dropped_particle_stays_dropped_when_resumed(on, digits, tmp_path):
     settings = on("fused") | {"particles": 3, "on_divergence": "drop", "checkpoint_minutes": ALWAYS}
     spoil = poison(1, STEPS + 1)
 
@@ -127,6 +127,6 @@ def test_a_dropped_particle_stays_dropped_when_resumed(on, digits, tmp_path, mon
     with before_steps(until(2 * STEPS + 2)), pytest.warns(UserWarning, match="diverged"), pytest.raises(Interrupted):
         run("cut")
     result = run("cut")
-    assert same_bits(tmp_path / "whole", tmp_path / "cut")  # the history's warnings too
+    assert same_bits(tmp_path / "whole", tmp_path / "cut")  # including the history's warnings
     assert result.history[0]["dropped"] == [{"lane": 1, "epoch": 1}]
     assert not result.history[1]["dropped"]

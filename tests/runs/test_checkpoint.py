@@ -1,4 +1,4 @@
-"""What can't be written or read is told, and nothing is lost."""
+"""Files that can't be written or read are reported, and nothing is lost."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from swamp_fast.runs.checkpoint import Damaged, RunDirectory, Unfinished, load_t
 
 
 def a_folder(path: Path) -> tuple[RunDirectory, Unfinished]:
-    """A run's folder with a training under way in it."""
+    """Return a run's folder and the state of a training in it."""
     folder = RunDirectory(path)
     about = {"driver": "fast_swamp", "config": {}, "fingerprints": {}, "engine": {}, "standardise": None, "place": {}}
     folder.create(about, "")
@@ -32,7 +32,7 @@ def a_folder(path: Path) -> tuple[RunDirectory, Unfinished]:
     return folder, Unfinished(2, {1: 3}, 4.5, tensors)
 
 
-def test_a_checkpoint_that_is_cut_or_changed_at_any_byte_is_seen(tmp_path):
+def test_a_checkpoint_cut_or_changed_at_any_byte_is_rejected(tmp_path):
     folder, state = a_folder(tmp_path)
     folder.write_training(state)
     path = folder.training_paths()[0]
@@ -52,7 +52,7 @@ def test_a_checkpoint_that_is_cut_or_changed_at_any_byte_is_seen(tmp_path):
             folder.training(path)
 
 
-def test_the_last_whole_checkpoint_is_used(on, digits, tmp_path, monkeypatch):
+def test_the_last_whole_checkpoint_is_used(on, digits, tmp_path):
     settings = on("lanes") | {"checkpoint_minutes": ALWAYS}
     fast_swamp(networks.build("dropout"), *digits, **settings, run_dir=tmp_path / "whole")
     with before_steps(stop_at(17)), pytest.raises(Interrupted):
@@ -69,10 +69,12 @@ def test_the_last_whole_checkpoint_is_used(on, digits, tmp_path, monkeypatch):
         shutil.copytree(tmp_path / "cut", folder)
         for name in damaged:
             (folder / name).write_bytes(before[name][: len(before[name]) // 2])
-        with before_steps() as count, pytest.warns(UserWarning, match="is damaged") as told:
+        with before_steps() as count, pytest.warns(UserWarning, match="is damaged") as warned:
             fast_swamp(networks.build("dropout"), *digits, **settings, run_dir=folder)
         assert count[0] == steps, damaged
-        texts = [str(each.message).split(" is damaged")[0] for each in told if " is damaged" in str(each.message)]
+        texts = [
+            str(warning.message).split(" is damaged")[0] for warning in warned if " is damaged" in str(warning.message)
+        ]
         assert texts == [str(folder / name) for name in damaged]
         assert all((folder / f"{name}.damaged").exists() for name in damaged)
         assert same_averages(tmp_path / "whole", folder)
@@ -86,7 +88,7 @@ def same_averages(a: Path, b: Path) -> bool:
     return True
 
 
-def test_what_follows_a_damaged_cycle_is_trained_again_and_kept(on, digits, tmp_path):
+def test_cycles_after_a_damaged_one_are_kept_aside_and_trained_again(on, digits, tmp_path):
     settings = on("lanes") | {"cycles": 2, "epochs": 1, "keep_particles": True, "run_dir": tmp_path}
     first = fast_swamp(networks.build("tied"), *digits, **settings)
     expected = first.state_dict
@@ -102,7 +104,7 @@ def test_what_follows_a_damaged_cycle_is_trained_again_and_kept(on, digits, tmp_
     assert all(torch.equal(tensor, first.particles[name]) for name, tensor in again.particles.items())
 
 
-def test_another_runs_training_is_refused(on, digits, tmp_path, monkeypatch):
+def test_another_runs_training_is_refused(on, digits, tmp_path):
     settings = on("lanes") | {"checkpoint_minutes": ALWAYS}
     for seed in (0, 1):
         with before_steps(stop_at(2)), pytest.raises(Interrupted):
@@ -142,7 +144,7 @@ def test_a_full_disk(on, digits, tmp_path, monkeypatch):
 
 
 def past_the_limit(folder: str) -> None:
-    """In a process whose files may have 64 KB, as on a disk that is full."""
+    """Write a file of more than 64 KB in a process whose files may have 64 KB, as on a full disk."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))
     write(Path(folder) / "small", b"x")
     try:
@@ -151,7 +153,7 @@ def past_the_limit(folder: str) -> None:
         raise SystemExit(3 if "large can't be written" in str(error) else 4) from None
 
 
-def test_a_file_that_can_really_not_grow(tmp_path):
+def test_a_file_that_the_system_lets_not_grow(tmp_path):
     code = f"import test_checkpoint; test_checkpoint.past_the_limit({str(tmp_path)!r})"
     paths = [str(Path(__file__).parent), str(ROOT / "tests" / "support"), str(ROOT)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
@@ -162,7 +164,7 @@ def test_a_file_that_can_really_not_grow(tmp_path):
 
 @pytest.fixture
 def as_nobody():
-    """A folder anyone may enter, and, for root, being another user."""
+    """Yield a folder that anyone may enter, and a function by which root becomes another user."""
     folder = Path(tempfile.mkdtemp(dir="/tmp"))
     os.chmod(folder, 0o755)
     root = os.geteuid() == 0
@@ -172,7 +174,7 @@ def as_nobody():
     shutil.rmtree(folder)
 
 
-def test_a_folder_that_may_not_be_written(as_nobody, on, digits):
+def test_a_read_only_folder(as_nobody, on, digits):
     folder, become_nobody = as_nobody
     settings = on("lanes") | {"cycles": 0, "ticket_epochs": 0}
     fast_swamp(networks.build("tied"), *digits, **settings, run_dir=folder / "run")
@@ -211,12 +213,14 @@ def test_two_processes_in_one_folder(on, digits, tmp_path, monkeypatch):
         process.kill()
     nested = []
 
-    def again(row):  # of this process, in its own callback
+    def again(row):  # in the same process, from its own callback
         with pytest.raises(ValueError, match=rf"is in use by process {os.getpid()} "):
             fast_swamp(networks.build("tied"), *digits, **settings)
         nested.append(row)
 
-    fast_swamp(networks.build("tied"), *digits, **settings, on_cycle=again)  # a killed process's lock is no hindrance
+    fast_swamp(
+        networks.build("tied"), *digits, **settings, on_cycle=again
+    )  # the lock of a killed process doesn't count
     assert nested
     assert not (tmp_path / "lock").exists()
     monkeypatch.setattr(lock.fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOLCK, "No locks")))

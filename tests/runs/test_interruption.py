@@ -1,4 +1,4 @@
-"""A run that is stopped at any moment goes on to the same bits."""
+"""A run that is interrupted at any moment and resumed gives the same bits."""
 
 from __future__ import annotations
 
@@ -29,28 +29,28 @@ from swamp_fast.particles.bank import ParticleBank
 from swamp_fast.particles.layout import Layout
 from swamp_fast.runs.checkpoint import RunDirectory, load_tensors
 
-# Of the steps of a ticket (0-2) and of two trainings (3-11, 12-20): inside an epoch, between two, in the SWA window,
+# Steps of a run with a ticket (0-2) and two cycles (3-11, 12-20): inside an epoch, between epochs, in the SWA window,
 # and in the second cycle, whose mask is sparse.
-MOMENTS = {"lanes": (1, 6, 20), "fold": (13,), "fold_grouped": (19,), "fused": (4, 14), "by density": (11, 16)}
+INTERRUPTED_AT = {"lanes": (1, 6, 20), "fold": (13,), "fold_grouped": (19,), "fused": (4, 14), "by density": (11, 16)}
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_resumed_inside_a_training_is_uninterrupted(way, on, digits, tmp_path, monkeypatch):
-    settings = on(way) | {"checkpoint_minutes": ALWAYS, "keep_particles": True, "val": 0.1}
+@pytest.mark.parametrize("mode", WAYS)
+def test_a_run_resumed_inside_a_training_equals_an_uninterrupted_one(mode, on, digits, tmp_path):
+    settings = on(mode) | {"checkpoint_minutes": ALWAYS, "keep_particles": True, "val": 0.1}
     fast_swamp(networks.build("dropout"), *digits, **settings, run_dir=tmp_path / "whole")
-    for moment in MOMENTS[way]:
+    for moment in INTERRUPTED_AT[mode]:
         with before_steps(stop_at(moment)), pytest.raises(Interrupted):
             fast_swamp(networks.build("dropout"), *digits, **settings, run_dir=tmp_path / "cut")
         with before_steps() as count:
             fast_swamp(networks.build("dropout"), *digits, **settings, run_dir=tmp_path / "cut")
-            assert count[0] == 21 - moment, "it went on at the step"
+            assert count[0] == 21 - moment, "it continues at that step"
         assert same_bits(tmp_path / "whole", tmp_path / "cut"), moment
         assert not list((tmp_path / "cut").glob("training*"))
         shutil.rmtree(tmp_path / "cut")
 
 
 class Shaken(TensorDataset):
-    """Draws in __getitem__, as user's augmentations do."""
+    """Draws random numbers in __getitem__, as users' augmentations do."""
 
     def __getitem__(self, index):
         inputs, target = super().__getitem__(index)
@@ -58,7 +58,7 @@ class Shaken(TensorDataset):
 
 
 class Counting(networks.Tied):
-    """Has buffers of its own that its forward changes."""
+    """A network with buffers that its forward changes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ class Counting(networks.Tied):
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_too(on, digits, tmp_path):
+def test_a_run_resumed_on_a_gpu(on, digits, tmp_path):
     settings = on("fused") | {"checkpoint_minutes": ALWAYS}
     on_gpu = settings | {"device": "cuda"}
     fast_swamp(networks.build("dropout"), *digits, **on_gpu, run_dir=tmp_path / "whole")
@@ -107,7 +107,7 @@ def seeded(model):
         ),
     ],
 )
-def test_whatever_a_step_depends_on_is_kept(model, data, change, on, digits, tmp_path, capsys):
+def test_all_that_a_step_depends_on_is_kept(model, data, change, on, digits, tmp_path, capsys):
     (inputs, targets), test = digits
     train = (inputs, targets)
     if data == "streamed":
@@ -125,26 +125,26 @@ def test_whatever_a_step_depends_on_is_kept(model, data, change, on, digits, tmp
 
 @pytest.mark.parametrize("engine", ["eager", "fused", "by density"])
 def test_killed_at_a_random_moment(engine, tmp_path):
-    """SIGKILL to a real process; with --slow many more of them."""
-    found = crash(engine, tmp_path, times=1, seed=7)
-    assert (len(found.moments), found.equal) == (1, found.ended), found
-    assert found.codes == [-signal.SIGKILL]
+    """SIGKILL to a real process; the slow tier sends many more."""
+    crashes = crash(engine, tmp_path, times=1, seed=7)
+    assert (len(crashes.moments), crashes.equal) == (1, crashes.ended), crashes
+    assert crashes.codes == [-signal.SIGKILL]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["eager", "fused", "by density"])
 @pytest.mark.parametrize(("by", "times"), [(signal.SIGKILL, 8), (signal.SIGTERM, 4), (signal.SIGINT, 4)])
 def test_stopped_at_many_random_moments(engine, by, times, tmp_path):
-    found = crash(engine, tmp_path, times, seed=int(by), by=by)
-    print(f"{engine}, signal {by}: {found}")
-    assert len(found.moments) == times
-    assert found.equal == found.ended
+    crashes = crash(engine, tmp_path, times, seed=int(by), by=by)
+    print(f"{engine}, signal {by}: {crashes}")
+    assert len(crashes.moments) == times
+    assert crashes.equal == crashes.ended
 
 
 @pytest.mark.parametrize(("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
-def test_a_signal_stops_at_the_next_step_with_a_checkpoint(number, error, on, digits, tmp_path, monkeypatch, capsys):
+def test_a_signal_stops_at_the_next_step_with_a_checkpoint(number, error, on, digits, tmp_path, capsys):
     settings = on("fused")
-    before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+    handlers = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
     fast_swamp(networks.build("dropout"), *digits, **settings, run_dir=tmp_path / "whole")
     with (
         before_steps(lambda trainer, step: signal.raise_signal(number) if step == 13 else None),
@@ -152,7 +152,7 @@ def test_a_signal_stops_at_the_next_step_with_a_checkpoint(number, error, on, di
     ):
         fast_swamp(networks.build("dropout"), *digits, **settings | {"progress": True}, run_dir=tmp_path / "cut")
     assert number == signal.SIGINT or stopped.value.code == 143
-    assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == before
+    assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == handlers
     assert "call it again with run_dir" in capsys.readouterr().err
     assert RunDirectory(tmp_path / "cut").training_paths()[0].exists()
     with before_steps() as count:
@@ -162,7 +162,7 @@ def test_a_signal_stops_at_the_next_step_with_a_checkpoint(number, error, on, di
     assert same_bits(tmp_path / "whole", tmp_path / "cut")
 
 
-def test_signals_elsewhere_are_left_alone(on, digits, tmp_path, monkeypatch):
+def test_other_signal_handlers_are_left_alone(on, digits, tmp_path, monkeypatch):
     settings = on("lanes") | {"cycles": 0, "ticket_epochs": 0}
     seen = []
     before = signal.getsignal(signal.SIGINT)
@@ -187,14 +187,14 @@ def test_signals_elsewhere_are_left_alone(on, digits, tmp_path, monkeypatch):
         fast_swamp(networks.build("tied"), *digits, **settings, run_dir=tmp_path / "c")
     assert not list((tmp_path / "c").glob("training*"))
     assert signal.getsignal(signal.SIGINT) == before
-    # While the average is evaluated there is no next step; the cycle is written first.
+    # While the average is evaluated there is no next step, so that the cycle is written first.
     monkeypatch.setattr("swamp_fast.cycle.averaging.reestimate", lambda *_: signal.raise_signal(signal.SIGTERM))
     with pytest.raises(SystemExit):
         fast_swamp(networks.build("tied"), *digits, **settings, run_dir=tmp_path / "d")
     assert (tmp_path / "d" / "cycle_00.safetensors").exists()
 
 
-def test_a_model_with_state_of_its_own_has_a_checkpoint_a_cycle(on, digits, tmp_path, capsys):
+def test_a_model_with_hidden_state_has_one_checkpoint_per_cycle(on, digits, tmp_path, capsys):
     class Stateful(networks.Tied):
         def forward(self, x: Tensor) -> Tensor:
             self.calls = getattr(self, "calls", 0) + 1
@@ -208,7 +208,7 @@ def test_a_model_with_state_of_its_own_has_a_checkpoint_a_cycle(on, digits, tmp_
     assert "one checkpoint per cycle only: the model keeps state of its own" in capsys.readouterr().err
 
 
-def test_going_on_in_another_place_is_told(on, digits, tmp_path, monkeypatch):
+def test_continuing_elsewhere_is_reported(on, digits, tmp_path, monkeypatch):
     settings = on("lanes") | {"checkpoint_minutes": ALWAYS, "run_dir": tmp_path, "engine": "eager"}
     with before_steps(stop_at(10)), pytest.raises(Interrupted):
         fast_swamp(networks.build("tied"), *digits, **settings)
@@ -216,22 +216,22 @@ def test_going_on_in_another_place_is_told(on, digits, tmp_path, monkeypatch):
     elsewhere = {"device": "cuda", "processor": "a GPU", "torch": about["place"]["torch"]}
     (tmp_path / "run.json").write_text(json.dumps({**about, "place": elsewhere}))
     monkeypatch.setattr("swamp_fast.engines.start.by_rule", lambda *_: named("eager:lanes", "chosen anew"))
-    with before_steps() as count, pytest.warns(UserWarning, match="device was cuda, is cpu") as told:
+    with before_steps() as count, pytest.warns(UserWarning, match="device was cuda, is cpu") as warned:
         result = fast_swamp(networks.build("tied"), *digits, **settings)
-    assert "Bits may differ from here on. The engine is selected anew" in str(told[0].message)
-    assert result.history[0]["warnings"][0] == str(told[0].message)
+    assert "Bits may differ from here on. The engine is selected anew" in str(warned[0].message)
+    assert result.history[0]["warnings"][0] == str(warned[0].message)
     assert count[0] == 21 - 10
     assert result.engine["why"] == "chosen anew"
     after = json.loads((tmp_path / "run.json").read_text())
     assert after["moved"] == [{"cycle": 0, "from": elsewhere, "engine": about["engine"]}]
     assert after["place"] == about["place"]
     (tmp_path / "run.json").write_text(json.dumps({**after, "place": {**after["place"], "threads": 99}}))
-    fast_swamp(networks.build("tied"), *digits, **settings)  # finished: it is only read
+    fast_swamp(networks.build("tied"), *digits, **settings)  # a finished run is only read
 
 
 @pytest.mark.parametrize("reordered", [False, True])
 def test_the_state_of_a_bank_is_the_same_for_every_engine(reordered):
-    """Also of one whose channels that are left come first, as on CUDA."""
+    """Also if the remaining channels come first, as on CUDA."""
     model = networks.build("residual")
     layout = Layout.of(model.named_parameters(), {"conv.weight", "stem.weight"})
     config = SwampConfig()
@@ -259,7 +259,7 @@ class Slow(TensorDataset):
 
 
 def with_workers(folder: str) -> None:
-    """A run whose data come from other processes."""
+    """Do a run whose data come from other processes."""
     torch.set_num_threads(1)
     os.setpgid(0, 0)
     samples.collected = lambda source, device: (source, "as it is")
@@ -272,8 +272,8 @@ def with_workers(folder: str) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_to_all_processes_lets_the_step_end(number, tmp_path):
-    """As a terminal and a batch system send it: what reads the data gets it too."""
+def test_a_signal_to_the_whole_process_group_lets_the_step_end(number, tmp_path):
+    """As terminals and batch systems send it: the processes that read the data get it too."""
     code = f"import test_interruption; test_interruption.with_workers({str(tmp_path)!r})"
     paths = [str(Path(__file__).parent), str(ROOT / "tests" / "support"), str(ROOT)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}

@@ -1,4 +1,4 @@
-"""A run on disk: what is there, going on from it, refusing another's, and saying what is damaged."""
+"""A run on disk: its files, resuming it, refusing another run's folder, and reporting what is damaged."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SETTINGS = {
 
 
 class Interrupted(Exception):
-    """Stands for a run that is stopped between two cycles."""
+    """Stands for an interruption between two cycles."""
 
 
 def stop_after(cycle: int):
@@ -39,7 +39,7 @@ def stop_after(cycle: int):
 
 
 def same(a: SwampResult, b: SwampResult) -> None:
-    """Bit for bit, but for the clock."""
+    """Assert that two results are equal bit for bit, except for times and memory."""
     for cycle in range(len(a.history)):
         states = a._snapshot(cycle).state, b._snapshot(cycle).state
         assert states[0].keys() == states[1].keys()
@@ -53,7 +53,7 @@ def same(a: SwampResult, b: SwampResult) -> None:
 @pytest.mark.parametrize("function", [fast_swamp, naive_swamp])
 @pytest.mark.parametrize("rewind", ["ticket", "average"])
 @pytest.mark.parametrize("cycle", [0, 2])
-def test_it_goes_on_where_it_was_bit_for_bit(function, rewind, cycle, digits, tmp_path, monkeypatch):
+def test_a_resumed_run_equals_an_uninterrupted_one(function, rewind, cycle, digits, tmp_path):
     settings = SETTINGS | {"rewind": rewind, "run_dir": tmp_path / "run", "keep_particles": True}
     with pytest.raises(Interrupted):
         function(networks.build("dropout"), *digits, val=0.2, on_cycle=stop_after(cycle), **settings)
@@ -92,7 +92,7 @@ def test_the_files_are_plain(digits, tmp_path):
     particles = safetensors.torch.load_file(tmp_path / "particles.safetensors")
     assert particles["stem.weight"].shape == (2, 8, 1, 3, 3)
     sizes = [(tmp_path / f"cycle_{cycle:02d}.safetensors").stat().st_size for cycle in range(4)]
-    assert sizes == sorted(sizes, reverse=True)  # compact: pruned weights take no room
+    assert sizes == sorted(sizes, reverse=True)  # pruned weights are not stored
     assert not list(tmp_path.glob("*.part"))
 
 
@@ -118,7 +118,7 @@ def test_save_and_load(digits, tmp_path):
     assert bare.standardise == result.standardise
     assert all(torch.equal(bare.ticket[name], value) for name, value in result.ticket.items())
     assert all(torch.equal(bare.particles[name], value) for name, value in result.particles.items())
-    with pytest.raises(ValueError, match=r"loaded without a model: call SwampResult.load\(dir, model\)"):
+    with pytest.raises(ValueError, match=r"loaded without a model; call SwampResult.load\(dir, model\)"):
         _ = bare.model
     full = SwampResult.load(tmp_path / "a", networks.build("residual"))
     inputs = torch.randn(5, 1, 8, 8)
@@ -172,7 +172,7 @@ def test_another_run_is_refused_by_what_differs(change, text, digits, tmp_path):
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def test_where_and_how_it_is_shown_may_change(digits, tmp_path):
+def test_device_and_progress_may_change(digits, tmp_path):
     settings = SETTINGS | {"run_dir": str(tmp_path)}
     fast_swamp(networks.build("tied"), *digits, **settings)
     fast_swamp(networks.build("tied"), *digits, **settings | {"device": "cpu", "progress": True, "data_dir": "x"})
@@ -216,7 +216,9 @@ def test_a_truncated_checkpoint_is_moved_aside_and_its_cycle_trained_again(share
     with pytest.raises(ValueError, match=r"cycle_03.safetensors is damaged"):
         SwampResult.load(tmp_path)
     assert path.exists()  # reading changes nothing
-    with pytest.warns(UserWarning, match=r"is damaged .* renamed to cycle_03.safetensors.damaged. .* from cycle 3 on"):
+    with pytest.warns(
+        UserWarning, match=r"is damaged .* renamed to cycle_03.safetensors.damaged. .* continues with cycle 3"
+    ):
         again = fast_swamp(networks.build("tied"), *digits, **settings)
     assert (tmp_path / "cycle_03.safetensors.damaged").read_bytes() == content[: int(share * len(content))]
     assert "renamed" in again.history[3]["warnings"][0]
@@ -254,7 +256,7 @@ def test_a_missing_line_of_the_history_is_written_again(digits, tmp_path):
     assert again.engine == first.engine  # what ran is not overwritten by a call that ran nothing
 
 
-def test_files_that_lack_something_say_so(digits, tmp_path):
+def test_incomplete_files_are_reported(digits, tmp_path):
     settings = SETTINGS | {"run_dir": str(tmp_path), "keep_particles": True}
     fast_swamp(networks.build("tied"), *digits, **settings)
     about = json.loads((tmp_path / "run.json").read_text())
@@ -275,7 +277,7 @@ def test_files_that_lack_something_say_so(digits, tmp_path):
         fast_swamp(networks.build("tied"), *digits, **settings)
 
 
-def test_a_file_is_there_whole_or_not_at_all(tmp_path, monkeypatch):
+def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "a.json"
     write(path, b"first")
     monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError("No space left on device")))
@@ -289,7 +291,7 @@ def test_a_file_is_there_whole_or_not_at_all(tmp_path, monkeypatch):
 def test_snapshots_pack_and_unpack():
     mask = torch.rand(5, 7) < 0.4
     state = {"w": torch.randn(5, 7) * mask, "b": torch.randn(3), "n": torch.tensor(4), "e": torch.zeros(0)}
-    state["w"][mask] = torch.where(torch.rand(int(mask.sum())) < 0.2, 0.0, state["w"][mask])  # a kept weight may be 0
+    state["w"][mask] = torch.where(torch.rand(int(mask.sum())) < 0.2, 0.0, state["w"][mask])  # kept weights may be 0
     tensors, metadata = Snapshot(state, {"w": mask}, {"cycle": 1}).packed()
     assert tensors["values/w"].numel() == int(mask.sum())
     back = Snapshot.unpacked(tensors, metadata)

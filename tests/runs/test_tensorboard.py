@@ -1,4 +1,4 @@
-"""The events of a run, read back: what is there, once each, whether or not the run was interrupted."""
+"""The TensorBoard events of a run, read back: each is there once, whether or not the run was interrupted."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ from collections import defaultdict
 
 import networks
 import pytest
-from stops import Interrupted
+from stops import Interrupted, before_steps, stop_at
 
 from swamp_fast import fast_swamp, naive_swamp
-from swamp_fast.engines.trainer import Trainer
 
 SETTINGS = {"engine": "eager", "batch_size": 32, "cycles": 2, "epochs": 3, "ticket_epochs": 2, "particles": 2}
 SETTINGS |= {"progress": False, "tensorboard": True}
@@ -18,13 +17,14 @@ SETTINGS |= {"progress": False, "tensorboard": True}
 
 @pytest.fixture
 def events():
-    """Reads all scalars in a folder, as TensorBoard shows them: {tag: [(step, value)]}."""
+    """Return a function that reads all scalars in a folder: {tag: [(step, value)]}."""
     from tensorboard.backend.event_processing import event_accumulator as reader
 
     def read(folder) -> dict[str, list[tuple[int, float]]]:
-        found = reader.EventAccumulator(str(folder / "tensorboard"), size_guidance={reader.SCALARS: 0})
-        found.Reload()
-        return {tag: [(each.step, each.value) for each in found.Scalars(tag)] for tag in found.Tags()["scalars"]}
+        accumulator = reader.EventAccumulator(str(folder / "tensorboard"), size_guidance={reader.SCALARS: 0})
+        accumulator.Reload()
+        tags = accumulator.Tags()["scalars"]
+        return {tag: [(event.step, event.value) for event in accumulator.Scalars(tag)] for tag in tags}
 
     return read
 
@@ -55,7 +55,7 @@ def test_particles_and_average_over_the_epochs(function, digits, tmp_path, event
 
 
 @pytest.mark.parametrize("when", ["in the ticket", "in a cycle", "between two cycles", "before a cycle's file"])
-def test_a_run_that_goes_on_shows_nothing_twice(when, digits, tmp_path, events, monkeypatch):
+def test_a_resumed_run_shows_nothing_twice(when, digits, tmp_path, events, monkeypatch):
     import swamp_fast.runs.record as run_module
 
     keep_epoch, write_cycle = run_module.Run.keep_epoch, run_module.RunDirectory.write_cycle
@@ -84,7 +84,7 @@ def test_a_run_that_goes_on_shows_nothing_twice(when, digits, tmp_path, events, 
         with pytest.raises(Interrupted):
             fast_swamp(networks.build("tied"), *digits, run_dir=tmp_path, on_cycle=stop_after, **SETTINGS)
     before = events(tmp_path)
-    assert before  # there is something that might be there twice
+    assert before  # else nothing could be shown twice
     rows = fast_swamp(networks.build("tied"), *digits, run_dir=tmp_path, on_cycle=stop_after, **SETTINGS).history
     assert seen == {0: 1, 1: 1, 2: 1}
     found = events(tmp_path)
@@ -95,7 +95,7 @@ def test_a_run_that_goes_on_shows_nothing_twice(when, digits, tmp_path, events, 
     assert [each for _, each in found["accuracy/average"]] == pytest.approx([r["accuracy"] for r in rows], rel=1e-6)
 
 
-def test_a_finished_run_is_read_and_turned_on_later_writes_its_rows(digits, tmp_path, events):
+def test_turned_on_after_a_finished_run_it_writes_the_rows(digits, tmp_path, events):
     model = networks.build("tied")
     fast_swamp(model, *digits, run_dir=tmp_path, **SETTINGS | {"tensorboard": False})
     assert not (tmp_path / "tensorboard").exists()
@@ -118,27 +118,17 @@ def test_without_the_package_nothing_is_trained(digits, tmp_path, monkeypatch):
     assert not (tmp_path / "run").exists()
 
 
-def test_without_a_folder_it_is_refused(digits):
+def test_it_needs_a_folder(digits):
     with pytest.raises(ValueError, match="`tensorboard` writes into run_dir, got run_dir = None; name a folder"):
         fast_swamp(networks.build("tied"), *digits, **SETTINGS)
 
 
-@pytest.mark.parametrize("moment", [7, 20, 22])  # of 5 steps an epoch: in the ticket, between two epochs, inside one
-def test_a_run_that_goes_on_inside_a_training_shows_nothing_twice(moment, digits, tmp_path, events, monkeypatch):
+@pytest.mark.parametrize("moment", [7, 20, 22])  # of 5 steps per epoch: in the ticket, between two epochs, inside one
+def test_a_run_resumed_inside_a_training_shows_nothing_twice(moment, digits, tmp_path, events):
     settings = SETTINGS | {"checkpoint_minutes": 1e-9}
     fast_swamp(networks.build("tied"), *digits, run_dir=tmp_path / "whole", **settings)
-    step, count = Trainer.step, [0]
-
-    def stop(trainer, handle):
-        count[0] += 1
-        if count[0] == moment + 1:
-            raise Interrupted
-        step(trainer, handle)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "step", stop)
-        with pytest.raises(Interrupted):
-            fast_swamp(networks.build("tied"), *digits, run_dir=tmp_path / "cut", **settings)
+    with before_steps(stop_at(moment)), pytest.raises(Interrupted):
+        fast_swamp(networks.build("tied"), *digits, run_dir=tmp_path / "cut", **settings)
     fast_swamp(networks.build("tied"), *digits, run_dir=tmp_path / "cut", **settings)
     whole, cut = events(tmp_path / "whole"), events(tmp_path / "cut")
     assert whole.keys() == cut.keys()
@@ -146,17 +136,12 @@ def test_a_run_that_goes_on_inside_a_training_shows_nothing_twice(moment, digits
         assert cut[tag] == values or tag.startswith("seconds/"), tag
 
 
-def test_a_particle_that_is_dropped_leaves_the_others_their_numbers(digits, tmp_path, events, monkeypatch):
-    step, count = Trainer.step, [0]
-
-    def spoil(trainer, handle):
-        count[0] += 1
-        if count[0] == 15:
+def test_particles_keep_their_numbers_when_another_is_dropped(digits, tmp_path, events):
+    def spoil(trainer, step):
+        if step == 14:
             trainer.bank.weights[0, 3] = float("nan")
-        step(trainer, handle)
 
-    monkeypatch.setattr(Trainer, "step", spoil)
-    with pytest.warns(UserWarning, match="particle 0 diverged"):
+    with before_steps(spoil), pytest.warns(UserWarning, match="particle 0 diverged"):
         fast_swamp(networks.build("tied"), *digits, run_dir=tmp_path, **SETTINGS, on_divergence="drop")
     found = events(tmp_path)
     assert [step for step, _ in found["accuracy/particle 0"]] == [8, 11]
