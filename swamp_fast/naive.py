@@ -30,12 +30,6 @@ from swamp_fast.runs.result import SCORES, SwampResult
 
 State = dict[str, Tensor]
 
-# The scores of a row, None where there are no accuracies or no such data.
-SCORES = (
-    *("accuracy", "loss", "particle_accuracy", "particle_loss", "best_accuracy"),
-    *("mean_accuracy", "ensemble_accuracy", "val_accuracy", "val_mean_accuracy"),
-)
-
 
 @one_at_a_time
 def naive_swamp(

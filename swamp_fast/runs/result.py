@@ -27,6 +27,8 @@ SCORES = (
     "val_accuracy",
     "val_mean_accuracy",
 )
+# Those of them that a sweep summarises over its seeds.
+SUMMARY_SCORES = ("accuracy", "loss", "mean_accuracy", "best_accuracy", "ensemble_accuracy", "val_accuracy")
 
 
 @dataclass

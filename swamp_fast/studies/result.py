@@ -12,10 +12,7 @@ from swamp_fast.common.tables import csv_bytes
 from swamp_fast.problem.problem import Problem
 from swamp_fast.report.figures import accuracy_of_points
 from swamp_fast.runs.checkpoint import write
-from swamp_fast.runs.result import SwampResult
-
-# The scores of a cycle that the summary has.
-SCORES = ("accuracy", "loss", "mean_accuracy", "best_accuracy", "ensemble_accuracy", "val_accuracy")
+from swamp_fast.runs.result import SUMMARY_SCORES, SwampResult
 
 
 @dataclass
@@ -110,7 +107,7 @@ class SweepResult:
                 groups.setdefault(key, []).append(row)
         return [
             {**points[key], "cycle": rows[0]["cycle"], "density": rows[0]["density"], "seeds": len(rows)}
-            | {name: value for score in SCORES for name, value in spread_of(score, rows).items()}
+            | {name: value for score in SUMMARY_SCORES for name, value in spread_of(score, rows).items()}
             for key, rows in groups.items()
         ]
 
