@@ -1,6 +1,10 @@
 """Lane by lane: the user's own module runs once per lane, on views of the bank.
 
 This is correct for every model, so the other execution modes are checked against it.
+
+Deep copies of the module are bound to the bank once, instead of swapping parameters at every step. On a CPU each lane's
+inputs are copied to their own address: libraries sum in an order that depends on where a batch starts, and a particle's
+bits depended on its place in the bank.
 """
 
 from __future__ import annotations

@@ -2,6 +2,13 @@
 
 The letters of the shapes are explained in `swamp_fast/__init__.py`. `swamp_fast.ops.reference` has the same names in
 plain PyTorch and defines what each op computes.
+
+On CUDA the updates and the global threshold are Triton's alone: they are bound by memory and compile without spills,
+and a second version in CUDA C++ would have to be kept equal for nothing.
+
+clip_scale sums in float64 in an order of its own, so a lane's bits depend on no other lane. gather_augment takes the
+number that addresses a draw separately from the place in memory, so streamed batches have the same crops as stored
+ones.
 """
 
 from swamp_fast.ops.clip_scale import clip_scale
