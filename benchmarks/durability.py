@@ -32,7 +32,7 @@ from benchmarks.timing import ROOT, header, summary, write
 from swamp_fast import SwampConfig, SwampResult, fast_swamp
 from swamp_fast.cycle.training import Watch
 from swamp_fast.models import build_model
-from swamp_fast.runs.checkpoint import RunDirectory
+from swamp_fast.runs.folder import RunDirectory
 from swamp_fast.runs.record import Run
 
 ENGINES = ("eager", "fused", "by density")

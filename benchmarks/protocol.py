@@ -53,7 +53,7 @@ from swamp_fast.methods import METHODS
 from swamp_fast.models import build_model
 from swamp_fast.problem.arguments import Arguments
 from swamp_fast.problem.prepare import prepare
-from swamp_fast.runs.checkpoint import RunDirectory, read_snapshot, write
+from swamp_fast.runs.folder import RunDirectory, read_snapshot, write
 
 ANALYSED_SEEDS = 3  # of each study
 VAL = 0.1  # of the training data, held out

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from swamp_fast.runs.checkpoint import RunDirectory, Snapshot, checksum, load_tensors, save_tensors
+from swamp_fast.runs.folder import RunDirectory, Snapshot, checksum, load_tensors, save_tensors
 
 MAX_BYTES = 2_900_000  # of the files in an export; the list of their names takes less than 100 kB
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from swamp_fast import ops
-from swamp_fast.cycle.evaluation import score, score_row
+from swamp_fast.cycle.evaluation import evaluate, score_row
 from swamp_fast.cycle.training import ModelsSideBySide, Particles
 from swamp_fast.data.store import Data, pass_in_stored_order
 from swamp_fast.particles.bank import Solution
@@ -53,10 +53,7 @@ def combine(problem: Problem, run: Run, side_by_side: ModelsSideBySide, particle
         return [every[lane] for lane in (*lanes, -1)]
 
     reestimate(models.modules, outputs, problem.train, problem.config.batch_size, models.channels_last)
-    test, val = (
-        None if data is None else score(problem, outputs, data, split, models.channels_last)
-        for split, data in ((1, problem.test), (2, problem.val))
-    )
+    test, val = evaluate(problem, outputs, models.channels_last)
     weights, after = models.weights.clone(), models.buffers()
     *each, average = (Solution(weights[i], {name: buffer[i] for name, buffer in after.items()}) for i in (*lanes, -1))
     if problem.config.combine == "best" and val is not None:

@@ -15,6 +15,9 @@ from swamp_fast.particles.random import evaluation_time
 from swamp_fast.problem.problem import Problem
 from swamp_fast.runs.result import SCORES
 
+# (inputs [B, ...], time) -> the outputs of the particles, and of their average last.
+Outputs = Callable[[Any, int], list[Any]]
+
 
 @dataclass(frozen=True)
 class Scores:
@@ -44,20 +47,24 @@ class Scores:
         return replace(self, loss=self.particle_loss[particle], accuracy=accuracy)
 
 
-@torch.no_grad()
-def score(
-    problem: Problem, run: Callable[[Any, int], list[Any]], data: Data, which: int, channels_last: bool = False
-) -> Scores:
-    """Scores on a split, test (which = 1) or val (2).
+def evaluate(problem: Problem, outputs: Outputs, channels_last: bool = False) -> tuple[Scores | None, Scores | None]:
+    """Scores on test and on validation data, None for a split that there is not."""
+    test, val = (
+        None if data is None else score(problem, outputs, data, split, channels_last)
+        for split, data in ((1, problem.test), (2, problem.val))
+    )
+    return test, val
 
-    run(inputs [B, ...], time) gives the outputs of the particles, and of their average last.
-    """
+
+@torch.no_grad()
+def score(problem: Problem, outputs: Outputs, data: Data, split: int, channels_last: bool = False) -> Scores:
+    """Scores on a split, test (1) or val (2)."""
     entries = ensemble = 0
     total: Tensor | float = 0.0
     correct: Tensor | int = 0
     batches = pass_in_stored_order(data, problem.config.batch_size, channels_last)
     for number, (inputs, targets, count) in enumerate(batches):
-        *particles, average = run(inputs, evaluation_time(which, number))
+        *particles, average = outputs(inputs, evaluation_time(split, number))
         losses = [problem.losses(each, targets).double().mean() for each in (*particles, average)]
         total = total + torch.stack(losses) * count
         if problem.classifies:

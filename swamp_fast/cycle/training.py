@@ -17,7 +17,7 @@ from swamp_fast.engines.trainer import LaneRunner, joined, part_of
 from swamp_fast.particles.bank import ParticleBank, Solution
 from swamp_fast.particles.schedule import Training, cycle_training, ticket_training
 from swamp_fast.problem.problem import Problem
-from swamp_fast.runs.checkpoint import Unfinished
+from swamp_fast.runs.folder import Unfinished
 from swamp_fast.runs.record import Run
 
 Returned = TypeVar("Returned")

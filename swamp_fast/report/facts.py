@@ -11,7 +11,7 @@ from shlex import quote
 from typing import Any
 
 from swamp_fast.config import SwampConfig
-from swamp_fast.runs.checkpoint import RunDirectory
+from swamp_fast.runs.folder import RunDirectory
 
 Row = dict[str, Any]
 

@@ -13,7 +13,7 @@ from swamp_fast.report.facts import RunFacts, read_json
 from swamp_fast.report.page import Page
 from swamp_fast.report.run_page import run_page
 from swamp_fast.report.sweep_page import sweep_page
-from swamp_fast.runs.checkpoint import write
+from swamp_fast.runs.folder import write
 
 # What each kind of page is made from; a folder with the first file of a line has that kind of page.
 SOURCES = (("comparison.json",), ("run.json", "analysis.json", "a cycle's row"), ("summary.csv", "results.csv"))

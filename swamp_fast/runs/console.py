@@ -10,7 +10,7 @@ from typing import Any, TextIO
 from swamp_fast.common.format import duration, percent
 from swamp_fast.particles.schedule import total_particle_epochs
 from swamp_fast.problem.problem import Problem
-from swamp_fast.runs.checkpoint import Unfinished
+from swamp_fast.runs.folder import Unfinished
 from swamp_fast.version import __version__
 
 REFRESH_SECONDS = 0.2

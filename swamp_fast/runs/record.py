@@ -21,14 +21,14 @@ from swamp_fast.particles.random import generators_left_alone
 from swamp_fast.particles.schedule import total_particle_epochs
 from swamp_fast.problem.problem import Problem
 from swamp_fast.runs import lock
-from swamp_fast.runs.checkpoint import Damaged, Packed, RunDirectory, Snapshot, Unfinished, run_id, save_tensors
+from swamp_fast.runs.checkpointing import StopPolicy
 from swamp_fast.runs.console import Console, cycle_line, introduction
 from swamp_fast.runs.cycle_warnings import dropped_text, found_in_cycle, show
+from swamp_fast.runs.folder import Damaged, Packed, RunDirectory, Snapshot, Unfinished, run_id, save_tensors
 from swamp_fast.runs.progress import Progress
 from swamp_fast.runs.result import SwampResult, snapshot_of
 from swamp_fast.runs.resume import FINGERPRINT_NAMES, Found, found_in, place_of
 from swamp_fast.runs.signals import StopSignals
-from swamp_fast.runs.stopping import StopPolicy
 from swamp_fast.runs.tensorboard import Events
 from swamp_fast.version import __version__
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from swamp_fast.config import SwampConfig
-from swamp_fast.runs.checkpoint import Packed, RunDirectory, Snapshot, load_tensors, read_snapshot, save_tensors
+from swamp_fast.runs.folder import Packed, RunDirectory, Snapshot, load_tensors, read_snapshot, save_tensors
 
 # The scores in a row of the history, in this order; see SwampResult.
 SCORES = (

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from swamp_fast.config import RUN_ID_EXCLUDES, SwampConfig
 from swamp_fast.ops.backends import backends, has_amx, why_no_nvrtc
-from swamp_fast.runs.checkpoint import Damaged, Packed, RunDirectory, Unfinished, load_tensors
+from swamp_fast.runs.folder import Damaged, Packed, RunDirectory, Unfinished, load_tensors
 
 
 @dataclass

@@ -18,8 +18,8 @@ from swamp_fast.engines.step_time import seconds_of_steps
 from swamp_fast.particles.norms import norms_of
 from swamp_fast.particles.schedule import total_particle_epochs
 from swamp_fast.problem.problem import Problem
-from swamp_fast.runs.checkpoint import RunDirectory
 from swamp_fast.runs.console import Console
+from swamp_fast.runs.folder import RunDirectory
 from swamp_fast.runs.record import Run
 from swamp_fast.runs.resume import place_of
 from swamp_fast.studies.result import SweptRun

@@ -11,7 +11,7 @@ from swamp_fast.common.statistics import mean_and_spread
 from swamp_fast.common.tables import csv_bytes
 from swamp_fast.problem.problem import Problem
 from swamp_fast.report.figures import accuracy_of_points
-from swamp_fast.runs.checkpoint import write
+from swamp_fast.runs.folder import write
 from swamp_fast.runs.result import SUMMARY_SCORES, SwampResult
 
 

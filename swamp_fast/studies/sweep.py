@@ -20,8 +20,8 @@ from swamp_fast.problem.prepare import prepare
 from swamp_fast.problem.problem import Problem
 from swamp_fast.problem.prunable import Prunable
 from swamp_fast.problem.splits import SPLITS
-from swamp_fast.runs.checkpoint import run_id
 from swamp_fast.runs.console import Console
+from swamp_fast.runs.folder import run_id
 from swamp_fast.studies.grid import Grid, Model, model_of, points_of, shared_settings
 from swamp_fast.studies.packing import dealt, unfinished_packs
 from swamp_fast.studies.result import SweepResult, SweptRun

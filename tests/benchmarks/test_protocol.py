@@ -16,7 +16,7 @@ from benchmarks import protocol as module
 from benchmarks.budget import Budget
 from benchmarks.gpu import SLICES
 from benchmarks.protocol import Item, Protocol, main
-from swamp_fast.runs.checkpoint import RunDirectory, load_tensors
+from swamp_fast.runs.folder import RunDirectory, load_tensors
 
 STEPS_PER_SLICE = 25
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from benchmarks.durability import same_bits
 from swamp_fast import fast_swamp, naive_swamp
-from swamp_fast.runs.checkpoint import RunDirectory, load_tensors
+from swamp_fast.runs.folder import RunDirectory, load_tensors
 
 
 def poison(lane: int, at: int):

@@ -27,7 +27,7 @@ from swamp_fast.engines.fused.compact import Compact, CompactBank
 from swamp_fast.engines.selection import named
 from swamp_fast.particles.bank import ParticleBank
 from swamp_fast.particles.layout import Layout
-from swamp_fast.runs.checkpoint import RunDirectory, load_tensors
+from swamp_fast.runs.folder import RunDirectory, load_tensors
 
 # Steps of a run with a ticket (0-2) and two cycles (3-11, 12-20): inside an epoch, between epochs, in the SWA window,
 # and in the second cycle, whose mask is sparse.

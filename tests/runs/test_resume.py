@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 import swamp_fast.runs.record as run_module
 from swamp_fast import SwampConfig, SwampResult, fast_swamp, naive_swamp
-from swamp_fast.runs.checkpoint import Snapshot, load_tensors, write
+from swamp_fast.runs.folder import Snapshot, load_tensors, write
 
 SETTINGS = {
     "engine": "eager",

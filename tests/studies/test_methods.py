@@ -16,7 +16,7 @@ from swamp_fast.engines.trainer import Trainer
 from swamp_fast.methods import METHODS, seeds_of
 from swamp_fast.particles.random import layer_order, stream_of
 from swamp_fast.particles.schedule import cycle_training, kept_after
-from swamp_fast.runs.checkpoint import load_tensors
+from swamp_fast.runs.folder import load_tensors
 from swamp_fast.studies import packing
 
 SETTINGS = {

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from swamp_fast import SwampConfig
-from swamp_fast.runs.checkpoint import RunDirectory, Snapshot
+from swamp_fast.runs.folder import RunDirectory, Snapshot
 
 LAYERS = {"convs.0.weight": (8, 1, 3, 3), "convs.1.weight": (8, 8, 3, 3), "convs.2.weight": (16, 8, 3, 3)}
 

@@ -20,7 +20,7 @@ from stops import ALWAYS, Interrupted, before_steps, files, stop_at
 from benchmarks.durability import same_bits
 from swamp_fast import SwampConfig, fast_swamp
 from swamp_fast.runs import lock
-from swamp_fast.runs.checkpoint import Damaged, RunDirectory, Unfinished, load_tensors, save_tensors, write
+from swamp_fast.runs.folder import Damaged, RunDirectory, Unfinished, load_tensors, save_tensors, write
 
 
 def a_folder(path: Path) -> tuple[RunDirectory, Unfinished]:
@@ -129,7 +129,7 @@ def test_a_full_disk(on, digits, tmp_path, monkeypatch):
     def fill(trainer, step):
         room[0] = step < 14
 
-    monkeypatch.setattr("swamp_fast.runs.checkpoint.os.fsync", fsync)
+    monkeypatch.setattr("swamp_fast.runs.folder.os.fsync", fsync)
     with before_steps(fill), pytest.raises(OSError, match="No space left") as error:
         fast_swamp(networks.build("dropout"), *digits, **settings, run_dir=tmp_path / "cut")
     assert error.value.errno == errno.ENOSPC
@@ -154,7 +154,7 @@ def past_the_limit(folder: str) -> None:
 
 
 def test_a_file_that_the_system_lets_not_grow(tmp_path):
-    code = f"import test_checkpoint; test_checkpoint.past_the_limit({str(tmp_path)!r})"
+    code = f"import test_folder; test_folder.past_the_limit({str(tmp_path)!r})"
     paths = [str(Path(__file__).parent), str(ROOT / "tests" / "support"), str(ROOT)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     (tmp_path / "large").write_bytes(b"what was there")
