@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import json
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -130,19 +131,8 @@ def test_consecutive_cycles_and_what_is_refused(digits):
         particles(result)
 
 
-def test_analyze_on_the_command_line(tmp_path, capsys):
-    out = str(tmp_path / "run")
-    settings = ["--cycles", "1", "--epochs", "1", "--ticket-epochs", "0", "--particles", "3", "--no-progress"]
-    common = ["--model", "small_cnn", "--data", "digits", "--val", "0.1"]
-    assert main(["run", *common, "--out", out, "--keep-particles", *settings]) == 0
-    capsys.readouterr()
-    few = ["--points", "3", "--probes", "2", "--mixtures", "2", "--size", "2", "--repeats", "1", "--samples", "256"]
-    assert main(["analyze", out, *common, *few]) == 0
-    shown = capsys.readouterr()
-    assert len([line for line in shown.out.splitlines() if line.split()[:1] in (["0"], ["1"])]) == 2
-    assert "on 256 of 1,294 training samples" in shown.out
-    assert not shown.err
-    found = json.loads((tmp_path / "run" / "analysis.json").read_text())
+def check_analysis(found: dict[str, Any]) -> None:
+    """analysis.json of two cycles, with few points of each kind."""
     scores = ["train_loss", "train_error", "test_loss", "test_error"]
     assert found["about"]["train_samples"] == 256
     assert found["about"]["of_training_samples"] == 1294
@@ -165,6 +155,21 @@ def test_analyze_on_the_command_line(tmp_path, capsys):
     assert found["cost"][1]["flops"] < found["cost"][0]["flops"] == found["cost"][0]["dense_flops"]
     assert found["cost"][1]["sparse_ms"] > 0
     assert set(found["ensemble"]["single"]) == {"accuracy", "nll", "ece"}
+
+
+def test_analyze_on_the_command_line(tmp_path, capsys):
+    out = str(tmp_path / "run")
+    settings = ["--cycles", "1", "--epochs", "1", "--ticket-epochs", "0", "--particles", "3", "--no-progress"]
+    common = ["--model", "small_cnn", "--data", "digits", "--val", "0.1"]
+    assert main(["run", *common, "--out", out, "--keep-particles", *settings]) == 0
+    capsys.readouterr()
+    few = ["--points", "3", "--probes", "2", "--mixtures", "2", "--size", "2", "--repeats", "1", "--samples", "256"]
+    assert main(["analyze", out, *common, *few]) == 0
+    shown = capsys.readouterr()
+    assert len([line for line in shown.out.splitlines() if line.split()[:1] in (["0"], ["1"])]) == 2
+    assert "on 256 of 1,294 training samples" in shown.out
+    assert not shown.err
+    check_analysis(json.loads((tmp_path / "run" / "analysis.json").read_text()))
     # Data that differ from the run's are refused, or reported with --anyway; sizes of 0 leave analyses out.
     less = ["--probes", "0", "--mixtures", "0", "--size", "0", "--repeats", "0", "--points", "3", "--samples", "64"]
     before = (tmp_path / "run" / "analysis.json").read_bytes()
