@@ -1,6 +1,9 @@
 # Every target first makes .venv with what pyproject.toml declares.
 PYTHON ?= python3
 BIN := .venv/bin
+# Tests run in as many processes, each with one thread; a process takes about 3 GB.
+WORKERS ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 .PHONY: demo test test-slow lint format bench clean
 
@@ -8,10 +11,10 @@ demo: .venv/.installed
 	$(BIN)/swamp-fast demo --out swamp_demo
 
 test: .venv/.installed
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-slow: .venv/.installed
-	$(BIN)/python -m pytest --slow
+	$(PYTEST) --slow
 
 lint: .venv/.installed
 	$(BIN)/ruff check .
