@@ -2,7 +2,7 @@
 #include "matrix.h"
 
 #if defined(WEIGHT_GRAD)
-#include "../../csrc/cuda/weight_grad.cu"
+#include "../../../csrc/cuda/weight_grad.cu"
 extern "C" bool launch(int x, int y, int z, const bfloat16* source, const float* scale, const float* offset,
                        long long norm_stride, const bfloat16* out_grad, float* partial, long long partial_stride,
                        int part_size, int samples, int tiles) {
@@ -11,7 +11,7 @@ extern "C" bool launch(int x, int y, int z, const bfloat16* source, const float*
   });
 }
 #else
-#include "../../csrc/cuda/convolve.cu"
+#include "../../../csrc/cuda/convolve.cu"
 extern "C" bool launch(int x, int y, int z, const bfloat16* source, const bfloat16* weights, long long weights_stride,
                        const float* scale, const float* offset, long long norm_stride, const float* bias,
                        long long bias_stride, bfloat16* out, int samples, int tiles, int block_tiles, float* scratch,
