@@ -78,7 +78,10 @@ def seeds_for(keys: Tensor, purpose: int, count: int = 1) -> Tensor:
 
 def seed_generators(seed: int) -> None:
     """Seed the global generators of torch, Python and NumPy, for code of the user's that draws from them."""
-    torch.manual_seed(seed)
+    if torch.cuda.is_available():
+        torch.manual_seed(seed)
+    else:  # the same, without the stack trace that torch formats for each kind of device it lacks, 400 us a call
+        torch.default_generator.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed & 0xFFFF_FFFF)  # noqa: NPY002  the legacy generator is what such code uses
 
