@@ -82,7 +82,10 @@ def seeds_for(keys: Tensor, purpose: int, count: int = 1) -> Tensor:
 
 def seed_generators(seed: int) -> None:
     """Seed the global generators of torch, Python and NumPy, from which the user's code may draw."""
-    torch.manual_seed(seed)
+    if torch.accelerator.is_available():
+        torch.manual_seed(seed)
+    else:  # the same, without the stack trace of 400 us that torch formats for each kind of device that is missing
+        torch.default_generator.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed & 0xFFFF_FFFF)  # noqa: NPY002  such code uses the legacy generator
 

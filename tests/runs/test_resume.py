@@ -128,7 +128,7 @@ def test_save_and_load(digits, tmp_path):
     same(SwampResult.load(tmp_path / "b"), result)
     with pytest.raises(IndexError, match="the run has cycles 0 … 3, got 4"):
         result.at(4)
-    with pytest.raises(ValueError, match=r"doesn't fit this run: it lacks \['conv.weight'"):
+    with pytest.raises(ValueError, match=r"doesn't fit this run: the model lacks \['conv.weight'"):
         SwampResult.load(tmp_path / "a", networks.build("tied"))
     with pytest.raises(ValueError, match=r"stem.weight has shape \[4, 1, 3, 3\], the run's has \[8, 1, 3, 3\]"):
         SwampResult.load(tmp_path / "a", networks.ResidualCNN(channels=4))
