@@ -23,7 +23,7 @@ SIZES = [
 def test_lanes_and_samples_compile_nothing_anew():
     """In a separate process, because this one interprets Triton."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = str(ROOT)  # for benchmarks
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "support")])  # benchmarks and paths
     done = subprocess.run([sys.executable, __file__], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     first, *others = json.loads(done.stdout.splitlines()[-1])
