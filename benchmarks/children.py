@@ -87,7 +87,10 @@ class Visit:
             try:
                 self._run(child)
             finally:
-                self.pack()
+                try:
+                    self.pack()
+                except OSError as error:  # such as a full disk: the next steps print what they find nevertheless
+                    print(f"results were not packed: {error}", flush=True)
 
     def _run(self, child: Child) -> None:
         if self.seconds_left - child.leaves < MIN_SECONDS:
@@ -103,13 +106,17 @@ class Visit:
                 result = "passed" if code == 0 else f"failed, exit code {code}"
         except subprocess.TimeoutExpired:
             result = f"killed after {limit:.0f} s"
+        except OSError as error:
+            self._add(Row(child.name, f"failed to start: {error}", time.monotonic() - began, ""))
+            return
         except BaseException:
             seconds = time.monotonic() - began
             self._add(Row(child.name, "stopped by a signal", seconds, self.last_lines(child.name, 1)))
             raise
         last_line = self.last_lines(child.name, 1)
-        if result == "passed" and child.tests and not re.search(r"\d+ passed", last_line):
-            result = NEEDS_GPU if "skipped" in last_line else "failed, no test ran"
+        end = self.last_lines(child.name, SHOWN_LINES)  # something may be printed after pytest's summary
+        if result == "passed" and child.tests and not re.search(r"\d+ passed", end):
+            result = NEEDS_GPU if "skipped" in end else "failed, no test ran"
         elif result == "passed" and NEEDS_GPU in last_line:
             result = NEEDS_GPU
         self._add(Row(child.name, result, time.monotonic() - began, last_line))
@@ -173,7 +180,7 @@ def child_process(command: Sequence[str | Path], **options: Any) -> Iterator[sub
     try:
         yield process
     finally:
-        for number, seconds in ((signal.SIGTERM, GRACE_SECONDS), (signal.SIGKILL, None)):
+        for number, seconds in ((signal.SIGTERM, GRACE_SECONDS), (signal.SIGKILL, GRACE_SECONDS)):
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, number)
             with suppress(subprocess.TimeoutExpired):
@@ -183,4 +190,15 @@ def child_process(command: Sequence[str | Path], **options: Any) -> Iterator[sub
 def pytest_command(*options: str) -> list[str]:
     """Return a pytest command, with several processes if pytest-xdist is installed: GPU tests mostly compile."""
     processes = ["-n", str(min(12, os.cpu_count() or 1))] if importlib.util.find_spec("xdist") else []
-    return [sys.executable, "-m", "pytest", "-q", *processes, "-p", "no:cacheprovider", "--durations=10", *options]
+    return [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        *processes,
+        "-p",
+        "no:cacheprovider",
+        "--durations=10",
+        "--continue-on-collection-errors",
+        *options,
+    ]

@@ -13,7 +13,8 @@ is a row of the report, and the next one starts. DIR gets steps.md and results.t
 caches.tgz, which holds what was compiled on that machine; and from visit 2 protocol.zip, for `benchmarks.protocol
 --import`. The last lines say what to fix first; the exit status is 1 if there is anything to fix.
 
-That machine needs only torch, Triton, NumPy, safetensors and pytest. To spare it most of the compiling, fill a folder
+That machine needs torch, Triton, NumPy, safetensors, Jinja2, MarkupSafe and pytest; some tests of ops also need
+hypothesis, some of capture scikit-learn, and the epoch Pillow, and without them these fail. To spare it most of the compiling, fill a folder
 here with the same versions of Python, torch and Triton, which needs no GPU. For Python 3.12 and an H100 or H200, also
 adding the JPEG copy of CIFAR-10 and the script that decodes it:
 
@@ -159,13 +160,16 @@ def relocate(cache: Path) -> None:
 
 def pack_caches(carried: Path, before: set[Path], to: Path) -> None:
     """Archive the files compiled since `before`, to be unpacked into the folder that is carried next time."""
-    new = [path for path in _compiled(carried) if path not in before]
+    new = sorted((path for path in _compiled(carried) if path not in before), key=lambda path: path.stat().st_size)
+    packed = 0
     with tarfile.open(to, "w:gz", compresslevel=6) as archive:
         for path in new:
+            if to.stat().st_size + path.stat().st_size > MAX_CACHE_BYTES:
+                break
             archive.add(path, path.relative_to(carried))
-    size = to.stat().st_size
-    print(f"\n{len(new)} files were compiled, {size / 1e6:.1f} MB", flush=True)
-    if not new or size > MAX_CACHE_BYTES:
+            packed += 1
+    print(f"\n{packed} of {len(new)} compiled files are packed, {to.stat().st_size / 1e6:.1f} MB", flush=True)
+    if not packed:
         to.unlink()
 
 
@@ -197,7 +201,10 @@ def main(arguments: list[str] | None = None) -> int:
         visit = Visit(out, work, 60 * given.minutes, environment, ROOT, title)
         data = None if given.data is None else given.data.resolve()
         visit.run(children(given.visit, work, out, given.rehearse, data, carried))
-        pack_caches(carried, before, out / "caches.tgz")
+        try:
+            pack_caches(carried, before, out / "caches.tgz")
+        except OSError as error:
+            print(f"what was compiled is not packed: {error}", flush=True)
         return 0 if visit.conclude() else 1
 
 

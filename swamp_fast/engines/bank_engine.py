@@ -25,6 +25,10 @@ class BankEngine:
     trainer: Trainer | None
     joins: bool
 
+    def bank_key(self, mask: Tensor) -> object:
+        """What masks [Q] of runs must have in common to share a bank, so that each run keeps the bits it has alone."""
+        return None
+
     def spawn(
         self,
         start: Solution,

@@ -25,7 +25,7 @@ def run_together(engine: Engine, runs: Sequence[Trainings[Returned]]) -> list[Re
     """
     if not isinstance(engine, PackEngine) or not engine.joins:
         return [_run_alone(engine, run) for run in runs]
-    queue = _Queue(runs)
+    queue = _Queue(runs, engine.bank_key)
     while queue.requests:
         group = queue.take()
         answers: Sequence[TrainingOutcome | Exception]
@@ -52,11 +52,12 @@ def _run_alone(engine: Engine, run: Trainings[Returned]) -> Returned | Exception
 class _Queue(Generic[Returned]):
     """Runs by their numbers: each waits for the training that it requests, or has ended.
 
+    bank_key   of a mask [Q]; only runs whose keys are equal are trained in one bank
     separated  runs that are trained one at a time from now on
     """
 
-    def __init__(self, runs: Sequence[Trainings[Returned]]) -> None:
-        self.runs = runs
+    def __init__(self, runs: Sequence[Trainings[Returned]], bank_key: Callable[[Tensor], object]) -> None:
+        self.runs, self.bank_key = runs, bank_key
         self.requests: dict[int, TrainingRequest] = {}
         self.ended: dict[int, Returned | Exception] = {}
         self.separated: set[int] = set()
@@ -69,6 +70,8 @@ class _Queue(Generic[Returned]):
         first = min(_position(request) for request in self.requests.values())
         numbers = [number for number, request in self.requests.items() if _position(request) == first]
         numbers = [number for number in numbers if number in self.separated][:1] or numbers
+        keys = {number: self.bank_key(self.requests[number].mask) for number in numbers if len(numbers) > 1}
+        numbers = [number for number in numbers if keys.get(number) == keys.get(numbers[0])]
         return {number: self.requests.pop(number) for number in numbers}
 
     def separate(self, group: dict[int, TrainingRequest]) -> None:

@@ -13,6 +13,7 @@ from swamp_fast.engines.bank_engine import BankEngine
 from swamp_fast.engines.fused.compact import CompactBank
 from swamp_fast.engines.fused.cpu.runner import CpuLanes, CpuPrograms
 from swamp_fast.engines.fused.cpu.workspace import Rows
+from swamp_fast.engines.fused.cuda.narrow import channels_left
 from swamp_fast.engines.fused.cuda.nvrtc import Launch
 from swamp_fast.engines.fused.cuda.runner import CudaLanes, CudaPrograms, lanes_in_cache
 from swamp_fast.engines.fused.plan import Plan
@@ -68,6 +69,10 @@ class FusedEngine(BankEngine):
         runner = self.programs.lanes(bank.weights, grads, bank.run_of_lane)
         self.trainer = Trainer(self.problem, bank, grads, runner)
         return bank
+
+    def bank_key(self, mask: Tensor) -> object:
+        """As BankEngine.bank_key: the program is made for the channels that a mask leaves alive."""
+        return channels_left(self.plan, self.problem.layout, mask) if self.joins else None
 
     def release(self) -> None:
         """As BankEngine.release."""

@@ -32,6 +32,11 @@ def narrow(plan: Plan, layout: Layout, mask: Tensor) -> tuple[Plan, list[Tensor]
     return narrowed, left
 
 
+def channels_left(plan: Plan, layout: Layout, mask: Tensor) -> tuple[tuple[int, ...], ...]:
+    """The channels that `narrow` leaves of each value under a mask [Q]."""
+    return tuple(tuple(channels.tolist()) for channels in narrow(plan, layout, mask)[1])
+
+
 def per_channel(plan: Plan, channels: Sequence[Tensor]) -> dict[str, Tensor]:
     """Which numbers of each bias, and of each norm's weight, belong to channels that are left, by name."""
     return {

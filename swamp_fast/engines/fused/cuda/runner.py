@@ -27,9 +27,9 @@ MAX_MEMORY_FRACTION = 0.4  # of the free memory for one step: steps of two batch
 
 
 class CudaPrograms:
-    """The program under a mask [Q], or under the masks [R, Q] of R runs.
+    """The program under a mask [Q], or under the masks [R, Q] of R runs, which leave the same channels alive.
 
-    plan      without channels that are dead in all runs
+    plan      without dead channels
     compacts  of the runs, all of one length
     columns   [channels of the plan's norms] int64, which of the model's channels they are; None if all are left
     at_once   how many lanes a launch runs at most, None for all; what a lane computes doesn't depend on it
@@ -41,7 +41,7 @@ class CudaPrograms:
     ) -> None:
         self.problem, self.branch = problem, branch
         masks = mask.view(-1, mask.shape[-1])
-        self.plan, channels = narrow(plan, problem.layout, masks.any(0))
+        self.plan, channels = narrow(plan, problem.layout, masks[0])
         self.columns = norm_columns(plan, channels)
         self.columns = None if self.columns is None else self.columns.to(mask.device)
         first, room = per_channel(plan, channels), int(masks.sum(1).max())
