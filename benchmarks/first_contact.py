@@ -14,9 +14,9 @@ caches.tgz, which holds what was compiled on that machine; and from visit 2 prot
 --import`. The last lines say what to fix first; the exit status is 1 if there is anything to fix.
 
 That machine needs torch, Triton, NumPy, safetensors, Jinja2, MarkupSafe and pytest; some tests of ops also need
-hypothesis, some of capture scikit-learn, and the epoch Pillow, and without them these fail. To spare it most of the compiling, fill a folder
-here with the same versions of Python, torch and Triton, which needs no GPU. For Python 3.12 and an H100 or H200, also
-adding the JPEG copy of CIFAR-10 and the script that decodes it:
+hypothesis, some of capture scikit-learn, and the epoch Pillow: without them these fail. To spare it most of the
+compiling, fill a folder here with the same versions of Python, torch and Triton, which needs no GPU. For Python 3.12
+and an H100 or H200, also adding the JPEG copy of CIFAR-10 and the script that decodes it:
 
     python3.12 -m benchmarks.machine_code --arch sm_90 --fill .first_contact --python python3.12
     cp -r FOLDER .first_contact/data  # FOLDER holds cifar10_jpeg.npz and decode_cifar10.py

@@ -221,6 +221,23 @@ def test_what_was_compiled_there_is_brought_back(tmp_path):
         assert archive.getnames() == ["cubins/new.cubin"]
 
 
+def test_of_too_many_compiled_files_the_smallest_are_brought_back(tmp_path, monkeypatch):
+    (tmp_path / "cubins").mkdir()
+    for size in (10, 5000, 20):
+        (tmp_path / "cubins" / f"{size}.cubin").write_bytes(b"0" * size)
+    monkeypatch.setattr(first_contact, "MAX_CACHE_BYTES", 1000)
+    first_contact.pack_caches(tmp_path, set(), tmp_path / "caches.tgz")
+    with tarfile.open(tmp_path / "caches.tgz") as archive:
+        assert archive.getnames() == ["cubins/10.cubin", "cubins/20.cubin"]
+
+
+def test_a_command_that_is_missing_is_a_row_and_a_summary_may_be_followed_by_other_lines(tmp_path):
+    visit = Visit(tmp_path / "out", tmp_path / "work", 60, os.environ, tmp_path, "a visit")
+    passed = Child("late line", 20, [sys.executable, "-c", "print('3 passed in 1 s'); print('bye')"], True)
+    visit.run([Child("missing", 20, [str(tmp_path / "nothing")]), passed])
+    assert [row.result.partition(":")[0] for row in visit.rows] == ["failed to start", "passed"]
+
+
 def test_a_copy_without_git_knows_its_commit(tmp_path, monkeypatch):
     """Also inside somebody else's repository."""
     copy = tmp_path / "copy"

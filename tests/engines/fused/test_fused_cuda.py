@@ -166,6 +166,35 @@ def test_runs_in_one_bank(digits, monkeypatch):
     assert kept[0] < kept[1]
 
 
+@pytest.mark.slow
+def test_a_run_in_a_pack_has_the_bits_that_it_has_alone(monkeypatch):
+    """Also if its mask leaves fewer channels alive than those of the others."""
+    for module in (engine, check):
+        monkeypatch.setattr(module, "programs_of", lambda *given: CudaPrograms(*given[:3], None))
+    always = property(lambda self: True, lambda self, value: None)
+    monkeypatch.setattr(engine.FusedEngine, "joins", always, raising=False)
+    monkeypatch.setattr(packing, "runs_at_once", lambda engine, problems: (len(problems), "forced"))
+    model = seeded(
+        lambda: nn.Sequential(
+            *(nn.Conv2d(1, 48, 3, padding=1, bias=False), nn.BatchNorm2d(48), nn.ReLU()),
+            *(nn.Conv2d(48, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU()),
+            *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 3)),
+        )
+    )
+    data = torch.randn(8, 1, 4, 4, generator=torch.Generator().manual_seed(1)), torch.arange(8) % 3
+    settings = {"particles": 1, "cycles": 1, "epochs": 2, "ticket_epochs": 0, "batch_size": 8, "progress": False}
+    settings |= {"device": DEVICE, "engine": "fused"}
+    points = [{"seed": 1, "prune": 0.995}, {"seed": 2, "prune": 0.1}, {"seed": 3, "prune": 0.1}]
+    for run in sweep(model, data, data, points, **settings).runs:
+        assert run.error is None, run.error
+        alone = fast_swamp(model, data, data, **settings, **run.point)
+        for cycle in (0, 1):
+            (packed, masks), (expected, expected_masks) = run.result.at(cycle), alone.at(cycle)
+            assert all(torch.equal(masks[name], mask) for name, mask in expected_masks.items())
+            for name, tensor in expected.state_dict().items():
+                assert torch.equal(packed.state_dict()[name], tensor), (run.point, cycle, name)
+
+
 @pytest.mark.parametrize("groups", ["at_once", "branch"])
 def test_bits_depend_on_nothing_but_the_lane(groups, monkeypatch):
     """It doesn't depend on how many lanes there are, run at once, or run side by side."""
