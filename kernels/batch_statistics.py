@@ -200,7 +200,7 @@ def scale_offset(to, channels):
 
 
 def extents_of(source):
-    """L, pixels and C of a map [L, ..., C]."""
+    """L, the number of pixels, and C of a map [L, ..., C]."""
     lanes, channels = source.shape[0], source.shape[-1]
     return lanes, source[0].numel() // channels, channels
 

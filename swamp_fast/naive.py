@@ -110,7 +110,7 @@ def train_ticket(problem: Problem, run: Run) -> nn.Module:
 def train_particles(
     problem: Problem, run: Run, start: nn.Module, masks: State, cycle: int
 ) -> tuple[dict[int, nn.Module], dict[str, Any]]:
-    """The trained particles by their numbers, without those that diverged, and the training's part of the row."""
+    """Train the particles of a cycle. Returns those that did not diverge, by number, and what the row says of it."""
     config, began = problem.config, time.perf_counter()
     particles: dict[int, nn.Module] = {}
     losses: list[float] = []

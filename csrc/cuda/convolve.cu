@@ -25,7 +25,7 @@ namespace {
 constexpr int kInPitch = CHUNK + kPad, kOutPitch = BLOCK_OUT + kPad;
 // Numbers in shared memory.
 constexpr int kHalo = kHaloPixels * kInPitch, kWeights = kTaps * CHUNK * kOutPitch;
-// A warp sums kFragments times 16 pixels of kColumns times 8 channels.
+// A warp accumulates a tile of (kFragments * 16) pixels by (kColumns * 8) channels.
 constexpr int kFragments = 2, kColumns = BLOCK_OUT / 8;
 // With one chunk the weights stay in shared memory; with more the rounded output takes their place after each tile.
 constexpr bool kOneChunk = CHUNK == IN;

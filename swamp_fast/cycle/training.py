@@ -149,7 +149,7 @@ def do(engine: Engine, request: TrainingRequest) -> TrainingOutcome:
 
 
 def spawned(engine: Engine, request: TrainingRequest) -> ParticleBank:
-    """The bank of this rank's lanes. The first rank makes the engine's measured choices for all."""
+    """The bank of this rank's lanes. Where the engine chooses by a stopwatch, all ranks use the first rank's choice."""
     run, particles, banks = request.run, request.run.ranks.share(request.particles), []
 
     def on_first_rank() -> dict[str, Any]:

@@ -68,7 +68,7 @@ def layer_order(seed: int, cycle: int, layer: int, weights: int, device: torch.d
 def _permutations(keys: Tensor, purpose: int, count: int) -> Tensor:
     """A random permutation [L, count] int64 for each key.
 
-    A stable sort of 64-bit words: among words of 32 bits, two would be equal in one of four epochs of 50,000 samples.
+    A stable sort of 64-bit words. With 32-bit words, about one epoch in four, of 50,000 samples each, would have a tie.
     """
     words = ops.philox(keys, purpose, 2 * count)
     return words.view(torch.int64).argsort(dim=1, stable=True)

@@ -17,7 +17,7 @@ def history_table(history: list[dict[str, Any]]) -> str:
 
 def summary_table(summary: list[dict[str, Any]], names: list[str]) -> str:
     """The last cycles of a sweep, one row per point of the settings `names`: test accuracy and spread over seeds."""
-    # A point's cycles come in order, so the last row of a point stays.
+    # A point's cycles come in order, so later rows replace earlier ones and its last cycle is left.
     last = {tuple(str(row.get(name, "")) for name in names): row for row in summary}
     rows = [(*names, "density", "seeds", "accuracy")]
     for point, row in last.items():

@@ -23,7 +23,7 @@ class StopPolicy:
     def __init__(self, config: SwampConfig, ranks: Ranks, signals: StopSignals) -> None:
         self.ranks, self.signals = ranks, signals
         self.run_dir, self.seconds_between = config.run_dir, 60 * config.checkpoint_minutes
-        self.stop_signal: int | None = None  # by which all ranks stop now
+        self.stop_signal: int | None = None  # that makes all ranks stop; None while they train
         self._checkpoint_at = time.perf_counter()
         self._steps_between, self._steps_since, self._exchanged_at = 1, 0, time.perf_counter()
 
@@ -67,6 +67,6 @@ class StopPolicy:
         wait = min(EXCHANGE_SECONDS, self.seconds_between) if self.seconds_between > 0 else EXCHANGE_SECONDS
         first_rank_says = [int(due), max(1, int(wait / seconds_per_step))] if self.ranks.first else [0, 1]
         number, is_due, self._steps_between = self.ranks.all_reduce_max([self.signals.asked or 0, *first_rank_says])
-        self.stop_signal = number or None  # not this rank's own signal: a later one is unknown to the others
+        self.stop_signal = number or None  # the agreed one: other ranks don't know of a later signal
         self._steps_since, self._exchanged_at = 0, now
         return bool(is_due)

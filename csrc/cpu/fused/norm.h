@@ -111,7 +111,7 @@ void norm_grad_channel(const NormGrad& a, int64_t channel) {
   const View<S> in(f.in), out(f.out), g(a.out_grad), to(a.in_grad), side(residual ? a.residual_grad : a.out_grad);
   const ChannelNorm<T> n = channel_norm<S>(f, channel);
   const int64_t W = f.in.width, left = f.in.samples % kSamples;
-  // The gradient through relu. Without a residual relu's mask is recomputed instead of read.
+  // The gradient through relu. Without a residual, relu's mask is recomputed instead of read.
   const auto before = [&](const S* g_row, const S* out_row, const Vector<T>& centred, int64_t x) {
     Vector<T> gradient = load(g_row + x);
     if constexpr (relu && residual) gradient = load(out_row + x) > Vector<T>{} ? gradient : Vector<T>{};

@@ -86,7 +86,7 @@ def _fastest(problem: Problem, choices: list[Choice], lanes: int, milliseconds: 
 
 
 def _ready_trainer(problem: Problem, choice: Choice, lanes: int) -> Trainer:
-    """A trainer before the first step from the problem's initial weights."""
+    """A trainer that holds the problem's initial weights and has not taken a step."""
     trainer = eager_trainer(problem, choice, lanes)
     trainer.bank.rewind_([initial(problem)], problem.mask[None], range(lanes), None)
     trainer.begin()
