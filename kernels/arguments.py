@@ -92,7 +92,7 @@ class Product(NamedTuple):
     upcast: bool  # whether factors are converted to float32 first
 
 
-def rows(tensor: Any) -> Rows:
+def rows(tensor: Any) -> Rows | None:
     """A tensor's rows; None stays None."""
     return None if tensor is None else Rows(tensor, tensor.stride(0))
 
