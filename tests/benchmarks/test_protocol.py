@@ -24,7 +24,7 @@ STEPS_PER_SLICE = 25
 @pytest.fixture(autouse=True)
 def _packed(monkeypatch):
     """All runs share a bank, whatever a stopwatch would choose."""
-    monkeypatch.setattr("swamp_fast.studies.sweep.runs_at_once", lambda engine, problems: (len(problems), "forced"))
+    monkeypatch.setattr("swamp_fast.studies.packing.runs_at_once", lambda engine, problems: (len(problems), "forced"))
 
 
 def test_the_items_in_their_order(tmp_path):

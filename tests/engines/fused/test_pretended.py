@@ -157,7 +157,7 @@ def test_streamed_data_and_a_user_s_transform(digits):
 
 
 def test_a_stopped_run_and_a_packed_sweep_go_on_to_what_an_unstopped_one_gives(digits, tmp_path, monkeypatch):
-    monkeypatch.setattr("swamp_fast.studies.sweep.runs_at_once", lambda engine, problems: (len(problems), "forced"))
+    monkeypatch.setattr("swamp_fast.studies.packing.runs_at_once", lambda engine, problems: (len(problems), "forced"))
     settings = ON_GPU | {"engine": "eager:fold", "checkpoint_minutes": ALWAYS}
     points = [{"seed": 0}, {"seed": 1, "lr": 0.05}]
     with gpu():
