@@ -1,4 +1,4 @@
-"""The memory that a run took, and the memory that is free. This is the only place that asks for either."""
+"""The memory that a run took, and the memory that is free."""
 
 from __future__ import annotations
 
