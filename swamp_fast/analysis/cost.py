@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import statistics
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from swamp_fast.analysis.evaluator import Analysis
 from swamp_fast.common.exclusive import one_at_a_time
+from swamp_fast.common.timing import seconds_in_turn
 from swamp_fast.data.store import pass_in_stored_order
 from swamp_fast.engines.lane_by_lane import channels_last
 from swamp_fast.problem.solutions import state_of
@@ -132,12 +132,7 @@ def _latency(
 
 
 def medians(contenders: list[Callable[[], object]], repeats: int) -> list[float]:
-    """Median seconds of each contender; they take turns, after one run each to warm up."""
-    times: list[list[float]] = [[] for _ in contenders]
-    for turn in range(repeats + 1):
-        for seconds, run in zip(times, contenders, strict=True):
-            began = time.perf_counter()
-            run()
-            if turn:
-                seconds.append(time.perf_counter() - began)
-    return [statistics.median(seconds) for seconds in times]
+    """Median seconds of each contender on the CPU; they take turns, after one run each to warm up."""
+    for run in contenders:
+        run()
+    return seconds_in_turn(contenders, torch.device("cpu"), repeats, statistics.median)

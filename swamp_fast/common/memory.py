@@ -26,7 +26,8 @@ def peak_memory(device: torch.device) -> int:
 def free_memory(device: torch.device) -> int:
     """Free bytes of the GPU, or of the host for the CPU, where caches that can be dropped count as free."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
     meminfo = Path("/proc/meminfo")
     if meminfo.exists():
         line = next(line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable:"))

@@ -15,7 +15,7 @@ from swamp_fast.common.tree import tensors, tree_leaves, tree_map, tree_stack
 from swamp_fast.data.sources import Arrays, Samples, Source
 from swamp_fast.particles.random import generators_left_alone, generators_state, seed_generators
 
-PROBED = 32  # about so many samples are read twice, to see whether a Dataset is random
+PROBED = 32  # about how many samples are read twice, to see whether a Dataset is random
 
 
 class SeededSamples(Dataset[Any]):

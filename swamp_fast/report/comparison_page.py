@@ -54,7 +54,7 @@ def comparison_page(name: str, comparison: Mapping[str, Any]) -> Page:
 
 
 def band_in_words(lines: int) -> str:
-    """Where a chart of so many lines shows the spread over seeds."""
+    """Where a chart with this many lines shows the spread over seeds."""
     few = lines <= MAX_BANDS
     return "the band is one standard deviation over seeds" if few else "the spread over seeds is in the table"
 

@@ -77,7 +77,7 @@ constexpr int kTile = 4, kTileOfFour = 2;
 template <int rows>
 constexpr int kWidth = rows == 4 ? kTileOfFour : kTile;
 
-// Prefetches the row of every channel that the next tile below reads first; hardware can't follow so many streams.
+// Prefetches the row of every channel that the next tile below reads first; hardware can't follow that many streams.
 template <typename S>
 inline void prefetch_below(const Convolve& a, const ConvolveTile<S>& t, int height, int width) {
   for (int64_t channel = 0; channel < a.in.channels; ++channel) {

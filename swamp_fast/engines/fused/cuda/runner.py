@@ -55,9 +55,8 @@ class CudaPrograms:
         """Set how many of `lanes` lanes run at once, by the free memory. Raises MemoryError if not even one fits."""
         if self.problem.device.type != "cuda":
             return
-        free = free_memory(self.problem.device)
-        free += torch.cuda.memory_reserved(self.problem.device) - torch.cuda.memory_allocated(self.problem.device)
-        self.at_once = lanes_that_fit(lanes, self.program.bytes_of_lane(self.problem.bounds[0][1]), free)
+        bytes_of_lane = self.program.bytes_of_lane(self.problem.bounds[0][1])
+        self.at_once = lanes_that_fit(lanes, bytes_of_lane, free_memory(self.problem.device))
 
     @property
     def compact(self) -> Compact:
