@@ -14,7 +14,7 @@ from functools import partial
 
 import torch
 
-from benchmarks.timing import header, write
+from benchmarks.measuring import header, write
 from swamp_fast import SwampResult, fast_swamp, naive_swamp
 from swamp_fast.engines.eager.choice import Choice
 from swamp_fast.models import SmallCNN

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.timing import header, interleaved, write
+from benchmarks.measuring import header, interleaved, write
 from swamp_fast.analysis import Analysis, Path, loss_barrier
 from swamp_fast.data.sources import Arrays, open_source
 from swamp_fast.data.store import Data, pass_in_stored_order

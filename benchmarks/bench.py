@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import timing
+from benchmarks import measuring
 from benchmarks.steps import Step, problem_of, step_of
 from swamp_fast.engines.fused.check import differs_from_autograd, tensor_cores
 from swamp_fast.engines.fused.coverage import fused_plan
@@ -43,17 +43,17 @@ class Bench:
         self.checked: dict[str, tuple[Plan, Launch | None] | str] = {}
         self.branches: dict[tuple[str, int], int | None] = {}
         self.summary = ""
-        timing.RESULTS = out
+        measuring.RESULTS = out
 
     def write(self, slice_: str, table: list[dict[str, Any]], of: str = "", **more: Any) -> None:
         """Write the table of a slice, or of its part `of`, under a header with `more`."""
-        about = timing.header(self.rounds) | {"device": self.name, "batch": self.batch, **more}
+        about = measuring.header(self.rounds) | {"device": self.name, "batch": self.batch, **more}
         if not self.rehearse:
             import triton
 
             about |= {"triton": triton.__version__, "cuda": torch.version.cuda}
         name = "_".join(filter(None, ("gpu", slice_, of, self.name)))
-        timing.write(name, f"python -m benchmarks.gpu --only {slice_}", about, table)
+        measuring.write(name, f"python -m benchmarks.gpu --only {slice_}", about, table)
 
     def timed(
         self,
@@ -108,7 +108,7 @@ class Bench:
 
             return many
 
-        turns = timing.interleaved({name: turn(name) for name in runs}, rounds)
+        turns = measuring.interleaved({name: turn(name) for name in runs}, rounds)
         times: Times = {name: {key: value / steps for key, value in each.items()} for name, each in turns.items()}
         return times | failed
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from types import FrameType, TracebackType
+
+from swamp_fast.common.timing import Stopwatch
 
 SOFT_LIMIT = 0.9  # of the budget; work under way is then asked to stop, and again at each further 10 %
 
@@ -21,13 +22,13 @@ class Budget:
     """
 
     def __init__(self, seconds: float) -> None:
-        self.began, self.seconds = time.monotonic(), seconds
+        self.watch, self.seconds = Stopwatch(), seconds
         self.working = self.interrupted = False
 
     @property
     def spent(self) -> float:
         """The fraction of the budget that is spent."""
-        return (time.monotonic() - self.began) / self.seconds
+        return self.watch.seconds / self.seconds
 
     @property
     def is_over(self) -> bool:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.tables import markdown_table
+from benchmarks.markdown import markdown_table
 
 GRACE_SECONDS = 3.0  # between SIGTERM and SIGKILL
 MIN_SECONDS = 10.0  # a child is not started with less time than this

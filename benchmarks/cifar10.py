@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.timing import ROOT
+from benchmarks.measuring import ROOT
 
 SCRIPT = Path("data") / "decode_cifar10.py"
 

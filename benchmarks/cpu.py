@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.measuring import header, interleaved, write
 from benchmarks.steps import initial_solution, problem_of
-from benchmarks.timing import header, interleaved, write
 from swamp_fast import naive, ops
 from swamp_fast.common.memory import peak_memory
 from swamp_fast.engines.eager.engine import EagerEngine

@@ -8,14 +8,14 @@ Writes benchmarks/results/digits, with a figure.
 from __future__ import annotations
 
 import argparse
-import time
 
 import torch
 
-from benchmarks.timing import RESULTS, header, write
+from benchmarks.measuring import RESULTS, header, write
 from swamp_fast import fast_swamp
 from swamp_fast.cli.runs import DEMO
 from swamp_fast.common.format import percent
+from swamp_fast.common.timing import Stopwatch
 from swamp_fast.models import SmallCNN
 from swamp_fast.report.figures import accuracy_over_sparsity
 
@@ -24,9 +24,8 @@ def main() -> None:
     """Run the demo and write its table and figure."""
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     torch.manual_seed(DEMO.seed)
-    began = time.perf_counter()
+    watch = Stopwatch()
     result = fast_swamp(SmallCNN(1, 10), "digits", config=DEMO, progress=False)
-    seconds = time.perf_counter() - began
     table = [
         {
             "cycle": row["cycle"],
@@ -39,7 +38,7 @@ def main() -> None:
         for row in result.history
     ]
     engine = f"{result.engine['engine']}; {result.engine['why']}"
-    about = header(1) | {"seconds": round(seconds), "engine": engine, "test_pictures": 359}
+    about = header(1) | {"seconds": round(watch.seconds), "engine": engine, "test_pictures": 359}
     write("digits", "python -m benchmarks.digits", about, table)
     accuracy_over_sparsity(result.history, RESULTS / "digits.svg", "SWAMP on digits, a small CNN, 4 particles")
 

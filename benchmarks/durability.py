@@ -27,9 +27,10 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
+from benchmarks.measuring import ROOT, header, summary, write
 from benchmarks.steps import random_pictures
-from benchmarks.timing import ROOT, header, summary, write
 from swamp_fast import SwampConfig, SwampResult, fast_swamp
+from swamp_fast.common.timing import Stopwatch
 from swamp_fast.cycle.training import Watch
 from swamp_fast.models import build_model
 from swamp_fast.runs.folder import RunDirectory
@@ -88,9 +89,9 @@ def crash(engine: str, folder: Path, times: int, seed: int, device: str = "cpu",
     ready = context.Process(target=time.sleep, args=(0,))  # when it ends, the forkserver has imported everything
     ready.start()
     ready.join()
-    whole, began = folder / "whole", time.perf_counter()
+    whole, watch = folder / "whole", Stopwatch()
     join(start(context, engine, whole, device))
-    seconds = time.perf_counter() - began
+    seconds = watch.seconds
     number = 0
     while True:
         cut = folder / f"cut {number}"
@@ -224,9 +225,9 @@ def _timed(method: Callable[..., Any], report: Callable[..., None]) -> Callable[
     """Return a method that also calls report(seconds, *arguments)."""
 
     def call(*arguments: Any) -> Any:
-        began = time.perf_counter()
+        watch = Stopwatch()
         returned = method(*arguments)
-        report(time.perf_counter() - began, *arguments)
+        report(watch.seconds, *arguments)
         return returned
 
     return call
@@ -241,14 +242,14 @@ def cost(given: argparse.Namespace) -> None:
     table = []
     for engine in given.engine:
         with tempfile.TemporaryDirectory(dir=given.dir) as folder, CheckpointTimes() as times:
-            began = time.perf_counter()
+            watch = Stopwatch()
             fast_swamp(
                 *(build_model(given.model, 3, 32, 32, 10), random_pictures(given.samples)),
                 **{**settings, "engine": engine, "device": given.device, "augment": "crop_flip"},
                 run_dir=folder,
                 checkpoint_minutes=given.minutes,
             )
-            seconds = time.perf_counter() - began
+            seconds = watch.seconds
         if not times.seconds:
             raise SystemExit(f"the {engine} engine's run of {seconds:.0f} s wrote no checkpoint: lower --minutes")
         one, total = summary(times.seconds), sum(times.seconds) + sum(times.cycle_seconds)

@@ -15,8 +15,8 @@ from collections.abc import Sequence
 
 import torch
 
+from benchmarks.measuring import header, interleaved, processor, write
 from benchmarks.steps import Step, covered_plan, problem_of, step_of
-from benchmarks.timing import header, interleaved, processor, write
 from swamp_fast.engines.eager.engine import EagerEngine
 from swamp_fast.engines.fused.engine import FusedEngine
 from swamp_fast.engines.selection import eager_by_rule, kind_of

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.timing import RESULTS, header, write
+from benchmarks.measuring import RESULTS, header, write
 from swamp_fast import compare, distributed
 from swamp_fast.analysis import Analysis, averages, barrier_matrix, consecutive, hessian_trace, mask_overlap, particles
 from swamp_fast.data.sources import Arrays, open_source

@@ -48,7 +48,7 @@ from pathlib import Path
 
 from benchmarks.children import Child, Visit, pytest_command
 
-ROOT = Path(__file__).parents[1]  # not benchmarks.timing's, which imports torch
+ROOT = Path(__file__).parents[1]  # not benchmarks.measuring's, which imports torch
 CARRIED = ROOT / ".first_contact"
 MAPPED = {"kernels": Path("..", "kernels"), "cuda_sources": Path("..", "csrc", "cuda")}  # as in pyproject.toml
 OPS = ("clip_scale", "gather_augment", "global_threshold", "masked_adamw", "masked_sgd", "particle_mean", "philox")
@@ -74,7 +74,7 @@ def children(
         return Child(name, seconds, pytest_command(*options, *(["-k", tiny] if rehearse and tiny else [])), True)
 
     if visit == 1:
-        probe = [sys.executable, "-m", "benchmarks.probe", *(["--rehearse"] if rehearse else [])]
+        probe = [sys.executable, "-m", "benchmarks.gpu_probe", *(["--rehearse"] if rehearse else [])]
         names = ("engines/test_capture", "runs/test_interruption", "engines/test_optimizers")
         on_gpu = [f"tests/{name}.py" for name in names]
         return [

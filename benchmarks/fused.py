@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -24,9 +23,10 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.cifar10 import pictures
+from benchmarks.measuring import RESULTS, header, interleaved, write
 from benchmarks.steps import NaiveLoop, Step, covered_plan, problem_of, seeded_model, stacked_step, trainer_of
-from benchmarks.timing import RESULTS, header, interleaved, write
 from swamp_fast import SwampResult, fast_swamp, naive_swamp
+from swamp_fast.common.timing import Stopwatch
 from swamp_fast.engines.fused.check import differs_from_autograd
 from swamp_fast.engines.fused.engine import FusedEngine
 from swamp_fast.models import build_model
@@ -136,11 +136,11 @@ def run(model: str, data: Path, samples: int, particles: int, precision: str) ->
     drivers: list[tuple[str, Callable[..., SwampResult], nn.Module]]
     drivers = [("fast_swamp", fast_swamp, network), ("naive_swamp, channels last", naive_swamp, channels_last)]
     for name, function, module in drivers:
-        began = time.perf_counter()
+        watch = Stopwatch()
         result = function(module, train, test, **settings)
         last = result.history[-1]
         table.append(
-            {"": name, "seconds": round(time.perf_counter() - began, 1),
+            {"": name, "seconds": round(watch.seconds, 1),
              "training steps alone": round(sum(row["train_seconds"] for row in result.history), 1),
              "accuracy at the end": last["accuracy"], "density": round(last["density"], 4),
              "engine": result.engine["engine"]}

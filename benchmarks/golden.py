@@ -15,7 +15,6 @@ import contextlib
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,8 +24,9 @@ from torch import Tensor
 
 from benchmarks import golden_calls
 from benchmarks.children import child_process
-from benchmarks.timing import ROOT
+from benchmarks.measuring import ROOT
 from swamp_fast import _C
+from swamp_fast.common.timing import Stopwatch
 
 LINKS = {"swamp_fast/kernels": "kernels", "swamp_fast/cuda_sources": "csrc/cuda"}  # as installed
 BUILT_FROM = ("setup.py", "csrc/cpu")
@@ -111,12 +111,11 @@ def main(argv: list[str] | None = None) -> int:
     differ = 0
     with tree_of(arguments.against) as tree:
         for name in arguments.only:
-            began = time.perf_counter()
+            watch = Stopwatch()
             before, now = results((tree, ROOT), name)
             changed = difference(before, now)
             differ += changed is not None
-            seconds = time.perf_counter() - began
-            print(f"{name}: {changed or f'{len(now)} results, the same bits'} ({seconds:.0f} s)", flush=True)
+            print(f"{name}: {changed or f'{len(now)} results, the same bits'} ({watch.seconds:.0f} s)", flush=True)
     print(f"{differ} of {len(arguments.only)} calls differ from {arguments.against}", flush=True)
     return int(differ > 0)
 

@@ -30,7 +30,6 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
-import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
@@ -46,6 +45,7 @@ from benchmarks.children import child_process, pytest_command
 from benchmarks.launches import HALO_KINDS, halo_step, profiled
 from benchmarks.steps import NaiveLoop, Step, errors, in_one_graph, random_pictures, seeded_model, stacked_step, step_of
 from swamp_fast import SwampResult, fast_swamp, naive_swamp, ops
+from swamp_fast.common.timing import Stopwatch, seconds_of
 from swamp_fast.engines.eager.engine import EagerEngine
 from swamp_fast.engines.fused.cuda.halo import Halo
 from swamp_fast.engines.fused.estimate import estimate, measured_ceilings
@@ -241,15 +241,15 @@ def processes(bench: Bench) -> None:
 def _steps_per_second(device: str, rehearse: bool, seconds: float) -> float:
     """Measure a naive loop's rate while the other processes run too."""
     loop = NaiveLoop(Bench(Path(), None, rehearse).problem("resnet20", 1))
-    count, began, first_end = 0, time.perf_counter(), 0.0
-    while time.perf_counter() - began < 2 * seconds:  # the first half waits until all processes have started
-        loop.step()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        if time.perf_counter() - began > seconds:
-            count += 1
-            first_end = first_end or time.perf_counter()
-    return (count - 1) / (time.perf_counter() - first_end)
+    watch = Stopwatch()
+    while watch.seconds < seconds:  # until all processes have started
+        seconds_of(loop.step, torch.device(device))
+    watch.restart()
+    steps = 0
+    while watch.seconds < seconds:
+        seconds_of(loop.step, torch.device(device))
+        steps += 1
+    return steps / watch.seconds
 
 
 def networks(bench: Bench) -> None:
@@ -292,7 +292,7 @@ def epoch(bench: Bench) -> None:
     settings: dict[str, Any] = {"particles": particles, "cycles": 1, "epochs": 1 if bench.rehearse else 10}
     settings |= {"ticket_epochs": 0, "batch_size": bench.batch, "augment": "crop_flip", "precision": "bfloat16"}
     settings |= {"engine": "fused", "device": str(bench.device)}
-    began = time.perf_counter()
+    watch = Stopwatch()
     result = fast_swamp(seeded_model("resnet20"), train, **settings)
     row = result.history[-1]
     seconds = round(row["train_seconds"] / settings["epochs"], 3)
@@ -300,7 +300,7 @@ def epoch(bench: Bench) -> None:
     bench.write(
         "epoch",
         [{"particles": particles, "seconds an epoch": seconds,
-          "whole run, s": round(time.perf_counter() - began, 1), "epochs": settings["epochs"]}],
+          "whole run, s": round(watch.seconds, 1), "epochs": settings["epochs"]}],
         pictures=count,
     )  # fmt: skip
 
@@ -387,7 +387,7 @@ def main() -> None:
         knobs.compilation.listener = lambda *, cache_hit, **_: from_cache.update([cache_hit])
     failed = []
     for name in given.only:
-        began, bench.summary = time.perf_counter(), ""
+        watch, bench.summary = Stopwatch(), ""
         from_cache.clear()
         try:
             SLICES[name](bench)
@@ -395,7 +395,7 @@ def main() -> None:
             failed.append(f"{name}: {(str(error) or type(error).__name__).splitlines()[0]}")
             traceback.print_exc()
         report = [bench.summary] if bench.summary else []
-        report.append(f"{time.perf_counter() - began:.0f} s")
+        report.append(f"{watch.seconds:.0f} s")
         if not given.rehearse:
             report.append(f"Triton: {from_cache[True]} kernels from the cache, {from_cache[False]} compiled")
         print(f"{name}: {', '.join(report)}", flush=True)

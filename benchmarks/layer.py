@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.timing import header, interleaved, write
+from benchmarks.measuring import header, interleaved, write
 from swamp_fast.engines.fused.compact import Compact
 from swamp_fast.engines.fused.cpu.program import Program
 from swamp_fast.engines.fused.trace import plan_of

@@ -28,8 +28,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.first_contact import NOT_CARRIED, relocate
+from benchmarks.measuring import ROOT, commit
 from benchmarks.steps import problem_of
-from benchmarks.timing import ROOT, commit
 from swamp_fast import ops
 from swamp_fast.engines.fused.check import differs_from_autograd, tensor_cores_differ
 from swamp_fast.engines.fused.coverage import fused_plan

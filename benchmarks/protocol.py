@@ -41,7 +41,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks import gpu, protocol_results, timing
+from benchmarks import gpu, measuring, protocol_results
 from benchmarks.budget import Budget
 from benchmarks.children import child_process
 from benchmarks.cifar10 import decoded
@@ -195,7 +195,7 @@ class Protocol:
         command = [sys.executable, "-m", "benchmarks.gpu", "--only", slice_, "--out", str(self.out / "gpu")]
         command += ["--rehearse"] if self.rehearse else ["--data", self.source()]
         (self.out / "gpu").mkdir(exist_ok=True)
-        with child_process(command, cwd=timing.ROOT) as process:
+        with child_process(command, cwd=measuring.ROOT) as process:
             if process.wait():
                 raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}")
         return True
@@ -299,7 +299,7 @@ class Protocol:
                 analyses += [{**run, **row} for row in self.read(f"analysis/{folder.name}.json") or []]
         cost = {path.stem: json.loads(path.read_text()) for path in sorted((self.out / "cost").glob("*.json"))}
         tables = {path.stem: json.loads(path.read_text()) for path in sorted((self.out / "gpu").glob("*.json"))}
-        about = timing.header(1) | {"data": Path(self.source()).name, "items": self.marks}
+        about = measuring.header(1) | {"data": Path(self.source()).name, "items": self.marks}
         about["note"] = "a rehearsal, whose figures mean nothing" if self.rehearse else protocol_results.NOTE
         settings = {study.name: {"model": study.model, **study.settings} for study in self.studies}
         return {**about, "studies": settings, "rows": rows, "analysis": analyses, "cost": cost, "gpu": tables}
@@ -368,7 +368,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rehearse", action="store_true", help="tiny and on the CPU, with results under DIR")
     given = parser.parse_args(arguments)
     if given.what == "tables":
-        protocol_results.tables(timing.RESULTS if given.out is None else given.out / "results")
+        protocol_results.tables(measuring.RESULTS if given.out is None else given.out / "results")
         return
     if given.out is None:
         parser.error("--out DIR is required")
@@ -383,7 +383,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     protocol.source()  # raises before anything is started if there is no data
     left = protocol.run_items(given.budget_minutes, given.only)
     on_gpu = torch.cuda.is_available() and not given.rehearse
-    results = timing.RESULTS if on_gpu else given.out / "results"
+    results = measuring.RESULTS if on_gpu else given.out / "results"
     protocol_results.keep(protocol.measurements(), results)
     protocol_results.tables(results)
     failed = [f"{name} {outcome}" for name, outcome in protocol.marks.items() if outcome != "done"]

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.timing import write
+from benchmarks.measuring import write
 from swamp_fast.common.statistics import half_width
 from swamp_fast.report.canvas import save
 from swamp_fast.report.charts import draw_accuracy_lines

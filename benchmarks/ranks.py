@@ -22,8 +22,8 @@ from typing import Any
 import torch
 
 from benchmarks.durability import forkserver, small_run
+from benchmarks.measuring import header, summary, write
 from benchmarks.steps import random_pictures, seeded_model
-from benchmarks.timing import header, summary, write
 from swamp_fast import distributed, fast_swamp
 
 

@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from swamp_fast.data.store import Batch
-from swamp_fast.engines.comparison import in_float64
 from swamp_fast.engines.eager.engine import EagerEngine
 from swamp_fast.engines.fused.coverage import fused_plan
 from swamp_fast.engines.fused.engine import FusedEngine
 from swamp_fast.engines.fused.plan import Plan
 from swamp_fast.engines.lane_by_lane import LaneByLane
+from swamp_fast.engines.self_check import in_float64
 from swamp_fast.engines.trainer import Trainer, first_handle
 from swamp_fast.models import build_model
 from swamp_fast.particles.bank import Solution

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.timing import header, interleaved, write
+from benchmarks.measuring import header, interleaved, write
 from swamp_fast import fast_swamp, sweep
 from swamp_fast.models import SmallCNN
 

@@ -6,7 +6,7 @@ and, below them, the launcher that has the name and the arguments of the op.
 Conventions:
 - A kernel's docstring gives its formula, its arguments with their shapes (letters as in swamp_fast/__init__.py), its
   grid, and where the formula comes from. `*_ptr` is a pointer; capitals are known at compile time; arguments that
-  belong together come as one of the named tuples of arguments.py.
+  belong together come as one of the named tuples of argument_groups.py.
 - Launchers choose from fixed sizes and never by autotuning, so importing them needs no driver.
 - Launchers set enable_fp_fusion. It is on only where no a * b + c * d is left to the compiler: that may fuse either
   product, depending on how many elements a thread has, and then a lane's bits would depend on the lanes beside it.

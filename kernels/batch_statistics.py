@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .arguments import Target, affine_of, norm_of, rows
+from .argument_groups import Target, affine_of, norm_of, rows
 
 TILE_ELEMENTS = 4096  # pixels times channels of a tile
 MERGED = tl.constexpr(2048)  # tiles times channels that the last program loads at once

@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .arguments import rows
+from .argument_groups import rows
 
 BLOCK = 1024
 

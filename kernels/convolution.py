@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from triton.runtime.interpreter import InterpretedFunction
 
-from .arguments import Maps, Part, Product, Window, rows
+from .argument_groups import Maps, Part, Product, Window, rows
 from .batch_statistics import arrived_last, target_of, tile_statistics
 
 # Sizes of a block of a matrix product, by the bytes of a number.

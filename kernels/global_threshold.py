@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .arguments import rows
+from .argument_groups import rows
 
 BLOCK = {torch.float32: 2048, torch.float64: 1024}
 BLOCKS_PER_PROGRAM = 8  # counted in registers before the histogram in memory is touched

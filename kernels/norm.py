@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .arguments import affine_of, norm_of, rows
+from .argument_groups import affine_of, norm_of, rows
 from .batch_statistics import MERGED, arrived_last, extents_of, tile_of
 
 BLOCK = 1024

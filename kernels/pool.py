@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .arguments import Windows
+from .argument_groups import Windows
 
 
 @triton.jit

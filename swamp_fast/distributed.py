@@ -23,6 +23,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_store
 
+from swamp_fast.common.timing import Stopwatch
+
 BEAT_SECONDS = 1.0  # between two heartbeats
 SILENT_SECONDS = 30.0  # without a heartbeat, after which a rank counts as gone
 GRACE_SECONDS = 10.0  # that a rank has to end by itself once another is gone
@@ -179,7 +181,7 @@ class Heartbeat(threading.Thread):
         super().__init__(name="swamp_fast heart", daemon=True)
         store.set_timeout(timedelta(seconds=SILENT_SECONDS))
         self.rank, self.store = rank, store
-        self.signs: dict[int, tuple[str, float]] = {}  # other rank -> its last heartbeat, and when it was first seen
+        self.signs: dict[int, tuple[str, Stopwatch]] = {}  # other rank -> its last heartbeat and the time since
         self.others = [other for other in range(world) if other != rank]
         self.store_is_gone = False
         self.over = threading.Event()
@@ -209,9 +211,8 @@ class Heartbeat(threading.Thread):
 
     def gone(self, seconds: float) -> str | None:
         """Which rank is gone, as a sentence: silent for `seconds`, or by its own last word; None if all are there."""
-        now = time.monotonic()
         signs = list(self.signs.items())
-        silent = [rank for rank, (sign, new) in signs if now - new > seconds and sign.isdecimal()]
+        silent = [rank for rank, (sign, age) in signs if age.seconds > seconds and sign.isdecimal()]
         if silent:
             return f"{_named(silent)} {'are' if len(silent) > 1 else 'is'} gone without a word"
         if self.store_is_gone:
@@ -223,8 +224,8 @@ class Heartbeat(threading.Thread):
 
     def wait_for_gone(self) -> str | None:
         """As `gone`, after a connection broke: wait until silence shows which rank it was."""
-        until = time.monotonic() + 2 * BROKEN_SILENT_SECONDS
-        while time.monotonic() < until:
+        waited = Stopwatch()
+        while waited.seconds < 2 * BROKEN_SILENT_SECONDS:
             gone = self.gone(BROKEN_SILENT_SECONDS)
             if gone is not None:
                 return gone
@@ -236,7 +237,7 @@ class Heartbeat(threading.Thread):
             if self.store.check([str(other)]):
                 sign = self.store.get(str(other)).decode()
                 if other not in self.signs or self.signs[other][0] != sign:
-                    self.signs[other] = sign, time.monotonic()
+                    self.signs[other] = sign, Stopwatch()
 
 
 ALONE = Ranks()

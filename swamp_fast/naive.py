@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import math
-import time
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from swamp_fast.common.exclusive import one_at_a_time
+from swamp_fast.common.timing import Stopwatch
 from swamp_fast.config import SwampConfig
 from swamp_fast.data.store import Data, pass_in_stored_order
 from swamp_fast.particles.dropout import DropoutStream
@@ -111,7 +111,7 @@ def train_particles(
     problem: Problem, run: Run, start: nn.Module, masks: State, cycle: int
 ) -> tuple[dict[int, nn.Module], dict[str, Any]]:
     """Train the particles of a cycle. Returns those that did not diverge, by number, and what the row says of it."""
-    config, began = problem.config, time.perf_counter()
+    config, watch = problem.config, Stopwatch()
     particles: dict[int, nn.Module] = {}
     losses: list[float] = []
     dropped: list[dict[str, int]] = []
@@ -125,7 +125,7 @@ def train_particles(
                 raise
             dropped.append({"lane": number, "epoch": error.epoch})
             run.tell_dropped(cycle, number, error.epoch)
-    return particles, {"train_loss": losses, "dropped": dropped, "train_seconds": time.perf_counter() - began}
+    return particles, {"train_loss": losses, "dropped": dropped, "train_seconds": watch.seconds}
 
 
 def sparsity(problem: Problem, masks: State) -> dict[str, Any]:

@@ -16,12 +16,13 @@ import pytest
 import torch
 
 from benchmarks.durability import SMALL, Small, progress_of, same_bits
+from benchmarks.measuring import ROOT
 from benchmarks.ranks import launch, small_runs
-from benchmarks.timing import ROOT
 from swamp_fast import SwampResult, distributed, fast_swamp, sweep
 from swamp_fast.distributed import Ranks
 from swamp_fast.engines.trainer import Trainer, joined, part_of
 from swamp_fast.particles.random import stream_of
+from swamp_fast.runs.folder import Damaged
 
 ALWAYS, SELDOM = 1e-9, 5.0  # minutes between checkpoints
 # With two particles a third rank has no lane.
@@ -77,7 +78,7 @@ def test_only_the_first_rank_prints(runs_by):
 def wait_for_a_checkpoint(folder: Path, processes) -> None:
     """Wait until a cycle's training has a checkpoint."""
     while True:
-        with suppress(OSError, RuntimeError):  # a file may vanish while it is read
+        with suppress(OSError, Damaged):  # a file may vanish while it is read
             if progress_of(folder).startswith("cycle"):
                 return
         assert all(process.is_alive() for process in processes)

@@ -135,4 +135,4 @@ def medians(contenders: list[Callable[[], object]], repeats: int) -> list[float]
     """Median seconds of each contender on the CPU; they take turns, after one run each to warm up."""
     for run in contenders:
         run()
-    return seconds_in_turn(contenders, torch.device("cpu"), repeats, statistics.median)
+    return [statistics.median(seconds) for seconds in seconds_in_turn(contenders, torch.device("cpu"), repeats)]

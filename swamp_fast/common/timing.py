@@ -46,15 +46,11 @@ def seconds_of(call: Callable[[], object], device: torch.device) -> float:
 
 
 def seconds_in_turn(
-    calls: Sequence[Callable[[], object]],
-    device: torch.device,
-    rounds: int,
-    summary: Callable[[Sequence[float]], float] = min,
-    limit: float = math.inf,
-) -> list[float]:
-    """Seconds of each call: the `summary` over rounds, in each of which every call is made once.
+    calls: Sequence[Callable[[], object]], device: torch.device, rounds: int, limit: float = math.inf
+) -> list[list[float]]:
+    """The seconds that each call took in each round. Every round makes each call once, in order.
 
-    Interleaving lets whatever else the machine does slow all of them alike. A warm-up is up to the caller.
+    Because the calls are interleaved, other load on the machine slows all of them alike. The caller warms them up.
 
     limit  seconds after which no further round begins; the first is always completed
     """
@@ -65,7 +61,7 @@ def seconds_in_turn(
             seconds.append(seconds_of(call, device))
         if watch.seconds > limit:
             break
-    return [summary(seconds) for seconds in taken]
+    return taken
 
 
 def _wait_for(device: torch.device) -> None:

@@ -24,8 +24,8 @@ def seconds_of_steps(engine: BankEngine, problem: Problem, mask: Tensor, lanes: 
     engine.trainer.begin()
     step = partial(engine.trainer.step, first_handle(problem, bank))
     step()
-    (least,) = seconds_in_turn([step], problem.device, TIMED_STEPS)
-    return least / lanes
+    (seconds,) = seconds_in_turn([step], problem.device, TIMED_STEPS)
+    return min(seconds) / lanes
 
 
 def timed_lanes(problem: Problem) -> int:

@@ -6,7 +6,7 @@ import csv
 from pathlib import Path
 from typing import Any
 
-from swamp_fast.common.tables import csv_bytes
+from swamp_fast.common.csv_files import csv_bytes
 from swamp_fast.report.canvas import png
 from swamp_fast.report.comparison_page import comparison_page
 from swamp_fast.report.facts import RunFacts, read_json

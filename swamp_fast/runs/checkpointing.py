@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import signal
-import time
 
+from swamp_fast.common.timing import Stopwatch
 from swamp_fast.config import SwampConfig
 from swamp_fast.distributed import Ranks
 from swamp_fast.runs.console import Console
@@ -24,21 +24,20 @@ class StopPolicy:
         self.ranks, self.signals = ranks, signals
         self.run_dir, self.seconds_between = config.run_dir, 60 * config.checkpoint_minutes
         self.stop_signal: int | None = None  # that makes all ranks stop; None while they train
-        self._checkpoint_at = time.perf_counter()
-        self._steps_between, self._steps_since, self._exchanged_at = 1, 0, time.perf_counter()
+        self._since_checkpoint, self._since_exchange = Stopwatch(), Stopwatch()
+        self._steps_between, self._steps_since_exchange = 1, 0
 
     def checkpoint_is_due(self) -> bool:
         """Count a step. Returns whether to write a checkpoint now, by the clock or because the run is to stop."""
-        self._steps_since += 1
-        if self._steps_since < self._steps_between:
+        self._steps_since_exchange += 1
+        if self._steps_since_exchange < self._steps_between:
             return False
-        elapsed = time.perf_counter() - self._checkpoint_at
-        due = self._exchange(0 < self.seconds_between <= elapsed)
+        due = self._exchange(0 < self.seconds_between <= self._since_checkpoint.seconds)
         return self.run_dir is not None and (due or self.stop_signal is not None)
 
     def checkpoint_was_written(self) -> None:
         """Start the interval until the next checkpoint."""
-        self._checkpoint_at = time.perf_counter()
+        self._since_checkpoint.restart()
 
     def between_trainings(self, console: Console) -> None:
         """Stop here if any rank received a signal."""
@@ -62,11 +61,11 @@ class StopPolicy:
         if self.ranks.world == 1:
             self.stop_signal = self.signals.asked
             return due
-        now = time.perf_counter()
-        seconds_per_step = (now - self._exchanged_at) / max(self._steps_since, 1)
+        seconds_per_step = self._since_exchange.seconds / max(self._steps_since_exchange, 1)
+        self._steps_since_exchange = 0
+        self._since_exchange.restart()
         wait = min(EXCHANGE_SECONDS, self.seconds_between) if self.seconds_between > 0 else EXCHANGE_SECONDS
         first_rank_says = [int(due), max(1, int(wait / seconds_per_step))] if self.ranks.first else [0, 1]
         number, is_due, self._steps_between = self.ranks.all_reduce_max([self.signals.asked or 0, *first_rank_says])
         self.stop_signal = number or None  # the agreed one: other ranks don't know of a later signal
-        self._steps_since, self._exchanged_at = 0, now
         return bool(is_due)

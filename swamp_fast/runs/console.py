@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Iterator, Mapping
 from typing import Any, TextIO
 
 from swamp_fast.common.format import duration, percent
+from swamp_fast.common.timing import Stopwatch
 from swamp_fast.particles.schedule import total_particle_epochs
 from swamp_fast.problem.problem import Problem
 from swamp_fast.runs.folder import Unfinished
@@ -23,7 +23,7 @@ class Console:
         self.shown = shown
         self.stream = stream if stream is not None else sys.stderr
         self.moving = shown and self.stream.isatty()
-        self.last_refresh = 0.0
+        self._since_refresh = Stopwatch(REFRESH_SECONDS)
 
     def line(self, text: str) -> None:
         """Print a line that stays."""
@@ -33,9 +33,8 @@ class Console:
 
     def status(self, text: str) -> None:
         """Replace the status line; does nothing without a terminal."""
-        now = time.monotonic()
-        if self.moving and now - self.last_refresh >= REFRESH_SECONDS:
-            self.last_refresh = now
+        if self.moving and self._since_refresh.seconds >= REFRESH_SECONDS:
+            self._since_refresh.restart()
             self._clear()
             self.stream.write(text)
             self.stream.flush()

@@ -12,8 +12,8 @@ from typing import Any
 from torch import Tensor
 
 from swamp_fast import distributed
+from swamp_fast.common.csv_files import csv_bytes
 from swamp_fast.common.exclusive import one_at_a_time
-from swamp_fast.common.tables import csv_bytes
 from swamp_fast.config import SwampConfig
 from swamp_fast.methods import DECIDED, METHODS, particles_of, seeds_of
 from swamp_fast.problem.arguments import Arguments, Forward, Loss, Transform

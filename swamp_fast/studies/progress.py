@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from swamp_fast.common.format import duration, percent
+from swamp_fast.common.format import percent
 from swamp_fast.config import SwampConfig
 from swamp_fast.particles.schedule import total_particle_epochs
 from swamp_fast.problem.problem import Problem
 from swamp_fast.runs.console import Console
-from swamp_fast.runs.progress import FIRST_ESTIMATE_SECONDS
+from swamp_fast.runs.progress import TimeLeft
 from swamp_fast.runs.record import Run
 from swamp_fast.studies.result import SweptRun
 
@@ -43,12 +42,11 @@ class SweepProgress:
         }
         self.records: dict[int, Run] = {}
         self.run_console = SweepConsole(self._step)
-        self.began: float | None = None
-        self.estimated = False
+        self._time_left = TimeLeft(console)
 
     def opened(self, number: int, record: Run) -> None:
         """A run begins."""
-        self.began = time.perf_counter() if self.began is None else self.began
+        self._time_left.start()
         self.unopened.pop(number)
         self.records[number] = record
 
@@ -56,7 +54,7 @@ class SweepProgress:
         """A cycle of a run is over."""
         self.console.line(
             f"{run.name}: cycle {row['cycle']}/{config.cycles}, density {percent(row['density'])}, accuracy "
-            f"{percent(row['accuracy'])}; the sweep has about {duration(self.seconds_left())} left"
+            f"{percent(row['accuracy'])}; the sweep has about {self.time_left()} left"
         )
 
     def failed(self, number: int, error: Exception) -> None:
@@ -67,16 +65,13 @@ class SweepProgress:
         self.records.pop(number, None)
         self.console.line(f"{run.name} ended: {run.error_text}")
 
-    def seconds_left(self) -> float:
-        """An estimate for the runs of this process."""
+    def time_left(self) -> str:
+        """An estimate, in words, for the runs of this process."""
         done = sum(record.progress.steps_done for record in self.records.values())
         left = sum(self.unopened.values()) + sum(max(0, record.progress.steps_left) for record in self.records.values())
-        return (time.perf_counter() - (self.began or 0.0)) / max(done, 1) * left
+        return self._time_left.estimate(done, left)
 
     def _step(self) -> None:
-        left = duration(self.seconds_left())
-        if not self.estimated and self.began is not None and time.perf_counter() - self.began > FIRST_ESTIMATE_SECONDS:
-            self.estimated = True
-            self.console.line(f"time     about {left} left at this pace")
+        left = self.time_left()
         over = sum(run.over for run in self.runs)
         self.console.status(f"{over} of {len(self.runs)} runs are over, about {left} left")

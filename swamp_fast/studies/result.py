@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from swamp_fast.common.csv_files import csv_bytes
 from swamp_fast.common.statistics import mean_and_spread
-from swamp_fast.common.tables import csv_bytes
 from swamp_fast.problem.problem import Problem
 from swamp_fast.report.figures import accuracy_of_points
 from swamp_fast.runs.folder import write

@@ -15,7 +15,7 @@ import pytest
 from paths import ROOT
 
 from benchmarks import children as module
-from benchmarks import first_contact, timing
+from benchmarks import first_contact, measuring
 from benchmarks.bench import Bench
 from benchmarks.children import Child, Visit
 from benchmarks.launches import table
@@ -243,12 +243,12 @@ def test_a_copy_without_git_knows_its_commit(tmp_path, monkeypatch):
     copy = tmp_path / "copy"
     copy.mkdir()
     subprocess.run(["git", "init", "--quiet", tmp_path], check=True)
-    monkeypatch.setattr(timing, "ROOT", copy)
-    assert timing.commit() == "unknown"
+    monkeypatch.setattr(measuring, "ROOT", copy)
+    assert measuring.commit() == "unknown"
     (copy / ".commit").write_text("abc1234 and uncommitted changes\n")
-    assert timing.commit() == "abc1234 and uncommitted changes"
+    assert measuring.commit() == "abc1234 and uncommitted changes"
     monkeypatch.setenv("PATH", "")
-    assert timing.commit() == "abc1234 and uncommitted changes"
+    assert measuring.commit() == "abc1234 and uncommitted changes"
 
 
 def test_contenders_are_kept_apart(tmp_path):

@@ -14,7 +14,10 @@ from torch import Tensor
 
 from swamp_fast.common.tree import tree_map
 from swamp_fast.data.store import Batch
-from swamp_fast.engines.comparison import (
+from swamp_fast.engines.eager.fold import Folded
+from swamp_fast.engines.eager.stacked import CannotFold
+from swamp_fast.engines.lane_by_lane import LaneByLane
+from swamp_fast.engines.self_check import (
     check_keys,
     close,
     different_weights,
@@ -23,9 +26,6 @@ from swamp_fast.engines.comparison import (
     raised,
     results_of,
 )
-from swamp_fast.engines.eager.fold import Folded
-from swamp_fast.engines.eager.stacked import CannotFold
-from swamp_fast.engines.lane_by_lane import LaneByLane
 from swamp_fast.engines.trainer import LaneRunner
 from swamp_fast.particles.random import generators_left_alone
 from swamp_fast.problem.problem import Problem

@@ -72,10 +72,8 @@ def _fastest(problem: Problem, choices: list[Choice], lanes: int, milliseconds: 
     trainers = [_ready_trainer(problem, choice, lanes) for choice in choices]
     steps = [partial(trainer.step, first_handle(problem, trainer.bank)) for trainer in trainers]
     seconds, worth_timing = _first_steps(problem, trainers, steps)
-    medians = seconds_in_turn(
-        [steps[place] for place in worth_timing], problem.device, ROUNDS, statistics.median, MAX_SECONDS
-    )
-    seconds |= dict(zip(worth_timing, medians, strict=True))
+    timed = seconds_in_turn([steps[place] for place in worth_timing], problem.device, ROUNDS, MAX_SECONDS)
+    seconds |= {place: statistics.median(taken) for place, taken in zip(worth_timing, timed, strict=True)}
     best = 0
     for place, choice in enumerate(choices):
         name = f"{choice.way}, channels {'last' if choice.channels_last else 'first'}, {lanes} at a time"

@@ -11,7 +11,14 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from swamp_fast.engines.comparison import (
+from swamp_fast.engines.fused.compact import Compact
+from swamp_fast.engines.fused.cuda.halo import MAX_BLOCKS_PER_LANE, Halo, Prologue, Statistics
+from swamp_fast.engines.fused.cuda.nvrtc import Launch, launcher
+from swamp_fast.engines.fused.cuda.runner import CudaPrograms
+from swamp_fast.engines.fused.engine import programs_of
+from swamp_fast.engines.fused.plan import Plan
+from swamp_fast.engines.lane_by_lane import LaneByLane
+from swamp_fast.engines.self_check import (
     check_keys,
     close,
     different_weights,
@@ -20,13 +27,6 @@ from swamp_fast.engines.comparison import (
     raised,
     results_of,
 )
-from swamp_fast.engines.fused.compact import Compact
-from swamp_fast.engines.fused.cuda.halo import MAX_BLOCKS_PER_LANE, Halo, Prologue, Statistics
-from swamp_fast.engines.fused.cuda.nvrtc import Launch, launcher
-from swamp_fast.engines.fused.cuda.runner import CudaPrograms
-from swamp_fast.engines.fused.engine import programs_of
-from swamp_fast.engines.fused.plan import Plan
-from swamp_fast.engines.lane_by_lane import LaneByLane
 from swamp_fast.ops.backends import why_no_nvrtc
 from swamp_fast.ops.contracts import triton_kernels
 from swamp_fast.particles.random import generators_left_alone

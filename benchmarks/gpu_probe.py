@@ -1,6 +1,6 @@
 """A first look at a machine with a GPU: versions, the extension, NVRTC, a launch of each kind, a captured graph.
 
-    python -m benchmarks.probe [--rehearse]
+    python -m benchmarks.gpu_probe [--rehearse]
 
 Each check prints one line; if one fails, the others still run. --rehearse runs the checks that need no GPU.
 """
@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import platform
 import sys
-import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
@@ -18,9 +17,10 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from benchmarks.timing import commit
+from benchmarks.measuring import commit
 from swamp_fast import backends, ops
 from swamp_fast.common.memory import free_memory
+from swamp_fast.common.timing import Stopwatch
 from swamp_fast.engines.fused.check import tensor_cores_differ
 from swamp_fast.engines.fused.cuda import nvrtc
 from swamp_fast.engines.fused.cuda.halo import Halo
@@ -61,12 +61,12 @@ def compiles() -> str:
     reason = why_no_nvrtc()
     if reason is not None:
         raise RuntimeError(reason)
-    began = time.perf_counter()
+    watch = Stopwatch()
     arch = "sm_90"
     if torch.cuda.is_available():
         arch = "sm_{}{}".format(*torch.cuda.get_device_capability())
     size = len(nvrtc.compile_kernel("weight_grad", HALO.weight_grad_constants(True)[0], arch))
-    return f"{size} bytes for {arch} in {time.perf_counter() - began:.2f} s"
+    return f"{size} bytes for {arch} in {watch.seconds:.2f} s"
 
 
 def device() -> str:
@@ -131,16 +131,16 @@ def main() -> None:
         knobs.compilation.listener = lambda *, cache_hit, **_: from_cache.update([cache_hit])
     failed = []
     for check in ANYWHERE if given.rehearse else (*ANYWHERE, *ON_GPU):
-        began = time.perf_counter()
+        watch = Stopwatch()
         try:
             report = check()
         except Exception as error:
             traceback.print_exc()
             failed.append(check.__name__)
             report = f"failed: {type(error).__name__}: {error}"
-        print(f"{check.__name__}: {report} ({time.perf_counter() - began:.1f} s)", flush=True)
+        print(f"{check.__name__}: {report} ({watch.seconds:.1f} s)", flush=True)
     if failed:
-        sys.exit(f"benchmarks.probe: {', '.join(failed)} failed")
+        sys.exit(f"benchmarks.gpu_probe: {', '.join(failed)} failed")
     if given.rehearse:
         print(f"needs a GPU: {', '.join(check.__name__ for check in ON_GPU)}")
     else:

@@ -1,4 +1,4 @@
-"""The stopwatch of all benchmarks, and their results files, which say where, when and with what they were measured."""
+"""Interleaved timings, and results files that state where, when and with which versions they were measured."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import json
 import platform
 import statistics
 import subprocess
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.tables import markdown_table
+from benchmarks.markdown import markdown_table
 from swamp_fast import __version__, backends
+from swamp_fast.common.timing import seconds_in_turn
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -23,17 +23,13 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 def interleaved(contenders: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, dict[str, float]]:
     """Time the contenders in turns. Return median, p20 and p80 of each in seconds over the rounds after a warm-up."""
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for number in range(rounds + 1):
-        for name, run in contenders.items():
-            began = time.perf_counter()
-            run()
-            if number:
-                seconds[name].append(time.perf_counter() - began)
-    return {name: summary(values) for name, values in seconds.items()}
+    for run in contenders.values():
+        run()
+    taken = seconds_in_turn(list(contenders.values()), torch.device("cpu"), rounds)
+    return {name: summary(seconds) for name, seconds in zip(contenders, taken, strict=True)}
 
 
-def summary(values: list[float]) -> dict[str, float]:
+def summary(values: Sequence[float]) -> dict[str, float]:
     """Return the median and the quantiles at 20 and 80 %."""
     fifths = statistics.quantiles(values, n=5) if len(values) > 1 else [values[0]] * 4
     return {"median": statistics.median(values), "p20": fifths[0], "p80": fifths[3]}
