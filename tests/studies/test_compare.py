@@ -272,15 +272,15 @@ def test_regression_has_losses(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "changes", "text"),
     [
-        ((["imp", "snip"], [0]), {}, '"snip" is not known; there are swamp, swamp\\+, imp'),
-        ((["imp", "imp"], [0]), {}, "`methods` must be a list of at least one, each once"),
-        ((["imp"], []), {}, "`seeds` must be a list of at least one, each once"),
+        ((["imp", "snip"], [0]), {}, '"snip" is not known; known methods: swamp, swamp\\+, imp'),
+        ((["imp", "imp"], [0]), {}, "`methods` must be a list with at least one entry and no duplicates"),
+        ((["imp"], []), {}, "`seeds` must be a list with at least one entry and no duplicates"),
         ((["swamp"], [0]), {}, '`baseline` must be one of the methods, swamp; got "imp"'),
         ((["imp"], [0]), {"particles": (1, 2, 2)}, "`particles` must be one number N for a comparison"),
         (
             (["imp"], [0]),
             {"swa": False},
-            "`swa` is what methods differ in, got False for all of them; leave it at True",
+            "`swa` is set by each method, so it can't be False for all; leave it at its default True",
         ),
         ((["imp", "best-particle"], [0]), {}, '`combine` = "best" chooses a particle on validation data'),
     ],
