@@ -33,10 +33,16 @@ def add_analyze(commands: Commands) -> None:
     parser.add_argument("--test", metavar="DATA", help="as for the run")
     parser.add_argument("--val", type=float, metavar="FRACTION", help="as for the run")
     parser.add_argument("--points", type=int, default=11, help="points on a path; default 11")
-    parser.add_argument("--probes", type=int, default=32, help="probes for the Hessian's trace; default 32; 0: no trace")
-    parser.add_argument("--mixtures", type=int, default=32, help="random mixtures of the particles; default 32; 0: none")
+    parser.add_argument(
+        "--probes", type=int, default=32, help="probes for the Hessian's trace; default 32; 0: no trace"
+    )
+    parser.add_argument(
+        "--mixtures", type=int, default=32, help="random mixtures of the particles; default 32; 0: none"
+    )
     parser.add_argument("--size", type=int, default=11, help="points per axis of the plane; default 11; 0: no plane")
-    parser.add_argument("--against", metavar="RUN_DIR2", help="another run of the same model, to compare masks and averages with")
+    parser.add_argument(
+        "--against", metavar="RUN_DIR2", help="another run of the same model, to compare masks and averages with"
+    )
     parser.add_argument("--repeats", type=int, default=15, help="repeats of each timing; default 15; 0: no timing")
     parser.add_argument("--samples", type=int, metavar="N", help="use N training samples instead of all")
     parser.add_argument("--anyway", action="store_true", help="analyse even if the data differ from those of the run")
@@ -46,7 +52,7 @@ def add_analyze(commands: Commands) -> None:
 
 
 def analyze(given: argparse.Namespace) -> None:
-    """Measure connectivity, flatness, masks and cost of a finished run; the results go to analysis.json in its folder."""
+    """Measure connectivity, flatness, masks and cost of a finished run, and write analysis.json into its folder."""
     if not distributed.current().first:
         return
     result = SwampResult.load(given.directory)
@@ -87,7 +93,9 @@ def add_ticket(commands: Commands) -> None:
     parser.add_argument(
         "--candidates", type=numbers, required=True, metavar="T0,T0,…", help="ticket epochs to try, such as 0,2,5"
     )
-    parser.add_argument("--epsilon", type=float, default=0.02, help="the highest error barrier that counts as stable; default 0.02")
+    parser.add_argument(
+        "--epsilon", type=float, default=0.02, help="the highest error barrier that counts as stable; default 0.02"
+    )
     parser.add_argument("--points", type=int, default=11, help="points on each path; default 11")
     parser.add_argument("--samples", type=int, metavar="N", help="use N training samples instead of all")
     parser.add_argument("--out", metavar="DIR", help="a folder for the trainings; the same command continues in it")

@@ -38,7 +38,9 @@ def plan(given: argparse.Namespace) -> None:
     try:
         traced, cost = estimate(model, inputs, given.precision)
     except NotCovered as reason:
-        raise ValueError(f"the fused engine doesn't cover {given.model}: {reason}; only the eager engine can train it.") from None
+        raise ValueError(
+            f"the fused engine doesn't cover {given.model}: {reason}; only the eager engine can train it."
+        ) from None
     ceilings = measured_ceilings(device, given.precision)
     free, seconds = free_memory(device), cost.seconds(ceilings)
     print(", ".join(f"{count} {kind}" for kind, count in traced.count().items()))

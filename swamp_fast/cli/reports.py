@@ -11,8 +11,14 @@ from swamp_fast.report import write_report
 def add_report(commands: Commands) -> None:
     """Register `report`."""
     parser = add_command(commands, "report", report)
-    parser.add_argument("directory", metavar="DIR", help="the folder of a run, a comparison or a sweep, which gets report.html, figures/ and numbers/")
-    parser.add_argument("--model", metavar="NAME", help="the model as for `run`, for the lines on the page that load it")
+    parser.add_argument(
+        "directory",
+        metavar="DIR",
+        help="the folder of a run, a comparison or a sweep, which gets report.html, figures/ and numbers/",
+    )
+    parser.add_argument(
+        "--model", metavar="NAME", help="the model as for `run`, for the lines on the page that load it"
+    )
 
 
 def report(given: argparse.Namespace) -> None:

@@ -102,8 +102,8 @@ def _check(methods: Sequence[str], seeds: Sequence[int], baseline: str, base: Sw
     for name, default in DECIDED.items():
         if getattr(base, name) != default:
             raise ValueError(
-                f"`{name}` is set by each method, so it can't be {getattr(base, name)!r} for all; leave it at its default "
-                f"{default!r}, or use sweep."
+                f"`{name}` is set by each method, so it can't be {getattr(base, name)!r} for all; leave it at its "
+                f"default {default!r}, or use sweep."
             )
 
 

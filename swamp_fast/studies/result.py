@@ -80,7 +80,7 @@ class SweepResult:
         return list(dict.fromkeys(name for run in self.runs for name in run.point if name != "seed"))
 
     def rows(self) -> list[dict[str, Any]]:
-        """One row per run and cycle, with id, point and the history's numbers. A failed run has one row with its error."""
+        """One row per run and cycle, with the history's numbers. A failed run has one row, with its error."""
         rows = []
         for run in self.runs:
             history = [{}] if run.result is None else run.result.history

@@ -260,7 +260,7 @@ def test_an_analysis_of_fewer_cycles_than_the_run_has(tmp_path):
     reported.write_analysis(folder, 3)
     edited(folder / "analysis.json", particles=None)
     said = parsed(write_report(folder)).said
-    assert "The analysis covers 3 cycles, the run has 7: analyse it again." in said
+    assert "The analysis covers 3 cycles, but the run has 7: analyse the run again." in said
     assert "this one covers 3: swamp-fast analyze a --model small_cnn --data digits" in said
     assert "--keep-particles" not in said
 
@@ -274,10 +274,10 @@ def test_what_is_not_known_is_not_drawn():
 def test_milliseconds_are_of_a_batch(tmp_path):
     folder = reported.write_run(tmp_path / "a")
     reported.write_analysis(folder)
-    assert "milliseconds those of a batch, measured" in parsed(write_report(folder)).said
+    assert "Milliseconds are measured on this CPU for a batch:" in parsed(write_report(folder)).said
     cost = json.loads((folder / "analysis.json").read_text())["cost"]
     edited(folder / "analysis.json", cost=[row | {"batch_size": 128} for row in cost])
-    assert "milliseconds those of 128 samples at once, measured" in parsed(write_report(folder)).said
+    assert "Milliseconds are measured on this CPU for 128 samples at once:" in parsed(write_report(folder)).said
 
 
 @pytest.mark.parametrize("page", ["comparison", "run", "sweep"])
@@ -338,8 +338,8 @@ def test_a_comparison(tmp_path):
     (folder / "comparison.csv").write_text("method\n")
     found = parsed(write_report(folder))
     assert figures(folder) == {"accuracy", "differences", "cost"}
-    assert "10 methods, 5 seeds each; differences are to imp." in found.said
-    assert "fewer than ten" in found.said
+    assert "10 methods, 5 seeds each. Differences are measured from imp." in found.said
+    assert "Fewer than ten" in found.said
     assert "the spread over seeds is in the table" in found.said
     assert re.search(r"SGD down to.*swamp\s*6.87\s%\s*88.00 ± 0.30\s%\s*16.78\s%\s*40.96\s%", found.said, re.S)
     assert {row["method"] for row in numbers(folder, "differences")} == set(reported.METHODS) - {"imp"}
