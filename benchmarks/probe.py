@@ -1,4 +1,4 @@
-"""A first look at a machine with a GPU: versions, the extension, NVRTC, a launch of each kind, a captured graph.
+"""Checks a new machine with a GPU: versions, the extension, NVRTC, a launch of each kind, a captured graph.
 
     python -m benchmarks.probe [--rehearse]
 
@@ -33,7 +33,7 @@ HALO = Halo(8, 8, 16, 16)
 
 
 def versions() -> str:
-    """List the versions of all that the other steps use."""
+    """List the versions of all software that other steps use."""
     names = []
     for name in PACKAGES:
         try:

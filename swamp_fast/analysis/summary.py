@@ -42,9 +42,7 @@ def table(content: dict[str, Any]) -> str:
         lines.append(_against(content["against"]))
     if content["ensemble"] is not None:
         together, single = content["ensemble"]["accuracy"], content["ensemble"]["single"]["accuracy"]
-        lines.append(
-            f"accuracy of the particles' ensemble: {percent(together)}, their mean accuracy: {percent(single)}"
-        )
+        lines.append(f"accuracy of the particles' ensemble: {percent(together)}, their mean: {percent(single)}")
     about = content["about"]
     lines.append(f"on {about['train_samples']:,} of {about['of_training_samples']:,} training samples")
     return "\n".join(lines)

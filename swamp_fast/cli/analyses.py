@@ -40,9 +40,7 @@ def add_analyze(commands: Commands) -> None:
         "--mixtures", type=int, default=32, help="random mixtures of the particles; default 32; 0: none"
     )
     parser.add_argument("--size", type=int, default=11, help="points per axis of the plane; default 11; 0: no plane")
-    parser.add_argument(
-        "--against", metavar="RUN_DIR2", help="another run of the same model, to compare masks and averages with"
-    )
+    parser.add_argument("--against", metavar="RUN_DIR2", help="another run of the model, for comparison")
     parser.add_argument("--repeats", type=int, default=15, help="repeats of each timing; default 15; 0: no timing")
     parser.add_argument("--samples", type=int, metavar="N", help="use N training samples instead of all")
     parser.add_argument("--anyway", action="store_true", help="analyse even if the data differ from those of the run")

@@ -14,11 +14,9 @@ def add_report(commands: Commands) -> None:
     parser.add_argument(
         "directory",
         metavar="DIR",
-        help="the folder of a run, a comparison or a sweep, which gets report.html, figures/ and numbers/",
+        help="folder of a run, comparison or sweep, which gets the report",
     )
-    parser.add_argument(
-        "--model", metavar="NAME", help="the model as for `run`, for the lines on the page that load it"
-    )
+    parser.add_argument("--model", metavar="NAME", help="as for `run`, for the lines on the page that load the model")
 
 
 def report(given: argparse.Namespace) -> None:

@@ -61,9 +61,7 @@ def add_compare(commands: Commands) -> None:
     """Register `compare`."""
     parser = add_command(commands, "compare", run_compare)
     parser.add_argument("file", metavar="FILE.toml", help="model, data, methods, seeds, baseline, and [settings]")
-    parser.add_argument(
-        "--out", metavar="DIR", help="the comparison's folder; the same command continues the comparison in it"
-    )
+    parser.add_argument("--out", metavar="DIR", help="the folder; the same command continues the comparison in it")
 
 
 def run_compare(given: argparse.Namespace) -> None:

@@ -60,7 +60,7 @@ def test_a_slice_stops_in_time_and_says_what_is_left(tmp_path, monkeypatch, caps
         protocol = Protocol(tmp_path, rehearse=True)
         assert protocol.run_items(0.5 / 60) == left
         assert time.monotonic() - began < 5
-    assert capsys.readouterr().out.count("goes on: nothing of it could be kept") == 1
+    assert capsys.readouterr().out.count("goes on: the slice ended before anything could be kept") == 1
     assert protocol.marks["fails"] == "failed: ValueError: as it does"
     assert protocol.marks["fits no slice"] == "failed: it takes longer than 0.00833333 minutes"
     assert json.loads((tmp_path / "protocol.json").read_text()) == protocol.marks

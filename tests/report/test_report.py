@@ -234,7 +234,7 @@ def test_a_run_that_is_not_swamp_is_not_described_as_swamp(tmp_path, settings, s
     assert "Iterative magnitude pruning with averaged particles" not in found
     assert ("the average reaches" in found) == ("mask_score" in settings or "mask_from" in settings)
     assert ("points above" in found) == (settings.get("particles") != 1)
-    assert ("One global threshold decides" in found) == ("mask_score" not in settings)
+    assert ("One global threshold prunes all layers" in found) == ("mask_score" not in settings)
 
 
 def test_a_run_without_flops(tmp_path):
