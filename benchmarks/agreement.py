@@ -19,7 +19,12 @@ from swamp_fast import SwampResult, fast_swamp, naive_swamp
 from swamp_fast.engines.eager.choice import Choice
 from swamp_fast.models import SmallCNN
 
-MODES = [("lanes", False), ("lanes", True), ("fold", False), ("fold_grouped", False)]  # mode, channels last
+MODES = [
+    ("lanes", False),
+    ("lanes", True),
+    ("fold", False),
+    ("fold_grouped", False),
+]  # mode, is channels last
 SEEDS = 6
 
 

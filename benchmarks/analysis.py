@@ -29,7 +29,7 @@ from swamp_fast.models import build_model
 POINTS = 21
 DENSITIES = (1.0, 0.2, 0.044)
 TOLERANCES = {"float32": 1e-4, "float64": 1e-9}  # relative error of a loss, since kernels sum in different orders
-LOOPS = {"one by one": False, "one by one, channels last": True}  # name -> channels last
+LOOPS = {"one by one": False, "one by one, channels last": True}  # name -> whether tensors are channels last
 
 State = dict[str, Tensor]
 
@@ -131,7 +131,7 @@ def rows_at(density: float, analyses: dict[str, Analysis], tolerance: float, rou
 
 
 def mode_of(analysis: Analysis) -> str:
-    """Return the mode that an analysis' engine chose."""
+    """Return the execution mode that the analysis's engine chose."""
     if analysis.engines is None:
         return ""
     return str(analysis.engines.describe().get("way", "fused"))

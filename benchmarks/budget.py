@@ -1,4 +1,4 @@
-"""A time budget for work that may be interrupted at any moment and resumed later."""
+"""A time budget for work that can be interrupted at any moment and resumed later."""
 
 from __future__ import annotations
 

@@ -82,7 +82,7 @@ class Visit:
         return self.seconds - PACKING_SECONDS - (time.monotonic() - self.began)
 
     def run(self, children: Sequence[Child]) -> None:
-        """Run the children in order, and pack the results after each."""
+        """Run the children in order, and pack the results after each child."""
         for child in children:
             try:
                 self._run(child)

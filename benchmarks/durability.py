@@ -113,7 +113,7 @@ def crash(engine: str, folder: Path, times: int, seed: int, device: str = "cpu",
 
 
 def forkserver() -> ForkServerContext:
-    """Return a context whose processes are forked from one that has imported everything and has no threads."""
+    """Return a context whose processes are forked from a server that has imported everything and has no threads."""
     context = multiprocessing.get_context("forkserver")
     paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     if str(ROOT) not in paths:

@@ -116,7 +116,7 @@ def circumstances(given: argparse.Namespace) -> dict[str, Any]:
 
 
 def write_accuracies(compared: Comparison, about: dict[str, Any]) -> None:
-    """Write the accuracies of all methods at the shown cycles, and their differences from imp at the last."""
+    """Write the accuracies of all methods at the shown cycles, and their differences from imp at the last cycle."""
     summary = {(row["method"], row["cycle"]): row for row in compared.summary}
     paired = {(row["method"], row["cycle"]): row for row in compared.paired}
     table = []

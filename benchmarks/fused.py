@@ -40,7 +40,7 @@ TEST_PICTURES = 1000
 
 
 def masks(model: str, data: Path, samples: int, epochs: int, cycles: int) -> None:
-    """Record the masks of a run of one particle by fast_swamp, at the densities that `step` measures."""
+    """Do a run of fast_swamp with one particle, and record its masks at the densities at which `step` is timed."""
     settings: dict[str, Any] = {"particles": 1, "cycles": cycles, "epochs": epochs, "ticket_epochs": 1}
     settings |= {"batch_size": BATCH, "augment": "crop_flip", "engine": "fused"}
     result = fast_swamp(seeded_model(model, SHAPES[model]), pictures(data, "train", samples), **settings)

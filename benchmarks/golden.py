@@ -46,7 +46,7 @@ def tree_of(commit: str) -> Iterator[Path]:
 
 
 def git(*command: str) -> None:
-    """Run git in this checkout. Raises CalledProcessError."""
+    """Run git in this checkout. Raises CalledProcessError if it fails."""
     subprocess.run(["git", *command], cwd=ROOT, check=True)
 
 
@@ -98,7 +98,7 @@ def difference(before: dict[str, Any], now: dict[str, Any]) -> str | None:
 
 
 def bits(tensor: Tensor) -> Tensor:
-    """Return the bytes of each number, [numel, bytes]: as bytes, NaN equals itself, and 0 differs from -0."""
+    """Return the bytes of each number, [numel, bytes]. Compared as bytes, NaN equals itself, and 0 differs from -0."""
     return tensor.contiguous().reshape(-1, 1).view(torch.uint8)
 
 

@@ -188,7 +188,7 @@ def compiled(bench: Bench) -> None:
 
 
 def bank(bench: Bench) -> None:
-    """Time the update with SWA against a copy, and the global threshold against torch's functions for it."""
+    """Time the update with SWA against a copy, and the global threshold against torch's equivalents."""
     lanes, size = 4, bench.numbers // 4
     weights, grads, momenta, swa = torch.randn(4, lanes, size, device=bench.device)
     masks = torch.ones(1, size, dtype=torch.bool, device=bench.device)
@@ -370,7 +370,7 @@ SLICES = {
 
 
 def main() -> None:
-    """Run the requested slices. The exit status is 1 if one fails."""
+    """Run the requested slices. The exit status is 1 if any slice fails."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the tables")
     parser.add_argument("--data", type=Path, help="CIFAR-10 as an .npz, for `epoch`")

@@ -87,7 +87,7 @@ def cuda_kernels(arch: str) -> list[Compiled]:
             size = f"{network} {halo.inputs}-{halo.outputs} channels {halo.height}x{halo.width}"
             for by_input, prologue, accumulate in ((0, 0, 0), (0, 1, 0), (1, 0, 0), (1, 0, 1)):
                 if network != "ResNet-20" and prologue + accumulate == 0:
-                    continue  # such a kernel does less of the same work
+                    continue  # skip kernels that do less of the same work
                 constants, shared = halo.convolve_constants(
                     bool(by_input), bool(prologue), False, bool(accumulate), not by_input
                 )
@@ -117,7 +117,7 @@ def _cuda_kernel(name: str, config: str, constants: dict[str, int], shared: int,
         begin, end = max(inner, key=lambda loop: loop[1] - loop[0])
         count += (trips - 1) * (end - begin + 1)
     arrival = next((i for i, each in enumerate(instructions) if "ATOM" in each), len(instructions))
-    # Each block issues the instructions before `arrival` once, except those of the loop; the last block alone goes on.
+    # Each block issues the instructions before `arrival` once, except those of the loop. Only the last block continues.
     once = arrival - (outer[1] - outer[0] + 1)
     halo = Halo(constants["HEIGHT"], constants["WIDTH"], constants["IN"], constants["OUT"])
     tiles = halo.block_tiles(BATCH) if name == "convolve" else max(1, halo.tiles(BATCH) // halo.parts(BATCH))
@@ -196,7 +196,7 @@ def _launch_bank_kernels() -> None:
                         gather_augment.gather_augment(images, table, index, index, keys, pad, flip, last)
 
 
-SAME = (3, 3), 1, (1, 1), (1, 1), 1  # kernel, stride, padding, dilation, groups
+SAME = (3, 3), 1, (1, 1), (1, 1), 1  # kernel size, stride, padding, dilation, groups
 HALVED = (3, 3), 2, (1, 1), (1, 1), 1
 LINEAR = (1, 1), 1, (0, 0), (1, 1), 1
 

@@ -102,7 +102,7 @@ def compiling(arch: str, on_kernel: Callable[[Any, Any, Any, Any], None] | None 
 
 
 class OnGpu(Problem):
-    """A problem that claims to be on a GPU, with its tensors on the CPU."""
+    """A problem that claims to be on a GPU, while its tensors are on the CPU."""
 
     device = GPU
 

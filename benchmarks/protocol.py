@@ -217,7 +217,7 @@ class Protocol:
         network: Any = self.model(model)
         network = network.to(memory_format=torch.channels_last)
         row = naive_swamp(network, self.source(), val=VAL, **{**study.settings, **changed}).history[-1]
-        # Of one model: the particle and the average were both evaluated.
+        # The time to evaluate one model. The run evaluated two, the particle and the average.
         evaluation = (row["seconds"] - row["train_seconds"]) / 2
         cost = {"epochs": epochs, "seconds_an_epoch": row["train_seconds"] / epochs}
         cost |= {"evaluation_seconds_a_model": evaluation, "precision": study.settings["precision"]}

@@ -32,7 +32,7 @@ def keep(measurements: Row, results: Path) -> None:
 
 
 def tables(results: Path) -> None:
-    """Write the tables and figures of all that is in protocol.json."""
+    """Write the tables and figures of all measurements in protocol.json."""
     data = json.loads((results / "protocol.json").read_text())
     for name, table in data["gpu"].items():
         header = {key: value for key, value in table.items() if key != "table"}
@@ -181,7 +181,7 @@ def extrapolated(study: str, data: Row) -> list[tuple[str, float, str]]:
 
 
 def grouped(rows: Iterable[Row]) -> dict[tuple[str, int], dict[int, Row]]:
-    """Group rows by method and cycle, and within these by seed."""
+    """Group rows as (method, cycle) -> seed -> row."""
     groups: dict[tuple[str, int], dict[int, Row]] = {}
     for row in sorted(rows, key=lambda row: row["cycle"]):
         groups.setdefault((row["method"], row["cycle"]), {})[row["seed"]] = row

@@ -111,7 +111,7 @@ def _copy_reduced(folder: Path, to: Path, analysed: int | None) -> Path | None:
 
 
 def _compressed_size(path: Path) -> int:
-    """Estimate the bytes that a file takes in an archive."""
+    """Estimate the size in bytes of a file in a compressed archive."""
     return len(zlib.compress(path.read_bytes()))
 
 

@@ -2,7 +2,7 @@
 
     python -m benchmarks.sweeps [--engine eager fused auto] [--device cuda] [--rounds 3]
 
-On a GPU the runs are trained in one bank. On a CPU the sweep measures whether that is faster.
+On a GPU the runs are trained in one bank. On a CPU, the sweep first measures whether that is faster.
 """
 
 from __future__ import annotations

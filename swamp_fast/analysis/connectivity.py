@@ -1,4 +1,4 @@
-"""Are solutions linearly connected? Barriers on the line between two, and losses in the convex hull of several."""
+"""Are solutions linearly connected? Barriers on the line between two solutions, and losses in a convex hull."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How good is the ensemble of several models? Accuracy, likelihood and calibration of their mean softmax."""
+"""How good is the ensemble of several models? Measures accuracy, likelihood and calibration of their mean softmax."""
 
 from __future__ import annotations
 

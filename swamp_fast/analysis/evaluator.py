@@ -43,12 +43,12 @@ from swamp_fast.runs.record import Run
 from swamp_fast.runs.result import ANALYSIS_SCORES, SwampResult, snapshot_of
 
 State = dict[str, Tensor]  # name -> parameter or buffer, as in SwampResult.state_dict
-Outputs = Callable[[Any, int], list[Any]]  # (inputs [B, ...], time) -> the outputs of each model
+Outputs = Callable[[Any, int], list[Any]]  # (inputs [B, ...], time) -> a list with the outputs of each model
 Measured = TypeVar("Measured")
 
 # The most lanes that a folded mode evaluates at once. The engine checks for this many that lanes equal models alone.
 CHECKED_LANES = 4
-# An analysis neither makes masks nor combines particles, so the run's settings for that are replaced by neutral ones.
+# An analysis neither makes masks nor combines particles, so these settings get neutral values, whatever the run had.
 NEUTRAL_SETTINGS = {"layer_kept": None, "mask_score": "abs-mean", "combine": "mean"}
 MAX_MEMORY_FRACTION = 0.4  # largest fraction of the free memory that lanes may use
 
@@ -286,7 +286,7 @@ class Analysis:
             if self.problem.classifies:
                 entries += targets.numel()
                 wrong = wrong + torch.stack([(out.argmax(1) != targets).sum() for out in outputs])
-        assert isinstance(loss, Tensor)  # no split is empty
+        assert isinstance(loss, Tensor)  # there was a batch, since no split is empty
         return (loss / data.length).tolist(), (wrong.double() / entries).tolist() if isinstance(wrong, Tensor) else []
 
     def _lanes_at_once(self, engine: EagerEngine | FusedEngine, models: int) -> int:

@@ -1,4 +1,4 @@
-"""How flat is the minimum? The trace of the Hessian of the training loss, by Hutchinson's estimator."""
+"""How flat is the minimum? Estimates the trace of the training loss's Hessian, by Hutchinson's estimator."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What does the loss look like around three solutions? Scores over the plane through them."""
+"""What does the loss look like around three solutions? Computes scores over the plane through them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MIN_RELATIVE_HEIGHT = 1e-6  # three states closer to one line than this fraction
 
 
 class OnOneLine(ValueError):
-    """Three states lie on one line, so they span no plane."""
+    """Raised if three states lie on one line, so that they span no plane."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def contour(plane: Plane, path: str | Path, what: str = "train_loss") -> Path:
 
 
 def _axis(values: list[float], size: int, margin: float) -> list[float]:
-    """Equally spaced coordinates from the lowest to the highest value, with a margin on both sides."""
+    """Equally spaced coordinates (`size` of them) from the lowest to the highest value, with a margin on both sides."""
     if size < 2:
         raise ValueError(f"`size` must be at least 2 points per axis, got {size}.")
     low, high = min(values), max(values)

@@ -19,7 +19,7 @@ from swamp_fast.particles.norms import norms_of
 from swamp_fast.runs.result import ANALYSIS_SCORES, SwampResult
 from swamp_fast.version import __version__
 
-# The names of the fingerprints of everything that affects scores.
+# The inputs that affect scores, by the names of their fingerprints.
 SCORED_BY = ("train", "val", "test", "loss", "forward", "prunable")
 
 
@@ -117,7 +117,7 @@ def _about(on: Analysis, result: SwampResult, points: int, probes: int, mixtures
 
 
 def _particles(on: Analysis, states: list[State], points: int, cycle: int) -> dict[str, Any]:
-    """The highest barriers between all pairs of particles, one matrix per score."""
+    """The barriers between all pairs of particles, measured from the higher end: one matrix [N, N] per score."""
     barriers = barrier_matrix(on, states, points)
     measured = {score: getattr(barriers.paths[0, 1], score) is not None for score in ANALYSIS_SCORES}
     matrix = {score: barriers.matrix(score, "max") if known else None for score, known in measured.items()}

@@ -25,7 +25,7 @@ from swamp_fast.runs.result import SwampResult
 
 
 def add_analyze(commands: Commands) -> None:
-    """Register `analyze`."""
+    """Register the command `analyze` and its flags."""
     parser = add_command(commands, "analyze", analyze)
     parser.add_argument("directory", metavar="RUN_DIR")
     parser.add_argument("--model", required=True, help="as for the run")
@@ -81,7 +81,7 @@ def analyze(given: argparse.Namespace) -> None:
 
 
 def add_ticket(commands: Commands) -> None:
-    """Register `ticket`."""
+    """Register the command `ticket` and its flags."""
     parser = add_command(commands, "ticket", ticket)
     add_model(parser)
     add_training_data(parser)

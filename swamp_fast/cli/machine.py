@@ -16,7 +16,7 @@ from swamp_fast.ops.backends import backends
 
 
 def add_plan(commands: Commands) -> None:
-    """Register `plan`."""
+    """Register the command `plan` and its flags."""
     parser = add_command(commands, "plan", plan)
     add_model(parser)
     parser.add_argument("--particles", type=int, default=4, metavar="N")
@@ -56,7 +56,7 @@ def plan(given: argparse.Namespace) -> None:
 
 
 def add_backends(commands: Commands) -> None:
-    """Register `backends`."""
+    """Register the command `backends`."""
     add_command(commands, "backends", show_backends)
 
 

@@ -9,7 +9,7 @@ from swamp_fast.report import write_report
 
 
 def add_report(commands: Commands) -> None:
-    """Register `report`."""
+    """Register the command `report` and its flags."""
     parser = add_command(commands, "report", report)
     parser.add_argument(
         "directory",

@@ -28,7 +28,7 @@ DEMO = SwampConfig(particles=4, cycles=14, epochs=12, ticket_epochs=4, batch_siz
 
 
 def add_demo(commands: Commands) -> None:
-    """Register `demo`."""
+    """Register the command `demo` and its flags."""
     parser = add_command(commands, "demo", demo)
     parser.add_argument("--out", default="swamp_demo", metavar="DIR", help="the folder for the run and its figure")
     parser.add_argument("--epochs", type=int, help="epochs of each training; default 12")
@@ -48,7 +48,7 @@ def demo(given: argparse.Namespace) -> None:
 
 
 def add_run(commands: Commands) -> None:
-    """Register `run`."""
+    """Register the command `run` and its flags."""
     parser = add_command(commands, "run", run)
     add_model(parser)
     add_training_data(parser)
@@ -74,7 +74,7 @@ def run(given: argparse.Namespace) -> None:
 
 
 def add_show(commands: Commands) -> None:
-    """Register `show`."""
+    """Register the command `show` and its flags."""
     parser = add_command(commands, "show", show)
     parser.add_argument("directory", metavar="DIR")
 

@@ -27,7 +27,7 @@ COMPARE_KEYS = {**COMMON_KEYS, "methods": list, "seeds": list, "baseline": str}
 
 
 def add_sweep(commands: Commands) -> None:
-    """Register `sweep`."""
+    """Register the command `sweep` and its flags."""
     parser = add_command(commands, "sweep", run_sweep)
     parser.add_argument("file", metavar="FILE.toml", help="model, data, [settings], and a [grid] or [[points]]")
     parser.add_argument("--out", metavar="DIR", help="the sweep's folder; the same command continues the sweep in it")
@@ -58,7 +58,7 @@ def run_sweep(given: argparse.Namespace) -> None:
 
 
 def add_compare(commands: Commands) -> None:
-    """Register `compare`."""
+    """Register the command `compare` and its flags."""
     parser = add_command(commands, "compare", run_compare)
     parser.add_argument("file", metavar="FILE.toml", help="model, data, methods, seeds, baseline, and [settings]")
     parser.add_argument("--out", metavar="DIR", help="the folder; the same command continues the comparison in it")

@@ -173,7 +173,7 @@ def inline_svg(file: str, prefix: str) -> InlineSvg:
     prefix  letters, digits and hyphens; different for every drawing on the page
     """
     opening = re.search(r"<svg[^>]*>", file)
-    assert opening is not None  # matplotlib wrote it
+    assert opening is not None  # matplotlib always writes an <svg> element
     view_box = re.search(r'viewBox="([^"]*)"', opening[0])
     size = view_box[1] if view_box else "0 0 1 1"
     content = file[opening.end() : file.rindex("</svg>")]

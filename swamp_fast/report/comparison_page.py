@@ -148,7 +148,7 @@ def _sparsest(methods: Mapping[str, list[Row]]) -> dict[str, Row]:
 
 
 def _dense_accuracies(dense: Any) -> dict[str, float]:
-    """ "dense sgd" and the like -> the accuracy of dense training."""
+    """Label ("dense sgd", "dense swa") -> the accuracy of dense training."""
     if not isinstance(dense, Mapping):
         return {}
     accuracies = {label: run.get("accuracy") if isinstance(run, Mapping) else run for label, run in dense.items()}

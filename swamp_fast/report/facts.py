@@ -71,7 +71,7 @@ class RunFacts:
 
     @property
     def densities(self) -> dict[int, float]:
-        """Cycle -> density."""
+        """The density of each cycle: cycle -> density."""
         return {row["cycle"]: row["density"] for row in self.rows}
 
     @property
@@ -108,7 +108,7 @@ class RunFacts:
     def held_out(self) -> str | None:
         """The fraction of the training data that was held out; "VAL" if it is unknown, None if nothing was held out.
 
-        It is computed from the sizes of both parts, which are recorded only in the lines of the console.
+        It is computed from the sizes of both parts, which only the console lines in run.json contain.
         """
         if self.about["fingerprints"].get("val") is None:
             return None

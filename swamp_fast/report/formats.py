@@ -12,7 +12,7 @@ DASH = "–"  # stands for a missing value
 
 
 def percent(fraction: float | None, decimals: int = 2) -> str:
-    """A fraction in per cent, with a no-break space before the sign."""
+    """A fraction in per cent, with a no-break space before the % sign."""
     return plain.percent(fraction, decimals).replace(" ", "\N{NO-BREAK SPACE}")
 
 

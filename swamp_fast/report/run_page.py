@@ -331,7 +331,7 @@ def _cycles_section(run: RunFacts) -> Section:
 
 
 def _plain(row: Row) -> Row:
-    """A row of the history for a CSV file: a list becomes its numbers, separated by spaces."""
+    """A row of the history for a CSV file, in which a list becomes numbers separated by spaces."""
     return {
         name: " ".join(map(str, value)) if isinstance(value, list) and name != "dropped" else value
         for name, value in row.items()
@@ -339,7 +339,7 @@ def _plain(row: Row) -> Row:
 
 
 def _points_from(difference: float) -> str:
-    """A difference in accuracy in words."""
+    """A phrase for a difference in accuracy, such as "0.12 points above"."""
     points = f"{abs(difference) * 100:.2f}"
     return "level with" if points == "0.00" else f"{points} points {'above' if difference > 0 else 'below'}"
 

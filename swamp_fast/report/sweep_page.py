@@ -1,4 +1,4 @@
-"""The page of a sweep: accuracy over density by grid point, the last cycles, and where each run's own page is."""
+"""The page of a sweep: accuracy over density by grid point, the last cycles, and how to get each run's page."""
 
 from __future__ import annotations
 

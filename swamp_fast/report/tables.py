@@ -11,7 +11,7 @@ HISTORY_COLUMNS = ("cycle", "density", "kept", "average", "particles", "ensemble
 
 
 def history_table(history: list[dict[str, Any]]) -> str:
-    """One row per cycle: density, kept weights, test accuracies, FLOPs of one sample's forward pass, and times."""
+    """The history of a run, one row per cycle: density, kept weights, test accuracies, FLOPs per sample, and times."""
     return _aligned([HISTORY_COLUMNS, *(_history_cells(row) for row in history)])
 
 

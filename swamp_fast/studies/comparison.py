@@ -38,7 +38,7 @@ class Comparison:
         summary: one row per method and cycle, with method, cycle, density, seeds, accuracy (the mean), accuracy_std,
             loss, loss_std, matching_sgd, matching_swa, particle_epochs, seconds. A method matches a dense reference if
             its mean accuracy over the seeds that both have is at least the reference's, without any tolerance. The
-            value is None if they have no accuracies or no seed in common.
+            value is None without accuracies or without a common seed.
         paired: one row per cycle and method other than the baseline, with method, cycle, density, seeds, difference,
             low and high. The difference is the mean over seeds of the method's accuracy minus the baseline's under the
             same seed. low and high bound its 95 % interval by Student's t; they are None with one seed. Each interval
@@ -173,7 +173,7 @@ def paired_differences(rows: Sequence[Row], baseline: str) -> list[Row]:
 
 
 def _grouped(rows: Sequence[Row]) -> dict[tuple[str, int], dict[int, Row]]:
-    """(method, cycle) -> seed -> row."""
+    """Group rows as (method, cycle) -> seed -> row."""
     groups: dict[tuple[str, int], dict[int, Row]] = {}
     for row in rows:
         groups.setdefault((row["method"], row["cycle"]), {})[row["seed"]] = row

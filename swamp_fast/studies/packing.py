@@ -99,7 +99,7 @@ def _recorded_choice(run: SweptRun, problem: Problem) -> tuple[dict[str, Any], i
         return None
     try:
         about = RunDirectory(run.folder).about()
-    except ValueError:  # the error is raised again when the run is opened
+    except ValueError:  # opening the run will raise the same error again
         return None
     engine, at_once = about["engine"], about.get("at_once", 1)
     usable = about["place"] == place_of(problem.device) and recorded_selection(engine) is not None

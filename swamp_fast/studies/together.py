@@ -139,7 +139,7 @@ def train_together(engine: PackEngine, requests: Sequence[TrainingRequest]) -> l
 
 
 class _AllDiverged(Exception):
-    """No run is left to train."""
+    """Raised to end the training of a bank in which every run has diverged."""
 
 
 class _WatchedRuns:

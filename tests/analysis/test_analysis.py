@@ -248,7 +248,7 @@ def test_the_scaled_trace_does_not_depend_on_the_scale_of_a_layer():
     for module in on.problem.template.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.eps = 1e-30  # has no effect in float64; torch 2.11 refuses 0
-    # Unit vectors give the exact trace. Random probes would not give exactly a 9th, because of terms off the diagonal.
+    # Unit vectors give the exact trace. Random probes would not give exactly one ninth, because of off-diagonal terms.
     units = torch.zeros(18, on.problem.layout.P, dtype=torch.int8)
     (entry,) = (each for each in on.problem.layout.entries if each.name == "conv.weight")
     units[torch.arange(18), torch.arange(entry.begin, entry.end)] = 1

@@ -152,7 +152,8 @@ def test_a_rehearsal_in_slices_on_two_machines_gives_what_one_slice_gives(tmp_pa
     runs = {path.name: path for path in (whole / "small_cnn" / "runs").iterdir()}
     assert len(runs) == 6
     for name, folder in runs.items():
-        places = (out / "small_cnn" / "runs" / name for out in (there, here))  # runs that finished here stay here
+        # A run that had finished before the export is only in the folder that was exported.
+        places = (out / "small_cnn" / "runs" / name for out in (there, here))
         last = RunDirectory(next(place for place in places if (place / "cycle_02.safetensors").exists()))
         tensors, others = (load_tensors(path / "cycle_02.safetensors")[0] for path in (folder, last.path))
         assert tensors.keys() == others.keys()

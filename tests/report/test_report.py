@@ -477,7 +477,7 @@ def test_in_a_browser(chromium, pages, width, theme):
 
 
 def test_the_browser_notices_a_bad_page(chromium, tmp_path):
-    """The test notices a page that makes a request, logs an error and overflows."""
+    """The browser tests notice if a page makes a request, logs an error or overflows."""
     bad = (
         '<meta name=viewport content="width=device-width"><p style="width: 2000px">x<img src="http://a.invalid/b.png">'
     )

@@ -112,7 +112,7 @@ def test_the_summary_and_what_matches(compared):
         assert row["matching_sgd"] == (row["accuracy"] >= found.dense["sgd"]["accuracy"])
         assert row["matching_swa"] == (row["accuracy"] >= found.dense["swa"]["accuracy"])
         assert row["particle_epochs"] == each[0]["particle_epochs"]
-    assert next(row["matching_sgd"] for row in found.summary if row["method"] == "imp")  # equality matches
+    assert next(row["matching_sgd"] for row in found.summary if row["method"] == "imp")  # equal also matches
     assert {row["matching_sgd"] for row in found.summary} == {True, False}
 
 
