@@ -19,12 +19,8 @@ from swamp_fast import SwampResult, fast_swamp, naive_swamp
 from swamp_fast.engines.eager.choice import Choice
 from swamp_fast.models import SmallCNN
 
-MODES = [
-    ("lanes", False),
-    ("lanes", True),
-    ("fold", False),
-    ("fold_grouped", False),
-]  # mode, is channels last
+# (execution mode, whether tensors are channels last)
+MODES = [("lanes", False), ("lanes", True), ("fold", False), ("fold_grouped", False)]
 SEEDS = 6
 
 

@@ -89,7 +89,9 @@ class Visit:
             finally:
                 try:
                     self.pack()
-                except OSError as error:  # for example a full disk: the next children can still print their results
+                except (
+                    OSError
+                ) as error:  # if the disk is full, for example, the next children still print their results
                     print(f"results were not packed: {error}", flush=True)
 
     def _run(self, child: Child) -> None:

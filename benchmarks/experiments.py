@@ -45,7 +45,7 @@ def lenet() -> nn.Module:
 
 
 def splits(given: argparse.Namespace) -> dict[str, Split]:
-    """Return three splits: some training pictures, with the last 2,000 kept for validation, and the whole test set."""
+    """Return the first training pictures, the last 2,000 training pictures for validation, and the whole test set."""
     opened = open_source("fashion_mnist", "train", given.data_dir)
     assert isinstance(opened.source, Arrays)
     assert isinstance(opened.test, Arrays)

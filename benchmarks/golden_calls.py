@@ -89,7 +89,7 @@ def of_result(result: SwampResult | None) -> Results:
         raise RuntimeError("a run failed.")
     results: Results = {}
     for cycle, row in enumerate(result.history):
-        row = {**row, "warnings": len(row["warnings"])}  # their number, as their texts may change
+        row = {**row, "warnings": len(row["warnings"])}  # compare their number only, as their texts may change
         results |= {f"cycle {cycle}, {name}": value for name, value in row.items() if name not in UNREPEATABLE}
         model, masks = result.at(cycle)
         results |= {f"cycle {cycle}, mask of {name}": mask for name, mask in masks.items()}

@@ -224,7 +224,7 @@ def bank(bench: Bench) -> None:
 
 
 def _as_is(call: Step) -> Step:
-    """Return the call itself: it is a contender that needs no preparation."""
+    """Return the call itself, as a contender that needs no preparation."""
     return call
 
 

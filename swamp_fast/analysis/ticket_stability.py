@@ -35,7 +35,7 @@ class TicketStability:
 
     @property
     def barriers(self) -> list[float]:
-        """The error barrier of each candidate on validation data, from the mean of the ends, as a fraction."""
+        """The error barrier of each candidate on validation data, measured from the mean of the ends, as a fraction."""
         return [path.barrier("test_error", "mean") for path in self.paths]
 
     @property

@@ -135,7 +135,7 @@ def _cost_cells(row: Row) -> tuple[str, str]:
 
 
 def _by_method(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """Method -> its rows, with the highest density first."""
+    """Group rows by method, with the highest density first: method -> rows."""
     methods: dict[str, list[Row]] = {}
     for row in rows:
         methods.setdefault(str(row["method"]), []).append(row)
@@ -143,7 +143,7 @@ def _by_method(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 
 def _sparsest(methods: Mapping[str, list[Row]]) -> dict[str, Row]:
-    """Method -> its row with the lowest density."""
+    """Select each method's row with the lowest density: method -> row."""
     return {method: rows[-1] for method, rows in methods.items()}
 
 

@@ -146,7 +146,7 @@ def test_a_child_can_report_that_it_needs_a_gpu_and_learns_its_minutes(tmp_path)
 
 
 def test_a_signal_ends_the_child_and_leaves_the_results(tmp_path):
-    """The signal comes if the time on the machine ends before the command does."""
+    """A machine whose time ends early sends such a signal."""
     code = f"""
 import os, pathlib, signal, sys
 sys.path.insert(0, {str(ROOT)!r})
@@ -252,7 +252,7 @@ def test_a_copy_without_git_knows_its_commit(tmp_path, monkeypatch):
 
 
 def test_contenders_are_kept_apart(tmp_path):
-    """A contender that can't be prepared, or fails later, becomes a row. The others are timed, and tables written."""
+    """A contender that can't be built, or fails later, becomes a row; the others are timed, and all tables written."""
     bench, calls = Bench(tmp_path, None, rehearse=True), []
 
     def fails():

@@ -370,7 +370,7 @@ def test_swamp_and_its_own_ablations(digits):
     for cycle in (0, 1):
         assert torch.equal(plus.at(cycle)[0].head.weight, alone.at(cycle)[0].head.weight)
     sgd = of_method("swamp-sgd", digits, cycles=0, keep_particles=True)
-    for name, each in sgd.particles.items():  # particle 0 is that of imp
+    for name, each in sgd.particles.items():  # particle 0 equals the particle of imp
         assert torch.equal(each[0], of_method("imp", digits, cycles=0).state_dict[name])
         assert torch.allclose(sgd.state_dict[name], each.mean(0), atol=1e-12)
 
