@@ -38,8 +38,8 @@ scaled by the layers' norms, because BatchNorm makes the function independent of
 >>> f"{traces['swamp'].scaled:.3g} ± {traces['swamp'].scaled_half_width:.2g}, norm {traces['swamp'].norm:.3g}"
 '... ± ..., norm ...'
 
-**What do more particles gain?** Compare N = 1, 2, 4, 8. The particles are nested: particle 3, for example, is the
-same for every N that includes it.
+**What do more particles gain?** Compare N = 1, 2, 4, 8. The random draws are nested: particle 3, for example, draws
+the same numbers for every N that includes it.
 
 >>> accuracy = {}
 >>> for n in (1, 2, 4, 8):

@@ -126,7 +126,7 @@ def _check_same(differing: list[str], anyway: bool, run: str) -> None:
     callables = [f"`{name}`" for name in ("loss", "forward") if name in differing]
     if callables:
         raise ValueError(
-            f"{run} used a {' and a '.join(callables)} that the command line can't pass: analyse it from Python, with "
+            f"{run} used a {' and a '.join(callables)} that the command line can't pass: analyse it from Python, by "
             "swamp_fast.analysis."
         )
     splits = ", ".join(name for name in ("train", "val", "test") if name in differing)

@@ -95,7 +95,7 @@ def _check(methods: Sequence[str], seeds: Sequence[int], baseline: str, base: Sw
             raise ValueError(f"`{name}` must be a list with at least one entry and no duplicates; got {values!r}.")
     for method in methods:
         if method not in METHODS:
-            raise ValueError(f'`methods`: "{method}" is not known; known methods: {", ".join(METHODS)}.')
+            raise ValueError(f'`methods`: "{method}" is not a known method; known are {", ".join(METHODS)}.')
     if baseline not in methods:
         raise ValueError(f'`baseline` must be one of the methods, {", ".join(methods)}; got "{baseline}".')
     particles_of(base)

@@ -272,7 +272,7 @@ def test_regression_has_losses(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "changes", "text"),
     [
-        ((["imp", "snip"], [0]), {}, '"snip" is not known; known methods: swamp, swamp\\+, imp'),
+        ((["imp", "snip"], [0]), {}, '"snip" is not a known method; known are swamp, swamp\\+, imp'),
         ((["imp", "imp"], [0]), {}, "`methods` must be a list with at least one entry and no duplicates"),
         ((["imp"], []), {}, "`seeds` must be a list with at least one entry and no duplicates"),
         ((["swamp"], [0]), {}, '`baseline` must be one of the methods, swamp; got "imp"'),
