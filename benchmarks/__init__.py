@@ -1,1 +1,1 @@
-"""What swamp_fast costs, beside what it replaces; see cpu.py."""
+"""Benchmarks of swamp_fast against the alternatives that it replaces; start with cpu.py or gpu.py."""

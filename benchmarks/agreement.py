@@ -1,4 +1,4 @@
-"""Measures how well final masks agree in float32, where rounding makes runs diverge.
+"""Measures how well the final masks of equal runs agree in float32, in which rounding makes runs drift apart.
 
     python -m benchmarks.agreement
 
@@ -19,12 +19,13 @@ from swamp_fast import SwampResult, fast_swamp, naive_swamp
 from swamp_fast.engines.eager.choice import Choice
 from swamp_fast.models import SmallCNN
 
-MODES = [("lanes", False), ("lanes", True), ("fold", False), ("fold_grouped", False)]  # mode, channels last
+# (execution mode, whether tensors are channels last)
+MODES = [("lanes", False), ("lanes", True), ("fold", False), ("fold_grouped", False)]
 SEEDS = 6
 
 
 def pruned(function: Callable[..., SwampResult], seed: int, threads: int) -> SwampResult:
-    """Train a small CNN on digits through 6 prunings."""
+    """Run `function` with a small CNN on digits through 6 prunings."""
     torch.manual_seed(seed)
     model = SmallCNN(1, 10, 16)
     threads_before = torch.get_num_threads()
@@ -37,15 +38,16 @@ def pruned(function: Callable[..., SwampResult], seed: int, threads: int) -> Swa
 
 
 def agreement(one: SwampResult, other: SwampResult) -> float:
-    """Return the share of the kept weights that two results have in common."""
+    """Return the fraction of the kept weights that two results have in common."""
     both = sum(int((one.masks[name] & other.masks[name]).sum()) for name in one.masks)
     return both / int(one.history[-1]["kept"])
 
 
 def agreements(mode: str, channels_last: bool) -> tuple[list[float], list[float]]:
-    """Return two agreements per seed: the eager engine with the naive loop, and the naive loop with itself.
+    """Return two lists of agreements, one entry per seed.
 
-    The first is with two threads in both, the second with one thread and with two.
+    The first compares the eager engine with the naive loop, both with two threads. The second compares the naive loop
+    with one thread and with two.
     """
     with_naive, naive_with_itself = [], []
     for seed in range(SEEDS):
@@ -57,7 +59,7 @@ def agreements(mode: str, channels_last: bool) -> tuple[list[float], list[float]
 
 
 def main() -> None:
-    """Measure and write benchmarks/results/agreement."""
+    """Measure the agreements and write benchmarks/results/agreement."""
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     table = []
     for mode, channels_last in MODES:

@@ -1,10 +1,11 @@
-"""Times the evaluation of a path of 21 models at once against one model after the other, and checks that both agree.
+"""Times the evaluation of 21 models on a path, all at once and one after the other, and checks that both agree.
 
     python -m benchmarks.analysis [--model small_cnn] [--data digits] [--samples 1024] [--device cuda] [--rounds 3]
 
-The path leads between two states of one network under a random mask. At each point BatchNorm is re-estimated on the
-training samples, then loss and error are taken on these and on the test data. The loop loads interpolated weights into
-a copy of the module, in plain PyTorch and both memory formats; "times as fast" compares with the faster of them.
+The path connects two states of one network under a random mask. At each point, BatchNorm is re-estimated on the
+training samples, then loss and error are measured on these samples and on the test data. The loop that evaluates one
+model after the other is plain PyTorch: it loads interpolated weights into a copy of the module. It is timed in both
+memory formats, and "times as fast" compares with the faster one.
 """
 
 from __future__ import annotations
@@ -27,14 +28,14 @@ from swamp_fast.models import build_model
 
 POINTS = 21
 DENSITIES = (1.0, 0.2, 0.044)
-TOLERANCES = {"float32": 1e-4, "float64": 1e-9}  # relative, of a loss: kernels sum in different orders
-LOOPS = {"one by one": False, "one by one, channels last": True}  # name -> channels last
+TOLERANCES = {"float32": 1e-4, "float64": 1e-9}  # relative error of a loss, since kernels sum in different orders
+LOOPS = {"one by one": False, "one by one, channels last": True}  # name -> whether tensors are channels last
 
 State = dict[str, Tensor]
 
 
 def states(analysis: Analysis, density: float) -> tuple[State, State]:
-    """Return two states near the model's, under one random mask."""
+    """Return two states with small random differences from the model's, under one random mask."""
     generator = torch.Generator().manual_seed(0)
     layout, model = analysis.problem.layout, analysis.problem.template
     masks = {entry.name: torch.rand(entry.shape, generator=generator) < density for entry in layout.prunable}
@@ -52,7 +53,7 @@ def states(analysis: Analysis, density: float) -> tuple[State, State]:
 
 @torch.no_grad()
 def one_by_one(analysis: Analysis, a: State, b: State, channels_last: bool) -> Path:
-    """Evaluate the path by a plain loop."""
+    """Evaluate the path by a plain loop over its points."""
     columns: dict[str, list[float]] = {"train_loss": [], "train_error": [], "test_loss": [], "test_error": []}
     positions = torch.linspace(0, 1, POINTS, dtype=torch.float64).tolist()
     size, test = analysis.problem.config.batch_size, analysis.test
@@ -96,7 +97,7 @@ def evaluated(module: nn.Module, data: Data, size: int, channels_last: bool) -> 
 
 
 def check(path: Path, expected: Path, tolerance: float) -> float:
-    """Return the largest relative difference of a loss. Raise ValueError if it is above the tolerance."""
+    """Return the largest relative difference between the losses of both paths. Raise ValueError above the tolerance."""
     pairs = [*zip(path.train_loss, expected.train_loss, strict=True)]
     pairs += zip(path.of("test_loss"), expected.of("test_loss"), strict=True)
     difference = max(abs(one - other) / max(abs(other), 1) for one, other in pairs)
@@ -106,7 +107,7 @@ def check(path: Path, expected: Path, tolerance: float) -> float:
 
 
 def rows_at(density: float, analyses: dict[str, Analysis], tolerance: float, rounds: int) -> list[dict[str, Any]]:
-    """Check and time all contenders at one density. `analyses` holds one for each engine."""
+    """Check and time all contenders at one density. `analyses` maps each engine to its Analysis."""
     first = next(iter(analyses.values()))
     a, b = states(first, density)
     expected = one_by_one(first, a, b, False)
@@ -130,7 +131,7 @@ def rows_at(density: float, analyses: dict[str, Analysis], tolerance: float, rou
 
 
 def mode_of(analysis: Analysis) -> str:
-    """Return the mode that an analysis' engine chose."""
+    """Return the execution mode that the analysis's engine chose."""
     if analysis.engines is None:
         return ""
     return str(analysis.engines.describe().get("way", "fused"))
@@ -141,7 +142,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="small_cnn")
     parser.add_argument("--data", default="digits", help="digits, or pictures as an .npz")
-    parser.add_argument("--samples", type=int, default=512, help="of the training data")
+    parser.add_argument("--samples", type=int, default=512, help="number of training samples")
     parser.add_argument("--engine", nargs="+", default=["eager", "fused"])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", choices=sorted(TOLERANCES), default="float32")
@@ -149,7 +150,7 @@ def main() -> None:
     given = parser.parse_args()
     source = open_source(given.data, "train", None).source
     if not isinstance(source, Arrays):
-        raise TypeError("the benchmark needs pictures in memory: digits, or an .npz.")
+        raise TypeError("--data must hold pictures in memory: digits, or an .npz.")
     height, width, channels = source.inputs[0].shape
     torch.manual_seed(0)
     model = build_model(given.model, channels, height, width, int(source.targets.max()) + 1)

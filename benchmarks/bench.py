@@ -1,4 +1,4 @@
-"""What the slices of benchmarks.gpu share: the device and sizes, isolated contenders, and each network checked once."""
+"""What the slices of benchmarks.gpu share: device and sizes, timing that survives failures, and checked networks."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from swamp_fast.engines.step_time import timed_lanes
 from swamp_fast.problem.problem import Problem
 
 ROUNDS = 10
-STEPS_PER_TURN = 20  # between two readings of the clock
-Contender = tuple[int, Callable[[], Step]]  # the particles that one call trains, and what makes the call
-Times = dict[str, dict[str, float] | str]  # contender -> quantiles in seconds, or how it failed
+STEPS_PER_TURN = 20  # steps between two readings of the clock
+Contender = tuple[int, Callable[[], Step]]  # particles that a step trains, and a function that prepares the step
+Times = dict[str, dict[str, float] | str]  # contender -> quantiles in seconds, or its error
 
 
 class Bench:
     """The state of one call of benchmarks.gpu.
 
-    checked     model -> its plan and the launcher of its CUDA kernels, or why the fused engine may not train it
-    branches    (model, lanes) -> lanes per branch of the CUDA graph; None: all lanes in one branch
-    summary     what the slice under way reports on its last line
+    checked     model -> its plan and the launcher of its CUDA kernels, or the reason why it can't be used
+    branches    (model, lanes) -> lanes per branch of the CUDA graph; None if all lanes are in one branch
+    summary     what the current slice will report on its last line
     """
 
     def __init__(self, out: Path, data: Path | None, rehearse: bool) -> None:
@@ -46,7 +46,7 @@ class Bench:
         measuring.RESULTS = out
 
     def write(self, slice_: str, table: list[dict[str, Any]], of: str = "", **more: Any) -> None:
-        """Write the table of a slice, or of its part `of`, under a header with `more`."""
+        """Write the table of a slice, or of its part `of`. `more` are further entries of the table's header."""
         about = measuring.header(self.rounds) | {"device": self.name, "batch": self.batch, **more}
         if not self.rehearse:
             import triton
@@ -62,10 +62,10 @@ class Bench:
         steps: int | None = None,
         rounds: int | None = None,
     ) -> None:
-        """Time one call of each contender: first each by itself, then all in turns.
+        """Time one call of each contender: first each contender alone, then all in turns.
 
-        contenders  make the calls
-        write       receives the times so far after each contender; one that fails has its error instead of times
+        contenders  name -> function that prepares a contender and returns the call to time
+        write       is called with the times so far after each contender; a failed contender has an error instead
 
         Raises RuntimeError at the end if any contender failed.
         """
@@ -113,7 +113,7 @@ class Bench:
         return times | failed
 
     def device_is_lost(self) -> bool:
-        """Whether the GPU no longer answers: after an illegal access it doesn't until the process ends."""
+        """Whether the GPU no longer answers. After an illegal memory access, it doesn't until the process ends."""
         try:
             if self.device.type == "cuda":
                 torch.cuda.synchronize()
@@ -122,7 +122,7 @@ class Bench:
         return False
 
     def steps(self, slice_: str, contenders: Mapping[str, Contender], against: str, **about: Any) -> None:
-        """Time contenders and write a table of particle-steps, with ratios to the contender `against`."""
+        """Time contenders and write a table of times per particle-step, with ratios to the contender `against`."""
 
         def write(times: Times) -> None:
             medians = {name: quantiles["median"] / contenders[name][0]
@@ -148,7 +148,7 @@ class Bench:
         return problem_of(model, particles, self.batch, shape, precision="bfloat16", device=str(self.device))
 
     def engine(self, model: str, particles: int) -> tuple[FusedEngine, Problem]:
-        """Return the fused engine for a network, which is planned and checked once.
+        """Return the fused engine for a network and its problem. Each network is planned and checked only once.
 
         Raises RuntimeError if the engine doesn't cover the network or differs from autograd.
         """
@@ -179,24 +179,24 @@ class Bench:
         return plan, launch
 
     def fused(self, model: str, particles: int) -> Step:
-        """Return a step of the fused engine."""
+        """Return a training step of the fused engine."""
         engine, problem = self.engine(model, particles)
         return step_of(engine, problem, particles)
 
 
 def cells(quantiles: dict[str, float] | str, name: str, shown: Callable[[float], Any]) -> dict[str, Any]:
-    """Return the cells of a contender: its median under `name`, p20 and p80; or how it failed."""
+    """Return a contender's cells of a table: median (under `name`), p20 and p80, or its error."""
     if isinstance(quantiles, str):
         return {name: quantiles, "p20": "", "p80": ""}
     return {column: shown(quantiles[key]) for column, key in ((name, "median"), ("p20", "p20"), ("p80", "p80"))}
 
 
 def particle_step_cells(quantiles: dict[str, float] | str, particles: int) -> dict[str, Any]:
-    """Return the number of particles and the cells of one particle's share of a step."""
+    """Return a contender's cells of a table: number of particles, and times of a step per particle."""
     shown = cells(quantiles, "ms a particle-step", lambda seconds: round(seconds / particles * 1e3, 4))
     return {"particles": particles, **shown}
 
 
 def failure(error: Exception) -> str:
-    """Describe an error in one line, for the place of a figure in a table."""
+    """Describe an error in one line, which a table shows instead of a time."""
     return f"failed: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"

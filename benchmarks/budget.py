@@ -1,4 +1,4 @@
-"""A time budget for work that may be interrupted at any moment and resumed later."""
+"""A time budget for work that can be interrupted at any moment and resumed later."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from types import FrameType, TracebackType
 
 from swamp_fast.common.timing import Stopwatch
 
-SOFT_LIMIT = 0.9  # of the budget; work under way is then asked to stop, and again at each further 10 %
+SOFT_LIMIT = 0.9  # fraction of the budget after which work is asked to stop; it is asked again at each further 10 %
 
 
 class Budget:
-    """A context in which the system's timer sends this process SIGTERM, first at SOFT_LIMIT of the budget.
+    """A context in which a timer sends SIGTERM to this process, first at SOFT_LIMIT of the budget, then repeatedly.
 
-    The signal ends what is `working` by SystemExit; a training ends after its step. One signal is not enough, since
-    Python ignores an exception that is raised in a destructor.
+    While `working` is set, the signal raises SystemExit; a training ends after its current step. The signal is
+    repeated because Python ignores an exception that is raised in a destructor.
 
     working      whether a signal may raise SystemExit now
-    interrupted  whether a signal came
+    interrupted  whether a signal has come
     """
 
     def __init__(self, seconds: float) -> None:
@@ -27,12 +27,12 @@ class Budget:
 
     @property
     def spent(self) -> float:
-        """The fraction of the budget that is spent."""
+        """The fraction of the budget that has been spent."""
         return self.watch.seconds / self.seconds
 
     @property
     def is_over(self) -> bool:
-        """Whether the soft limit is reached."""
+        """Whether the soft limit has been reached."""
         return self.spent >= SOFT_LIMIT
 
     def __enter__(self) -> Budget:

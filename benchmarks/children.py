@@ -1,7 +1,7 @@
-"""Runs commands one after the other as child processes, each within its own time limit and all within one budget.
+"""Runs commands one after the other as child processes, each with a time limit, and all within one budget.
 
-A child that fails or hangs, or for which no time is left, becomes a row of the report, and the next child starts. The
-report and everything the children wrote are packed after each child. Imports the standard library only.
+If a child fails or hangs, or if no time is left for it, the report says so, and the next child starts. After each
+child, the report and all files that children wrote are packed. This module imports only the standard library.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from typing import Any
 
 from benchmarks.markdown import markdown_table
 
-GRACE_SECONDS = 3.0  # between SIGTERM and SIGKILL
-MIN_SECONDS = 10.0  # a child is not started with less time than this
-PACKING_SECONDS = 5.0  # of the budget, kept for packing the results
-SHOWN_LINES = 15  # of a log, printed after its child; a report shows four times as many
-NEEDS_GPU = "needs a GPU"  # stands in the last line of a child that could not do everything without one
+GRACE_SECONDS = 3.0  # from SIGTERM to SIGKILL
+MIN_SECONDS = 10.0  # a child is skipped if less time than this is left for it
+PACKING_SECONDS = 5.0  # reserved from the budget for packing the results
+SHOWN_LINES = 15  # last lines of a log that are printed after its child; the report shows four times as many
+NEEDS_GPU = "needs a GPU"  # a child's last line contains this if parts of its work need a GPU that is missing
 
 
 @dataclass(frozen=True)
 class Child:
-    """A command to run for at most `seconds`. "{minutes}" in the command becomes 90 % of the time it really has.
+    """A command to run for at most `seconds`. "{minutes}" in the command stands for 90 % of the time it gets.
 
     tests   whether the command runs pytest; a run in which no test passed then counts as failed
-    leaves  seconds of the budget that this child must leave for those after it
+    leaves  seconds of the budget that this child must leave for the children after it
     """
 
     name: str
@@ -46,7 +46,7 @@ class Child:
 
 @dataclass(frozen=True)
 class Row:
-    """How a child ended. `result` starts with passed, needs a GPU, failed, killed, skipped or stopped."""
+    """How a child ended. `result` starts with "passed", "needs a GPU", "failed", "killed", "skipped" or "stopped"."""
 
     name: str
     result: str
@@ -55,14 +55,14 @@ class Row:
 
     @property
     def broken(self) -> bool:
-        """Whether something must be fixed. A child that was skipped for lack of time is not broken."""
+        """Whether the child failed or was killed. A child that was skipped for lack of time is not broken."""
         return self.result.startswith(("failed", "killed"))
 
 
 class Visit:
     """Runs children within a budget of seconds.
 
-    out    receives results.tgz, which holds all of `work` including each child's log NAME.log, and steps.md
+    out    folder for steps.md and for results.tgz, which holds all of `work`, with a log NAME.log per child
     title  the heading of steps.md
     """
 
@@ -78,18 +78,20 @@ class Visit:
 
     @property
     def seconds_left(self) -> float:
-        """The part of the budget that children may still use."""
+        """The seconds of the budget that children may still use."""
         return self.seconds - PACKING_SECONDS - (time.monotonic() - self.began)
 
     def run(self, children: Sequence[Child]) -> None:
-        """Run the children in order, and pack the results after each."""
+        """Run the children in order, and pack the results after each child."""
         for child in children:
             try:
                 self._run(child)
             finally:
                 try:
                     self.pack()
-                except OSError as error:  # such as a full disk: the next steps print what they find nevertheless
+                except (
+                    OSError
+                ) as error:  # if the disk is full, for example, the next children still print their results
                     print(f"results were not packed: {error}", flush=True)
 
     def _run(self, child: Child) -> None:
@@ -114,7 +116,7 @@ class Visit:
             self._add(Row(child.name, "stopped by a signal", seconds, self.last_lines(child.name, 1)))
             raise
         last_line = self.last_lines(child.name, 1)
-        end = self.last_lines(child.name, SHOWN_LINES)  # something may be printed after pytest's summary
+        end = self.last_lines(child.name, SHOWN_LINES)  # several lines, as others may follow pytest's summary
         if result == "passed" and child.tests and not re.search(r"\d+ passed", end):
             result = NEEDS_GPU if "skipped" in end else "failed, no test ran"
         elif result == "passed" and NEEDS_GPU in last_line:
@@ -137,7 +139,7 @@ class Visit:
         return "\n".join(line[:200] for line in [line for line in lines if line.strip()][-count:])
 
     def pack(self) -> None:
-        """Replace results.tgz and steps.md. Each is replaced whole or not at all."""
+        """Replace results.tgz and steps.md, each of them atomically."""
         rows = [
             {"step": row.name, "result": row.result, "s": f"{row.seconds:.0f}", "last line": row.last_line}
             for row in self.rows
@@ -154,7 +156,7 @@ class Visit:
         part.replace(self.out / "results.tgz")
 
     def verdict(self) -> str:
-        """Say in one line how many steps went well and which one to fix first."""
+        """Say in one line how many children succeeded, and which broken one to fix first."""
         broken = [row for row in self.rows if row.broken]
         late = [row.name for row in self.rows if row.result.startswith("skipped")]
         count = f"{len(self.rows) - len(broken) - len(late)} of {len(self.rows)} steps went well"
@@ -175,7 +177,7 @@ class Visit:
 
 @contextmanager
 def child_process(command: Sequence[str | Path], **options: Any) -> Iterator[subprocess.Popen[Any]]:
-    """Start a process in a session of its own; on leaving the context, end it and all that it started."""
+    """A context in which a process runs in a new session. On exit, the process and all that it started are ended."""
     process = subprocess.Popen(command, start_new_session=True, **options)
     try:
         yield process
@@ -188,7 +190,7 @@ def child_process(command: Sequence[str | Path], **options: Any) -> Iterator[sub
 
 
 def pytest_command(*options: str) -> list[str]:
-    """Return a pytest command, with several processes if pytest-xdist is installed: GPU tests mostly compile."""
+    """Return a pytest command. If pytest-xdist is installed it uses several processes, as GPU tests mostly compile."""
     processes = ["-n", str(min(12, os.cpu_count() or 1))] if importlib.util.find_spec("xdist") else []
     return [
         sys.executable,

@@ -1,4 +1,4 @@
-"""Reads CIFAR-10 from an .npz, which is decoded from a JPEG copy where the script for that is at hand."""
+"""Reads CIFAR-10 from an .npz, which a script makes from a JPEG copy if that script is available."""
 
 from __future__ import annotations
 
@@ -19,12 +19,14 @@ SCRIPT = Path("data") / "decode_cifar10.py"
 def decoded() -> Path:
     """Return an .npz with train_images, train_labels, test_images and test_labels, decoded once per machine.
 
-    Raises FileNotFoundError if the decoding script is in none of the places where it is looked for.
+    Raises FileNotFoundError if the decoding script is not found.
     """
     scripts = [folder / SCRIPT for folder in (ROOT / "shared", ROOT.parent / "shared", ROOT / ".first_contact")]
     script = next((path for path in scripts if path.exists()), None)
     if script is None:
-        raise FileNotFoundError(f"--data cifar10.npz is needed, since none of {', '.join(map(str, scripts))} exists.")
+        raise FileNotFoundError(
+            f"pass --data cifar10.npz, because none of these decoding scripts exists: {', '.join(map(str, scripts))}."
+        )
     path = Path(tempfile.gettempdir()) / "cifar10_jpeg_decoded.npz"
     if not path.exists():
         part = path.with_name(f"part_{path.name}")

@@ -1,8 +1,8 @@
-"""Measures the eager engine and two ops on this CPU: the global threshold, the update, and a training of ResNet-20.
+"""Measures on this CPU the global threshold, the update, and a training of ResNet-20 by the eager engine.
 
     python -m benchmarks.cpu [--only NAME ...]
 
-Each benchmark writes benchmarks/results/NAME.json and NAME.md. Nothing else may run on the machine meanwhile.
+Each benchmark writes benchmarks/results/NAME.json and NAME.md. Nothing else should run on the machine meanwhile.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ COMMAND = "python -m benchmarks.cpu --only"
 
 
 def global_threshold(rounds: int = 9) -> None:
-    """Time the threshold of 20 million float32 against kthvalue, numpy.partition on a ready-made |w|, and a sort."""
+    """Time the threshold of 20 million float32 against kthvalue, a sort, and numpy.partition of precomputed |w|."""
     count, keep = 20_000_000, 16_000_000
     weights, mask = torch.randn(1, count), torch.ones(1, count, dtype=torch.bool)
     magnitude = weights[0].abs()
@@ -55,7 +55,7 @@ def global_threshold(rounds: int = 9) -> None:
 
 
 def extra_memory(count: int, keep: int) -> int:
-    """Return the KB that a call adds to the peak memory of a fresh process, which held a second mask before."""
+    """Return the KB that a call adds to the peak memory of a new process, not counting the mask that it returns."""
     code = f"""
 import resource, torch
 from swamp_fast import ops
@@ -70,7 +70,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 
 
 def masked_sgd(rounds: int = 15) -> None:
-    """Time the update of [4, 5 million] float32 with and without SWA against a copy: bytes per second."""
+    """Time the update of [4, 5 million] float32, with and without SWA, against a copy, in bytes per second."""
     lanes, parameters = 4, 5_000_000
     weights, grads, momentum, swa, other = torch.randn(5, lanes, parameters).unbind()
     masks, run_of_lane = torch.rand(1, parameters) < 0.3, torch.zeros(lanes, dtype=torch.int64)
@@ -105,7 +105,7 @@ def masked_sgd(rounds: int = 15) -> None:
 
 
 def eager(rounds: int = 7, steps: int = 4) -> None:
-    """Time trainings of a few steps by the eager engine and by the naive loop: ResNet-20, batch 128, 4 particles."""
+    """Time a few training steps of the eager engine and the naive loop: ResNet-20, batch 128, 4 particles."""
     problem, other = (problem_of("resnet20", 4, 128, batches=steps, epochs=1) for _ in range(2))
     template: Any = other.template
     channels_last = dataclasses.replace(other, template=template.to(memory_format=torch.channels_last))

@@ -1,4 +1,4 @@
-"""Accuracy over sparsity in the demo's run: scikit-learn's digits, 4 particles, 14 cycles.
+"""Measures accuracy over sparsity in the run of the demo: scikit-learn's digits, 4 particles, 14 cycles.
 
     python -m benchmarks.digits
 

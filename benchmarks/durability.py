@@ -1,10 +1,10 @@
 """Measures whether a run survives being killed, and what its checkpoints cost.
 
-    python -m benchmarks.durability kills    kill real processes at random moments and start them again, on each engine,
-                                             until the run ends; compare its bits with those of an uninterrupted run
-    python -m benchmarks.durability cost     time and size of the checkpoints, and their share of the run's time
+    python -m benchmarks.durability kills    kill real processes at random moments and restart them until the run
+                                             ends, on each engine; compare its bits with those of an uninterrupted run
+    python -m benchmarks.durability cost     measure time and size of the checkpoints, and their share of the run's time
 
-They write benchmarks/results/durability_kills and durability_cost.
+The results are benchmarks/results/durability_kills and durability_cost.
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ from swamp_fast.runs.folder import RunDirectory
 from swamp_fast.runs.record import Run
 
 ENGINES = ("eager", "fused", "by density")
-SWITCHING = "fused@0.7,eager:lanes"  # eager in the dense cycles, then fused
+SWITCHING = "fused@0.7,eager:lanes"  # the eager engine in the dense cycles, then the fused one
 UNREPEATABLE = ("seconds", "train_seconds", "peak_memory")  # columns of the history that differ between equal runs
-# By the forkserver: this module, and what a run imports only when it starts, which takes longer than the small run.
+# Modules that the forkserver imports once for all processes. Importing them takes longer than the small run.
 PRELOADED = ["benchmarks.durability", "sklearn.datasets", "torch._dynamo"]
 SMALL: dict[str, Any] = {"batch_size": 64, "cycles": 2, "epochs": 2, "particles": 2, "ticket_epochs": 1, "prune": 0.5}
 
 
 class Small(nn.Sequential):
-    """A small CNN whose weights, buffers (BatchNorm) and random numbers (dropout) must all survive."""
+    """A small CNN with all that a checkpoint must preserve: weights, BatchNorm buffers, and dropout's random state."""
 
     def __init__(self) -> None:
         torch.manual_seed(0)
@@ -57,7 +57,7 @@ class Small(nn.Sequential):
 
 
 def small_run(engine: str, folder: str, device: str = "cpu", minutes: float = 1e-6, **changed: Any) -> None:
-    """Do a small run on one engine, or switch between both; by default with a checkpoint after each step."""
+    """Do a small run on one engine, or on both if `engine` is SWITCHING; by default with a checkpoint at each step."""
     torch.set_num_threads(1)
     settings: dict[str, Any] = {**SMALL, "engine": SWITCHING if engine == "by density" else engine, "device": device}
     settings |= {"progress": False, **changed}
@@ -70,10 +70,10 @@ def small_run(engine: str, folder: str, device: str = "cpu", minutes: float = 1e
 class Crashes:
     """How interrupted runs ended.
 
-    moments  how far the run was at each interruption
+    moments  progress of the run at each interruption
     codes    exit codes of the interrupted processes
-    ended    number of runs that ended in the end
-    equal    number of those with the bits of an uninterrupted run
+    ended    number of runs that were completed
+    equal    number of completed runs with the same bits as an uninterrupted run
     """
 
     engine: str
@@ -84,9 +84,9 @@ class Crashes:
 
 
 def crash(engine: str, folder: Path, times: int, seed: int, device: str = "cpu", by: int = signal.SIGKILL) -> Crashes:
-    """Interrupt runs `times` times in all, at random moments, and start each again until it ends."""
+    """Interrupt runs at random moments, `times` times in total, and restart each run until it is complete."""
     context, chance, crashes = forkserver(), random.Random(seed), Crashes(engine)
-    ready = context.Process(target=time.sleep, args=(0,))  # when it ends, the forkserver has imported everything
+    ready = context.Process(target=time.sleep, args=(0,))  # once it has ended, the forkserver has imported everything
     ready.start()
     ready.join()
     whole, watch = folder / "whole", Stopwatch()
@@ -114,18 +114,19 @@ def crash(engine: str, folder: Path, times: int, seed: int, device: str = "cpu",
 
 
 def forkserver() -> ForkServerContext:
-    """Return a context whose processes are forked from one that has imported everything and has no threads."""
+    """Return a context whose processes are forked from a server that has imported everything and has no threads."""
     context = multiprocessing.get_context("forkserver")
     paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     if str(ROOT) not in paths:
         os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *paths])
-    os.environ.setdefault("PYTHONWARNINGS", "ignore::RuntimeWarning:runpy")  # this module is preloaded and then run
+    # runpy warns that this module was imported before it is run.
+    os.environ.setdefault("PYTHONWARNINGS", "ignore::RuntimeWarning:runpy")
     context.set_forkserver_preload(PRELOADED)
     return context
 
 
 def start(context: ForkServerContext, engine: str, folder: Path, device: str) -> ForkServerProcess:
-    """Start a process that starts the run, or resumes it."""
+    """Start a process that starts the run or resumes it."""
     process = context.Process(target=small_run, args=(engine, str(folder), device))
     process.start()
     return process
@@ -152,7 +153,7 @@ def progress_of(folder: Path) -> str:
 
 
 def same_bits(a: Path, b: Path) -> bool:
-    """Whether two runs have the same ticket, weights, buffers, masks and history, but for times and memory."""
+    """Whether two runs have the same ticket, weights, buffers, masks and history, except for times and memory."""
     runs = [SwampResult.load(path) for path in (a, b)]
     states: list[list[dict[str, Tensor]]] = []
     for run in runs:
@@ -185,8 +186,8 @@ def kills(tries: int, seed: int, device: str) -> None:
 class CheckpointTimes:
     """A context that measures the seconds of every checkpoint and the bytes of its file.
 
-    seconds        of checkpoints inside trainings: collecting the state and writing it
-    cycle_seconds  of those at the end of cycles
+    seconds        times of checkpoints inside trainings, to collect the state and write it
+    cycle_seconds  times of checkpoints at the end of cycles
     """
 
     def __init__(self) -> None:
@@ -236,7 +237,7 @@ def _timed(method: Callable[..., Any], report: Callable[..., None]) -> Callable[
 def cost(given: argparse.Namespace) -> None:
     """Measure what checkpoints cost, and write the table.
 
-    Short intervals give many checkpoints; their share of the time at the default interval is computed from them.
+    Short intervals give many checkpoints to measure. Their share of the time at the default interval is then computed.
     """
     settings = {"particles": given.particles, "cycles": given.cycles, "epochs": given.epochs, "ticket_epochs": 0}
     table = []
@@ -273,16 +274,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["kills", "cost"])
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--tries", type=int, default=20, help="kills on each engine")
-    parser.add_argument("--seed", type=int, default=0, help="of the random moments")
+    parser.add_argument("--tries", type=int, default=20, help="number of kills on each engine")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random moments")
     parser.add_argument("--model", default="resnet20")
     parser.add_argument("--engine", nargs="+", default=["eager", "fused"], help="engines of `cost`")
-    parser.add_argument("--samples", type=int, default=2560, help="random pictures")
+    parser.add_argument("--samples", type=int, default=2560, help="number of random pictures")
     parser.add_argument("--particles", type=int, default=4)
     parser.add_argument("--cycles", type=int, default=1)
     parser.add_argument("--epochs", type=int, default=2)
-    parser.add_argument("--minutes", type=float, default=0.05, help="between checkpoints")
-    parser.add_argument("--dir", type=Path, help="folder for the checkpoints of `cost`, whose disk matters")
+    parser.add_argument("--minutes", type=float, default=0.05, help="minutes between checkpoints")
+    parser.add_argument("--dir", type=Path, help="folder for the checkpoints of `cost`; the speed of its disk matters")
     given = parser.parse_args()
     if given.what == "kills":
         kills(given.tries, given.seed, given.device)

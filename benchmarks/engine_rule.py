@@ -1,10 +1,11 @@
-"""Times a step of the eager engine against one of the fused engine by density: the basis of the engine="auto" rule.
+"""Times steps of the eager and the fused engine by density. The rule of engine="auto" is based on the results.
 
     python -m benchmarks.engine_rule [--model NAME ...] [--precision float32 ...] [--batch B] [--cycles C ...]
 
-Both engines gather and augment their batches, update and average. Masks are uniform at random, so that the FLOP
-density equals the density. Writes one table per model, precision and processor, benchmarks/results/engine_rule_*;
-tests/engines/test_selection.py compares the constants of swamp_fast/engines/selection.py with all of them.
+The timed steps include gathering and augmenting the batch, the update, and averaging. Masks are uniform at random, so
+that the FLOP density equals the density. Writes one table per model, precision and processor,
+benchmarks/results/engine_rule_*. tests/engines/test_selection.py checks the constants of
+swamp_fast/engines/selection.py against all these tables.
 """
 
 from __future__ import annotations

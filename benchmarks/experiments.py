@@ -1,10 +1,10 @@
-"""Measures what the method claims, on real pictures: accuracy over sparsity, barriers, and flatness.
+"""Tests the claims of the method on real pictures: accuracy over sparsity, barriers, and flatness.
 
     python -m benchmarks.experiments --out DIR    resumable, also under torchrun
 
 Compares SWAMP with its ablations and baselines under the same seeds: LeNet-300-100 on part of Fashion-MNIST (Debian's
-package dataset-fashion-mnist). For SWAMP, IMP and IMP with SWA also the barriers between consecutive cycles and among
-the last particles, and traces of the Hessian at equal sparsity.
+package dataset-fashion-mnist). For SWAMP, IMP and IMP with SWA, it also measures barriers between consecutive
+cycles and among the last particles, and traces of the Hessian at equal sparsity.
 
 Writes benchmarks/results/experiments (accuracies) and experiments_geometry.
 """
@@ -30,7 +30,7 @@ from swamp_fast.studies.comparison import Comparison
 
 METHODS = ["swamp", "imp", "imp+swa", "swamp-sgd", "imp-swa-schedule", "imp-long", "imp-fine", "one-shot", "random"]
 ANALYSED = ["swamp", "imp+swa", "imp"]  # methods whose geometry is measured
-SHOWN_CYCLES = (3, 6, 10, 14)  # beside the dense one
+SHOWN_CYCLES = (3, 6, 10, 14)  # the tables show these in addition to the dense cycle
 
 COMMAND = "torchrun --nproc-per-node=2 -m benchmarks.experiments --out DIR"
 
@@ -45,7 +45,7 @@ def lenet() -> nn.Module:
 
 
 def splits(given: argparse.Namespace) -> dict[str, Split]:
-    """Return the first training pictures, the last 2,000 of them for validation, and the whole test set."""
+    """Return the first training pictures, the last 2,000 training pictures for validation, and the whole test set."""
     opened = open_source("fashion_mnist", "train", given.data_dir)
     assert isinstance(opened.source, Arrays)
     assert isinstance(opened.test, Arrays)
@@ -59,7 +59,7 @@ def splits(given: argparse.Namespace) -> dict[str, Split]:
 
 
 def geometry(compared: Comparison, data: dict[str, Split], given: argparse.Namespace) -> list[dict[str, Any]]:
-    """Measure this rank's share of the runs. Return one row per method, seed and cycle."""
+    """Analyse this rank's share of the runs. Return one row per method, seed and cycle."""
     job, rows = distributed.current(), []
     pairs = [(method, seed) for seed in range(given.seeds) for method in ANALYSED]
     for method, seed in pairs[job.rank :: job.world]:
@@ -87,7 +87,7 @@ def geometry(compared: Comparison, data: dict[str, Split], given: argparse.Names
 
 
 def overlaps(compared: Comparison, given: argparse.Namespace) -> dict[int, float]:
-    """Return the IoU of the masks of IMP and SWAMP by cycle, as a mean over seeds."""
+    """Return the IoU between the masks of IMP and SWAMP for each cycle, as a mean over seeds."""
     ious: dict[int, list[float]] = {}
     for seed in range(given.seeds):
         results: list[SwampResult | None] = [compared.runs[method, seed][0].result for method in ("swamp", "imp")]
@@ -116,7 +116,7 @@ def circumstances(given: argparse.Namespace) -> dict[str, Any]:
 
 
 def write_accuracies(compared: Comparison, about: dict[str, Any]) -> None:
-    """Write the accuracies of all methods at the shown cycles, and their differences from imp at the last."""
+    """Write the accuracies of all methods at the shown cycles, and their differences from imp at the last cycle."""
     summary = {(row["method"], row["cycle"]): row for row in compared.summary}
     paired = {(row["method"], row["cycle"]): row for row in compared.paired}
     table = []
@@ -162,7 +162,7 @@ def write_geometry(rows: list[dict[str, Any]], iou: dict[int, float], about: dic
 
 
 def compared_density(compared: Comparison, cycle: int) -> float:
-    """Return the density under which a cycle is shown."""
+    """Return the density that the tables show for a cycle."""
     return next(float(row["density"]) for row in compared.summary if row["cycle"] == cycle)
 
 
@@ -185,7 +185,7 @@ def main() -> None:
     """Train the missing runs, analyse them, and write the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--out", type=Path, required=True, metavar="DIR", help="folder of the runs, from which a later call continues"
+        "--out", type=Path, required=True, metavar="DIR", help="folder for the runs; a later call continues them"
     )
     parser.add_argument("--data-dir", default="/usr/share/datasets/fashion-mnist")
     parser.add_argument("--samples", type=int, default=8192)

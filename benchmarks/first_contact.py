@@ -1,4 +1,4 @@
-"""Uses a GPU that is available for minutes only: tests and measurements, most important first, packed after each.
+"""Runs tests and measurements on a GPU that is available for minutes only, the most important ones first.
 
     python -m benchmarks.first_contact --out DIR [--minutes 9] [--visit 1] [--carried FOLDER] [--data cifar10.npz]
 
@@ -8,28 +8,29 @@ need no compiler, the tests of the fused engine, of capture and of resuming, the
 Visit 2: compiled rivals, the eager engine, WRN-28-2 and VGG-19, 1 to 64 particles, variants of launch bounds, then the
 protocol.
 
-Each step is a process with a time limit inside the --minutes. A step that fails or hangs, or for which no time is left,
-is a row of the report, and the next one starts. DIR gets steps.md and results.tgz after each step; at the end
-caches.tgz, which holds what was compiled on that machine; and from visit 2 protocol.zip, for `benchmarks.protocol
---import`. The last lines say what to fix first; the exit status is 1 if there is anything to fix.
+Each step is a process with a time limit, and --minutes limits all steps together. If a step fails or hangs, or if no
+time is left for it, the report says so, and the next step starts. DIR gets steps.md and results.tgz after each step; at
+the end caches.tgz with everything that was compiled on the GPU machine; and in visit 2 protocol.zip, for
+`benchmarks.protocol --import`. The last lines say what to fix first. The exit status is 1 if anything must be fixed.
 
-That machine needs torch, Triton, NumPy, safetensors, Jinja2, MarkupSafe and pytest; some tests of ops also need
-hypothesis, some of capture scikit-learn, and the epoch Pillow: without them these fail. To spare it most of the
-compiling, fill a folder here with the same versions of Python, torch and Triton, which needs no GPU. For Python 3.12
-and an H100 or H200, also adding the JPEG copy of CIFAR-10 and the script that decodes it:
+The GPU machine needs torch, Triton, NumPy, safetensors, Jinja2, MarkupSafe and pytest. Without hypothesis some tests of
+ops fail, without scikit-learn some tests of capture, and without Pillow the epoch. To save most of the compiling there,
+compile in advance on a machine without a GPU, with the same versions of Python, torch and Triton. For Python 3.12 and
+an H100 or H200, and with the JPEG copy of CIFAR-10 and the script that decodes it:
 
     python3.12 -m benchmarks.machine_code --arch sm_90 --fill .first_contact --python python3.12
     cp -r FOLDER .first_contact/data  # FOLDER holds cifar10_jpeg.npz and decode_cifar10.py
 
-This compiles for ResNet-20 in bfloat16 and any number of particles; for visit 2 also fill it with `--model wrn28_2
-vgg19`. Copy the tree with .first_contact, which git ignores, to any place on that machine, and run there
+This compiles for ResNet-20 in bfloat16 and any number of particles. For visit 2, repeat it with `--model wrn28_2
+vgg19`. Copy this tree, including .first_contact, which git ignores, to any place on the GPU machine, and run there
 
     python3 -m benchmarks.first_contact --out DIR
 
-For visit 2 add `--visit 2`, after unpacking the first visit's caches.tgz into .first_contact and copying the
-protocol.zip of an earlier second visit there, from which the protocol continues. --data replaces .first_contact/data.
+For visit 2, first unpack the caches.tgz of visit 1 into .first_contact, then add `--visit 2`. If there was a visit 2
+before, copy its protocol.zip into .first_contact too, and the protocol continues from it. --data replaces
+.first_contact/data.
 
---rehearse runs each step on the CPU at a tiny size and says which steps need a GPU; its figures mean nothing.
+--rehearse runs each step on the CPU at a tiny size, and says which steps need a GPU. Its measurements mean nothing.
 """
 
 from __future__ import annotations
@@ -48,12 +49,12 @@ from pathlib import Path
 
 from benchmarks.children import Child, Visit, pytest_command
 
-ROOT = Path(__file__).parents[1]  # not benchmarks.measuring's, which imports torch
+ROOT = Path(__file__).parents[1]  # benchmarks.measuring has it too, but imports torch
 CARRIED = ROOT / ".first_contact"
 MAPPED = {"kernels": Path("..", "kernels"), "cuda_sources": Path("..", "csrc", "cuda")}  # as in pyproject.toml
 OPS = ("clip_scale", "gather_augment", "global_threshold", "masked_adamw", "masked_sgd", "particle_mean", "philox")
 NOT_CARRIED = {".source", ".ttir", ".ttgir", ".llir", ".ptx"}  # intermediate files of Triton's cache
-MAX_CACHE_BYTES = 15_000_000  # of caches.tgz; a larger one is not kept
+MAX_CACHE_BYTES = 15_000_000  # a larger caches.tgz is not kept
 
 
 def children(
@@ -61,7 +62,7 @@ def children(
 ) -> list[Child]:
     """Return the steps of a visit in order.
 
-    work  folder that is packed; the protocol's own folder is beside it, since it is large, and is exported instead
+    work  the folder that is packed; the protocol has another folder, which is too large and is exported instead
     """
 
     def slice_(name: str, seconds: float) -> Child:
@@ -118,7 +119,7 @@ def children(
 
 
 def put_in_place(carried: Path) -> dict[str, str]:
-    """Make this tree run without being installed, with what was carried along. Return the environment for children."""
+    """Make this tree usable without installation, with the carried files. Return the environment for children."""
     if _installed_from() != ROOT:
         for name, target in MAPPED.items():
             link = ROOT / "swamp_fast" / name
@@ -137,7 +138,7 @@ def put_in_place(carried: Path) -> dict[str, str]:
 
 
 def _installed_from() -> Path | None:
-    """Return the tree from which an editable install takes the package."""
+    """Return the tree that an editable install of the package points to, if there is one."""
     try:
         about = json.loads(distribution("swamp-fast").read_text("direct_url.json") or "{}")
     except PackageNotFoundError:
@@ -146,9 +147,9 @@ def _installed_from() -> Path | None:
 
 
 def relocate(cache: Path) -> None:
-    """Make a Triton cache usable that was copied from another path, or of which only a part was copied.
+    """Repair a Triton cache that was copied from another path, perhaps without some of its files.
 
-    A kernel's group file names its members by absolute paths, and Triton compiles the kernel again if one is missing.
+    The group file of a kernel lists its files by absolute paths, and Triton recompiles the kernel if one is missing.
     """
     for path in cache.glob("*/__grp__*.json"):
         group = json.loads(path.read_text())
@@ -159,7 +160,7 @@ def relocate(cache: Path) -> None:
 
 
 def pack_caches(carried: Path, before: set[Path], to: Path) -> None:
-    """Archive the files compiled since `before`, to be unpacked into the folder that is carried next time."""
+    """Archive the compiled files that are not in `before`, to be unpacked into the folder that is carried next time."""
     new = sorted((path for path in _compiled(carried) if path not in before), key=lambda path: path.stat().st_size)
     packed = 0
     with tarfile.open(to, "w:gz", compresslevel=6) as archive:
@@ -182,20 +183,20 @@ def main(arguments: list[str] | None = None) -> int:
     """Run a visit. Return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the results")
-    parser.add_argument("--minutes", type=float, default=9.0, help="for all steps together, default 9")
+    parser.add_argument("--minutes", type=float, default=9.0, help="time limit of all steps together, default 9")
     parser.add_argument("--visit", type=int, choices=(1, 2), default=1)
     parser.add_argument(
-        "--carried", type=Path, default=CARRIED, metavar="FOLDER", help="what was carried along, default .first_contact"
+        "--carried", type=Path, default=CARRIED, metavar="FOLDER", help="the carried folder, default .first_contact"
     )
     parser.add_argument("--data", type=Path, help="CIFAR-10 as an .npz")
-    parser.add_argument("--rehearse", action="store_true", help="tiny and on the CPU, to try the command")
+    parser.add_argument("--rehearse", action="store_true", help="run a tiny version on the CPU, to try the command")
     given = parser.parse_args(arguments)
     carried, out = given.carried.resolve(), given.out.resolve()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _: sys.exit(128 + number))
     environment = put_in_place(carried)
     before = _compiled(carried)
-    title = f"First contact, visit {given.visit}" + ", rehearsed on a CPU: the figures mean nothing" * given.rehearse
+    title = f"First contact, visit {given.visit}" + ", rehearsed on a CPU: the numbers mean nothing" * given.rehearse
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder) / "results"
         visit = Visit(out, work, 60 * given.minutes, environment, ROOT, title)
@@ -204,7 +205,7 @@ def main(arguments: list[str] | None = None) -> int:
         try:
             pack_caches(carried, before, out / "caches.tgz")
         except OSError as error:
-            print(f"what was compiled is not packed: {error}", flush=True)
+            print(f"the compiled files were not packed: {error}", flush=True)
         return 0 if visit.conclude() else 1
 
 

@@ -6,7 +6,7 @@
     python -m benchmarks.fused seeds                       accuracy over seeds by engine, on digits or (--data) CIFAR-10
     python -m benchmarks.fused figure                      draw time over density from the results of `step`
 
-In `step` the fused engine gathers and augments its batches; the other contenders get theirs for free.
+In `step`, the fused engine's time includes gathering and augmenting its batches; the other contenders' doesn't.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ TEST_PICTURES = 1000
 
 
 def masks(model: str, data: Path, samples: int, epochs: int, cycles: int) -> None:
-    """Record the masks of a run of one particle by fast_swamp, at the densities that `step` measures."""
+    """Do a run of fast_swamp with one particle, and record its masks at the densities at which `step` is timed."""
     settings: dict[str, Any] = {"particles": 1, "cycles": cycles, "epochs": epochs, "ticket_epochs": 1}
     settings |= {"batch_size": BATCH, "augment": "crop_flip", "engine": "fused"}
     result = fast_swamp(seeded_model(model, SHAPES[model]), pictures(data, "train", samples), **settings)
@@ -56,7 +56,7 @@ def masks(model: str, data: Path, samples: int, epochs: int, cycles: int) -> Non
 
 
 def recorded_mask(problem: Problem, model: str, cycle: int, uniform: bool = False) -> Tensor:
-    """Return the recorded mask [Q] of a cycle; if there is none, or if `uniform`, a random one of the same density."""
+    """Return the recorded mask [Q] of a cycle, or a random one of equal density if `uniform` or if none is recorded."""
     mask = problem.mask.clone()
     path = RESULTS / f"masks_{model}.npz"
     if uniform or not path.exists():
@@ -69,7 +69,7 @@ def recorded_mask(problem: Problem, model: str, cycle: int, uniform: bool = Fals
 
 
 def dense_steps(problem: Problem, compiled: bool, stacked: bool) -> dict[str, Step]:
-    """Return a step of each dense contender. All train one particle, but "stacked, vmap" trains LANES."""
+    """Return a step of each dense contender. Each trains one particle, except "stacked, vmap", which trains LANES."""
     steps: dict[str, Step] = {
         "naive, channels first": NaiveLoop(problem, channels_last=False, fetches=False).step,
         "naive, channels last": NaiveLoop(problem, fetches=False).step,
@@ -82,7 +82,7 @@ def dense_steps(problem: Problem, compiled: bool, stacked: bool) -> dict[str, St
 
 
 def step(model: str, precision: str, rounds: int, compiled: bool, stacked: bool, uniform: bool) -> None:
-    """Time a step at every density, all contenders in turns, and write the table of one particle's share."""
+    """Time a step of all contenders in turns at every density, and write a table of times per particle."""
     augment = "none" if model == "mlp" else "crop_flip"
     problem = problem_of(model, LANES, BATCH, SHAPES[model], precision=precision, augment=augment)
     plan = covered_plan(problem)
@@ -171,7 +171,8 @@ def seeds(data: Path | None, count: int = 5) -> None:
         ("fused", fast_swamp, "fused", "float32"),
         ("fused, bfloat16", fast_swamp, "fused", "bfloat16"),
     ]
-    if data is not None:  # tests/engines/test_equivalence.py compares the eager engine with the naive loop
+    # The eager engine is left out on CIFAR-10: tests/engines/test_equivalence.py shows that it equals the naive loop.
+    if data is not None:
         contenders = [contender for contender in contenders if contender[0] != "eager"]
     table = []
     for name, function, engine, precision in contenders:
@@ -198,7 +199,7 @@ def seeds(data: Path | None, count: int = 5) -> None:
 
 
 def figure() -> None:
-    """Draw the time of a step over density, all contenders, as an SVG."""
+    """Draw the step time of all contenders over density, as an SVG."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -232,17 +233,17 @@ def figure() -> None:
 def main() -> None:
     """Run the requested measurement."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["masks", "step", "run", "seeds", "figure"], help="see above")
+    parser.add_argument("what", choices=["masks", "step", "run", "seeds", "figure"], help="see the head of this file")
     parser.add_argument("--model", default="resnet20", choices=SHAPES)
     parser.add_argument("--precision", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--data", type=Path, help="CIFAR-10 as an .npz; `masks` and `run` need it")
     parser.add_argument("--samples", type=int, default=25600, help="training pictures of `masks` and `run`")
-    parser.add_argument("--epochs", type=int, default=1, help="per cycle, of `masks`")
-    parser.add_argument("--particles", type=int, default=1, help="of `run`")
-    parser.add_argument("--rounds", type=int, default=9, help="of `step`")
-    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument("--epochs", type=int, default=1, help="epochs per cycle of `masks`")
+    parser.add_argument("--particles", type=int, default=1, help="particles of `run`")
+    parser.add_argument("--rounds", type=int, default=9, help="rounds of `step`")
+    parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile")
     parser.add_argument(
-        "--no-vmap", action="store_true", help="leave the vmap contender out, which is timed in float32 only"
+        "--no-vmap", action="store_true", help="leave out the vmap contender, which is timed in float32 only"
     )
     parser.add_argument(
         "--uniform", action="store_true", help="use masks that are uniform at random, not those of a run"

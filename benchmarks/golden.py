@@ -1,11 +1,11 @@
-"""Checks that the bits of results are still those of another commit.
+"""Checks that results are bit for bit equal to those of another commit.
 
     python -m benchmarks.golden --against COMMIT [--only NAME ...]
 
-Eight small calls (benchmarks/golden_calls.py) run with that commit's code and with this checkout's, each in a process
-of its own, on the same machine and with the same number of threads. Masks, weights of every cycle and histories are
+Eight small calls (benchmarks/golden_calls.py) run with the code of that commit and of this checkout, in separate
+processes on the same machine, with the same number of threads. Masks, weights of every cycle and histories are
 compared, except for seconds and memory. The first difference of each call is printed, and the exit status is 1 if there
-is any. Where the older code let a stopwatch choose, results may differ without a change.
+is any. If code chooses by a stopwatch, results may differ although nothing was changed.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from benchmarks.measuring import ROOT
 from swamp_fast import _C
 from swamp_fast.common.timing import Stopwatch
 
-LINKS = {"swamp_fast/kernels": "kernels", "swamp_fast/cuda_sources": "csrc/cuda"}  # as installed
+LINKS = {"swamp_fast/kernels": "kernels", "swamp_fast/cuda_sources": "csrc/cuda"}  # as in an installed package
 BUILT_FROM = ("setup.py", "csrc/cpu")
 
 
 @contextlib.contextmanager
 def tree_of(commit: str) -> Iterator[Path]:
-    """Check out a commit, with its extension, into a folder that exists while the context does."""
+    """A context with a temporary folder, into which a commit is checked out and its extension is built."""
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder) / "tree"
         git("worktree", "add", "--quiet", "--detach", str(tree), commit)
@@ -46,12 +46,12 @@ def tree_of(commit: str) -> Iterator[Path]:
 
 
 def git(*command: str) -> None:
-    """Run git in this checkout. Raises CalledProcessError."""
+    """Run git in this checkout. Raises CalledProcessError if it fails."""
     subprocess.run(["git", *command], cwd=ROOT, check=True)
 
 
 def install(tree: Path, commit: str) -> None:
-    """Make a tree importable. The extension is built, unless this checkout's would be the same."""
+    """Make a tree importable. The extension is built only if that of this checkout would differ."""
     for link, target in LINKS.items():
         if not (tree / link).exists() and (tree / target).exists():
             (tree / link).symlink_to(tree / target)
@@ -64,7 +64,7 @@ def install(tree: Path, commit: str) -> None:
 
 
 def results(trees: Sequence[Path], name: str) -> list[dict[str, Any]]:
-    """Run one call with the code of each tree, in processes side by side, and return its results."""
+    """Run one call with the code of each tree, in parallel processes. Return the results of each."""
     with tempfile.TemporaryDirectory() as folder:
         outs = [Path(folder) / f"results {number}" for number in range(len(trees))]
         command = [sys.executable, "-W", "ignore", golden_calls.__file__]
@@ -76,11 +76,11 @@ def results(trees: Sequence[Path], name: str) -> list[dict[str, Any]]:
             codes = [process.wait() for process in processes]
         if any(codes):
             raise RuntimeError(f"{name} failed; its output is above.")
-        return [torch.load(out) for out in outs]  # one after the other: torch.load is not safe in two threads
+        return [torch.load(out) for out in outs]  # not in the threads, because torch.load is not thread-safe
 
 
 def difference(before: dict[str, Any], now: dict[str, Any]) -> str | None:
-    """Describe the first result, in the order of the earlier ones, whose bits differ. None if all are equal."""
+    """Describe the first result whose bits differ, in the order of `before`. Return None if all are equal."""
     for name in [*before, *now]:
         if name not in before or name not in now:
             return f"{name} is {'new' if name in now else 'missing'}"
@@ -98,7 +98,7 @@ def difference(before: dict[str, Any], now: dict[str, Any]) -> str | None:
 
 
 def bits(tensor: Tensor) -> Tensor:
-    """Return the bytes of each number [numel, bytes]. By these NaN equals itself, and 0 differs from -0."""
+    """Return the bytes of each number, [numel, bytes]. Compared as bytes, NaN equals itself, and 0 differs from -0."""
     return tensor.contiguous().reshape(-1, 1).view(torch.uint8)
 
 

@@ -2,7 +2,7 @@
 
     python benchmarks/golden_calls.py TREE NAME OUT    run the call NAME with the package in TREE; write its results
 
-They use public names only, so that they run with the code of any commit.
+The calls use only public names, so that they run with the code of any commit.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__":  # instead of the folder of this file
+if __name__ == "__main__":  # import the package from TREE, not from the folder of this file
     sys.path[0] = sys.argv[1]
 
 import torch
@@ -33,7 +33,7 @@ Results = dict[str, Any]  # name -> tensor or plain value
 
 
 def pictures(count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Return uint8 noise [count, 1, 8, 8] with two brighter rows by class, and the classes [count]."""
+    """Return uint8 noise [count, 1, 8, 8] in which two rows, given by the class, are brighter, and classes [count]."""
     generator = torch.Generator().manual_seed(seed)
     targets = torch.randint(4, (count,), generator=generator)
     inputs = torch.randint(128, (count, 1, 8, 8), generator=generator)
@@ -46,7 +46,7 @@ TRAIN, TEST = pictures(80, 1), pictures(40, 2)
 
 
 class Noisy(Dataset[tuple[Tensor, int]]):
-    """Samples with new noise at each access, which must therefore be streamed."""
+    """Samples that get new noise at each access, so that they must be streamed."""
 
     def __len__(self) -> int:
         return len(TRAIN[0])
@@ -63,7 +63,7 @@ def network() -> nn.Module:
 
 
 def with_dropout() -> nn.Module:
-    """Return a network of two convolutions, each with dropout."""
+    """Return a network of two convolutions with dropout after each."""
     torch.manual_seed(0)
     return nn.Sequential(
         *(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Dropout(0.2)),
@@ -78,18 +78,18 @@ def perceptron() -> nn.Module:
 
 
 def one(make: Callable[[], nn.Module], engine: str, precision: str, train: object = TRAIN, **settings: Any) -> Results:
-    """Return the results of a run by fast_swamp, by name."""
+    """Do a run by fast_swamp. Return its results by name."""
     test = TEST if train is TRAIN else (TEST[0] / 255, TEST[1])
     return of_result(fast_swamp(make(), train, test, engine=engine, precision=precision, **{**SETTINGS, **settings}))
 
 
 def of_result(result: SwampResult | None) -> Results:
-    """Return the history, masks and weights of every cycle, by name."""
+    """Return the history, and the masks and weights of every cycle, by name."""
     if result is None:
         raise RuntimeError("a run failed.")
     results: Results = {}
     for cycle, row in enumerate(result.history):
-        row = {**row, "warnings": len(row["warnings"])}  # their words may change
+        row = {**row, "warnings": len(row["warnings"])}  # compare their number only, as their texts may change
         results |= {f"cycle {cycle}, {name}": value for name, value in row.items() if name not in UNREPEATABLE}
         model, masks = result.at(cycle)
         results |= {f"cycle {cycle}, mask of {name}": mask for name, mask in masks.items()}
@@ -98,8 +98,8 @@ def of_result(result: SwampResult | None) -> Results:
 
 
 def a_sweep() -> Results:
-    """Return the results of four runs that share a bank, which lanes of the eager engine can on a CPU."""
-    for name in ("swamp_fast.sweeps", "swamp_fast.studies.packing"):  # instead of a stopwatch; by commit
+    """Return the results of a sweep of four runs that share a bank of the eager engine."""
+    for name in ("swamp_fast.sweeps", "swamp_fast.studies.packing"):  # one of them, by commit, lets a stopwatch choose
         with suppress(ImportError):
             importlib.import_module(name).runs_at_once = lambda engine, problems: (len(problems), "all of them")
     grid: dict[str, list[Any]] = {"seed": [0, 1], "lr": [0.1, 0.05]}

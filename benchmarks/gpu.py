@@ -1,4 +1,4 @@
-"""Measures everything that needs a GPU, by one command, in slices of less than 8 minutes each.
+"""Does all measurements that need a GPU by one command, in slices of less than 8 minutes each.
 
     python -m benchmarks.gpu --out DIR [--data cifar10.npz] [--only tests step scale ...]
 
@@ -6,14 +6,14 @@ Slices, in this order:
 
 tests      pytest -m gpu, and the tests of the fused engine
 ceilings   how fast the device copies and multiplies
-step       the fused engine's step, against float64 and timed
-profile    microseconds of each of its launches
-light      the naive loop, as one CUDA graph, and as forked streams in one graph
+step       the fused engine's step, compared with float64, then timed
+profile    microseconds of each launch of that step
+light      the naive loop: as it is, as one CUDA graph, and as forked streams in one graph
 bank       the update and the global threshold
 epoch      an epoch of CIFAR-10
 eager      the eager engine
 compiled   torch.compile and vmap
-variants   the CUDA kernels under other launch bounds
+variants   the CUDA kernels with other launch bounds
 processes  several processes that share the GPU
 networks   WRN-28-2 and VGG-19
 scale      1 to 64 particles
@@ -21,8 +21,8 @@ accuracy   accuracy over seeds
 sweep      runs that share a bank
 
 Each slice writes one JSON and one Markdown table into DIR, with the device in the file name. A slice that fails is
-reported and the next one runs; a contender that fails is a row of its table. --rehearse runs what a CPU can run, at a
-tiny size, to try the command; its figures mean nothing.
+reported, and the next one runs. A contender that fails is reported in its row of the table. --rehearse tries the
+command on a CPU, at a tiny size; its measurements mean nothing.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ from swamp_fast.engines.fused.estimate import estimate, measured_ceilings
 from swamp_fast.engines.selection import eager_by_rule
 from swamp_fast.models import build_model
 
-STACKED_LANES = 4  # of the contender that stacks particles by vmap
+STACKED_LANES = 4  # particles in the contender that stacks them by vmap
 
 
 def tests(bench: Bench) -> None:
@@ -69,7 +69,7 @@ def tests(bench: Bench) -> None:
 
 
 def _pytest(options: list[str]) -> dict[str, Any]:
-    """Run pytest, passing its output on, and return its exit status and last line."""
+    """Run pytest and pass on its output. Return its exit status and last line."""
     last_line = ""
     command = pytest_command(*options)
     with child_process(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
@@ -89,7 +89,7 @@ def ceilings(bench: Bench) -> None:
 
 
 def step(bench: Bench) -> None:
-    """Time the fused engine's step of ResNet-20 with 8 particles, after comparing it with float64."""
+    """Compare the fused engine's step of ResNet-20 with 8 particles with float64, then time it."""
     model, particles = "resnet20", bench.particles
     problem = bench.problem(model, particles)
     _, cost = estimate(problem.original, torch.zeros(bench.batch, 3, bench.size, bench.size), "bfloat16")
@@ -111,14 +111,14 @@ def step(bench: Bench) -> None:
 
 
 def profile(bench: Bench) -> None:
-    """Measure the microseconds of every launch of that step."""
+    """Measure the microseconds of every launch in the fused engine's step of ResNet-20 with 8 particles."""
     table, sums = profiled(bench.fused("resnet20", bench.particles), bench.device)
     bench.summary = ", ".join(f"{name} {value}" for name, value in sums.items())
     bench.write("profile", table, model="resnet20", particles=bench.particles, **sums)
 
 
 def light(bench: Bench) -> None:
-    """Compare it with what needs no compiler: the naive loop, a graph of it, and forked streams in one graph."""
+    """Time rivals that need no compiler: the naive loop, a CUDA graph of it, and forked streams in one graph."""
     particles = bench.particles
     problem = bench.problem("resnet20", particles)
     contenders: dict[str, Contender] = {
@@ -188,7 +188,7 @@ def compiled(bench: Bench) -> None:
 
 
 def bank(bench: Bench) -> None:
-    """Time the update with SWA against a copy, and the global threshold against torch's functions for it."""
+    """Time the update with SWA against a copy, and the global threshold against torch's equivalents."""
     lanes, size = 4, bench.numbers // 4
     weights, grads, momenta, swa = torch.randn(4, lanes, size, device=bench.device)
     masks = torch.ones(1, size, dtype=torch.bool, device=bench.device)
@@ -224,12 +224,12 @@ def bank(bench: Bench) -> None:
 
 
 def _as_is(call: Step) -> Step:
-    """Return a contender that needs no preparation."""
+    """Return the call itself, as a contender that needs no preparation."""
     return call
 
 
 def processes(bench: Bench) -> None:
-    """Measure one naive loop of ResNet-20 per process, in as many processes as particles, which share the GPU."""
+    """Measure naive loops of ResNet-20 in parallel processes that share the GPU, one particle per process."""
     particles, seconds = (2, 1.0) if bench.rehearse else (8, 10.0)
     context = torch.multiprocessing.get_context("spawn")
     with context.Pool(particles) as pool:
@@ -239,7 +239,7 @@ def processes(bench: Bench) -> None:
 
 
 def _steps_per_second(device: str, rehearse: bool, seconds: float) -> float:
-    """Measure a naive loop's rate while the other processes run too."""
+    """Return a naive loop's steps per second while the other processes run too."""
     loop = NaiveLoop(Bench(Path(), None, rehearse).problem("resnet20", 1))
     watch = Stopwatch()
     while watch.seconds < seconds:  # until all processes have started
@@ -253,7 +253,7 @@ def _steps_per_second(device: str, rehearse: bool, seconds: float) -> float:
 
 
 def networks(bench: Bench) -> None:
-    """Time the other networks with 8 particles."""
+    """Time WRN-28-2 and VGG-19 with 8 particles."""
     failed = []
     for model in ("resnet20",) if bench.rehearse else ("wrn28_2", "vgg19"):
         particles = bench.particles
@@ -274,7 +274,7 @@ def _naive_step(bench: Bench, model: str) -> Step:
 
 
 def scale(bench: Bench) -> None:
-    """Time ResNet-20 with 1 to 64 particles; particle-steps per second should never fall."""
+    """Time ResNet-20 with 1 to 64 particles. With more particles, particle-steps per second should not fall."""
     contenders: dict[str, Contender] = {
         f"fused, {count}": (count, partial(bench.fused, "resnet20", count))
         for count in ((1, 2) if bench.rehearse else (1, 2, 4, 8, 16, 32, 64))
@@ -283,7 +283,7 @@ def scale(bench: Bench) -> None:
 
 
 def epoch(bench: Bench) -> None:
-    """Time an epoch over all of CIFAR-10 with 8 particles by fast_swamp, with all that surrounds the steps."""
+    """Time an epoch of fast_swamp over all of CIFAR-10 with 8 particles, including everything around the steps."""
     particles, count = bench.particles, 64 if bench.rehearse else 50_000
     if bench.rehearse and bench.data is None:
         train = random_pictures(count)
@@ -306,7 +306,7 @@ def epoch(bench: Bench) -> None:
 
 
 def accuracy(bench: Bench, seeds: int = 5) -> None:
-    """Compare the accuracy of whole runs on digits over seeds: the naive loop, and the fused engine by precision."""
+    """Compare accuracies over seeds in whole runs on digits: the naive loop, and the fused engine by precision."""
     settings: dict[str, Any] = {"particles": 2, "cycles": 14, "epochs": 4, "ticket_epochs": 2, "batch_size": 64}
     if bench.rehearse:
         settings |= {"cycles": 1, "epochs": 1}
@@ -370,12 +370,12 @@ SLICES = {
 
 
 def main() -> None:
-    """Run the requested slices. The exit status is 1 if one fails."""
+    """Run the requested slices. The exit status is 1 if any slice fails."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the tables")
     parser.add_argument("--data", type=Path, help="CIFAR-10 as an .npz, for `epoch`")
     parser.add_argument("--only", nargs="+", choices=SLICES, default=list(SLICES), help="slices to run, default all")
-    parser.add_argument("--rehearse", action="store_true", help="tiny and on the CPU, to try the command")
+    parser.add_argument("--rehearse", action="store_true", help="run a tiny version on the CPU, to try the command")
     given = parser.parse_args()
     if not given.rehearse and not torch.cuda.is_available():
         sys.exit("benchmarks.gpu: there is no CUDA device; --rehearse tries the command on the CPU.")

@@ -1,4 +1,4 @@
-"""A first look at a machine with a GPU: versions, the extension, NVRTC, a launch of each kind, a captured graph.
+"""Checks a new machine with a GPU: versions, the extension, NVRTC, a launch of each kind, a captured graph.
 
     python -m benchmarks.gpu_probe [--rehearse]
 
@@ -33,7 +33,7 @@ HALO = Halo(8, 8, 16, 16)
 
 
 def versions() -> str:
-    """List the versions of all that the other steps use."""
+    """List the versions of all software that other steps use."""
     names = []
     for name in PACKAGES:
         try:
@@ -49,7 +49,7 @@ def active() -> str:
 
 
 def extension() -> str:
-    """Call a CPU kernel."""
+    """Call a CPU kernel of the extension, and compare it with its reference."""
     keys = torch.arange(6).view(2, 3)
     if not torch.equal(ops.philox(keys, 3, 1001), reference.philox(keys, 3, 1001)):
         raise RuntimeError("philox differs from its reference")
@@ -76,7 +76,7 @@ def device() -> str:
 
 
 def triton_kernel() -> str:
-    """Launch a Triton kernel."""
+    """Launch a Triton kernel, and compare it with its reference."""
     keys = torch.arange(6).view(2, 3)
     if not torch.equal(ops.philox(keys.cuda(), 3, 1001).cpu(), reference.philox(keys, 3, 1001)):
         raise RuntimeError("philox differs from its reference")
@@ -120,7 +120,7 @@ ON_GPU: tuple[Callable[[], str], ...] = (device, triton_kernel, cuda_kernel, cap
 
 
 def main() -> None:
-    """Run the checks. The exit status is 1 if one fails."""
+    """Run the checks. The exit status is 1 if any check fails."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rehearse", action="store_true", help="run only the checks that need no GPU")
     given = parser.parse_args()

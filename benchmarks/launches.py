@@ -1,4 +1,4 @@
-"""Where the GPU time of a step goes: all launches as the profiler sees them, and the CUDA kernels launched alone."""
+"""Measures where the GPU time of a step goes: profiles all its launches, and launches single CUDA kernels alone."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from swamp_fast.engines.fused.cuda import nvrtc
 from swamp_fast.engines.fused.cuda.halo import Halo, Prologue, Statistics
 from swamp_fast.engines.fused.cuda.params import Params
 
-GPU_EVENTS = ("kernel", "gpu_memcpy", "gpu_memset")  # categories of the profiler
+GPU_EVENTS = ("kernel", "gpu_memcpy", "gpu_memset")  # the profiler's categories of work on the GPU
 HALO_KINDS = ("forward", "by input", "by weights")
 RECORDED_STEPS = 20
 
 
 def profiled(step: Step, device: torch.device) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Profile a step. Return the table of its launches and their sums. Raise RuntimeError if there are none."""
+    """Profile a step. Return a table of its launches, and their totals. Raise RuntimeError if there are none."""
     on_gpu = device.type == "cuda"
     activity = torch.profiler.ProfilerActivity
     step()
@@ -40,9 +40,9 @@ def profiled(step: Step, device: torch.device) -> tuple[list[dict[str, Any]], di
 
 
 def table(events: Iterable[Mapping[str, Any]], steps: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Sum the profiler's events of `steps` steps by kernel and grid. Return the rows, longest first, and the sums.
+    """Sum the profiler's events in `steps` steps by kernel and grid. Return the rows, longest first, and the totals.
 
-    The device's busy share is of the time from the start of the first launch to the end of the last.
+    The busy share of the device is the fraction of the time from the start of the first launch to the end of the last.
     """
     groups: dict[tuple[str, str], list[Mapping[str, Any]]] = defaultdict(list)
     for event in events:
@@ -67,7 +67,7 @@ def table(events: Iterable[Mapping[str, Any]], steps: int) -> tuple[list[dict[st
 
 
 def halo_step(halo: Halo, kind: str, blocks: int, lanes: int, samples: int) -> Step:
-    """Return a launch of a kernel of csrc/cuda, compiled so that a multiprocessor can hold `blocks` blocks at once.
+    """Return a call that launches a kernel of csrc/cuda, compiled so that a multiprocessor can hold `blocks` blocks.
 
     kind  one of HALO_KINDS
     """
@@ -97,7 +97,7 @@ def halo_step(halo: Halo, kind: str, blocks: int, lanes: int, samples: int) -> S
         arrivals = torch.zeros(lanes, outputs, dtype=torch.int32, device=device)
         statistics = Statistics(sums[0], sums[1], sums[2], sums[3], 0, weights, 0, outputs, 1e-5, arrivals)
         return lambda: halo.convolve(launch, source, prologue, dense, 0, None, out, False, False, statistics)
-    if kind == "by input":  # it accumulates into `source`, which must stay finite
+    if kind == "by input":  # this kernel accumulates into `source`, which must stay finite
         dense.zero_()
         return lambda: halo.convolve(launch, out, None, dense, size, None, source, True, True, None)
     partial = torch.empty(lanes, halo.parts(samples) * size, device=device)

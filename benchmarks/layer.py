@@ -1,4 +1,4 @@
-"""Times one 3x3 convolution, forward and both gradients: the fused engine, PyTorch's dense one, and SparseProp.
+"""Times a 3x3 convolution, forward and both gradients, by the fused engine, by PyTorch (dense), and by SparseProp.
 
     python -m benchmarks.layer [--density 0.05]
 
@@ -38,9 +38,9 @@ def masked(channels: int, density: float) -> tuple[nn.Conv2d, Tensor]:
 
 
 def fused(layer: nn.Conv2d, mask: Tensor, inputs: Tensor, out_grad: Tensor) -> Callable[[], None]:
-    """Return the engine's three calls for a layer, after comparing them with autograd.
+    """Return a call of the fused engine's forward and two gradients for a layer, after comparing them with autograd.
 
-    The layer stands between two 1x1 convolutions, so that its gradient by the input is computed too.
+    The layer is put between two 1x1 convolutions, so that the engine computes its gradient by the input too.
     """
     channels = layer.in_channels
     model = nn.Sequential(nn.Conv2d(channels, channels, 1, bias=False), layer, nn.Conv2d(channels, channels, 1))
@@ -64,7 +64,7 @@ def fused(layer: nn.Conv2d, mask: Tensor, inputs: Tensor, out_grad: Tensor) -> C
             raise RuntimeError(f"the gradient of {name} differs from autograd's by {error:.2g}, so nothing is timed")
     forward, (by_weights, by_input) = program.training_calls[1], program.backward_calls[2:4]
 
-    def step(owner: Program = program) -> None:  # the calls use memory of the program, which this keeps alive
+    def step(owner: Program = program) -> None:  # keeps the program alive, whose memory the calls use
         forward()
         by_weights()
         by_input()
@@ -73,7 +73,7 @@ def fused(layer: nn.Conv2d, mask: Tensor, inputs: Tensor, out_grad: Tensor) -> C
 
 
 def by_autograd(layer: nn.Module, inputs: Tensor, out_grad: Tensor) -> Callable[[], None]:
-    """Return the forward and backward pass of a module by autograd."""
+    """Return a call of the forward and backward pass of a module by autograd."""
     inputs = inputs.clone(memory_format=torch.preserve_format).requires_grad_()
 
     def step() -> None:

@@ -1,13 +1,13 @@
-"""What the GPU kernels compile to: registers, spills, shared memory, instructions. No GPU is needed.
+"""Reports what the GPU kernels compile to: registers, spills, shared memory, instructions. Needs no GPU.
 
     python -m benchmarks.machine_code [--arch sm_90] [--json]
     python -m benchmarks.machine_code [--arch sm_90] --fill FOLDER --model resnet20 --particles 8 [--python python3.12]
 
-The second fills FOLDER with what a machine with such a GPU would compile at its first run; see precompile.py.
+The second command fills FOLDER with everything that a machine with such a GPU would compile; see precompile.py.
 
-The Triton launchers run on CPU tensors under a driver that only names the target, so each kernel is compiled exactly as
-its launch would specialise it, and not run. The kernels of csrc/cuda are compiled by NVRTC. The disassemblers that come
-with Triton read both.
+The Triton launchers are called with CPU tensors, under a driver that only names the target. So each kernel is compiled
+with the specialisation of a real launch, but not run. The kernels of csrc/cuda are compiled by NVRTC. The disassemblers
+that come with Triton read both.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from swamp_fast.engines.fused.cuda.occupancy import blocks_at_once
 from swamp_fast.ops.backends import why_no_nvrtc
 
 BATCH = 128
-SLOTS = 4  # instructions that an SM issues per clock
-# What one SM of an H200 (132 SMs at 1.755 GHz) does per clock: bytes of memory at 4.3 TB/s, and products of mma.sync at
-# 490 TFLOP/s. These are estimates that this project has not measured.
+SLOTS = 4  # instructions that an SM can issue per clock
+# What one SM of an H200 (132 SMs at 1.755 GHz) does per clock: bytes of memory traffic at 4.3 TB/s, and multiply-adds
+# of mma.sync at 490 TFLOP/s. These are estimates, not measurements of this project.
 BYTES, PRODUCTS = 18.6, 1057.0
-HALOS = {  # by network
+HALOS = {  # network -> shapes of its layers
     "ResNet-20": [Halo(32, 32, 16, 16), Halo(16, 16, 32, 32), Halo(8, 8, 64, 64)],
     "WRN-28-2": [Halo(32, 32, 32, 32), Halo(16, 16, 64, 64), Halo(8, 8, 128, 128)],
     "VGG-19": [Halo(32, 32, 64, 64), Halo(4, 4, 256, 512), Halo(2, 2, 512, 512)],
@@ -49,11 +49,11 @@ HALOS = {  # by network
 class Compiled:
     """One kernel in one configuration.
 
-    instructions            of its code
-    instructions_per_pixel  issued per pixel of the output, in a batch of 128; None where it isn't counted
-    slots_per_pixel         how many an H200 can issue in the time that memory and tensor cores take for the pixel: with
-                            fewer instructions than that, these don't limit the kernel
-    blocks                  how many blocks an SM of an H100 holds at once; for csrc/cuda only
+    instructions            number of instructions in its code
+    instructions_per_pixel  instructions issued per output pixel, in a batch of 128; None if they weren't counted
+    slots_per_pixel         instructions that an H200 can issue in the time that memory and tensor cores need for a
+                            pixel; if instructions_per_pixel is smaller, issuing them doesn't limit the kernel
+    blocks                  number of blocks that an SM of an H100 holds at once; only for csrc/cuda
     """
 
     name: str
@@ -68,15 +68,16 @@ class Compiled:
 
 
 def compiled(arch: str) -> list[Compiled]:
-    """Every kernel, in configurations that launchers choose, for "sm_90" or, of Triton alone, "gfx942".
+    """Compile every kernel, in configurations that launchers choose, for an `arch` such as "sm_90".
 
-    Raises RuntimeError where Triton interprets: a process does one or the other.
+    For "gfx942", only the Triton kernels are compiled. Raises RuntimeError if this process interprets Triton, because
+    then it can't compile.
     """
     return triton_kernels(arch) + (cuda_kernels(arch) if arch.startswith("sm_") else [])
 
 
 def cuda_kernels(arch: str) -> list[Compiled]:
-    """The kernels of csrc/cuda. Raises RuntimeError without NVRTC, or for what doesn't compile."""
+    """Compile the kernels of csrc/cuda. Raises RuntimeError without NVRTC, or if a kernel doesn't compile."""
     reason = why_no_nvrtc()
     if reason is not None:
         raise RuntimeError(f"the CUDA kernels can't be compiled here: {reason}.")
@@ -86,7 +87,7 @@ def cuda_kernels(arch: str) -> list[Compiled]:
             size = f"{network} {halo.inputs}-{halo.outputs} channels {halo.height}x{halo.width}"
             for by_input, prologue, accumulate in ((0, 0, 0), (0, 1, 0), (1, 0, 0), (1, 0, 1)):
                 if network != "ResNet-20" and prologue + accumulate == 0:
-                    continue  # what does less of the same
+                    continue  # skip kernels that do less of the same work
                 constants, shared = halo.convolve_constants(
                     bool(by_input), bool(prologue), False, bool(accumulate), not by_input
                 )
@@ -102,9 +103,9 @@ def cuda_kernels(arch: str) -> list[Compiled]:
 def _cuda_kernel(name: str, config: str, constants: dict[str, int], shared: int, arch: str) -> Compiled:
     cubin = nvrtc.compile_kernel(name, constants, arch)
     instructions, loops = disassembled(cubin)
-    if name == "convolve":  # the loop over tiles, and in it that over chunks of channels
+    if name == "convolve":  # a loop over tiles, which contains a loop over chunks of channels
         blocks, trips = constants["OUT"] // constants["BLOCK_OUT"], constants["IN"] // constants["CHUNK"]
-    else:  # and in it that over sixteen pixels a time
+    else:  # a loop over tiles, which contains a loop over groups of 16 pixels
         quadrants = constants["BLOCK_IN"] * constants["BLOCK_OUT"] // 256
         blocks = constants["IN"] * constants["OUT"] // (256 * quadrants)
         trips = TILE_PIXELS // 16 // (WARPS // quadrants)
@@ -116,7 +117,8 @@ def _cuda_kernel(name: str, config: str, constants: dict[str, int], shared: int,
         begin, end = max(inner, key=lambda loop: loop[1] - loop[0])
         count += (trips - 1) * (end - begin + 1)
     arrival = next((i for i, each in enumerate(instructions) if "ATOM" in each), len(instructions))
-    once = arrival - (outer[1] - outer[0] + 1)  # what a block does once; behind it, what the last block does
+    # Each block issues the instructions before `arrival` once, except those of the loop. Only the last block continues.
+    once = arrival - (outer[1] - outer[0] + 1)
     halo = Halo(constants["HEIGHT"], constants["WIDTH"], constants["IN"], constants["OUT"])
     tiles = halo.block_tiles(BATCH) if name == "convolve" else max(1, halo.tiles(BATCH) // halo.parts(BATCH))
     count += once // tiles + (len(instructions) - arrival) // halo.tiles(BATCH)
@@ -131,7 +133,7 @@ def _cuda_kernel(name: str, config: str, constants: dict[str, int], shared: int,
 
 
 def triton_kernels(arch: str) -> list[Compiled]:
-    """The Triton kernels."""
+    """Compile the Triton kernels."""
     found: dict[str, Compiled] = {}
 
     def keep(function: Any, args: Any, kwargs: Any, kernel: Any) -> None:
@@ -157,7 +159,7 @@ def triton_kernels(arch: str) -> list[Compiled]:
 
 
 def _launch_bank_kernels() -> None:
-    """What every engine launches, with one lane (specialised to the constant) and with several."""
+    """Launch the kernels that every engine uses: with one lane, to which Triton specialises them, and with several."""
     from swamp_fast.kernels import (
         clip_scale,
         gather_augment,
@@ -194,13 +196,13 @@ def _launch_bank_kernels() -> None:
                         gather_augment.gather_augment(images, table, index, index, keys, pad, flip, last)
 
 
-SAME = (3, 3), 1, (1, 1), (1, 1), 1  # kernel, stride, padding, dilation, groups
+SAME = (3, 3), 1, (1, 1), (1, 1), 1  # kernel size, stride, padding, dilation, groups
 HALVED = (3, 3), 2, (1, 1), (1, 1), 1
 LINEAR = (1, 1), 1, (0, 0), (1, 1), 1
 
 
 def _launch_fused_kernels(dtype: torch.dtype) -> None:
-    """What the fused engine launches for a residual network with the stem's three channels, a wide one and a head."""
+    """Launch the fused engine's kernels for a residual network: the stem with 3 channels, a wide layer, and a head."""
     from swamp_fast.kernels import compact, convolution, loss, pool
 
     bank = torch.float64 if dtype == torch.float64 else torch.float32
@@ -231,7 +233,7 @@ def _launch_fused_kernels(dtype: torch.dtype) -> None:
         convolution.bias_grad(out, weights, 16, arrivals)
     for classes in (10, 1000) if dtype != torch.bfloat16 else ():
         loss.cross_entropy(torch.zeros(lanes, samples, classes, dtype=dtype), torch.zeros(lanes, samples).long())
-    for count in (lanes, 1):  # one is specialised to the constant
+    for count in (lanes, 1):  # Triton specialises a kernel to an argument that is 1
         _launch_norms(dtype, bank, count, samples)
     a, b = torch.zeros(2, lanes, samples, 8, 8, 64, dtype=dtype)
     for divisors in (None, ((4.0,) * 4,) * 4):
@@ -275,13 +277,13 @@ def _read(tool: str, *options: str, cubin: bytes) -> str:
 
 
 def _resources(cubin: bytes) -> dict[str, int]:
-    """Registers of a thread, and bytes that it keeps in memory for lack of them."""
+    """The registers of a thread, and the bytes that it spills to memory."""
     found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", _read("cuobjdump", "--dump-resource-usage", cubin=cubin)))
     return {"registers": int(found["REG"]), "spills": int(found["STACK"]) + int(found["LOCAL"])}
 
 
 def disassembled(cubin: bytes) -> tuple[list[str], list[tuple[int, int]]]:
-    """A kernel's instructions in order, and its loops: the first and last instruction of each."""
+    """The instructions of a kernel in order, and its loops as (first, last) index of an instruction."""
     instructions: list[str] = []
     labels: dict[str, int] = {}
     for line in _read("nvdisasm", "-c", cubin=cubin).splitlines():
@@ -300,7 +302,7 @@ def disassembled(cubin: bytes) -> tuple[list[str], list[tuple[int, int]]]:
 
 
 def show(found: list[Compiled]) -> None:
-    """Print a table."""
+    """Print a table of the kernels."""
     columns = {"registers": 11, "spills": 8, "shared_bytes": 14, "instructions": 14}
     columns |= {"instructions_per_pixel": 24, "slots_per_pixel": 17}
     print(f"{'kernel':<28}" + "".join(f"{name:>{width}}" for name, width in columns.items()) + "  config")
@@ -311,18 +313,18 @@ def show(found: list[Compiled]) -> None:
 
 
 def main() -> None:
-    """Report, or fill a folder."""
+    """Report on the kernels, or fill a folder of compiled ones."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", default="sm_90", help="sm_80, sm_90, …, or gfx942 for Triton's alone; default sm_90")
-    parser.add_argument("--json", action="store_true", help="a list, for programs")
+    parser.add_argument("--arch", default="sm_90", help="sm_80, sm_90, …; gfx942: Triton kernels only; default sm_90")
+    parser.add_argument("--json", action="store_true", help="print a JSON list instead of a table")
     parser.add_argument(
-        "--fill", type=Path, metavar="FOLDER", help="compile into its caches; says in JSON what was there"
+        "--fill", type=Path, metavar="FOLDER", help="compile into the caches in FOLDER; prints counts as JSON"
     )
     parser.add_argument("--model", nargs="+", default=["resnet20"], help="names, or package.module:factory")
     parser.add_argument("--particles", nargs="+", type=int, default=[8], metavar="N")
     parser.add_argument("--batch", type=int, default=128, metavar="B")
     parser.add_argument("--precision", nargs="+", choices=CHOICES["precision"], default=["bfloat16"])
-    parser.add_argument("--python", help="with --fill: the extension for this Python too, such as python3.12")
+    parser.add_argument("--python", help="with --fill: build the extension for this Python too, such as python3.12")
     given = parser.parse_args()
     try:
         if given.fill is None:

@@ -1,12 +1,13 @@
-"""Compile without a GPU: `machine_code --fill` fills the caches that a process with a GPU reads.
+"""Compiles without a GPU: `machine_code --fill` fills the caches that a process with a GPU will read.
 
-FOLDER/triton   Triton's cache (TRITON_CACHE_DIR), up to 3.6 with the modules in C that launch its kernels
+FOLDER/triton   Triton's cache (TRITON_CACHE_DIR); for Triton up to 3.6 also the C modules that launch its kernels
 FOLDER/cubins   the kernels of csrc/cuda (SWAMP_FAST_CACHE)
 FOLDER/_C.*.so  the extension, for another Python
-FOLDER/.commit  what all of it was made from
+FOLDER/.commit  the commit from which all of this was made
 
-Triton's cache key contains its version, a kernel's source, its specialisation, its options and ptxas, but no path. So
-the launchers are called with the arguments of a real step, on CPU tensors in place of the GPU's, and nothing is run.
+Triton's cache key contains the versions of Triton and ptxas and a kernel's source, specialisation and options, but no
+path. To compile the right specialisations, launchers are called with the arguments of a real step, with CPU tensors in
+place of the GPU's. No kernel is run.
 """
 
 from __future__ import annotations
@@ -45,11 +46,11 @@ from swamp_fast.problem.problem import Problem
 from swamp_fast.problem.solutions import initial
 
 GPU = torch.device("cuda", 0)
-CACHE = 50 << 20  # bytes of the second-level cache of an H100 and an H200, for the lanes of a branch
+L2_CACHE_BYTES = 50 << 20  # size of the L2 cache of an H100 and an H200, which decides the lanes per branch
 
 
 class NamedTarget:
-    """The part of a Triton driver that compiling needs."""
+    """The part of a Triton driver that is needed to compile."""
 
     def __init__(self, target: Any) -> None:
         self.target = target
@@ -69,10 +70,11 @@ class NamedTarget:
 
 @contextlib.contextmanager
 def compiling(arch: str, on_kernel: Callable[[Any, Any, Any, Any], None] | None = None) -> Iterator[None]:
-    """Make Triton's launches compile for "sm_90" or "gfx942" without running anything, while the context is open.
+    """A context in which Triton's launches only compile, for an `arch` such as "sm_90" or "gfx942", and run nothing.
 
     on_kernel(function, arguments, named arguments, compiled kernel) is called at each launch.
-    Raises RuntimeError if this process interprets Triton, because it can't also compile.
+
+    Raises RuntimeError if this process interprets Triton, because then it can't compile.
     """
     from swamp_fast.kernels import masked_sgd
     from triton.backends.compiler import GPUTarget
@@ -100,13 +102,13 @@ def compiling(arch: str, on_kernel: Callable[[Any, Any, Any, Any], None] | None 
 
 
 class OnGpu(Problem):
-    """A problem that claims to be on a GPU, with its tensors on the CPU."""
+    """A problem that claims to be on a GPU, while its tensors are on the CPU."""
 
     device = GPU
 
 
 class _Factories(TorchFunctionMode):
-    """Tensors that are created on the GPU, or moved there, are on the CPU instead."""
+    """A mode in which tensors that are created on the GPU, or moved there, are on the CPU instead."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         def here(value: Any) -> Any:
@@ -116,7 +118,7 @@ class _Factories(TorchFunctionMode):
 
 
 class _Ops(TorchDispatchMode):
-    """This project's operations launch their Triton kernels."""
+    """A mode in which this project's ops launch their Triton kernels although their tensors are on the CPU."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace != "swamp_fast":
@@ -125,7 +127,7 @@ class _Ops(TorchDispatchMode):
 
 
 class _Compile:
-    """Replaces the launcher of csrc/cuda's kernels: compiles them."""
+    """Replaces the launcher of the csrc/cuda kernels: compiles a kernel instead of launching it."""
 
     def __init__(self, arch: str) -> None:
         self.arch = arch
@@ -138,17 +140,18 @@ class _Compile:
         shared_bytes: int,
         params: Params,
     ) -> None:
-        """As nvrtc.Launch, without running."""
+        """Compile the kernel that nvrtc.Launch would launch with these arguments."""
         nvrtc.compile_kernel(name, constants, self.arch)
 
 
 def fill(
     folder: Path, arch: str, models: Sequence[str], particles: Sequence[int], batch: int, precisions: Sequence[str]
 ) -> dict[str, int]:
-    """Compile what a run of each model launches, with each number of particles, in each precision.
+    """Compile the kernels that a run launches, for each model, number of particles and precision.
 
-    That is a step of the fused engine, its checks before the first step, and what a cycle ends with. Returns how many
-    kernels were found in the folder and how many were compiled. Raises RuntimeError for a model that isn't covered.
+    They are those of the fused engine's checks before the first step, of a step, and of the end of a cycle. Returns how
+    many kernels were found in the folder and how many were compiled. Raises RuntimeError if the fused engine doesn't
+    cover a model.
     """
     from triton import knobs
 
@@ -198,20 +201,20 @@ def _fill(arch: str, model: str, particles: Sequence[int], batch: int, precision
 
 
 def _checks(problem: Problem, plan: Plan, launch: nvrtc.Launch | None) -> None:
-    """The fused engine's checks before its first step. Nothing is computed here, so all results differ."""
+    """Run the fused engine's checks before its first step. Their results are ignored, because no kernel runs."""
     differences = [differs_from_autograd(problem, plan)]
     if launch is not None:
         halos = CudaPrograms(problem, plan, problem.mask, launch).program.halos.values()
         differences += [
             tensor_cores_differ([halo], launch, GPU) for halo in halos
-        ]  # one at a time: a difference ends it
+        ]  # one per call, because a call ends at its first difference
     for difference in differences:
         if difference is not None and "differ from" not in difference:
             raise RuntimeError(difference)
 
 
 def _cycle(problem: Problem, plan: Plan, particles: int, launch: nvrtc.Launch | None) -> None:
-    """A step, of all lanes together and in branches, and what a cycle does after its training."""
+    """Launch what a cycle launches: a step with all lanes together and one in branches, and the cycle's evaluation."""
     engine = FusedEngine(problem, plan, "", {}, launch)
     bank = engine.spawn(initial(problem), problem.mask, range(particles), 1)
     trainer, programs = engine.trainer, engine.programs
@@ -221,7 +224,7 @@ def _cycle(problem: Problem, plan: Plan, particles: int, launch: nvrtc.Launch | 
         module.train()
     handle = first_handle(problem, bank)
     itemsize = 2 if problem.config.precision == "bfloat16" else problem.dtype.itemsize
-    for lanes in (None, lanes_in_cache(plan, problem.bounds[0][1], itemsize, CACHE)):
+    for lanes in (None, lanes_in_cache(plan, problem.bounds[0][1], itemsize, L2_CACHE_BYTES)):
         programs.at_once = lanes
         trainer._step(handle)
     weights, keys = bank.solutions(averaged=True), bank.keys
@@ -229,7 +232,7 @@ def _cycle(problem: Problem, plan: Plan, particles: int, launch: nvrtc.Launch | 
     buffers = {name: torch.cat([each, each[:1]]) for name, each in trainer.runner.buffers().items()}
     way = engine.side_by_side(torch.cat([weights, mean]), buffers)
     inputs, _ = problem.train.fetch(handle, None).lane(0)
-    for trains in (True, False):  # statistics are re-estimated, then the models are evaluated
+    for trains in (True, False):  # training mode re-estimates BatchNorm, eval mode evaluates the models
         for module in way.modules:
             module.train(trains)
         way.outputs(inputs, torch.cat([keys, keys[-1:]]))
@@ -238,7 +241,7 @@ def _cycle(problem: Problem, plan: Plan, particles: int, launch: nvrtc.Launch | 
 
 
 def _build_launchers(kernels: Iterable[Any]) -> None:
-    """Build the modules in C that Triton up to 3.6 builds at each kernel's first launch, in about a second each."""
+    """Build the C modules that Triton up to 3.6 builds at a kernel's first launch, which takes about a second each."""
     from triton import knobs
     from triton.backends.nvidia import driver
     from triton.runtime import build
@@ -246,7 +249,7 @@ def _build_launchers(kernels: Iterable[Any]) -> None:
     if not hasattr(driver, "compile_module_from_src"):
         return
     with tempfile.TemporaryDirectory() as stub, mock.patch.object(build, "_load_module_from_path"):
-        # The GPU's machine has the driver's library; its name is enough to link against it here.
+        # Only the GPU's machine has the driver's library. An empty library of the same name suffices to link against.
         library = ["-o", f"{stub}/libcuda.so.1", "-Wl,-soname,libcuda.so.1"]
         subprocess.run(["cc", "-shared", "-x", "c", "/dev/null", *library], check=True)
         with knobs.nvidia.scope():
@@ -259,7 +262,7 @@ def _build_launchers(kernels: Iterable[Any]) -> None:
 
 
 def build_extension(folder: Path, python: str) -> Path:
-    """swamp_fast._C for another Python, without its symbols; built again only if a source is newer."""
+    """Build the extension swamp_fast._C for another Python, without symbols, unless it is newer than its sources."""
     tag = subprocess.run(
         [python, "-c", "import sysconfig; print(sysconfig.get_config_var('EXT_SUFFIX'))"],
         capture_output=True, text=True, check=True,

@@ -1,27 +1,33 @@
-"""Runs the whole protocol on one GPU, on CIFAR-10, in slices: each call continues where the last one stopped.
+"""Runs the whole protocol of experiments on CIFAR-10, on one GPU, in slices: each call continues the one before.
 
     python -m benchmarks.protocol --budget-minutes 8 --out DIR [--data cifar10.npz] [--only gpu cost runs/resnet20_30]
-    python -m benchmarks.protocol --out DIR --export STATE.zip      what another machine needs to continue, small
+    python -m benchmarks.protocol --out DIR --export STATE.zip      write a small file to continue from elsewhere
     python -m benchmarks.protocol --out DIR --import STATE.zip      continue there with the next slice
-    python -m benchmarks.protocol tables [--out DIR]                write tables and figures again from protocol.json
+    python -m benchmarks.protocol tables [--out DIR]                rewrite tables and figures from protocol.json
 
-The order is: the tables of `benchmarks.gpu`; what the naive loop costs; ResNet-20 by swamp, imp and imp+swa, 14 cycles
-of 30 epochs, with seeds packed as lanes; the same at 150 epochs, swamp and imp, seed 0; WRN-28-2 at 30 epochs, one seed
-after the other; N = 1, 2, 4, 8, 16. After the runs of each network come the barriers and Hessian traces of the first
-three seeds. A slice stops as a signal stops a run, with a checkpoint, and prints what is done and what is left. Each
-slice writes benchmarks/results/protocol_*.
+The items, in order:
 
-Data: an .npz with train_images, train_labels, test_images, test_labels, as shared/data/decode_cifar10.py writes it from
-the JPEG copy beside it. If that script exists it is run, and --data may be omitted. Accuracies on the JPEG copy compare
-with each other, not with published CIFAR-10 figures, and those of 30 epochs not with the paper's 150.
+1. the tables of `benchmarks.gpu`, and the cost of the naive loop
+2. ResNet-20 by swamp, imp and imp+swa: 14 cycles of 30 epochs, with the seeds trained together in one bank
+3. ResNet-20 by swamp and imp with 150 epochs, seed 0 only
+4. WRN-28-2 with 30 epochs, one seed after the other
+5. swamp with N = 1, 2, 4, 8, 16 particles
 
-An export takes at most 3 MB, so that it may be committed. It holds the runs with the most finished cycles; a run that
-doesn't fit is named, and starts again from the beginning on the other machine. A run of ResNet-20 takes 2.0 MB after
-cycle 0, 1.3 MB after cycle 6, and 0.1 MB once it is finished and analysed; 1.0 MB of it is the ticket, which the
-methods of a seed share. On machines that are available for minutes only, --seeds-at-once 1 keeps what is unfinished
-small enough.
+After the runs of each network, barriers and Hessian traces of the first three seeds are computed. At its end, a slice
+stops with a checkpoint, as a run does at a signal, prints what is done and what is left, and writes
+benchmarks/results/protocol_*.
 
---rehearse does all of it at a tiny size, on the CPU and on scikit-learn's digits. Without a GPU, results go to DIR.
+Data: an .npz with train_images, train_labels, test_images, test_labels, such as shared/data/decode_cifar10.py makes
+from the JPEG copy beside it. If that script exists it is run, and --data may be omitted. Accuracies on the JPEG copy
+can't be compared with published CIFAR-10 results, nor can those of 30 epochs with the paper's 150.
+
+An export takes at most 3 MB, so that it can be committed. It holds the runs with the most finished cycles. A run that
+doesn't fit is named in the output, and starts from the beginning on the other machine. A run of ResNet-20 takes 2.0 MB
+after cycle 0, 1.3 MB after cycle 6, and 0.1 MB once it is finished and analysed. Of this, 1.0 MB is the ticket, which
+all methods of a seed share. On machines that are available for minutes only, --seeds-at-once 1 keeps the unfinished
+runs small enough.
+
+--rehearse does everything at a tiny size, on the CPU and on scikit-learn's digits. Without a GPU, results go to DIR.
 """
 
 from __future__ import annotations
@@ -55,15 +61,15 @@ from swamp_fast.problem.arguments import Arguments
 from swamp_fast.problem.prepare import prepare
 from swamp_fast.runs.folder import RunDirectory, read_snapshot, write
 
-ANALYSED_SEEDS = 3  # of each study
-VAL = 0.1  # of the training data, held out
+ANALYSED_SEEDS = 3  # number of seeds of each study that are analysed
+VAL = 0.1  # fraction of the training data to hold out
 
 
 @dataclass(frozen=True)
 class Study:
     """Runs that are reported together: methods, given by their settings, under the same seeds.
 
-    at_once  number of seeds trained in one bank; None: all
+    at_once  number of seeds that are trained in one bank; None means all
     """
 
     name: str
@@ -74,7 +80,7 @@ class Study:
     at_once: int | None = None
 
     def packs(self) -> list[range]:
-        """Return the groups of seeds that are trained in one bank, memory permitting."""
+        """Return the groups of seeds that are to be trained in one bank, if memory suffices."""
         step = self.at_once or len(self.seeds)
         return [self.seeds[begin : begin + step] for begin in range(0, len(self.seeds), step)]
 
@@ -85,7 +91,10 @@ class Study:
 
 @dataclass(frozen=True)
 class Item:
-    """A part of the protocol. `do` returns whether it is complete. If it is not resumable, it must fit one slice."""
+    """A part of the protocol. `do` works on it and returns whether it is complete.
+
+    An item that is not resumable must be completed in one slice.
+    """
 
     name: str
     do: Callable[[], bool]
@@ -93,9 +102,9 @@ class Item:
 
 
 class Protocol:
-    """The items, and the folder that holds their results.
+    """The items of the protocol, and the folder with their results.
 
-    marks  DIR/protocol.json: item -> "done", or how it failed
+    marks  content of DIR/protocol.json: item -> "done", or its error
     """
 
     def __init__(
@@ -125,14 +134,14 @@ class Protocol:
     def run_items(self, minutes: float, only: Sequence[str] = ("",)) -> list[str]:
         """Work on unfinished items in order until the budget is spent. Return the names of those still unfinished.
 
-        only  beginnings of the names of the items to work on
+        only  prefixes of the names of the items to work on
         """
         items = [item for item in self.items() if item.name.startswith(tuple(only))]
         with Budget(60 * minutes) as budget:
             for item in items:
                 if item.name not in self.marks and not budget.interrupted:
                     self._run_item(item, budget, minutes)
-            if budget.interrupted and not budget.is_over:  # the signal was not the budget's
+            if budget.interrupted and not budget.is_over:  # the signal came from outside, not from the budget
                 raise SystemExit(128 + signal.SIGTERM)
         return [item.name for item in items if item.name not in self.marks]
 
@@ -145,7 +154,7 @@ class Protocol:
             budget.working = False
             if complete:
                 self.mark(item, "done")
-        except (SystemExit, Exception) as error:  # C code turns a SystemExit into a SystemError
+        except (SystemExit, Exception) as error:  # Exception too, since C code turns a SystemExit into a SystemError
             budget.working = False
             budget.interrupted = budget.interrupted or budget.is_over or isinstance(error, SystemExit)
             if not budget.interrupted:
@@ -154,14 +163,14 @@ class Protocol:
             elif began < 0.1 and budget.is_over and not item.resumable:
                 self.mark(item, f"failed: it takes longer than {minutes:g} minutes")
             elif item.resumable and files == self.files():
-                print(f"{item.name}: nothing of it could be kept; give a slice more minutes", flush=True)
+                print(f"{item.name}: the slice ended before anything could be kept; give it more minutes", flush=True)
 
     def files(self) -> dict[Path, int]:
-        """Return the files in the folder and when each was changed."""
+        """Return the files in the folder, with the time of the last change of each."""
         return {path: path.stat().st_mtime_ns for path in self.out.rglob("*") if path.is_file()}
 
     def mark(self, item: Item, outcome: str) -> None:
-        """Record that an item is over."""
+        """Record the outcome of an item that has ended."""
         self.marks[item.name] = outcome
         self.write("protocol.json", self.marks)
 
@@ -171,12 +180,12 @@ class Protocol:
         return json.loads(path.read_text()) if path.exists() else None
 
     def write(self, name: str, content: Any) -> None:
-        """Write a JSON file, whole or not at all."""
+        """Write a JSON file atomically."""
         (self.out / name).parent.mkdir(parents=True, exist_ok=True)
         write(self.out / name, (json.dumps(content, indent=1) + "\n").encode())
 
     def source(self) -> str:
-        """Return the data to train on: digits in a rehearsal, else the given .npz or the decoded JPEG copy."""
+        """Return the training data: digits in a rehearsal, else the given .npz or the decoded JPEG copy."""
         if self.rehearse:
             return "digits"
         if self.data is None:
@@ -184,11 +193,11 @@ class Protocol:
         return str(self.data)
 
     def model(self, name: str) -> nn.Module:
-        """Build a network for the pictures."""
+        """Build a network for pictures of the protocol's data."""
         return build_model(name, *self.shape, 10)
 
     def table_of(self, slice_: str) -> bool:
-        """Run one slice of benchmarks.gpu in a process that ends with this one."""
+        """Run one slice of benchmarks.gpu in a child process, which is ended if this process ends."""
         if not self.rehearse and not torch.cuda.is_available():
             print("skipped: there is no CUDA device", flush=True)
             return False
@@ -201,21 +210,22 @@ class Protocol:
         return True
 
     def naive(self, model: str) -> bool:
-        """Time the naive loop on a few epochs of one particle, channels last, after as many to warm up."""
+        """Time a few epochs of the naive loop with one particle, channels last, after as many warm-up epochs."""
         study = next(study for study in self.studies if study.model == model)
         epochs = 1 if self.rehearse else 5
         changed = {"particles": 1, "cycles": 1, "epochs": epochs, "ticket_epochs": 0, "progress": False}
         network: Any = self.model(model)
         network = network.to(memory_format=torch.channels_last)
         row = naive_swamp(network, self.source(), val=VAL, **{**study.settings, **changed}).history[-1]
-        evaluation = (row["seconds"] - row["train_seconds"]) / 2  # of the particle and of the average
+        # The time to evaluate one model. The run evaluated two, the particle and the average.
+        evaluation = (row["seconds"] - row["train_seconds"]) / 2
         cost = {"epochs": epochs, "seconds_an_epoch": row["train_seconds"] / epochs}
         cost |= {"evaluation_seconds_a_model": evaluation, "precision": study.settings["precision"]}
         self.write(f"cost/naive_{model}.json", cost)
         return True
 
     def roofline(self, model: str) -> bool:
-        """Compute a particle-step's time at the device's measured ceilings, if products and copies overlap."""
+        """Compute the time of a particle-step at the device's measured ceilings, if arithmetic and copies overlap."""
         study = next(study for study in self.studies if study.model == model)
         config = study.config(next(iter(study.methods)), 0)
         problem = prepare(
@@ -230,7 +240,7 @@ class Protocol:
         return True
 
     def run(self, study: Study, seeds: range) -> bool:
-        """Train the missing runs of these seeds, those that can share a step in one bank."""
+        """Train the missing runs of these seeds. Runs that can share a bank are trained together."""
         done = {(method, seed) for method, seed, folder in self.runs_of(study) if finished(folder)}
         points = [
             {**settings, "seed": seed}
@@ -246,7 +256,7 @@ class Protocol:
         return True
 
     def runs_of(self, study: Study) -> Iterator[tuple[str, int, Path]]:
-        """Yield method, seed and folder of each run that was started."""
+        """Yield the method, seed and folder of each run that was started."""
         folders = {}
         for path in (self.out / study.model / "runs").glob("*/run.json"):
             folders[_identity(SwampConfig.of(None, json.loads(path.read_text())["config"]))] = path.parent
@@ -258,9 +268,10 @@ class Protocol:
     def analyse(self, study: Study, seeds: range, runs: str) -> bool:
         """Compute each cycle's Hessian trace and barrier to the next cycle, in float32 without TF32.
 
-        runs  the item that trains these runs; the analysis is complete when that is
+        runs  name of the item that trains these runs; the analysis can't be complete before that item is
         """
-        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # no other item uses float32
+        # This stays off for later items too, none of which uses float32.
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
         analysis: Analysis | None = None
         probes, samples = (2, 128) if self.rehearse else (32, 2048)
         for method, seed, folder in self.runs_of(study):
@@ -286,7 +297,7 @@ class Protocol:
         return bool(runs in self.marks)
 
     def measurements(self) -> dict[str, Any]:
-        """Return all that was measured so far, from which the tables are made."""
+        """Return all measurements so far, from which the tables are made."""
         rows: list[dict[str, Any]] = []
         analyses: list[dict[str, Any]] = []
         for study in self.studies:
@@ -305,7 +316,7 @@ class Protocol:
         return {**about, "studies": settings, "rows": rows, "analysis": analyses, "cost": cost, "gpu": tables}
 
     def export(self, file: Path) -> None:
-        """Write what another machine needs to continue, as a .zip."""
+        """Write a .zip with which another machine can continue."""
         analysed = {
             folder: len(self.read(f"analysis/{folder.name}.json") or [])
             for study in self.studies[:-1]
@@ -315,13 +326,13 @@ class Protocol:
         export_state(self.out, file, analysed)
 
     def take_over(self, file: Path) -> None:
-        """Continue from what `export` wrote on another machine."""
+        """Take over the state that `export` wrote on another machine."""
         import_state(self.out, file)
         self.marks = self.read("protocol.json") or {}
 
 
 def studies(seeds: int, rehearse: bool, at_once: int | None = None) -> list[Study]:
-    """Return the four studies: ResNet-20 at 30 and at 150 epochs, WRN-28-2, and numbers of particles."""
+    """Return the four studies: ResNet-20 with 30 and with 150 epochs, WRN-28-2, and several numbers of particles."""
     settings: dict[str, Any] = {"particles": 4, "cycles": 14, "epochs": 30, "ticket_epochs": 10, "batch_size": 128}
     settings |= {"augment": "crop_flip", "precision": "bfloat16" if torch.cuda.is_available() else "float32"}
     small, large, long, wide = "resnet20", "wrn28_2", {"epochs": 150}, range(10)
@@ -351,9 +362,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="?", choices=["run", "tables"], default="run")
     parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="folder of all results, from which the next slice continues"
+        "--out", type=Path, metavar="DIR", help="folder for all results; the next slice continues from it"
     )
-    parser.add_argument("--budget-minutes", type=float, default=8.0, help="of this slice, default 8")
+    parser.add_argument("--budget-minutes", type=float, default=8.0, help="minutes for this slice, default 8")
     parser.add_argument("--data", type=Path, help="CIFAR-10 as an .npz")
     parser.add_argument("--seeds", type=int, default=5, help="number of seeds of ResNet-20, default 5")
     parser.add_argument("--seeds-at-once", type=int, help="seeds of ResNet-20 in one bank, default all")
@@ -365,7 +376,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--import", type=Path, metavar="ZIP", dest="imported", help="first take over the state in this .zip"
     )
-    parser.add_argument("--rehearse", action="store_true", help="tiny and on the CPU, with results under DIR")
+    parser.add_argument("--rehearse", action="store_true", help="run a tiny version on the CPU, with results in DIR")
     given = parser.parse_args(arguments)
     if given.what == "tables":
         protocol_results.tables(measuring.RESULTS if given.out is None else given.out / "results")
@@ -380,7 +391,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     if given.retry:
         protocol.marks = {name: outcome for name, outcome in protocol.marks.items() if outcome == "done"}
-    protocol.source()  # raises before anything is started if there is no data
+    protocol.source()  # if there are no data, raises before anything is started
     left = protocol.run_items(given.budget_minutes, given.only)
     on_gpu = torch.cuda.is_available() and not given.rehearse
     results = measuring.RESULTS if on_gpu else given.out / "results"

@@ -1,4 +1,4 @@
-"""Writes the tables and figures of `benchmarks.protocol` from protocol.json; they omit what is not measured yet."""
+"""Writes the tables and figures of `benchmarks.protocol` from protocol.json. They omit what is not measured yet."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from swamp_fast.report.charts import draw_accuracy_lines
 
 COLUMNS = ("cycle", "density", "particles", "accuracy", "loss", "mean_accuracy", "best_accuracy", "ensemble_accuracy",
         "val_accuracy", "particle_accuracy", "train_seconds", "seconds", "peak_memory")  # fmt: skip
-SHOWN_CYCLES = (0, 3, 6, 10, 14)  # of the tables, which also show the last cycle
+SHOWN_CYCLES = (0, 3, 6, 10, 14)  # cycles that the tables show, in addition to the last one
 NOTE = (
     "accuracies on the JPEG copy of CIFAR-10 compare with each other, not with published CIFAR-10 figures; runs of 30 "
     "epochs a cycle are not of the paper's 150"
@@ -32,7 +32,7 @@ def keep(measurements: Row, results: Path) -> None:
 
 
 def tables(results: Path) -> None:
-    """Write the tables and figures of all that is in protocol.json."""
+    """Write the tables and figures of all measurements in protocol.json."""
     data = json.loads((results / "protocol.json").read_text())
     for name, table in data["gpu"].items():
         header = {key: value for key, value in table.items() if key != "table"}
@@ -53,7 +53,7 @@ def tables(results: Path) -> None:
 
 
 def accuracy(study: str, rows: list[Row], about: Row, results: Path) -> None:
-    """Write accuracy over sparsity with its spread over seeds, and differences from imp or N = 1, paired by seed."""
+    """Write accuracy over sparsity with its spread over seeds, and seed-paired differences from imp or from N = 1."""
     groups = grouped(rows)
     methods = list(dict.fromkeys(method for method, _ in groups))
     baseline = next(name for name in ("imp", "N = 1", methods[0]) if name in methods)
@@ -128,7 +128,7 @@ def geometry(study: str, rows: list[Row], about: Row, results: Path) -> None:
 
 
 def costs(data: Row, results: Path) -> None:
-    """Write what one run of swamp costs by each method of computing it, measured or extrapolated as the table says."""
+    """Write the cost of a run of swamp in each implementation. The table says which costs are extrapolated."""
     table: list[Row] = []
     for study in data["studies"]:
         measured = finished_seconds(study, data)
@@ -145,7 +145,7 @@ def costs(data: Row, results: Path) -> None:
 
 
 def particle_epochs(settings: Row) -> int:
-    """Return the epochs that all particles of a run train for, all cycles together."""
+    """Return the total number of epochs that the particles of a run train, over all cycles."""
     return int((settings["cycles"] + 1) * settings["particles"] * settings["epochs"])
 
 
@@ -159,7 +159,7 @@ def finished_seconds(study: str, data: Row) -> list[float]:
 
 
 def extrapolated(study: str, data: Row) -> list[tuple[str, float, str]]:
-    """Return name, seconds and origin of what the naive loop and, for ResNet-20, its rivals would take."""
+    """Return name, extrapolated seconds and source, for the naive loop and, for ResNet-20, for its rivals."""
     if study == "particles":
         return []
     settings = data["studies"][study]
@@ -167,21 +167,21 @@ def extrapolated(study: str, data: Row) -> list[tuple[str, float, str]]:
     naive, floor = data["cost"].get(f"naive_{model}"), data["cost"].get(f"roofline_{model}")
     lines = []
     if naive:
-        models = (cycles + 1) * (settings["particles"] + 1)  # the particles and the average of each cycle
+        models = (cycles + 1) * (settings["particles"] + 1)  # each cycle evaluates its particles and the average
         seconds = epochs * naive["seconds_an_epoch"] + models * naive["evaluation_seconds_a_model"]
         lines.append(("naive loop, with evaluation", seconds, f"extrapolated from {naive['epochs']} epochs"))
     if floor and model == "resnet20":
-        slices = ("gpu_light", "gpu_compiled", "gpu_rivals")  # the last is of earlier versions
+        slices = ("gpu_light", "gpu_compiled", "gpu_rivals")  # earlier versions wrote gpu_rivals
         rivals = [row for name, table in data["gpu"].items() if name.startswith(slices) for row in table["table"]]
         for row in rivals:
-            if isinstance(row["ms a particle-step"], float):  # else it failed
+            if isinstance(row["ms a particle-step"], float):  # a contender that failed has an error instead
                 seconds = row["ms a particle-step"] / 1e3 * floor["steps_an_epoch"] * epochs
                 lines.append((f"{row['']}, training alone", seconds, "extrapolated from single steps"))
     return lines
 
 
 def grouped(rows: Iterable[Row]) -> dict[tuple[str, int], dict[int, Row]]:
-    """Group rows by method and cycle, and within these by seed."""
+    """Group rows as (method, cycle) -> seed -> row."""
     groups: dict[tuple[str, int], dict[int, Row]] = {}
     for row in sorted(rows, key=lambda row: row["cycle"]):
         groups.setdefault((row["method"], row["cycle"]), {})[row["seed"]] = row
@@ -190,18 +190,18 @@ def grouped(rows: Iterable[Row]) -> dict[tuple[str, int], dict[int, Row]]:
 
 
 def shown(rows: Iterable[Row]) -> list[int]:
-    """Return the cycles to show that have rows."""
+    """Return those of the cycles to show that have rows."""
     cycles = {row["cycle"] for row in rows}
     return sorted(cycles & {*SHOWN_CYCLES, max(cycles)})
 
 
 def cycles_of(groups: dict[tuple[str, int], dict[int, Row]], method: str) -> list[int]:
-    """Return a method's cycles."""
+    """Return the cycles of a method that have rows."""
     return [cycle for name, cycle in groups if name == method]
 
 
 def mean_row(cycle: int, by_seed: dict[int, Row]) -> Row:
-    """Return a point of the figure: the means over seeds."""
+    """Return a cycle's point of the figure: means over seeds."""
     values = [row["accuracy"] for row in by_seed.values()]
     deviation = statistics.stdev(values) if len(values) > 1 else 0.0
     density = statistics.fmean(row["density"] for row in by_seed.values())

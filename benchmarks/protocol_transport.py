@@ -1,4 +1,4 @@
-"""Moves the state of `benchmarks.protocol` to another machine: as little as a run needs to continue there."""
+"""Moves the state of `benchmarks.protocol` to another machine: only what runs need to continue there."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from typing import Any
 
 from swamp_fast.runs.folder import RunDirectory, Snapshot, checksum, load_tensors, save_tensors
 
-MAX_BYTES = 2_900_000  # of the files in an export; the list of their names takes less than 100 kB
+MAX_BYTES = 2_900_000  # largest total size of the files in an export; the list of names adds less than 100 kB
 
 
 def export_state(out: Path, file: Path, analysed: Mapping[Path, int]) -> None:
-    """Write a .zip with what another machine needs to continue each run after its last whole cycle.
+    """Write a .zip with which another machine can continue each run after its last finished cycle.
 
-    Of a run that is its ticket, its last cycle, the cycles that are still to be analysed, and the history of the
-    others. A ticket that several runs share is written once; finished runs need none. Runs for which MAX_BYTES leave no
-    room are left out, those with the fewest cycles first.
+    It holds a run's ticket, its last cycle, the cycles that still have to be analysed, and the history of all others.
+    A ticket that several runs share is written once, and finished runs don't need one. If the files exceed MAX_BYTES,
+    runs are left out, those with the fewest cycles first.
 
     out       the folder of the protocol
-    analysed  folder of a run -> its analysed cycles; runs that are not in it will not be analysed
+    analysed  folder of a run -> number of its analysed cycles; runs that are missing here will not be analysed
     """
     runs = sorted(out.glob("*/runs/*/run.json"))
     runs.sort(key=lambda path: len(history(path.parent)), reverse=True)
@@ -72,17 +72,19 @@ def history(folder: Path) -> list[dict[str, Any]]:
 
 
 def finished(folder: Path) -> bool:
-    """Whether all cycles of a run are done, on this machine or on the one it was exported from."""
+    """Whether all cycles of a run are finished, on this machine or on the one that exported the run."""
     return len(history(folder)) > int(RunDirectory(folder).about()["config"]["cycles"])
 
 
 def _copy_reduced(folder: Path, to: Path, analysed: int | None) -> Path | None:
-    """Copy a run's files, with only the row of cycles that are no longer needed. Return its ticket, if it needs one.
+    """Copy a run's files, but keep only the history of cycles that are no longer needed.
 
-    analysed  number of analysed cycles; None: the run will not be analysed
+    Returns the path of the run's ticket, or None if the run doesn't need it any more.
+
+    analysed  number of analysed cycles; None if the run will not be analysed
     """
     source, copy = RunDirectory(folder), RunDirectory(to)
-    source.about()  # learns the run's id, which its files must carry
+    source.about()  # reads the run's id, which its files must contain
     copy.make()
     for name in ("run.json", "config.toml", "history.jsonl"):
         if (folder / name).exists():
@@ -109,7 +111,7 @@ def _copy_reduced(folder: Path, to: Path, analysed: int | None) -> Path | None:
 
 
 def _compressed_size(path: Path) -> int:
-    """Estimate the bytes that a file takes in an archive."""
+    """Estimate the size in bytes of a file in a compressed archive."""
     return len(zlib.compress(path.read_bytes()))
 
 
@@ -117,6 +119,6 @@ def _restore_ticket(folder: RunDirectory, tickets: Path) -> None:
     """Write the ticket of a run that continues here."""
     reference = folder.path / "ticket"
     if reference.exists():
-        folder.about()  # learns the run's id, which the ticket must carry
+        folder.about()  # reads the run's id, which the ticket must contain
         folder.write_ticket(load_tensors(tickets / f"{reference.read_text()}.safetensors")[0])
         reference.unlink()

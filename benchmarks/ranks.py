@@ -1,10 +1,10 @@
-"""Measures what several ranks gain: training cycles of 4 ResNet-20 by one process, and shared among more.
+"""Measures the gain from several ranks: cycles of 4 ResNet-20 trained by one process and by several.
 
     python -m benchmarks.ranks [--ranks 2] [--engine fused] [--particles 4]
 
-Each process has one thread. The training steps of a cycle (of the slowest rank) and the whole cycle with its evaluation
-are timed, on random pictures of CIFAR-10's shape; runs of one and of more ranks take turns. Writes
-benchmarks/results/ranks.
+Each process has one thread. Two times are measured on random pictures of CIFAR-10's shape: that of the training steps
+of a cycle, on the slowest rank, and that of the whole cycle with its evaluation. Runs by one rank and by several take
+turns. Writes benchmarks/results/ranks.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from swamp_fast import distributed, fast_swamp
 def launch(world: int, logs: Path, target: Callable[..., None], *args: Any) -> list[ForkServerProcess]:
     """Start processes that call target(*args) as the ranks of one job, as torchrun would.
 
-    The standard error of rank R goes to the file logs / "rank_R".
+    Rank R writes its standard error to the file logs / "rank_R".
     """
     context = forkserver()
     with socket.socket() as probe:
@@ -56,7 +56,7 @@ def as_rank(rank: int, world: int, port: int, logs: str, target: Callable[..., N
 
 
 def small_runs(runs: list[tuple[str, str, float, dict[str, Any]]]) -> None:
-    """Do several small runs of benchmarks.durability; each is engine, folder, minutes between checkpoints, settings."""
+    """Do several small runs of benchmarks.durability, given as engine, folder, checkpoint minutes and settings."""
     for engine, folder, minutes, settings in runs:
         small_run(engine, folder, "cpu", minutes, **settings)
 

@@ -1,4 +1,4 @@
-"""Training steps to be timed: those of this project's engines, and those of the loops that people write by hand."""
+"""Training steps for benchmarks: those of this project's engines, and those of loops that people write by hand."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from swamp_fast.problem.prepare import prepare
 from swamp_fast.problem.problem import Problem
 
 Step = Callable[[], object]
-LR, MOMENTUM, WEIGHT_DECAY = 1e-3, 0.9, 5e-4  # of every timed step
-# Relative errors below these are ignored: they are one rounding of the result.
+LR, MOMENTUM, WEIGHT_DECAY = 1e-3, 0.9, 5e-4  # for every timed step
+# Relative errors below these are ignored, because rounding the result alone causes them.
 ROUNDING = {"bfloat16": 2**-8, "float32": 2**-20, "float64": 2**-40}
 
 
 def random_pictures(count: int, shape: tuple[int, int, int] = (3, 32, 32)) -> tuple[Tensor, Tensor]:
-    """Return uint8 pictures [count, C, H, W] and labels [count] of ten classes; steps take the same time for all."""
+    """Return random uint8 pictures [count, C, H, W] and labels [count]. A step's time doesn't depend on the content."""
     images = torch.randint(0, 256, (count, *shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     return images, torch.arange(count) % 10
 
@@ -46,7 +46,7 @@ def seeded_model(name: str, shape: tuple[int, int, int] = (3, 32, 32)) -> nn.Mod
 def problem_of(
     model: str, particles: int, batch: int, shape: tuple[int, int, int] = (3, 32, 32), batches: int = 4, **changed: Any
 ) -> Problem:
-    """Prepare the training of a network on `batches` batches of random pictures; `changed` are further settings."""
+    """Prepare the training of a network on `batches` batches of random pictures; `changed` are additional settings."""
     settings = {"particles": particles, "batch_size": batch, "augment": "crop_flip", "device": "cpu", "progress": False}
     return prepare(seeded_model(model, shape), random_pictures(batches * batch, shape), settings=settings | changed)
 
@@ -68,9 +68,9 @@ def covered_plan(problem: Problem) -> Plan:
 def trainer_of(
     engine: FusedEngine | EagerEngine, problem: Problem, particles: int, mask: Tensor | None = None
 ) -> tuple[Trainer, Tensor]:
-    """Return an engine's trainer of a fresh bank, warmed up by one step, and the handle of a batch for it.
+    """Return an engine's trainer for a new bank, warmed up by one step, and the handle of a batch to train on.
 
-    mask  [Q], the problem's by default
+    mask  [Q], by default that of the problem
 
     Raises RuntimeError if the step runs on a GPU and can't be captured as a CUDA graph.
     """
@@ -89,7 +89,7 @@ def trainer_of(
 
 
 def step_of(engine: FusedEngine | EagerEngine, problem: Problem, particles: int, mask: Tensor | None = None) -> Step:
-    """Return a step of all particles, which gathers and augments its batch on the device."""
+    """Return a step of all particles, including the gathering and augmenting of its batch on the device."""
     trainer, handle = trainer_of(engine, problem, particles, mask)
     return lambda: trainer.step(handle)
 
@@ -97,9 +97,8 @@ def step_of(engine: FusedEngine | EagerEngine, problem: Problem, particles: int,
 def errors(engine: FusedEngine, problem: Problem, particles: int) -> dict[str, float]:
     """Compare the losses and gradients of one step with those of autograd in float64.
 
-    Returns the norm of each difference relative to float64's, for the worst lane, and the same for autograd in the
-    run's own precision on the same weights and pictures. Raises RuntimeError if the engine's error is more than twice
-    autograd's.
+    Returns the relative norm of each difference for the worst lane. Returns the same for autograd in the precision of
+    the run, on the same weights and pictures. Raises RuntimeError if the engine's error is more than twice autograd's.
     """
     trainer, handle = trainer_of(engine, problem, particles)
     programs = engine.programs
@@ -118,7 +117,7 @@ def errors(engine: FusedEngine, problem: Problem, particles: int) -> dict[str, f
         report |= {f"{what}, error": our_error, f"{what}, autograd's error": their_error}
         if not our_error <= 2 * their_error + ROUNDING[problem.config.precision]:
             raise RuntimeError(
-                f"the {what} of a step are {our_error:.2g} from float64's, those of autograd in "
+                f"the {what} of a step have a relative error of {our_error:.2g} against float64, those of autograd in "
                 f"{problem.config.precision} {their_error:.2g}"
             )
     return report
@@ -144,7 +143,7 @@ def trainable_copy(problem: Problem) -> nn.Module:
 
 
 class FirstBatch:
-    """The first batch of a problem's training data, of one lane, fetched and augmented anew by each call."""
+    """The first training batch of one lane. Each call gathers and augments it again."""
 
     def __init__(self, problem: Problem, channels_last: bool) -> None:
         self.train, self.channels_last = problem.train, channels_last
@@ -159,10 +158,11 @@ class FirstBatch:
 
 
 class NaiveLoop:
-    """The loop that people write: one particle's network, autograd, torch.optim.SGD, masked weights.
+    """The loop that people write by hand: one network, autograd, torch.optim.SGD, and weights that are masked.
 
-    fetches  whether each step gathers and augments its batch, as the fused engine's does; else all use one batch
-    mask     [Q], the problem's by default
+    fetches  whether each step gathers and augments a batch, as a step of the fused engine does; else all steps use the
+             same tensors
+    mask     [Q], by default that of the problem
     """
 
     def __init__(
@@ -188,7 +188,7 @@ class NaiveLoop:
         self.batch = None if fetches else self.fetch()
 
     def mask_weights(self) -> None:
-        """Set pruned weights to zero."""
+        """Set the pruned weights to zero."""
         with torch.no_grad():
             for parameter, mask in self.masked:
                 parameter.mul_(mask)
@@ -206,9 +206,9 @@ class NaiveLoop:
 
 
 def stacked_step(problem: Problem, lanes: int, compiled: bool = False) -> Step:
-    """Return a step of `lanes` particles at once, by stacked parameters and vmap, with momentum written by hand.
+    """Return a step of `lanes` particles at once, by stacked parameters and vmap, with a handwritten SGD update.
 
-    BatchNorm uses the batch's statistics and keeps no running ones, which vmap can't update in place. No masks.
+    There are no masks. BatchNorm has no running statistics, because vmap can't update them in place.
     """
     models = [torch.func.replace_all_batch_norm_modules_(trainable_copy(problem)) for _ in range(lanes)]
     weights, buffers = torch.func.stack_module_state(models)
@@ -218,7 +218,7 @@ def stacked_step(problem: Problem, lanes: int, compiled: bool = False) -> Step:
     low = problem.config.precision == "bfloat16"
 
     def loss(weights: dict[str, Tensor], buffers: dict[str, Tensor], inputs: Tensor, targets: Tensor) -> Tensor:
-        if low:  # by hand, since under vmap autocast gives gradients of another type than their weights
+        if low:  # cast by hand, since autocast under vmap gives gradients another type than their weights have
             weights, inputs = {name: each.bfloat16() for name, each in weights.items()}, inputs.bfloat16()
         outputs = torch.func.functional_call(models[0], (weights, buffers), (inputs,))
         return F.cross_entropy(outputs.float(), targets)
@@ -238,7 +238,7 @@ def stacked_step(problem: Problem, lanes: int, compiled: bool = False) -> Step:
 
 
 def in_one_graph(loops: Sequence[NaiveLoop]) -> Step:
-    """Return a step of each loop, captured in one CUDA graph on forked streams; on a CPU, one after the other."""
+    """Return a step of all loops, captured in one CUDA graph on forked streams; on a CPU they run one by one."""
     if loops[0].problem.device.type != "cuda":
 
         def one_by_one() -> None:
@@ -269,7 +269,7 @@ def in_one_graph(loops: Sequence[NaiveLoop]) -> Step:
     try:
         with torch.cuda.graph(graph, pool=pool):
             forked()
-    except RuntimeError:  # undo what a failed capture leaves behind, or no later contender could capture
+    except RuntimeError:  # clean up after a failed capture, or no later contender could capture
         torch.cuda.set_stream(current)
         with suppress(Exception):
             torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)

@@ -2,7 +2,7 @@
 
     python -m benchmarks.sweeps [--engine eager fused auto] [--device cuda] [--rounds 3]
 
-On a GPU the runs are trained in one bank. On a CPU the sweep measures whether that is faster.
+On a GPU the runs are trained in one bank. On a CPU, the sweep first measures whether that is faster.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def network() -> SmallCNN:
 
 
 def packed(settings: dict[str, Any]) -> None:
-    """Train all runs as one sweep."""
+    """Train all runs in one sweep."""
     for run in sweep(network, "digits", None, GRID, **settings).runs:
         if run.error is not None:
             raise run.error
@@ -42,7 +42,7 @@ def separate(settings: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    """Time both in turns."""
+    """Time the sweep and the separate runs in turns."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--engine", nargs="+", default=["eager", "fused"])
     parser.add_argument("--device", default="cpu")

@@ -1,9 +1,9 @@
-"""Connectivity, flatness, masks, ensembles and cost of solutions, many of them evaluated at once as lanes.
+"""Analyses of trained solutions: connectivity, flatness, masks, ensembles and cost.
 
-Each file answers one question; evaluator.py evaluates the solutions for all of them.
+Each file answers one question. All of them use evaluator.py, which evaluates many solutions at once, as lanes.
 
-Three walk-throughs follow, which take seconds on scikit-learn's digits. A conclusion takes longer trainings, several
-seeds and real pictures. All three start from one network and one set of settings:
+The three examples below take seconds on scikit-learn's digits. Real conclusions need longer trainings, several seeds
+and real pictures. All three examples use the same network and settings:
 
 >>> import torch
 >>> from swamp_fast import fast_swamp
@@ -13,8 +13,8 @@ seeds and real pictures. All three start from one network and one set of setting
 >>> model = SmallCNN(1, 10, width=8)
 >>> settings = {"epochs": 3, "ticket_epochs": 2, "batch_size": 64, "progress": False}
 
-**Are two particles linearly connected?** See the barrier between them, in error on test data, and the loss of their
-mixtures; 2 % error is the customary threshold (arXiv 1912.05671).
+**Are two particles linearly connected?** Look at the error barrier between them on test data, and at the loss of
+their mixtures. The customary threshold is 2 % error (arXiv 1912.05671).
 
 >>> result = fast_swamp(model, "digits", particles=2, cycles=1, keep_particles=True, **settings)
 >>> on = Analysis(model, "digits", config=result.config)
@@ -26,8 +26,8 @@ mixtures; 2 % error is the customary threshold (arXiv 1912.05671).
 >>> max(mixtures.train_loss) <= max(mixtures.corners.train_loss) + 0.01
 True
 
-**Is SWAMP's minimum flatter than IMP's, at equal sparsity?** See the trace of the Hessian with its interval, scaled by
-the layers' norms, because BatchNorm hides their scale.
+**Is SWAMP's minimum flatter than IMP's, at equal sparsity?** Look at the trace of the Hessian and its interval. It is
+scaled by the layers' norms, because BatchNorm makes the function independent of their scale.
 
 >>> traces = {}
 >>> for name, method in {"imp": {"particles": 1, "swa": False}, "swamp": {"particles": 4}}.items():
@@ -38,7 +38,8 @@ the layers' norms, because BatchNorm hides their scale.
 >>> f"{traces['swamp'].scaled:.3g} ± {traces['swamp'].scaled_half_width:.2g}, norm {traces['swamp'].norm:.3g}"
 '... ± ..., norm ...'
 
-**What do more particles gain?** Compare N = 1, 2, 4, 8. The draws are nested: particle 3 is the same for every N.
+**What do more particles gain?** Compare N = 1, 2, 4, 8. The random draws are nested: particle 3, for example, draws
+the same numbers for every N that includes it.
 
 >>> accuracy = {}
 >>> for n in (1, 2, 4, 8):

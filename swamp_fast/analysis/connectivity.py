@@ -1,4 +1,4 @@
-"""Are solutions linearly connected? Barriers on the line between two, and losses in the convex hull of several."""
+"""Are solutions linearly connected? Barriers on the line between two solutions, and losses in a convex hull."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from swamp_fast.analysis.evaluator import SCORES, Analysis, Scores, averages
-from swamp_fast.runs.result import SwampResult
+from swamp_fast.analysis.evaluator import Analysis, Scores, averages
+from swamp_fast.runs.result import ANALYSIS_SCORES, SwampResult
 
 
 @dataclass(frozen=True, kw_only=True)
 class Path(Scores):
-    """Scores at the points (1 - t) a + t b of the line between two states, for t from 0 to 1."""
+    """Scores at the points (1 - t) a + t b of the straight line between states a and b, for t from 0 to 1."""
 
     t: list[float]
 
     def barrier(self, what: str = "train_loss", over: str = "max") -> float:
-        """How far a score rises on the path; NaN if it is NaN anywhere.
+        """The barrier: how far a score rises along the path above its ends. NaN if the score is NaN anywhere.
 
-        what  one of SCORES; errors are fractions
-        over  "max": above the higher end; "mean": above the mean of the ends (Frankle et al. 2020, arXiv 1912.05671);
-              "line": above the straight line between them (Entezari et al. 2022, arXiv 2110.06296). All three are
-              equal where the ends are equally good.
+        what  one of ANALYSIS_SCORES; errors are fractions
+        over  what the rise is measured from. "max": the higher end; "mean": the mean of both ends (Frankle et al. 2020,
+              arXiv 1912.05671); "line": the linear interpolation of the ends (Entezari et al. 2022, arXiv 2110.06296).
+              All three give the same barrier if both ends have the same score.
 
         Raises ValueError for another `over`, and for a score that isn't available.
         """
@@ -42,20 +42,20 @@ class Path(Scores):
         raise ValueError(f'`over` must be one of "max", "mean", "line", got "{over}".')
 
     def barriers(self) -> dict[str, dict[str, float]]:
-        """Every available score -> "max", "mean" and "line" -> barrier."""
-        available = [score for score in SCORES if getattr(self, score) is not None]
+        """All barriers, as a dict: available score -> "max", "mean" or "line" -> barrier."""
+        available = [score for score in ANALYSIS_SCORES if getattr(self, score) is not None]
         return {score: {over: self.barrier(score, over) for over in ("max", "mean", "line")} for score in available}
 
 
 @dataclass(frozen=True)
 class BarrierMatrix:
-    """The paths between all pairs i < j of N states; `count` is N."""
+    """The paths between all pairs (i, j), i < j, of `count` = N states."""
 
     count: int
     paths: dict[tuple[int, int], Path]
 
     def matrix(self, what: str = "train_loss", over: str = "max") -> list[list[float]]:
-        """Barriers [N, N], 0 on the diagonal; see Path.barrier."""
+        """The barriers [N, N] between all pairs, with 0 on the diagonal; see Path.barrier."""
         barriers = [[0.0] * self.count for _ in range(self.count)]
         for (i, j), path in self.paths.items():
             barriers[i][j] = barriers[j][i] = path.barrier(what, over)
@@ -63,7 +63,7 @@ class BarrierMatrix:
 
 
 def highest(values: Sequence[float]) -> float:
-    """The largest value, or NaN if any is NaN; max() would ignore a NaN that isn't the first value."""
+    """The largest value, or NaN if any value is NaN. (max() ignores a NaN that isn't the first value.)"""
     return math.nan if any(map(math.isnan, values)) else max(values)
 
 
@@ -72,10 +72,10 @@ def loss_barrier(
 ) -> Path:
     """Losses and errors at equally spaced points of the line between two states, evaluated as lanes.
 
-    The barrier is 0 between solutions in one linearly connected basin, as particles of one matching ticket should be
-    (Frankle et al. 2020, "Linear Mode Connectivity and the Lottery Ticket Hypothesis", arXiv 1912.05671). BatchNorm is
-    re-estimated at every point, because interpolated statistics (`reestimate=False`) show barriers where there are
-    none. Fewer than 11 points may miss a barrier; look at loss and error, on training and on test data.
+    The barrier between two solutions is about 0 if they are linearly connected, as particles of one matching ticket
+    should be (Frankle et al. 2020, "Linear Mode Connectivity and the Lottery Ticket Hypothesis", arXiv 1912.05671).
+    BatchNorm is re-estimated at every point, because interpolated statistics (`reestimate=False`) show barriers where
+    there are none. Fewer than 11 points may miss a barrier. Look at both loss and error, on training and test data.
 
     Raises ValueError for fewer than 3 points.
     """
@@ -90,7 +90,7 @@ def barrier_matrix(
     Raises ValueError for fewer than 3 points or 2 states.
     """
     if points < 3:
-        raise ValueError(f"`points` must be at least 3, both ends and one between; got {points}. 11 are customary.")
+        raise ValueError(f"`points` must be at least 3, both ends and one between; got {points}. 11 is customary.")
     if len(states) < 2:
         raise ValueError(f"a path needs two states, got {len(states)}.")
     t = torch.linspace(0, 1, points, dtype=torch.float64)
@@ -107,19 +107,22 @@ def barrier_matrix(
 
 
 def consecutive(on: Analysis, result: SwampResult, points: int = 11, *, reestimate: bool = True) -> list[Path]:
-    """The paths between each cycle's average and the next one's: do consecutive sparse solutions stay connected?
+    """The paths between the averages of consecutive cycles: does the solution stay connected when it is pruned?
 
-    The ends have different supports: along the path the weights that the next mask prunes shrink to 0.
+    The ends have different masks: along the path, the weights that the next mask prunes shrink to 0.
     """
     states = [state for state, _ in averages(result)]
     pairs = list(pairwise(states))
-    # The sparsest pair comes first, because the engine is chosen at its density.
+    # The sparsest pair comes first, because the density of the first evaluation decides which engine is used.
     return [loss_barrier(on, a, b, points, reestimate=reestimate) for a, b in pairs[::-1]][::-1]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Hull(Scores):
-    """Scores at mixtures [M, N] of N states, at the states themselves (corners) and at their mean (centre)."""
+    """Scores at M mixtures of N states, at the states themselves (corners) and at their mean (centre).
+
+    mixtures  [M, N]  the share of each state in each mixture
+    """
 
     mixtures: list[list[float]]
     corners: Scores
@@ -134,16 +137,16 @@ def hull(
     seed: int = 0,
     reestimate: bool = True,
 ) -> Hull:
-    """Losses at random mixtures of states, evaluated as lanes; shares are uniform on the simplex, Dirichlet(1).
+    """Losses at random mixtures of states, evaluated as lanes. The shares are uniform on the simplex: Dirichlet(1).
 
-    If no mixture has a higher loss than the corners, the particles surround one basin, which is the claim behind
-    averaging them (Choi et al. 2024, arXiv 2305.14852). With many particles all mixtures lie near the centre, and say
+    If no mixture has a higher loss than the corners, all particles lie in one basin, which is the assumption behind
+    averaging them (Choi et al. 2024, arXiv 2305.14852). With many particles, all mixtures lie near the centre and say
     little about the edge of the hull. BatchNorm is re-estimated at every point.
 
     Raises ValueError without states or mixtures.
     """
     if mixtures < 1 or not states:
-        raise ValueError(f"a hull needs states and mixtures, got {len(states)} and {mixtures}.")
+        raise ValueError(f"a hull needs at least one state and one mixture, got {len(states)} and {mixtures}.")
     count = len(states)
     drawn = torch.from_numpy(np.random.default_rng(seed).dirichlet(np.ones(count), mixtures))
     even = torch.full((1, count), 1 / count, dtype=torch.float64)

@@ -21,9 +21,10 @@ from swamp_fast.runs.result import module_of
 
 @dataclass(frozen=True)
 class LayerCost:
-    """One parameter's share of one sample's forward pass: FLOPs (2 per multiply-add) and bytes, sparse and dense.
+    """The cost of one parameter: FLOPs of one sample's forward pass (2 per multiply-add) and bytes, sparse and dense.
 
-    FLOPs are None for a prunable parameter that is no weight of a convolution, linear or attention layer.
+    FLOPs are None for a prunable parameter that is not a weight of a convolution, linear or attention layer.
+    kept, size  number of kept weights and of all weights
     """
 
     flops: int | None
@@ -38,11 +39,12 @@ class LayerCost:
 class InferenceCost(LayerCost):
     """The cost of one model, sparse and dense.
 
-    flops                  None if those of a layer are; includes products without weights, such as attention's
-    dense_flops            as torch counts them, which omits nn.LSTM
-    bytes                  of the kept values and of the masks as bits, without buffers
-    kept                   parameters, including those that are never pruned
-    sparse_ms, dense_ms    median latency of one batch on this CPU; None for the reason in `why`
+    flops                  of one sample's forward pass, including products of activations, as in attention; None if
+                           the FLOPs of any layer are None
+    dense_flops            the same for the dense model, as torch counts FLOPs; torch omits nn.LSTM
+    bytes                  size of the kept values, plus one bit per prunable weight for the mask; without buffers
+    kept                   number of kept parameters, including those that are never pruned
+    sparse_ms, dense_ms    median latency of one batch on this CPU in milliseconds; if one is None, `why` is the reason
     """
 
     batch_size: int
@@ -61,10 +63,10 @@ def inference_cost(
 ) -> InferenceCost:
     """FLOPs, bytes and kept parameters of a sparse model, and its latency on this CPU compared with the dense module.
 
-    The sparse model runs on this project's kernels under its mask. The dense one is the plain module with the same
-    weights in eval mode, with channels first or last in memory, whichever is faster. They take turns after one run
-    each to warm up, with torch's number of threads. FLOPs count matrix products and convolutions; they don't predict
-    time, because below some density the memory traffic of activations dominates.
+    The sparse model runs on the kernels of this project, with its mask. The dense model is the plain module with the
+    same weights, in eval mode; it is timed in both memory formats, and the faster one counts. After one warm-up run
+    each, the models are timed in turns, with as many threads as torch is set to use. FLOPs count matrix products and
+    convolutions. They don't predict latency: below some density, the memory traffic of activations dominates.
     """
     problem, mask = on.problem, on.mask(masks)
     kept = problem.kept(mask)
@@ -97,7 +99,7 @@ def inference_cost(
 def _latency(
     on: Analysis, state: Mapping[str, Tensor], mask: Tensor, batch_size: int, repeats: int
 ) -> tuple[float | None, float | None, str | None]:
-    """Median milliseconds per batch, sparse and dense, and the reason why one of them is None."""
+    """Median milliseconds per batch of the sparse and the dense model, and the reason if one of them is None."""
     problem = on.problem
     if problem.device.type != "cpu":
         return None, None, f"latency is measured on a CPU, and the analysis is on {problem.device}"
@@ -132,7 +134,7 @@ def _latency(
 
 
 def medians(contenders: list[Callable[[], object]], repeats: int) -> list[float]:
-    """Median seconds of each contender on the CPU; they take turns, after one run each to warm up."""
+    """The median seconds of each contender on the CPU. After one warm-up run each, they are timed in turns."""
     for run in contenders:
         run()
     return [statistics.median(seconds) for seconds in seconds_in_turn(contenders, torch.device("cpu"), repeats)]

@@ -1,4 +1,4 @@
-"""How good is the ensemble of several models? Accuracy, likelihood and calibration of their mean softmax."""
+"""How good is the ensemble of several models? Measures accuracy, likelihood and calibration of their mean softmax."""
 
 from __future__ import annotations
 
@@ -12,12 +12,16 @@ from swamp_fast.analysis.evaluator import Analysis, Outputs
 from swamp_fast.data.store import pass_in_stored_order
 from swamp_fast.particles.random import evaluation_time
 
-BINS = 15  # of the confidence, for the calibration error
+BINS = 15  # number of confidence bins for the calibration error
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """Accuracy, mean negative log-likelihood (natural logarithm) and expected calibration error on test data."""
+    """The quality of a model's predictions on test data.
+
+    nll  mean negative log-likelihood, with the natural logarithm
+    ece  expected calibration error
+    """
 
     accuracy: float
     nll: float
@@ -26,31 +30,31 @@ class Predictions:
 
 @dataclass(frozen=True)
 class Ensemble(Predictions):
-    """Predictions of the ensemble, of each model (`single`), and the means over models (`mean_single`)."""
+    """The quality of an ensemble's predictions, and of those of each of its models (`single`)."""
 
     single: list[Predictions]
 
     @property
     def mean_single(self) -> Predictions:
-        """The mean over the single models."""
+        """The means of accuracy, nll and ece over the models."""
         models = [(model.accuracy, model.nll, model.ece) for model in self.single]
         return Predictions(*(sum(values) / len(models) for values in zip(*models, strict=True)))
 
 
 def ensemble(on: Analysis, states: Sequence[Mapping[str, Tensor]], *, reestimate: bool = True) -> Ensemble:
-    """The mean of the models' softmax on test data, and each model alone.
+    """Evaluate, on test data, the mean of the models' softmax outputs, and each model alone.
 
-    After Lakshminarayanan et al. 2017, arXiv 1612.01474. An ensemble costs one forward pass per model, the average of
-    weights costs one in all. Independent runs make a better ensemble than particles of one ticket.
+    See Lakshminarayanan et al. 2017, arXiv 1612.01474. An ensemble costs one forward pass per model; an average of
+    weights costs only one. Independent runs make a better ensemble than the particles of one ticket.
 
     Raises ValueError without test data or labels.
     """
     if on.test is None or not on.problem.classifies:
-        raise ValueError("an ensemble's accuracy needs test data with labels of the model's outputs.")
+        raise ValueError("the accuracy of an ensemble needs test data with class labels.")
     data, batch_size = on.test, on.problem.config.batch_size
 
     def probabilities(run: Outputs, channels_last: bool) -> tuple[Tensor, list[Predictions]]:
-        """The sum of the softmax [n, C] of some models, and the predictions of each."""
+        """The sum over some models of their softmax outputs [n, C], and the quality of each model's predictions."""
         batches = []
         for number, (inputs, _, _) in enumerate(pass_in_stored_order(data, batch_size, channels_last)):
             outputs = run(inputs, evaluation_time(1, number))
@@ -66,11 +70,11 @@ def ensemble(on: Analysis, states: Sequence[Mapping[str, Tensor]], *, reestimate
 
 
 def predictions(probabilities: Tensor, targets: Tensor) -> Predictions:
-    """Accuracy, likelihood and calibration of probabilities [n, C] for labels [n].
+    """Accuracy, likelihood and calibration of predicted probabilities [n, C], given labels [n].
 
-    The calibration error is the mean over samples of |accuracy - confidence| of their bin; the confidence is the
-    largest probability, and there are 15 bins (k / 15, (k + 1) / 15] (Guo et al. 2017, arXiv 1706.04599). Few samples
-    bias it upwards.
+    A sample's confidence is its largest probability. Samples are put into 15 bins (k / 15, (k + 1) / 15] by confidence.
+    The calibration error is the mean over samples of |accuracy - confidence| of the sample's bin (Guo et al. 2017,
+    arXiv 1706.04599). With few samples it is biased upwards.
     """
     confidence, labels = probabilities.max(1)
     right = (labels == targets).double()
@@ -81,5 +85,5 @@ def predictions(probabilities: Tensor, targets: Tensor) -> Predictions:
 
 
 def _rows(outputs: Tensor) -> Tensor:
-    """[B, C, ...] -> [B * ..., C]."""
+    """Reshape outputs [B, C, ...] to one row per prediction, [B * ..., C]."""
     return outputs.movedim(1, -1).flatten(0, -2)

@@ -1,4 +1,4 @@
-"""What are the losses and errors of these solutions? Models of one architecture, evaluated together as lanes."""
+"""What are the losses and errors of these solutions? Evaluates models of one architecture together, as lanes."""
 
 from __future__ import annotations
 
@@ -40,22 +40,22 @@ from swamp_fast.problem.prepare import prepare
 from swamp_fast.problem.prunable import Prunable
 from swamp_fast.problem.solutions import solution_of
 from swamp_fast.runs.record import Run
-from swamp_fast.runs.result import SwampResult, snapshot_of
+from swamp_fast.runs.result import ANALYSIS_SCORES, SwampResult, snapshot_of
 
-State = dict[str, Tensor]  # parameters and buffers by name, as in SwampResult.state_dict
-Outputs = Callable[[Any, int], list[Any]]  # (inputs [B, ...], time) -> the outputs of each model
+State = dict[str, Tensor]  # name -> parameter or buffer, as in SwampResult.state_dict
+Outputs = Callable[[Any, int], list[Any]]  # (inputs [B, ...], time) -> a list with the outputs of each model
 Measured = TypeVar("Measured")
 
-SCORES = ("train_loss", "train_error", "test_loss", "test_error")
-CHECKED_LANES = 4  # lanes that are folded together: for this many the engine checks that each gives what it gives alone
-# An analysis makes no masks and chooses no particle, so it doesn't depend on how the run did.
+# The most lanes that a folded mode evaluates at once. The engine checks for this many that lanes equal models alone.
+CHECKED_LANES = 4
+# An analysis neither makes masks nor combines particles, so these settings get neutral values, whatever the run had.
 NEUTRAL_SETTINGS = {"layer_kept": None, "mask_score": "abs-mean", "combine": "mean"}
-MAX_MEMORY_FRACTION = 0.4  # of the free memory, for the lanes
+MAX_MEMORY_FRACTION = 0.4  # largest fraction of the free memory that lanes may use
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scores:
-    """Mean losses and errors (1 - accuracy) of M models, [M] each; None without test data, or without accuracies.
+    """Mean losses and errors (1 - accuracy) of M models, [M] each; None if test data or accuracies are missing.
 
     train_samples  how many training samples were used
     """
@@ -67,9 +67,9 @@ class Scores:
     train_samples: int
 
     def of(self, what: str) -> list[float]:
-        """The values [M] of one of SCORES. Raises ValueError for another name, or if that score isn't available."""
-        if what not in SCORES:
-            raise ValueError(f'`what` must be one of {", ".join(SCORES)}; got "{what}".')
+        """The values [M] of one of ANALYSIS_SCORES. Raises ValueError if the score is unknown or not available."""
+        if what not in ANALYSIS_SCORES:
+            raise ValueError(f'`what` must be one of {", ".join(ANALYSIS_SCORES)}; got "{what}".')
         values: list[float] | None = getattr(self, what)
         if values is None:
             lacking = "accuracies" if self.test_loss is not None or what.startswith("train") else "test data"
@@ -77,27 +77,27 @@ class Scores:
         return values
 
     def part(self, rows: Iterable[int]) -> dict[str, Any]:
-        """The arguments of the Scores of some of the models."""
-        scores, rows = {name: getattr(self, name) for name in SCORES}, list(rows)
+        """The scores of some of the models, as keyword arguments for a new Scores."""
+        scores, rows = {name: getattr(self, name) for name in ANALYSIS_SCORES}, list(rows)
         chosen = {name: values and [values[row] for row in rows] for name, values in scores.items()}
         return {**chosen, "train_samples": self.train_samples}
 
 
 class Analysis:
-    """A model and its data, prepared as for a run, on which solutions of that architecture are evaluated.
+    """Evaluates solutions of one architecture on data that are prepared as for a run.
 
     Args:
-        model, train, test, val, forward, loss, prunable, config, settings: as for fast_swamp, and as the run had them;
-            validation data that the run held out are held out here too.
-        standardise: the run's result.standardise, by which its model scales uint8 pictures; None: the mean and std of
-            `train`, which are equal if the data are.
-        samples: how many training samples to use for losses and BatchNorm: the first ones of a fixed shuffle; None:
-            all.
+        model, train, test, val, forward, loss, prunable, config, settings: as for fast_swamp. Pass what the run had;
+            then the validation data that it held out are held out here too.
+        standardise: the mean and std by which the run scaled uint8 pictures, its result.standardise; None computes them
+            from `train`, which gives the same values if the data are the same.
+        samples: the number of training samples to use for losses and BatchNorm, taken from the start of a fixed
+            shuffle; None uses all.
 
-    Losses are means over samples without augmentation. M models are M lanes of an engine, in chunks that fit into
-    memory. BatchNorm statistics are re-estimated for every model on the training data in stored order.
+    Losses are means over samples without augmentation. M models are evaluated as M lanes of an engine, in chunks that
+    fit into memory. BatchNorm statistics are re-estimated for every model on the training data in stored order.
 
-    Raises as fast_swamp.
+    Raises what fast_swamp raises for its arguments.
     """
 
     def __init__(
@@ -129,14 +129,14 @@ class Analysis:
         self.engines: Engine | None = None
 
     def evaluate(self, states: Sequence[Mapping[str, Tensor]], *, reestimate: bool = True) -> Scores:
-        """The scores of states; `reestimate=False` uses their own BatchNorm statistics."""
+        """The scores of states. `reestimate=False` uses the BatchNorm statistics that the states contain."""
         shares = torch.eye(len(states), dtype=torch.float64)
         return self.mixed([self.solution(state) for state in states], shares, reestimate=reestimate)
 
     def mixed(self, solutions: Sequence[Solution], shares: Tensor, *, reestimate: bool = True) -> Scores:
         """The scores of M linear combinations of K solutions.
 
-        shares  [M, K]  float64; an integer buffer is taken from the solution with the largest share
+        shares  [M, K]  float64 coefficients; integer buffers are copied from the solution with the largest one
         """
 
         def scores(run: Outputs, channels_last: bool) -> tuple[list[float], ...]:
@@ -145,8 +145,8 @@ class Analysis:
             return (*train, *test)
 
         chunks = self.measured(solutions, shares, scores, reestimate=reestimate)
-        columns = [[value for chunk in chunks for value in chunk[i]] for i in range(len(SCORES))]
-        available = {name: values or None for name, values in zip(SCORES, columns, strict=True)}
+        columns = [[value for chunk in chunks for value in chunk[i]] for i in range(len(ANALYSIS_SCORES))]
+        available = {name: values or None for name, values in zip(ANALYSIS_SCORES, columns, strict=True)}
         return Scores(**available, train_samples=self.train.length)  # type: ignore[arg-type]
 
     @one_at_a_time
@@ -158,12 +158,12 @@ class Analysis:
         *,
         reestimate: bool = True,
     ) -> list[Measured]:
-        """What `measure(run, channels_last)` returns for M linear combinations of K solutions, chunk by chunk.
+        """Apply `measure(run, channels_last)` to M linear combinations of K solutions, in chunks of lanes.
 
-        The models run under the union of the solutions' supports: a weight that is 0 in all of them is 0 in every
-        combination.
+        Returns the result of each chunk. The models' mask is the union of the solutions' supports, because a weight
+        that is 0 in all solutions is 0 in every combination.
 
-        shares  [M, K]  float64
+        shares  [M, K]  float64 coefficients
         """
         Q, stack = self.problem.layout.Q, torch.stack([solution.weights for solution in solutions]).double()
         support = (stack[:, :Q] != 0).any(0)
@@ -187,9 +187,9 @@ class Analysis:
             return measured
 
     def solution(self, state: Mapping[str, Tensor]) -> Solution:
-        """A state as a vector and buffers; buffers that it lacks are the model's.
+        """Convert a state to a Solution. Buffers that the state lacks are taken from the model.
 
-        Raises ValueError if it doesn't fit the model.
+        Raises ValueError if the state doesn't fit the model.
         """
         template = self.problem.template
         parameters, buffers = dict(template.named_parameters()), dict(template.named_buffers())
@@ -197,9 +197,8 @@ class Analysis:
         foreign = [name for name in state if name not in {**parameters, **buffers, **template.state_dict()}]
         if missing or foreign:
             raise ValueError(
-                f"the state doesn't fit the model: it lacks {', '.join(missing) or 'nothing'}, and has "
-                f"{', '.join(foreign) or 'nothing'} besides. Create the Analysis with the architecture that was "
-                "trained."
+                f"the state doesn't fit the model: missing are {', '.join(missing) or 'none'}, unknown are "
+                f"{', '.join(foreign) or 'none'}. Create the Analysis with the architecture that was trained."
             )
         for name, tensor in {**parameters, **buffers}.items():
             if name in state and state[name].shape != tensor.shape:
@@ -216,7 +215,7 @@ class Analysis:
         return solution_of(self.problem, {**buffers, **state})
 
     def mask(self, masks: Mapping[str, Tensor]) -> Tensor:
-        """Masks by name as one mask [Q]; a prunable parameter that has none is kept whole.
+        """Join masks by name into one mask [Q]. A prunable parameter without a mask is kept whole.
 
         Raises ValueError for a name that isn't prunable.
         """
@@ -230,7 +229,7 @@ class Analysis:
         return mask
 
     def keys(self, lanes: int) -> Tensor:
-        """Keys [L, 3] of random draws in evaluation, the same for every model."""
+        """The keys [L, 3] for random draws in evaluation: the same for every lane, so that all models draw alike."""
         return lane_keys([self.problem.config.seed] * lanes, [stream_of(0, 0)] * lanes, self.problem.device)
 
     @cached_property
@@ -264,7 +263,7 @@ class Analysis:
         estimated: bool,
     ) -> Measured:
         if isinstance(engine, EagerEngine) and self._differ_outside_norms(buffers):
-            # Folded lanes would share these buffers.
+            # Folded lanes share all buffers but those of norms, so lanes with different buffers must run one by one.
             engine = EagerEngine(self.problem, Choice("lanes", engine.choice.channels_last, "buffers differ", {}))
         models, keys = engine.side_by_side(weights, buffers), self.keys(len(weights))
 
@@ -276,7 +275,7 @@ class Analysis:
         return measure(run, models.channels_last)
 
     def _score(self, run: Outputs, data: Data, which: int, channels_last: bool) -> tuple[list[float], list[float]]:
-        """Mean losses [M] and errors [M] on a split; [] instead of errors if there are no accuracies."""
+        """The mean losses [M] and errors [M] of M models on a split; no errors, [], if there are no accuracies."""
         loss: Tensor | float = 0.0
         wrong: Tensor | int = 0
         entries = 0
@@ -287,7 +286,7 @@ class Analysis:
             if self.problem.classifies:
                 entries += targets.numel()
                 wrong = wrong + torch.stack([(out.argmax(1) != targets).sum() for out in outputs])
-        assert isinstance(loss, Tensor)  # no split is empty
+        assert isinstance(loss, Tensor)  # there was a batch, since no split is empty
         return (loss / data.length).tolist(), (wrong.double() / entries).tolist() if isinstance(wrong, Tensor) else []
 
     def _lanes_at_once(self, engine: EagerEngine | FusedEngine, models: int) -> int:
@@ -297,7 +296,7 @@ class Analysis:
 
     @cached_property
     def _bytes_of_lane(self) -> int:
-        """Estimated bytes per lane: its weights in float64, full and compact, and a few activations at once."""
+        """Estimate of the bytes per lane: weights in float64, both full and compact, and a few activations."""
         inputs, _, _ = next(pass_in_stored_order(self.train, self.problem.config.batch_size))
         largest = _Largest()
         with largest, torch.no_grad():
@@ -305,7 +304,7 @@ class Analysis:
         return 32 * self.problem.layout.P + 4 * largest.bytes
 
     def _differ_outside_norms(self, buffers: dict[str, Tensor]) -> bool:
-        """Whether lanes differ in a buffer [L, ...] that is not a norm's."""
+        """Whether lanes differ in any buffer [L, ...] outside the norms."""
         norms = {id(buffer) for norm in norms_of([self.problem.template]) for buffer in norm.buffers()}
         named = self.problem.template.named_buffers()
         others = [buffers[name] for name, buffer in named if id(buffer) not in norms]
@@ -313,7 +312,7 @@ class Analysis:
 
 
 def particles(result: SwampResult) -> list[State]:
-    """The states of the particles of the last cycle. Raises ValueError if the run didn't keep them."""
+    """The states of the last cycle's particles. Raises ValueError if the run didn't keep them."""
     if result.particles is None:
         raise ValueError("the result holds no particles; run it with keep_particles=True.")
     count = len(next(iter(result.particles.values())))
@@ -321,15 +320,15 @@ def particles(result: SwampResult) -> list[State]:
 
 
 def averages(result: SwampResult) -> list[tuple[State, dict[str, Tensor]]]:
-    """The average of each cycle, and its masks."""
+    """The state of the average of each cycle, and its masks."""
     snapshots = [snapshot_of(stored) for stored in result.snapshots]
     return [(snapshot.state, snapshot.masks) for snapshot in snapshots]
 
 
 def some_of(data: Data, samples: int | None) -> Data:
-    """The first `samples` samples of a fixed shuffle of a split, because stored samples are often sorted by class.
+    """A part of a split: the first `samples` samples of a fixed shuffle, or the whole split if `samples` is None.
 
-    None gives the whole split. Raises ValueError for no samples or too many.
+    They are shuffled because stored samples are often sorted by class. Raises ValueError for no samples or too many.
     """
     if samples is None or samples == data.length:
         return data
@@ -341,14 +340,17 @@ def some_of(data: Data, samples: int | None) -> Data:
 
 
 def mixture(stack: Tensor, row: Tensor) -> Tensor:
-    """The linear combination [P] of vectors [K, P] with shares [K]; a NaN times a share of 0 is left out."""
+    """The linear combination [P] of vectors [K, P] with shares [K].
+
+    Vectors with a share of 0 are left out, because 0 times NaN is NaN.
+    """
     used = row.nonzero().flatten()
     mixed: Tensor = torch.tensordot(row[used], stack[used], 1)
     return mixed
 
 
 def mixed_buffer(buffer: Tensor, shares: Tensor) -> Tensor:
-    """A buffer [M, ...] of M linear combinations with shares [M, K], from that of K solutions [K, ...]."""
+    """Combine one buffer of K solutions, [K, ...], with shares [M, K]. Returns the buffer of M models, [M, ...]."""
     if not buffer.is_floating_point():
         return buffer[shares.argmax(1)]
     return torch.stack([mixture(buffer.double(), row) for row in shares]).to(buffer.dtype)

@@ -1,4 +1,4 @@
-"""How flat is the minimum? The trace of the Hessian of the training loss, by Hutchinson's estimator."""
+"""How flat is the minimum? Estimates the trace of the training loss's Hessian, by Hutchinson's estimator."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ from swamp_fast.particles.random import at_time, evaluation_time, generators_lef
 
 @dataclass(frozen=True)
 class LayerTrace:
-    """One parameter: the trace of its block, half the width of the 95 % interval, its norm, and its kept weights."""
+    """One parameter: the trace of its diagonal block of H, with its 95 % interval's half width, and the weights' norm.
+
+    kept  number of kept weights
+    """
 
     trace: float
     half_width: float
@@ -32,11 +35,11 @@ class LayerTrace:
 
 @dataclass(frozen=True)
 class HessianTrace:
-    """tr(H) of the training loss at one solution; half widths are those of 95 % intervals over the probes.
+    """The trace of the Hessian H of the training loss at one solution, with half widths of 95 % intervals over probes.
 
-    scaled  sum over parameters l of |w_l|^2 / n_l tr(H_ll), where n_l is the number of kept weights: it doesn't change
-            when a layer's weights are multiplied by a factor that leaves the function unchanged
-    norm    of all weights in the trace
+    scaled  sum over parameters l of |w_l|^2 / n_l tr(H_ll), where n_l is the number of kept weights. It doesn't change
+            if the weights of a layer are rescaled and BatchNorm makes the function independent of their scale.
+    norm    norm of all weights that the trace covers
     """
 
     trace: float
@@ -58,17 +61,17 @@ def hessian_trace(
     *,
     seed: int = 0,
 ) -> HessianTrace:
-    """The trace of the Hessian over the kept weights and all other trained parameters: how sharp the minimum is.
+    """Estimate how sharp a minimum is, by the trace of the Hessian over all trained parameters that are not pruned.
 
-    H is the Hessian of the mean loss of `samples` training samples (see Analysis; None: all of them), without
-    augmentation and weight decay, with the state's own BatchNorm statistics. Each probe is a vector v of random signs
-    on the trained weights and of zeros on the pruned ones; the expectation of v H v is the trace (Hutchinson 1990; as
-    in PyHessian, Yao et al. 2020, arXiv 1912.07145). The sign of a weight depends only on `seed`, the probe and the
-    weight's position, so two models are compared with the same probes.
+    H is the Hessian of the mean loss over `samples` training samples (as for Analysis; None uses all), without
+    augmentation or weight decay, with the BatchNorm statistics of the state. A probe is a vector v with a random sign
+    for each trained weight and 0 for each pruned weight. The expectation of v H v is the trace (Hutchinson 1990; as in
+    PyHessian, Yao et al. 2020, arXiv 1912.07145). The sign of a weight depends only on `seed`, the index of the probe
+    and the weight's position, so different models are compared with the same probes.
 
-    BatchNorm hides the scale of weights, and averaging shrinks them, which raises the raw trace of an average (Dinh et
-    al. 2017, arXiv 1703.04933): compare `scaled`, and look at the norms. With fewer kept weights the trace has fewer
-    terms: compare at equal density.
+    Compare `scaled` instead of the raw trace, and look at the norms: BatchNorm makes the function independent of the
+    scale of weights, and averaging shrinks weights, which raises the raw trace of an average (Dinh et al. 2017, arXiv
+    1703.04933). Compare at equal density, because with fewer kept weights the trace has fewer terms.
 
     Raises ValueError for fewer than 2 probes.
     """
@@ -109,12 +112,14 @@ def hessian_trace(
 
 @one_at_a_time
 def quadratic_forms(on: Analysis, point: Solution, vectors: Tensor, data: Data) -> dict[str, Tensor]:
-    """v_l (H v)_l of every vector v and every parameter l, as name -> [V] float64; the sum over l is v H v.
+    """The products v_l (H v)_l of V vectors v for each parameter l, as name -> [V] float64. Their sum over l is v H v.
 
-    vectors  [V, P]  of any type; H is the Hessian of the mean loss over `data`
+    H is the Hessian of the mean loss over `data`.
 
-    Each batch has one graph of the gradient, through which every vector is propagated backwards. That was measured
-    twice as fast on a CPU as vectors in folded lanes with a graph each, and is correct for every model.
+    vectors  [V, P]  of any type
+
+    The graph of the gradient is built once per batch, and every vector is propagated backwards through it. On a CPU
+    this was measured to be twice as fast as folded lanes, one per vector, and it is correct for every model.
     """
     problem, layout = on.problem, on.problem.layout
     module = copy.deepcopy(problem.template).eval()
@@ -125,7 +130,7 @@ def quadratic_forms(on: Analysis, point: Solution, vectors: Tensor, data: Data) 
     parameters = [named[entry.name] for entry in layout.entries]
     forms = torch.zeros(len(parameters), len(vectors), dtype=torch.float64)
     batches = pass_in_stored_order(data, problem.config.batch_size)
-    # The fused attention kernels have no second derivative.
+    # Fused attention kernels have no second derivative, so attention uses the plain math backend.
     with generators_left_alone(), sdpa_kernel(SDPBackend.MATH):
         for number, (inputs, targets, count) in enumerate(batches):
             key = at_time(on.keys(1), evaluation_time(0, number))
@@ -145,7 +150,10 @@ def quadratic_forms(on: Analysis, point: Solution, vectors: Tensor, data: Data) 
 def _grad(
     outputs: list[Tensor], inputs: list[nn.Parameter], directions: list[Tensor] | None, create_graph: bool
 ) -> list[Tensor]:
-    """Gradients of outputs in some directions, zero for inputs without influence; the graph is kept."""
+    """The gradients of outputs, weighted by `directions`, by each input: zero for an input without influence.
+
+    The graph is kept, so that it can be used again.
+    """
     differentiable = [place for place, output in enumerate(outputs) if output.requires_grad]
     if not differentiable:
         return [torch.zeros_like(parameter) for parameter in inputs]

@@ -1,4 +1,4 @@
-"""What do masks look like? How much two have in common, the density of each layer, dead channels."""
+"""What do masks look like? The overlap of two masks, the density of each layer, and dead channels."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ Masks = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Overlap:
-    """How alike two masks are.
+    """How similar two masks are.
 
-    hamming               the share of weights that exactly one of them keeps
-    iou                   kept by both / kept by either; 1 if neither keeps any
-    density_a, density_b  kept / all, of each mask
+    hamming               fraction of weights that exactly one of the masks keeps
+    iou                   number of weights kept by both / kept by at least one; 1 if both masks are empty
+    density_a, density_b  fraction of weights that each mask keeps
     """
 
     hamming: float
@@ -35,18 +35,18 @@ class Overlap:
 
 @dataclass(frozen=True)
 class MaskOverlap(Overlap):
-    """The overlap over all layers together, and by layer."""
+    """The overlap of two masks over all layers together, and by layer."""
 
     layers: dict[str, Overlap]
 
 
 @dataclass(frozen=True)
 class Channels:
-    """Output channels of a layer.
+    """Counts of a layer's output channels.
 
-    channels  how many there are
-    dead_in   how many have no kept incoming weight
-    dead_out  how many have no kept outgoing weight; None if it is unknown which layers read them
+    channels  all output channels
+    dead_in   channels without any kept incoming weight
+    dead_out  channels without any kept outgoing weight; None if it is unknown which layers read the channels
     """
 
     channels: int
@@ -55,17 +55,18 @@ class Channels:
 
 
 def mask_overlap(a: Masks, b: Masks) -> MaskOverlap:
-    """How alike two masks are, in all and by layer: of IMP and SWAMP at one density, for example, or of two seeds.
+    """How similar two masks are, in total and by layer: for example those of IMP and SWAMP at equal density.
 
-    Two random masks of density d have a Hamming distance of 2 d (1 - d) and an IoU of d / (2 - d), so masks agree more
-    by chance in denser layers.
+    Two random masks of density d have a Hamming distance of 2 d (1 - d) and an IoU of d / (2 - d) on average. So masks
+    of denser layers overlap more by chance.
 
-    Raises ValueError if the masks are for different layers or shapes.
+    Raises ValueError if the masks are of different layers or shapes.
     """
     differing = [name for name in {**a, **b} if name not in a or name not in b or a[name].shape != b[name].shape]
     if differing or not a:
         raise ValueError(
-            f"the masks must be of the same layers and shapes; {', '.join(differing) or 'there are no layers'}."
+            "the masks must be of the same layers and shapes; "
+            f"{'differing: ' + ', '.join(differing) if differing else 'there are no layers'}."
         )
     layers = {name: _overlap(a[name].flatten(), b[name].flatten()) for name in a}
     whole = _overlap(*(torch.cat([masks[name].flatten() for name in a]) for masks in (a, b)))
@@ -73,16 +74,18 @@ def mask_overlap(a: Masks, b: Masks) -> MaskOverlap:
 
 
 def densities(masks: Masks) -> dict[str, float]:
-    """Kept / all, by layer."""
+    """The fraction of weights that each layer keeps."""
     return {name: float(mask.double().mean()) for name, mask in masks.items()}
 
 
 def channels(masks: Masks | SwampResult, on: Analysis | None = None) -> dict[str, Channels]:
-    """Dead output channels of each pruned convolution and linear layer, whose masks are [out, in, ...].
+    """Count dead output channels of each pruned convolution and linear layer.
 
-    A channel without kept incoming weights is constant, one without kept outgoing weights is never read: both could be
-    removed. Which layers read a channel is known if there is an Analysis whose model can be traced; weights that are
-    not prunable count as kept. Only an Analysis tells a transposed convolution, whose mask is [in, out / groups, ...].
+    A channel without kept incoming weights is constant, and a channel without kept outgoing weights is never read; both
+    could be removed. Weights that are not prunable count as kept. Masks are [out, in, ...].
+
+    Pass `on` to count channels that are never read, for which the model must be traced, and if the model has transposed
+    convolutions, whose masks are [in, out / groups, ...] and look like those of other layers.
     """
     masks = masks.masks if isinstance(masks, SwampResult) else masks
     read = {} if on is None else _channels_read(on, masks)
@@ -95,7 +98,7 @@ def channels(masks: Masks | SwampResult, on: Analysis | None = None) -> dict[str
 
 
 def _transposed(on: Analysis, masks: Masks) -> dict[str, Tensor]:
-    """The masks of transposed convolutions as [out, in / groups, ...]."""
+    """The masks of transposed convolutions, with their dimensions rearranged to [out, in / groups, ...]."""
     names = {id(parameter): name for name, parameter in on.problem.template.named_parameters()}
     layers = [module for module in on.problem.template.modules() if isinstance(module, _ConvTransposeNd)]
     groups = {names.get(id(layer.weight), ""): layer.groups for layer in layers}
@@ -113,9 +116,9 @@ def _overlap(a: Tensor, b: Tensor) -> Overlap:
 
 
 def _channels_read(on: Analysis, masks: Masks) -> dict[str, Tensor]:
-    """Which output channels [C] bool of each traced layer are read by a kept weight or by the model's output.
+    """Which output channels [C] bool of each layer are read, by a kept weight or as outputs of the model.
 
-    {} if the model can't be traced.
+    Returns {} if the model can't be traced.
     """
     inputs, _, _ = next(pass_in_stored_order(on.train, on.problem.config.batch_size))
     try:
@@ -128,7 +131,7 @@ def _channels_read(on: Analysis, masks: Masks) -> dict[str, Tensor]:
 
 
 def _values_read(plan: Plan, masks: Masks) -> list[Tensor]:
-    """Which channels [C] of every value of the plan are read, going backwards from the output."""
+    """Which channels [C] bool of each value in the plan are read. Goes backwards from the model's output."""
     read = [torch.zeros(shape[0], dtype=torch.bool) for shape in plan.shapes]
     read[plan.output][:] = True
     for op in reversed(plan.ops):

@@ -1,4 +1,4 @@
-"""What does the loss look like around three solutions? Scores over the plane through them."""
+"""What does the loss look like around three solutions? Computes scores over the plane through them."""
 
 from __future__ import annotations
 
@@ -10,24 +10,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from swamp_fast.analysis.evaluator import SCORES, Analysis, Scores
+from swamp_fast.analysis.evaluator import Analysis, Scores
 from swamp_fast.report.figures import loss_contour
+from swamp_fast.runs.result import ANALYSIS_SCORES
 
 Grid = list[list[float]]  # [Y, X]
 
-ON_ONE_LINE = 1e-6  # three states closer to a line than this share of their distance span no plane
+MIN_RELATIVE_HEIGHT = 1e-6  # three states closer to one line than this fraction of their distance span no plane
 
 
 class OnOneLine(ValueError):
-    """Three states lie on one line, so they span no plane."""
+    """Raised if three states lie on one line, so that they span no plane."""
 
 
 @dataclass(frozen=True)
 class Plane:
-    """Scores at the points of a grid.
+    """Scores at the points of a grid in a plane through three solutions.
 
     x [X], y [Y]        coordinates, as distances between weights
-    train_loss, ...     [Y, X]; None without test data, or without accuracies
+    train_loss, ...     [Y, X] each; None if test data or accuracies are missing
     points, names       the coordinates [[x, y], ...] and names of the solutions that span the plane
     at_points           the scores of these solutions, which need not lie on the grid
     """
@@ -43,7 +44,7 @@ class Plane:
     at_points: Scores
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, as `analyze` writes them."""
+        """All attributes by name, as plain values: the form in which `analyze` writes a plane."""
         return {**vars(self), "at_points": vars(self.at_points)}
 
 
@@ -59,8 +60,8 @@ def loss_plane(
     """Losses over the plane through three states, on a grid of size x size points, evaluated as lanes.
 
     The axes are orthonormal in the space of all trained parameters: x points from a to b, y towards c. The grid extends
-    beyond the three states by `margin`, as a share of their extent (as in Garipov et al. 2018, arXiv 1802.10026).
-    BatchNorm is re-estimated at every point. Distances say little about layers whose scale BatchNorm hides.
+    beyond the three states by the fraction `margin` of their extent (as in Garipov et al. 2018, arXiv 1802.10026).
+    BatchNorm is re-estimated at every point. Distances say little about layers before BatchNorm, whose scale is free.
 
     Raises OnOneLine if the three lie on one line, as two particles and their average do; ValueError for size < 2.
     """
@@ -70,14 +71,14 @@ def loss_plane(
     length = float(along.norm())
     across = other - (other @ along) / max(length, 1e-300) ** 2 * along
     height = float(across.norm())
-    if min(length, height) <= ON_ONE_LINE * float(other.norm()):
-        raise OnOneLine("the three states lie on one line, so they span no plane; take another, or use loss_barrier.")
+    if min(length, height) <= MIN_RELATIVE_HEIGHT * float(other.norm()):
+        raise OnOneLine("the three states lie on one line, so they span no plane; pass another or use loss_barrier.")
     c_along = float(other @ along) / length  # c's coordinate on the x axis
     corners = [[0.0, 0.0], [length, 0.0], [c_along, height]]
     x, y = (_axis([corner[i] for corner in corners], size, margin) for i in (0, 1))
 
     def shares(right: float, up: float) -> list[float]:
-        """A point of the plane as a linear combination of a, b and c."""
+        """The coefficients of a, b and c that give the point (right, up) of the plane."""
         of_c = up / height
         of_b = (right - of_c * c_along) / length
         return [1 - of_b - of_c, of_b, of_c]
@@ -85,7 +86,7 @@ def loss_plane(
     grid = torch.tensor([shares(right, up) for up in y for right in x], dtype=torch.float64)
     scores = on.mixed(solutions, torch.cat([grid, torch.eye(3, dtype=torch.float64)]))
     grids = {}
-    for score in SCORES:
+    for score in ANALYSIS_SCORES:
         values = getattr(scores, score)
         grids[score] = None if values is None else [values[i * len(x) : (i + 1) * len(x)] for i in range(len(y))]
     at_points = Scores(**scores.part(range(len(grid), len(grid) + 3)))
@@ -93,12 +94,12 @@ def loss_plane(
 
 
 def contour(plane: Plane, path: str | Path, what: str = "train_loss") -> Path:
-    """Draw the level lines of a score over a plane; the path's suffix chooses the format."""
+    """Draw the level lines of a score over a plane. The suffix of the path chooses the file format."""
     return loss_contour(plane.to_dict(), Path(path), what)
 
 
 def _axis(values: list[float], size: int, margin: float) -> list[float]:
-    """Equally spaced coordinates from the lowest to the highest value, with a margin on both sides."""
+    """Equally spaced coordinates (`size` of them) from the lowest to the highest value, with a margin on both sides."""
     if size < 2:
         raise ValueError(f"`size` must be at least 2 points per axis, got {size}.")
     low, high = min(values), max(values)

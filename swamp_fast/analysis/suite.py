@@ -1,4 +1,4 @@
-"""What is there to know about this run? All analyses of one run, as plain values for analysis.json."""
+"""What do the analyses say about a run? All analyses of one run, as plain values for analysis.json."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from torch import Tensor
 from swamp_fast.analysis.connectivity import barrier_matrix, consecutive, hull, loss_barrier
 from swamp_fast.analysis.cost import inference_cost
 from swamp_fast.analysis.ensemble import ensemble
-from swamp_fast.analysis.evaluator import SCORES, Analysis, Scores, State, averages, particles
+from swamp_fast.analysis.evaluator import Analysis, Scores, State, averages, particles
 from swamp_fast.analysis.hessian import hessian_trace
 from swamp_fast.analysis.masks import channels, densities, mask_overlap
 from swamp_fast.analysis.plane import OnOneLine, loss_plane
 from swamp_fast.particles.norms import norms_of
-from swamp_fast.runs.result import SwampResult
+from swamp_fast.runs.result import ANALYSIS_SCORES, SwampResult
 from swamp_fast.version import __version__
 
-# The fingerprints of everything that scores depend on.
+# The inputs that affect scores, by the names of their fingerprints.
 SCORED_BY = ("train", "val", "test", "loss", "forward", "prunable")
 
 
@@ -34,20 +34,22 @@ def analyze(
     repeats: int = 15,
     against: SwampResult | None = None,
 ) -> dict[str, Any]:
-    """Every analysis that a run allows, as plain values: what `swamp-fast analyze` writes.
+    """Do every analysis that is possible for a run. Returns the content of analysis.json, as plain values.
 
     Args:
-        on: the model and the data that solutions are evaluated on.
-        result: the run. Analyses of particles need those of the last cycle (keep_particles=True), the plane needs
-            three that are not on one line, the ensemble needs test data; an analysis that is not possible is None.
-        points: points on each path, for barriers.
-        probes, mixtures, size, repeats: of the Hessian's trace, the hull, the plane and the latency; 0 leaves it out.
-        against: another run of the same model: the masks of equal cycles are compared, and the barriers between their
-            averages measured on this run's data.
+        on: the model, and the data on which solutions are evaluated.
+        result: the run. Analyses of particles need the particles of the last cycle (keep_particles=True), the plane
+            needs three of them that are not on one line, and the ensemble needs test data. An analysis that is not
+            possible is None.
+        points: the number of points on each path, for barriers.
+        probes, mixtures, size, repeats: the number of probes for the Hessian's trace, of mixtures for the hull, of
+            points per axis of the plane, and of repeats for the latency; 0 leaves that analysis out.
+        against: another run of the same model. In each cycle that both runs have, their masks are compared, and the
+            barrier between their averages is measured on the data of `on`.
 
-    Barriers between cycles are also given with BatchNorm's statistics interpolated instead of re-estimated.
+    Barriers between cycles are measured twice: with BatchNorm re-estimated, and with its statistics interpolated.
 
-    Raises ValueError for sizes that are too small and for masks of other layers, before any work.
+    Raises ValueError, before any work, for sizes that are too small and for another run with masks of other layers.
     """
     _check_sizes(points, probes, mixtures, size, repeats)
     overlap = None if against is None else _overlap(result, against)
@@ -55,7 +57,7 @@ def analyze(
     states = [] if result.particles is None else particles(result)
     several, has_labels = len(states) > 1, on.test is not None and on.problem.classifies
     numbered = [{"cycle": row["cycle"]} for row in result.history]
-    # The engine is chosen at the density of the first evaluation, so the order of these matters.
+    # The first evaluation decides, by its density, which engine is used. So the order of these entries matters.
     return {
         "about": _about(on, result, points, probes, mixtures, size),
         "particles": _particles(on, states, points, len(cycles) - 1) if several else None,
@@ -78,7 +80,7 @@ def analyze(
 
 
 def differing(on: Analysis, result: SwampResult) -> list[str]:
-    """What differs between the analysis and the run, of everything that scores depend on (see SCORED_BY)."""
+    """The names in SCORED_BY, the inputs that affect scores, in which the analysis differs from the run."""
     fingerprints = result.about["fingerprints"]
     return [name for name in SCORED_BY if on.problem.fingerprints[name] != fingerprints.get(name)]
 
@@ -92,7 +94,7 @@ def _check_sizes(points: int, probes: int, mixtures: int, size: int, repeats: in
         raise ValueError("`size` must be at least 2 points per axis, or 0 for no plane; got 1.")
     for name, value in (("probes", probes), ("mixtures", mixtures), ("size", size), ("repeats", repeats)):
         if value < 0:
-            raise ValueError(f"`{name}` must be at least 0, which leaves it out; got {value}.")
+            raise ValueError(f"`{name}` must be at least 0, which leaves that analysis out; got {value}.")
 
 
 def _about(on: Analysis, result: SwampResult, points: int, probes: int, mixtures: int, size: int) -> dict[str, Any]:
@@ -115,9 +117,9 @@ def _about(on: Analysis, result: SwampResult, points: int, probes: int, mixtures
 
 
 def _particles(on: Analysis, states: list[State], points: int, cycle: int) -> dict[str, Any]:
-    """The highest barriers between all pairs of particles, one matrix per score."""
+    """The barriers between all pairs of particles, measured from the higher end: one matrix [N, N] per score."""
     barriers = barrier_matrix(on, states, points)
-    measured = {score: getattr(barriers.paths[0, 1], score) is not None for score in SCORES}
+    measured = {score: getattr(barriers.paths[0, 1], score) is not None for score in ANALYSIS_SCORES}
     matrix = {score: barriers.matrix(score, "max") if known else None for score, known in measured.items()}
     return {"cycle": cycle, "names": _names(states), "matrix": matrix, "over": "max"}
 
@@ -129,7 +131,7 @@ def _hull(on: Analysis, states: list[State], mixtures: int) -> dict[str, Any]:
 
 
 def _plane(on: Analysis, states: list[State], size: int) -> dict[str, Any] | None:
-    """The plane through the first three particles; None if they are on one line."""
+    """The plane through the first three particles; None if they lie on one line."""
     first, second, third, *_ = states
     try:
         plane = loss_plane(on, first, second, third, size, names=_names(states)[:3])
@@ -139,7 +141,7 @@ def _plane(on: Analysis, states: list[State], size: int) -> dict[str, Any] | Non
 
 
 def _overlap(result: SwampResult, other: SwampResult) -> list[dict[str, Any]]:
-    """How alike the masks of two runs are, one row per cycle that both have."""
+    """How similar the masks of two runs are, one row per cycle that both runs have."""
     rows = []
     for row, (_, masks), (_, other_masks) in zip(result.history, averages(result), averages(other), strict=False):
         overlap = vars(mask_overlap(masks, other_masks))
@@ -149,10 +151,11 @@ def _overlap(result: SwampResult, other: SwampResult) -> list[dict[str, Any]]:
 
 
 def _against(on: Analysis, result: SwampResult, other: SwampResult, points: int) -> dict[str, Any]:
-    """The barriers between the averages of equal cycles of two runs, and the scores of both averages."""
+    """The barrier between the two runs' averages in each cycle that both have, and the scores of these averages."""
     barriers = []
     pairs = list(zip(result.history, averages(result), averages(other), strict=False))
-    for row, (state, _), (other_state, _) in pairs[::-1]:  # the sparsest first: the engine is chosen at its density
+    # The sparsest pair comes first, because the density of the first evaluation decides which engine is used.
+    for row, (state, _), (other_state, _) in pairs[::-1]:
         path = loss_barrier(on, state, other_state, points)
         ends = _plain(Scores(**path.part([0, -1])))
         barriers.append({"cycle": row["cycle"], "barriers": path.barriers(), "ends": ends})
@@ -184,7 +187,7 @@ def _trace(on: Analysis, state: State, masks: dict[str, Tensor], probes: int) ->
 
 
 def _masks(on: Analysis, masks: dict[str, Tensor]) -> dict[str, Any]:
-    """Densities by layer, and dead channels in all; dead_out is None if it is unknown for any layer."""
+    """Densities by layer, and totals of dead channels; dead_out is None if it is unknown for any layer."""
     layers = channels(masks, on).values()
     dead_out = [layer.dead_out for layer in layers]
     return {
@@ -199,4 +202,4 @@ def _names(states: list[State]) -> list[str]:
 
 
 def _plain(scores: Scores) -> dict[str, Any]:
-    return {score: getattr(scores, score) for score in SCORES}
+    return {score: getattr(scores, score) for score in ANALYSIS_SCORES}

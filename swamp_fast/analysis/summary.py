@@ -1,4 +1,4 @@
-"""What do the analyses of a run say at a glance? A table as text, for the console."""
+"""What do the analyses of a run say at a glance? A summary as a text table, for the console."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 from swamp_fast.analysis.connectivity import highest
 from swamp_fast.common.format import percent
 
-# Column -> its width.
+# Heading of a column -> its width in characters.
 COLUMNS = {
     "cycle": 5,
     "barrier, loss": 13,
@@ -22,7 +22,9 @@ COLUMNS = {
 
 
 def table(content: dict[str, Any]) -> str:
-    """One line per cycle: the barrier to the next cycle, flatness, dead channels, cost; then the last cycle's others.
+    """A text table of an analysis: one line per cycle, then lines about the last cycle's particles.
+
+    The columns are the barrier to the next cycle, flatness, dead channels and cost.
 
     content  what `analyze` returns
     """
@@ -40,14 +42,14 @@ def table(content: dict[str, Any]) -> str:
         lines.append(_against(content["against"]))
     if content["ensemble"] is not None:
         together, single = content["ensemble"]["accuracy"], content["ensemble"]["single"]["accuracy"]
-        lines.append(f"accuracy of the ensemble of the particles: {percent(together)}, mean of each: {percent(single)}")
+        lines.append(f"accuracy of the particles' ensemble: {percent(together)}, their mean: {percent(single)}")
     about = content["about"]
     lines.append(f"on {about['train_samples']:,} of {about['of_training_samples']:,} training samples")
     return "\n".join(lines)
 
 
 def _cells(masks: dict[str, Any], cost: dict[str, Any], barriers: dict[str, Any], trace: Any) -> list[str]:
-    """The cells of one cycle. Barriers are of test data, if there are any, and above the higher end."""
+    """The cells of one cycle. Barriers are measured from the higher end, on test data if there are any."""
     split = "test" if "test_loss" in barriers else "train"
     loss, error = (barriers.get(f"{split}_{kind}", {}).get("max") for kind in ("loss", "error"))
     dead_out = "–" if masks["dead_out"] is None else masks["dead_out"]
@@ -66,7 +68,7 @@ def _cells(masks: dict[str, Any], cost: dict[str, Any], barriers: dict[str, Any]
 
 
 def _against(against: dict[str, Any]) -> str:
-    """How another run's last common cycle compares."""
+    """One line that compares this run with the other one in their last common cycle."""
     overlap, between = against["overlap"][-1], against["barriers"][-1]
     barriers, ends = between["barriers"], between["ends"]
     split = "test" if "test_loss" in barriers else "train"

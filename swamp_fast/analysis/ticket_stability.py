@@ -18,14 +18,14 @@ from swamp_fast.driver import fast_swamp
 from swamp_fast.problem.arguments import Forward, Loss, Transform
 from swamp_fast.problem.prunable import Prunable
 
-MAX_ERROR_GAP = 0.05  # children that err by more than this above the best candidate's are hardly trained
+MAX_ERROR_GAP = 0.05  # children whose error exceeds that of the best candidate's by more count as hardly trained
 
 
 @dataclass(frozen=True)
 class TicketStability:
-    """How stable each candidate for T0, the ticket's number of epochs, is.
+    """How stable each candidate for T0 is, the number of epochs that the ticket is trained for.
 
-    paths    per candidate, the path between its two children; test scores are on validation data
+    paths    per candidate, the path between its two children; its test scores are on validation data
     epsilon  the highest error barrier that counts as stable
     """
 
@@ -35,12 +35,12 @@ class TicketStability:
 
     @property
     def barriers(self) -> list[float]:
-        """Error barriers on validation data [candidates], above the mean of the ends, as fractions."""
+        """The error barrier of each candidate on validation data, measured from the mean of the ends, as a fraction."""
         return [path.barrier("test_error", "mean") for path in self.paths]
 
     @property
     def recommended(self) -> int | None:
-        """The smallest T0 that is stable with all later candidates; None if the last one isn't."""
+        """The smallest T0 that is stable together with all later candidates; None if the last candidate is not."""
         smallest = None
         for epochs, barrier in zip(self.candidates[::-1], self.barriers[::-1], strict=True):
             if not barrier < self.epsilon:  # NaN is not stable
@@ -50,26 +50,29 @@ class TicketStability:
 
     @property
     def errors(self) -> list[float]:
-        """Errors on validation data [candidates], means over both children, as fractions."""
+        """The error of each candidate on validation data, averaged over both children, as a fraction."""
         on_path = [path.of("test_error") for path in self.paths]
         return [(errors[0] + errors[-1]) / 2 for errors in on_path]
 
     @property
     def warning(self) -> str | None:
-        """A warning if the recommended T0 has children far worse than the best, of which barriers say little."""
+        """A warning if the recommended T0's children are much worse than the best candidate's; else None.
+
+        The barrier between such children says little, because hardly trained networks are trivially connected.
+        """
         if self.recommended is None:
             return None
         error, best = self.errors[self.candidates.index(self.recommended)], min(self.errors)
         if error - best <= MAX_ERROR_GAP:
             return None
         return (
-            f"the children of T0 = {self.recommended} err {(error - best) * 100:.1f} points more on validation "
-            "data than those of the best candidate: networks that are hardly trained are trivially connected. Train "
-            "longer, or take a later T0."
+            f"the children of T0 = {self.recommended} have an error {(error - best) * 100:.1f} points above that "
+            "of the best candidate's children, on validation data: networks that are hardly trained are trivially "
+            "connected. Train longer, or choose a later T0."
         )
 
     def table(self) -> str:
-        """One line per candidate, the recommendation, and the warning if there is one."""
+        """A text table: one line per candidate, the recommendation, and the warning if there is one."""
         lines = [f"{'T0':>5}  {'barrier, error':>14}  {'children err':>12}"]
         for epochs, barrier, error in zip(self.candidates, self.barriers, self.errors, strict=True):
             lines.append(f"{epochs:>5}  {percent(barrier):>14}  {percent(error):>12}")
@@ -77,7 +80,7 @@ class TicketStability:
             lines.append(f"recommended: none; the barrier of the last candidate is not below {percent(self.epsilon)}")
         else:
             lines.append(
-                f"recommended: T0 = {self.recommended}; from there on all barriers are below {percent(self.epsilon)}"
+                f"recommended: T0 = {self.recommended}; from this T0 on, all barriers are below {percent(self.epsilon)}"
             )
         return "\n".join(lines if self.warning is None else [*lines, f"warning: {self.warning}"])
 
@@ -100,37 +103,38 @@ def ticket_stability(
 ) -> TicketStability:
     """Train two dense children of every candidate ticket, and measure the barrier between them on validation data.
 
-    From the first T0 without a barrier on, training is stable to the draws of SGD: the ticket is a "matching ticket"
-    (Frankle et al. 2020, arXiv 1912.05671, section 3; their threshold is 2 % error).
+    If the barrier is about 0, training from the ticket is stable to the randomness of SGD, so the ticket is a matching
+    ticket (Frankle et al. 2020, arXiv 1912.05671, section 3; their threshold is 2 % error).
 
     Args:
         val: validation data, or a fraction of `train`.
-        candidates: values of T0, the epochs that the ticket trains at a constant rate; with one seed, later tickets
-            continue earlier ones.
+        candidates: values of T0, the number of epochs that the ticket trains at a constant rate. All candidates use one
+            seed, so a longer ticket continues a shorter one.
         epsilon: the highest error barrier that counts as stable.
-        points: points on each path.
+        points: the number of points on each path.
         samples: as for Analysis.
-        model, train, forward, loss, transform, prunable, config, settings: as for fast_swamp. The last iterates of SGD
-            are compared with swa=False, as in the paper; by default children are averaged by SWA, as particles are.
+        model, train, forward, loss, transform, prunable, config, settings: as for fast_swamp. By default children are
+            averaged by SWA, as particles are; swa=False compares the last iterates of SGD instead, as in the paper.
 
-    A candidate costs T0 + 2 x epochs of training; with a `run_dir`, finished trainings are not repeated. One pair of
-    children is one draw: near the threshold try other seeds too.
+    A candidate costs T0 + 2 x epochs of training. With a `run_dir`, finished trainings are not repeated. One pair of
+    children is only one sample, so near the threshold try other seeds too.
 
-    Raises ValueError without validation data or accuracies, before anything is trained. Warns if the children of the
-    recommended T0 err by 5 points more than the best candidate's: untrained networks are trivially connected.
+    Raises ValueError without validation data or accuracies, before anything is trained. Warns if the error of the
+    recommended T0's children is more than 5 points above that of the best candidate's, because hardly trained networks
+    are trivially connected.
     """
     if val is None:
         raise ValueError(
-            "the ticket is chosen on validation data: pass `val`, data or a fraction of train such as 0.1."
+            "the ticket is chosen on validation data: pass `val`, either data or a fraction of train such as 0.1."
         )
     if not candidates:
-        raise ValueError("`candidates` must name epochs, such as [0, 2, 5, 10]; got none.")
+        raise ValueError("`candidates` must be a list of numbers of epochs, such as [0, 2, 5, 10]; got an empty list.")
     base, ordered = SwampConfig.of(config, settings), sorted(set(candidates))
     common: dict[str, Any] = {"val": val, "forward": forward, "loss": loss, "prunable": prunable}
     loader = {name: settings[name] for name in ("batch_size",) if name in settings}
     on = Analysis(model, train, config=base, samples=samples, **common, **loader)
     if not on.problem.classifies:
-        raise ValueError("error barriers need a classification, and this model has no accuracies; see loss_barrier.")
+        raise ValueError("error barriers need classification, and this model has no accuracies; see loss_barrier.")
     if points < 3:
         raise ValueError(f"`points` must be at least 3, both ends and one between; got {points}.")
     on.test = on.problem.val

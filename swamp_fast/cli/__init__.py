@@ -13,7 +13,7 @@ from swamp_fast.cli.runs import add_demo, add_run, add_show
 from swamp_fast.cli.studies import add_compare, add_sweep
 from swamp_fast.version import __version__
 
-# In the order of the help.
+# The order is that of `swamp-fast --help`.
 COMMANDS = (
     *(add_demo, add_run, add_sweep, add_compare, add_show),
     *(add_analyze, add_ticket, add_report, add_plan, add_backends),

@@ -25,7 +25,7 @@ from swamp_fast.runs.result import SwampResult
 
 
 def add_analyze(commands: Commands) -> None:
-    """Register `analyze`."""
+    """Register the command `analyze` and its flags."""
     parser = add_command(commands, "analyze", analyze)
     parser.add_argument("directory", metavar="RUN_DIR")
     parser.add_argument("--model", required=True, help="as for the run")
@@ -33,20 +33,24 @@ def add_analyze(commands: Commands) -> None:
     parser.add_argument("--test", metavar="DATA", help="as for the run")
     parser.add_argument("--val", type=float, metavar="FRACTION", help="as for the run")
     parser.add_argument("--points", type=int, default=11, help="points on a path; default 11")
-    parser.add_argument("--probes", type=int, default=32, help="probes for the Hessian's trace; default 32; 0: none")
-    parser.add_argument("--mixtures", type=int, default=32, help="mixtures of the particles; default 32; 0: none")
+    parser.add_argument(
+        "--probes", type=int, default=32, help="probes for the Hessian's trace; default 32; 0: no trace"
+    )
+    parser.add_argument(
+        "--mixtures", type=int, default=32, help="random mixtures of the particles; default 32; 0: none"
+    )
     parser.add_argument("--size", type=int, default=11, help="points per axis of the plane; default 11; 0: no plane")
-    parser.add_argument("--against", metavar="RUN_DIR2", help="another run of the model, to compare masks and averages")
+    parser.add_argument("--against", metavar="RUN_DIR2", help="another run of the model, for comparison")
     parser.add_argument("--repeats", type=int, default=15, help="repeats of each timing; default 15; 0: no timing")
     parser.add_argument("--samples", type=int, metavar="N", help="use N training samples instead of all")
-    parser.add_argument("--anyway", action="store_true", help="analyse even if the data differ from the run's")
-    parser.add_argument("--engine", help="instead of the run's")
-    parser.add_argument("--device", help="instead of the run's")
-    parser.add_argument("--data-dir", help="instead of the run's")
+    parser.add_argument("--anyway", action="store_true", help="analyse even if the data differ from those of the run")
+    parser.add_argument("--engine", help="an engine instead of the run's")
+    parser.add_argument("--device", help="a device instead of the run's")
+    parser.add_argument("--data-dir", help="a data folder instead of the run's")
 
 
 def analyze(given: argparse.Namespace) -> None:
-    """Measure connectivity, flatness, masks and cost of a finished run, into analysis.json in its folder."""
+    """Measure connectivity, flatness, masks and cost of a finished run, and write analysis.json into its folder."""
     if not distributed.current().first:
         return
     result = SwampResult.load(given.directory)
@@ -77,7 +81,7 @@ def analyze(given: argparse.Namespace) -> None:
 
 
 def add_ticket(commands: Commands) -> None:
-    """Register `ticket`."""
+    """Register the command `ticket` and its flags."""
     parser = add_command(commands, "ticket", ticket)
     add_model(parser)
     add_training_data(parser)
@@ -87,19 +91,21 @@ def add_ticket(commands: Commands) -> None:
     parser.add_argument(
         "--candidates", type=numbers, required=True, metavar="T0,T0,…", help="ticket epochs to try, such as 0,2,5"
     )
-    parser.add_argument("--epsilon", type=float, default=0.02, help="the highest error barrier; default 0.02")
-    parser.add_argument("--points", type=int, default=11, help="points on a path; default 11")
+    parser.add_argument(
+        "--epsilon", type=float, default=0.02, help="the highest error barrier that counts as stable; default 0.02"
+    )
+    parser.add_argument("--points", type=int, default=11, help="points on each path; default 11")
     parser.add_argument("--samples", type=int, metavar="N", help="use N training samples instead of all")
     parser.add_argument("--out", metavar="DIR", help="a folder for the trainings; the same command continues in it")
     add_settings(parser, without=("particles", "cycles", "ticket_epochs", "keep_particles"))
 
 
 def ticket(given: argparse.Namespace) -> None:
-    """Find how long the ticket must train: the barrier between two children of each candidate, on validation data."""
+    """Find how long the ticket must train, by the error barrier between two children of each candidate ticket."""
     config = SwampConfig.of(None, {**given_settings(given), "run_dir": given.out})
     model = seeded_network(given.model, given.data, config)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # the table has the warning too
+        warnings.simplefilter("ignore", UserWarning)  # the table below repeats the warning
         stability = analysis.ticket_stability(
             *(model, given.data, given.val, given.candidates),
             config=config,
@@ -112,16 +118,21 @@ def ticket(given: argparse.Namespace) -> None:
 
 
 def _check_same(differing: list[str], anyway: bool, run: str) -> None:
-    """Raise ValueError if a run had another loss or forward, or other data and these are not accepted `anyway`."""
+    """Raise ValueError if the run had another loss or forward, or had other data and `anyway` is not set.
+
+    differing  the names of what differs from the run, as analysis.differing returns them
+    run        the run, as messages name it
+    """
     callables = [f"`{name}`" for name in ("loss", "forward") if name in differing]
     if callables:
         raise ValueError(
-            f"{run} used its own {' and '.join(callables)}: analyse it from Python, with swamp_fast.analysis."
+            f"{run} used a {' and a '.join(callables)} that the command line can't pass: analyse it from Python, by "
+            "swamp_fast.analysis."
         )
     splits = ", ".join(name for name in ("train", "val", "test") if name in differing)
     if splits and not anyway:
         raise ValueError(
-            f"the {splits} data differ from {run}'s; give the same --data, --test and --val as there, or --anyway to "
+            f"the {splits} data differ from {run}'s; pass the --data, --test and --val of that run, or --anyway to "
             "analyse it on these data."
         )
     if splits:

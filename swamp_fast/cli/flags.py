@@ -1,4 +1,4 @@
-"""What commands share: how one is registered, the flags of the settings, and flags that hold several numbers."""
+"""What the commands share: registering a command, flags for the settings, and parsing lists of numbers."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from swamp_fast.models import MODELS
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 Handler = Callable[[argparse.Namespace], None]
 
-# The fields of SwampConfig that are flags: --out takes the place of run_dir, and layer_kept is a table.
+# The fields of SwampConfig that have a flag. --out sets run_dir, and layer_kept is a table, too long for a flag.
 SETTINGS = {
     field.name: field for field in dataclasses.fields(SwampConfig) if field.name not in ("run_dir", "layer_kept")
 }
 
 
 def add_command(commands: Commands, name: str, handler: Handler) -> argparse.ArgumentParser:
-    """Add a command; the docstring of its handler is its help."""
+    """Register a command, whose help text is the docstring of its handler. Returns its parser."""
     parser = commands.add_parser(name, help=handler.__doc__, description=handler.__doc__)
     parser.set_defaults(command=handler)
     return parser
@@ -39,7 +39,7 @@ def add_training_data(parser: argparse.ArgumentParser) -> None:
 
 
 def add_settings(parser: argparse.ArgumentParser, without: Collection[str] = ()) -> None:
-    """Add a flag for every setting, except those in `without`; a flag that isn't given leaves no attribute."""
+    """Add a flag for every setting except those in `without`. A flag that isn't given sets no attribute."""
     group = parser.add_argument_group("settings", "the fields of SwampConfig; see its documentation")
     for name, field in SETTINGS.items():
         if name not in without:
@@ -52,12 +52,12 @@ def given_settings(given: argparse.Namespace) -> dict[str, Any]:
 
 
 def numbers(text: str) -> list[int]:
-    """Integers separated by commas."""
+    """Parse integers that are separated by commas."""
     return [int(part) for part in text.split(",")]
 
 
 def three_numbers(text: str) -> tuple[int, int, int]:
-    """Three integers separated by commas."""
+    """Parse three integers that are separated by commas."""
     first, second, third = numbers(text)
     return first, second, third
 
@@ -79,7 +79,7 @@ def _add_setting(group: argparse._ArgumentGroup, name: str, field: dataclasses.F
 
 
 def _documentation_of(name: str) -> str:
-    """What the docstring of SwampConfig says about a setting."""
+    """The description of a setting in the docstring of SwampConfig, escaped for argparse."""
     docstring = inspect.getdoc(SwampConfig) or ""
     found = re.search(rf"^    {name}: (.*?)(?=^    \w+: |^Raises)", docstring, re.M | re.S)
     return " ".join(found[1].split()).replace("%", "%%") if found else ""

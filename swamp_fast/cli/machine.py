@@ -1,4 +1,4 @@
-"""The commands about this machine: plan, backends."""
+"""The commands that describe this machine: plan, backends."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from swamp_fast.ops.backends import backends
 
 
 def add_plan(commands: Commands) -> None:
-    """Register `plan`."""
+    """Register the command `plan` and its flags."""
     parser = add_command(commands, "plan", plan)
     add_model(parser)
     parser.add_argument("--particles", type=int, default=4, metavar="N")
     parser.add_argument("--batch-size", type=int, default=128, metavar="B")
     parser.add_argument(
-        "--shape", type=three_numbers, default=(3, 32, 32), metavar="C,H,W", help="of a picture; default 3,32,32"
+        "--shape", type=three_numbers, default=(3, 32, 32), metavar="C,H,W", help="shape of a picture; default 3,32,32"
     )
     parser.add_argument("--classes", type=int, default=10)
     parser.add_argument("--precision", choices=CHOICES["precision"], default="float32")
@@ -30,7 +30,7 @@ def add_plan(commands: Commands) -> None:
 
 
 def plan(given: argparse.Namespace) -> None:
-    """Estimate the fused engine's step on this device and how many particles fit; nothing is trained."""
+    """Estimate, without training, the fused engine's step time on this device and how many particles fit."""
     device = torch.device(given.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     channels, height, width = given.shape
     model = build_model(given.model, channels, height, width, given.classes)
@@ -38,7 +38,9 @@ def plan(given: argparse.Namespace) -> None:
     try:
         traced, cost = estimate(model, inputs, given.precision)
     except NotCovered as reason:
-        raise ValueError(f"the fused engine doesn't cover {given.model}: {reason}; the eager engine runs it.") from None
+        raise ValueError(
+            f"the fused engine doesn't cover {given.model}: {reason}; only the eager engine can train it."
+        ) from None
     ceilings = measured_ceilings(device, given.precision)
     free, seconds = free_memory(device), cost.seconds(ceilings)
     print(", ".join(f"{count} {kind}" for kind, count in traced.count().items()))
@@ -54,7 +56,7 @@ def plan(given: argparse.Namespace) -> None:
 
 
 def add_backends(commands: Commands) -> None:
-    """Register `backends`."""
+    """Register the command `backends`."""
     add_command(commands, "backends", show_backends)
 
 

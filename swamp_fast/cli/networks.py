@@ -1,4 +1,4 @@
-"""The network that a command names, made for its data."""
+"""Build the network that a command names, with the shape that its data need."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from swamp_fast.data.samples import one_input
 from swamp_fast.data.sources import Arrays, open_source
 from swamp_fast.models import build_model
 
-DEFAULT_CLASSES = 10  # for data that do not name their classes
+DEFAULT_CLASSES = 10  # for a data set without a list of classes
 
 
 def picture_shape(data: str, config: SwampConfig) -> tuple[int, int, int, int]:
-    """Channels, height, width and number of classes of the training pictures."""
+    """The channels, height, width and number of classes of the training pictures."""
     source = open_source(data, "train", config.data_dir).source
     if isinstance(source, Arrays):
         sample, classes = source.inputs[0], int(source.targets.max()) + 1
@@ -25,7 +25,7 @@ def picture_shape(data: str, config: SwampConfig) -> tuple[int, int, int, int]:
 
 
 def seeded_network(name: str, data: str, config: SwampConfig) -> nn.Module:
-    """The network for these data, with initial weights drawn under the seed of the settings."""
+    """The named network for these data, with initial weights drawn from the seed of the settings."""
     shape = picture_shape(data, config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)

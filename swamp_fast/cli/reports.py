@@ -1,4 +1,4 @@
-"""The command that writes reports: report."""
+"""The command `report`, which writes reports."""
 
 from __future__ import annotations
 
@@ -9,12 +9,16 @@ from swamp_fast.report import write_report
 
 
 def add_report(commands: Commands) -> None:
-    """Register `report`."""
+    """Register the command `report` and its flags."""
     parser = add_command(commands, "report", report)
-    parser.add_argument("directory", metavar="DIR", help="the folder; report.html, figures/ and numbers/ go into it")
-    parser.add_argument("--model", metavar="NAME", help="as for run, for the lines that load the model")
+    parser.add_argument(
+        "directory",
+        metavar="DIR",
+        help="folder of a run, comparison or sweep, which gets the report",
+    )
+    parser.add_argument("--model", metavar="NAME", help="as for `run`, for the lines on the page that load the model")
 
 
 def report(given: argparse.Namespace) -> None:
-    """Write the HTML page of a run's, a comparison's or a sweep's folder: figures, tables, and what is missing."""
+    """Write an HTML page about the run, comparison or sweep in a folder: figures, tables, and what is missing."""
     print(write_report(given.directory, given.model))

@@ -28,7 +28,7 @@ DEMO = SwampConfig(particles=4, cycles=14, epochs=12, ticket_epochs=4, batch_siz
 
 
 def add_demo(commands: Commands) -> None:
-    """Register `demo`."""
+    """Register the command `demo` and its flags."""
     parser = add_command(commands, "demo", demo)
     parser.add_argument("--out", default="swamp_demo", metavar="DIR", help="the folder for the run and its figure")
     parser.add_argument("--epochs", type=int, help="epochs of each training; default 12")
@@ -48,11 +48,11 @@ def demo(given: argparse.Namespace) -> None:
 
 
 def add_run(commands: Commands) -> None:
-    """Register `run`."""
+    """Register the command `run` and its flags."""
     parser = add_command(commands, "run", run)
     add_model(parser)
     add_training_data(parser)
-    parser.add_argument("--test", metavar="DATA", help="test data, if --data has none")
+    parser.add_argument("--test", metavar="DATA", help="test data, if --data has no test split")
     parser.add_argument("--val", type=float, metavar="FRACTION", help="fraction of the training data to hold out")
     parser.add_argument("--out", metavar="DIR", help="the run's folder; the same command continues the run in it")
     parser.add_argument("--config", metavar="FILE.toml", help="settings; flags take precedence")
@@ -60,7 +60,7 @@ def add_run(commands: Commands) -> None:
 
 
 def run(given: argparse.Namespace) -> None:
-    """Run SWAMP with any network on any data; every setting is a flag, or comes from a TOML file."""
+    """Run SWAMP with any network on any data. Settings come from flags or from a TOML file."""
     settings = given_settings(given)
     if given.out is not None:
         settings["run_dir"] = given.out
@@ -74,13 +74,13 @@ def run(given: argparse.Namespace) -> None:
 
 
 def add_show(commands: Commands) -> None:
-    """Register `show`."""
+    """Register the command `show` and its flags."""
     parser = add_command(commands, "show", show)
     parser.add_argument("directory", metavar="DIR")
 
 
 def show(given: argparse.Namespace) -> None:
-    """Print the settings, the engine and the history of a run's folder."""
+    """Print the settings, the engine and the history of the run in a folder."""
     result = SwampResult.load(given.directory)
     print(result.config.to_toml())
     engine = {name: value for name, value in result.engine.items() if value not in (None, {}) and name != "rows"}
@@ -89,11 +89,11 @@ def show(given: argparse.Namespace) -> None:
     planned = result.config.cycles + 1
     left = planned - len(result.history)
     if left:
-        print(f"\n{left} of {planned} trainings are still to come; repeat the command with the same --out to continue.")
+        print(f"\n{left} of {planned} trainings are left; repeat the command with the same --out to continue.")
 
 
 def _show_result(result: SwampResult, out: Path | None, title: str) -> None:
-    """Print the history, and draw it into the folder `out`."""
+    """Print the history, and draw its accuracies into the folder `out`."""
     print(history_table(result.history))
     if out is not None and result.history[-1]["accuracy"] is not None:
         try:

@@ -1,4 +1,4 @@
-"""The commands for many runs, described by a TOML file: sweep, compare."""
+"""The commands for studies of many runs, which a TOML file describes: sweep, compare."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from swamp_fast.report.tables import summary_table
 from swamp_fast.studies.compare import compare
 from swamp_fast.studies.sweep import sweep
 
-# What each kind of file may hold, and of what type.
+# The keys that each kind of file may have, and the types of their values.
 COMMON_KEYS = {"model": str, "data": str, "test": str, "val": float, "out": str, "settings": dict}
 SWEEP_KEYS = {**COMMON_KEYS, "grid": dict, "points": list}
 COMPARE_KEYS = {**COMMON_KEYS, "methods": list, "seeds": list, "baseline": str}
 
 
 def add_sweep(commands: Commands) -> None:
-    """Register `sweep`."""
+    """Register the command `sweep` and its flags."""
     parser = add_command(commands, "sweep", run_sweep)
     parser.add_argument("file", metavar="FILE.toml", help="model, data, [settings], and a [grid] or [[points]]")
     parser.add_argument("--out", metavar="DIR", help="the sweep's folder; the same command continues the sweep in it")
 
 
 def run_sweep(given: argparse.Namespace) -> None:
-    """Run a grid of settings; runs that can share a step train together, and none is computed twice."""
+    """Run a grid of settings. Compatible runs are trained together, and no run is repeated."""
     study = _read(given.file, SWEEP_KEYS)
     lacks_data = "model" not in study or "data" not in study
     if lacks_data or ("grid" in study) == ("points" in study):
@@ -58,10 +58,10 @@ def run_sweep(given: argparse.Namespace) -> None:
 
 
 def add_compare(commands: Commands) -> None:
-    """Register `compare`."""
+    """Register the command `compare` and its flags."""
     parser = add_command(commands, "compare", run_compare)
     parser.add_argument("file", metavar="FILE.toml", help="model, data, methods, seeds, baseline, and [settings]")
-    parser.add_argument("--out", metavar="DIR", help="its folder; the same command continues the comparison in it")
+    parser.add_argument("--out", metavar="DIR", help="the folder; the same command continues the comparison in it")
 
 
 def run_compare(given: argparse.Namespace) -> None:
@@ -88,7 +88,7 @@ def run_compare(given: argparse.Namespace) -> None:
 
 
 def _read(file: str, types: dict[str, type]) -> dict[str, Any]:
-    """A study's file. Raises ValueError for an unknown key, TypeError for a value of the wrong type."""
+    """Read the file of a study. Raises ValueError for an unknown key, TypeError for a value of the wrong type."""
     try:
         study = tomllib.loads(Path(file).read_text())
     except tomllib.TOMLDecodeError as error:
@@ -102,6 +102,6 @@ def _read(file: str, types: dict[str, type]) -> dict[str, Any]:
 
 
 def _factory(study: dict[str, Any], config: SwampConfig) -> Callable[[], nn.Module]:
-    """What makes a new network for each run; the study seeds it."""
+    """A function that builds a new network for each run; the study sets the seed before each call."""
     shape = picture_shape(study["data"], config)
     return lambda: build_model(study["model"], *shape)

@@ -1,4 +1,4 @@
-"""Reports: HTML pages, figures and tables, made from what a run, a sweep or a comparison left in its folder."""
+"""Reports: HTML pages, figures and tables, made from the files in the folder of a run, sweep or comparison."""
 
 from swamp_fast.report.write import write_report
 

@@ -1,4 +1,4 @@
-"""Charts of an analysis: barriers, loss planes, Hessian traces, overlap of masks, dead channels."""
+"""Charts of an analysis: barriers, loss planes, Hessian traces, mask overlap, dead channels."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from swamp_fast.report.canvas import (
     styled,
 )
 
-CONNECTED_BELOW = 2.0  # points of error: a lower barrier customarily counts as linearly connected
-MAX_WRITTEN = 8  # a matrix of more solutions than this has no room for its numbers
+CONNECTED_BELOW = 2.0  # by custom, solutions are linearly connected below this error barrier, in percentage points
+MAX_NUMBERED_SOLUTIONS = 8  # in a matrix of more solutions, the cells have no room for numbers
 
 
 def draw_barriers(consecutive: Sequence[Row], densities: Mapping[int, float]) -> Any:
-    """Barriers between each cycle's solution and the next, over the density of the latter: error above, loss below.
+    """Draw the barriers between consecutive cycles, over the density of the later cycle: error above, loss below.
 
     densities  cycle -> density
     """
@@ -51,7 +51,7 @@ def draw_barriers(consecutive: Sequence[Row], densities: Mapping[int, float]) ->
 
 
 def draw_overlap(overlap: Sequence[Row]) -> Any:
-    """IoU of two runs' masks over the first one's density, and that of random masks of the same densities."""
+    """Draw the IoU of two runs' masks over the first run's density, and the IoU of random masks of equal densities."""
     with styled():
         figure, (axes,) = panels_of()
         densities, by_chance = [row["density_a"] * 100 for row in overlap], []
@@ -68,9 +68,9 @@ def draw_overlap(overlap: Sequence[Row]) -> Any:
 
 
 def draw_barrier_matrices(kinds: Mapping[str, tuple[Sequence[Sequence[float]], str]], names: Sequence[str]) -> Any:
-    """Barriers between all pairs of solutions, as matrices below each other: the higher, the darker.
+    """Draw the barriers between all pairs of solutions as one matrix per kind. Darker cells are higher barriers.
 
-    kinds  title -> (barriers [n, n], format of one, such as ".2f")
+    kinds  title -> (barriers [n, n], format of a barrier, such as ".2f")
     """
     with styled():
         side = min(WIDTH, 0.8 + 0.6 * len(names))
@@ -81,7 +81,7 @@ def draw_barrier_matrices(kinds: Mapping[str, tuple[Sequence[Sequence[float]], s
                 (x, y, 0.6 * max(value, 0.0) / highest) for y, row in enumerate(barriers) for x, value in enumerate(row)
             ]
             shaded_cells(axes, cells, len(names), len(names))
-            if len(names) <= MAX_WRITTEN:
+            if len(names) <= MAX_NUMBERED_SOLUTIONS:
                 for x, y, _ in cells:
                     text = "–" if x == y else f"{barriers[y][x]:{number_format}}"
                     axes.text(x, y, text, ha="center", va="center", fontsize=9.5)
@@ -101,7 +101,7 @@ def draw_plane(
     names: Sequence[str],
     label: str,
 ) -> Any:
-    """Level lines of values [Y, X] over a plane through weight space, and the named solutions that span it."""
+    """Draw level lines of values [Y, X] over a plane in weight space, and the named solutions that span the plane."""
     with styled():
         aspect = (max(y) - min(y)) / ((max(x) - min(x)) or 1.0)
         figure, (axes,) = panels_of(height=1.0 + min(max(3.7 * aspect, 1.5), 4.5))
@@ -119,7 +119,7 @@ def draw_plane(
 
 
 def draw_traces(hessian: Sequence[Row]) -> Any:
-    """Hessian traces over density with their intervals: raw above, scaled below."""
+    """Draw Hessian traces and their intervals over density: raw traces above, scaled ones below."""
     with styled():
         figure, panels = panels_of(2, 1, 4.6, sharex=True)
         kinds = (("trace", "trace, raw", ORANGE), ("scaled", "trace, scaled", BLUE))
@@ -140,7 +140,7 @@ def draw_traces(hessian: Sequence[Row]) -> Any:
 
 
 def draw_dead_channels(masks: Sequence[Row], densities: Mapping[int, float]) -> Any:
-    """Channels without incoming and without outgoing weights over density, where their number is known.
+    """Draw the numbers of channels without incoming and without outgoing weights over density, where known.
 
     densities  cycle -> density
     """
@@ -165,7 +165,7 @@ def draw_dead_channels(masks: Sequence[Row], densities: Mapping[int, float]) -> 
 def _barrier_points(
     consecutive: Sequence[Row], densities: Mapping[int, float], score: str, over: str, scale: float
 ) -> list[tuple[float, float]]:
-    """(density in per cent, barrier) of every pair of cycles that has this score."""
+    """The points (density in per cent, barrier), one per pair of consecutive cycles with this score."""
     return [
         (densities[row["to"]] * 100, barrier[over] * scale)
         for row in consecutive

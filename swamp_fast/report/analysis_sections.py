@@ -19,12 +19,13 @@ from swamp_fast.report.charts import draw_layers
 from swamp_fast.report.facts import Row, RunFacts
 from swamp_fast.report.formats import DASH, grouped, millions, percent, significant
 from swamp_fast.report.page import Picture, Section, Table
+from swamp_fast.runs.result import ANALYSIS_SCORES
 
-SCORES = ("train_error", "test_error", "train_loss", "test_loss")
+SCORES = sorted(ANALYSIS_SCORES, key=lambda score: "loss" in score)  # errors first
 
 
 def connectivity_section(run: RunFacts) -> Section | None:
-    """Barriers between cycles and among particles, the plane through three particles, mixtures of particles."""
+    """The section on barriers between cycles and particles, the plane through three particles, and mixtures."""
     analysis = run.analysis
     consecutive, particles, plane = (analysis.get(name) for name in ("consecutive", "particles", "plane"))
     pictures = []
@@ -56,9 +57,9 @@ def _barriers_picture(consecutive: Sequence[Row], densities: dict[int, float]) -
         for row in consecutive
     ]
     caption = (
-        "The highest point of the straight line between a cycle's solution and the next one's, above the higher end "
-        "and above the mean of the ends. BatchNorm is re-estimated at every point; barriers on test data are only "
-        "reported."
+        "The highest point on the straight line between the solutions of consecutive cycles, measured from the higher "
+        "end and from the mean of the ends. BatchNorm is re-estimated at every point. Barriers on test data are "
+        "reported only; no choice depends on them."
     )
     drawing = draw_barriers(consecutive, densities)
     return Picture("barriers", "Barriers between consecutive cycles", caption, drawing, rows)
@@ -78,8 +79,9 @@ def _matrix_picture(particles: Row) -> Picture:
             scaled = [[value * scale for value in row] for row in barriers]
             shown[f"{split} {kind}{unit}"] = scaled, number_format
     caption = (
-        f"Barriers between the particles of cycle {particles['cycle']}, above the {particles.get('over', 'max')} of "
-        "the ends. If all are near 0, the particles lie in one basin, where averaging is safe."
+        f"Barriers between the particles of cycle {particles['cycle']}, measured from the "
+        f"{particles.get('over', 'max')} of the ends. If all are near 0, the particles lie in one basin, where "
+        "averaging is safe."
     )
     return Picture("matrix", "Barriers among the particles", caption, draw_barrier_matrices(shown, names), rows)
 
@@ -91,7 +93,10 @@ def _plane_picture(plane: Row) -> Picture:
         for up, line in zip(y, losses, strict=True)
         for right, loss in zip(x, line, strict=True)
     ]
-    caption = "Level lines of the training loss over the plane through three solutions; it shows no other direction."
+    caption = (
+        "Level lines of the training loss over the plane through three solutions. Directions out of the plane are not "
+        "shown."
+    )
     drawing = draw_plane(x, y, losses, plane["points"], plane["names"], "training loss")
     return Picture("plane", f"The plane of {', '.join(map(str, plane['names']))}", caption, drawing, rows)
 
@@ -107,7 +112,7 @@ def _hull_table(hull: Row) -> Table:
 
 
 def other_run_section(run: RunFacts) -> Section | None:
-    """This run's masks and averages compared with those of another run."""
+    """The section that compares this run's masks and averages with those of another run."""
     against = run.analysis.get("against")
     if not against:
         return None
@@ -118,8 +123,8 @@ def other_run_section(run: RunFacts) -> Section | None:
         for row in overlap
     ]
     caption = (
-        "Weights that both runs keep, as a share of those that either keeps, over this run's density. The dotted line "
-        "is for random masks of the same densities."
+        "The number of weights that both runs keep, divided by the number that at least one keeps, over this run's "
+        "density. The dotted line shows random masks of the same densities."
     )
     picture = Picture("overlap", f"Masks of {run.name} and {other}", caption, draw_overlap(overlap), rows)
     scores = [score for score in SCORES if score in against["barriers"][0]["barriers"]]
@@ -128,13 +133,13 @@ def other_run_section(run: RunFacts) -> Section | None:
         barriers = (_format_of(score)(between["barriers"][score]["max"]) for score in scores)
         masks = percent(row["density_a"]), percent(row["density_b"]), f"{row['iou']:.3f}", f"{row['hamming']:.3f}"
         cells.append((row["cycle"], *masks, *barriers))
-    head = ("cycle", "kept", "kept there", "IoU", "Hamming", *(score.replace("_", " ") for score in scores))
+    head = ("cycle", "kept here", "kept there", "IoU", "Hamming", *(score.replace("_", " ") for score in scores))
     values = {"cycles": Table("against another run", head, cells, text_columns=0)}
     return Section(f"Against {other}", "run/other_run.html", values, [picture])
 
 
 def flatness_section(run: RunFacts) -> Section | None:
-    """Traces of the Hessian, raw and scaled."""
+    """The section on flatness: traces of the Hessian, raw and scaled."""
     hessian = run.analysis.get("hessian")
     if not hessian:
         return None
@@ -144,8 +149,8 @@ def flatness_section(run: RunFacts) -> Section | None:
     probes = f"{last['probes']} " if last.get("probes") else ""
     caption = (
         f"Hessian trace of the training loss with its 95 % interval, by Hutchinson's estimator with {probes}Rademacher "
-        "vectors on the unmasked weights. The raw trace depends on the scale of the weights, which BatchNorm leaves "
-        "free and averaging shrinks: compare the trace that is scaled by the layers' norms."
+        "vectors on the kept weights. The raw trace depends on the scale of the weights, which BatchNorm leaves free "
+        "and averaging shrinks. So compare the scaled trace, which takes the layers' norms into account."
     )
     by_cycle = [
         (row["cycle"], percent(row["density"]), _interval(row, "trace"), _interval(row, "scaled"),
@@ -167,16 +172,17 @@ def flatness_section(run: RunFacts) -> Section | None:
 
 
 def layers_section(run: RunFacts) -> Section | None:
-    """Densities by layer, and dead channels."""
+    """The section on layers: their densities and dead channels."""
     cycles = [(row["cycle"], kept) for row, kept in zip(run.rows, run.kept, strict=True)]
     if not cycles or not cycles[0][1]:
         return None
     if run.config.mask_score == "random":
         reason = "The weights within a layer are drawn at random."
     else:
-        reason = "One global threshold decides, so layers thin out unequally."
+        reason = "One global threshold prunes all layers, so their densities differ."
     caption = (
-        "The darker, the more of a layer is kept, in equal steps of the density's logarithm; × where nothing is kept. "
+        "Darker cells are layers that keep more of their weights, on a logarithmic scale; × marks layers without kept "
+        "weights. "
         f"{reason}"
     )
     rows = [{"cycle": cycle, **kept} for cycle, kept in cycles]
@@ -201,15 +207,15 @@ def _dead_channels_picture(masks: Sequence[Row], densities: dict[int, float]) ->
         for row in masks
     ]
     caption = (
-        "Channels without incoming weights, and channels without outgoing weights. With a bias or BatchNorm a channel "
-        "without incoming weights may still pass on a constant."
+        "The number of channels without incoming weights, and of channels without outgoing weights. With a bias or "
+        "BatchNorm, a channel without incoming weights may still output a constant."
     )
     drawing = draw_dead_channels(masks, densities)
     return Picture("dead-channels", "Dead channels over sparsity", caption, drawing, rows)
 
 
 def inference_section(run: RunFacts) -> Section | None:
-    """The cost of a forward pass, counted and measured."""
+    """The section on the cost of a forward pass: counted FLOPs and measured latency."""
     costs = run.analysis.get("cost")
     if not costs:
         return None
@@ -232,7 +238,7 @@ def _inference_cells(row: Row, densities: dict[int, float]) -> tuple[Any, ...]:
 
 
 def _format_of(score: str) -> Any:
-    """How a score is written: errors in per cent, losses with four digits."""
+    """The function that formats a score: errors in per cent, losses with four significant digits."""
     return percent if "error" in score else significant
 
 

@@ -1,7 +1,7 @@
-"""The canvas of every chart: colours, fonts and axes, and matplotlib figures as SVG and PNG.
+"""The common basis of all charts: colours, fonts, axes, and the conversion of matplotlib figures to SVG and PNG.
 
-Files have the light colours. A page defines them as CSS variables, so that an SVG inside it follows the page's light or
-dark theme.
+Figures in files use the light colours. In an SVG inside a page, each colour is a CSS variable, so that it follows the
+light or dark theme of the page.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from markupsafe import Markup
 
 Row = Mapping[str, Any]
 
-# Colours by name: (light, dark). No two are equal: in an SVG each light colour is replaced by its variable.
+# Name -> (light, dark). All light colours differ, because in an SVG each is replaced by its own CSS variable.
 COLOURS = {
     "paper": ("#ffffff", "#15191d"),
     "ink": ("#1d2329", "#e4e8ec"),
@@ -36,9 +36,9 @@ COLOURS = {
 }
 PAPER, INK, MUTED, GRID, BLUE, ORANGE, GREEN, PURPLE, RED = (light for light, _ in list(COLOURS.values())[:9])
 SERIES = [light for light, _ in list(COLOURS.values())[4:]]
-LINE_STYLES = ("-", "--", ":")  # tell lines apart when there are more lines than colours
+LINE_STYLES = ("-", "--", ":")  # distinguish lines if there are more lines than colours
 MARKERS = "osD^vPX*<>hd"
-WIDTH = 4.7  # inches, about the width of a phone, so that text has the same size there
+WIDTH = 4.7  # inches: about the width that a phone shows, so that text in a figure has its true size there
 STYLE: dict[Any, Any] = {
     "font.size": 10.5,
     "axes.labelsize": 10.5,
@@ -69,7 +69,7 @@ STYLE: dict[Any, Any] = {
 
 @contextmanager
 def styled() -> Iterator[None]:
-    """Draw in this style. Raises ImportError without matplotlib."""
+    """A context in which matplotlib draws in STYLE. Raises ImportError without matplotlib."""
     try:
         import matplotlib
     except ImportError as error:
@@ -79,7 +79,7 @@ def styled() -> Iterator[None]:
 
 
 def panels_of(rows: int = 1, columns: int = 1, height: float = 3.5, width: float = WIDTH, **shared: Any) -> Any:
-    """A new figure and the list of its panels, row by row; sizes are in inches."""
+    """A new figure, and the list of its panels row by row. Height and width of the figure are in inches."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -89,8 +89,8 @@ def panels_of(rows: int = 1, columns: int = 1, height: float = 3.5, width: float
 
 
 def density_axis(axes: Any, densities: Sequence[float], max_ticks: int = 7) -> None:
-    """Make the x axis one of densities in per cent: logarithmic, falling to the right, at most `max_ticks` ticks."""
-    # Densities that differ only by rounding get one tick.
+    """Make the x axis show densities in per cent: logarithmic, falling to the right, with at most `max_ticks` ticks."""
+    # Three significant digits, so that densities which differ only by rounding share a tick.
     ticks = sorted({float(f"{density * 100:.3g}") for density in densities}, reverse=True)
     axes.set_xscale("log")
     if not axes.xaxis_inverted():
@@ -102,7 +102,7 @@ def density_axis(axes: Any, densities: Sequence[float], max_ticks: int = 7) -> N
 
 
 def legend_above(figure: Any, axes: Any) -> None:
-    """Put the legend of a panel above the figure, in as many columns as its labels leave room for."""
+    """Put the legend of a panel above the figure, in as many columns as fit."""
     handles, labels = axes.get_legend_handles_labels()
     if handles:
         longest = max(map(len, labels))
@@ -126,7 +126,7 @@ def shaded_cells(axes: Any, cells: Sequence[tuple[int, int, float]], columns: in
 
 
 def shortened(name: str, length: int) -> str:
-    """The end of a name that is longer than `length`, after an ellipsis."""
+    """The name itself if it fits into `length` characters, else its end after an ellipsis."""
     return name if len(name) <= length else "…" + name[1 - length :]
 
 
@@ -138,7 +138,7 @@ def save(figure: Any, path: Path) -> Path:
 
 
 def svg(figure: Any) -> str:
-    """The figure as the text of an SVG file; the same figure gives the same text."""
+    """The figure as the text of an SVG file. The text is deterministic."""
     with styled():
         content = io.BytesIO()
         figure.savefig(content, format="svg", metadata={"Date": None, "Creator": None})
@@ -158,8 +158,8 @@ class InlineSvg:
     """An SVG drawing for a page.
 
     view_box   the attribute of the <svg> element
-    max_width  in rem
-    content    what is inside the <svg> element; matplotlib has escaped its texts
+    max_width  in rem, a CSS unit
+    content    the inside of the <svg> element, in which matplotlib has escaped all text
     """
 
     view_box: str
@@ -168,12 +168,12 @@ class InlineSvg:
 
 
 def inline_svg(file: str, prefix: str) -> InlineSvg:
-    """Prepare the text of an SVG file for a page: colours become CSS variables, every id gets a prefix.
+    """Prepare the text of an SVG file for a page: colours become CSS variables, and every id gets a prefix.
 
-    prefix  letters, digits and hyphens, unique on the page
+    prefix  letters, digits and hyphens; different for every drawing on the page
     """
     opening = re.search(r"<svg[^>]*>", file)
-    assert opening is not None  # matplotlib wrote it
+    assert opening is not None  # matplotlib always writes an <svg> element
     view_box = re.search(r'viewBox="([^"]*)"', opening[0])
     size = view_box[1] if view_box else "0 0 1 1"
     content = file[opening.end() : file.rindex("</svg>")]
@@ -189,7 +189,7 @@ def inline_svg(file: str, prefix: str) -> InlineSvg:
 
 
 def _evenly_spaced(ticks: Sequence[float], count: int) -> list[float]:
-    """At most `count` of the falling numbers, the ends included, about equally far apart in their logarithm."""
+    """Select at most `count` of the falling numbers `ticks`, with both ends, about evenly spaced in their logarithm."""
     if len(ticks) <= count:
         return list(ticks)
     high, low = math.log(ticks[0]), math.log(ticks[-1])

@@ -25,15 +25,15 @@ from swamp_fast.report.canvas import (
     styled,
 )
 
-MAX_BANDS = 4  # standard deviations are drawn as bands of at most this many lines; more would hide each other
+MAX_BANDS = 4  # with more lines than this, no standard deviations are drawn, because their bands would overlap
 SCORE_LABELS = {"accuracy": "accuracy, %", "loss": "loss", "train_loss": "training loss"}
-MIN_OPACITY = 0.04  # of a layer that keeps any weight, so that it differs from one that keeps none
+MIN_OPACITY = 0.04  # of a layer that keeps any weight, so that it looks different from an empty layer
 
 
 def draw_score(rows: Sequence[Row], score: str, solution: str = "average") -> Any:
-    """A score over density: of the solution, of every particle as a dot, and of the ensemble.
+    """Draw a score over density: of the solution and the ensemble as lines, and of every particle as a dot.
 
-    score     "accuracy" (with that on validation data, if there is one), "loss", or "train_loss" (of particles only)
+    score     "accuracy" (also on validation data if there are any), "loss", or "train_loss" (of particles only)
     solution  what the particles of a cycle become: "average", "best particle" or "particle"
     """
     scale = 100.0 if score == "accuracy" else 1.0
@@ -62,9 +62,9 @@ def draw_score(rows: Sequence[Row], score: str, solution: str = "average") -> An
 
 
 def draw_accuracy_lines(lines: Mapping[str, Sequence[Row]], levels: Mapping[str, float] | None = None) -> Any:
-    """Accuracy over density, one line per method or grid point; each level is a horizontal line.
+    """Draw accuracy over density, one line per method or grid point, and one horizontal line per level.
 
-    A band is the standard deviation over seeds; see MAX_BANDS.
+    With at most MAX_BANDS lines, a band shows the standard deviation over seeds.
     """
     with styled():
         figure, (axes,) = panels_of(height=3.3 + 0.11 * len(lines))
@@ -88,7 +88,7 @@ def draw_accuracy_lines(lines: Mapping[str, Sequence[Row]], levels: Mapping[str,
 
 
 def draw_differences(paired: Mapping[str, Sequence[Row]], baseline: str) -> Any:
-    """Accuracy minus the baseline's over density, in points with intervals; one panel per method."""
+    """Draw accuracy minus the baseline's over density, in points and with intervals, in one panel per method."""
     with styled():
         columns = min(2, len(paired))
         lines = math.ceil(len(paired) / columns)
@@ -112,7 +112,7 @@ def draw_differences(paired: Mapping[str, Sequence[Row]], baseline: str) -> Any:
 
 
 def draw_costs(by_method: Mapping[str, Row]) -> Any:
-    """Particle-epochs and seconds of each method, as bars from 0."""
+    """Draw the particle-epochs and seconds of each method as bars."""
     with styled():
         figure, panels = panels_of(1, 2, 1.1 + 0.26 * len(by_method), sharey=True)
         labels = {"particle_epochs": "particle-epochs", "seconds": "seconds"}
@@ -126,9 +126,9 @@ def draw_costs(by_method: Mapping[str, Row]) -> Any:
 
 
 def draw_times(rows: Sequence[Row], engines: Mapping[int, str]) -> Any:
-    """Seconds of each cycle over density, in all and for training alone; below, the FLOPs of one forward pass.
+    """Draw the seconds of each cycle over density, total and for training alone; below, the FLOPs of a forward pass.
 
-    engines  cycle -> engine, to mark cycles by engine; {} if one engine ran all
+    engines  cycle -> engine, to mark cycles by engine; {} if one engine ran all cycles
     """
     with styled():
         figure, panels = panels_of(2, 1, 4.8, sharex=True)
@@ -152,7 +152,7 @@ def draw_times(rows: Sequence[Row], engines: Mapping[int, str]) -> Any:
 
 
 def draw_layers(cycles: Sequence[tuple[int, Mapping[str, float]]]) -> Any:
-    """Density by layer and cycle: opaque is 1, nearly clear 0.001, in equal steps of its logarithm; a cross is 0."""
+    """Draw density by layer and cycle as opacity, on a logarithmic scale from 1 to 0.001; a cross means 0."""
     with styled():
         names = list(cycles[0][1])
         figure, (axes,) = panels_of(height=1.3 + max(0.19 * len(names), 0.5))

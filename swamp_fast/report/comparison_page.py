@@ -12,8 +12,8 @@ from swamp_fast.report.tables import spread
 
 Row = dict[str, Any]
 
-FEW_SEEDS = 10  # with fewer seeds than this, the differences between methods are seldom seen
-NO_SPREAD = 1e-9  # an interval narrower than this comes from seeds that differ equally
+FEW_SEEDS = 10  # with fewer seeds than this, the usual differences between methods are hardly visible
+MIN_INTERVAL_WIDTH = 1e-9  # a narrower interval means that all seeds gave equal differences, and proves nothing
 
 
 def comparison_page(name: str, comparison: Mapping[str, Any]) -> Page:
@@ -54,7 +54,7 @@ def comparison_page(name: str, comparison: Mapping[str, Any]) -> Page:
 
 
 def band_in_words(lines: int) -> str:
-    """Where a chart with this many lines shows the spread over seeds."""
+    """A phrase that says where the reader finds the spread over seeds, for a chart with this many lines."""
     few = lines <= MAX_BANDS
     return "the band is one standard deviation over seeds" if few else "the spread over seeds is in the table"
 
@@ -75,7 +75,7 @@ def _differences_section(differences: Mapping[str, list[Row]], baseline: str) ->
     rows = [row for method in differences.values() for row in method]
     caption = (
         f"Accuracy minus that of {baseline} under the same seeds, with the 95 % t interval. An interval that contains "
-        "0 shows no difference; of many intervals some miss 0 by chance."
+        "0 shows no difference. Of many intervals, some exclude 0 by chance."
     )
     drawing = draw_differences(differences, baseline)
     picture = Picture("differences", f"Paired differences to {baseline}", caption, drawing, rows)
@@ -91,8 +91,8 @@ def _differences_section(differences: Mapping[str, list[Row]], baseline: str) ->
 
 def _cost_section(methods: Mapping[str, list[Row]]) -> Section:
     caption = (
-        "What each method took to reach its lowest density, counted in particle-epochs and measured in seconds. Runs "
-        "that trained together share the seconds, so compare particle-epochs first."
+        "The cost of each method up to its lowest density, counted in particle-epochs and measured in seconds. Runs "
+        "that trained together share their seconds, so compare particle-epochs first."
     )
     sparsest = _sparsest(methods)
     columns = ("method", "density", "particle_epochs", "seconds")
@@ -135,7 +135,7 @@ def _cost_cells(row: Row) -> tuple[str, str]:
 
 
 def _by_method(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """Method -> its rows, the densest first."""
+    """Group rows by method, with the highest density first: method -> rows."""
     methods: dict[str, list[Row]] = {}
     for row in rows:
         methods.setdefault(str(row["method"]), []).append(row)
@@ -143,12 +143,12 @@ def _by_method(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 
 def _sparsest(methods: Mapping[str, list[Row]]) -> dict[str, Row]:
-    """Method -> its row of the lowest density."""
+    """Select each method's row with the lowest density: method -> row."""
     return {method: rows[-1] for method, rows in methods.items()}
 
 
 def _dense_accuracies(dense: Any) -> dict[str, float]:
-    """ "dense sgd" and the like -> the accuracy of dense training."""
+    """Label ("dense sgd", "dense swa") -> the accuracy of dense training."""
     if not isinstance(dense, Mapping):
         return {}
     accuracies = {label: run.get("accuracy") if isinstance(run, Mapping) else run for label, run in dense.items()}
@@ -156,15 +156,15 @@ def _dense_accuracies(dense: Any) -> dict[str, float]:
 
 
 def _verdict(row: Row) -> str:
-    """Whether a method is above or below the baseline; "" if the interval doesn't tell."""
+    """Whether the method is "above" or "below" the baseline; "" if the interval shows neither."""
     low, high = row.get("low"), row.get("high")
-    if low is None or high is None or high - low < NO_SPREAD:
+    if low is None or high is None or high - low < MIN_INTERVAL_WIDTH:
         return ""
     return "above" if low > 0 else "below" if high < 0 else ""
 
 
 def _matches_down_to(rows: Sequence[Row], matching: str) -> str:
-    """The lowest density down to which a method matches without a gap; rows fall in density."""
+    """The lowest density down to which a method matches without a gap. The rows must fall in density."""
     lowest = None
     for row in rows:
         if not row.get(matching):

@@ -1,4 +1,4 @@
-"""What a run's page is about: everything its folder holds."""
+"""The facts that a run's page reports, read from the run's folder."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class RunFacts:
-    """A run as its folder tells it.
+    """The content of a run's folder, and the facts that follow from it.
 
-    name      of the folder; commands and code on the page are for its parent folder
+    name      name of the folder; commands and code on the page are to be run in its parent folder
     about     the content of run.json
     rows      the history, one row per cycle
-    kept      per cycle: layer -> density
+    kept      for each cycle, a dict: layer -> density
     settings  the text of config.toml
     analysis  the content of analysis.json; {} if there is none
-    model     the network as `--model` names it; None if the user gave no name
-    updated   when the last cycle was written, in ISO 8601
+    model     the network's name for `--model`; None if the user gave none
+    updated   time at which the last cycle was written, in ISO 8601
     """
 
     name: str
@@ -66,38 +66,38 @@ class RunFacts:
 
     @property
     def config(self) -> SwampConfig:
-        """The settings."""
+        """The settings of the run."""
         return SwampConfig.of(None, self.about["config"])
 
     @property
     def densities(self) -> dict[int, float]:
-        """Cycle -> density."""
+        """The density of each cycle: cycle -> density."""
         return {row["cycle"]: row["density"] for row in self.rows}
 
     @property
     def trainings_left(self) -> int:
-        """How many trainings are still to come."""
+        """The number of trainings that are left."""
         return self.config.cycles + 1 - len(self.rows)
 
     @property
     def single_particle(self) -> bool:
-        """Whether every cycle has one particle."""
+        """Whether the run has one particle in every cycle."""
         return all(row["particles"] == 1 for row in self.rows)
 
     @property
     def solution(self) -> str:
-        """What the particles of a cycle become."""
+        """The name for the model that a cycle's particles are combined into."""
         return "particle" if self.single_particle else "best particle" if self.config.combine == "best" else "average"
 
     @property
     def analysed_cycles(self) -> int | None:
-        """How many cycles the analysis covers; None if it has nothing per cycle."""
+        """The number of cycles that the analysis covers; None if it has no results by cycle."""
         parts = (self.analysis.get(name) or () for name in ("masks", "cost", "hessian"))
         return max((row["cycle"] + 1 for rows in parts for row in rows), default=None)
 
     @property
     def console_lines(self) -> dict[str, list[str]]:
-        """What the console said about the model and the data, by the first word of the line."""
+        """The console's lines about the model and the data, which run.json keeps: first word -> rest of each line."""
         lines: dict[str, list[str]] = {}
         for line in self.about.get("lines", ()):
             topic, _, text = line.partition(" ")
@@ -108,7 +108,7 @@ class RunFacts:
     def held_out(self) -> str | None:
         """The fraction of the training data that was held out; "VAL" if it is unknown, None if nothing was held out.
 
-        It is computed from the sizes of both parts, which only the console's lines have.
+        It is computed from the sizes of both parts, which only the console lines in run.json contain.
         """
         if self.about["fingerprints"].get("val") is None:
             return None
@@ -123,7 +123,7 @@ class RunFacts:
 
     @property
     def data_flags(self) -> str:
-        """`--data` and, where the run needs them, `--val` and `--test`; capitals stand for what is unknown."""
+        """The flag `--data`, and `--val` and `--test` if the run needs them, with capitals for unknown values."""
         lines = [line for topic in self.console_lines.values() for line in topic]
         val = f" --val {self.held_out}" if self.held_out else ""
         test = " --test TEST" if any(line.startswith("test: ") for line in lines) else ""
@@ -131,26 +131,26 @@ class RunFacts:
 
     @property
     def model_name(self) -> str | None:
-        """The network as `--model` names it: as the user said, or as the analysis was told."""
+        """The network's name for `--model`: the one that the user gave, else the one that the analysis recorded."""
         return self.model or (self.analysis.get("about") or {}).get("model")
 
     @property
     def data_name(self) -> str | None:
-        """The training data as `--data` named them to the analysis."""
+        """The value of `--data` that the analysis recorded."""
         return (self.analysis.get("about") or {}).get("data")
 
     @property
     def analysis_is_partial(self) -> bool:
-        """Whether the analysis covers other cycles than the run has."""
+        """Whether the analysis covers a different number of cycles than the run has finished."""
         return self.analysed_cycles not in (None, len(self.rows))
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON file that holds a table. Raises ValueError if it doesn't."""
+    """Read a JSON file that holds an object. Raises ValueError if the file holds anything else."""
     try:
         content = json.loads(path.read_text())
         if not isinstance(content, dict):
-            raise ValueError(f"it holds a {type(content).__name__}")
+            raise ValueError(f"it holds a {type(content).__name__}, not an object")
     except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}); move it away, or write it again.") from error
+        raise ValueError(f"{path} is damaged ({error}); move it away, or create it again.") from error
     return content

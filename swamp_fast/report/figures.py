@@ -1,4 +1,4 @@
-"""Figures as files of their own: of a run, of a sweep's points, of a loss plane."""
+"""Figures in separate files: accuracy of a run, accuracy of a sweep's points, and a loss plane."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from swamp_fast.report.charts import draw_accuracy_lines, draw_score
 
 
 def accuracy_over_sparsity(history: list[dict[str, Any]], path: Path, title: str = "") -> Path:
-    """Draw test accuracy over density, which falls to the right: the average as a line, every particle as a dot.
+    """Draw a run's test accuracy over density, with the average as a line and every particle as a dot.
 
-    The path's suffix chooses the format. Raises ImportError without matplotlib, ValueError without accuracies.
+    The suffix of the path chooses the file format.
+
+    Raises ImportError without matplotlib, ValueError without accuracies.
     """
     rows = [row for row in history if row["accuracy"] is not None]
     if not rows:
@@ -24,11 +26,11 @@ def accuracy_over_sparsity(history: list[dict[str, Any]], path: Path, title: str
 
 
 def accuracy_of_points(lines: dict[str, list[dict[str, Any]]], path: Path) -> Path:
-    """Draw the averages' test accuracy over density, one line per point of a sweep.
+    """Draw the test accuracy of averages over density, one line per point of a sweep or method of a comparison.
 
-    lines  label -> that point's rows of the sweep's summary; a band shows the standard deviation over seeds
+    lines  label -> rows of the point or method in the summary; a band shows the standard deviation over seeds
 
-    Raises as accuracy_over_sparsity.
+    Raises ImportError without matplotlib, ValueError without accuracies.
     """
     if not any(row.get("accuracy") is not None for rows in lines.values() for row in rows):
         raise ValueError("there are no accuracies to draw: the runs had no test data, or none was finished.")
@@ -38,9 +40,11 @@ def accuracy_of_points(lines: dict[str, list[dict[str, Any]]], path: Path) -> Pa
 def loss_contour(plane: dict[str, Any], path: Path, score: str = "train_loss") -> Path:
     """Draw level lines of a score over a plane through solutions.
 
-    plane  as `analyze` writes it: x [X], y [Y], the score [Y, X], points [[x, y], ...] and their names
+    plane  the plane as `analyze` writes it: x [X], y [Y], the score [Y, X], points [[x, y], ...] and their names
 
-    The path's suffix chooses the format. Raises ImportError without matplotlib, ValueError without that score.
+    The suffix of the path chooses the file format.
+
+    Raises ImportError without matplotlib, ValueError without that score.
     """
     if plane.get(score) is None:
         raise ValueError(f"the plane has no {score} to draw.")

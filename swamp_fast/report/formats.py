@@ -1,4 +1,4 @@
-"""Numbers, settings and literals as the pages write them; the templates use these functions as filters."""
+"""Functions that format numbers, settings and literals for the pages. Templates use some of them as filters."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from typing import Any
 
 from swamp_fast.common import format as plain
 
-DASH = "–"  # stands for a value that is missing
+DASH = "–"  # stands for a missing value
 
 
 def percent(fraction: float | None, decimals: int = 2) -> str:
-    """A fraction in per cent, with a no-break space before the sign."""
+    """A fraction in per cent, with a no-break space before the % sign."""
     return plain.percent(fraction, decimals).replace(" ", "\N{NO-BREAK SPACE}")
 
 
 def duration(seconds: float | None) -> str:
-    """Seconds in s, min or h."""
+    """A duration in s, min or h, whichever suits its length."""
     return DASH if seconds is None else plain.duration(seconds)
 
 
 def points(difference: float | None) -> str:
-    """A difference of two fractions in percentage points, with its sign."""
+    """A difference of two fractions, in percentage points with a sign."""
     return DASH if difference is None else f"{difference * 100:+.2f}"
 
 
@@ -52,12 +52,12 @@ def millions(number: float | None) -> str:
 
 
 def yes_or_no(answer: bool | None) -> str:
-    """An answer, which may be missing."""
+    """Yes or no in words; a dash if the answer is missing."""
     return DASH if answer is None else "yes" if answer else "no"
 
 
 def words(value: Any) -> str:
-    """The value of any setting."""
+    """The value of any setting, as readable text."""
     if isinstance(value, bool) or value is None:
         return {True: "on", False: "off", None: DASH}[value]
     if isinstance(value, Mapping):
@@ -68,5 +68,5 @@ def words(value: Any) -> str:
 
 
 def python_literal(text: str) -> str:
-    """A text as a string literal of Python."""
+    """A text as a Python string literal."""
     return json.dumps(text, ensure_ascii=False)

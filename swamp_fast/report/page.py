@@ -1,7 +1,7 @@
-"""A page from its parts and the templates: one HTML file that needs no script and makes no request.
+"""Builds a page from its parts and the templates: one HTML file without scripts or requests.
 
-Python computes what a page says; the files in templates/ lay it out. Jinja escapes every text that goes into a page,
-except Markup: what a template rendered, and drawings of this project.
+Python computes the content of a page, and the files in templates/ lay it out. Jinja escapes all text except Markup,
+which only templates and this project's drawings produce.
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ Rows = Sequence[Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure with the numbers it shows.
+    """A figure, with the numbers that it shows.
 
-    name     of its files: figures/NAME.svg, figures/NAME.png and numbers/NAME.csv
-    caption  what is seen, and how it must not be read
-    drawing  matplotlib's figure
+    name     name of the files: figures/NAME.svg, figures/NAME.png and numbers/NAME.csv
+    caption  what the figure shows, and what it does not show
+    drawing  the matplotlib figure
+    rows     the numbers, for the CSV file
     """
 
     name: str
@@ -39,18 +40,18 @@ class Picture:
 
     @cached_property
     def svg(self) -> str:
-        """The text of its SVG file."""
+        """The drawing as the text of an SVG file."""
         return svg(self.drawing)
 
     @property
     def inline(self) -> InlineSvg:
-        """The drawing for the page."""
+        """The drawing as an SVG to be placed in a page."""
         return inline_svg(self.svg, self.name)
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table of finished cells; the first `text_columns` columns hold text, the others numbers.
+    """A table whose cells are already formatted. The first `text_columns` columns hold text, the others numbers.
 
     label  what the table holds, for screen readers
     """
@@ -63,7 +64,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of a page: its heading, its template, and the values that the template uses beside the pictures."""
+    """A section of a page: its heading, its template, and the values and pictures that the template shows."""
 
     heading: str
     template: str
@@ -72,16 +73,17 @@ class Section:
 
     @property
     def html(self) -> Markup:
-        """The section below its heading."""
+        """The HTML of the section, without the heading."""
         return render(self.template, pictures=self.pictures, **self.values)
 
 
 @dataclass(frozen=True)
 class Page:
-    """A page: title, introduction, the few numbers that matter most, and sections.
+    """A page: title, introduction, the few most important numbers, and sections.
 
-    lead    the introduction, from its own template
-    tables  name -> rows of a table that is written to numbers/NAME.csv, but is not on the page
+    lead    the introduction
+    facts   label -> one of the most important numbers
+    tables  name -> rows that are written to numbers/NAME.csv, in addition to those of the pictures
     """
 
     title: str
@@ -96,17 +98,17 @@ class Page:
         return [picture for section in self.sections for picture in section.pictures]
 
     def html(self) -> str:
-        """The text of the page."""
+        """The HTML text of the page."""
         return render("page.html", page=self, colours=COLOURS) + "\n"
 
 
 def render(template: str, **values: Any) -> Markup:
-    """Fill in a template of this package."""
+    """Fill a template of this package with values."""
     return Markup(_environment().get_template(template).render(values))
 
 
 def code(text: Any) -> Markup:
-    """A text as code within a line or a cell."""
+    """A text in a <code> element, for use in a line or a table cell."""
     return Markup("<code>{}</code>").format(text)
 
 

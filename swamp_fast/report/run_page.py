@@ -1,4 +1,4 @@
-"""The page of one run: what was run, how accurate it is and what it cost, its analysis, how to load and repeat it."""
+"""The page of one run: its settings, accuracy and cost, its analysis, and how to load and repeat the run."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from swamp_fast.report.usage_sections import load_section, missing_section, repr
 
 SCORE_NAMES = {"accuracy": "accuracy", "loss": "loss", "train_loss": "training loss"}
 ENSEMBLE_COLUMNS = {"accuracy": "test accuracy", "nll": "NLL", "ece": "ECE"}
-# What an engine's record holds that the page shows elsewhere, or not at all.
-SHOWN_ELSEWHERE = ("engine", "name", "why", "engines", "milliseconds", "rows")
+# Keys of an engine's record that the list of its choices leaves out: the page shows them elsewhere, or not at all.
+NOT_LISTED_AS_CHOICES = ("engine", "name", "why", "engines", "milliseconds", "rows")
 
 
 def run_page(run: RunFacts) -> Page:
-    """The page of a run, finished or not, with its analysis if there is one."""
+    """The page of a run, which need not be finished, with its analysis if there is one."""
     sections = [
         _settings_section(run),
         _warnings_section(run),
@@ -116,7 +116,7 @@ def _settings_section(run: RunFacts) -> Section:
         "changed": Table("settings that differ from the defaults", ("setting", "this run", "default"), changed_rows),
         "all": Table("all settings", ("setting", "value"), all_rows),
         "origin": origin,
-        # Texts are hashes; lists of names, such as the prunable parameters, follow them.
+        # Hashes, which are strings, come first. Lists of names, such as the prunable parameters, follow.
         "fingerprints": {name: code(value) for name, value in fingerprints.items() if isinstance(value, str)}
         | {name: words(value) for name, value in fingerprints.items() if not isinstance(value, str)},
     }
@@ -157,7 +157,7 @@ def _accuracy_section(run: RunFacts) -> Section:
         score = "loss" if last["loss"] is not None else "train_loss"
     if score == "train_loss":
         caption = (
-            "Mean training loss of every particle in its last epoch. Without test data nothing is known about "
+            "Mean training loss of every particle in its last epoch. Without test data, nothing is known about "
             "generalisation."
         )
     else:
@@ -191,7 +191,7 @@ def _legend_in_words(run: RunFacts) -> str:
 
 
 def _score_rows(rows: Sequence[Row], score: str) -> list[Row]:
-    """The numbers of the chart: one row per cycle, with a column per particle by its number."""
+    """The numbers of the accuracy chart: one row per cycle, with one column per particle."""
     columns = ("cycle", "density", "kept", "accuracy", "loss", "ensemble_accuracy", "mean_accuracy", "best_accuracy")
     numbers = []
     for row in rows:
@@ -205,7 +205,7 @@ def _score_rows(rows: Sequence[Row], score: str) -> list[Row]:
 
 
 def _particle_numbers(row: Row, count: int) -> list[int]:
-    """The numbers of the particles that a row's lists are about; diverged particles are in none of them."""
+    """The numbers of the particles to which the entries of a row's lists belong. Diverged particles have no entry."""
     dropped = {particle["lane"] for particle in row.get("dropped") or ()}
     remaining = [number for number in range(row["particles"]) if number not in dropped]
     return remaining if len(remaining) == count else list(range(count))
@@ -232,7 +232,7 @@ def _time_section(run: RunFacts) -> Section:
     caption = (
         f"Time of each cycle on this machine, {particles}; the whole cycle includes evaluation. FLOPs are those of one "
         "sample's forward pass through the kept weights, two per multiply-add; the times show whether an engine gains "
-        "by having fewer."
+        "from fewer FLOPs."
     )
     rows = [{name: row.get(name) for name in columns} for row in run.rows]
     drawing = draw_times(run.rows, _engine_of_cycle(run))
@@ -247,7 +247,7 @@ def _time_section(run: RunFacts) -> Section:
 
 
 def _engine_of_cycle(run: RunFacts) -> dict[int, str]:
-    """Cycle -> engine; {} if one engine ran all."""
+    """Cycle -> engine; {} if one engine ran all cycles."""
     engines = run.about["engine"].get("engines") or {}
     by_cycle = {int(cycle): engine for cycle, engine in engines.items() if cycle != "ticket"}
     return by_cycle if len(set(by_cycle.values())) > 1 else {}
@@ -293,14 +293,14 @@ def _engine_section(run: RunFacts) -> Section | None:
 
 
 def _engine_spans(engines: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-    """Consecutive trainings with the same engine, as ("ticket to cycle 2", engine)."""
+    """Yield each span of consecutive trainings by one engine, for example ("ticket to cycle 2", "eager")."""
     for engine, group in groupby(engines.items(), key=lambda item: item[1]):
         trainings = [key if key == "ticket" else f"cycle {key}" for key, _ in group]
         yield (trainings[0] if len(trainings) == 1 else f"{trainings[0]} to {trainings[-1]}"), engine
 
 
 def _is_shown_choice(name: str, value: Any) -> bool:
-    if name in SHOWN_ELSEWHERE or value in (None, "", {}):
+    if name in NOT_LISTED_AS_CHOICES or value in (None, "", {}):
         return False
     if isinstance(value, Mapping):
         return all(not isinstance(part, Mapping | list) for part in value.values())
@@ -331,7 +331,7 @@ def _cycles_section(run: RunFacts) -> Section:
 
 
 def _plain(row: Row) -> Row:
-    """A row of the history for a CSV file: a list becomes its numbers, separated by spaces."""
+    """A row of the history for a CSV file, in which a list becomes numbers separated by spaces."""
     return {
         name: " ".join(map(str, value)) if isinstance(value, list) and name != "dropped" else value
         for name, value in row.items()
@@ -339,7 +339,7 @@ def _plain(row: Row) -> Row:
 
 
 def _points_from(difference: float) -> str:
-    """A difference in accuracy in words."""
+    """A phrase for a difference in accuracy, such as "0.12 points above"."""
     points = f"{abs(difference) * 100:.2f}"
     return "level with" if points == "0.00" else f"{points} points {'above' if difference > 0 else 'below'}"
 

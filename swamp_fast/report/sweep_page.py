@@ -1,4 +1,4 @@
-"""The page of a sweep: accuracy over density by grid point, the last cycles, and where each run's own page is."""
+"""The page of a sweep: accuracy over density by grid point, the last cycles, and how to get each run's page."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def sweep_page(name: str, summary: Sequence[Row], results: Sequence[Row]) -> Pag
 
 
 def _settings_of(results: Sequence[Row]) -> list[str]:
-    """The settings that make up a grid point: the columns before `cycle`, without the run's id and its seed."""
+    """The settings that make up a grid point: the columns before `cycle`, without the run's id and seed."""
     columns = takewhile(lambda column: column not in ("cycle", "error"), results[0] if results else ())
     return [column for column in columns if column not in ("id", "seed")]
 
@@ -86,5 +86,5 @@ def _runs_section(name: str, runs: dict[str, Row], settings: Sequence[str]) -> S
 
 
 def _label(row: Row, settings: Sequence[str]) -> str:
-    """A grid point as text, without the settings that it leaves as they are."""
+    """A grid point as text, with only the settings that the point specifies."""
     return ", ".join(f"{setting} = {row[setting]}" for setting in settings if row.get(setting) not in (None, ""))

@@ -1,4 +1,4 @@
-"""Tables as text, for the console: a run's history, a sweep's and a comparison's last cycles."""
+"""Text tables for the console: the history of a run, and the last cycles of a sweep and of a comparison."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ HISTORY_COLUMNS = ("cycle", "density", "kept", "average", "particles", "ensemble
 
 
 def history_table(history: list[dict[str, Any]]) -> str:
-    """One row per cycle: density, kept weights, test accuracies, FLOPs of one sample's forward pass, and times."""
+    """The history of a run, one row per cycle: density, kept weights, test accuracies, FLOPs per sample, and times."""
     return _aligned([HISTORY_COLUMNS, *(_history_cells(row) for row in history)])
 
 
 def summary_table(summary: list[dict[str, Any]], names: list[str]) -> str:
-    """The last cycles of a sweep, one row per point of the settings `names`: test accuracy and spread over seeds."""
-    # A point's cycles come in order, so later rows replace earlier ones and its last cycle is left.
+    """The last cycles of a sweep: test accuracy and its spread over seeds, one row per point of settings `names`."""
+    # The cycles of a point come in order, so the row of its last cycle replaces the earlier ones.
     last = {tuple(str(row.get(name, "")) for name in names): row for row in summary}
     rows = [(*names, "density", "seeds", "accuracy")]
     for point, row in last.items():
@@ -28,8 +28,8 @@ def summary_table(summary: list[dict[str, Any]], names: list[str]) -> str:
 def comparison_table(summary: list[dict[str, Any]], paired: list[dict[str, Any]], baseline: str) -> str:
     """The last cycle of a comparison, one row per method.
 
-    The columns are test accuracy with its spread over seeds (the loss if no method has an accuracy), the difference
-    from the baseline in points with its 95 % interval, whether it matches dense training, and the cost so far.
+    The columns are test accuracy with its spread over seeds (loss if no method has an accuracy), the difference from
+    the baseline in points with its 95 % interval, whether the method matches dense training, and the total cost.
     """
     last = max((row["cycle"] for row in summary), default=0)
     differences = {row["method"]: row for row in paired if row["cycle"] == last}
@@ -45,7 +45,7 @@ def comparison_table(summary: list[dict[str, Any]], paired: list[dict[str, Any]]
 
 
 def spread(row: Mapping[str, Any], score: str = "accuracy") -> str:
-    """The mean of a score in a summary ± its standard deviation over seeds, if there is more than one."""
+    """A score in a row of a summary as "mean ± standard deviation"; only the mean if there is one seed."""
     mean, deviation = row.get(score), row.get(f"{score}_std")
     if mean is None:
         return "–"
@@ -61,7 +61,7 @@ def _difference(row: dict[str, Any] | None) -> str:
 
 
 def _aligned(rows: Sequence[tuple[str, ...]]) -> str:
-    """Rows with columns aligned on the right, the first row underlined."""
+    """Join rows into text, with columns aligned to the right and the first row underlined."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
     lines.insert(1, "  ".join("-" * width for width in widths))

@@ -1,4 +1,4 @@
-"""The sections of a run's page that are about using it: load the model, repeat the run, complete what is missing."""
+"""The sections of a run's page on using it: loading the model, repeating the run, adding what is missing."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from swamp_fast.report.page import Section
 
 
 def load_section(run: RunFacts) -> Section:
-    """Code that loads the model, with this package and without."""
+    """The section with code that loads the model, with this package and without it."""
     name = run.model_name
     module, _, factory = (name or "").partition(":")
     in_a_module = factory != "" and all(part.isidentifier() for part in [*module.split("."), factory])
@@ -27,7 +27,7 @@ def load_section(run: RunFacts) -> Section:
 
 
 def reproduce_section(run: RunFacts) -> Section:
-    """Commands and code that repeat the run."""
+    """The section with commands and code that repeat the run."""
     values = {
         "name": run.name,
         "seed": run.config.seed,
@@ -42,7 +42,7 @@ def reproduce_section(run: RunFacts) -> Section:
 
 
 def missing_section(run: RunFacts) -> Section:
-    """What the page would show with more data, more training or more analysis, and the command for it."""
+    """The section that lists what the page lacks, such as test data or an analysis, and the command for each item."""
     last, analysis = run.rows[-1], run.analysis
     names = {"consecutive": "barriers between cycles", "hessian": "flatness", "masks": "dead channels"}
     names |= {"cost": "inference cost", "ensemble": "NLL and ECE of an ensemble"}

@@ -1,4 +1,4 @@
-"""Write the report of a folder, be it of a run, a comparison or a sweep: one HTML page, figures and numbers."""
+"""Write the report on the run, comparison or sweep in a folder: one HTML page, figures and numbers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from swamp_fast.report.run_page import run_page
 from swamp_fast.report.sweep_page import sweep_page
 from swamp_fast.runs.folder import write
 
-# What each kind of page is made from; a folder with the first file of a line has that kind of page.
+# The sources of each kind of page, for error messages. The first file of each tuple identifies the kind.
 SOURCES = (("comparison.json",), ("run.json", "analysis.json", "a cycle's row"), ("summary.csv", "results.csv"))
 
 
@@ -23,12 +23,12 @@ def write_report(directory: str | Path, model: str | None = None) -> Path:
     """Write report.html, figures/NAME.svg and .png, and numbers/NAME.csv into a folder.
 
     Args:
-        directory: the folder of a run, finished or not, with analysis.json if it was analysed; of a comparison, with
-            comparison.json; or of a sweep, with results.csv and summary.csv.
-        model: the network as `--model` names it, for the lines that load the model and repeat the run.
+        directory: the folder of a run, which need not be finished or analysed; of a comparison, with comparison.json;
+            or of a sweep, with results.csv and summary.csv.
+        model: the network's name for `--model`, for the lines that load the model and repeat the run.
 
-    Returns the path of the page. Raises ImportError without matplotlib, FileNotFoundError if the folder holds none of
-    these, ValueError if a file is damaged.
+    Returns the path of the page. Raises ImportError without matplotlib, FileNotFoundError if the folder holds neither a
+    run nor a comparison nor a sweep, ValueError if a file is damaged.
     """
     folder = Path(directory).expanduser()
     try:
@@ -62,8 +62,8 @@ def _page_of(folder: Path, model: str | None) -> Page:
     if (folder / "summary.csv").exists() and (folder / "results.csv").exists():
         return sweep_page(name, _read_csv(folder / "summary.csv"), _read_csv(folder / "results.csv"))
     raise FileNotFoundError(
-        f"{folder} holds nothing to report: a run's folder has run.json, a comparison's comparison.json, a sweep's "
-        "results.csv and summary.csv. Name the folder that was given as --out or run_dir."
+        f"{folder} holds nothing to report: a run has run.json, a comparison has comparison.json, a sweep has "
+        "results.csv and summary.csv. Pass the folder that was given as --out or run_dir."
     )
 
 
@@ -73,7 +73,7 @@ def _read_csv(path: Path) -> list[dict[str, Any]]:
 
 
 def _value_of(cell: str) -> Any:
-    """A cell as a number if it is one, None if it is empty, else its text."""
+    """Parse a cell of a CSV file: an int or a float if possible, None if it is empty, else its text."""
     for number_type in (int, float):
         try:
             return number_type(cell)

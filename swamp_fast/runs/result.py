@@ -29,6 +29,8 @@ SCORES = (
 )
 # Those of them that a sweep summarises over its seeds.
 SUMMARY_SCORES = ("accuracy", "loss", "mean_accuracy", "best_accuracy", "ensemble_accuracy", "val_accuracy")
+# The scores that an analysis of a run computes for each solution.
+ANALYSIS_SCORES = ("train_loss", "train_error", "test_loss", "test_error")
 
 
 @dataclass

@@ -1,6 +1,6 @@
-"""Many runs: sweeps over a grid of settings, trained together where they can be, and comparisons of methods.
+"""Studies of many runs: sweeps over a grid of settings, and comparisons of methods.
 
-Runs that share a bank write their checkpoints after the same step: when one is due, all are. Whether runs may share a
-bank is decided by the whole model except its trained weights and running statistics, since a factory may draw more than
-those under its seed.
+Runs with compatible settings are trained together in one bank. They write their checkpoints after the same step: as
+soon as one run needs a checkpoint, all of them write one. Two runs may share a bank only if their models agree in
+everything but trained weights and running statistics, because a model factory may draw other values from its seed too.
 """

@@ -1,4 +1,4 @@
-"""compare(): methods under the same seeds, as one sweep."""
+"""compare(): run several methods under the same seeds, as one sweep."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from swamp_fast.studies.grid import Model, shared_settings
 from swamp_fast.studies.result import SweepResult, SweptRun
 from swamp_fast.studies.sweep import draw, run_points
 
-# The dense references, and the methods whose cycle 0 they are.
+# Dense reference -> the method whose cycle 0 serves as that reference.
 DENSE = {"sgd": "imp", "swa": "imp+swa"}
 
 MethodAndSeed = tuple[str, int]
@@ -51,21 +51,22 @@ def compare(
     config: SwampConfig | None = None,
     **common: Any,
 ) -> Comparison:
-    """Run methods under the same seeds, as one sweep: runs that can share a step do, and none is done twice.
+    """Compare methods under the same seeds. Compatible runs are trained together, and no run is repeated.
 
     Args:
-        model: a factory, called under each seed, so that initialisation and ticket vary; or a module, the one
-            initialisation of all runs: then differences say nothing about other initialisations.
-        train, test, val, forward, loss, transform, prunable, initial_masks: as for fast_swamp. "best-particle" needs
-            val: nothing is selected on test.
-        methods: names in swamp_fast.methods.METHODS, which describes each and names its source.
-        seeds: at least two for intervals.
-        out: a folder for the runs, as of sweep, and for comparison.json, .csv, .svg and .png.
-        baseline: one of the methods.
-        config, common: the settings that all methods share. `particles` is N; the settings in which methods differ
-            must keep their defaults.
+        model: a factory, which is called once per run under the run's seed, so that initialisation and ticket vary;
+            or a module, whose weights are the initialisation of every run. Differences between methods then hold for
+            that initialisation only.
+        train, test, val, forward, loss, transform, prunable, initial_masks: as for fast_swamp. The method
+            "best-particle" needs val, because particles are never selected on test data.
+        methods: names in swamp_fast.methods.METHODS, which describes each method and names its source.
+        seeds: the seeds under which every method is run. Confidence intervals need at least two.
+        out: a folder for the runs (as for sweep) and for comparison.json, .csv, .svg and .png.
+        baseline: the method with which the others are compared; it must be one of `methods`.
+        config, common: the settings that all methods share. `particles` is the number N that methods with several
+            particles use. The settings that the methods themselves change must keep their defaults.
 
-    Raises as sweep, and ValueError for a method that is not known.
+    Raises ValueError for an unknown method, and whatever sweep raises.
     """
     base = shared_settings(config, common)
     _check(methods, seeds, baseline, base)
@@ -91,24 +92,24 @@ def compare(
 def _check(methods: Sequence[str], seeds: Sequence[int], baseline: str, base: SwampConfig) -> None:
     for name, values in (("methods", methods), ("seeds", seeds)):
         if isinstance(values, str) or len(values) == 0 or len(set(values)) < len(values):
-            raise ValueError(f"`{name}` must be a list of at least one, each once; got {values!r}.")
+            raise ValueError(f"`{name}` must be a list with at least one entry and no duplicates; got {values!r}.")
     for method in methods:
         if method not in METHODS:
-            raise ValueError(f'`methods`: "{method}" is not known; there are {", ".join(METHODS)}.')
+            raise ValueError(f'`methods`: "{method}" is not a known method; known are {", ".join(METHODS)}.')
     if baseline not in methods:
         raise ValueError(f'`baseline` must be one of the methods, {", ".join(methods)}; got "{baseline}".')
     particles_of(base)
     for name, default in DECIDED.items():
         if getattr(base, name) != default:
             raise ValueError(
-                f"`{name}` is what methods differ in, got {getattr(base, name)!r} for all of them; leave it at "
-                f"{default!r}, or use sweep."
+                f"`{name}` is set by each method, so it can't be {getattr(base, name)!r} for all; leave it at its "
+                f"default {default!r}, or use sweep."
             )
 
 
 @dataclass
 class _Runs:
-    """The runs of a comparison by their settings: each is done once, even if several methods have it."""
+    """The finished runs of a comparison by their settings: a run that several methods need is done only once."""
 
     model: Model
     train: object
@@ -120,7 +121,7 @@ class _Runs:
     problems: dict[SwampConfig, Problem] = field(default_factory=dict)
 
     def run(self, configs: Iterable[SwampConfig]) -> None:
-        """Do the runs that haven't been done yet, as one sweep."""
+        """Do the runs with these settings that are not done yet, as one sweep."""
         new = [config for config in dict.fromkeys(configs) if config not in self.runs]
         if new:
             points = [_changes(self.base, config) for config in new]
@@ -132,7 +133,7 @@ class _Runs:
 
 
 def _changes(base: SwampConfig, config: SwampConfig) -> dict[str, Any]:
-    """The settings of a run as a point of a sweep: what differs from the base, and the seed."""
+    """The point of a sweep that turns `base` into `config`: the settings that differ, and the seed."""
     shared = base.to_dict()
     changes = {name: value for name, value in config.to_dict().items() if value != shared[name]}
     if config.target_density is None:
@@ -142,7 +143,7 @@ def _changes(base: SwampConfig, config: SwampConfig) -> dict[str, Any]:
 
 
 def _wanted(methods: Sequence[str], seeds: Sequence[int], base: SwampConfig) -> dict[MethodAndSeed, list[SwampConfig]]:
-    """The settings of the runs of all methods, of those whose layers others copy, and of the dense references."""
+    """The settings of all runs: of the methods, of methods that others copy from, and of the dense references."""
     wanted = {
         (method, seed): [
             base.replace(**METHODS[method].settings(base), seed=own) for own in seeds_of(METHODS[method], base, seed)
@@ -163,17 +164,20 @@ def _wanted(methods: Sequence[str], seeds: Sequence[int], base: SwampConfig) -> 
 
 
 def _dense_of(method: str) -> str:
-    """The name of a method's dense cycle alone, where the method itself isn't run."""
+    """The name for runs of a method's dense cycle only, which serve as a reference if the method isn't compared."""
     return f"dense of {method}"
 
 
 def _layers_of(method: str) -> str | None:
-    """The method whose number of weights per layer this one copies, if there is one."""
+    """The method whose kept weights per layer `method` copies in number; None if it copies none."""
     return METHODS[method].layers_of if method in METHODS else None
 
 
 def _take_layers(wanted: dict[MethodAndSeed, list[SwampConfig]], done: _Runs) -> None:
-    """Put the counts of other runs' layers into the settings that need them; if such a run failed, so does this one."""
+    """Copy the number of kept weights per layer from other runs into the settings that need it.
+
+    If the other run failed, it takes the place of the run that depends on it, so both report the same error.
+    """
     for (method, seed), configs in wanted.items():
         other = _layers_of(method)
         if other is not None:
@@ -185,7 +189,7 @@ def _take_layers(wanted: dict[MethodAndSeed, list[SwampConfig]], done: _Runs) ->
 
 
 def _layer_kept(result: SwampResult) -> list[list[int]]:
-    """How many weights of each layer a run kept in each cycle from 1 on."""
+    """The number of weights that a run kept, by cycle from cycle 1 on, and by layer: [cycles, layers]."""
     cycles = range(1, len(result.history))
     return [[int(mask.sum()) for mask in result.at(cycle)[1].values()] for cycle in cycles]
 

@@ -1,4 +1,4 @@
-"""The result of a comparison: its rows, their summary over seeds, and differences paired by seed."""
+"""The result of a comparison: one row per run and cycle, a summary over seeds, and differences paired by seed."""
 
 from __future__ import annotations
 
@@ -31,19 +31,21 @@ class Comparison:
 
     Attributes:
         baseline: the method that the others are compared with.
-        rows: one per method, seed and cycle: method, seed, cycle, density, accuracy and loss on test, and the cost to
-            reach that density, the ticket and all trainings before it included: particle_epochs, and seconds (without
-            the ticket's, which no history has; runs that were trained together share them equally).
-        summary: one per method and cycle: method, cycle, density, seeds, accuracy (the mean), accuracy_std, loss,
-            loss_std, matching_sgd, matching_swa, particle_epochs, seconds. A method matches if its mean accuracy is at
-            least that of the dense reference over the seeds that both have, without any tolerance; None without
-            accuracies or such seeds.
-        paired: one per method, other than the baseline, and cycle: method, cycle, density, seeds, difference (the mean
-            over seeds of its accuracy minus the baseline's under the same seed), low and high, the 95 % interval of
-            Student's t; None with one seed. Intervals are of each row by itself, not of all at once.
-        dense: "sgd" and "swa" -> accuracy, accuracy_std and seeds of one dense particle at the same schedule.
-        errors: one per method and seed that failed: method, seed, error.
-        runs: (method, seed) -> its runs; an ensemble has several.
+        rows: one row per method, seed and cycle, with method, seed, cycle, density, accuracy and loss on test data,
+            particle_epochs and seconds. The last two are the total cost of reaching that density: all trainings that it
+            takes and, in particle_epochs only, the ticket, whose seconds no history records. Runs that were trained
+            together share their seconds equally.
+        summary: one row per method and cycle, with method, cycle, density, seeds, accuracy (the mean), accuracy_std,
+            loss, loss_std, matching_sgd, matching_swa, particle_epochs, seconds. A method matches a dense reference if
+            its mean accuracy over the seeds that both have is at least the reference's, without any tolerance. The
+            value is None without accuracies or without a common seed.
+        paired: one row per cycle and method other than the baseline, with method, cycle, density, seeds, difference,
+            low and high. The difference is the mean over seeds of the method's accuracy minus the baseline's under the
+            same seed. low and high bound its 95 % interval by Student's t; they are None with one seed. Each interval
+            is for its row alone: there is no correction for several comparisons.
+        dense: "sgd" and "swa" -> accuracy, accuracy_std and seeds of one dense particle with the same schedule.
+        errors: one row per method and seed that failed, with method, seed and error.
+        runs: (method, seed) -> the runs; an ensemble consists of several.
     """
 
     baseline: str
@@ -55,15 +57,15 @@ class Comparison:
     runs: dict[tuple[str, int], list[SweptRun]]
 
     def to_dict(self) -> dict[str, Any]:
-        """All attributes except the runs, as plain values."""
+        """All attributes except `runs`, by name, as values that JSON can hold."""
         return {name: value for name, value in vars(self).items() if name != "runs"}
 
     def table(self) -> str:
-        """The last cycle as text, one line per method."""
+        """The last cycle as a text table, one line per method."""
         return comparison_table(self.summary, self.paired, self.baseline)
 
     def figure(self, path: str | Path) -> Path:
-        """Draw the accuracy over the density, one line per method, with its spread over seeds.
+        """Draw accuracy over density, one line per method, with the spread over seeds.
 
         Raises ImportError without matplotlib, ValueError without accuracies.
         """
@@ -74,7 +76,10 @@ class Comparison:
 
 
 def rows_of(method: str, base: SwampConfig, problem: Problem, runs: Sequence[SweptRun]) -> list[Row]:
-    """The rows of a method under one seed, one for each of its cycles that stands for a cycle of the base."""
+    """The rows of a method under one seed, one row per cycle of the base settings.
+
+    A method that prunes in finer steps reports only every k-th of its own cycles, which has the base cycle's density.
+    """
     config, every = problem.config, METHODS[method].every(base) if method in METHODS else 1
     results = [run.result for run in runs if run.result is not None]
     rows = []
@@ -99,10 +104,10 @@ def rows_of(method: str, base: SwampConfig, problem: Problem, runs: Sequence[Swe
 
 @torch.no_grad()
 def ensemble_scores(problem: Problem, models: Sequence[nn.Module]) -> dict[str, float | None]:
-    """Accuracy and cross-entropy on test of the mean of the models' softmax.
+    """Accuracy and cross-entropy, on test data, of an ensemble: of the mean of its models' softmax outputs.
 
-    Both are None without test data or classes. The loss is None if the problem has another loss, as that may not take
-    probabilities.
+    Both are None without test data or classes. The loss is also None if the problem's loss is not cross-entropy,
+    because another loss may not accept probabilities.
     """
     if problem.test is None or not problem.classifies:
         return {"accuracy": None, "loss": None}
@@ -126,15 +131,15 @@ def ensemble_scores(problem: Problem, models: Sequence[nn.Module]) -> dict[str, 
 
 
 def accuracy_over_seeds(rows: Sequence[Row]) -> Row:
-    """The number of seeds, the mean accuracy and its standard deviation, which are None without accuracies."""
+    """The number of seeds, and the mean and standard deviation of accuracy, both None without accuracies."""
     spread = spread_of("accuracy", rows) if rows else {}
     return {"seeds": len(rows), "accuracy": None, "accuracy_std": None} | spread
 
 
 def summary_of(rows: Sequence[Row], references: Mapping[str, Mapping[int, Row]]) -> list[Row]:
-    """One row per method and cycle, see Comparison.
+    """The rows of Comparison.summary, one per method and cycle.
 
-    references  name -> seed -> the row of the dense reference
+    references  name of a dense reference -> seed -> row
     """
     summary = []
     for (method, cycle), by_seed in _grouped(rows).items():
@@ -149,7 +154,7 @@ def summary_of(rows: Sequence[Row], references: Mapping[str, Mapping[int, Row]])
 
 
 def paired_differences(rows: Sequence[Row], baseline: str) -> list[Row]:
-    """Each method's difference from the baseline in each cycle, over the seeds that both have, see Comparison."""
+    """The rows of Comparison.paired: each method's difference from the baseline, over the seeds that both have."""
     groups, paired = _grouped(rows), []
     for (method, cycle), by_seed in groups.items():
         base = groups.get((baseline, cycle), {})
@@ -168,7 +173,7 @@ def paired_differences(rows: Sequence[Row], baseline: str) -> list[Row]:
 
 
 def _grouped(rows: Sequence[Row]) -> dict[tuple[str, int], dict[int, Row]]:
-    """(method, cycle) -> seed -> row."""
+    """Group rows as (method, cycle) -> seed -> row."""
     groups: dict[tuple[str, int], dict[int, Row]] = {}
     for row in rows:
         groups.setdefault((row["method"], row["cycle"]), {})[row["seed"]] = row
@@ -176,7 +181,7 @@ def _grouped(rows: Sequence[Row]) -> dict[tuple[str, int], dict[int, Row]]:
 
 
 def _matches(rows: Mapping[int, Row], dense: Mapping[int, Row]) -> bool | None:
-    """Whether the mean accuracy over the seeds that both have is at least the dense one's; None without accuracies."""
+    """Whether the mean accuracy is at least that of `dense`, over the seeds that both have; None without accuracies."""
     seeds = [seed for seed in rows if seed in dense]
     accuracy, reference = (accuracy_over_seeds([of[seed] for seed in seeds])["accuracy"] for of in (rows, dense))
     return None if accuracy is None or reference is None else accuracy >= reference

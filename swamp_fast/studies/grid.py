@@ -1,4 +1,4 @@
-"""The runs of a sweep: the points of its grid, the settings that they share, and the model of each."""
+"""What the runs of a sweep are made from: the points of its grid, the shared settings, and the models."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ Grid = Mapping[str, Iterable[Any]] | Sequence[Mapping[str, Any]]
 
 
 def points_of(grid: Grid) -> list[dict[str, Any]]:
-    """The points of a grid: every combination of the values of a mapping, or the points of a list.
+    """The points of a grid: every combination of a mapping's values, or the points of a list.
 
-    Raises TypeError for a setting without a list of values, ValueError for an empty list of points.
+    Raises TypeError if a setting has no list of values, ValueError if the list of points is empty.
     """
     if isinstance(grid, Mapping):
         for name, values in grid.items():
@@ -32,7 +32,7 @@ def points_of(grid: Grid) -> list[dict[str, Any]]:
 
 
 def shared_settings(config: SwampConfig | None, settings: Mapping[str, Any]) -> SwampConfig:
-    """The settings that all runs share. Raises TypeError if they name a folder, as each run has its own."""
+    """The settings that all runs share. Raises TypeError if they name a run folder, as each run has a folder."""
     shared = SwampConfig.of(config, settings)
     if shared.run_dir is not None:
         raise TypeError("`run_dir` is the folder of one run; a sweep has `out`, a folder for all of them.")
@@ -40,7 +40,7 @@ def shared_settings(config: SwampConfig | None, settings: Mapping[str, Any]) -> 
 
 
 def model_of(model: Model, seed: int) -> nn.Module:
-    """The model of one run: `model` itself, or what the factory makes under the run's seed."""
+    """The model of one run: `model` itself if it is a module, else a new one from the factory under the run's seed."""
     if isinstance(model, nn.Module):
         return model
     if not callable(model):

@@ -1,4 +1,4 @@
-"""Packs: runs that can share a step, the engine that each pack begins with, and how many runs it trains at once."""
+"""Packs: groups of runs that can share a bank. This module chooses each pack's engine and number of runs at once."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from swamp_fast.runs.record import Run
 from swamp_fast.runs.resume import place_of
 from swamp_fast.studies.result import SweptRun
 
-TIMING_SECONDS = 10.0  # after which no larger number of runs is timed
-MAX_SLOWDOWN = 1.03  # of a lane's step: if it grows by more, no more runs are trained at once
+MAX_TIMING_SECONDS = 10.0  # once timing has taken this long, no larger number of runs is tried
+MAX_SLOWDOWN = 1.03  # a larger number of runs is rejected if the step time per lane grows by more than this factor
 
-# Settings that may differ between the runs of a pack: a lane has its own value, or they matter between trainings only.
+# Settings that may differ between the runs of a pack: they have a value per lane, or matter only between trainings.
 PER_RUN = (
     *("seed", "lr", "swa_lr", "swa_start", "momentum", "beta1", "beta2", "adam_eps", "weight_decay", "swa", "schedule"),
     *("prune", "cycles", "target_density", "rewind", "combine", "mask_score", "mask_from", "layer_kept"),
@@ -36,10 +36,11 @@ PER_RUN = (
 
 @dataclass(frozen=True)
 class Pack:
-    """Runs that can share a step, by their numbers.
+    """Runs that can share a bank.
 
-    engine   how the engine that they begin with describes itself
-    at_once  how many of them are trained in one bank
+    numbers  the indices of the runs in the sweep
+    engine   the description of the engine that the runs start with, as Engine.describe returns it
+    at_once  how many of the runs are trained in one bank
     """
 
     numbers: list[int]
@@ -48,10 +49,10 @@ class Pack:
 
 
 def packs_of(problems: Sequence[Problem]) -> list[list[int]]:
-    """The numbers of the runs that can share a step, pack by pack.
+    """The indices of the runs, grouped into packs of runs that can share a bank.
 
-    They have the same model and settings, except for the values of a lane: its trained weights, its running
-    statistics, and the settings PER_RUN.
+    Runs of a pack have the same data, model and settings, except in what may differ by lane: trained weights, running
+    statistics, and the settings in PER_RUN.
     """
     packs: dict[str, list[int]] = {}
     for number, problem in enumerate(problems):
@@ -65,7 +66,7 @@ def packs_of(problems: Sequence[Problem]) -> list[list[int]]:
 
 
 def _values_of_a_lane(problem: Problem) -> set[str]:
-    """The names of the trained parameters, and of the running statistics of norms."""
+    """The names of the model's tensors that may differ by lane: trained parameters and buffers of norms."""
     names = {entry.name for entry in problem.layout.entries}
     for path, module in problem.original.named_modules():
         if norms_of([module]) == [module]:
@@ -74,9 +75,9 @@ def _values_of_a_lane(problem: Problem) -> set[str]:
 
 
 def unfinished_packs(problems: Sequence[Problem], runs: Sequence[SweptRun], console: Console) -> list[Pack]:
-    """The packs of the runs that are still to be done; finished ones get their results.
+    """The packs of the unfinished runs. The results of finished runs are loaded from their folders.
 
-    A choice that was measured for a run of the pack is used again, for new runs too.
+    If engine and number of runs were measured for any run of a pack before, the whole pack uses that choice again.
     """
     packs = []
     for numbers in packs_of(problems):
@@ -90,12 +91,15 @@ def unfinished_packs(problems: Sequence[Problem], runs: Sequence[SweptRun], cons
 
 
 def _recorded_choice(run: SweptRun, problem: Problem) -> tuple[dict[str, Any], int] | None:
-    """The engine that was measured as the fastest for a run begun on such a machine, and how many runs at once."""
+    """The engine and number of runs at once that were measured for a run earlier, on the same kind of machine.
+
+    None if nothing was measured, or if the record can't be used here.
+    """
     if problem.config.engine != "fastest" or run.folder is None or not run.begun():
         return None
     try:
         about = RunDirectory(run.folder).about()
-    except ValueError:  # the error is raised again when the run is opened
+    except ValueError:  # opening the run will raise the same error again
         return None
     engine, at_once = about["engine"], about.get("at_once", 1)
     usable = about["place"] == place_of(problem.device) and recorded_selection(engine) is not None
@@ -103,7 +107,7 @@ def _recorded_choice(run: SweptRun, problem: Problem) -> tuple[dict[str, Any], i
 
 
 def _measured_choice(problems: Sequence[Problem], console: Console) -> tuple[dict[str, Any], int]:
-    """The engine for runs that can share a step, and how many of them at once."""
+    """Measure which engine is fastest for runs that can share a bank, and how many of them to train at once."""
     config = problems[0].config.replace(run_dir=None, tensorboard=False, progress=False)
     with Run(dataclasses.replace(problems[0], config=config), "fast_swamp") as scratch:
         engine = start_engine(problems[0], scratch)
@@ -113,15 +117,15 @@ def _measured_choice(problems: Sequence[Problem], console: Console) -> tuple[dic
 
 
 def runs_at_once(engine: Engine, problems: Sequence[Problem]) -> tuple[int, str]:
-    """How many runs that can share a step to train in one bank, measured; and the reason."""
+    """Measure how many runs should be trained in one bank. Returns that number and the reason for it."""
     if len(problems) == 1:
-        return 1, "no other run could share its steps"
+        return 1, "no other run can share its bank"
     if not isinstance(engine, EagerEngine | FusedEngine) or not engine.joins:
-        return 1, "this engine's program is made for one run's mask"
+        return 1, "this engine's program is made for the mask of one run"
     particles = max(problems[0].config.particles_at(cycle) for cycle in range(problems[0].config.cycles + 1))
     runs, seconds = 1, seconds_of_steps(engine, problems[0], problems[0].mask, particles)
     alone, watch = seconds, Stopwatch()
-    while runs < len(problems) and watch.seconds < TIMING_SECONDS:
+    while runs < len(problems) and watch.seconds < MAX_TIMING_SECONDS:
         more = min(2 * runs, len(problems))
         try:
             measured = seconds_of_steps(engine, problems[0], problems[0].mask, more * particles)
@@ -132,11 +136,14 @@ def runs_at_once(engine: Engine, problems: Sequence[Problem]) -> tuple[int, str]
             break
         runs, seconds = more, min(measured, seconds)
     engine.release()
-    return runs, f"a lane's step takes {seconds * 1e3:.3g} ms, and {alone * 1e3:.3g} ms with one run at a time"
+    return runs, f"a step takes {seconds * 1e3:.3g} ms per lane, against {alone * 1e3:.3g} ms with one run at a time"
 
 
 def dealt(packs: Sequence[Pack], problems: Sequence[Problem], world: int) -> list[list[Pack]]:
-    """The packs of each rank: runs are dealt out so that all ranks have about as much to train."""
+    """Distribute the runs of all packs so that every rank has about the same number of particle-steps to train.
+
+    Returns each rank's packs; a pack may be split between ranks.
+    """
     load = [0] * world
     ranks: list[list[Pack]] = [[] for _ in range(world)]
     for pack in packs:

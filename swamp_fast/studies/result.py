@@ -1,4 +1,4 @@
-"""The result of a sweep: its runs, and tables and a figure of them."""
+"""The result of a sweep: its runs, summarised in tables and a figure."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from swamp_fast.runs.result import SUMMARY_SCORES, SwampResult
 class SweptRun:
     """One run of a sweep: its point of the grid, and its result or the error that ended it.
 
-    id      the hash of its settings, model and data
-    folder  its run directory, if the sweep has one
+    id      the hash of the run's settings, model and data
+    folder  the run's folder; None if the sweep has none
     """
 
     point: dict[str, Any]
@@ -36,22 +36,22 @@ class SweptRun:
 
     @property
     def over(self) -> bool:
-        """Whether it has a result or an error."""
+        """Whether the run has ended, with a result or with an error."""
         return self.result is not None or self.error is not None
 
     @property
     def error_text(self) -> str | None:
-        """The error with its type, if there is one."""
+        """The type and message of the error; None if there is no error."""
         return None if self.error is None else f"{type(self.error).__name__}: {self.error}"
 
     def begun(self) -> bool:
-        """Whether its folder holds a run."""
+        """Whether the run's folder exists and holds a run."""
         return self.folder is not None and (self.folder / "run.json").exists()
 
     def load(self, problem: Problem) -> bool:
-        """Take the result from the folder if that holds the whole run; returns whether it does.
+        """Load the result from the folder if the run is finished. Returns whether it is.
 
-        A folder with damaged files doesn't: they are repaired when the run goes on.
+        A run with damaged files counts as unfinished: it repairs them when it continues.
         """
         if self.folder is None or not self.begun():
             return False
@@ -76,11 +76,11 @@ class SweepResult:
 
     @property
     def names(self) -> list[str]:
-        """The settings that differ between points, without the seed."""
+        """The names of the settings that the points specify, without the seed."""
         return list(dict.fromkeys(name for run in self.runs for name in run.point if name != "seed"))
 
     def rows(self) -> list[dict[str, Any]]:
-        """One row per run and cycle: id, the run's point, the history's numbers; one with the error of a failed run."""
+        """One row per run and cycle, with the history's numbers. A failed run has one row, with its error."""
         rows = []
         for run in self.runs:
             history = [{}] if run.result is None else run.result.history
@@ -91,9 +91,10 @@ class SweepResult:
         return rows
 
     def summary(self) -> list[dict[str, Any]]:
-        """One row per cycle and point without its seed: the number of seeds, each score's mean and standard deviation.
+        """One row per point and cycle: the number of seeds, and each score's mean and standard deviation over seeds.
 
-        The standard deviation of one seed is None; both are NaN if a score isn't finite.
+        Points that differ only in the seed count as one. The standard deviation over one seed is None; mean and
+        standard deviation are NaN if a score isn't finite.
         """
         groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
         points: dict[tuple[Any, ...], dict[str, Any]] = {}
@@ -112,7 +113,7 @@ class SweepResult:
         ]
 
     def write_csv(self, path: str | Path, rows: list[dict[str, Any]] | None = None) -> Path:
-        """Write `rows()`, or other rows, as CSV; id and the settings of the points are the first columns."""
+        """Write `rows`, by default `self.rows()`, as CSV. The id and the points' settings are the first columns."""
         rows = self.rows() if rows is None else rows
         columns = {name for row in rows for name in row}
         first = ["id", *(name for run in self.runs for name in run.point)]
@@ -120,7 +121,7 @@ class SweepResult:
         return Path(path)
 
     def figure(self, path: str | Path) -> Path:
-        """Draw the accuracy over the density, one line per point without its seed, with its spread over seeds.
+        """Draw accuracy over density, one line per point (seeds merged), with the spread over seeds.
 
         Raises ImportError without matplotlib, ValueError without accuracies.
         """
@@ -132,7 +133,7 @@ class SweepResult:
 
 
 def spread_of(score: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
-    """A score's mean and standard deviation over at least one row; {} if a row doesn't have it."""
+    """The mean and standard deviation of a score over the rows; {} if a row lacks the score."""
     values = [row[score] for row in rows]
     if any(value is None for value in values):
         return {}

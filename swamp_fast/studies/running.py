@@ -1,4 +1,4 @@
-"""Running the packs of a process: runs are opened, trained together, and recorded with their results or errors."""
+"""Run the packs of one process: open their runs, train them together, and record their results or errors."""
 
 from __future__ import annotations
 
@@ -23,33 +23,33 @@ from swamp_fast.studies.together import run_together
 
 @dataclass(frozen=True)
 class _OpenRun:
-    """A run that is open; `resumed`: its folder had recorded an engine."""
+    """A run whose folder is open. `resumed` says whether an engine was already recorded in the folder."""
 
     record: Run
     resumed: bool
 
 
 class PackRunner:
-    """Runs the packs of one process.
+    """Runs the packs of one process, one after the other.
 
-    on_group  called after each group of runs that were trained at once
+    on_group  is called after each group of runs that were trained at once
     """
 
     def __init__(
         self, problems: Sequence[Problem], runs: Sequence[SweptRun], console: Console, on_group: Callable[[], None]
     ) -> None:
         self.problems, self.runs, self.console, self.on_group = problems, runs, console, on_group
-        self.signals = StopSignals()  # of all runs: a signal stops the sweep
+        self.signals = StopSignals()  # shared by all runs, so that a signal stops the whole sweep
 
     def run(self, packs: Sequence[Pack]) -> None:
-        """Run all packs. A run that fails gets its error, and the others go on."""
+        """Run all packs. If a run fails, its error is recorded and the other runs continue."""
         numbers = [number for pack in packs for number in pack.numbers]
         self.progress = SweepProgress(self.console, {number: self.problems[number] for number in numbers}, self.runs)
         for pack in packs:
             self.run_pack(pack)
 
     def run_pack(self, pack: Pack) -> None:
-        """Run a pack, `at_once` runs at a time."""
+        """Run a pack in groups of `pack.at_once` runs."""
         engine: Engine | None = None
         for begin in range(0, len(pack.numbers), pack.at_once):
             with ExitStack() as stack:
@@ -59,7 +59,7 @@ class PackRunner:
             self.on_group()
 
     def _open(self, pack: Pack, numbers: Iterable[int], stack: ExitStack) -> dict[int, _OpenRun]:
-        """Open runs until the stack is closed, with the pack's engine unless they have recorded one."""
+        """Open runs, which `stack` will close. Runs without a recorded engine get the pack's."""
         opened: dict[int, _OpenRun] = {}
         for number in numbers:
             try:
@@ -80,13 +80,16 @@ class PackRunner:
         return opened
 
     def _in_its_folder(self, number: int) -> Problem:
-        """The problem of a run with its folder, whose cycles the sweep's progress shows."""
+        """The problem of a run, set to write into the run's folder and to show its cycles in the sweep's progress."""
         problem, run = self.problems[number], self.runs[number]
         config = problem.config.replace(progress=False, run_dir=None if run.folder is None else str(run.folder))
         return dataclasses.replace(problem, config=config, on_cycle=lambda row: self.progress.cycle(run, config, row))
 
     def _run_group(self, group: Mapping[int, _OpenRun], engine: Engine | None) -> Engine | None:
-        """Train runs together on their recorded engine, on the given one if it is the same; returns the engine."""
+        """Train runs together on the engine that they have recorded, and return that engine.
+
+        engine  the engine of the group before, which is used again if it is the recorded one
+        """
         ends: Sequence[SwampResult | Exception]
         try:
             engine = _engine_of(next(iter(group.values())), engine)
@@ -102,7 +105,7 @@ class PackRunner:
 
 
 def _by_engine(group: Mapping[int, _OpenRun]) -> list[dict[int, _OpenRun]]:
-    """The runs of a group by their recorded engine: one that was begun on another machine may have another."""
+    """Split a group by recorded engine: a run that was begun on another machine may have another engine."""
     parts: dict[str, dict[int, _OpenRun]] = {}
     for number, run in group.items():
         parts.setdefault(str(run.record.engine.get("name")), {})[number] = run
@@ -110,7 +113,7 @@ def _by_engine(group: Mapping[int, _OpenRun]) -> list[dict[int, _OpenRun]]:
 
 
 def _engine_of(run: _OpenRun, engine: Engine | None) -> Engine:
-    """The engine that a run has recorded: `engine` if that is the same one, else started now."""
+    """The engine that a run has recorded: `engine` if the names are equal, else a newly started one."""
     if engine is None or engine.name != run.record.engine.get("name"):
         return start_engine(run.record.problem, run.record)
     if run.resumed:

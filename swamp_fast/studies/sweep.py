@@ -1,4 +1,4 @@
-"""Sweeps: runs at the points of a grid. Those that can share a step are trained together, and none is done twice."""
+"""sweep(): a run at every point of a grid. Compatible runs are trained together, and no run is repeated."""
 
 from __future__ import annotations
 
@@ -48,16 +48,18 @@ def sweep(
     """Run fast_swamp at every point of a grid of settings.
 
     Args:
-        model: a factory, called for each run under its seed; or a module, the one initialisation of all runs.
+        model: a factory, which is called once per run under the run's seed; or a module, whose weights are the
+            initialisation of every run.
         train, test, val, forward, loss, transform, prunable, initial_masks: as for fast_swamp.
-        grid: setting -> values, of which every combination is run; or a list of points, setting -> value.
-        out: a folder for the runs, each in runs/ID, and for results.csv, summary.csv and accuracy.png. A run that is
-            there already is not done again; one that was stopped goes on.
-        config, common: the settings that all runs share; those of the grid take precedence.
+        grid: a dict from settings to lists of values, all combinations of which are run; or a list of points, each a
+            dict from settings to values.
+        out: a folder for the runs (runs/ID) and for results.csv, summary.csv and accuracy.png. Finished runs in it are
+            not repeated, and interrupted runs continue.
+        config, common: the settings that all runs share; the settings of the grid take precedence.
 
-    Returns all runs. One that fails, for example because it diverges, ends with its error, and the others go on. Under
-    torchrun the runs are dealt out to the ranks, each of which needs to see `out`. Raises as fast_swamp for arguments
-    that don't fit, before anything is trained.
+    Returns all runs. A run that fails, for example because it diverges, ends with its error, and the others continue.
+    Under torchrun the runs are distributed over the ranks, and every rank must be able to access `out`. Arguments that
+    don't fit raise what fast_swamp raises, before anything is trained.
     """
     points = points_of(grid if grid is not None else [{}])
     base = shared_settings(config, common)
@@ -79,7 +81,7 @@ def run_points(
     base: SwampConfig,
     out: str | Path | None,
 ) -> tuple[SweepResult, list[Problem]]:
-    """The runs at points that are changes of `base`, and the problem of each."""
+    """Run a sweep whose points are changes of `base`. Returns the result, and the problem of each run."""
     job = distributed.current()
     console = Console(base.progress and job.first)
     problems: list[Problem] = []
@@ -87,7 +89,7 @@ def run_points(
         problem = prepare(model_of(model, config.seed), train, test, arguments, config=config, settings={})
         problems.append(_with_shared_data(problem, problems))
     runs = [_run_at(point, problem, out) for point, problem in zip(points, problems, strict=True)]
-    _refuse_twins(runs)
+    _refuse_duplicates(runs)
     _introduce(console, model, problems, runs)
 
     result = SweepResult(runs)
@@ -103,7 +105,7 @@ def run_points(
 
 
 def _with_shared_data(problem: Problem, others: Sequence[Problem]) -> Problem:
-    """The problem with the data of another one, if they are the same, so that they are in memory once."""
+    """`problem`, sharing the data of an earlier problem with equal data, so that they are in memory only once."""
     for other in others:
         same = all(problem.fingerprints[split] == other.fingerprints[split] for split in SPLITS)
         if same and (problem.device, problem.dtype) == (other.device, other.dtype):
@@ -114,11 +116,12 @@ def _with_shared_data(problem: Problem, others: Sequence[Problem]) -> Problem:
 def _run_at(point: Mapping[str, Any], problem: Problem, out: str | Path | None) -> SweptRun:
     config = problem.config.to_dict()
     identity = run_id({"driver": "fast_swamp", "config": config, "fingerprints": problem.fingerprints})
-    shown = {name: value for name, value in point.items() if name != "layer_kept"}  # which is a table
+    # layer_kept is a whole table, which fits neither the run's name on the console nor a cell of the CSV.
+    shown = {name: value for name, value in point.items() if name != "layer_kept"}
     return SweptRun(shown, identity, None if out is None else Path(out).expanduser() / "runs" / identity)
 
 
-def _refuse_twins(runs: Sequence[SweptRun]) -> None:
+def _refuse_duplicates(runs: Sequence[SweptRun]) -> None:
     points: dict[str, dict[str, Any]] = {}
     for run in runs:
         if run.id in points:
@@ -141,9 +144,9 @@ def _write_tables(result: SweepResult, folder: Path | None) -> None:
 
 
 def _refuse_different_calls(job: Ranks, runs: Sequence[SweptRun], out: str | Path | None) -> None:
-    """Refuse ranks that were called with different arguments, and several ranks without a folder."""
+    """Raise ValueError if the ranks were called with different arguments, or if there are several and no folder."""
     if job.world > 1 and out is None:
-        raise ValueError("a sweep over several ranks needs `out`, a folder that all of them see.")
+        raise ValueError("a sweep on several ranks needs `out`, a folder that all ranks can access.")
     ids = [run.id for run in runs]
     differs = job.broadcast_from_first(lambda: ids) != ids
     rank = job.all_reduce_max([job.rank if differs else 0])[0]
@@ -155,18 +158,20 @@ def _refuse_different_calls(job: Ranks, runs: Sequence[SweptRun], out: str | Pat
 
 
 def _exchange(job: Ranks, problems: Sequence[Problem], runs: Sequence[SweptRun]) -> None:
-    """Take the results and errors of the runs of other ranks."""
+    """Take over the results and errors of the runs that other ranks trained."""
     errors = {number: distributed.portable(run.error) for number, run in enumerate(runs) if run.error is not None}
     parts = job.gather_to_first(errors)
     every = job.broadcast_from_first(lambda: {number: error for part in parts for number, error in part.items()})
     for number, (run, problem) in enumerate(zip(runs, problems, strict=True)):
         run.error = every.get(number)
         if not run.over and not run.load(problem):
-            raise RuntimeError(f"rank {job.rank} can't read {run.folder}; `out` must be a folder that all ranks see.")
+            raise RuntimeError(
+                f"rank {job.rank} can't read {run.folder}; `out` must be a folder that all ranks can access."
+            )
 
 
 def draw(figure: Callable[[Path], Path], path: Path, base: SwampConfig) -> None:
-    """Draw a figure; the console says why if it can't be drawn."""
+    """Draw a figure. If it can't be drawn, the console says why."""
     try:
         figure(path)
     except (ImportError, ValueError) as reason:

@@ -1,4 +1,4 @@
-"""Runs that can share a step, done together: their trainings of the same cycle are one bank of the engine."""
+"""Run several runs together: their trainings of the same cycle are the lanes of one bank."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ PackEngine = EagerEngine | FusedEngine
 
 
 def run_together(engine: Engine, runs: Sequence[Trainings[Returned]]) -> list[Returned | Exception]:
-    """Do the trainings of runs that can share a step. Returns each run's result, or the error that ended it.
+    """Do the trainings of runs that can share a bank. Returns each run's result, or the error that ended it.
 
-    Runs at the same step of the same cycle are trained together; one that is behind goes first.
+    Runs at the same step of the same cycle are trained together; runs that are behind go first.
     """
     if not isinstance(engine, PackEngine) or not engine.joins:
         return [_run_alone(engine, run) for run in runs]
@@ -33,7 +33,8 @@ def run_together(engine: Engine, runs: Sequence[Trainings[Returned]]) -> list[Re
             answers = train_together(engine, list(group.values()))
         except Exception as error:
             engine.release()
-            if len(group) > 1:  # one of them may be at fault, or the memory doesn't suffice for all
+            # Either one of the runs is at fault, or memory doesn't suffice for all: train them one at a time.
+            if len(group) > 1:
                 queue.separate(group)
                 continue
             answers = [error]
@@ -50,9 +51,9 @@ def _run_alone(engine: Engine, run: Trainings[Returned]) -> Returned | Exception
 
 
 class _Queue(Generic[Returned]):
-    """Runs by their numbers: each waits for the training that it requests, or has ended.
+    """The runs by index. Each run either waits for the training that it requested, or has ended.
 
-    bank_key   of a mask [Q]; only runs whose keys are equal are trained in one bank
+    bank_key   returns the key of a mask [Q]; only runs with equal keys are trained in one bank
     separated  runs that are trained one at a time from now on
     """
 
@@ -65,7 +66,7 @@ class _Queue(Generic[Returned]):
             self._advance(number, functools.partial(next, run))
 
     def take(self) -> dict[int, TrainingRequest]:
-        """The next requests to train together, which no longer wait."""
+        """Remove and return the requests that are to be trained together next, by index of the run."""
         _align(self.requests.values())
         first = min(_position(request) for request in self.requests.values())
         numbers = [number for number, request in self.requests.items() if _position(request) == first]
@@ -80,7 +81,7 @@ class _Queue(Generic[Returned]):
         self.requests.update(group)
 
     def answer(self, number: int, answer: TrainingOutcome | Exception) -> None:
-        """Let a run go on with the outcome of its training, or raise the error in it."""
+        """Resume a run with the outcome of its training, or raise the error inside the run."""
         run = self.runs[number]
         if isinstance(answer, Exception):
             self._advance(number, functools.partial(run.throw, answer))
@@ -97,15 +98,15 @@ class _Queue(Generic[Returned]):
 
 
 def _position(request: TrainingRequest) -> tuple[int, int]:
-    """The cycle, and the step of the checkpoint from which it goes on."""
+    """The cycle of a request (-1 for the ticket), and the step of the checkpoint from which it continues."""
     kept = request.run.checkpoint_of(request.cycle)
     return -1 if request.cycle is None else request.cycle, 0 if kept is None else kept.steps
 
 
 def _align(requests: Iterable[TrainingRequest]) -> None:
-    """Let runs whose checkpoints of a training are of two steps go on from the earlier one.
+    """Make all runs resume a training from the same step, that of their earliest checkpoint.
 
-    They are if the process was killed after it had written some of them.
+    The checkpoints are of different steps if the process was killed when it had written only some of them.
     """
     earliest: dict[int | None, int] = {}
     for request in requests:
@@ -117,9 +118,9 @@ def _align(requests: Iterable[TrainingRequest]) -> None:
 
 
 def train_together(engine: PackEngine, requests: Sequence[TrainingRequest]) -> list[TrainingOutcome | Exception]:
-    """Trainings of several runs, with the same number of lanes and epochs, in one bank.
+    """Do the trainings of several runs, which have equal numbers of lanes and epochs, in one bank.
 
-    Returns the outcome of each, or the error of a run that diverged.
+    Returns the outcome of each run, or the error of a run that diverged.
     """
     for request in requests:
         request.run.begin_training()
@@ -138,11 +139,11 @@ def train_together(engine: PackEngine, requests: Sequence[TrainingRequest]) -> l
 
 
 class _AllDiverged(Exception):
-    """No run is left to train."""
+    """Raised to end the training of a bank in which every run has diverged."""
 
 
 class _WatchedRuns:
-    """The watches of runs that are trained in one bank, and the errors of those that diverged, by number."""
+    """The watches of runs that are trained in one bank, and the errors of runs that diverged, by index."""
 
     def __init__(self, engine: PackEngine, bank: ParticleBank, requests: Sequence[TrainingRequest]) -> None:
         self.engine, self.bank, self.requests = engine, bank, requests
@@ -154,11 +155,11 @@ class _WatchedRuns:
 
     @property
     def states_before(self) -> list[dict[str, Tensor]] | None:
-        """The states from which the trainings go on; None if they begin."""
+        """The states from which the trainings resume; None if they start from the beginning."""
         return [watch.state_before for watch in self.watches if watch.state_before is not None] or None
 
     def on_step(self, step: int) -> None:
-        """Count a step of all runs; if one needs a checkpoint all get one, so that they are of the same step."""
+        """Count a step of all runs. If one run needs a checkpoint, all get one, so that all are of the same step."""
         left = [watch for number, watch in enumerate(self.watches) if number not in self.errors]
         due = [watch.on_step(step) for watch in left]
         if any(due):
@@ -168,7 +169,7 @@ class _WatchedRuns:
             request.run.stop_if_asked()
 
     def on_epoch(self, epoch: int, losses: Tensor) -> None:
-        """Give each run the mean losses [L / R] of its lanes, and note the error of one that diverges."""
+        """Give each of the R runs the mean losses [L / R] of its lanes, and record the error of a run that diverges."""
         for number, of_run in enumerate(losses.split(self.requests[0].particles)):
             try:
                 if number not in self.errors:
@@ -179,7 +180,7 @@ class _WatchedRuns:
             raise _AllDiverged
 
     def outcomes(self, losses: Tensor) -> list[TrainingOutcome | Exception]:
-        """The outcome of each run, from the mean losses [L] of the last epoch, or its error."""
+        """The outcome of each run, given the mean losses [L] of the last epoch, or the error of a run that diverged."""
         outcomes: list[TrainingOutcome | Exception] = []
         parts = losses.split(self.requests[0].particles)
         for number, (watch, of_run) in enumerate(zip(self.watches, parts, strict=True)):

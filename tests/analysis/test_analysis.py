@@ -1,4 +1,4 @@
-"""The analyses, against closed forms, plain loops over copied modules, and numbers made by hand."""
+"""Tests of the analyses against closed forms, plain loops over copied modules, and numbers computed by hand."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ from swamp_fast.data.store import pass_in_stored_order
 from swamp_fast.particles.random import split_order
 
 EXACT = {"rel": 1e-12, "abs": 1e-12}
-SAME = {"rel": 1e-8, "abs": 1e-8}  # of engines in float64, which sum in another order
+SAME = {"rel": 1e-8, "abs": 1e-8}  # in float64, for engines that sum in a different order
 
 
 def state_of(model: nn.Module, seed: int = 0, noise: float = 0.3, density: float = 1.0) -> dict[str, Tensor]:
-    """The model's state with noise on its parameters, some of them pruned."""
+    """The model's state with noise added to its parameters and some of them pruned."""
     generator = torch.Generator().manual_seed(seed)
     state = {name: tensor.detach().clone().double() for name, tensor in model.named_parameters()}
     for name, own in state.items():
@@ -64,7 +64,7 @@ def pictures(n: int = 96, seed: int = 1) -> tuple[Tensor, Tensor]:
 def alone(
     model: nn.Module, state: dict[str, Tensor], train: object, data: object, batch: int, reestimate: bool = True
 ) -> tuple[float, float, Tensor]:
-    """Loss, error and outputs by a plain loop: BatchNorm's statistics are the mean over equal batches."""
+    """Loss, error and outputs by a plain loop, with BatchNorm statistics as the mean over equal batches."""
     module = copy.deepcopy(model).double()
     module.load_state_dict(state)
     module.eval()
@@ -73,7 +73,7 @@ def alone(
         norms = [each for each in module.modules() if isinstance(each, nn.BatchNorm2d)]
         for norm in norms:
             norm.reset_running_stats()
-            norm.momentum = None  # the mean over all batches
+            norm.momentum = None  # running statistics are then the mean over all batches
             norm.train()
         with torch.no_grad():
             for part in train[0].double().split(batch):
@@ -97,11 +97,11 @@ def analysis(model: nn.Module, engine: str = "eager", **settings: object) -> Ana
     return Analysis(model, pictures(), pictures(50, 2), **{**sizes, **settings})
 
 
-# A model whose losses are known in closed form: out = w x, loss = +-out^2 / 2.
+# Tests with a model whose losses are known in closed form: out = w x, loss = +-out^2 / 2.
 
 
 def quadratic(inputs: Tensor, sign: float = 1.0) -> Analysis:
-    """Loss sign (w x)^2 / 2, whose Hessian is sign times the mean of x x'."""
+    """An analysis with the loss sign * (w x)^2 / 2, whose Hessian is sign times the mean of x x'."""
     return Analysis(
         *(Product(inputs.shape[1]), (inputs, torch.zeros(len(inputs)))),
         loss=lambda outputs, targets: sign * 0.5 * outputs.squeeze(1) ** 2,
@@ -113,8 +113,8 @@ def quadratic(inputs: Tensor, sign: float = 1.0) -> Analysis:
 
 
 def test_the_trace_of_a_quadratic_is_exact():
-    """On inputs of one non-zero coordinate the Hessian is diagonal, so every probe gives the trace itself."""
-    inputs = torch.diag(torch.arange(1.0, 8.0, dtype=torch.float64))  # 7 samples in batches of 4 and 3
+    """If inputs have one non-zero coordinate, the Hessian is diagonal, so every probe gives the exact trace."""
+    inputs = torch.diag(torch.arange(1.0, 8.0, dtype=torch.float64))  # 7 samples, in batches of 4 and 3
     on, weight = quadratic(inputs), torch.linspace(-1, 1, 7, dtype=torch.float64)[None]
     kept = torch.tensor([[True, False, True, True, True, False, True]])
     found = hessian_trace(on, {"layer.weight": weight * kept}, {"layer.weight": kept}, probes=3)
@@ -142,7 +142,7 @@ def test_the_barrier_of_a_quadratic_is_exact():
         losses = sign * 0.5 * (((1 - t) * a + t * b) @ inputs.T).square().mean(1)
         assert path.train_loss == pytest.approx(losses.tolist(), **EXACT)
         assert (path.train_error, path.test_loss, path.train_samples) == (None, None, 9)
-        # The rise of -q(t) / 2 above its chord is t (1 - t) q(a - b) / 2, highest at 1 / 2.
+        # With q(w) = mean of (w x)^2, -q / 2 rises above its chord by t (1 - t) q(a - b) / 2, the most at t = 1 / 2.
         rise = float(((a - b) @ inputs.T).square().mean()) / 8
         assert path.barrier("train_loss", "line") == pytest.approx(rise if sign < 0 else 0, **EXACT)
         mean = float(losses.max() - losses[[0, -1]].mean())
@@ -161,7 +161,7 @@ def test_the_barrier_of_a_quadratic_is_exact():
         loss_barrier(on, {"layer.weight": a}, {"layer.weight": b}, points=2)
 
 
-# The Hessian of networks.
+# Tests of the Hessian of networks.
 
 
 def test_nan_on_a_path_is_no_connection():
@@ -183,7 +183,7 @@ def test_nan_on_a_path_is_no_connection():
 
 
 class Curved(nn.Module):
-    """A small network whose second derivatives are smooth, with BatchNorm."""
+    """A small network with BatchNorm and smooth second derivatives."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -198,7 +198,7 @@ class Curved(nn.Module):
 def test_the_trace_of_a_network_is_that_of_its_hessian():
     model = Curved()
     on, state = analysis(model), state_of(model, 3)
-    state["norm.running_mean"] += 0.3  # the state's own statistics count
+    state["norm.running_mean"] += 0.3  # the Hessian must use the statistics of the state
     masks = {name: torch.rand(state[name].shape) < 0.6 for name in ("conv.weight", "hidden.weight")}
     state |= {name: state[name] * mask for name, mask in masks.items()}
     inputs, targets = pictures()
@@ -236,7 +236,7 @@ def test_the_trace_of_a_network_is_that_of_its_hessian():
 
 
 def test_the_scaled_trace_does_not_depend_on_the_scale_of_a_layer():
-    """A convolution in front of BatchNorm: 3 times its weights, the same function."""
+    """The weights of a convolution before BatchNorm are multiplied by 3, which leaves the function unchanged."""
     model = Curved()
     on, state = analysis(model), state_of(model, 3)
     state["conv.bias"].zero_()
@@ -247,8 +247,9 @@ def test_the_scaled_trace_does_not_depend_on_the_scale_of_a_layer():
     )
     for module in on.problem.template.modules():
         if isinstance(module, nn.BatchNorm2d):
-            module.eps = 1e-30  # which adds nothing in float64; torch 2.11 refuses 0
-    units = torch.zeros(18, on.problem.layout.P, dtype=torch.int8)  # an exact trace: what probes add besides is no 9th
+            module.eps = 1e-30  # has no effect in float64; torch 2.11 refuses 0
+    # Unit vectors give the exact trace. Random probes would not give exactly one ninth, because of off-diagonal terms.
+    units = torch.zeros(18, on.problem.layout.P, dtype=torch.int8)
     (entry,) = (each for each in on.problem.layout.entries if each.name == "conv.weight")
     units[torch.arange(18), torch.arange(entry.begin, entry.end)] = 1
     points = [on.solution(each) for each in (state, larger)]
@@ -276,7 +277,7 @@ def test_products_with_the_hessian_are_differences_of_gradients(name):
         nn.functional.cross_entropy(module(inputs), targets).backward()
         return {own: parameter.grad for own, parameter in module.named_parameters()}
 
-    above, below = gradients(1e-8), gradients(-1e-8)  # hardly a ReLU changes sides
+    above, below = gradients(1e-8), gradients(-1e-8)  # so small that hardly any ReLU changes sides
     directions = on.problem.layout.views(vector[0].double())
     for own, value in found.items():
         expected = float((directions[own] * (above[own] - below[own])).sum()) / 2e-8
@@ -293,12 +294,12 @@ def test_students_t():
         quantile(0.95, 0)
 
 
-# Many models at once.
+# Tests of many models that are evaluated at once.
 
 
 @pytest.mark.parametrize("way", ["lanes", "fold", "fold_grouped", "fused"])
 def test_lanes_are_what_models_are_alone(residual, way):
-    """Of different supports, in chunks smaller than their number."""
+    """Lanes with different supports, in chunks with fewer lanes than models, give the scores of each model alone."""
     a, b = state_of(residual, 1, density=0.5), state_of(residual, 2, density=0.3)
     name = "fused" if way == "fused" else f"eager:{way}"
     on = analysis(residual, name)
@@ -316,7 +317,7 @@ def test_lanes_are_what_models_are_alone(residual, way):
 
 def test_batchnorm_is_re_estimated_at_every_point(residual):
     a, b = state_of(residual, 1), state_of(residual, 2)
-    for state in (a, b):  # far from what the weights give
+    for state in (a, b):  # far from the statistics that the weights give
         state["norm1.running_var"] /= 100
     on = analysis(residual)
     anew, given = (loss_barrier(on, a, b, points=3, reestimate=each) for each in (True, False))
@@ -339,7 +340,7 @@ def test_a_matrix_of_barriers_is_that_of_its_pairs(residual):
 
 
 def test_a_sample_of_the_training_data(residual):
-    """The first of a shuffle: on data sorted by class the first stored ones are of a few classes."""
+    """The sample is the start of a shuffle, because in data sorted by class the first samples have few classes."""
     state = state_of(residual)
     on = analysis(residual, samples=64)
     found = on.evaluate([state])
@@ -369,7 +370,7 @@ def test_a_diverged_model_reaches_no_other(residual):
 
 
 class Table(nn.Module):
-    """A frozen layer, a buffer of integers and one of floats that the states differ in."""
+    """A model with a frozen layer, and with an integer and a float buffer in which the states differ."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -407,15 +408,15 @@ def test_frozen_parameters_buffers_and_regression(way):
     assert set(trace.layers) == {"hidden.weight", "hidden.bias", "head.weight", "head.bias"}
     with pytest.raises(ValueError, match=r"frozen.weight is frozen and differs"):
         on.evaluate([{**a, "frozen.weight": a["frozen.weight"] + 1}])
-    with pytest.raises(ValueError, match="it lacks head.bias, and has tail.bias besides"):
+    with pytest.raises(ValueError, match="missing are head.bias, unknown are tail.bias"):
         on.solution({("tail.bias" if name == "head.bias" else name): each for name, each in a.items()})
     with pytest.raises(ValueError, match=r"head.bias has shape \[3\], the model's has \[2\]"):
         on.solution({**a, "head.bias": torch.zeros(3)})
-    with pytest.raises(ValueError, match="needs test data with labels"):
+    with pytest.raises(ValueError, match="needs test data with class labels"):
         ensemble(on, [a, b])
 
 
-# Planes and hulls.
+# Tests of planes and hulls.
 
 
 def test_a_plane_goes_through_its_three_solutions(residual, tmp_path):
@@ -423,7 +424,7 @@ def test_a_plane_goes_through_its_three_solutions(residual, tmp_path):
     on = analysis(residual, "fused")
     found = loss_plane(on, *states, size=3, margin=0.5)
     assert found.at_points.train_loss == pytest.approx(on.evaluate(states).train_loss, **SAME)
-    # Any point, made by Gram and Schmidt.
+    # A point of the grid, computed here by Gram-Schmidt orthogonalisation.
     a, b, c = (on.solution(state).weights for state in states)
     u = (b - a) / (b - a).norm()
     v = (c - a) - ((c - a) @ u) * u
@@ -456,7 +457,7 @@ def test_the_corners_of_a_hull_are_the_particles(residual):
     assert hull(on, states, mixtures=4, seed=5).mixtures == found.mixtures
 
 
-# Masks, ensembles, cost.
+# Tests of masks, ensembles and cost.
 
 
 def test_overlap_by_hand():
@@ -469,12 +470,12 @@ def test_overlap_by_hand():
     assert (two.hamming, two.iou, two.density_a, two.density_b) == (1 / 2, 0, 1 / 2, 0)
     nothing = {name: torch.zeros_like(mask) for name, mask in a.items()}
     assert mask_overlap(nothing, nothing).iou == 1
-    with pytest.raises(ValueError, match="same layers and shapes; two"):
+    with pytest.raises(ValueError, match="same layers and shapes; differing: two"):
         mask_overlap(a, {"one": a["one"]})
 
 
 class Wiring(nn.Module):
-    """Every way for a channel to go on: a sum, a concatenation, groups, a flattened picture, the head."""
+    """A model with every way in which a channel is read: sum, concatenation, groups, flattened picture, head."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -497,13 +498,13 @@ def test_dead_channels_by_hand():
         for name in on.problem.kept(on.problem.mask)
     }
     assert set(masks) == {"first.weight", "second.weight", "third.weight"}
-    masks["first.weight"][1] = False  # nothing comes in
-    masks["second.weight"][:2, 0] = False  # input 0 of the first group
-    masks["third.weight"][:, [0, 4, 2]] = False  # x_0, y_0, x_2
+    masks["first.weight"][1] = False  # output channel 1 has no incoming weight
+    masks["second.weight"][:2, 0] = False  # the first group doesn't read its input 0
+    masks["third.weight"][:, [0, 4, 2]] = False  # third doesn't read x_0, y_0 and x_2
     found = channels(masks, on)
     assert [(each.channels, each.dead_in) for each in found.values()] == [(4, 1), (4, 0), (2, 0)]
-    # x_0 is read by nothing: not by second, not as x_0, and y_0 (of which it is a part) isn't either; x_2 is by second.
-    # y_0 alone isn't read of the second's.
+    # Of first, channel 0 is dead: x_0 is read neither by second nor by third, and y_0 = ... + x_0 isn't read either.
+    # Channel 2 is alive, because second reads x_2. Of second, only channel 0 is dead, because y_0 isn't read.
     assert [each.dead_out for each in found.values()] == [1, 1, 0]
     assert all(each.dead_out is None for each in channels(masks).values())
     vit = build("vit")
@@ -512,22 +513,22 @@ def test_dead_channels_by_hand():
 
 
 def test_dead_channels_of_a_transposed_convolution():
-    """Its weight is [in, out / groups, ...]: 4 inputs and 6 outputs in 2 groups."""
+    """The layer has 4 inputs and 6 outputs in 2 groups, and its weight is [in, out / groups, ...]."""
     model = nn.Sequential(
         *(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.ConvTranspose2d(4, 6, 2, groups=2), nn.ReLU(), nn.Flatten()),
         nn.Linear(6 * 49, 10),
     )
     own = torch.ones(4, 3, 2, 2, dtype=torch.bool)
-    own[2:, 1] = False  # nothing comes into output 4
+    own[2:, 1] = False  # output 4 has no incoming weight
     found = channels({"2.weight": own}, analysis(model))
     assert found["2.weight"] == swamp_fast.analysis.Channels(6, 1, None)
     own[:] = True
-    own[2] = False  # an input alone
+    own[2] = False  # one input without weights makes no output dead
     assert channels({"2.weight": own}, analysis(model))["2.weight"].dead_in == 0
 
 
 def test_calibration_by_hand():
-    """Three samples in one bin of 15, (9 / 15, 10 / 15], and one at certainty."""
+    """Three samples lie in the bin (9 / 15, 10 / 15], and one has confidence 1."""
     p = torch.tensor([[0.65, 0.35], [0.36, 0.64], [0.62, 0.38], [1.0, 0.0]], dtype=torch.float64)
     found = predictions(p, torch.tensor([0, 0, 0, 0]))
     assert found.accuracy == 0.75
@@ -549,7 +550,7 @@ def test_an_ensemble_is_the_mean_of_softmax(residual):
 
 
 class Bare(nn.Module):
-    """A recurrent layer and a bare weight, whose products no layer counts."""
+    """A model with an LSTM and a bare parameter, whose FLOPs are not counted."""
 
     def __init__(self) -> None:
         super().__init__()

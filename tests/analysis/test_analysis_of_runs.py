@@ -42,7 +42,7 @@ def test_ticket_stability(digits):
     assert found.errors == [sum(path.of("test_error")[::2]) / 2 for path in found.paths]
     for epsilon, wanted in ((1.1, 0), (0.0, None)):
         assert swamp_fast.analysis.TicketStability([0, 1], found.paths, epsilon).recommended == wanted
-    # The children are those of a run of two particles.
+    # The children are the particles of a run with two particles.
     run = {name: small[name] for name in ("epochs", "batch_size", "progress", "engine")}
     torch.manual_seed(0)
     model = ResidualCNN(4)
@@ -52,13 +52,13 @@ def test_ticket_stability(digits):
     on = Analysis(model, train, val=0.25, **run)
     assert again.paths[0].train_loss == pytest.approx(
         loss_barrier(on, *particles(result), points=3).train_loss, rel=1e-5
-    )  # in float32, by whichever way is faster
+    )  # in float32, by whichever execution mode is faster
     with pytest.raises(ValueError, match="chosen on validation data"):
         ticket_stability(model, train, None, [0])
 
 
 def test_the_ticket_from_which_on_barriers_are_low():
-    """With a later candidate above epsilon an earlier one is not stable; untrained children are warned about."""
+    """A candidate is not stable if a later one is above epsilon, and untrained children cause a warning."""
 
     def tickets(barriers: list[float], errors: list[float]) -> TicketStability:
         paths = [
@@ -77,7 +77,7 @@ def test_the_ticket_from_which_on_barriers_are_low():
     assert tickets([0.01, 0.01, 0.01], [0.14, 0.1, 0.1]).warning is None
     found = tickets([0.01, 0.01, 0.01], [0.9, 0.1, 0.1])
     assert found.recommended == 0
-    assert "T0 = 0 err 80.0 points more" in found.warning
+    assert "T0 = 0 have an error 80.0 points above" in found.warning
     assert "warning: the children of T0 = 0" in found.table()
 
 
@@ -86,13 +86,13 @@ def test_the_ticket_needs_a_classification():
     regression = {"loss": lambda outputs, targets: (outputs - targets).square().mean(1), "prunable": "layer.weight"}
     with (
         mock.patch("swamp_fast.analysis.ticket_stability.fast_swamp", side_effect=AssertionError("trained")),
-        pytest.raises(ValueError, match="error barriers need a classification"),
+        pytest.raises(ValueError, match="error barriers need classification"),
     ):
         ticket_stability(Product(5), (inputs, torch.zeros(12, 1)), 0.25, [0], batch_size=3, **regression)
 
 
 def test_runs_of_all_methods_can_be_analysed(digits):
-    """How a run made masks and chose a particle matters neither to an analysis nor to a ticket."""
+    """Analyses and ticket searches accept any setting by which runs make masks or choose a particle."""
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 10))
     small = {"epochs": 1, "ticket_epochs": 0, "batch_size": 40, "progress": False, "engine": "eager"}
     random = {"cycles": 1, "particles": 1, "mask_score": "random", "layer_kept": [[400]], "combine": "best"}
@@ -132,7 +132,7 @@ def test_consecutive_cycles_and_what_is_refused(digits):
 
 
 def check_analysis(found: dict[str, Any]) -> None:
-    """analysis.json of two cycles, with few points of each kind."""
+    """Check the content of analysis.json for a run of two cycles, analysed with few points, probes and mixtures."""
     scores = ["train_loss", "train_error", "test_loss", "test_error"]
     assert found["about"]["train_samples"] == 256
     assert found["about"]["of_training_samples"] == 1294
@@ -170,7 +170,8 @@ def test_analyze_on_the_command_line(tmp_path, capsys):
     assert "on 256 of 1,294 training samples" in shown.out
     assert not shown.err
     check_analysis(json.loads((tmp_path / "run" / "analysis.json").read_text()))
-    # Data that differ from the run's are refused, or reported with --anyway; sizes of 0 leave analyses out.
+    # If the data differ from the run's, the analysis is refused; --anyway allows it, with a note. Sizes of 0 leave
+    # analyses out.
     less = ["--probes", "0", "--mixtures", "0", "--size", "0", "--repeats", "0", "--points", "3", "--samples", "64"]
     before = (tmp_path / "run" / "analysis.json").read_bytes()
     other = ["analyze", out, "--model", "small_cnn", "--data", "digits", *less]
@@ -181,7 +182,7 @@ def test_analyze_on_the_command_line(tmp_path, capsys):
     assert "the train, val data differ from the run's" in capsys.readouterr().err
     found = json.loads((tmp_path / "run" / "analysis.json").read_text())
     assert (found["hessian"], found["hull"], found["plane"], found["cost"][0]["sparse_ms"]) == ([], None, None, None)
-    # Another run beside it.
+    # The analysis compares with another run.
     two = str(tmp_path / "two")
     assert main(["run", *common, "--out", two, "--seed", "0", "--no-swa", *settings[:-2], "1", "--no-progress"]) == 0
     capsys.readouterr()
@@ -211,7 +212,7 @@ def test_analyze_on_the_command_line(tmp_path, capsys):
 
 
 def test_a_run_with_a_loss_of_its_own_is_not_scored_with_another(tmp_path, capsys, digits):
-    """The command line only has cross entropy; from Python, `differing` names what differs."""
+    """The command line only has cross-entropy. From Python, `differing` names the loss as different."""
 
     def halved(outputs: Tensor, targets: Tensor) -> Tensor:
         return nn.functional.cross_entropy(outputs, targets, reduction="none") / 2
@@ -223,7 +224,7 @@ def test_a_run_with_a_loss_of_its_own_is_not_scored_with_another(tmp_path, capsy
     few = ["--probes", "0", "--mixtures", "0", "--size", "0", "--repeats", "0", "--points", "3"]
     for more in ([], ["--anyway"]):
         assert main(["analyze", out, "--model", "mlp", "--data", "digits", *few, *more]) == 2
-        assert "the run used its own `loss`: analyse it from Python" in capsys.readouterr().err
+        assert "the run used a `loss` that the command line can't pass: analyse it" in capsys.readouterr().err
     assert not (tmp_path / "run" / "analysis.json").exists()
     assert differing(Analysis(model, "digits", config=result.config, loss=halved), result) == []
     called = Analysis(model, "digits", val=0.2, config=result.config, forward=lambda model, x: model(x))
@@ -231,7 +232,7 @@ def test_a_run_with_a_loss_of_its_own_is_not_scored_with_another(tmp_path, capsy
 
 
 def test_other_data_are_standardised_as_the_run_did(tmp_path, capsys, digits):
-    """A shift of the data shows in the scores, because the mean and std of the new data are not used."""
+    """Shifted data change the scores, because they are standardised by the mean and std of the run's data."""
     (inputs, targets), test = digits
     dark = tmp_path / "dark.npz"
     images = {f"{name}_images": (each // 3).movedim(1, -1) for name, each in (("train", inputs), ("test", test[0]))}
@@ -262,7 +263,7 @@ def test_other_data_are_standardised_as_the_run_did(tmp_path, capsys, digits):
 
 
 def test_a_run_on_other_data_is_reported_before_it_is_compared(tmp_path, capsys, digits):
-    """A barrier between runs on different data says nothing without their errors."""
+    """If two runs had different data, that is reported, since a barrier then means nothing without their errors."""
     run = {"epochs": 2, "ticket_epochs": 0, "cycles": 0, "particles": 1, "progress": False, "engine": "eager"}
     (inputs, targets), test = digits
     one, two, data = str(tmp_path / "one"), str(tmp_path / "two"), str(tmp_path / "data.npz")
@@ -285,7 +286,7 @@ def test_a_run_on_other_data_is_reported_before_it_is_compared(tmp_path, capsys,
 
 
 def test_what_analyze_refuses_and_omits(digits):
-    """Wrong arguments raise before any work; equal particles have no plane, but everything else."""
+    """Wrong arguments raise before any work. Equal particles have all analyses except the plane."""
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 10))
     run = {"epochs": 1, "ticket_epochs": 0, "cycles": 0, "particles": 3, "progress": False, "engine": "eager"}
     rates = {"lr": 0.0, "swa_lr": 0.0, "batch_size": 40}
@@ -303,7 +304,7 @@ def test_what_analyze_refuses_and_omits(digits):
 
 
 def test_the_walk_throughs():
-    """The three first experiments in the package's docstring."""
+    """The three examples in the docstring of swamp_fast.analysis run and give what they say."""
     found = doctest.testmod(swamp_fast.analysis, optionflags=doctest.ELLIPSIS | doctest.REPORT_ONLY_FIRST_FAILURE)
     assert found.attempted > 12
     assert found.failed == 0

@@ -1,4 +1,4 @@
-"""benchmarks.first_contact: steps that pass, fail, hang or find no time left, and what is packed after each."""
+"""benchmarks.first_contact: steps that pass, fail, hang or have no time left, and the files packed after each."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def python(code: str) -> list[str]:
 
 
 def hanging(folder: Path) -> list[str]:
-    """Return a command that hangs, with a child of its own that ignores SIGTERM and whose pid goes to a file."""
+    """Return a command that hangs. It starts a child that ignores SIGTERM, and writes the child's pid to a file."""
     deaf = (
         "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('deaf', flush=True); time.sleep(60)"
     )
@@ -90,7 +90,7 @@ def test_children_that_pass_fail_hang_and_come_too_late(tmp_path, monkeypatch, c
     assert not is_running(int((tmp_path / "grandchild").read_text()))
     assert not (tmp_path / "never").exists()
     names = [f"{step.name}.log" for step in steps[:5]]
-    assert packed == [set(names[: count + 1]) for count in range(5)] + [set(names)]  # the archive after each
+    assert packed == [set(names[: count + 1]) for count in range(5)] + [set(names)]  # after each step
     assert {path.name for path in visit.out.iterdir()} == {"results.tgz", "steps.md"}
     text = (visit.out / "steps.md").read_text()
     assert "| fails | failed, exit code 1 | 0 | why it failed |" in text
@@ -146,7 +146,7 @@ def test_a_child_can_report_that_it_needs_a_gpu_and_learns_its_minutes(tmp_path)
 
 
 def test_a_signal_ends_the_child_and_leaves_the_results(tmp_path):
-    """As when a machine's time ends before the command."""
+    """A machine whose time ends early sends such a signal."""
     code = f"""
 import os, pathlib, signal, sys
 sys.path.insert(0, {str(ROOT)!r})
@@ -184,7 +184,7 @@ def test_the_steps_in_their_order(tmp_path):
 
 
 def test_a_tree_is_put_in_place_once(tmp_path, monkeypatch):
-    """A copy of the tree that is not installed, with an extension and a cache carried along."""
+    """A copy of the tree works without installation, with the extension and the cache that were carried along."""
     root, carried = tmp_path / "tree", tmp_path / "carried"
     for folder in (root / "swamp_fast", root / "kernels", root / "csrc" / "cuda", carried / "triton" / "KEY"):
         folder.mkdir(parents=True)
@@ -239,7 +239,7 @@ def test_a_command_that_is_missing_is_a_row_and_a_summary_may_be_followed_by_oth
 
 
 def test_a_copy_without_git_knows_its_commit(tmp_path, monkeypatch):
-    """Also inside somebody else's repository."""
+    """The commit is found, even if the copy lies inside another repository."""
     copy = tmp_path / "copy"
     copy.mkdir()
     subprocess.run(["git", "init", "--quiet", tmp_path], check=True)
@@ -252,7 +252,7 @@ def test_a_copy_without_git_knows_its_commit(tmp_path, monkeypatch):
 
 
 def test_contenders_are_kept_apart(tmp_path):
-    """One that can't be built and one that fails later become rows; the others are timed, and each table is written."""
+    """A contender that can't be built, or fails later, becomes a row; the others are timed, and all tables written."""
     bench, calls = Bench(tmp_path, None, rehearse=True), []
 
     def fails():
@@ -260,7 +260,7 @@ def test_contenders_are_kept_apart(tmp_path):
 
     def breaks():
         calls.append(1)
-        if len(calls) > 4:  # when all take turns
+        if len(calls) > 4:  # in the turns with the others
             raise RuntimeError("late")
 
     written = []
@@ -301,7 +301,7 @@ def test_a_network_is_planned_and_checked_once(tmp_path, monkeypatch):
 
 
 def test_a_wrong_step_gets_no_time(tmp_path, monkeypatch):
-    """The gradients are compared with autograd's in float64 before anything is timed."""
+    """A step is not timed if its gradients differ from those of autograd in float64."""
     bench = Bench(tmp_path, None, rehearse=True)
     engine, problem = bench.engine("small_cnn", 2)
     report = errors(engine, problem, 2)
@@ -314,7 +314,7 @@ def test_a_wrong_step_gets_no_time(tmp_path, monkeypatch):
         return losses
 
     monkeypatch.setattr(CpuLanes, "backward", doubled)
-    with pytest.raises(RuntimeError, match="the gradients of a step are 1 from float64's"):
+    with pytest.raises(RuntimeError, match="the gradients of a step have a relative error of 1 against float64"):
         errors(engine, problem, 2)
 
 

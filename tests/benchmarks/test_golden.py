@@ -1,4 +1,4 @@
-"""benchmarks.golden: a difference is found and named, and there is none if nothing was changed."""
+"""benchmarks.golden: a difference is found and named, and equal code gives no difference."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_bits_are_compared():
 
 
 def test_the_code_of_the_other_tree_runs(tmp_path, monkeypatch, capfd):
-    """Here it trains at another rate."""
+    """The other tree is changed to train with another learning rate, which shows in the results."""
     tree = tmp_path / "tree"
     links = shutil.ignore_patterns(*(link.rpartition("/")[2] for link in golden.LINKS))
     shutil.copytree(ROOT / "swamp_fast", tree / "swamp_fast", ignore=links)
@@ -48,6 +48,6 @@ def test_the_code_of_the_other_tree_runs(tmp_path, monkeypatch, capfd):
 
 @pytest.mark.slow
 def test_this_commit_against_itself(capfd):
-    """This checkout may have uncommitted changes, which must change no bit either."""
+    """The results of HEAD and of this checkout are equal, as uncommitted changes must not change them either."""
     assert golden.main(["--against", "HEAD"]) == 0
     assert "0 of 8 calls differ" in capfd.readouterr().out

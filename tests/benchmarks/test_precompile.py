@@ -1,4 +1,4 @@
-"""Caches compiled for a GPU that the machine lacks: another process finds all of it, from another path of the tree."""
+"""Compiling without a GPU: another process, in a tree at another path, finds everything in the caches."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ machine_code.main()
 
 
 def filled(tree, folder, model, precision) -> dict[str, int]:
-    """Fill a folder by the code of a tree. Return how many kernels were compiled and how many were found."""
+    """Fill a folder, running the code in `tree`. Return how many kernels were compiled and how many were found."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"PYTHONPATH": str(tree)}
     command = [sys.executable, "-c", CODE, "--fill", str(folder), "--model", model, "--precision", precision]
@@ -46,7 +46,7 @@ def files_in(folder):
     [("mlp", "float32", 0), pytest.param("small_cnn", "bfloat16", 4, marks=pytest.mark.slow)],
 )
 def test_another_process_finds_all_of_it_from_another_path(model, precision, cubins, tmp_path):
-    """The folder is moved too: Triton's group files name their members by absolute paths."""
+    """The folder is moved too, because Triton's group files name their members by absolute paths."""
     made, moved, copy = tmp_path / "made", tmp_path / "moved" / "there", tmp_path / "copy"
     first = filled(ROOT, made, model, precision)
     assert first["triton_compiled"] > 30

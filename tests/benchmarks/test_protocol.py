@@ -1,4 +1,4 @@
-"""benchmarks.protocol: its items, and that a rehearsal in slices on two machines gives what one slice gives."""
+"""benchmarks.protocol: its items, and a rehearsal in slices on two machines, which must equal one in one slice."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ STEPS_PER_SLICE = 25
 
 @pytest.fixture(autouse=True)
 def _packed(monkeypatch):
-    """All runs share a bank, whatever a stopwatch would choose."""
+    """Make all runs share a bank, whatever a stopwatch would choose."""
     monkeypatch.setattr("swamp_fast.studies.packing.runs_at_once", lambda engine, problems: (len(problems), "forced"))
 
 
@@ -43,7 +43,7 @@ def test_the_items_in_their_order(tmp_path):
     config = first.config("swamp", 0)
     assert (config.particles, config.cycles, config.epochs, config.batch_size) == (4, 14, 30, 128)
     assert (long.config("imp", 0).epochs, [*long.methods], [*long.seeds]) == (150, ["swamp", "imp"], [0])
-    assert particles.config("N = 4", 3) == first.config("swamp", 3)  # so that it is not run twice
+    assert particles.config("N = 4", 3) == first.config("swamp", 3)  # so the run isn't done twice
     assert [particles.config(name, 0).particles for name in particles.methods] == [1, 2, 4, 8, 16]
 
 
@@ -61,7 +61,7 @@ def test_a_slice_stops_in_time_and_says_what_is_left(tmp_path, monkeypatch, caps
         protocol = Protocol(tmp_path, rehearse=True)
         assert protocol.run_items(0.5 / 60) == left
         assert watch.seconds < 5
-    assert capsys.readouterr().out.count("goes on: nothing of it could be kept") == 1
+    assert capsys.readouterr().out.count("goes on: the slice ended before anything could be kept") == 1
     assert protocol.marks["fails"] == "failed: ValueError: as it does"
     assert protocol.marks["fits no slice"] == "failed: it takes longer than 0.00833333 minutes"
     assert json.loads((tmp_path / "protocol.json").read_text()) == protocol.marks
@@ -76,13 +76,13 @@ def test_seeds_are_packed_all_or_a_few_at_a_time(tmp_path):
 
 
 def test_an_export_holds_what_is_needed_and_no_more_than_may_be_committed(tmp_path, monkeypatch, capsys):
-    """The rows of finished runs, and what the others continue from, as far as there is room."""
+    """It has the history of finished runs, and all that unfinished runs continue from, unless that is too large."""
     here, there, state = tmp_path / "here", tmp_path / "there", tmp_path / "to" / "state.zip"
     arguments = ["--rehearse", "--seeds", "1", "--only", "runs/small_cnn_30", "analysis/small_cnn_30", "--out"]
     with before_steps(stop_at(150)), pytest.raises(Interrupted):
         main([*arguments, str(here), "--budget-minutes", "10"])
     done = sorted(RunDirectory(folder).cycles_done() for folder in (here / "small_cnn" / "runs").iterdir())
-    assert done == [2, 2, 3]  # swamp's two particles are in another bank than the one-particle runs
+    assert done == [2, 2, 3]  # the runs of swamp, with two particles, share no bank with runs of one particle
     main([*arguments, str(here), "--export", str(state)])
     whole = state.stat().st_size
     monkeypatch.setattr(protocol_transport, "MAX_BYTES", whole * 3 // 4)
@@ -103,14 +103,14 @@ def test_an_export_holds_what_is_needed_and_no_more_than_may_be_committed(tmp_pa
 
 def test_without_data_or_gpu_nothing_is_started(tmp_path, monkeypatch):
     monkeypatch.setattr(cifar10, "ROOT", tmp_path / "a" / "b")
-    with pytest.raises(FileNotFoundError, match=r"--data cifar10.npz is needed"):
+    with pytest.raises(FileNotFoundError, match="pass --data cifar10.npz"):
         main(["--out", str(tmp_path)])
     if not torch.cuda.is_available():
         assert not Protocol(tmp_path).table_of("ceilings")
 
 
 class Counting(Budget):
-    """A budget counted in steps instead of seconds, so that a slice gets equally far on a busy and an idle machine."""
+    """A budget in steps instead of seconds, so that a slice gets equally far on a busy and on an idle machine."""
 
     now: Counting
 
@@ -153,7 +153,8 @@ def test_a_rehearsal_in_slices_on_two_machines_gives_what_one_slice_gives(tmp_pa
     runs = {path.name: path for path in (whole / "small_cnn" / "runs").iterdir()}
     assert len(runs) == 6
     for name, folder in runs.items():
-        places = (out / "small_cnn" / "runs" / name for out in (there, here))  # runs that finished here stay here
+        # A run that had finished before the export is only in the folder that was exported.
+        places = (out / "small_cnn" / "runs" / name for out in (there, here))
         last = RunDirectory(next(place for place in places if (place / "cycle_02.safetensors").exists()))
         tensors, others = (load_tensors(path / "cycle_02.safetensors")[0] for path in (folder, last.path))
         assert tensors.keys() == others.keys()

@@ -29,9 +29,9 @@ def test_run_show_and_continue(tmp_path, capsys):
     assert main(["show", str(out)]) == 0
     text = capsys.readouterr().out
     assert "cycles = 1" in text
-    assert re.search(r"engine = (eager|fused|by density)", text)  # by a stopwatch
+    assert re.search(r"engine = (eager|fused|by density)", text)  # a stopwatch decides which
     assert re.search(r"^ +1 +80.00 %", text, re.M)
-    assert main(command) == 0  # finished: it only reads
+    assert main(command) == 0  # the run is finished, so this only reads it
     assert main([*command, "--lr", "0.2"]) == 2
     assert "lr was 0.1, is 0.2" in capsys.readouterr().err
 

@@ -1,4 +1,4 @@
-"""Reports: their content, the escaping of user text, and how a real browser shows them."""
+"""Reports: their content, the escaping of user text, and their display in a real browser."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ EVERY_FIGURE = {"accuracy", "barriers", "matrix", "plane", "overlap", "flatness"
 
 
 class Parsed(HTMLParser):
-    """A page's elements, text, ids and addresses; asserts that elements are closed in order and run no script."""
+    """Collects a page's elements, text, ids and links. Asserts that elements are closed in order and no script runs."""
 
     def __init__(self, page: Path) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ class Parsed(HTMLParser):
 
 
 def parsed(page: Path) -> Parsed:
-    """Parse a page; asserts that it is well-formed, loads nothing, and that its links lead somewhere."""
+    """Parse a page. Asserts that it is well-formed, loads nothing, and has no dead links."""
     found = Parsed(page)
     assert len(found.ids) == len(set(found.ids))
     assert all(address == "data:," or address[1:] in found.ids for address in found.loaded)
@@ -90,7 +90,7 @@ def parsed(page: Path) -> Parsed:
 
 
 def figures(folder: Path) -> set[str]:
-    """The names of a report's figures; asserts that each has its three files."""
+    """The names of a report's figures. Asserts that each figure has its three files."""
     names = {path.stem for path in (folder / "figures").glob("*.svg")}
     assert names == {path.stem for path in (folder / "figures").glob("*.png")}
     for name in names:
@@ -124,12 +124,12 @@ def test_a_run_with_its_analysis(tmp_path):
         "seed = 7",
         "2026-11-21 09:30 UTC",
         "8651c26e",
-        "98.60\xa0%",  # the ensemble's
+        "98.60\xa0%",  # the accuracy of the ensemble
         "swamp-fast run --model small_cnn --data digits --config a/config.toml --out a-again",
     ):
         assert said in found.said, said
     assert "swamp-fast analyze" not in found.said
-    assert "no-repeat local" in page.read_text()  # the shadow at the edge of a wide table
+    assert "no-repeat local" in page.read_text()  # the CSS for the shadow at the edge of a wide table
     rows = numbers(folder, "accuracy")
     assert [row["particle 1"] for row in rows][1:4] == [rows[1]["particle 1"], "", rows[3]["particle 1"]]
     assert float(rows[2]["particle 2"]) == pytest.approx(0.97 - 0.04 / 6 + 0.008)
@@ -168,7 +168,7 @@ def test_a_run_without_test_data_or_analysis_unfinished(tmp_path):
         "Training loss over sparsity",
     ):
         assert said in found.said, said
-    assert "model.safetensors" not in found.said  # which only a finished run has
+    assert "model.safetensors" not in found.said  # only a finished run has this file
     assert "None" not in found.said
 
 
@@ -234,7 +234,7 @@ def test_a_run_that_is_not_swamp_is_not_described_as_swamp(tmp_path, settings, s
     assert "Iterative magnitude pruning with averaged particles" not in found
     assert ("the average reaches" in found) == ("mask_score" in settings or "mask_from" in settings)
     assert ("points above" in found) == (settings.get("particles") != 1)
-    assert ("One global threshold decides" in found) == ("mask_score" not in settings)
+    assert ("One global threshold prunes all layers" in found) == ("mask_score" not in settings)
 
 
 def test_a_run_without_flops(tmp_path):
@@ -260,7 +260,7 @@ def test_an_analysis_of_fewer_cycles_than_the_run_has(tmp_path):
     reported.write_analysis(folder, 3)
     edited(folder / "analysis.json", particles=None)
     said = parsed(write_report(folder)).said
-    assert "The analysis covers 3 cycles, the run has 7: analyse it again." in said
+    assert "The analysis covers 3 cycles, but the run has 7: analyse the run again." in said
     assert "this one covers 3: swamp-fast analyze a --model small_cnn --data digits" in said
     assert "--keep-particles" not in said
 
@@ -274,15 +274,15 @@ def test_what_is_not_known_is_not_drawn():
 def test_milliseconds_are_of_a_batch(tmp_path):
     folder = reported.write_run(tmp_path / "a")
     reported.write_analysis(folder)
-    assert "milliseconds those of a batch, measured" in parsed(write_report(folder)).said
+    assert "Milliseconds are measured on this CPU for a batch:" in parsed(write_report(folder)).said
     cost = json.loads((folder / "analysis.json").read_text())["cost"]
     edited(folder / "analysis.json", cost=[row | {"batch_size": 128} for row in cost])
-    assert "milliseconds those of 128 samples at once, measured" in parsed(write_report(folder)).said
+    assert "Milliseconds are measured on this CPU for 128 samples at once:" in parsed(write_report(folder)).said
 
 
 @pytest.mark.parametrize("page", ["comparison", "run", "sweep"])
 def test_a_file_of_another_version(tmp_path, page, capsys):
-    """The error names the file; there is no traceback."""
+    """The error message names the file, and there is no traceback."""
     folder = tmp_path / "a"
     if page == "comparison":
         reported.write_comparison(folder)
@@ -323,7 +323,7 @@ def test_what_a_template_gets_is_escaped():
 
 
 def test_text_of_a_comparison_is_escaped(tmp_path):
-    """On the page and in the drawings, whose text matplotlib escapes."""
+    """Text is escaped on the page and in the drawings, where matplotlib escapes it."""
     folder = reported.write_comparison(tmp_path / "c", methods=("imp", HOSTILE), seeds=2)
     edited(folder / "comparison.json", errors=[{"method": HOSTILE, "seed": 3, "error": HOSTILE}])
     (folder / "comparison.csv").write_text("method\n")
@@ -338,8 +338,8 @@ def test_a_comparison(tmp_path):
     (folder / "comparison.csv").write_text("method\n")
     found = parsed(write_report(folder))
     assert figures(folder) == {"accuracy", "differences", "cost"}
-    assert "10 methods, 5 seeds each; differences are to imp." in found.said
-    assert "fewer than ten" in found.said
+    assert "10 methods, 5 seeds each. Differences are measured from imp." in found.said
+    assert "Fewer than ten" in found.said
     assert "the spread over seeds is in the table" in found.said
     assert re.search(r"SGD down to.*swamp\s*6.87\s%\s*88.00 ± 0.30\s%\s*16.78\s%\s*40.96\s%", found.said, re.S)
     assert {row["method"] for row in numbers(folder, "differences")} == set(reported.METHODS) - {"imp"}
@@ -385,11 +385,11 @@ def test_a_sweep_and_its_runs(tmp_path, digits):
     again = swept.runs[0].folder
     said = parsed(write_report(again)).said
     assert f"{again.name}: Sequential" in said
-    assert "1,024 prunable" in said  # of the model's line, which run.json keeps
+    assert "1,024 prunable" in said  # from the console's line about the model, which run.json keeps
 
 
 def test_a_sweep_over_particles_and_points_that_set_different_things(tmp_path, digits):
-    """One line per point, even if it sets a column of the history; one seed has no spread."""
+    """There is one line per point, even if it sets a column of the history, and no spread with one seed."""
 
     def made() -> torch.nn.Module:
         return torch.nn.Sequential(
@@ -418,7 +418,8 @@ def test_on_the_command_line(tmp_path, capsys, digits):
     assert f"{result.history[-1]['accuracy'] * 100:.2f}\xa0%" in said
     assert "from my.nets import mlp" in said
     began = json.loads((tmp_path / "run" / "run.json").read_text())["began"]
-    again = fast_swamp(model, *digits, run_dir=tmp_path / "run", **settings)  # a report leaves a run as it was
+    # A report doesn't change the run, so it can be loaded again.
+    again = fast_swamp(model, *digits, run_dir=tmp_path / "run", **settings)
     assert again.history == result.history
     assert json.loads((tmp_path / "run" / "run.json").read_text())["began"] == began
     assert write_report(tmp_path / "run").exists()
@@ -472,11 +473,11 @@ def test_in_a_browser(chromium, pages, width, theme):
         red, green, blue = map(int, re.findall(r"\d+", look.background)[:3])
         assert (red + green + blue > 600) == (theme == "light")
         assert look.picture[:4] == b"\x89PNG"
-        assert len(look.picture) > 20_000  # an empty page has about 3,000
+        assert len(look.picture) > 20_000  # in bytes; an empty page has about 3,000
 
 
 def test_the_browser_notices_a_bad_page(chromium, tmp_path):
-    """The test notices a page that makes a request, logs an error and overflows."""
+    """The browser tests notice if a page makes a request, logs an error or overflows."""
     bad = (
         '<meta name=viewport content="width=device-width"><p style="width: 2000px">x<img src="http://a.invalid/b.png">'
     )

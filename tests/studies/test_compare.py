@@ -1,4 +1,4 @@
-"""compare(): each number of a comparison against the runs that it is of, done alone."""
+"""compare(): every number of a comparison equals that of the same run done alone."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def lane_by_lane(monkeypatch) -> None:
 
 @pytest.fixture(scope="module")
 def compared(digits, tmp_path_factory):
-    """All methods, with its folder."""
+    """A comparison of all methods, and its folder."""
     out = tmp_path_factory.mktemp("compared")
     with pytest.MonkeyPatch.context() as monkeypatch:
         lane_by_lane(monkeypatch)
@@ -58,8 +58,8 @@ def rows_of(found, method: str, seed: int = 3) -> list[dict]:
 
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "ensemble"])
 def test_a_method_gives_what_it_gives_alone(method, compared, digits):
-    told = compared[0].runs[method, 3][0].result.config.layer_kept
-    found, every = alone(method, 3, digits, layer_kept=told), METHODS[method].every(BASE)
+    layer_kept = compared[0].runs[method, 3][0].result.config.layer_kept
+    found, every = alone(method, 3, digits, layer_kept=layer_kept), METHODS[method].every(BASE)
     rows = rows_of(compared[0], method)
     assert [row["cycle"] for row in rows] == [0, 1, 2]
     for row, there in zip(rows, found.history[::every], strict=True):
@@ -81,7 +81,7 @@ def test_an_ensemble_is_the_mean_of_the_softmax(compared, digits):
 
 
 def test_costs(compared):
-    """Particle-epochs by hand, for N = 2, 2 prunings, trainings and ticket of one epoch."""
+    """Particle-epochs are as computed by hand, for N = 2, two prunings, and trainings and a ticket of one epoch."""
     expected = {name: [3, 5, 7] for name in ("swamp", "swamp-sgd", "best-particle", "sms", "imp-long")}
     expected |= {name: [2, 3, 4] for name in ("imp", "imp+swa", "imp-swa-schedule", "random")}
     expected |= {"swamp+": [2, 4, 6], "imp-fine": [2, 4, 6], "ensemble": [4, 6, 8], "one-shot": [2, 3, 3]}
@@ -112,7 +112,7 @@ def test_the_summary_and_what_matches(compared):
         assert row["matching_sgd"] == (row["accuracy"] >= found.dense["sgd"]["accuracy"])
         assert row["matching_swa"] == (row["accuracy"] >= found.dense["swa"]["accuracy"])
         assert row["particle_epochs"] == each[0]["particle_epochs"]
-    assert next(row["matching_sgd"] for row in found.summary if row["method"] == "imp")  # equal is matching
+    assert next(row["matching_sgd"] for row in found.summary if row["method"] == "imp")  # equal also matches
     assert {row["matching_sgd"] for row in found.summary} == {True, False}
 
 
@@ -142,7 +142,7 @@ def test_what_can_share_a_step_does_and_nothing_is_done_twice(digits, monkeypatc
     methods = ["imp", "imp+swa", "imp-swa-schedule", "imp-fine", "ensemble", "one-shot", "random", "swamp", "sms"]
     settings = SETTINGS | {"cycles": 1}
     first = compare(made, *digits, methods, [0], out=tmp_path, **settings)
-    assert sizes == [6, 2, 1]  # an ensemble's first run is imp's; random begins once imp is there
+    assert sizes == [6, 2, 1]  # the first run of the ensemble is that of imp; random starts after imp has finished
     assert first.runs["ensemble", 0][0] is first.runs["imp", 0][0]
     imp, random = (first.runs[method, 0][0].result for method in ("imp", "random"))
     for name, mask in imp.masks.items():
@@ -155,7 +155,7 @@ def test_what_can_share_a_step_does_and_nothing_is_done_twice(digits, monkeypatc
 
 
 def test_dense_references_of_their_own(digits, monkeypatch):
-    """Without imp and imp+swa their dense cycle alone is run."""
+    """If imp and imp+swa aren't compared, only their dense cycles are run, as references."""
     lane_by_lane(monkeypatch)
     found = compare(made, *digits, ["swamp"], [0], baseline="swamp", target_density=0.7, **without("cycles"))
     both = compare(made, *digits, ["swamp", "imp", "imp+swa"], [0], target_density=0.7, **without("cycles"))
@@ -187,7 +187,7 @@ def test_files_table_and_figure(compared):
     assert f"{row['accuracy'] * 100:.2f} ± {row['accuracy_std'] * 100:.2f} %" in lines[2]
 
 
-def test_a_run_that_fails_is_told_and_the_others_stay(digits, monkeypatch):
+def test_a_run_that_fails_is_reported_and_the_others_stay(digits, monkeypatch):
     lane_by_lane(monkeypatch)
 
     original = running.swamp
@@ -213,7 +213,7 @@ def test_without_test_data(digits, monkeypatch):
 
 
 class Noisy(nn.Module):
-    """Draws in eval mode too."""
+    """A model that draws random numbers in eval mode too."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -228,7 +228,7 @@ def weighted(outputs, targets):
 
 
 def test_an_ensemble_with_a_loss_of_ones_own_and_a_model_that_draws(digits):
-    """It has no loss, draws the same each time, and the user's generator stays."""
+    """The ensemble has no loss, its draws are reproducible, and torch's global generator is left unchanged."""
     settings = SETTINGS | {"cycles": 0, "precision": "float32"}
     before = torch.get_rng_state()
     found = [
@@ -241,7 +241,7 @@ def test_an_ensemble_with_a_loss_of_ones_own_and_a_model_that_draws(digits):
 
 
 def test_matching_is_over_the_seeds_that_both_have():
-    """A seed that only the dense reference has moves its mean, but decides nothing."""
+    """A seed that only the dense reference has changes its mean, but must not affect whether a method matches."""
     row = {"cycle": 0, "density": 1.0, "loss": None, "particle_epochs": 1, "seconds": 1.0}
     dense = {seed: {"accuracy": accuracy} for seed, accuracy in enumerate((0.9, 0.9, 0.6))}
     rows = [{"method": "swamp", "seed": seed, "accuracy": 0.85, **row} for seed in (0, 1)]
@@ -272,15 +272,15 @@ def test_regression_has_losses(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "changes", "text"),
     [
-        ((["imp", "snip"], [0]), {}, '"snip" is not known; there are swamp, swamp\\+, imp'),
-        ((["imp", "imp"], [0]), {}, "`methods` must be a list of at least one, each once"),
-        ((["imp"], []), {}, "`seeds` must be a list of at least one, each once"),
+        ((["imp", "snip"], [0]), {}, '"snip" is not a known method; known are swamp, swamp\\+, imp'),
+        ((["imp", "imp"], [0]), {}, "`methods` must be a list with at least one entry and no duplicates"),
+        ((["imp"], []), {}, "`seeds` must be a list with at least one entry and no duplicates"),
         ((["swamp"], [0]), {}, '`baseline` must be one of the methods, swamp; got "imp"'),
         ((["imp"], [0]), {"particles": (1, 2, 2)}, "`particles` must be one number N for a comparison"),
         (
             (["imp"], [0]),
             {"swa": False},
-            "`swa` is what methods differ in, got False for all of them; leave it at True",
+            "`swa` is set by each method, so it can't be False for all; leave it at its default True",
         ),
         ((["imp", "best-particle"], [0]), {}, '`combine` = "best" chooses a particle on validation data'),
     ],
@@ -299,9 +299,9 @@ def test_the_command_line(tmp_path, capsys):
     settings += 'engine = "fused"\n'
     file.write_text(text + f'out = "{tmp_path / "out"}"\n' + settings)
     assert main(["compare", str(file)]) == 0
-    told = capsys.readouterr().out
-    assert told.splitlines()[0].split()[:3] == ["method", "density", "seeds"]
-    assert "80.00 %" in told
+    printed = capsys.readouterr().out
+    assert printed.splitlines()[0].split()[:3] == ["method", "density", "seeds"]
+    assert "80.00 %" in printed
     assert (tmp_path / "out" / "comparison.json").exists()
     file.write_text('model = "mlp"\ndata = "digits"\n' + settings)
     assert main(["compare", str(file)]) == 2

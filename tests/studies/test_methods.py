@@ -1,4 +1,4 @@
-"""What methods differ in: scores, schedules, masks from the dense solution, the best particle. Each method's law."""
+"""The settings in which methods differ: scores, schedules, dense masks, the best particle. Then each method."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SETTINGS = {
     "precision": "float64",
     "progress": False,
 }
-STEPS = 5  # of an epoch
+STEPS = 5  # per epoch
 CHANGES = [
     *({"mask_score": score} for score in ("mean-abs", "rms", "signal-to-noise", "random")),
     {"mask_from": "dense"},
@@ -48,19 +48,19 @@ def run(digits, name="tied", **changes) -> SwampResult:
 
 @pytest.mark.parametrize("change", CHANGES, ids=str)
 def test_equal_to_the_naive_loop(change, digits):
-    change = change | {"lr": 0.3}  # the particles part
+    change = change | {"lr": 0.3}  # so high that the particles move apart
     fast = run(digits, "residual", **change | {"engine": "fused"})
     same(fast, naive_swamp(networks.build("residual"), *digits, **SETTINGS | change), 1e-8)
 
 
 def test_scores_by_their_definition():
     weights = torch.tensor([[0.1, -0.1, 0.0, 3.0, 1e-30], [0.1, 0.1, 0.0, 1.0, 2e-30], [0.1, -0.1, 0.0, 2.0, 1e-30]])
-    for dtype in (torch.float32, torch.float64):  # in float64 the mean of three times 0.1 is not 0.1
+    for dtype in (torch.float32, torch.float64):  # in float64, the mean of 0.1, 0.1 and 0.1 is not 0.1
         particles = list(weights.to(dtype))
         assert torch.equal(particles_score("mean-abs", particles), weights.to(dtype).double().abs().mean(0).to(dtype))
         rms = particles_score("rms", particles)
         assert torch.allclose(rms, torch.tensor([0.1, 0.1, 0.0, (14 / 3) ** 0.5, 2**0.5 * 1e-30]).to(dtype), rtol=1e-6)
-        assert rms[4] > 0  # float32's square would have been 0
+        assert rms[4] > 0  # its square would be 0 in float32
         ratio = particles_score("signal-to-noise", particles)
         assert ratio[0] == torch.inf
         assert ratio[2] == 0
@@ -78,7 +78,7 @@ SCORES = {
 
 @pytest.mark.parametrize("score", SCORES)
 def test_the_mask_keeps_the_largest_scores(score, digits):
-    """From the particles that a run of the dense cycle alone hands out."""
+    """The scores are computed here from the kept particles of a run with the same dense cycle."""
     apart = {"lr": 0.5, "swa_lr": 0.5, "prune": 0.1, "ticket_epochs": 0}
     dense = run(digits, cycles=0, keep_particles=True, **apart)
     ranked = torch.cat([SCORES[score](dense.particles[name]).flatten() for name in dense.masks])
@@ -90,7 +90,7 @@ def test_the_mask_keeps_the_largest_scores(score, digits):
 
 
 def test_random_masks_keep_as_many_by_layer_and_others(digits):
-    """As many of each layer as the largest weights of the cycle before would, drawn by seed and cycle alone."""
+    """A random mask keeps as many weights per layer as magnitude pruning would; only seed and cycle decide which."""
     result, magnitude = run(digits, mask_score="random"), run(digits)
     for cycle in range(1, 4):
         (before, kept), (_, masks) = result.at(cycle - 1), result.at(cycle)
@@ -148,7 +148,7 @@ def test_the_best_particle_by_loss_where_there_are_no_accuracies(digits):
     settings = SETTINGS | {"combine": "best", "lr": 0.3, "loss": lambda out, y: (out - y).square().mean(1)}
     found = [call(networks.build("tied"), train, test, val=test, **settings) for call in (fast_swamp, naive_swamp)]
     same(*found, 1e-8)
-    for row in found[0].history:  # val is test here, so that it can be seen
+    for row in found[0].history:  # test data serve as val here, so the history shows the losses that were compared
         assert row["loss"] == min(row["particle_loss"])
         assert row["accuracy"] is None
 
@@ -173,7 +173,7 @@ def test_settings_that_contradict(changes, text):
 
 
 def test_settings_that_do_not():
-    """One particle where no mask is made from it; and no floor of the rate without the schedule that has it."""
+    """One particle is allowed in a cycle from which no mask is made, and swa_lr > lr if the schedule doesn't use it."""
     SwampConfig(mask_score="signal-to-noise", particles=(2, 1), cycles=1)
     SwampConfig(mask_score="signal-to-noise", particles=(2, 1, 1), cycles=2, mask_from="dense")
     SwampConfig(schedule="cosine", lr=0.01)
@@ -194,7 +194,7 @@ def test_schedules():
 
 @pytest.fixture
 def diverging(monkeypatch):
-    """Particles of cycle 1, by number, that become infinite in their first step."""
+    """A list of numbers of particles, which become infinite in their first step of cycle 1."""
     step, which = Trainer.step, []
 
     def infinite(trainer, handle):
@@ -229,12 +229,12 @@ def test_one_particle_left_has_no_spread(digits, diverging):
         pytest.raises(FloatingPointError, match=r"cycle 1: one particle is left, which has no spread .* Lower lr"),
     ):
         run(digits, mask_score="signal-to-noise", on_divergence="drop")
-    with pytest.warns(UserWarning, match="diverged"):  # the last cycle's makes no mask
+    with pytest.warns(UserWarning, match="diverged"):  # no mask is made after the last cycle
         assert len(run(digits, mask_score="signal-to-noise", on_divergence="drop", cycles=1).history) == 2
 
 
-# Steps of the ticket are 0-4, of the trainings 5-14, 15-24, 25-34, 35-44: inside the second, before its first, and
-# inside and before the third and fourth, whose masks are made after one that was taken from a file.
+# The ticket has steps 0-4, and the four trainings have steps 5-14, 15-24, 25-34 and 35-44. The run is interrupted
+# before the second training, inside the third and before the fourth, so that masks are made from scores in a file.
 @pytest.mark.parametrize("engine", ["eager", "fused"])
 @pytest.mark.parametrize(
     "change",
@@ -251,19 +251,19 @@ def test_one_particle_left_has_no_spread(digits, diverging):
 def test_resumed_is_uninterrupted(change, engine, digits, tmp_path):
     settings = change | {"val": digits[1], "precision": "float32", "engine": engine, "checkpoint_minutes": 1e-9}
     run(digits, "dropout", **settings, run_dir=tmp_path / "whole")
-    with before_steps(stop_at(15)), pytest.raises(Interrupted):  # between cycles
+    with before_steps(stop_at(15)), pytest.raises(Interrupted):  # before the second training
         run(digits, "dropout", **settings, run_dir=tmp_path / "cut")
     assert (tmp_path / "cut" / "cycle_00.safetensors").exists()
     assert not (tmp_path / "cut" / "training.safetensors").exists()
-    with before_steps(stop_at(14)), pytest.raises(Interrupted):  # of those to come: inside a cycle
+    with before_steps(stop_at(14)), pytest.raises(Interrupted):  # 14 steps later: inside the third training
         run(digits, "dropout", **settings, run_dir=tmp_path / "cut")
     assert int(load_tensors(tmp_path / "cut" / "training.safetensors")[0]["done"]) > 0
-    with before_steps(stop_at(6)), pytest.raises(Interrupted):  # before the fourth
+    with before_steps(stop_at(6)), pytest.raises(Interrupted):  # 6 steps later: before the fourth training
         run(digits, "dropout", **settings, run_dir=tmp_path / "cut")
     run(digits, "dropout", **settings, run_dir=tmp_path / "cut")
     assert same_bits(tmp_path / "whole", tmp_path / "cut")
     SwampResult.load(tmp_path / "cut").save(tmp_path / "copy")
-    for path in (tmp_path / "cut").glob("cycle*"):  # with what masks are made from
+    for path in (tmp_path / "cut").glob("cycle*"):  # these files include the scores from which masks are made
         assert same_tensors(load_tensors(path)[0], load_tensors(tmp_path / "copy" / path.name)[0])
 
 
@@ -286,7 +286,7 @@ def test_only_what_needs_scores_has_them_in_its_files(digits, tmp_path):
         run(digits, **change, cycles=2, epochs=1, run_dir=tmp_path / str(number))
         files = [load_tensors(tmp_path / str(number) / f"cycle_0{cycle}.safetensors")[0] for cycle in range(3)]
         scored.append([any(name.startswith("score/") for name in file) for file in files])
-        for file in files:  # the kept weights' alone
+        for file in files:  # only kept weights have scores
             for name in file:
                 if name.startswith("score/"):
                     assert file[name].shape == file[name.replace("score/", "values/")].shape
@@ -315,11 +315,11 @@ def test_packed_they_give_what_they_give_alone(way, digits, monkeypatch):
         alone = fast_swamp(networks.build("residual"), *digits, val=0.2, **settings | own)
         same(each.result, alone, 1e-10)
     slow, fast = (max(row["train_seconds"] for row in each.result.history) for each in (found.runs[0], found.runs[5]))
-    assert slow < 7 * fast  # a share of the bank's time, not all of it
+    assert slow < 7 * fast  # each run is charged a share of the bank's time, not all of it
 
 
 def test_the_share_of_a_packed_run(digits, monkeypatch):
-    """Seconds of runs in one bank add up to what it took."""
+    """The seconds of the runs in one bank add up to no more than the whole sweep took."""
     monkeypatch.setattr(packing, "runs_at_once", lambda engine, problems: (4, "forced"))
     import time
 
@@ -355,7 +355,7 @@ def test_imp_is_the_naive_loop_with_one_particle_and_sgd(digits):
 
 
 def test_the_last_iterate_of_the_swa_schedule(digits):
-    """With a window of one epoch SWA's mean is the last iterate, so the two differ in nothing."""
+    """With an SWA window of one epoch, the mean is the last iterate, so both methods give equal results."""
     same(of_method("imp-swa-schedule", digits), of_method("imp+swa", digits), 0)
     longer = [of_method(name, digits, epochs=8) for name in ("imp-swa-schedule", "imp+swa", "imp")]
     heads = [each.at(0)[0].head.weight for each in longer]
@@ -370,7 +370,7 @@ def test_swamp_and_its_own_ablations(digits):
     for cycle in (0, 1):
         assert torch.equal(plus.at(cycle)[0].head.weight, alone.at(cycle)[0].head.weight)
     sgd = of_method("swamp-sgd", digits, cycles=0, keep_particles=True)
-    for name, each in sgd.particles.items():  # the first is imp's
+    for name, each in sgd.particles.items():  # particle 0 equals the particle of imp
         assert torch.equal(each[0], of_method("imp", digits, cycles=0).state_dict[name])
         assert torch.allclose(sgd.state_dict[name], each.mean(0), atol=1e-12)
 
@@ -384,7 +384,7 @@ def test_the_best_particle(digits):
 
 
 def test_sms_starts_a_cycle_from_the_average(digits):
-    """The first weights that cycle 1 steps from are the pruned average of cycle 0."""
+    """The weights before the first step of cycle 1 are the pruned average of cycle 0."""
     assert config_of("sms") == BASE.replace(rewind="average")
     trained = of_method("sms", digits, cycles=0)
     step, starts = Trainer.step, []
@@ -411,26 +411,27 @@ def test_compute_matched_imp(digits):
     assert METHODS["imp-fine"].every(BASE) == 3
     assert len(fine.history) == 3 * 3 + 1
     for cycle, row in enumerate(imp.history):
-        assert abs(fine.history[3 * cycle]["kept"] - row["kept"]) <= 3  # each pruning rounds
+        assert abs(fine.history[3 * cycle]["kept"] - row["kept"]) <= 3  # each of the three prunings rounds
     assert imp.history[1]["kept"] < fine.history[1]["kept"] < imp.history[0]["kept"]
 
 
 def test_one_shot_and_random(digits):
     one_shot, random, imp = (of_method(name, digits, cycles=2) for name in ("one-shot", "random", "imp"))
-    assert all(torch.equal(mask, one_shot.at(1)[1][name]) for name, mask in imp.at(1)[1].items())  # of one pruning
+    # After one pruning, one-shot and imp have equal masks.
+    assert all(torch.equal(mask, one_shot.at(1)[1][name]) for name, mask in imp.at(1)[1].items())
     assert not torch.equal(masks_of(one_shot), masks_of(imp))
-    for name, mask in imp.at(1)[1].items():  # made from the same dense run
+    for name, mask in imp.at(1)[1].items():  # both are made from the same dense run
         assert int(mask.sum()) == int(random.at(1)[1][name].sum())
         assert not torch.equal(mask, random.at(1)[1][name])
-    told = [[int(mask.sum()) for mask in imp.at(cycle)[1].values()] for cycle in (1, 2)]
-    shuffled = of_method("random", digits, cycles=2, layer_kept=told)
+    kept = [[int(mask.sum()) for mask in imp.at(cycle)[1].values()] for cycle in (1, 2)]
+    shuffled = of_method("random", digits, cycles=2, layer_kept=kept)
     naive = naive_swamp(networks.build("tied"), *digits, config=shuffled.config)
-    assert SwampConfig.from_toml(shuffled.config.to_toml()).layer_kept == tuple(map(tuple, told))
+    assert SwampConfig.from_toml(shuffled.config.to_toml()).layer_kept == tuple(map(tuple, kept))
     for cycle in (1, 2):
         for name, mask in imp.at(cycle)[1].items():
             assert int(mask.sum()) == int(shuffled.at(cycle)[1][name].sum())
             assert torch.equal(naive.at(cycle)[1][name], shuffled.at(cycle)[1][name])
-    for wrong in ([told[0]], [told[1], told[0]], [[0] * len(each) for each in told]):
+    for wrong in ([kept[0]], [kept[1], kept[0]], [[0] * len(each) for each in kept]):
         with pytest.raises(ValueError, match="`layer_kept`"):
             of_method("random", digits, cycles=2, layer_kept=wrong)
 
@@ -446,6 +447,6 @@ def test_seeds_of_an_ensemble():
 
 
 def test_scores_of_one_particle_are_all_one():
-    """So one-particle methods take |w| whatever the comparison's mask_score is."""
+    """Methods with one particle rank by |w|, whatever mask_score the comparison has."""
     for score in ("rms", "signal-to-noise", "mean-abs"):
         assert config_of("imp", BASE.replace(mask_score=score)) == config_of("imp")

@@ -1,4 +1,4 @@
-"""Sweeps: a packed run gives what it gives alone, nothing is computed twice, one that fails stops no other."""
+"""Sweeps: a packed run equals the run alone, nothing is computed twice, and a failed run stops no other."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_packed_equals_alone_in_float64(way, data, monkeypatch):
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_packed_equals_alone_bit_for_bit(optimizer, data, monkeypatch):
-    """On the fused engine, and lane by lane on the eager one."""
+    """The fused engine and the eager engine's lane-by-lane mode give each packed run the bits of the run alone."""
     monkeypatch.setattr(packing, "runs_at_once", lambda engine, problems: (4, "forced"))
     rates = {"optimizer": optimizer} | ({} if optimizer == "sgd" else {"lr": 1e-3, "swa_lr": 5e-4})
     grid = {"seed": [0, 1], "weight_decay": [0.0, 1e-3]}
@@ -134,7 +134,7 @@ def test_stopped_it_goes_on(engine, data, tmp_path, monkeypatch):
     again = sweep(made, *data, {"seed": [0, 1]}, out=tmp_path, engine=engine, **SETTINGS)
     for a, b in zip(whole.runs, again.runs, strict=True):
         bits(a.result, b.result)
-    assert len(steps) == 2 * (1 + 3 * 2) * 5  # none is taken twice
+    assert len(steps) == 2 * (1 + 3 * 2) * 5  # no step is taken twice
 
 
 @pytest.fixture
@@ -145,12 +145,12 @@ def three_at_once(monkeypatch):
 SEEDS = {"seed": [0, 1, 2]}
 EAGER = {**SETTINGS, "engine": "eager", "cycles": 1}
 FASTEST = {**EAGER, "engine": "fastest"}
-STEPS = 3 * (5 + 2 * 2 * 5)  # of the runs: a ticket's epoch, and two trainings of two
+STEPS = 3 * (5 + 2 * 2 * 5)  # 3 runs: the ticket's epoch and two trainings of two epochs, with 5 steps per epoch
 
 
 @pytest.mark.parametrize("writes", [1, 23, 49, 71])
 def test_killed_between_the_checkpoints_of_two_runs(writes, three_at_once, data, tmp_path, monkeypatch):
-    """One step is done again, and nothing else."""
+    """Only the last step is repeated, by the runs whose checkpoints were already written."""
     whole = sweep(made, *data, SEEDS, **EAGER)
     count, original, step = [], Run.keep_training, Run.step
 
@@ -173,7 +173,7 @@ def test_killed_between_the_checkpoints_of_two_runs(writes, three_at_once, data,
 
 
 def test_stopped_while_one_is_evaluated(three_at_once, data, tmp_path, monkeypatch):
-    """What all have trained is kept."""
+    """A signal that comes while one run is evaluated loses the finished training of no run."""
     asked = []
 
     def reestimate(*_):
@@ -202,7 +202,7 @@ def frozen():
 
 
 class Drawn(torch.nn.Module):
-    """What it does depends on what it draws when it is made."""
+    """A model whose function depends on random values that are drawn when it is created."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -260,7 +260,7 @@ def test_whatever_a_run_fails_by_the_others_go_on(three_at_once, data, tmp_path,
 
 
 def test_what_was_chosen_is_chosen_again(data, tmp_path, monkeypatch):
-    """By a stopwatch: also for new runs of an extended grid."""
+    """A choice that a stopwatch made is used again, also for the new runs of an extended grid."""
     for way, why in (("lanes", "first"), ("fold", "then")):
         monkeypatch.setattr("swamp_fast.engines.start._fastest", lambda *_, w=way, y=why: named(f"eager:{w}", y))
         again = sweep(made, *data, SEEDS if way == "fold" else {"seed": [0, 1]}, out=tmp_path, **FASTEST)
@@ -268,7 +268,7 @@ def test_what_was_chosen_is_chosen_again(data, tmp_path, monkeypatch):
 
 
 def test_a_score_that_is_not_finite(data, tmp_path):
-    """Its mean and spread are NaN, and no run is lost."""
+    """The mean and spread of the score are NaN, and no run fails."""
 
     def loss(outputs, targets):
         return -outputs.softmax(1).gather(1, targets[:, None]).squeeze(1).log()
@@ -295,10 +295,10 @@ def test_runs_are_dealt_by_what_they_cost(data):
     assert costs == [20, 20]
 
 
-def test_progress_tells_of_the_whole_sweep(three_at_once, data, capsys):
+def test_progress_covers_the_whole_sweep(three_at_once, data, capsys):
     sweep(made, *data, SEEDS, **{**EAGER, "progress": True})
-    told = capsys.readouterr().err.splitlines()
-    cycles = [line for line in told if ": cycle " in line]
+    printed = capsys.readouterr().err.splitlines()
+    cycles = [line for line in printed if ": cycle " in line]
     assert len(cycles) == 6
     assert cycles[-1].endswith("the sweep has about 0.0 s left")
 

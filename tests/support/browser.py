@@ -1,4 +1,4 @@
-"""Headless Chromium, driven through a pipe by the DevTools protocol: what a page requests, logs and looks like."""
+"""Drives headless Chromium through a pipe, by the DevTools protocol, to see what a page requests, logs and shows."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 CHROMIUM = shutil.which("chromium")
-PATIENCE = 60.0  # seconds to wait for a message
+TIMEOUT = 60.0  # seconds to wait for a message
 
 
 @dataclass
 class Look:
-    """What was observed: requests, messages of the console and the log, widths in pixels, and a screenshot."""
+    """Observations of a page: requests, console and log messages, widths in pixels, and a screenshot."""
 
     requests: list[str]
     messages: list[str]
@@ -30,7 +30,7 @@ class Look:
 
 
 class Browser:
-    """A browser as a context manager; no host name resolves, so nothing is fetched from a network."""
+    """A context in which a browser runs. No host name resolves, so it fetches nothing from a network."""
 
     def __init__(self, profile: Path) -> None:
         own_read, its_write = os.pipe()
@@ -65,12 +65,12 @@ class Browser:
     def __exit__(self, *_: object) -> None:
         self.session = None
         self.call("Browser.close")
-        self.process.wait(PATIENCE)
+        self.process.wait(TIMEOUT)
         os.close(self.read)
         os.close(self.write)
 
     def look(self, page: Path, width: int, theme: str, whole: bool = False) -> Look:
-        """Open a local page with a window width and a theme, "light" or "dark"; `whole` captures all of it."""
+        """Open a local page with a window width and a theme, "light" or "dark". `whole` captures the full page."""
         self.call(
             "Emulation.setDeviceMetricsOverride", width=width, height=800, deviceScaleFactor=1, mobile=width < 600
         )
@@ -89,7 +89,7 @@ class Browser:
         return Look(requests, messages, *found, base64.b64decode(picture["data"]))
 
     def pdf(self, page: Path) -> bytes:
-        """The page as it would be printed."""
+        """The page as a PDF, as it would be printed."""
         self.call("Page.navigate", url=page.as_uri())
         return base64.b64decode(self.call("Page.printToPDF")["data"])
 
@@ -109,12 +109,12 @@ class Browser:
         return [event["params"] for event in self.events if event.get("method") == method]
 
     def _take(self) -> dict[str, Any]:
-        """The next message; events are also kept."""
-        until = time.monotonic() + PATIENCE
+        """Receive the next message. Events are also recorded."""
+        until = time.monotonic() + TIMEOUT
         while b"\0" not in self.rest:
             ready, _, _ = select.select([self.read], [], [], max(until - time.monotonic(), 0))
             if not ready:
-                raise TimeoutError(f"no message from chromium for {PATIENCE} s.")
+                raise TimeoutError(f"no message from chromium for {TIMEOUT} s.")
             self.rest += os.read(self.read, 1 << 20)
         first, _, self.rest = self.rest.partition(b"\0")
         message = json.loads(first)
