@@ -179,9 +179,13 @@ def build_model(name: str, channels: int, height: int, width: int, classes: int)
         raise ValueError(f'`--model` must be one of {", ".join(MODELS)}, or package.module:factory; got "{name}".')
     try:
         make = getattr(import_module(package), factory)
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # the imported code may raise anything
         raise ValueError(f'`--model`: "{name}" can\'t be imported: {error}') from error
-    model = make()
+    try:
+        model = make()
+    except Exception as error:  # the user's own code may raise anything
+        text = f"{type(error).__name__}: {error}"
+        raise ValueError(f'`--model`: "{name}" is called without arguments, and raised {text}.') from error
     if not isinstance(model, nn.Module):
         raise TypeError(f'`--model`: "{name}" must return an nn.Module, got {type(model).__name__}.')
     return model

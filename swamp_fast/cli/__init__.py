@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from typing import Any, NoReturn
 
 from swamp_fast import distributed
 from swamp_fast.cli.analyses import add_analyze, add_ticket
@@ -23,7 +24,11 @@ USER_ERRORS = (ValueError, TypeError, OSError, ImportError, RuntimeError, Memory
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command. Returns 0 for success, 2 for an error that it reports in one line, 130 if interrupted."""
-    given = _parser().parse_args(arguments)
+    parser = _parser()
+    given = parser.parse_args(arguments)
+    if given.command is None:
+        parser.print_help()
+        return 0
     try:
         with distributed.start(getattr(given, "device", None) or "auto"):
             given.command(given)
@@ -38,10 +43,22 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser, also of each command, that takes no abbreviated flags and reports a usage error in one line."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with status 2."""
+        self.exit(2, f"{self.prog}: {message}. Run {self.prog} --help for its arguments.\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="swamp-fast", description="SWAMP: prune with averaged particles, fast.")
+    parser = _Parser(prog="swamp-fast", description="SWAMP: prune with averaged particles, fast.")
+    parser.set_defaults(command=None)
     parser.add_argument("--version", action="version", version=f"swamp_fast {__version__}")
-    commands = parser.add_subparsers(required=True)
+    commands = parser.add_subparsers()
     for add in COMMANDS:
         add(commands)
     commands.metavar = " | ".join(commands.choices)

@@ -53,13 +53,26 @@ def given_settings(given: argparse.Namespace) -> dict[str, Any]:
 
 def numbers(text: str) -> list[int]:
     """Parse integers that are separated by commas."""
-    return [int(part) for part in text.split(",")]
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f'integers separated by commas are needed, got "{text}"') from None
+
+
+def positive(text: str) -> int:
+    """Parse an integer of at least 1."""
+    number = int(text) if text.strip().isdecimal() else 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f'an integer of at least 1 is needed, got "{text}"')
+    return number
 
 
 def three_numbers(text: str) -> tuple[int, int, int]:
-    """Parse three integers that are separated by commas."""
-    first, second, third = numbers(text)
-    return first, second, third
+    """Parse three integers of at least 1 that are separated by commas."""
+    found = numbers(text)
+    if len(found) != 3 or min(found) < 1:
+        raise argparse.ArgumentTypeError(f'three integers of at least 1 are needed, such as 3,32,32; got "{text}"')
+    return found[0], found[1], found[2]
 
 
 def _add_setting(group: argparse._ArgumentGroup, name: str, field: dataclasses.Field[Any]) -> None:

@@ -6,34 +6,35 @@ import argparse
 
 import torch
 
-from swamp_fast.cli.flags import Commands, add_command, add_model, three_numbers
+from swamp_fast.cli.flags import Commands, add_command, add_model, positive, three_numbers
 from swamp_fast.common.memory import free_memory
 from swamp_fast.config import CHOICES
 from swamp_fast.engines.fused.estimate import estimate, measured_ceilings
 from swamp_fast.engines.fused.trace import NotCovered
 from swamp_fast.models import build_model
 from swamp_fast.ops.backends import backends
+from swamp_fast.problem.checks import choose_device
 
 
 def add_plan(commands: Commands) -> None:
     """Register the command `plan` and its flags."""
     parser = add_command(commands, "plan", plan)
     add_model(parser)
-    parser.add_argument("--particles", type=int, default=4, metavar="N")
-    parser.add_argument("--batch-size", type=int, default=128, metavar="B")
+    parser.add_argument("--particles", type=positive, default=4, metavar="N")
+    parser.add_argument("--batch-size", type=positive, default=128, metavar="B")
     parser.add_argument(
         "--shape", type=three_numbers, default=(3, 32, 32), metavar="C,H,W", help="shape of a picture; default 3,32,32"
     )
-    parser.add_argument("--classes", type=int, default=10)
+    parser.add_argument("--classes", type=positive, default=10)
     parser.add_argument("--precision", choices=CHOICES["precision"], default="float32")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, …; by default a GPU if there is one")
 
 
 def plan(given: argparse.Namespace) -> None:
     """Estimate, without training, the fused engine's step time on this device and how many particles fit."""
-    device = torch.device(given.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     channels, height, width = given.shape
     model = build_model(given.model, channels, height, width, given.classes)
+    device = choose_device(given.device or "auto", model)
     inputs = torch.zeros(given.batch_size, channels, height, width)
     try:
         traced, cost = estimate(model, inputs, given.precision)

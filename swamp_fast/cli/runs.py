@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 
 import torch
@@ -77,11 +78,15 @@ def add_show(commands: Commands) -> None:
     """Register the command `show` and its flags."""
     parser = add_command(commands, "show", show)
     parser.add_argument("directory", metavar="DIR")
+    parser.add_argument("--json", action="store_true", help="print one JSON object: settings, engine, history, place")
 
 
 def show(given: argparse.Namespace) -> None:
     """Print the settings, the engine and the history of the run in a folder."""
     result = SwampResult.load(given.directory)
+    if given.json:
+        print(json.dumps(result.to_dict(), indent=1))
+        return
     print(result.config.to_toml())
     engine = {name: value for name, value in result.engine.items() if value not in (None, {}) and name != "rows"}
     print("engine: " + ", ".join(f"{name} = {value}" for name, value in engine.items()) + "\n")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from swamp_fast.common.fingerprint import callable_fingerprint, model_fingerprint, tensor_fingerprint
-from swamp_fast.config import SwampConfig
+from swamp_fast.config import SwampConfig, default_of
 from swamp_fast.data.sources import Opened, open_source
 from swamp_fast.data.standardise import Standardise
 from swamp_fast.particles.layout import Layout
@@ -101,7 +101,8 @@ def _with_batch_size_of(opened: Opened, config: SwampConfig, settings: Mapping[s
     """The settings with the batch size of a DataLoader, if one was given. Raises ValueError if they contradict it."""
     if opened.batch_size is None:
         return config
-    requested = settings.get("batch_size", opened.batch_size)
+    is_set = "batch_size" in settings or config.batch_size != default_of("batch_size")
+    requested = config.batch_size if is_set else opened.batch_size
     if requested != opened.batch_size:
         raise ValueError(
             f"`batch_size` = {requested} contradicts the DataLoader's {opened.batch_size}; give one of them."

@@ -21,14 +21,26 @@ def points_of(grid: Grid) -> list[dict[str, Any]]:
     Raises TypeError if a setting has no list of values, ValueError if the list of points is empty.
     """
     if isinstance(grid, Mapping):
-        for name, values in grid.items():
-            if isinstance(values, str | Mapping) or not isinstance(values, Iterable) or not list(values):
-                raise TypeError(f"`grid` must have a list of values for `{name}`, got {values!r}.")
-        return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
-    points = [dict(point) for point in grid]
+        lists = {name: _values_of(name, values) for name, values in grid.items()}
+        return [dict(zip(lists, values, strict=True)) for values in itertools.product(*lists.values())]
+    if isinstance(grid, str) or not isinstance(grid, Iterable):
+        raise TypeError(f"`grid` must be a dict of lists, or a list of points, got {grid!r}.")
+    points = []
+    for point in grid:
+        if not isinstance(point, Mapping):
+            raise TypeError(f"`grid` as a list must hold points, each a dict from settings to values, got {point!r}.")
+        points.append(dict(point))
     if not points:
         raise ValueError("`grid` is empty; give at least one point, such as {}.")
     return points
+
+
+def _values_of(name: str, values: object) -> list[Any]:
+    """The values of one setting as a list: an iterator can be read only once."""
+    listed = list(values) if isinstance(values, Iterable) and not isinstance(values, str | Mapping) else []
+    if not listed:
+        raise TypeError(f"`grid` must have a list of values for `{name}`, got {values!r}.")
+    return listed
 
 
 def shared_settings(config: SwampConfig | None, settings: Mapping[str, Any]) -> SwampConfig:

@@ -85,8 +85,11 @@ def run_points(
     job = distributed.current()
     console = Console(base.progress and job.first)
     problems: list[Problem] = []
-    for config in [base.replace(**point) for point in points]:
-        problem = prepare(model_of(model, config.seed), train, test, arguments, config=config, settings={})
+    for point in points:
+        if "run_dir" in point:
+            raise TypeError("`grid` can't set `run_dir`: each run of a sweep has a folder below `out`.")
+        seed = base.replace(**point).seed
+        problem = prepare(model_of(model, seed), train, test, arguments, config=base, settings=point)
         problems.append(_with_shared_data(problem, problems))
     runs = [_run_at(point, problem, out) for point, problem in zip(points, problems, strict=True)]
     _refuse_duplicates(runs)
@@ -171,8 +174,8 @@ def _exchange(job: Ranks, problems: Sequence[Problem], runs: Sequence[SweptRun])
 
 
 def draw(figure: Callable[[Path], Path], path: Path, base: SwampConfig) -> None:
-    """Draw a figure. If it can't be drawn, the console says why."""
+    """Draw a figure. If it can't be drawn, whatever the reason, the console says why: the result must not be lost."""
     try:
         figure(path)
-    except (ImportError, ValueError) as reason:
+    except Exception as reason:
         Console(base.progress).line(f"figure   none: {reason}")
