@@ -82,8 +82,8 @@ def test_a_run_stopped_by_divergence_can_continue_without_the_particle(on, digit
 
     with before_steps(fatal), pytest.raises(FloatingPointError, match="cycle 0, epoch 1: particle 1 diverged") as error:
         run(run_dir=tmp_path / "cut")
-    assert "other settings are another run" in str(error.value)
-    assert 'on_divergence="drop" continues without' in str(error.value)
+    assert "with a changed lr it would be another run" in str(error.value)
+    assert 'on_divergence="drop" continues the run without' in str(error.value)
     kept = RunDirectory(tmp_path / "cut").training_paths()[0]
     assert bool(load_tensors(kept)[0]["weights/kept"].isnan().any())
     with before_steps() as count:

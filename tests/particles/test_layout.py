@@ -133,8 +133,8 @@ def test_counts_over_cycles():
 @pytest.mark.parametrize(
     ("kept", "prune", "cycles", "text"),
     [
-        (36, 0.2, 14, "in cycle 13 nothing would be pruned of 2. Ask for at most 12 cycles"),
-        (3, 0.9, 1, "in cycle 1 nothing would be left to keep. Ask for at most 0 cycles"),
+        (36, 0.2, 14, "in cycle 13 nothing would be pruned of 2. Set cycles to at most 12"),
+        (3, 0.9, 1, "in cycle 1 nothing would be left to keep. Set cycles to at most 0"),
     ],
 )
 def test_more_cycles_than_weights(kept, prune, cycles, text):

@@ -187,7 +187,7 @@ def test_refuses_splits_of_another_kind_before_training(digits):
         fast_swamp(networks.build("tied"), train, val=(test[0][:, :, :6], test[1]), **SETTINGS, on_cycle=steps.append)
     with pytest.raises(ValueError, match="`val` is the training data"):
         fast_swamp(networks.build("tied"), train, val=train, **SETTINGS)
-    with pytest.raises(ValueError, match=r"`transform\(inputs\)` must return inputs of as many samples"):
+    with pytest.raises(ValueError, match=r"`transform\(inputs\)` must return the same number of samples"):
         fast_swamp(networks.build("tied"), train, transform=lambda x: None, **SETTINGS)
     assert not steps
 
@@ -214,7 +214,7 @@ def test_hidden_features_among_the_outputs_are_pruned(digits):
 
 
 def test_contradictory_settings():
-    with pytest.raises(ValueError, match="stands instead of `cycles`"):
+    with pytest.raises(ValueError, match="but cycles = 14 was also given"):
         SwampConfig.of(None, {"cycles": 14, "target_density": 0.5})
     assert SwampConfig.of(None, {"cycles": 4, "target_density": 0.5}).cycles == 4
 
