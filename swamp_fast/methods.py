@@ -1,4 +1,4 @@
-"""The methods that `compare` knows: SWAMP, its ablations and related methods. Each is a set of the driver's settings."""
+"""The methods that `compare` knows: SWAMP, its ablations and related methods, each given by the driver's settings."""
 
 from __future__ import annotations
 

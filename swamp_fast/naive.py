@@ -138,7 +138,7 @@ def train_particles(
 
 
 def sparsity(problem: Problem, masks: State) -> dict[str, Any]:
-    """Return the masks' density, the number of kept weights, and the FLOPs of one sample's forward pass under the masks."""
+    """Return the history row's density, kept weights and FLOPs (of one sample's forward pass) under the masks."""
     kept = {name: int(mask.sum()) for name, mask in masks.items()}
     sizes = {name: mask.numel() for name, mask in masks.items()}
     count = sum(kept.values())
@@ -279,7 +279,7 @@ def mean_of(particles: list[nn.Module]) -> nn.Module:
 
 
 def score_of(problem: Problem, particles: list[nn.Module], cycle: int) -> State:
-    """Return the score of each prunable parameter, by name, if `mask_score` needs the single particles; otherwise {}."""
+    """Return the score of each prunable parameter by name, or {} if `mask_score` needs only the particles' average."""
     config = problem.config
     if not config.scored_at(cycle):
         return {}

@@ -38,9 +38,9 @@ class Combined:
 
 @first_rank_decides
 def combine(problem: Problem, run: Run, side_by_side: ModelsSideBySide, particles: Particles, cycle: int) -> Combined:
-    """Average the particles, then re-estimate the BatchNorm statistics of the particles and the average, and evaluate them.
+    """Average the particles, re-estimate BatchNorm statistics, and evaluate.
 
-    For this, the particles and the average run side by side, as lanes of the engine.
+    The last two are done for the particles and for their average, which run side by side as lanes of the engine.
     """
     lanes = particles.left
     mean = ops.particle_mean(particles.weights[lanes], torch.zeros_like(particles.keys[lanes, 0]), 1)

@@ -1,4 +1,4 @@
-"""Does the trainings that the driver requests, and what happens around their steps: counting, checkpoints, divergence."""
+"""Runs the trainings that the driver requests. Around their steps, it counts, writes checkpoints and checks divergence."""
 
 from __future__ import annotations
 
@@ -215,7 +215,7 @@ class Watch:
         return TrainingOutcome(ranks, self.bank, self.count, losses.tolist(), self.dropped, seconds, side_by_side)
 
     def wait(self, on_step: Callable[[int], None]) -> Tensor:
-        """Take part in the messages between ranks, on a rank that has no lane. Returns an empty tensor of losses [0]."""
+        """Take part in the messages between ranks, on a rank without lanes. Returns an empty tensor of losses [0]."""
         none = torch.zeros(0, dtype=torch.float64, device=self.bank.keys.device)
         done = 0 if self.state_before is None else int(self.state_before["done"])
         if done and done % self.steps == 0:

@@ -86,7 +86,7 @@ def copy_of(model: nn.Module) -> nn.Module:
 
 
 def check_batches(samples: int, batch: int, drop_last: bool, model: nn.Module) -> None:
-    """Raise ValueError for a batch size larger than the data, or one that leaves BatchNorm a last batch of one sample."""
+    """Raise ValueError if the batch size exceeds the data, or if BatchNorm would get a last batch of one sample."""
     if batch > samples:
         raise ValueError(f"`batch_size` = {batch} is more than the {samples} training samples; lower it.")
     if any(isinstance(module, _BatchNorm) for module in model.modules()) and (

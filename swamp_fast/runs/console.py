@@ -17,7 +17,7 @@ REFRESH_SECONDS = 0.2  # least time between two updates of the status line
 
 
 class Console:
-    """Prints lines and, if the stream is a terminal, updates a status line below them. Prints nothing if not `shown`."""
+    """Prints lines and, on a terminal, updates a status line below them. Prints nothing if `shown` is False."""
 
     def __init__(self, shown: bool, stream: TextIO | None = None) -> None:
         self.shown = shown

@@ -1,7 +1,7 @@
 """A run's folder on disk. It holds plain files; each is written atomically, and loading one executes no code.
 
-Every safetensors file has a checksum over its names, tensors and metadata. A damaged file is renamed, never deleted, and
-the run continues from the last intact one.
+Every safetensors file has a checksum over its names, tensors and metadata. A damaged file is renamed, never deleted,
+and the run continues from the last intact one.
 
 run.json                description of the run: settings, fingerprints, versions, start time, the engine's choices
 config.toml             the settings alone, from which another run can be started
@@ -189,7 +189,8 @@ class RunDirectory:
         path = self.path / "run.json"
         if not path.exists():
             raise ValueError(
-                f"{self.path} holds files but no run.json, so it is not a run of swamp_fast; name an empty or new folder."
+                f"{self.path} holds files but no run.json, so it is not a run of swamp_fast; name an empty or new "
+                "folder."
             )
         try:
             about: dict[str, Any] = json.loads(path.read_text())
@@ -391,8 +392,8 @@ def refused(path: Path, error: OSError) -> OSError:
     """Return the error for a file that can't be written, with advice."""
     return OSError(
         error.errno,
-        f"{path} can't be written ({error}). The folder's earlier content is intact: free some space or make the folder "
-        "writable, and start the run again to continue. To only read a folder, use SwampResult.load.",
+        f"{path} can't be written ({error}). The folder's earlier content is intact: free some space or make the "
+        "folder writable, and start the run again to continue. To only read a folder, use SwampResult.load.",
     )
 
 

@@ -242,7 +242,7 @@ class Run:
         return 0.0 if checkpoint is None else checkpoint.seconds
 
     def go_back_to(self, step: int) -> None:
-        """Continue from the checkpoint that was written after `step` steps, if it is the newest or the one before it."""
+        """Continue from the checkpoint after `step` steps, if that is the newest checkpoint or the one before it."""
         newest = self.unfinished
         if self.folder is None or newest is None or newest.steps == step:
             return
@@ -293,7 +293,7 @@ class Run:
 
     def _refuse_different_calls(self) -> None:
         """Raise ValueError on every rank if the ranks' calls differ."""
-        # run_id leaves out these two settings, but all ranks must agree on them, because they decide which messages ranks exchange.
+        # run_id leaves out these two settings, but they decide which messages ranks exchange, so ranks must agree.
         together = (self.config.run_dir is None, self.config.on_divergence)
         own = {"the settings": (run_id({**self.about, "fingerprints": {}}), together), **self.problem.fingerprints}
         first_ranks = self.ranks.broadcast_from_first(lambda: own)

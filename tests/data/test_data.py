@@ -109,7 +109,7 @@ def test_streamed_batches_are_the_stored_ones(monkeypatch):
 def test_floats_are_taken_as_they_are():
     inputs = torch.randn(20, 7, dtype=torch.float64)
     built = ready((inputs, torch.arange(20) % 4))
-    assert built.line.endswith("taken as it is")
+    assert built.line.endswith("used unchanged")
     batches = an_epoch(built.data, lanes=1, batch_size=20)
     keys = lane_keys([5], [stream_of(0, 0)], CPU) + torch.tensor([0, 0, 1])
     assert torch.equal(batches[0].inputs[0], inputs[epoch_order(keys, 20)[0]])
@@ -143,7 +143,7 @@ def test_random_samples_are_streamed_and_repeat(workers):
     """A Dataset that draws anew is not frozen; each particle, epoch and sample has its own draws, again and again."""
     loader = DataLoader(Noisy(), batch_size=8, num_workers=workers)
     built = ready(loader)
-    assert "drawn anew each epoch" in built.line
+    assert "its samples are random and are read again in each epoch" in built.line
     first, again, later = an_epoch(built.data), an_epoch(built.data), an_epoch(built.data, epoch=2)
     alone = an_epoch(built.data, lanes=1)
     for a, b, c in zip(first, again, alone, strict=True):
@@ -184,7 +184,7 @@ def ragged(items):
 def test_a_collate_function_is_used():
     items = Pairs([(torch.arange(1.0, 2 + i % 5), i % 4) for i in range(20)])
     built = ready(DataLoader(items, batch_size=8, collate_fn=ragged))
-    assert "collate function of its own" in built.line
+    assert "custom collate function" in built.line
     batch = an_epoch(built.data)[0]
     assert not batch.stacked
     inputs, targets = batch.lane(1)
@@ -207,7 +207,7 @@ def test_what_a_loader_decides():
         DataLoader(data, batch_size=6, sampler=RandomSampler(data, replacement=True)),
         DataLoader(data, batch_size=6, sampler=RandomSampler(data, num_samples=7)),
     ):
-        with pytest.raises(ValueError, match="the DataLoader has its own sampler"):
+        with pytest.raises(ValueError, match="the DataLoader has a custom sampler"):
             open_source(bad, "train", None)
     with pytest.raises(ValueError, match="must have a batch_size"):
         open_source(DataLoader(data, batch_sampler=[[0, 1]]), "train", None)
@@ -261,7 +261,7 @@ def test_a_named_set_that_is_not_there(name, tmp_path, monkeypatch):
     monkeypatch.setenv("SWAMP_DATA", str(tmp_path))
     with pytest.raises(FileNotFoundError) as error:
         open_source(name, "train", None)
-    for part in (str(tmp_path), "nothing is downloaded unasked", "data_dir", "SWAMP_DATA", "download=True"):
+    for part in (str(tmp_path), "never downloaded automatically", "data_dir", "SWAMP_DATA", "download=True"):
         assert part in str(error.value)
     with pytest.raises(FileNotFoundError, match="elsewhere"):
         open_source(name, "train", str(tmp_path / "elsewhere"))
@@ -344,7 +344,7 @@ REFUSED = [
     ((torch.randn(3, 2), "abc"), TypeError, r"a pair must be \(inputs, targets\) tensors, got \(Tensor, str\)"),
     ((torch.zeros(9, 8, 8, 3).byte(), torch.arange(9)), ValueError, r"looks like \[n, H, W, C\]; pass images.permute"),
     ((torch.zeros(9, 8).byte(), torch.arange(9)), ValueError, "uint8 inputs must be pictures"),
-    (Endless(), TypeError, "an IterableDataset has no order to shuffle"),
+    (Endless(), TypeError, "an IterableDataset can't be shuffled"),
 ]
 
 

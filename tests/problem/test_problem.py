@@ -114,7 +114,7 @@ def test_refuses_data(digits):
             (inputs, targets + 1),
             {},
             ValueError,
-            r"labels must lie in \[0, 10\), as the model has 10 outputs; got 1 … 10",
+            r"labels must lie in \[0, 10\), because the model has 10 outputs; got 1 … 10",
         ),
         ((inputs, targets - 1), {}, ValueError, r"labels must lie in \[0, 10\), .* got -1 … 8"),
         ((inputs[:0], targets[:0]), {}, ValueError, "`train` is empty"),
@@ -277,7 +277,7 @@ def test_it_prints_what_it_will_cost_first(digits, capsys):
     text = "\n".join(lines)
     for part in (
         "3,072 prunable of 3,498 trained weights",
-        "train: 160 samples on cpu, uint8, standardised per channel by a table",
+        "train: 160 samples on cpu, uint8, standardised per channel",
         "2 trainings x 2 particles x 1 epochs, and 0 for the ticket: 4 particle-epochs of 5 steps, to density 80.00 %",
         "engine   eager:lanes on cpu",
         "cycle  0/1  density 100.00 %  accuracy",
