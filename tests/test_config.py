@@ -1,4 +1,4 @@
-"""SwampConfig: invalid settings, derived settings, and TOML."""
+"""SwampConfig: invalid settings, settings computed from others, and TOML."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 def free_memory(device: torch.device) -> int:
-    """Return the number of free bytes on a GPU or, for the CPU, of the host. Caches that can be dropped count as free."""
+    """Return the number of free bytes on a GPU or, for the CPU, the host. Caches that can be dropped count as free."""
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached

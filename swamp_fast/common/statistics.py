@@ -27,10 +27,12 @@ def half_width(values: Sequence[float], level: float = 0.95) -> float:
 
 
 def quantile(level: float, freedom: int) -> float:
-    """Return the t for which Student's distribution with `freedom` degrees of freedom has probability `level` in [-t, t].
+    """Return the t such that a Student-distributed variable lies in [-t, t] with probability `level`.
 
-    Found by bisection on the finite series of Abramowitz and Stegun 1964, 26.7.3 and 26.7.4. Raises ValueError for less
-    than one degree of freedom.
+    freedom  the degrees of freedom
+
+    t is found by bisection on the finite series of Abramowitz and Stegun 1964, 26.7.3 and 26.7.4. Raises ValueError for
+    less than one degree of freedom.
     """
     if freedom < 1:
         raise ValueError(f"an interval needs at least two values, got {freedom + 1}.")

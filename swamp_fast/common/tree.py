@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def tree_map(function: Callable[..., Any], first: Any, *others: Any) -> Any:
-    """Apply `function(leaf, *other_leaves)` to the leaves of trees of the same structure, and return the tree of results."""
+    """Return the tree of the results of `function(leaf, *other_leaves)`, over the leaves of trees of one structure."""
     if isinstance(first, dict):
         out = {} if type(first) is dict else copy.copy(first)  # the user's subclass of dict is kept
         for key, value in first.items():

@@ -1,4 +1,4 @@
-"""Runs the trainings that the driver requests. Around their steps, it counts, writes checkpoints and checks divergence."""
+"""Runs the trainings that the driver requests. Between their steps, it writes checkpoints and detects divergence."""
 
 from __future__ import annotations
 

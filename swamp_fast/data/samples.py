@@ -1,4 +1,4 @@
-"""Reads a user's Dataset: sample by sample, each with a seed of its own, or all samples at once if they fit in memory."""
+"""Reads a user's Dataset sample by sample, each with its own seed, or all samples at once if they fit in memory."""
 
 from __future__ import annotations
 

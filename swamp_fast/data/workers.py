@@ -25,7 +25,7 @@ def in_worker(number: int) -> None:
 def signals_held() -> Iterator[None]:
     """A context in which to start worker processes. It blocks the stop signals.
 
-    A signal stays pending in a worker until `in_worker` has set its handlers, and in this process until the context ends.
+    A signal stays pending in a worker until `in_worker` sets its handlers, and in this process until the context ends.
     """
     if not hasattr(signal, "pthread_sigmask"):
         yield

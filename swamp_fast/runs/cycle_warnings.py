@@ -10,7 +10,7 @@ from torch import Tensor
 
 from swamp_fast.common.format import percent
 
-MAX_GAP = 0.05  # an average more than this below the particles' mean accuracy is not in a common basin with them
+MAX_ACCURACY_GAP = 0.05  # an average further below its particles' mean accuracy shows that they share no basin
 
 
 def found_in_cycle(
@@ -43,7 +43,7 @@ def _average_outside_basin(row: Mapping[str, Any]) -> list[str]:
     held_out = row["val_mean_accuracy"] is not None
     prefix, split = ("val_", "val") if held_out else ("", "test")
     mean, accuracy = row[f"{prefix}mean_accuracy"], row[f"{prefix}accuracy"]
-    if mean is None or accuracy >= mean - MAX_GAP:
+    if mean is None or accuracy >= mean - MAX_ACCURACY_GAP:
         return []
     advice = (
         "Take a later ticket (more ticket_epochs)."

@@ -1,4 +1,4 @@
-"""Every form of data becomes the same batches; what can't be used is refused with advice."""
+"""All forms of data give the same batches, and unsuitable data are refused with advice."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 
 
 def pictures(n: int = 20, size: int = 6, channels: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
-    """uint8 [n, C, H, W] and labels of 4 classes."""
+    """Return uint8 pictures [n, C, H, W] and labels of 4 classes."""
     generator = torch.Generator().manual_seed(1)
     shape = (n, channels, size, size)
     return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator), torch.arange(n) % 4
@@ -33,7 +33,7 @@ def ready(given: object, augment: str = "none"):
 
 
 def an_epoch(data, lanes: int = 2, batch_size: int = 8, epoch: int = 1, channels_last: bool = False):
-    """All batches of one epoch of two particles, augmented."""
+    """Return all batches of one epoch, for two particles by default, with the data's augmentation."""
     keys = lane_keys([5] * lanes, [stream_of(0, lane) for lane in range(lanes)], CPU) + torch.tensor([0, 0, epoch])
     order = epoch_order(keys, data.length)
     bounds = batch_bounds(data.length, batch_size)
@@ -41,7 +41,7 @@ def an_epoch(data, lanes: int = 2, batch_size: int = 8, epoch: int = 1, channels
 
 
 class Pairs(Dataset):
-    """A map-style Dataset over anything."""
+    """A map-style Dataset over any indexable object."""
 
     def __init__(self, items) -> None:
         self.items = items
@@ -54,7 +54,7 @@ class Pairs(Dataset):
 
 
 def test_forms_of_pictures_are_one(tmp_path):
-    """Tensors, arrays, an .npz, PIL in a Dataset, uint8 tensors in a Dataset and a DataLoader give equal batches."""
+    """Tensors, arrays, an .npz, Datasets of PIL pictures, tensors or arrays, and a DataLoader give equal batches."""
     images, labels = pictures()
     last = images.permute(0, 2, 3, 1).contiguous().numpy()
     np.savez(tmp_path / "set.npz", train_images=last, train_labels=labels.numpy())
@@ -127,7 +127,7 @@ def test_nested_inputs(monkeypatch):
 
 
 class Noisy(Dataset):
-    """Draws at random from all three generators."""
+    """A Dataset that draws from torch's, Python's and NumPy's generators."""
 
     def __len__(self) -> int:
         return 20
@@ -140,7 +140,7 @@ class Noisy(Dataset):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_random_samples_are_streamed_and_repeat(workers):
-    """A Dataset that draws anew is not frozen; each particle, epoch and sample has its own draws, again and again."""
+    """A random Dataset is read again in each epoch. Each particle, epoch and sample has its own, reproducible draws."""
     loader = DataLoader(Noisy(), batch_size=8, num_workers=workers)
     built = ready(loader)
     assert "its samples are random and are read again in each epoch" in built.line
@@ -154,7 +154,7 @@ def test_random_samples_are_streamed_and_repeat(workers):
 
 
 class FlipsRarely(Dataset):
-    """One sample in a thousand differs; the draw itself is what shows it."""
+    """A Dataset of which one sample in a thousand is random; it is recognised by its use of the generator."""
 
     def __len__(self):
         return 40
@@ -175,7 +175,7 @@ def test_datasets_that_are_no_fixed_arrays_are_streamed():
 
 
 def ragged(items):
-    """A collate function of the user's: lists of different length."""
+    """A custom collate function, which pads inputs of different lengths."""
     longest = max(len(inputs) for inputs, _ in items)
     padded = torch.stack([torch.cat([inputs, inputs.new_zeros(longest - len(inputs))]) for inputs, _ in items])
     return padded, torch.tensor([target for _, target in items])
@@ -268,7 +268,7 @@ def test_a_named_set_that_is_not_there(name, tmp_path, monkeypatch):
 
 
 def test_named_sets_from_disk(tmp_path):
-    """CIFAR-10 as torchvision stores it, and Fashion-MNIST as Debian packs it."""
+    """CIFAR-10 is read from torchvision's files, and Fashion-MNIST from those of Debian's package."""
     import hashlib
     import pickle
 

@@ -1,4 +1,4 @@
-"""The flat layout of parameters, and which of them are pruned."""
+"""The flat layout of parameters, and the selection of those that are pruned."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_names_patterns_and_predicates():
 
 
 def test_convolution_counts_of_the_protocols_networks():
-    """Those of METHOD's loader check, and every network runs on its own picture size."""
+    """The numbers of convolution weights are the known ones, and every network runs on pictures of 32 x 32."""
     counts = {"wrn28_2": 1_462_704, "vgg19": 20_018_880}
     for name in MODELS:
         model = build_model(name, 3, 32, 32, 10)

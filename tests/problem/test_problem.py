@@ -1,4 +1,4 @@
-"""What is refused before anything is trained, and what a problem knows about itself."""
+"""Which arguments are refused before anything is trained, and what a Problem says about itself."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Graph(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.layer, self.head = nn.Linear(64, 8), nn.Linear(8, 10)
-        self.cache = self.layer(torch.randn(2, 64))  # carries a graph: can't be copied
+        self.cache = self.layer(torch.randn(2, 64))  # has an autograd graph, so it can't be copied
 
     def forward(self, x):
         return self.head(self.layer(x.flatten(1)))
@@ -136,7 +136,9 @@ def test_refuses_data(digits):
         settings = {name: value for name, value in change.items() if name not in ("test", "val")}
         with pytest.raises(kind, match=text):
             prepare(model, train, change.get("test"), Arguments(val=change.get("val")), settings=SETTINGS | settings)
-    prepare(networks.build("tied"), few(33, digits), settings=SETTINGS)  # without BatchNorm one sample is a batch
+    prepare(
+        networks.build("tied"), few(33, digits), settings=SETTINGS
+    )  # without BatchNorm, a batch of one sample is allowed
 
 
 def test_refuses_settings_and_callables(digits):
@@ -173,7 +175,7 @@ def test_refuses_settings_and_callables(digits):
 
 
 def test_refuses_splits_of_another_kind_before_training(digits):
-    """An hour's training must not end in an evaluation that fails."""
+    """Otherwise an hour's training could end in an evaluation that fails."""
     train, test = digits
     steps = []
     for other, text in (
@@ -193,7 +195,7 @@ def test_refuses_splits_of_another_kind_before_training(digits):
 
 
 def test_hidden_features_among_the_outputs_are_pruned(digits):
-    """Only the layer that nothing else builds upon is the output's."""
+    """A layer whose features feed another layer is hidden, even if the model also returns them."""
 
     class Features(nn.Module):
         def __init__(self) -> None:
@@ -254,7 +256,7 @@ def test_forward_and_loss_of_the_users(digits):
 
 
 def test_flops_follow_the_masks(digits):
-    """Counted by hand: 2 a multiply-add of one sample; a tied weight counts wherever it is used."""
+    """The expected FLOPs are counted by hand: 2 per multiply-add. A tied weight counts once per layer that uses it."""
     problem = prepare(networks.build("residual"), *digits, settings=SETTINGS)
     dense = 2 * (64 * 8 * 9 + 64 * 8 * 8 * 9 + 8 * 10)
     assert problem.flops(problem.mask) == dense
