@@ -39,7 +39,7 @@ RUNS = {
 
 
 def ended(processes, seconds: float = 60) -> list[int]:
-    """Wait for processes, and return their exit codes: None for one that must be killed because it doesn't end in time."""
+    """Wait for processes and return their exit codes. Processes that don't end in time are killed; their code is None."""
     until = time.monotonic() + seconds
     codes = []
     for process in processes:

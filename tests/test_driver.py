@@ -40,7 +40,7 @@ def test_a_run_obeys_the_laws_of_pruning(digits):
 
 
 def test_what_is_reported_is_what_the_model_does(digits):
-    """A row's accuracy and loss are those of `.at(cycle)` on test data that are standardised by `result.standardise`."""
+    """A row's accuracy and loss are those of `.at(cycle)` on test data standardised by `result.standardise`."""
     result = fast_swamp(networks.build("residual"), *digits, **SETTINGS)
     images, targets = digits[1]
     mean, std = (torch.tensor(result.standardise[name]).view(1, -1, 1, 1) for name in ("mean", "std"))

@@ -140,7 +140,7 @@ def test_checkpointing_is_refused(reentrant):
 
 @pytest.mark.parametrize("kind", [nn.AlphaDropout, nn.FeatureAlphaDropout])
 def test_alpha_dropout_draws_from_torchs_generator(kind, digits):
-    """A model with alpha dropout therefore runs lane by lane, and the generator is seeded for every particle and step."""
+    """Such a model therefore runs lane by lane, and the generator is seeded for every particle and step."""
 
     def made() -> nn.Module:
         torch.manual_seed(0)

@@ -29,8 +29,8 @@ from swamp_fast.particles.bank import ParticleBank
 from swamp_fast.particles.layout import Layout
 from swamp_fast.runs.folder import RunDirectory, load_tensors
 
-# Execution mode -> steps before which its run is interrupted. Steps 0-2 train the ticket, 3-11 and 12-20 the two cycles.
-# Together they lie inside an epoch, between epochs, in the SWA window, and in the second cycle, whose mask is sparse.
+# Execution mode -> the steps before which a run is interrupted. Steps 0-2 train the ticket, 3-11 and 12-20 the cycles.
+# The interruptions lie inside an epoch, between epochs, in the SWA window, and in the second cycle, which is sparse.
 INTERRUPTED_AT = {"lanes": (1, 6, 20), "fold": (13,), "fold_grouped": (19,), "fused": (4, 14), "by density": (11, 16)}
 
 
