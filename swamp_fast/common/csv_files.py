@@ -1,4 +1,4 @@
-"""Tables as CSV."""
+"""Writes tables as CSV."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def csv_bytes(rows: Sequence[Mapping[str, Any]], first: Sequence[str] = ()) -> bytes:
-    """Rows as the content of a CSV file: one column per key, those in `first` before the others."""
+    """Return rows as the content of a CSV file with one column per key; the columns in `first` come first."""
     content = io.StringIO()
     columns = dict.fromkeys([*first, *(name for row in rows for name in row)])
     writer = csv.DictWriter(content, columns, lineterminator="\n")
