@@ -1,13 +1,17 @@
 """swamp_fast: SWAMP, iterative magnitude pruning with weight-averaged particles, all particles trained together.
 
-The letters of all shapes:
+Letters that tensor shapes use throughout the package:
 
-    R  runs                          N  particles of a run
-    L  lanes: rows of the stacked tensors, with run_of_lane [L]
-    P  parameters of one model, flat Q  the prunable ones of them, which come first
-    B  batch of one lane             C  classes, or channels of a picture
-    H, W  height, width              K  kernel size
-    D  density: kept / prunable
+    R     number of runs
+    N     number of particles in a run
+    L     number of lanes; a lane is one particle's row in the stacked tensors, and run_of_lane [L] names its run
+    P     number of parameters of one model, laid out as a flat vector
+    Q     number of prunable parameters; they come first in that vector
+    B     batch size of one lane
+    C     number of classes, or of a picture's channels
+    H, W  height and width
+    K     kernel size
+    D     density: kept weights / prunable weights
 """
 
 from swamp_fast import ops

@@ -1,4 +1,4 @@
-"""python -m swamp_fast."""
+"""The entry point of `python -m swamp_fast`."""
 
 import sys
 

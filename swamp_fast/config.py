@@ -1,4 +1,4 @@
-"""SwampConfig: every setting of a run as plain values, checked on creation, to and from TOML."""
+"""SwampConfig holds all settings of a run as plain values, checks them on creation, and reads and writes TOML."""
 
 from __future__ import annotations
 
@@ -25,86 +25,98 @@ CHOICES = {
     "on_divergence": ("stop", "drop"),
 }
 ENGINES = ("auto", "eager", "fused", "fastest")
-# The other values of `engine`, which swamp_fast/engines/selection.py describes.
+# `engine` also accepts the names in this pattern; swamp_fast/engines/selection.py explains them.
 ENGINE_NAME = re.compile(
     r"fused|(fused@(?P<up_to>0\.\d{0,5}[1-9]),)?eager:(?P<way>lanes|fold|fold_grouped)(?P<last>:channels_last)?"
 )
-# The settings of one optimizer only.
+# Settings that apply to only one of the optimizers -> that optimizer.
 OPTIMIZERS = {"momentum": "sgd", "nesterov": "sgd", "beta1": "adamw", "beta2": "adamw", "adam_eps": "adamw"}
-LEAST_EPS = 2.0**-126  # the smallest normal float32 number
-# Settings that don't change what a run computes: where it runs, what it records and what it shows. `on_divergence` is
-# one of them, so that a run that stopped because a particle diverged can go on without that particle.
+MIN_EPS = 2.0**-126  # the smallest normal float32 number
+# Settings that don't change what a run computes, only where it runs, what it records and what it shows. They include
+# `on_divergence`, so that a run that stopped because a particle diverged can be continued without that particle.
 RUN_ID_EXCLUDES = (
     *("device", "run_dir", "resume", "progress", "tensorboard", "data_dir"),
     *("checkpoint_minutes", "on_divergence"),
 )
-MOST_PARTICLES = 1 << 16  # a particle's number has 16 bits in the address of its draws
-MOST_CYCLES = (1 << 16) - 2
+MAX_PARTICLES = 1 << 16  # the address of a random draw has 16 bits for the particle's number
+MAX_CYCLES = (1 << 16) - 2  # it also has 16 bits for the cycle + 1, with 0 for the ticket
 
 
 @dataclass(frozen=True, kw_only=True)
 class SwampConfig:
-    """The settings of one run, whose defaults are the paper's CIFAR protocol as far as it is known.
+    """The settings of one run. The defaults are the paper's CIFAR protocol as far as it is known.
 
-    Those marked *ours* are our choice, as the paper's text about them was not available.
+    Settings marked *ours* are our choice, because the paper's text about them was not available.
 
     Attributes:
-        particles: N, the particles that are trained from one ticket and averaged; an int, or a list of cycles + 1
+        particles: N, the number of particles that each cycle trains and averages: an int, or a list of cycles + 1
             ints, one per training (SWAMP+). *Ours*: 4.
-        cycles: C, the number of prunings. There are C + 1 trainings, the first of them dense. 0 trains dense only.
-        target_density: instead of `cycles`: prune until kept / prunable is at most this.
+        cycles: C, the number of prunings. There are C + 1 trainings; the first one is dense. With 0, only the dense
+            training runs.
+        target_density: an alternative to `cycles`: prune until kept / prunable is at most this density.
         prune: the fraction of the remaining weights that each cycle removes.
-        epochs: the length of every training.
-        ticket_epochs: T0, the length of the dense training at the constant rate `lr` before the first cycle. 0: the
-            given weights are the ticket, which is also a way to warm-start. *Ours*: 10.
-        batch_size: samples per particle and step. A DataLoader's own batch size replaces it. *Ours*: 128.
+        epochs: the number of epochs of each cycle's training.
+        ticket_epochs: T0, the number of epochs for which the ticket is trained before the first cycle, dense and at the
+            constant rate `lr`. With 0, the model's given weights are the ticket; pretrained weights can be passed this
+            way. *Ours*: 10.
+        batch_size: the number of samples per particle and step. If `train` is a DataLoader, its batch size is used
+            instead. *Ours*: 128.
         lr: the learning rate at the start of each training.
-        swa: whether to average the weights over the last part of each training, or to take the last iterate.
-        schedule: how the rate falls in a cycle: "swa" is a cosine from `lr` to `swa_lr` at the start of the SWA window,
-            constant in it; "cosine" one to 0 at the end; "auto" is "swa" with `swa`, else "cosine". "swa" without
-            `swa` separates the gain of averaging from that of its schedule. *Ours*.
-        swa_lr: the constant rate in the SWA window; at most `lr`. The cosine from `lr` down to it is *ours*.
-        swa_start: the window begins at epoch floor(swa_start * epochs), with one SWA sample at the end of each epoch.
-        optimizer: "sgd", or "adamw", which needs about a hundredth of the rates: lr=1e-3, swa_lr=5e-4.
-        momentum: of SGD; 0 is plain SGD.
-        nesterov: whether SGD's momentum is Nesterov's.
+        swa: whether each particle is the average of its weights over the last part of the training (SWA) or its last
+            iterate.
+        schedule: how the learning rate falls during a cycle. "swa" is a cosine from `lr` to `swa_lr`, which is reached
+            at the start of the SWA window and then kept. "cosine" is a cosine from `lr` to 0 at the end. "auto" is
+            "swa" if `swa` is set, else "cosine". The combination schedule="swa", swa=False separates the gain of
+            averaging from the gain of SWA's schedule. *Ours*.
+        swa_lr: the constant rate in the SWA window; at most `lr`. The cosine from `lr` down to `swa_lr` is *ours*.
+        swa_start: the SWA window begins at epoch floor(swa_start * epochs). One SWA sample is taken at the end of each
+            epoch in the window.
+        optimizer: "sgd" or "adamw". AdamW needs learning rates about a hundred times smaller: lr=1e-3, swa_lr=5e-4.
+        momentum: SGD's momentum; 0 is plain SGD.
+        nesterov: whether SGD uses Nesterov momentum.
         beta1: the decay of AdamW's running mean of the gradient.
         beta2: the decay of AdamW's running mean of the squared gradient.
-        adam_eps: added to the root of the latter in AdamW's denominator.
-        weight_decay: of every parameter; coupled with SGD, decoupled with AdamW. *Ours*: 5e-4.
-        clip_norm: each particle's gradient is scaled down to this norm, taken over its kept weights and all other
-            parameters; None doesn't clip.
-        augment: "crop_flip" pads pictures by 4 pixels, crops and mirrors them; "auto" does so for CIFAR. *Ours*.
-        rewind: where a cycle starts: at the "ticket" (SWAMP), or at the last "average" (Sparse Model Soups,
-            2306.16788).
-        combine: what the particles become: their "mean" (SWAMP), or the "best" of them on val by accuracy (by loss if
-            there are no accuracies), which is then reported and pruned.
-        mask_score: what the global threshold ranks, with w_n the particles: "abs-mean" is |mean w_n| (SWAMP);
-            "mean-abs" the mean of |w_n|; "rms" the root of the mean of w_n squared; "signal-to-noise" |mean w_n| over
-            the standard deviation of the w_n (of N, not N - 1; infinite where all agree, 0 where all are 0), the
-            ranking of Graves (2011) and Blundell et al. (1505.05424, section 5.1) over particles in place of a
-            posterior. "random" draws, by seed and cycle, as many weights of each layer as "abs-mean" would keep. All
-            but "abs-mean" are *ours* here.
-        layer_kept: for "random", the number of weights to keep of each prunable parameter, in the model's order, in
-            each cycle from 1 on, cycles x layers: for example those of another run, so that only the masks differ.
-        mask_from: the solution that masks are made from: that of the "last" cycle, or always the "dense" one of cycle
-            0, so that each cycle is one-shot magnitude pruning to its density.
-        seed: of the batch order, augmentation and dropout. The initial weights are those of the model.
-        device: "auto" is CUDA if there is any, else the CPU; or any torch device.
-        engine: "auto" chooses by a rule, so that a seed has one result on a machine: the fused engine in the cycles
-            where it covers the model and the mask is sparse enough for it, else the eager one. "eager" and "fused" run
-            every cycle on one of them; "fastest" takes what a stopwatch finds fastest here and now. The string in
-            `result.engine["name"]` selects the same engines again.
-        precision: of activations and weights; "bfloat16" runs under autocast over float32 weights.
-        keep_particles: whether the result holds the last cycle's particles, as SWA means.
-        on_divergence: if a particle's loss or weights are not finite at the end of an epoch, "stop" ends the run with
-            an error, "drop" leaves the particle out of its cycle's average. It affects no other particle.
-        run_dir: a folder that records the run; started again with it, the run goes on.
-        checkpoint_minutes: how often a checkpoint is written during a training, besides one per cycle; 0: never.
-        resume: whether to go on from the run in run_dir; if not, run_dir must be empty.
+        adam_eps: a constant that AdamW adds to its denominator, the root of the mean squared gradient.
+        weight_decay: the weight decay of every parameter; coupled with SGD, decoupled with AdamW. *Ours*: 5e-4.
+        clip_norm: the largest allowed norm of each particle's gradient, taken over its kept weights and all
+            parameters that are not prunable. A larger gradient is scaled down to it; None doesn't clip.
+        augment: "crop_flip" pads pictures by 4 pixels, then crops and mirrors them at random. "none" does nothing.
+            "auto" is "crop_flip" for CIFAR, else "none". *Ours*.
+        rewind: where each cycle starts: at the "ticket" (SWAMP), or at the previous cycle's "average" (Sparse Model
+            Soups, 2306.16788).
+        combine: how the particles become one solution, which is then reported and pruned: as their "mean" (SWAMP), or
+            by taking the "best" particle. It has the highest accuracy on `val`, or the lowest loss if there are no
+            accuracies.
+        mask_score: the score of a weight by which the global threshold ranks it, where w_n is the weight in particle n:
+            "abs-mean" is |mean w_n| (SWAMP); "mean-abs" is the mean of |w_n|; "rms" is the root of the mean of w_n
+            squared; "signal-to-noise" is |mean w_n| divided by the standard deviation of the w_n (with the divisor N,
+            not N - 1; infinite where all w_n are equal, 0 where all are 0). Graves (2011) and Blundell et al.
+            (1505.05424, section 5.1) rank by signal-to-noise over a posterior; here particles take its place. "random"
+            ranks nothing: it draws, by seed and cycle, as many weights of each layer as "abs-mean" would keep. All
+            scores except "abs-mean" are *ours* here.
+        layer_kept: for mask_score="random", how many weights of each prunable parameter to keep: one list per cycle
+            from 1 on, with one number per parameter in the model's order. Passing the numbers of another run makes
+            only the masks differ.
+        mask_from: whose weights masks are made from: the "last" cycle's solution, or always the "dense" one of cycle
+            0. With "dense", each cycle is one-shot magnitude pruning to its density.
+        seed: the seed of the batch order, augmentation and dropout. The initial weights are those of the model.
+        device: "cpu", "cuda", "cuda:N", or "auto": the model's GPU, else the current GPU, else the CPU.
+        engine: "auto" chooses by a fixed rule, so that a seed always gives the same result on a machine: the fused
+            engine in cycles where it supports the model and the mask is sparse enough, else the eager engine. "eager"
+            and "fused" use that engine in every cycle. "fastest" times the engines and uses the fastest one. The name
+            in `result.engine["name"]` repeats a run's choice.
+        precision: the number format of activations and weights; "bfloat16" keeps float32 weights and uses autocast.
+        keep_particles: whether the result includes the last cycle's particles, each as its SWA mean.
+        on_divergence: what happens if a particle's loss or weights are not finite at the end of an epoch: "stop" ends
+            the run with an error, "drop" leaves the particle out of its cycle's average. Other particles are not
+            affected.
+        run_dir: a folder that records the run. A run that is started again with the same folder continues.
+        checkpoint_minutes: the minutes between two checkpoints during a training. There is also one checkpoint per
+            cycle; with 0, there are no others.
+        resume: whether to continue the run in run_dir; if False, run_dir must be empty.
         progress: whether to show progress on standard error.
         tensorboard: whether to write TensorBoard events to run_dir/tensorboard; needs the extra "tensorboard".
-        data_dir: the folder of named data sets; None: that of the environment variable SWAMP_DATA.
+        data_dir: the folder of the named data sets; None is the environment variable SWAMP_DATA, else "data".
 
     Raises ValueError or TypeError for a setting that is unknown, out of range, or contradicts another.
     """
@@ -149,7 +161,7 @@ class SwampConfig:
     data_dir: str | None = None
 
     def __post_init__(self) -> None:
-        """Check every field, and derive `cycles` from `target_density`."""
+        """Check every field, and compute `cycles` from `target_density` if it is set."""
         for field in dataclasses.fields(self):
             object.__setattr__(self, field.name, _typed(field.name, getattr(self, field.name), str(field.type)))
         for name, known in CHOICES.items():
@@ -165,7 +177,7 @@ class SwampConfig:
         self._check_optimizer()
         if self.target_density is not None:
             self._derive_cycles(self.target_density)
-        _in_range("cycles", self.cycles, 0, MOST_CYCLES)
+        _in_range("cycles", self.cycles, 0, MAX_CYCLES)
         if isinstance(self.particles, tuple) and len(self.particles) != self.cycles + 1:
             raise ValueError(
                 f"`particles` as a list needs one number per training, cycles + 1 = {self.cycles + 1}; "
@@ -175,7 +187,7 @@ class SwampConfig:
 
     def _check_ranges(self) -> None:
         for particles in self.particles if isinstance(self.particles, tuple) else (self.particles,):
-            _in_range("particles", particles, 1, MOST_PARTICLES)
+            _in_range("particles", particles, 1, MAX_PARTICLES)
         if not 0 < self.prune < 1:
             raise ValueError(f"`prune` must lie strictly between 0 and 1, got {self.prune}; 0.2 removes a fifth.")
         _in_range("epochs", self.epochs, 1, 1 << 31)
@@ -197,7 +209,7 @@ class SwampConfig:
         for name in ("momentum", "beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must lie in [0, 1), got {getattr(self, name)}.")
-        _in_range("adam_eps", self.adam_eps, LEAST_EPS, math.inf)
+        _in_range("adam_eps", self.adam_eps, MIN_EPS, math.inf)
         if self.clip_norm is not None and not 0 < self.clip_norm < math.inf:
             raise ValueError(f"`clip_norm` must be above 0 and finite, got {self.clip_norm}; None doesn't clip.")
         for name, optimizer in OPTIMIZERS.items():
@@ -205,13 +217,13 @@ class SwampConfig:
             if self.optimizer != optimizer and value != default:
                 raise ValueError(
                     f'`{name}` is a setting of optimizer="{optimizer}", got {name} = {value} with '
-                    f'optimizer="{self.optimizer}". Leave it at {default}, or choose the other optimizer.'
+                    f'optimizer="{self.optimizer}". Leave it at {default}, or set optimizer="{optimizer}".'
                 )
         if self.nesterov and self.momentum == 0:
             raise ValueError("`nesterov` needs momentum; set momentum above 0 or nesterov=False.")
 
     def _check_scores(self) -> None:
-        """Refuse a `mask_score` that the other settings can't provide."""
+        """Raise ValueError if `mask_score` or `layer_kept` contradicts the other settings."""
         if self.combine == "best" and self.mask_score not in ("abs-mean", "random"):
             raise ValueError(
                 f'`mask_score` = "{self.mask_score}" ranks by all particles, but combine="best" keeps one of '
@@ -219,7 +231,7 @@ class SwampConfig:
             )
         if self.layer_kept is not None and (self.mask_score != "random" or len(self.layer_kept) != self.cycles):
             raise ValueError(
-                f'`layer_kept` needs mask_score="random", and one list for each of {self.cycles} cycles; got '
+                f'`layer_kept` needs mask_score="random" and one list for each of {self.cycles} cycles; got '
                 f'{len(self.layer_kept)} lists with mask_score="{self.mask_score}".'
             )
         alone = [cycle for cycle in range(self.cycles) if self.scored_at(cycle) and self.particles_at(cycle) == 1]
@@ -232,36 +244,45 @@ class SwampConfig:
     def _derive_cycles(self, target: float) -> None:
         if not 0 < target < 1:
             raise ValueError(f"`target_density` must lie strictly between 0 and 1, got {target}.")
-        # Without the last term, rounding could ask for a cycle more.
+        # The last term keeps a rounding error from adding a cycle.
         cycles = math.ceil(math.log(target) / math.log(1 - self.prune) - 1e-9)
         if self.cycles not in (default_of("cycles"), cycles):
             raise ValueError(
-                f"`target_density` stands instead of `cycles`: {target} takes {cycles} cycles at prune = {self.prune}, "
-                f"got cycles = {self.cycles} too. Give one of them."
+                f"`target_density` = {target} takes {cycles} cycles at prune = {self.prune}, but cycles = "
+                f"{self.cycles} was also given. Give only one of them."
             )
         object.__setattr__(self, "cycles", cycles)
 
     @classmethod
     def quick(cls, **changes: Any) -> SwampConfig:
-        """Short trainings for a first look, minutes on a laptop for a small network; not the protocol of the paper."""
+        """Settings with short trainings for a first try: minutes on a laptop for a small network.
+
+        They are not the paper's protocol. `changes` are settings that replace those of the quick run.
+        """
         return cls(**{"epochs": 12, "ticket_epochs": 3, "batch_size": 64, **changes})
 
     @classmethod
     def of(cls, config: SwampConfig | None, settings: Mapping[str, Any]) -> SwampConfig:
-        """`config`, or the defaults, with `settings` in place of its own. Raises TypeError for an unknown name."""
+        """Return `config` (None: the defaults) with the given `settings` replaced.
+
+        Raises TypeError for an unknown setting, and ValueError for settings that contradict each other.
+        """
         _refuse_unknown(settings)
         if config is not None and not isinstance(config, SwampConfig):
             raise TypeError(f"`config` must be a SwampConfig, got {type(config).__name__}.")
         merged = cls(**settings) if config is None else config.replace(**settings)
         if settings.get("target_density") is not None and settings.get("cycles", merged.cycles) != merged.cycles:
             raise ValueError(
-                f"`target_density` stands instead of `cycles`: {merged.target_density} takes {merged.cycles} cycles at "
-                f"prune = {merged.prune}, got cycles = {settings['cycles']} too. Give one of them."
+                f"`target_density` = {merged.target_density} takes {merged.cycles} cycles at prune = {merged.prune}, "
+                f"but cycles = {settings['cycles']} was also given. Give only one of them."
             )
         return merged
 
     def replace(self, **changes: Any) -> SwampConfig:
-        """A copy with other values of some settings; a new `cycles` or `target_density` replaces the other."""
+        """Return a copy with the settings in `changes` replaced.
+
+        Changing `cycles` unsets `target_density`; changing `target_density` recomputes `cycles`.
+        """
         _refuse_unknown(changes)
         if "cycles" in changes:
             changes = {"target_density": None, **changes}
@@ -270,21 +291,21 @@ class SwampConfig:
         return dataclasses.replace(self, **changes)
 
     def particles_at(self, cycle: int) -> int:
-        """The number of particles of one cycle."""
+        """The number of particles that a cycle trains."""
         return self.particles[cycle] if isinstance(self.particles, tuple) else self.particles
 
     def scored_at(self, cycle: int) -> bool:
-        """Whether a later mask ranks a score of this cycle's particles that can't be made from their average alone."""
+        """Whether a later mask needs a score of this cycle's particles that their average alone doesn't determine."""
         makes_masks = cycle < self.cycles and (self.mask_from == "last" or cycle == 0)
         return makes_masks and self.mask_score not in ("abs-mean", "random")
 
     @property
     def ends_at_swa_lr(self) -> bool:
-        """Whether the rate falls to `swa_lr` in a cycle, not to 0."""
+        """Whether the learning rate falls to `swa_lr` during a cycle rather than to 0."""
         return self.schedule == "swa" or (self.schedule == "auto" and self.swa)
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings as plain values; tuples become lists."""
+        """Return all settings by name as plain values; tuples become lists."""
         return {name: _as_lists(value) for name, value in dataclasses.asdict(self).items()}
 
     def identity(self) -> dict[str, Any]:
@@ -292,8 +313,8 @@ class SwampConfig:
         return {name: value for name, value in self.to_dict().items() if name not in RUN_ID_EXCLUDES}
 
     def to_toml(self) -> str:
-        """TOML text; settings that are None are left out."""
-        # A plain value is written the same way in JSON and in TOML, except None.
+        """Return the settings as TOML text, without those that are None."""
+        # JSON and TOML write plain values in the same way, except None.
         lines = [
             f"{name} = {json.dumps(value, ensure_ascii=False)}"
             for name, value in self.to_dict().items()
@@ -303,7 +324,7 @@ class SwampConfig:
 
     @classmethod
     def from_toml(cls, text: str | Path) -> SwampConfig:
-        """Read TOML text, or a file if a Path is given."""
+        """Read settings from TOML text, or from a file if `text` is a Path."""
         try:
             values = tomllib.loads(text.read_text() if isinstance(text, Path) else text)
         except tomllib.TOMLDecodeError as error:
@@ -312,7 +333,7 @@ class SwampConfig:
 
 
 def default_of(name: str) -> Any:
-    """The default of a setting."""
+    """The default value of a setting."""
     return SwampConfig.__dataclass_fields__[name].default
 
 
@@ -328,14 +349,14 @@ def _refuse_unknown(settings: Mapping[str, Any]) -> None:
 
 
 def _as_lists(value: Any) -> Any:
-    """Nested tuples as lists, the form in which they are read from a file."""
+    """Convert nested tuples to lists, because files give lists."""
     return [_as_lists(item) for item in value] if isinstance(value, tuple) else value
 
 
 def _typed(name: str, value: Any, annotation: str) -> Any:
-    """A value as its field's type: an int may stand for a float, a list for a tuple, a Path for a str.
+    """Convert a setting's value to the type of its field.
 
-    Raises TypeError for other types.
+    An int is accepted for a float, a list for a tuple, and a Path for a str. Raises TypeError for any other type.
     """
     if value is None and "None" in annotation:
         return None
@@ -356,7 +377,7 @@ def _typed(name: str, value: Any, annotation: str) -> Any:
     if not fits:
         expected = annotation.replace("tuple[tuple[int, ...], ...]", "a list of lists of ints")
         raise TypeError(f"`{name}` must be {expected.replace('tuple[int, ...]', 'a list of ints')}, got {value!r}.")
-    # NumPy's numbers become plain ones.
+    # This turns NumPy's numbers into Python's.
     return {"bool": bool, "int": int, "float": float, "str": str}[kind](value)
 
 

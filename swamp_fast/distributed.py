@@ -1,6 +1,7 @@
-"""The processes of a torch.distributed job. Ranks share the lanes of a run; the first rank decides for all.
+"""The processes (ranks) of a torch.distributed job, which train the lanes of a run together.
 
-Messages go through gloo on the CPU. Banks on a GPU go through NCCL, if the job's process group has it.
+Every decision is made by the first rank and sent to the others. Messages use gloo on the CPU. The tensors of a bank on
+a GPU use NCCL if the job's process group has it.
 """
 
 from __future__ import annotations
@@ -25,12 +26,13 @@ from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_
 
 from swamp_fast.common.timing import Stopwatch
 
-BEAT_SECONDS = 1.0  # between two heartbeats
-SILENT_SECONDS = 30.0  # without a heartbeat, after which a rank counts as gone
-GRACE_SECONDS = 10.0  # that a rank has to end by itself once another is gone
-BROKEN_SILENT_SECONDS = 3.0  # as SILENT_SECONDS, after a connection broke
-TIMEOUT = timedelta(days=30)  # of gloo: other ranks may evaluate or read data for long, and heartbeats show who is gone
-EXIT_STATUS = 70  # of a process that ends because another is gone
+BEAT_SECONDS = 1.0  # time between two heartbeats
+SILENT_SECONDS = 30.0  # a rank without a heartbeat for this long counts as gone
+GRACE_SECONDS = 10.0  # once a rank is gone, the others have this long to end by themselves
+BROKEN_SILENT_SECONDS = 3.0  # replaces SILENT_SECONDS after a connection broke
+# The timeout of gloo. It is long because other ranks may evaluate or read data for hours; heartbeats detect lost ranks.
+TIMEOUT = timedelta(days=30)
+EXIT_STATUS = 70  # exit status of a process that ends because another rank is gone
 ADVICE = "Start again with the same run_dir, on any number of ranks, to continue from the last checkpoint."
 
 Value = TypeVar("Value")
@@ -38,7 +40,7 @@ CALLS = itertools.count()
 
 
 class Ranks:
-    """One of `world` processes that make the same calls in the same order. A single process has every lane.
+    """This process as number `rank` of `world` processes, all of which make the same calls in the same order.
 
     group  a gloo group for messages between ranks; None in a single process
     """
@@ -49,13 +51,14 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """Whether this rank decides, writes and prints."""
+        """Whether this is the first rank, which makes decisions, writes files and prints."""
         return self.rank == 0
 
     def share(self, count: int, rank: int | None = None) -> range:
-        """The lanes, of `count`, that belong to this rank or to `rank`. Ranks differ by at most one lane.
+        """Return which of `count` lanes belong to `rank`, by default this rank.
 
-        The first rank has the most; a rank may have none.
+        The ranks' numbers of lanes differ by at most one. The first rank always has the largest number; with more
+        ranks than lanes, some ranks have none.
         """
         rank = self.rank if rank is None else rank
         each, over = divmod(count, self.world)
@@ -63,15 +66,18 @@ class Ranks:
         return range(begin, begin + each + (rank < over))
 
     def gather(self, own: Tensor, count: int) -> Tensor:
-        """All lanes [count, ...] in order, on every rank; `own` are this rank's, [lanes of this rank, ...]."""
+        """Gather all lanes [count, ...], in order, on every rank.
+
+        own  [lanes of this rank, ...]  this rank's part
+        """
         if self.world == 1:
             return own
-        shape = (len(self.share(count, 0)), *own.shape[1:])  # the first rank has the most
+        shape = (len(self.share(count, 0)), *own.shape[1:])  # the first rank has the largest part
         padded = own.new_zeros(shape)
         padded[: len(own)] = own
         group = self.group
         if own.is_cuda and "cuda:nccl" in dist.get_backend_config():
-            self.all_reduce_max([0])  # a barrier: NCCL gives up on ranks that come late
+            self.all_reduce_max([0])  # a barrier on gloo, because NCCL would time out if a rank came late
             group = None
         else:
             padded = padded.cpu()
@@ -83,7 +89,7 @@ class Ranks:
         return torch.cat(rows).to(own.device)
 
     def broadcast_from_first(self, make: Callable[[], Value]) -> Value:
-        """Call `make` on the first rank and return its value on every rank. An error is raised on every rank."""
+        """Call `make` on the first rank and return its value on every rank. If it raises, every rank raises."""
         if self.world == 1:
             return make()
         error: Exception | None = None
@@ -102,7 +108,10 @@ class Ranks:
         return value
 
     def gather_to_first(self, own: Value) -> list[Value]:
-        """Every rank's value on the first rank, an empty list on the others. Tensors must be on the CPU."""
+        """Return the values of all ranks on the first rank, and an empty list on the others.
+
+        Tensors must be on the CPU.
+        """
         if self.world == 1:
             return [own]
         found: list[Any] | None = [None] * self.world if self.first else None
@@ -111,7 +120,7 @@ class Ranks:
         return found or []
 
     def all_reduce_max(self, numbers: list[int]) -> list[int]:
-        """The maximum of each number over the ranks."""
+        """Return, for each of the numbers, its maximum over the ranks."""
         if self.world == 1:
             return numbers
         found = torch.tensor(numbers)
@@ -120,7 +129,13 @@ class Ranks:
         return found.tolist()
 
     def agree(self, what: str, own: Tensor) -> None:
-        """Raise RuntimeError on every rank, naming the ranks that differ, unless all have the same bits."""
+        """Check that a tensor has the same bits on every rank.
+
+        what  names the tensor in the error
+        own   the tensor on this rank
+
+        Raises RuntimeError on every rank, naming the ranks on which the tensor differs from the first rank's.
+        """
         if self.world == 1:
             return
         content = own.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
@@ -135,7 +150,10 @@ class Ranks:
 
     @contextmanager
     def watched(self) -> Iterator[Ranks]:
-        """A context in which all ranks send heartbeats; if one is gone, the others end with a message. Yields self."""
+        """A context in which all ranks send heartbeats. If a rank dies, the others print a message and end.
+
+        Yields self.
+        """
         if self.world == 1:
             yield self
             return
@@ -153,7 +171,7 @@ class Ranks:
             self.heartbeat = None
 
     def _broadcast(self, sent: bytes) -> bytes:
-        """The first rank's bytes."""
+        """Return the bytes that the first rank sends; other ranks' `sent` is ignored."""
         with self._naming_who_is_gone():
             length = torch.tensor([len(sent)])
             dist.broadcast(length, 0, self.group)
@@ -163,7 +181,7 @@ class Ranks:
 
     @contextmanager
     def _naming_who_is_gone(self) -> Iterator[None]:
-        """A context around messages: an error in it says which rank is gone."""
+        """A context for messages between ranks. If one fails, the error names the rank that is gone."""
         try:
             yield
         except RuntimeError as error:
@@ -172,22 +190,23 @@ class Ranks:
 
 
 class Heartbeat(threading.Thread):
-    """Writes this rank's heartbeats into the job's store, and reads those of the others.
+    """Writes this rank's heartbeats to the job's store and reads those of the other ranks.
 
-    A heartbeat is a count, not a time: the clocks of two machines differ.
+    A heartbeat is a counter rather than a time, because the clocks of two machines differ. A rank that leaves writes a
+    last sign instead: "left", or "failed: " and its error.
     """
 
     def __init__(self, rank: int, world: int, store: Store) -> None:
         super().__init__(name="swamp_fast heart", daemon=True)
         store.set_timeout(timedelta(seconds=SILENT_SECONDS))
         self.rank, self.store = rank, store
-        self.signs: dict[int, tuple[str, Stopwatch]] = {}  # other rank -> its last heartbeat and the time since
+        self.signs: dict[int, tuple[str, Stopwatch]] = {}  # other rank -> its newest sign and the time since it
         self.others = [other for other in range(world) if other != rank]
         self.store_is_gone = False
         self.over = threading.Event()
 
     def run(self) -> None:
-        """Send heartbeats until stopped. If another rank is gone, end the process unless it ends by itself."""
+        """Send heartbeats until stopped. If another rank is gone, end this process after a grace period."""
         for beat in itertools.count():
             try:
                 self.store.set(str(self.rank), str(beat))
@@ -198,32 +217,35 @@ class Heartbeat(threading.Thread):
             if gone is not None and not self.over.wait(GRACE_SECONDS):
                 sys.stderr.write(f"swamp_fast, rank {self.rank}: {gone}. {ADVICE}\n")
                 sys.stderr.flush()
-                os._exit(EXIT_STATUS)  # the main thread may be waiting for a message that never comes
+                os._exit(EXIT_STATUS)  # the main thread may be waiting for a message that will never come
             if self.over.wait(BEAT_SECONDS):
                 return
 
     def stop(self, sign: str) -> None:
-        """Stop, leaving a last word."""
+        """Stop the heartbeats, and leave `sign` in the store as the last one."""
         self.over.set()
         self.join(2 * BEAT_SECONDS)
         with suppress(RuntimeError):
             self.store.set(str(self.rank), sign)
 
     def gone(self, seconds: float) -> str | None:
-        """Which rank is gone, as a sentence: silent for `seconds`, or by its own last word; None if all are there."""
+        """Return a sentence that says which rank is gone, or None if none is.
+
+        A rank is gone if it sent no heartbeat for `seconds`, or if its last sign says that it failed.
+        """
         signs = list(self.signs.items())
         silent = [rank for rank, (sign, age) in signs if age.seconds > seconds and sign.isdecimal()]
         if silent:
-            return f"{_named(silent)} {'are' if len(silent) > 1 else 'is'} gone without a word"
+            return f"{_named(silent)} {'are' if len(silent) > 1 else 'is'} gone without an error message"
         if self.store_is_gone:
-            return "rank 0 is gone, or the process that started the ranks"
+            return "rank 0 is gone, or the process that started the ranks is"
         for rank, (sign, _) in signs:
             if sign.startswith("failed: "):
                 return f"rank {rank} {sign}"
         return None
 
     def wait_for_gone(self) -> str | None:
-        """As `gone`, after a connection broke: wait until silence shows which rank it was."""
+        """After a connection broke, wait until it is known which rank is gone. Returns the same as `gone`."""
         waited = Stopwatch()
         while waited.seconds < 2 * BROKEN_SILENT_SECONDS:
             gone = self.gone(BROKEN_SILENT_SECONDS)
@@ -244,7 +266,10 @@ ALONE = Ranks()
 
 
 def current() -> Ranks:
-    """This process in the job's process group; without a group, a single rank. All processes call it together."""
+    """Return this process's Ranks in the job's process group, or ALONE if there is no group.
+
+    All processes of the group must call it together.
+    """
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
         return ALONE
     return Ranks(dist.get_rank(), dist.get_world_size(), _gloo())
@@ -252,9 +277,11 @@ def current() -> Ranks:
 
 @contextmanager
 def start(device: str = "auto") -> Iterator[Ranks]:
-    """Form the process group of a job started by torchrun, and yield its ranks; otherwise a single rank.
+    """Initialise the process group if torchrun started this process, and yield its Ranks.
 
-    device  as in SwampConfig; with "auto" or "cuda" each process on a machine takes its own GPU
+    Without torchrun, or with a group that exists already, yields what `current` returns.
+
+    device  as in SwampConfig; with "auto" or "cuda", each process on a machine takes a GPU of its own
     """
     started = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
     if not started or not dist.is_available() or dist.is_initialized():
@@ -271,10 +298,10 @@ def start(device: str = "auto") -> Iterator[Ranks]:
         torch.cuda.set_device(local)
     dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpus else "gloo")
     yield current()
-    dist.destroy_process_group()  # not after an error: a broken group may not answer
+    dist.destroy_process_group()  # skipped after an error, because it may hang on a broken group
 
 
-_of_group: list[Any] = []  # the default group, and the gloo group made beside it
+_of_group: list[Any] = []  # the default group, and the gloo group that was made for it
 
 
 def _gloo() -> dist.ProcessGroup:
@@ -296,16 +323,19 @@ def _packed(value: Any, error: Exception | None) -> bytes:
 
 
 def portable(error: Exception) -> Exception:
-    """The error, or one with the same message that can be sent to another process."""
+    """Return the error, or a RuntimeError with the same text if the error can't be pickled and unpickled."""
     try:
         pickle.loads(pickle.dumps(error))
-    except Exception:  # its constructor takes other arguments
+    except Exception:  # for example a constructor that takes something other than a message
         return RuntimeError(f"{type(error).__name__}: {error}")
     return error
 
 
 def _unpacked(sent: bytes) -> tuple[Any, Exception | None]:
-    """Tensors on the first rank's GPU are placed on this rank's."""
+    """Return a value and an error from bytes that `_packed` made.
+
+    Tensors from the first rank's GPU are placed on this rank's GPU.
+    """
 
     def placed(storage: Any, place: str) -> Any:
         return storage.cuda() if place.startswith("cuda") else storage

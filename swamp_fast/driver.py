@@ -1,4 +1,4 @@
-"""SWAMP: prune by iterative magnitude pruning, with the average of particles trained from one ticket.
+"""SWAMP: iterative magnitude pruning of the average of several particles that are trained from one ticket.
 
 Choi, Lee, Nam, Lee: "Sparse Weight Averaging with Multiple Particles for Iterative Magnitude Pruning", ICLR 2024,
 arXiv 2305.14852, algorithm 1.
@@ -46,29 +46,35 @@ def fast_swamp(
     config: SwampConfig | None = None,
     **settings: Any,
 ) -> SwampResult:
-    """Prune a model with SWAMP, all particles together.
+    """Prune a model with SWAMP. All particles of a cycle are trained together, as one stacked tensor.
 
     Args:
         model: any nn.Module on one device; it is left unchanged.
         train: "digits", "cifar10", "cifar100", "fashion_mnist" or "svhn"; a path to an .npz (train_images uint8
             [n, H, W, C], train_labels [n], test_images, test_labels) or to an image folder; a pair (inputs, targets)
-            of tensors; a Dataset; or a DataLoader, whose dataset, batch size, drop_last and collate are used. A name
-            or an .npz brings its own test split.
-        test: as train. Without it and without a split of its own, accuracies are None.
-        val: as train, or the fraction of train to hold out. Required to select the best particle.
+            of tensors; a Dataset; or a DataLoader, whose dataset, batch size, drop_last and collate_fn are used.
+        test: test data in one of the same forms. By default, the test split that comes with `train`, as with a named
+            data set; if there is none, accuracies are None.
+        val: validation data in one of the same forms, or the fraction of `train` to hold out. Needed to select the
+            best particle.
         forward: forward(model, inputs), for models that take or return something other than one tensor.
         loss: loss(outputs, targets) -> [B], one number per sample; cross-entropy by default.
         transform: transform(inputs [B, ...]) -> inputs, your own augmentation of one particle's batch, on the device.
-        prunable: names or patterns of parameters, or a predicate (name, parameter) -> bool. By default every
-            convolution and linear weight, attention projections included, except the output layer's.
-        initial_masks: name -> bool tensor, what the first cycle keeps; the ticket itself is trained dense.
+        prunable: names or patterns of parameters, or a predicate (name, parameter) -> bool. By default, all
+            convolution and linear weights are pruned, including attention projections, but not the output layer's.
+        initial_masks: parameter name -> bool tensor that is True for the weights that the first cycle keeps. The
+            ticket is trained dense nevertheless.
         on_cycle: called with each cycle's row of the history.
-        config: the settings; `settings` are fields of SwampConfig and take precedence.
+        config: the settings; a field of SwampConfig that is passed as a keyword takes precedence.
 
-    Returns the result of all cycles. Raises ValueError, TypeError, FileNotFoundError or ImportError for an argument
-    that doesn't fit, before anything is trained; FloatingPointError if a particle diverges (see `on_divergence`);
-    OSError if a checkpoint can't be written; RuntimeError if another rank is gone. In a process group of
-    torch.distributed the ranks share the particles; all call with the same arguments, and get the same result.
+    Returns the result of all cycles.
+
+    Raises ValueError, TypeError, FileNotFoundError or ImportError for an unsuitable argument, before anything is
+    trained; FloatingPointError if a particle diverges (see `on_divergence`); OSError if a checkpoint can't be written;
+    RuntimeError if another rank is gone.
+
+    In a torch.distributed process group the ranks share the particles. All ranks must call with the same arguments,
+    and all get the same result.
     """
     with distributed.current().watched() as ranks:
         arguments = Arguments(
@@ -87,7 +93,7 @@ def fast_swamp(
 
 
 def swamp(problem: Problem, engine: Engine, run: Run) -> Trainings[SwampResult]:
-    """The algorithm, as a generator: it yields each training that it requests, and is sent the outcome."""
+    """The algorithm as a generator. It yields a request for each training and is sent the training's outcome."""
     config = problem.config
     ticket = yield from train_ticket(problem, run)
     average, mask = resumed(problem, run) if run.rows else (ticket, problem.mask)
@@ -109,7 +115,7 @@ def swamp(problem: Problem, engine: Engine, run: Run) -> Trainings[SwampResult]:
 
 
 def train_ticket(problem: Problem, run: Run) -> Trainings[Solution]:
-    """The matching ticket: the model trained dense for T0 epochs, by one particle."""
+    """Return the matching ticket: one particle, trained dense for T0 epochs from the user's model."""
     if run.ticket is None:
         ticket = initial(problem)
         if problem.config.ticket_epochs > 0:
@@ -121,7 +127,7 @@ def train_ticket(problem: Problem, run: Run) -> Trainings[Solution]:
 
 
 def resumed(problem: Problem, run: Run) -> tuple[Solution, Tensor]:
-    """The average and the mask [Q] of the last cycle that the run completed."""
+    """Return the average and the mask [Q] of the last cycle that the run completed."""
     last = run.last()
     mask = torch.zeros_like(problem.mask)
     for name, view in problem.layout.mask_views(mask).items():

@@ -1,4 +1,4 @@
-"""The networks of the protocol, by name, for the command line, the demo and the benchmarks."""
+"""The protocol's networks by name, for the command line, the demo and the benchmarks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from itertools import pairwise
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-VGG_WIDTHS: dict[str, list[int | str]] = {  # channels, "M" halves the picture
+VGG_WIDTHS: dict[str, list[int | str]] = {  # channels of each convolution; "M" is a pooling that halves the picture
     "vgg13": [64, 64, "M", 128, 128, "M", 256, 256, "M", 512, 512, "M", 512, 512, "M"],
     "vgg16": [64, 64, "M", 128, 128, "M", *[256] * 3, "M", *[512] * 3, "M", *[512] * 3, "M"],
     "vgg19": [64, 64, "M", 128, 128, "M", *[256] * 4, "M", *[512] * 4, "M", *[512] * 4, "M"],
@@ -171,7 +171,10 @@ MODELS: dict[str, Callable[[int, int, int, int], nn.Module]] = {
 
 
 def build_model(name: str, channels: int, height: int, width: int, classes: int) -> nn.Module:
-    """A network by name, or by "package.module:factory", called without arguments."""
+    """Build the network with a name from MODELS, or call the factory that is named as "package.module:factory".
+
+    Raises ValueError for an unknown name, TypeError if the factory returns something other than an nn.Module.
+    """
     if name in MODELS:
         return MODELS[name](channels, height, width, classes)
     package, colon, factory = name.partition(":")

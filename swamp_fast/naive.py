@@ -1,7 +1,7 @@
-"""SWAMP as a careful researcher writes it today: plain PyTorch, one particle after the other.
+"""SWAMP as a careful researcher would write it: plain PyTorch, one particle after the other.
 
-It is the oracle of the tests and the baseline of the benchmarks. It shares the checks, the data, the random draws and
-the record with fast_swamp, but no code that trains, averages, prunes or evaluates.
+Tests compare fast_swamp with it, and benchmarks use it as the baseline. It shares the argument checks, the data, the
+random draws and the run's record with fast_swamp, but no code that trains, averages, prunes or evaluates.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ def naive_swamp(
     config: SwampConfig | None = None,
     **settings: Any,
 ) -> SwampResult:
-    """Prune a model with SWAMP, one particle after the other.
+    """Prune a model with SWAMP, training one particle after the other.
 
-    Arguments, result and errors are those of fast_swamp; `engine` makes no difference.
+    Arguments, result and errors are those of fast_swamp. The setting `engine` has no effect.
     """
     arguments = Arguments(
         val=val,
@@ -66,7 +66,7 @@ def naive_swamp(
         run.keep_engine({"engine": "naive", "name": "naive", "why": "plain PyTorch, one particle after the other"})
         ticket = train_ticket(problem, run)
         average, masks = ticket, {n: mask.clone() for n, mask in problem.layout.mask_views(problem.mask).items()}
-        if run.rows:  # the run goes on after these cycles
+        if run.rows:  # a resumed run continues after these cycles
             average = load(problem, run.last().state)
             masks = {name: mask.to(problem.device) for name, mask in run.last().masks.items()}
 
@@ -77,7 +77,10 @@ def naive_swamp(
             particles, training = train_particles(problem, run, start, masks, cycle)
             score = score_of(problem, list(particles.values()), cycle)
             average = mean_of(list(particles.values()))
-            models = {**particles, config.particles_at(cycle): average}  # the number after the particles'
+            models = {
+                **particles,
+                config.particles_at(cycle): average,
+            }  # the average has the number after the last particle's
             for number, each in models.items():
                 reestimate_batchnorm(problem, each, problem.keys_of(cycle, number))
             scored, best = scores(problem, models, cycle)
@@ -98,7 +101,10 @@ def naive_swamp(
 
 
 def train_ticket(problem: Problem, run: Run) -> nn.Module:
-    """The matching ticket: the model after `ticket_epochs` of dense training, or the one that the run has recorded."""
+    """Return the matching ticket: the model after `ticket_epochs` epochs of dense training.
+
+    A resumed run returns the ticket that it recorded.
+    """
     if run.ticket is None:
         model = copy.deepcopy(problem.template)
         train_particle(problem, run, model, {}, None, 0)
@@ -110,7 +116,10 @@ def train_ticket(problem: Problem, run: Run) -> nn.Module:
 def train_particles(
     problem: Problem, run: Run, start: nn.Module, masks: State, cycle: int
 ) -> tuple[dict[int, nn.Module], dict[str, Any]]:
-    """Train the particles of a cycle. Returns those that did not diverge, by number, and what the row says of it."""
+    """Train the particles of a cycle.
+
+    Returns the particles that did not diverge, by number, and the training's entries for the cycle's history row.
+    """
     config, watch = problem.config, Stopwatch()
     particles: dict[int, nn.Module] = {}
     losses: list[float] = []
@@ -124,12 +133,12 @@ def train_particles(
             if config.on_divergence == "stop" or len(dropped) + 1 == config.particles_at(cycle):
                 raise
             dropped.append({"lane": number, "epoch": error.epoch})
-            run.tell_dropped(cycle, number, error.epoch)
+            run.warn_dropped(cycle, number, error.epoch)
     return particles, {"train_loss": losses, "dropped": dropped, "train_seconds": watch.seconds}
 
 
 def sparsity(problem: Problem, masks: State) -> dict[str, Any]:
-    """Density, kept weights and FLOPs of one sample's forward under masks."""
+    """Return the history row's density, kept weights and FLOPs (of one sample's forward pass) under the masks."""
     kept = {name: int(mask.sum()) for name, mask in masks.items()}
     sizes = {name: mask.numel() for name, mask in masks.items()}
     count = sum(kept.values())
@@ -137,7 +146,7 @@ def sparsity(problem: Problem, masks: State) -> dict[str, Any]:
 
 
 class Diverged(FloatingPointError):
-    """A particle has a loss or weights that are not finite, at the end of an epoch, counted from 1."""
+    """Raised if a particle's loss or weights are not finite at the end of `epoch`, which is counted from 1."""
 
     def __init__(self, where: str, epoch: int) -> None:
         super().__init__(
@@ -147,9 +156,10 @@ class Diverged(FloatingPointError):
 
 
 def train_particle(problem: Problem, run: Run, model: nn.Module, masks: State, cycle: int | None, number: int) -> float:
-    """Train a model as one particle of a cycle, or as the ticket (cycle None), and leave its SWA mean in it.
+    """Train a model in place, as one particle of a cycle or, if the cycle is None, as the ticket.
 
-    Returns its mean loss over the last epoch. Raises Diverged.
+    With SWA, the model holds the SWA mean of its weights afterwards. Returns the mean loss over the last epoch. Raises
+    Diverged if the loss or the weights are not finite.
     """
     config, steps_per_epoch = problem.config, len(problem.bounds)
     epochs = config.ticket_epochs if cycle is None else config.epochs
@@ -177,7 +187,7 @@ def train_particle(problem: Problem, run: Run, model: nn.Module, masks: State, c
             batch = problem.train.fetch(handle, epoch_keys).lane(0)
             epoch_loss += train_step(problem, model, parameters, masks, optimizer, batch, at_time(keys, step))
             run.step(1, f"{where}, epoch {epoch + 1}/{epochs}")
-            run.stop_if_asked()
+            run.stop_if_requested()
             step += 1
         mean_loss = float(epoch_loss) / steps_per_epoch
         run.keep_epoch(cycle, epoch, [mean_loss], number)
@@ -202,7 +212,7 @@ def train_step(
     batch: tuple[Any, Any],
     key: Tensor,
 ) -> Tensor:
-    """One step on a batch, with draws from the step's key [1, 3]. Returns the mean loss."""
+    """Do one optimizer step on a batch. The step's key [1, 3] seeds its random draws. Returns the mean loss."""
     inputs, targets = problem.transformed(batch[0], key), batch[1]
     problem.seeded(key)
     optimizer.zero_grad()
@@ -210,7 +220,7 @@ def train_step(
         loss = problem.losses(problem.forward(model, inputs), targets).mean()
     loss.backward()
     for parameter in parameters.values():
-        if parameter.grad is None:  # unused in this step, but it decays all the same
+        if parameter.grad is None:  # unused in this step, but weight decay still applies
             parameter.grad = torch.zeros_like(parameter)
     for name, mask in masks.items():
         parameters[name].grad.mul_(mask)  # type: ignore[union-attr]
@@ -228,7 +238,7 @@ def apply_masks(parameters: dict[str, nn.Parameter], masks: State) -> None:
 
 
 def optimizer_of(config: SwampConfig, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    """The optimizer of the settings."""
+    """Return the optimizer that the settings name."""
     if config.optimizer == "adamw":
         return torch.optim.AdamW(
             parameters,
@@ -247,7 +257,11 @@ def optimizer_of(config: SwampConfig, parameters: Iterable[nn.Parameter]) -> tor
 
 
 def learning_rate(config: SwampConfig, step: int, steps_per_epoch: int, swa_start: int) -> float:
-    """A cosine from `lr` down to `swa_lr` at the start of SWA, constant from there; or down to 0 at the end."""
+    """Return the learning rate of a step of a cycle; see SwampConfig's `schedule`.
+
+    With SWA's schedule, it is a cosine from `lr` to `swa_lr` at the start of the SWA window, and constant from there.
+    Otherwise it is a cosine from `lr` to 0 at the end of the training.
+    """
     with_swa = config.schedule == "swa" or (config.schedule == "auto" and config.swa)
     end, epochs = (config.swa_lr, swa_start) if with_swa else (0.0, config.epochs)
     progress = min(step / (epochs * steps_per_epoch), 1.0) if epochs else 1.0
@@ -255,7 +269,7 @@ def learning_rate(config: SwampConfig, step: int, steps_per_epoch: int, swa_star
 
 
 def mean_of(particles: list[nn.Module]) -> nn.Module:
-    """A model with the mean of the particles' parameters and buffers."""
+    """Return a model with the mean of the particles' parameters and floating-point buffers."""
     average = copy.deepcopy(particles[0])
     sources = [{**dict(each.named_parameters()), **dict(each.named_buffers())} for each in particles]
     for name, target in {**dict(average.named_parameters()), **dict(average.named_buffers())}.items():
@@ -265,12 +279,14 @@ def mean_of(particles: list[nn.Module]) -> nn.Module:
 
 
 def score_of(problem: Problem, particles: list[nn.Module], cycle: int) -> State:
-    """The score that later masks rank, by name, if `mask_score` makes it from the particles; else {}."""
+    """Return the score of each prunable parameter by name, or {} if `mask_score` needs only the particles' average."""
     config = problem.config
     if not config.scored_at(cycle):
         return {}
     if config.mask_score == "signal-to-noise" and len(particles) == 1:
-        raise FloatingPointError(f"cycle {cycle}: one particle is left, which has no signal-to-noise; lower lr.")
+        raise FloatingPointError(
+            f"cycle {cycle}: only one particle is left, so there is no signal-to-noise ratio; lower lr."
+        )
     named = [dict(each.named_parameters()) for each in particles]
     ranked = {}
     for entry in problem.layout.prunable:
@@ -288,9 +304,13 @@ def score_of(problem: Problem, particles: list[nn.Module], cycle: int) -> State:
 
 
 def prune(problem: Problem, ranked: State, masks: State, cycle: int) -> State:
-    """Masks that keep the largest of all layers' weights; of equal ones the first.
+    """Return masks that keep the weights with the largest scores over all layers; of equal scores, the first are kept.
 
-    Random masks keep as many weights of each layer, or as many as `layer_kept` says.
+    With mask_score="random" the kept weights are drawn at random. Each layer then keeps as many weights as `layer_kept`
+    says or, without it, as many as the largest scores would keep.
+
+    ranked  parameter name -> score, of which the absolute value is ranked
+    masks   the masks of the cycle before
     """
     config = problem.config
     magnitudes = torch.cat([ranked[name].detach().to(problem.device).abs().flatten() for name in masks])
@@ -308,7 +328,7 @@ def prune(problem: Problem, ranked: State, masks: State, cycle: int) -> State:
 
 
 def draw(config: SwampConfig, kept: Tensor, count: int, cycle: int, layer: int) -> Tensor:
-    """A mask of `count` of a layer's kept weights, drawn at random."""
+    """Draw a mask that keeps `count` weights of a layer, at random among those in `kept`."""
     chosen = torch.zeros_like(kept)
     for place in layer_order(config.seed, cycle, layer, len(kept), kept.device).tolist():
         if count and kept[place]:
@@ -319,9 +339,9 @@ def draw(config: SwampConfig, kept: Tensor, count: int, cycle: int, layer: int) 
 
 @torch.no_grad()
 def reestimate_batchnorm(problem: Problem, model: nn.Module, keys: Tensor) -> None:
-    """Set running statistics to their mean over the training data, weighted by samples, and the model to eval mode.
+    """Set the running statistics to their mean over the training batches, weighted by the number of samples.
 
-    A norm that a forward calls more than once counts each call.
+    A norm layer that one forward pass calls several times counts every call. Leaves the model in eval mode.
     """
     model.eval()
     norms = [m for m in model.modules() if isinstance(m, _NormBase) and m.running_mean is not None]
@@ -347,9 +367,11 @@ def reestimate_batchnorm(problem: Problem, model: nn.Module, keys: Tensor) -> No
 
 
 def scores(problem: Problem, models: dict[int, nn.Module], cycle: int) -> tuple[dict[str, Any], int]:
-    """The scores of a cycle, and the index of the particle that is the best on val.
+    """Return the scores of a cycle, and the index of the particle that is best on the validation data.
 
-    models  by number: the particles, and last the average, whose place combine="best" gives to the best particle
+    With combine="best", the average's scores are those of the best particle.
+
+    models  number -> model: first the particles, last the average
     """
     row: dict[str, Any] = dict.fromkeys(SCORES)
     test, val = problem.test, problem.val
@@ -380,7 +402,12 @@ def scores(problem: Problem, models: dict[int, nn.Module], cycle: int) -> tuple[
 def evaluate(
     problem: Problem, model: nn.Module, data: Data, keys: Tensor, which: int
 ) -> tuple[float, float | None, Tensor | None]:
-    """Mean loss, accuracy, and the softmax of every sample [n, C]; the last two are None without classes."""
+    """Return the mean loss, the accuracy, and the softmax of every sample [n, C].
+
+    Accuracy and softmax are None if the task has no classes.
+
+    which  the split, 1 for test and 2 for val, which decides the random draws
+    """
     loss, outputs = 0.0, []
     for number, (inputs, targets, count) in enumerate(pass_in_stored_order(data, problem.config.batch_size)):
         output = problem.outputs(model, inputs, at_time(keys, evaluation_time(which, number)))
@@ -394,12 +421,12 @@ def evaluate(
 
 
 def targets_of(problem: Problem, data: Data) -> Tensor:
-    """All targets in stored order."""
+    """Return all targets of a split, in stored order."""
     return torch.cat([targets for _, targets, _ in pass_in_stored_order(data, problem.config.batch_size)])
 
 
 def load(problem: Problem, state: State) -> nn.Module:
-    """A model on the device with these parameters and buffers."""
+    """Return a model on the problem's device that has the parameters and buffers of `state`."""
     model = copy.deepcopy(problem.template)
     for name, tensor in {**dict(model.named_parameters()), **dict(model.named_buffers())}.items():
         tensor.data.copy_(state[name])
@@ -407,5 +434,5 @@ def load(problem: Problem, state: State) -> nn.Module:
 
 
 def state_of(model: nn.Module) -> State:
-    """Parameters and buffers by name."""
+    """Return the model's parameters and buffers by name."""
     return {**{n: p.detach() for n, p in model.named_parameters()}, **dict(model.named_buffers())}

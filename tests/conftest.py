@@ -1,6 +1,6 @@
-"""Fixtures and options of all tests.
+"""Fixtures and command-line options for all tests.
 
-Without a GPU the Triton kernels run in Triton's interpreter, which must be chosen before Triton is imported.
+Without a GPU, the Triton kernels run in Triton's interpreter, which must be enabled before Triton is imported.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a background process of a shell
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell starts background processes this way
     signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.path.insert(0, str(Path(__file__).parent / "support"))  # in importlib mode, tests can't import files beside them
 from skips import GPU, HAS_A_GPU, HAS_GPU, SLOW, pytest_sessionfinish, pytest_terminal_summary  # noqa: F401
@@ -42,8 +42,8 @@ def _same_start() -> None:
 def _mended_interpreter() -> None:
     """Fix two errors of Triton's interpreter.
 
-    It truncates to bfloat16, where a GPU rounds to the nearest value; and in 3.6 it converts arrays of one element to
-    numbers in a way that NumPy 2.4 rejects.
+    It truncates float32 to bfloat16, whereas a GPU rounds to the nearest value. In Triton 3.6, it also converts arrays
+    of one element to numbers in a way that NumPy 2.4 rejects.
     """
     if HAS_GPU:
         return
@@ -68,7 +68,7 @@ def _mended_interpreter() -> None:
 
 @pytest.fixture(scope="session")
 def digits() -> tuple[tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
-    """Return a few of scikit-learn's digits, uint8 [n, 1, 8, 8]: 160 for training and 64 for testing."""
+    """Return (inputs uint8 [n, 1, 8, 8], targets [n]) of scikit-learn's digits: 160 for training, 64 for testing."""
     from swamp_fast.data.sources import open_source
 
     opened = open_source("digits", "train", None)
@@ -81,7 +81,10 @@ def digits() -> tuple[tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, tor
 
 @pytest.fixture
 def large_tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Use large tiles, since the interpreter takes milliseconds per program; `as_launched` keeps the GPU's tiles."""
+    """Use large tiles in the interpreter, which takes milliseconds per program.
+
+    Tests with the marker `as_launched` keep the tiles that are used on a GPU.
+    """
     from swamp_fast.kernels import convolution
 
     if not HAS_GPU and "as_launched" not in request.keywords:
@@ -90,14 +93,14 @@ def large_tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
 
 
 class Implementation:
-    """One implementation of an op: "generic", "avx2", "avx512" (C++), "triton" (in the interpreter) or "cuda"."""
+    """One implementation of the ops: "generic", "avx2" or "avx512" (C++), "triton" (in the interpreter) or "cuda"."""
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.device = torch.device("cuda" if name == "cuda" else "cpu")
 
     def __call__(self, op: str, *args: object, **kwargs: object) -> object:
-        """Call an op by its contract; in the interpreter call its launcher, which checks nothing."""
+        """Call an op by its contract. For the interpreter, call its launcher directly, which checks no arguments."""
         import swamp_fast._C as _C
         from swamp_fast import ops
 
@@ -134,7 +137,7 @@ IMPLEMENTATIONS = ["generic", "avx2", "avx512", "triton", pytest.param("cuda", m
 
 @pytest.fixture(params=IMPLEMENTATIONS)
 def implementation(request: pytest.FixtureRequest) -> object:
-    """Each implementation of an op that this machine can run; memory that it allocates is filled with NaN first."""
+    """Yield each Implementation that this machine can run. Tensors that it allocates are filled with NaN first."""
     import swamp_fast._C as _C
 
     name = request.param
@@ -153,7 +156,7 @@ def implementation(request: pytest.FixtureRequest) -> object:
 
 @pytest.fixture
 def on():
-    """Return the settings of a short run in an execution mode."""
+    """Return a function from an execution mode to the settings of a short run in that mode."""
     from stops import RUN, WAYS
 
     return lambda mode: RUN | {"engine": WAYS[mode]}

@@ -1,4 +1,4 @@
-"""SwampConfig: invalid settings, derived settings, and TOML."""
+"""SwampConfig: invalid settings, settings computed from others, and TOML."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BAD = [
     ({"particles": [4, 4], "cycles": 3}, ValueError, r"one number per training, cycles \+ 1 = 4; got 2"),
     ({"layer_kept": [3]}, TypeError, "`layer_kept` must be a list of ints, got 3"),
     ({"layer_kept": 3}, TypeError, "`layer_kept` must be a list of lists of ints | None, got 3"),
-    ({"layer_kept": [[3]]}, ValueError, '`layer_kept` needs mask_score="random", and one list for each of 14'),
+    ({"layer_kept": [[3]]}, ValueError, '`layer_kept` needs mask_score="random" and one list for each of 14'),
     ({"particles": 2.5}, TypeError, "`particles` must be int | a list of ints, got 2.5"),
     ({"cycles": -1}, ValueError, "`cycles` must be at least 0"),
     ({"prune": 0.0}, ValueError, "`prune` must lie strictly between 0 and 1"),
@@ -33,7 +33,7 @@ BAD = [
     ({"nesterov": True, "momentum": 0.0}, ValueError, "`nesterov` needs momentum"),
     ({"optimizer": "adam"}, ValueError, '`optimizer` must be one of "sgd", "adamw"; got "adam"'),
     ({"optimizer": "adamw", "nesterov": True}, ValueError, '`nesterov` is a setting of optimizer="sgd", got nesterov'),
-    ({"optimizer": "adamw", "momentum": 0.5}, ValueError, "momentum = 0.5 with .* Leave it at 0.9, or choose the ot"),
+    ({"optimizer": "adamw", "momentum": 0.5}, ValueError, 'momentum = 0.5 with .* Leave it at 0.9, or set optimizer="'),
     ({"beta1": 0.5}, ValueError, '`beta1` is a setting of optimizer="adamw", got beta1 = 0.5 with optimizer="sgd"'),
     ({"adam_eps": 1e-6}, ValueError, '`adam_eps` is a setting of optimizer="adamw"'),
     ({"optimizer": "adamw", "beta2": 1.0}, ValueError, r"`beta2` must lie in \[0, 1\), got 1.0"),
@@ -43,7 +43,7 @@ BAD = [
     ({"swa_start": 1.0}, ValueError, r"`swa_start` must lie in \[0, 1\)"),
     ({"swa_start": -0.1}, ValueError, r"`swa_start` must lie in \[0, 1\)"),
     ({"swa_lr": 0.2}, ValueError, "`swa_lr` must be at most `lr`, got swa_lr = 0.2 and lr = 0.1"),
-    ({"target_density": 0.05, "cycles": 3}, ValueError, "0.05 takes 14 cycles at prune = 0.2, got cycles = 3 too"),
+    ({"target_density": 0.05, "cycles": 3}, ValueError, "0.05 takes 14 cycles at prune = 0.2, but cycles = 3 was"),
     ({"target_density": 1.0}, ValueError, "`target_density` must lie strictly between 0 and 1"),
     (
         {"engine": "quick"},

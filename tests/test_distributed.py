@@ -1,4 +1,7 @@
-"""A run shared by several processes has the bits of a run by one; if one dies the others end, and nothing is lost."""
+"""A run that several processes share has the same bits as one by a single process.
+
+If one of the processes dies, the others end, and the run can be resumed.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ from swamp_fast.particles.random import stream_of
 from swamp_fast.runs.folder import Damaged
 
 ALWAYS, SELDOM = 1e-9, 5.0  # minutes between checkpoints
-# With two particles a third rank has no lane.
+# Name -> (engine, settings) of a run. With two particles, the third of three ranks has no lane.
 RUNS = {
     "fused": ("fused", {"particles": 4}),
     "few": ("fused", {"particles": 2, "progress": True, "rewind": "average", "keep_particles": True}),
@@ -37,7 +40,7 @@ RUNS = {
 
 
 def ended(processes, seconds: float = 60) -> list[int]:
-    """Return exit codes. Processes that don't end in time are killed; their code is None."""
+    """Wait for processes and return their exit codes. Those that don't end in time are killed; their code is None."""
     until = time.monotonic() + seconds
     codes = []
     for process in processes:
@@ -51,7 +54,7 @@ def ended(processes, seconds: float = 60) -> list[int]:
 
 @pytest.fixture(scope="module")
 def runs_by(tmp_path_factory):
-    """Return the folder with all RUNS by 1, 2 and 3 ranks."""
+    """Do all RUNS with 1, 2 and 3 ranks, and return the folder that holds them."""
     folder = tmp_path_factory.mktemp("ranks")
     for world in (1, 2, 3):
         out = folder / str(world)
@@ -120,7 +123,7 @@ def test_a_rank_that_hangs_is_gone_within_a_minute(tmp_path):
     processes[0].join(60)
     assert processes[0].exitcode == distributed.EXIT_STATUS
     assert time.monotonic() - began < 60
-    assert "rank 1 is gone without a word" in (tmp_path / "logs" / "rank_0").read_text()
+    assert "rank 1 is gone without an error message" in (tmp_path / "logs" / "rank_0").read_text()
     processes[1].kill()
     processes[1].join()
 
@@ -139,7 +142,7 @@ def test_a_signal_to_one_rank_stops_all_with_a_checkpoint(sent, runs_by, tmp_pat
 
 
 def raised(**settings: object) -> str:
-    """Return the error of a small run by this job."""
+    """Do a small run by all ranks of this job, and return its error as text."""
     try:
         fast_swamp(Small(), "digits", **SMALL | {"engine": "fused", "progress": False, "device": "cpu"} | settings)
     except (RuntimeError, ValueError, FloatingPointError) as error:
@@ -148,7 +151,7 @@ def raised(**settings: object) -> str:
 
 
 def swept(out: str, **settings: object) -> str:
-    """Return the error of a sweep by this job."""
+    """Do a sweep by all ranks of this job, and return its error as text."""
     try:
         sweep(Small, "digits", None, {"seed": [0, 1]}, out=out, **SMALL | {"progress": False} | settings)
     except ValueError as error:
@@ -157,7 +160,7 @@ def swept(out: str, **settings: object) -> str:
 
 
 def faults(folder: str) -> None:
-    """Make calls that every rank must refuse; each rank writes the errors to its log."""
+    """Make faulty calls on all ranks; each rank writes the resulting errors to its log."""
     job = distributed.current()
 
     def report(name: str, text: str) -> None:
@@ -210,7 +213,7 @@ def test_an_error_on_one_rank_is_raised_on_all(tmp_path):
 
 
 def fails(in_training: bool) -> None:
-    """Let the second rank raise, during a training or before it, and keep its process alive."""
+    """Make the second rank fail, during a training or before it, and keep its process alive afterwards."""
     step = Trainer.step
 
     def fail(trainer, handle):
@@ -263,7 +266,7 @@ def test_the_state_of_lanes_is_divided_and_joined():
 
 
 def small_sweep(out: str) -> None:
-    """Do three runs, of which one diverges."""
+    """Do a sweep of three runs, of which one diverges."""
     settings = {**SMALL, "engine": "fused", "device": "cpu", "progress": False}
     points = [{"seed": 0}, {"seed": 1, "lr": 1e30}, {"seed": 2}]
     swept = sweep(Small, "digits", None, points, out=out, **settings)

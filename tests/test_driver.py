@@ -1,4 +1,4 @@
-"""The driver: the laws of the method over whole runs, what it evaluates, and what it reports."""
+"""Whole runs of the driver: the laws of pruning, the evaluation, and the reported numbers."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_a_run_obeys_the_laws_of_pruning(digits):
 
 
 def test_what_is_reported_is_what_the_model_does(digits):
-    """The row's accuracy and loss are those of .at(cycle) on the test data, standardised as the result says."""
+    """A row's accuracy and loss are those of `.at(cycle)` on test data standardised by `result.standardise`."""
     result = fast_swamp(networks.build("residual"), *digits, **SETTINGS)
     images, targets = digits[1]
     mean, std = (torch.tensor(result.standardise[name]).view(1, -1, 1, 1) for name in ("mean", "std"))
@@ -53,7 +53,7 @@ def test_what_is_reported_is_what_the_model_does(digits):
 
 
 def test_batchnorm_is_reestimated_over_the_training_data(digits):
-    """The average has statistics of its own: the mean over batches, weighted by samples; not a particle's."""
+    """The average's BatchNorm statistics are the mean over the training batches, weighted by samples."""
     result = fast_swamp(networks.build("residual"), *digits, **SETTINGS | {"precision": "float64", "batch_size": 48})
     images, _ = digits[0]
     mean, std = (torch.tensor(result.standardise[name]).view(1, -1, 1, 1) for name in ("mean", "std"))
@@ -69,7 +69,7 @@ def test_batchnorm_is_reestimated_over_the_training_data(digits):
 
 
 def test_one_particle_without_swa_is_magnitude_pruning_with_rewinding(digits):
-    """N = 1 with plain SGD is IMP, which is written here in a few lines without the package."""
+    """With N = 1 and without SWA, SWAMP is IMP, which is written here in a few lines without the package."""
     inputs, targets = torch.randn(160, 1, 8, 8, dtype=torch.float64), digits[0][1]
     settings = SETTINGS | {"particles": 1, "swa": False, "ticket_epochs": 0, "precision": "float64", "batch_size": 160}
     model = networks.build("tied")
@@ -115,14 +115,14 @@ def test_particles_per_cycle_a_target_density_and_no_cycles(digits):
 
 
 def test_the_ticket(digits):
-    """Every cycle starts from it; with ticket_epochs = 0 it is the model as given."""
+    """Every cycle starts from the ticket; with ticket_epochs = 0, the ticket is the given model."""
     model = networks.build("tied")
     given = fast_swamp(model, *digits, **SETTINGS | {"ticket_epochs": 0})
     assert all(torch.equal(given.ticket[name], value) for name, value in model.named_parameters())
     trained = fast_swamp(model, *digits, **SETTINGS)
     assert not torch.equal(trained.ticket["head.weight"], model.head.weight)
     frozen = fast_swamp(model, *digits, **SETTINGS | {"lr": 0.0, "swa_lr": 0.0, "weight_decay": 0.0})
-    for name, mask in frozen.masks.items():  # no weight changes, so that the last average is the masked ticket
+    for name, mask in frozen.masks.items():  # no weight changes, so the last average is the masked ticket
         assert torch.allclose(frozen.state_dict[name], frozen.ticket[name] * mask, atol=1e-7)
 
 
@@ -146,7 +146,7 @@ def test_frozen_parameters_stay(digits):
 
 
 class Counting(networks.Tied):
-    """A network with buffers that its forward changes, and one that it doesn't."""
+    """A network with two buffers that its forward pass changes, and one that it doesn't change."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -173,7 +173,7 @@ def test_buffers_of_the_model_are_averaged_like_the_naive_loops(digits):
 
 
 class Noisy(networks.Tied):
-    """A network that draws from torch's generator in its forward."""
+    """A network whose forward pass draws from torch's generator."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x + 0.1 * torch.randn_like(x) if self.training else x)
@@ -262,7 +262,7 @@ def test_on_cycle_sees_every_row(digits):
 
 
 class Narrow(nn.Module):
-    """A network with a layer of such small weights that all of them are pruned."""
+    """A network with one layer whose weights are so small that all of them are pruned."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -277,24 +277,24 @@ class Narrow(nn.Module):
 @pytest.mark.parametrize("function", [fast_swamp, naive_swamp])
 def test_an_emptied_layer_is_announced_once(function, digits):
     settings = SETTINGS | {"lr": 1e-4, "swa_lr": 1e-4, "prune": 0.3}
-    with pytest.warns(UserWarning, match="cycle 1: nothing of tiny.weight is left") as caught:
+    with pytest.warns(UserWarning, match="cycle 1: all weights of tiny.weight are pruned") as caught:
         result = function(Narrow(), *digits, **settings)
     assert len([each for each in caught if "tiny.weight" in str(each.message)]) == 1
-    assert "nothing of tiny.weight is left" in result.history[1]["warnings"][0]
+    assert "all weights of tiny.weight are pruned" in result.history[1]["warnings"][0]
     assert result.history[2]["warnings"] == []
 
 
 @pytest.mark.parametrize(("average", "announced"), [(0.80, True), (0.849, True), (0.86, False), (0.95, False)])
 def test_an_average_far_below_its_particles_is_announced(average, announced, digits, monkeypatch, recwarn):
-    """The particles did not share a basin: five points below their mean are reported, fewer aren't."""
+    """A gap of more than five points to the particles' mean accuracy is reported: they don't share a basin."""
     from swamp_fast.cycle import averaging
 
     scored = averaging.score_row
     on_test = {"accuracy": average, "mean_accuracy": 0.9}
     on_val = {"val_accuracy": average, "val_mean_accuracy": 0.9}
     for val, scores, split, advice in (
-        (None, on_test, "test", "`val`, such as 0.1"),
-        (0.1, on_val, "val", "Take a later ticket (more ticket_epochs)"),  # validation data decide where there are any
+        (None, on_test, "test", "such as val=0.1"),
+        (0.1, on_val, "val", "Take a later ticket (more ticket_epochs)"),  # with validation data, only they count
     ):
         monkeypatch.setattr(averaging, "score_row", lambda *a, scores=scores: {**scored(*a), **scores})
         recwarn.clear()
@@ -303,8 +303,7 @@ def test_an_average_far_below_its_particles_is_announced(average, announced, dig
         assert bool(texts) == bool(result.history[0]["warnings"]) == announced
         if announced:
             assert texts == result.history[0]["warnings"]
-            expected = f"the average has {average * 100:.2f} % accuracy on {split}, its particles 90.00 % on average"
-            assert expected in texts[0]
+            assert f"have {average * 100:.2f} % accuracy on {split}, but the particles have 90.00 % on" in texts[0]
             assert advice in texts[0]
 
 
@@ -321,7 +320,7 @@ def test_quick_settings_run(digits):
 
 
 class Sentences(nn.Module):
-    """A network with dicts as inputs and outputs: token ids with a padding mask."""
+    """A network that takes token ids with a padding mask, and returns a dict."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -335,7 +334,7 @@ class Sentences(nn.Module):
 
 
 class Tokens(torch.utils.data.Dataset):
-    """Sequences of different lengths."""
+    """A Dataset of sequences of different lengths."""
 
     def __len__(self) -> int:
         return 60
@@ -372,7 +371,7 @@ def test_dicts_collate_functions_and_recurrent_networks(digits):
 
 @pytest.mark.parametrize("norm", [nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.spectral_norm])
 def test_parametrised_modules(norm, digits):
-    """The tensors behind a parametrisation are trained; only plain parameters are pruned."""
+    """The tensors from which a parametrisation computes a weight are trained, but only plain weights are pruned."""
     model = networks.build("tied")
     norm(model.first)
     settings = SETTINGS | {"precision": "float64"}

@@ -1,4 +1,4 @@
-"""A test run that skips what it should have run fails, and prints how many tests it skipped for which reason."""
+"""A test run that skips too many tests fails, and prints how many it skipped for which reason."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 import pytest
 from paths import ROOT
 
-# Stands for a torch without a GPU, which is much faster to import.
+# Replaces torch by a stub without a GPU, which is much faster to import.
 CONFTEST = f"""
 import sys
 from types import SimpleNamespace
@@ -36,7 +36,7 @@ def test_passes(): pass
 
 @pytest.fixture
 def run(tmp_path):
-    """Run a selection of TESTS under the hooks alone. Return the exit status and the output."""
+    """Return a function that runs a selection of TESTS with these hooks and returns the exit status and the output."""
     (tmp_path / "conftest.py").write_text(CONFTEST)
     (tmp_path / "test_few.py").write_text(TESTS)
 
@@ -67,4 +67,4 @@ def test_skips_that_are_allowed_fail_nothing(run):
     assert "FAILED" not in printed
     assert run("-k", "(browser and 1) or passes")[0] == 0
     assert run("-k", "numpy")[0] == 1
-    assert run("-k", "nothing")[0] == 5  # pytest's status for no tests
+    assert run("-k", "nothing")[0] == 5  # pytest's exit status if no tests were collected

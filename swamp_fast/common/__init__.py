@@ -1,1 +1,1 @@
-"""Helpers that know nothing of SWAMP: trees of tensors, fingerprints, memory, statistics, formats."""
+"""Helpers that don't depend on SWAMP: trees of tensors, fingerprints, memory, time, statistics and formats."""

@@ -1,4 +1,4 @@
-"""One driver at a time in a process."""
+"""Lets only one driver run at a time in a process."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ RUNNING = threading.RLock()
 
 
 def one_at_a_time(driver: Callable[Parameters, Returned]) -> Callable[Parameters, Returned]:
-    """Decorate a driver: it waits until no other thread runs one, as all threads share the global random generators
-    and torch.nn.functional, and it records gradients even where the caller has turned that off.
+    """Decorate a driver so that it waits until no other thread runs one.
+
+    Drivers change the global random generators and torch.nn.functional, which all threads share. The driver also
+    records gradients if the caller has turned that off.
     """
 
     @functools.wraps(driver)

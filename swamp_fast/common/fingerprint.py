@@ -1,4 +1,4 @@
-"""Hashes of models, tensors and callables, by which a run directory recognises those that it was started with."""
+"""Hashes of models, tensors and callables, by which a resumed run checks that it gets the same ones as before."""
 
 from __future__ import annotations
 
@@ -15,8 +15,12 @@ from torch import Tensor, nn
 
 
 def model_fingerprint(model: nn.Module, apart_from: Collection[str] = ()) -> str:
-    """The hash of a model: its structure as printed, the code and plain attributes of its modules, its parameters and
-    buffers, and which are frozen. Parameters and buffers in `apart_from` count without their values.
+    """Return the hash of a model.
+
+    It covers the model's printed structure, the code and plain attributes of its modules, its parameters and buffers,
+    and which of them need gradients.
+
+    apart_from  the names of parameters and buffers of which the values are left out
     """
     digest = hashlib.blake2b(f"{type(model).__qualname__}\n{model}".encode(), digest_size=16)
     for kind in sorted({type(module) for module in model.modules()}, key=lambda kind: kind.__qualname__):
@@ -30,7 +34,7 @@ def model_fingerprint(model: nn.Module, apart_from: Collection[str] = ()) -> str
 
 
 def state_fingerprint(model: nn.Module) -> str:
-    """The hash of the plain attributes of all modules: not parameters, not buffers, and none of nn.Module's."""
+    """Return the hash of all modules' plain attributes, without parameters, buffers and nn.Module's own attributes."""
     digest = hashlib.blake2b(digest_size=16)
     for name, module in model.named_modules():
         for key, value in vars(module).items():
@@ -40,12 +44,12 @@ def state_fingerprint(model: nn.Module) -> str:
 
 
 def tensor_fingerprint(tensor: Tensor) -> str:
-    """The hash of a tensor's type, shape and values."""
+    """Return the hash of a tensor's type, shape and values."""
     return hashlib.blake2b(_tensor_bytes(tensor), digest_size=16).hexdigest()
 
 
 def callable_fingerprint(function: Callable[..., Any] | None) -> str | None:
-    """The hash of a callable's code, defaults and closure, as far as they can be read; None for None."""
+    """Return the hash of a callable's code, defaults and closure, as far as they can be read; None for None."""
     return None if function is None else hashlib.blake2b(_bytes(function, 0), digest_size=16).hexdigest()
 
 
@@ -58,7 +62,10 @@ def _tensor_bytes(tensor: Tensor) -> bytes:
 
 
 def _bytes(thing: Any, depth: int) -> bytes:
-    """The bytes that identify a value; other objects by their type and their attributes, at most four levels deep."""
+    """Return bytes that identify a value.
+
+    An object of an unknown class is identified by its class's code and its attributes, at most four levels deep.
+    """
     name = f"{type(thing).__module__}.{type(thing).__qualname__}:".encode()
     if isinstance(thing, Tensor):
         return name + _tensor_bytes(thing)
@@ -95,16 +102,20 @@ def _source(thing: Any) -> bytes:
 
 
 def _code(function: Any) -> bytes:
-    """The bytecode, by which two lambdas on one line differ, without inner functions, whose text has an address."""
+    """Return the bytecode of a function, names and constants, by which two lambdas on one line differ.
+
+    Inner functions among the constants are left out, because their text contains a memory address.
+    """
     code: CodeType = function.__code__
     plain = [each for each in code.co_consts if not inspect.iscode(each)]
     return code.co_code + repr((code.co_names, plain)).encode()
 
 
 def _counts_by_content(value: Any) -> bool:
-    """Whether a global that a function reads counts by its content: plain values, and the user's functions and classes.
+    """Whether the content of a global that a function reads is part of the function's hash.
 
-    Libraries don't change within a version, and other objects may change while they are used.
+    It is for plain values and the user's functions and classes. It isn't for libraries, which don't change within a
+    version, nor for other objects, which may change while they are used.
     """
     if inspect.isfunction(value) or inspect.isclass(value):
         file = getattr(inspect.getmodule(value), "__file__", None) or ""

@@ -1,4 +1,4 @@
-"""Values as the user reads them."""
+"""Formats values for the user."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 
 
 def duration(seconds: float) -> str:
-    """Seconds as "42 s", "3:05 min" or "2:03 h"."""
+    """Format seconds as "42 s", "3:05 min" or "2:03 h"."""
     if seconds < 60:
         return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -14,10 +14,10 @@ def duration(seconds: float) -> str:
 
 
 def percent(fraction: float | None, digits: int = 2) -> str:
-    """A fraction as "4.40 %"; a dash for None."""
+    """Format a fraction as "4.40 %", or None as a dash."""
     return "–" if fraction is None else f"{fraction * 100:.{digits}f} %"
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """A type of numbers without `torch.`."""
+    """Return the name of a dtype without "torch."."""
     return str(dtype).removeprefix("torch.")

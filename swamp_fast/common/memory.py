@@ -1,4 +1,4 @@
-"""The memory that a run took, and the memory that is free."""
+"""Measures the memory that a process has used and the memory that is free."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ from pathlib import Path
 
 import torch
 
-UNKNOWN_MEMORY = 4 << 30  # bytes assumed to be free where the system doesn't say
+UNKNOWN_MEMORY = 4 << 30  # bytes assumed to be free if the system doesn't report it
 
 
 def peak_memory(device: torch.device) -> int:
-    """The most bytes so far: allocated by torch on a GPU, or resident of this process; 0 where that is not known."""
+    """Return the peak number of bytes that torch has allocated on a GPU or, for the CPU, of this process's memory.
+
+    Returns 0 on a system that doesn't report it.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:
@@ -24,7 +27,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 def free_memory(device: torch.device) -> int:
-    """Free bytes of the GPU, or of the host for the CPU, where caches that can be dropped count as free."""
+    """Return the number of free bytes on a GPU or, for the CPU, the host. Caches that can be dropped count as free."""
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
@@ -32,6 +35,6 @@ def free_memory(device: torch.device) -> int:
     if meminfo.exists():
         line = next(line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable:"))
         return int(line.split()[1]) * 1024
-    if hasattr(os, "sysconf"):  # macOS says how much memory there is, not how much is free
+    if hasattr(os, "sysconf"):  # macOS reports only the total memory, of which half is assumed to be free
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
     return UNKNOWN_MEMORY

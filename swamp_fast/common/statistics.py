@@ -1,4 +1,4 @@
-"""Means with their spread and confidence intervals."""
+"""Means, their standard deviations and confidence intervals."""
 
 from __future__ import annotations
 
@@ -8,26 +8,31 @@ from collections.abc import Sequence
 
 
 def mean_and_spread(values: Sequence[float]) -> tuple[float, float | None]:
-    """The mean of at least one value, and its standard deviation, None for one value; NaN if a value isn't finite."""
+    """Return the mean and the standard deviation of at least one value.
+
+    The standard deviation is None for a single value. Both are NaN if a value isn't finite.
+    """
     if not all(map(math.isfinite, values)):
         return math.nan, None if len(values) == 1 else math.nan
     return statistics.fmean(values), None if len(values) == 1 else statistics.stdev(values)
 
 
 def half_width(values: Sequence[float], level: float = 0.95) -> float:
-    """Half the width of the confidence interval of the mean of at least two values, by Student's t.
+    """Return half the width of the confidence interval of the mean of at least two values, by Student's t.
 
-    NaN if a value isn't finite.
+    It is NaN if a value isn't finite.
     """
     factor, finite = quantile(level, len(values) - 1), all(map(math.isfinite, values))
     return factor * statistics.stdev(values) / math.sqrt(len(values)) if finite else math.nan
 
 
 def quantile(level: float, freedom: int) -> float:
-    """The t for which Student's distribution with `freedom` degrees of freedom has the share `level` in [-t, t].
+    """Return the t such that a Student-distributed variable lies in [-t, t] with probability `level`.
 
-    By bisection of the finite series of Abramowitz and Stegun 1964, 26.7.3 and 26.7.4. Raises ValueError for less than
-    one degree of freedom.
+    freedom  the degrees of freedom
+
+    t is found by bisection on the finite series of Abramowitz and Stegun 1964, 26.7.3 and 26.7.4. Raises ValueError for
+    less than one degree of freedom.
     """
     if freedom < 1:
         raise ValueError(f"an interval needs at least two values, got {freedom + 1}.")
@@ -39,7 +44,7 @@ def quantile(level: float, freedom: int) -> float:
 
 
 def _share(angle: float, freedom: int) -> float:
-    """The share of the distribution in [-t, t], angle = atan(t / sqrt(freedom))."""
+    """Return the probability of Student's distribution in [-t, t], where angle = atan(t / sqrt(freedom))."""
     odd, cosine, total = freedom % 2, math.cos(angle), 0.0
     term = cosine if odd else 1.0
     for k in range(1 + odd, freedom, 2):

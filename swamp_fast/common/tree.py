@@ -1,4 +1,4 @@
-"""Trees of tensors: inputs and outputs as nested dicts, tuples and lists."""
+"""Functions on trees of tensors: nested dicts, tuples and lists, as models take and return them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def tree_map(function: Callable[..., Any], first: Any, *others: Any) -> Any:
-    """The tree of `function(leaf, *leaves)` over the leaves of trees of the same structure."""
+    """Return the tree of the results of `function(leaf, *other_leaves)`, over the leaves of trees of one structure."""
     if isinstance(first, dict):
         out = {} if type(first) is dict else copy.copy(first)  # the user's subclass of dict is kept
         for key, value in first.items():
@@ -25,7 +25,7 @@ def tree_map(function: Callable[..., Any], first: Any, *others: Any) -> Any:
 
 
 def tree_leaves(tree: Any) -> Iterator[Any]:
-    """The leaves in order."""
+    """Yield the leaves of a tree in order."""
     if isinstance(tree, dict):
         for value in tree.values():
             yield from tree_leaves(value)
@@ -37,15 +37,15 @@ def tree_leaves(tree: Any) -> Iterator[Any]:
 
 
 def tensors(tree: Any) -> list[Tensor]:
-    """The tensors among the leaves."""
+    """Return the leaves of a tree that are tensors."""
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 def tree_stack(trees: Sequence[Any]) -> Any:
-    """One tree of trees of tensors, stacked along a new first axis."""
+    """Stack trees of tensors along a new first axis into one tree."""
     return tree_map(lambda *leaves: torch.stack(leaves), *trees)
 
 
 def tree_to(tree: Any, device: torch.device) -> Any:
-    """The tree with its tensors on the device; other leaves stay as they are."""
+    """Return the tree with its tensors on the device; other leaves are unchanged."""
     return tree_map(lambda leaf: leaf.to(device, non_blocking=True) if isinstance(leaf, Tensor) else leaf, tree)

@@ -1,5 +1,6 @@
-"""What one cycle does: train the particles, average them, evaluate the average, prune by it.
+"""The steps of one cycle: train the particles, average them, evaluate the average, and prune by it.
 
-Among several ranks the first one alone averages, evaluates and prunes, and sends the result. That takes the same time
-as if all did, leaves the memory's bandwidth to one, and processors that differ can't come to different averages.
+With several ranks, only the first one averages, evaluates and prunes; it sends the results to the others. This takes no
+longer than if every rank did the work, leaves the whole memory bandwidth to one process, and prevents ranks with
+different processors from computing different averages.
 """

@@ -1,4 +1,4 @@
-"""What the particles of a cycle become: their mean or the best of them, its BatchNorm statistics re-estimated."""
+"""Combines the particles of a cycle into their mean, or the best of them, and re-estimates BatchNorm statistics."""
 
 from __future__ import annotations
 
@@ -23,11 +23,12 @@ from swamp_fast.runs.record import Run, first_rank_decides
 
 @dataclass(frozen=True)
 class Combined:
-    """What the particles of a cycle became.
+    """The result of combining the particles of a cycle.
 
-    average    their mean, or the best of them on validation data (combine="best")
-    particles  those that did not diverge, with their own re-estimated statistics; empty if they are not to be kept
-    scores     of the cycle's row in the history
+    average    the mean of the particles, or the best of them on validation data (combine="best")
+    particles  the particles that did not diverge, each with its own re-estimated statistics; empty unless
+               `keep_particles` is set and the cycle is the last one
+    scores     the scores for the cycle's row in the history
     """
 
     average: Solution
@@ -37,9 +38,9 @@ class Combined:
 
 @first_rank_decides
 def combine(problem: Problem, run: Run, side_by_side: ModelsSideBySide, particles: Particles, cycle: int) -> Combined:
-    """Average the particles, re-estimate the BatchNorm statistics of all of them and evaluate all of them.
+    """Average the particles, re-estimate BatchNorm statistics, and evaluate.
 
-    The average and the particles run side by side, as lanes of the engine.
+    The last two are done for the particles and for their average, which run side by side as lanes of the engine.
     """
     lanes = particles.left
     mean = ops.particle_mean(particles.weights[lanes], torch.zeros_like(particles.keys[lanes, 0]), 1)
@@ -64,7 +65,10 @@ def combine(problem: Problem, run: Run, side_by_side: ModelsSideBySide, particle
 
 
 def mean_buffer(particles: Tensor) -> Tensor:
-    """The average's buffer from the particles' [N, ...]: their mean, or the first where it isn't floating-point."""
+    """Return the average's value of a buffer from the particles' values [N, ...].
+
+    It is their mean if the buffer is floating-point, and otherwise the first particle's value.
+    """
     return particles.double().mean(0).to(particles.dtype) if particles.is_floating_point() else particles[0]
 
 
@@ -76,12 +80,13 @@ def reestimate(
     batch_size: int,
     channels_last: bool = False,
 ) -> None:
-    """Set the running statistics to their mean over one pass through the data in stored order, weighted by samples.
+    """Set the running statistics to their mean over one pass through the data, weighted by the number of samples.
 
-    Averaged weights with a particle's own statistics would have chance accuracy.
+    With the running statistics of a particle, averaged weights would have chance accuracy. Only norm layers are put
+    into train mode, so dropout stays off. If one forward pass calls a norm several times, each call counts as a batch.
+    Leaves the modules in eval mode.
 
-    run(inputs [B, ...], time) runs all modules on one batch. Only norms are in train mode, so dropout stays off. A norm
-    that a forward calls several times counts each call as a batch. Leaves the modules in eval mode.
+    run  run(inputs [B, ...], time) runs all modules on one batch
     """
     norms = norms_of(modules)
     momenta = [norm.momentum for norm in norms]

@@ -1,4 +1,4 @@
-"""How good a cycle's average is, beside its particles and their ensemble; and the cycle's row of the history."""
+"""Evaluates a cycle's average, its particles and their ensemble, and makes the cycle's row of the history."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from swamp_fast.particles.random import evaluation_time
 from swamp_fast.problem.problem import Problem
 from swamp_fast.runs.result import SCORES
 
-# (inputs [B, ...], time) -> the outputs of the particles, and of their average last.
+# (inputs [B, ...], time) -> a list with the outputs of each particle and, last, of their average.
 Outputs = Callable[[Any, int], list[Any]]
 
 
 @dataclass(frozen=True)
 class Scores:
-    """One split's scores of a cycle; accuracies are fractions, None where the task has none.
+    """The scores of a cycle on one split. Accuracies are fractions, or None if the task has no classes.
 
-    loss, accuracy      of the average, or of the particle that stands for all
+    loss, accuracy      of the average, or with combine="best" of the best particle
     particle_accuracy   of each particle
-    particle_loss       likewise
+    particle_loss       of each particle
     ensemble_accuracy   of the mean of the particles' softmax
     """
 
@@ -37,18 +37,18 @@ class Scores:
 
     @property
     def best(self) -> int:
-        """The best particle: by accuracy, by loss where there are none; the first of equals."""
+        """The index of the best particle by accuracy, or by loss if there are no accuracies; of equals, the first."""
         each = self.particle_accuracy or [-loss for loss in self.particle_loss]
         return max(range(len(each)), key=each.__getitem__)
 
     def of(self, particle: int) -> Scores:
-        """With a particle in the average's place."""
+        """Return these scores with those of one particle in place of the average's."""
         accuracy = None if self.particle_accuracy is None else self.particle_accuracy[particle]
         return replace(self, loss=self.particle_loss[particle], accuracy=accuracy)
 
 
 def evaluate(problem: Problem, outputs: Outputs, channels_last: bool = False) -> tuple[Scores | None, Scores | None]:
-    """Scores on test and on validation data, None for a split that there is not."""
+    """Return the scores on the test and the validation data; None for a split that the problem doesn't have."""
     test, val = (
         None if data is None else score(problem, outputs, data, split, channels_last)
         for split, data in ((1, problem.test), (2, problem.val))
@@ -58,7 +58,7 @@ def evaluate(problem: Problem, outputs: Outputs, channels_last: bool = False) ->
 
 @torch.no_grad()
 def score(problem: Problem, outputs: Outputs, data: Data, split: int, channels_last: bool = False) -> Scores:
-    """Scores on a split, test (1) or val (2)."""
+    """Return the scores on the data of a split, which is 1 for test and 2 for val."""
     entries = ensemble = 0
     total: Tensor | float = 0.0
     correct: Tensor | int = 0
@@ -81,7 +81,10 @@ def score(problem: Problem, outputs: Outputs, data: Data, split: int, channels_l
 
 
 def score_row(test: Scores | None, val: Scores | None) -> dict[str, Any]:
-    """The scores of a cycle's row in the history. The best particle is chosen on validation data, reported on test."""
+    """Return the scores for a cycle's row in the history.
+
+    `best_accuracy` is the test accuracy of the particle that is best on validation data.
+    """
     row: dict[str, Any] = dict.fromkeys(SCORES)
     if test is not None:
         row |= {
@@ -105,7 +108,10 @@ def score_row(test: Scores | None, val: Scores | None) -> dict[str, Any]:
 def history_row(
     problem: Problem, cycle: int, mask: Tensor, outcome: TrainingOutcome, scores: dict[str, Any]
 ) -> dict[str, Any]:
-    """The row of a cycle under a mask [Q]; see SwampResult.history. The run adds time, memory and warnings."""
+    """Return the history row of a cycle that trained under a mask [Q]; see SwampResult.history.
+
+    The run adds the time, the memory and the warnings later.
+    """
     kept = int(mask.sum())
     return {
         "cycle": cycle,

@@ -1,4 +1,4 @@
-"""Which weights a cycle keeps: the largest by one global threshold, of the average or of a score over the particles."""
+"""Chooses the weights that a cycle keeps, by one global threshold on the average or on a score over the particles."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ from swamp_fast.runs.record import Run, first_rank_decides
 
 @first_rank_decides
 def next_mask(problem: Problem, run: Run, mask: Tensor, cycle: int) -> Tensor:
-    """The mask [Q] of a cycle, from the mask and the solution of the cycle before."""
+    """Return the mask [Q] of a cycle.
+
+    mask  [Q]  the mask of the cycle before; the new mask keeps a part of its weights
+    """
     ranked = problem.layout.flat(run.masks_source().ranked, problem.dtype, problem.device)
     largest = pruned(ranked[None], mask[None], problem.config.prune)[0]
     if problem.config.mask_score != "random":
@@ -30,30 +33,37 @@ def next_mask(problem: Problem, run: Run, mask: Tensor, cycle: int) -> Tensor:
 
 @first_rank_decides
 def mask_score(problem: Problem, run: Run, particles: Particles, cycle: int) -> dict[str, Tensor]:
-    """What later masks rank instead of this cycle's average, by parameter; empty where they rank the average.
+    """Return, by parameter name, the scores of the weights by which later masks rank them.
 
-    Raises FloatingPointError if one particle is left, which has no signal-to-noise ratio.
+    Empty if later masks rank the weights of the average or don't use this cycle. Raises FloatingPointError if
+    mask_score="signal-to-noise" and only one particle is left, because one particle has no spread.
     """
     config = problem.config
     if not config.scored_at(cycle):
         return {}
     if config.mask_score == "signal-to-noise" and len(particles.left) == 1:
         raise FloatingPointError(
-            f'cycle {cycle}: one particle is left, which has no spread for mask_score="signal-to-noise". Lower lr and '
-            "swa_lr so that fewer diverge, or take more particles."
+            f'cycle {cycle}: only one particle is left, but mask_score="signal-to-noise" needs the spread of at least '
+            "2. Lower lr and swa_lr so that fewer diverge, or take more particles."
         )
     weights = [particles.weights[lane, : problem.layout.Q] for lane in particles.left]
     return problem.layout.mask_views(particles_score(config.mask_score, weights))
 
 
 def pruned(average: Tensor, masks: Tensor, prune: float) -> Tensor:
-    """The masks [R, Q] that keep the largest of the averages [R, P], by one global threshold per run."""
+    """Return masks [R, Q] that keep the largest |w| of the averages [R, P], by one global threshold per run.
+
+    masks  [R, Q]  the masks before; each new mask removes the fraction `prune` of the weights that they keep
+    """
     keep = [kept_after(kept, prune) for kept in masks.sum(1).tolist()]
     return ops.global_threshold(average[:, : masks.shape[1]], masks, keep)[1]
 
 
 def particles_score(score: str, particles: Sequence[Tensor]) -> Tensor:
-    """The score [Q] of N particles [Q] each that the global threshold ranks; `score` is SwampConfig's mask_score."""
+    """Return the score [Q] of each weight over N particles; `score` names it as SwampConfig.mask_score does.
+
+    particles  N vectors [Q]
+    """
 
     def mean(of: Callable[[Tensor], Tensor]) -> Tensor:
         total = torch.zeros_like(particles[0], dtype=torch.float64)
@@ -68,14 +78,14 @@ def particles_score(score: str, particles: Sequence[Tensor]) -> Tensor:
     else:
         middle = mean(torch.positive)
         spread = mean(lambda particle: (particle - middle).square()).sqrt()
-        # The mean of equal numbers may differ from them in the last bit.
+        # The mean of equal numbers may differ from them in the last bit, so a `spread` of 0 doesn't detect them all.
         agree = mean(lambda particle: (particle != particles[0]).double()) == 0
         found = (middle.abs() / spread.masked_fill(agree, 0.0)).nan_to_num(nan=0.0, posinf=torch.inf)
     return found.to(particles[0].dtype)
 
 
 def random_mask(layout: Layout, kept: Sequence[int], mask: Tensor, seed: int, cycle: int) -> Tensor:
-    """A mask [Q] that keeps `kept` weights of each layer, drawn at random among those that `mask` [Q] keeps."""
+    """Draw a mask [Q] at random among the weights that `mask` [Q] keeps; `kept` has one number of weights per layer."""
     chosen = torch.zeros_like(mask)
     for layer, (entry, count) in enumerate(zip(layout.prunable, kept, strict=True)):
         span = slice(entry.begin, entry.end)

@@ -1,4 +1,4 @@
-"""Trainings as the driver requests them, and what happens around their steps: counting, checkpoints, divergence."""
+"""Runs the trainings that the driver requests. Between their steps, it writes checkpoints and detects divergence."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from swamp_fast.runs.folder import Unfinished
 from swamp_fast.runs.record import Run
 
 Returned = TypeVar("Returned")
-# Of an engine: runs models with weights [M, P] and buffers [M, ...] as lanes.
+# A function of an engine that runs M models with weights [M, P] and buffers [M, ...] as lanes.
 ModelsSideBySide = Callable[[Tensor, dict[str, Tensor]], LaneRunner]
 
 
 @dataclass(frozen=True)
 class TrainingRequest:
-    """A training that a run requests: `particles` lanes, all from `start`, under a mask [Q].
+    """A request of a run to train `particles` lanes from `start` under a mask [Q].
 
     cycle  None for the ticket's training
-    label  what the console calls it
+    label  the training's name on the console
     """
 
     run: Run
@@ -43,13 +43,13 @@ class TrainingRequest:
 
 
 def ticket_request(problem: Problem, run: Run, start: Solution) -> TrainingRequest:
-    """T0: the training of the matching ticket, dense, by one particle."""
+    """Return the request for the ticket's training: one particle, dense."""
     everything = problem.layout.full_mask(problem.device)
     return TrainingRequest(run, None, start, everything, 1, ticket_training(problem.config), "ticket")
 
 
 def cycle_request(problem: Problem, run: Run, cycle: int, start: Solution, mask: Tensor) -> TrainingRequest:
-    """The training of a cycle's particles."""
+    """Return the request for the training of a cycle's particles."""
     config, particles = problem.config, problem.config.particles_at(cycle)
     density = percent(int(mask.sum()) / problem.layout.weights)
     label = f"cycle {cycle}/{config.cycles}, density {density}, {particles} particles"
@@ -58,7 +58,10 @@ def cycle_request(problem: Problem, run: Run, cycle: int, start: Solution, mask:
 
 @dataclass(frozen=True)
 class Particles:
-    """All particles of a training: weights [N, P], buffers [N, ...], keys [N, 3]; `left` are those not diverged."""
+    """All particles of a training: weights [N, P], buffers [N, ...] and keys [N, 3].
+
+    left  the numbers of the particles that did not diverge
+    """
 
     weights: Tensor
     buffers: dict[str, Tensor]
@@ -66,18 +69,20 @@ class Particles:
     left: list[int]
 
     def solution(self, number: int) -> Solution:
-        """One particle."""
+        """Return one particle as a Solution."""
         return Solution(self.weights[number].clone(), {name: each[number] for name, each in self.buffers.items()})
 
 
 @dataclass(frozen=True)
 class TrainingOutcome:
-    """What a training led to: `count` lanes, each one's mean loss over the last epoch, and how long it took.
+    """The outcome of a training.
 
-    seconds       runs that shared a bank have an equal share each
     bank          the lanes of this rank
-    dropped       lane -> epoch, counted from 1, at whose end its particle had diverged
-    side_by_side  runs models under the training's mask
+    count         the number of lanes on all ranks
+    losses        each lane's mean loss over the last epoch
+    dropped       lane of a diverged particle -> the epoch, counted from 1, in which it diverged
+    seconds       how long the training took; if several runs shared the bank, each has an equal share of the time
+    side_by_side  runs models as lanes under the training's mask
     """
 
     ranks: Ranks
@@ -94,7 +99,7 @@ class TrainingOutcome:
         return [lane for lane in range(self.count) if lane not in self.dropped]
 
     def particles(self, averaged: bool) -> Particles:
-        """All lanes of all ranks, in order: their SWA means, or their last iterates."""
+        """Return all lanes of all ranks, in order: their SWA means if `averaged`, else their last iterates."""
 
         def gathered(own: Tensor) -> Tensor:
             return self.ranks.gather(own, self.count)
@@ -107,7 +112,11 @@ Trainings = Generator[TrainingRequest, TrainingOutcome, Returned]
 
 
 def train(run: Run, request: TrainingRequest) -> Trainings[TrainingOutcome]:
-    """Have a training done. The run's stopwatch counts that training, and not what others do meanwhile."""
+    """Request a training from whoever drives this generator, and return its outcome.
+
+    The run's stopwatch then counts the seconds of this training, but not the time that other runs' trainings took
+    before this generator continued.
+    """
     run.stopwatch.pause()
     outcome = yield request
     run.stopwatch.resume(added=outcome.seconds)
@@ -115,7 +124,7 @@ def train(run: Run, request: TrainingRequest) -> Trainings[TrainingOutcome]:
 
 
 def alone(engine: Engine, trainings: Trainings[Returned]) -> Returned:
-    """Do the trainings of one run as it requests them. Returns what the run returns."""
+    """Do the trainings that a run's generator requests, one after the other. Returns the generator's return value."""
     try:
         request = next(trainings)
         while True:
@@ -126,9 +135,9 @@ def alone(engine: Engine, trainings: Trainings[Returned]) -> Returned:
 
 
 def do(engine: Engine, request: TrainingRequest) -> TrainingOutcome:
-    """Do one training, its lanes shared among the run's ranks.
+    """Do one requested training. The run's ranks share its lanes.
 
-    Raises FloatingPointError as Watch.on_epoch does.
+    Raises FloatingPointError if particles diverged; see Watch.on_epoch.
     """
     ranks, run = request.run.ranks, request.run
     run.begin_training()
@@ -139,7 +148,7 @@ def do(engine: Engine, request: TrainingRequest) -> TrainingOutcome:
     def on_step(step: int) -> None:
         if watch.on_step(step):
             watch.keep()
-        run.stop_if_asked()
+        run.stop_if_requested()
 
     if bank.lanes:
         losses = engine.train(bank, request.training, on_step, watch.on_epoch, watch.state_before)
@@ -149,7 +158,10 @@ def do(engine: Engine, request: TrainingRequest) -> TrainingOutcome:
 
 
 def spawned(engine: Engine, request: TrainingRequest) -> ParticleBank:
-    """The bank of this rank's lanes. Where the engine chooses by a stopwatch, all ranks use the first rank's choice."""
+    """Return a bank with this rank's lanes.
+
+    The engine may choose how to run them by timing. All ranks therefore use the first rank's choice.
+    """
     run, particles, banks = request.run, request.run.ranks.share(request.particles), []
 
     def on_first_rank() -> dict[str, Any]:
@@ -169,12 +181,14 @@ def spawned(engine: Engine, request: TrainingRequest) -> ParticleBank:
 
 
 class Watch:
-    """Watches the training of one run's bank, which continues where the run's folder holds a checkpoint of it.
+    """Watches one training of a run: counts its steps, writes its checkpoints, and drops particles that diverge.
 
-    bank          the lanes of this rank, of `count` on all ranks; there may be none
-    state_of      gives what the training of those lanes would be resumed from, as it is now
-    state_before  the same as the folder holds it, or None
-    dropped       lane -> epoch, counted from 1, at whose end its particle had diverged; it is in no average
+    If the run's folder holds a checkpoint of the training, the training continues from it.
+
+    bank          the lanes of this rank, which may be none; all ranks together have `count` lanes
+    state_of      returns the current state of those lanes, from which the training could be resumed
+    state_before  the state of those lanes in the folder's checkpoint, or None without a checkpoint
+    dropped       lane of a diverged particle -> the epoch, counted from 1, in which it diverged
     """
 
     def __init__(self, request: TrainingRequest, bank: ParticleBank, state_of: Callable[[], dict[str, Tensor]]) -> None:
@@ -188,16 +202,20 @@ class Watch:
 
     @property
     def seconds(self) -> float:
-        """How long the training took so far, in every process that worked on it."""
+        """How long the training took so far, including in earlier processes that were interrupted."""
         return self.stopwatch.seconds
 
     def outcome(self, losses: Tensor, side_by_side: ModelsSideBySide, runs: int = 1) -> TrainingOutcome:
-        """The outcome, from the mean losses over the last epoch [N] of all ranks' lanes; `runs` shared the bank."""
+        """Return the training's outcome.
+
+        losses  [N]  the mean losses over the last epoch, of all ranks' lanes
+        runs    the number of runs that shared the bank, and so the time
+        """
         ranks, seconds = self.run.ranks, self.seconds / runs
         return TrainingOutcome(ranks, self.bank, self.count, losses.tolist(), self.dropped, seconds, side_by_side)
 
     def wait(self, on_step: Callable[[int], None]) -> Tensor:
-        """Take part, without a lane, in what all ranks do together between steps. Returns no losses [0]."""
+        """Take part in the messages between ranks, on a rank without lanes. Returns an empty tensor of losses [0]."""
         none = torch.zeros(0, dtype=torch.float64, device=self.bank.keys.device)
         done = 0 if self.state_before is None else int(self.state_before["done"])
         if done and done % self.steps == 0:
@@ -209,18 +227,20 @@ class Watch:
         return none
 
     def on_step(self, step: int) -> bool:
-        """Count a step. Returns whether to `keep` the training now."""
+        """Count a step. Returns whether to write a checkpoint now, by `keep`."""
         where = f"{self.request.label}, epoch {step // self.steps + 1}/{self.request.training.epochs}"
         return self.run.step(self.count, where) and not self.run.problem.probe.keeps_state
 
     def keep(self) -> None:
-        """Write a checkpoint of the training under way."""
+        """Write a checkpoint of the current state of the training."""
         self.run.keep_training(self.state())
 
     def on_epoch(self, epoch: int, losses: Tensor) -> None:
-        """After an epoch with mean losses [L] of this rank's lanes: drop the particles that diverged, or stop.
+        """After an epoch, drop the particles that diverged.
 
-        Raises FloatingPointError if one diverged and `on_divergence` is "stop", or if none is left.
+        losses  [L]  the epoch's mean losses of this rank's lanes
+
+        Raises FloatingPointError if a particle diverged and `on_divergence` is "stop", or if none is left.
         """
         finite = torch.isfinite(losses)
         for solutions in (self.bank.weights, self.bank.swa):
@@ -235,10 +255,13 @@ class Watch:
             self._stop(epoch, diverged)
         for lane in diverged:
             self.dropped[lane] = epoch + 1
-            self.run.tell_dropped(self.cycle or 0, lane, epoch + 1)
+            self.run.warn_dropped(self.cycle or 0, lane, epoch + 1)
 
     def state(self) -> Unfinished:
-        """What the training would be resumed from: of all ranks' lanes on the first rank, nothing on the others."""
+        """Return the state from which the training can be resumed.
+
+        On the first rank it holds the lanes of all ranks; on the other ranks its tensors are empty.
+        """
         tensors = self.state_of() if self.bank.lanes else {}
         if self.run.ranks.world > 1:
             parts = self.run.ranks.gather_to_first({name: each.cpu() for name, each in tensors.items()})
@@ -255,9 +278,9 @@ class Watch:
         if run_dir is not None and not self.run.problem.probe.keeps_state:
             self.keep()
             text += (
-                f" {run_dir} holds the run up to here; started again it would stop here again, and other settings are "
-                "another run."
+                f" {run_dir} holds the run up to here. Started again, it would stop here again; with a changed lr it "
+                "would be another run, which needs another folder."
             )
         if self.count > 1 and self.run.config.on_divergence == "stop":
-            text += ' on_divergence="drop" continues without such particles.'
+            text += ' on_divergence="drop" continues the run without the diverged particles.'
         raise FloatingPointError(text)

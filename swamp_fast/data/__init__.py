@@ -1,1 +1,1 @@
-"""Data: what a user may pass (sources), how it is read (samples), and batches of it on the device (store)."""
+"""Opens the data that a user passes (sources), reads samples (samples), and makes batches on the device (store)."""

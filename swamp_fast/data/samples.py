@@ -1,4 +1,4 @@
-"""Reading a user's Dataset: samples as tensors, each under its own seed, or all of them at once if they fit."""
+"""Reads a user's Dataset sample by sample, each with its own seed, or all samples at once if they fit in memory."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from swamp_fast.common.tree import tensors, tree_leaves, tree_map, tree_stack
 from swamp_fast.data.sources import Arrays, Samples, Source
 from swamp_fast.particles.random import generators_left_alone, generators_state, seed_generators
 
-PROBED = 32  # about how many samples are read twice, to see whether a Dataset is random
+PROBE_SAMPLES = 32  # about this many samples are read twice to find out whether a Dataset is random
 
 
 class SeededSamples(Dataset[Any]):
-    """Samples of a Dataset as tensors, addressed by (index, seed), so that the Dataset's randomness can be repeated."""
+    """A Dataset's samples as tensors. They are indexed by (index, seed), so that a random Dataset repeats its draws."""
 
     def __init__(self, dataset: Dataset[Any]) -> None:
         self.dataset = dataset
 
     def __getitem__(self, index_and_seed: tuple[int, int]) -> Any:
-        """The sample `index`, read after the global generators were seeded."""
+        """Seed the global random generators, then read the sample `index`."""
         index, seed = index_and_seed
         seed_generators(seed)
         return as_tensors(self.dataset[index])
 
 
 class ArraySamples(Dataset[Any]):
-    """The samples of arrays that don't fit on the device."""
+    """A Dataset over arrays that don't fit on the device."""
 
     def __init__(self, arrays: Arrays) -> None:
         self.arrays = arrays
@@ -41,15 +41,15 @@ class ArraySamples(Dataset[Any]):
         return len(self.arrays)
 
     def __getitem__(self, index: int) -> Any:
-        """One sample; a picture as a NumPy array, as these have channels last."""
+        """Return one sample. A picture becomes a NumPy array, because `as_tensors` takes arrays with channels last."""
         inputs = tree_map(lambda leaf: leaf[index], self.arrays.inputs)
         return inputs.numpy() if is_picture(inputs) else inputs, self.arrays.targets[index]
 
 
 def as_tensors(item: Any) -> Any:
-    """A sample whose leaves are tensors.
+    """Convert the leaves of a sample to tensors.
 
-    uint8 pictures become [H, W, C], from PIL pictures, arrays [H, W, C] or [H, W], and tensors [C, H, W].
+    uint8 pictures become [H, W, C]; they may be PIL pictures, arrays [H, W, C] or [H, W], or tensors [C, H, W].
     """
     if isinstance(item, dict):
         return {key: as_tensors(value) for key, value in item.items()}
@@ -66,23 +66,24 @@ def as_tensors(item: Any) -> Any:
 
 
 def collected(source: Samples, device: torch.device) -> tuple[Source, str]:
-    """The Dataset as arrays if it isn't random and fits on the device; else the Dataset itself, and the reason.
+    """Return the Dataset as arrays if it isn't random and fits on the device, else the Dataset itself.
 
-    Raises TypeError or ValueError for samples that can't be used.
+    The second value is the reason why the Dataset must be streamed, or "". Raises TypeError or ValueError for samples
+    that can't be used.
     """
     if source.collate is not default_collate:
-        return source, "it has a collate function of its own"
+        return source, "it has a custom collate function"
     samples = SeededSamples(source.dataset)
     with generators_left_alone():
-        probed = range(0, len(source), max(1, len(source) // PROBED))
+        probed = range(0, len(source), max(1, len(source) // PROBE_SAMPLES))
         first = [samples[i, 0] for i in probed]
         for sample in first:
             _check_sample(sample, source.name)
         if _is_random(samples, first, probed):
-            return source, "its samples are random, drawn anew each epoch"
+            return source, "its samples are random and are read again in each epoch"
         if len({str([leaf.shape for leaf in tensors(sample)]) for sample in first}) > 1:
             raise ValueError(
-                f"{source.name}: its samples differ in shape and don't stack to a batch. Resize them in the "
+                f"{source.name}: its samples differ in shape, so they can't be stacked to a batch. Resize them in the "
                 "Dataset's transform, or pass a DataLoader with a collate_fn."
             )
         if not all(isinstance(target, Tensor) for _, target in first):
@@ -107,7 +108,11 @@ def _check_sample(sample: Any, name: str) -> None:
 
 
 def _is_random(samples: SeededSamples, first: list[Any], probed: range) -> bool:
-    """Whether samples differ from the `first` reading under another seed, or reading one draws random numbers."""
+    """Whether the samples change with the seed, or whether reading one of them draws random numbers.
+
+    first   the samples `probed`, read with seed 0
+    probed  the indices of the samples to test
+    """
     again = [samples[i, 1] for i in probed]
     if not all(_same(a, b) for a, b in zip(tree_leaves(first), tree_leaves(again), strict=True)):
         return True
@@ -117,7 +122,7 @@ def _is_random(samples: SeededSamples, first: list[Any], probed: range) -> bool:
 
 
 def one_input(source: Samples) -> Any:
-    """The first input as it is streamed; None if the user's collate function makes the batches."""
+    """Return the input of the first sample, or None if a custom collate function makes the batches."""
     if source.collate is not default_collate:
         return None
     with generators_left_alone():
@@ -130,24 +135,24 @@ def is_picture(sample: Any) -> bool:
 
 
 def some_pictures(source: Samples, count: int) -> Tensor:
-    """About `count` pictures [n, H, W, C], evenly spaced in a streamed split."""
+    """Read about `count` pictures [n, H, W, C] at evenly spaced indices of a streamed split."""
     samples = SeededSamples(source.dataset)
     with generators_left_alone():
         return torch.stack([samples[i, 0][0] for i in range(0, len(source), max(1, len(source) // count))])
 
 
 def size_of(source: Arrays) -> int:
-    """The bytes of a split in memory."""
+    """Return the number of bytes that a split takes in memory."""
     return sum(leaf.numel() * leaf.element_size() for leaf in [*tensors(source.inputs), source.targets])
 
 
 def fits(size: int, device: torch.device) -> bool:
-    """Whether data of `size` bytes may be put on a device: they take at most half of the free memory."""
+    """Whether data of `size` bytes are put on the device: if they take at most half of its free memory."""
     return size <= free_memory(device) // 2
 
 
 def too_large(size: int, device: torch.device) -> str:
-    """Why data of `size` bytes are streamed."""
+    """Return the reason why data of `size` bytes are streamed."""
     return f"{size / 1e9:.1f} GB don't fit {device}"
 
 

@@ -1,4 +1,4 @@
-"""The data that a user passes, as one of two sources: arrays in memory, or a Dataset read sample by sample."""
+"""Opens the data that a user passes as one of two sources: arrays in memory, or a Dataset read sample by sample."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Arrays:
     name: str
     inputs: Any
     targets: Tensor
-    crops: bool = False  # whether augment="auto" crops and flips its pictures
+    crops: bool = False  # whether augment="auto" crops and flips the pictures
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -65,7 +65,12 @@ Source = Arrays | Samples
 
 @dataclass(frozen=True)
 class Opened:
-    """A data argument, opened: its split, the test split that comes with it, and the settings of a DataLoader."""
+    """An opened data argument.
+
+    source                 the split that was passed
+    test                   the test split that comes with it, or None
+    batch_size, drop_last  the settings of a DataLoader
+    """
 
     source: Source
     test: Source | None = None
@@ -96,7 +101,10 @@ def open_source(given: object, argument: str, data_dir: str | None) -> Opened:
 
 
 def hold_out(source: Source, fraction: float) -> tuple[Source, Source]:
-    """Split into the training part and a random `fraction` for validation, the same one every time."""
+    """Split a source into a training part and a random `fraction` for validation, which is the same on every call.
+
+    Raises ValueError if one of the two would be empty.
+    """
     held = round(len(source) * fraction)
     if not 0 < fraction < 1 or not 0 < held < len(source):
         raise ValueError(
@@ -137,7 +145,7 @@ def _named(name: str, data_dir: str | None) -> tuple[Source, Source]:
             data = kind(str(root), download=False, **which)
         except RuntimeError as error:
             raise FileNotFoundError(
-                f'the data set "{name}" is not in {root.resolve()}, and nothing is downloaded unasked. Pass '
+                f'the data set "{name}" is not in {root.resolve()}; data are never downloaded automatically. Pass '
                 f"data_dir or set SWAMP_DATA to its folder, or download it with\n"
                 f'  python -c "from torchvision.datasets import {TORCHVISION[name]} as D; '
                 + "; ".join(f"D({str(root)!r}, {_keyword(name, part)}, download=True)" for part in (True, False))
@@ -156,7 +164,7 @@ def _keyword(name: str, train: bool) -> str:
 
 
 def _digits() -> tuple[Source, Source]:
-    """scikit-learn's 1,797 handwritten digits, 8 x 8; a random fifth is the test split, as it comes without one."""
+    """Return scikit-learn's 1,797 handwritten digits, 8 x 8. It has no test split, so a random fifth is held out."""
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
@@ -169,7 +177,7 @@ def _digits() -> tuple[Source, Source]:
 
 
 def _idx(root: Path, split: str, name: str) -> Source:
-    """One split in the format of MNIST, as in Debian's package dataset-fashion-mnist."""
+    """Read one split from files in MNIST's format, as in Debian's package dataset-fashion-mnist."""
     import gzip
 
     images = np.frombuffer(gzip.decompress((root / f"{split}-images-idx3-ubyte.gz").read_bytes()), np.uint8, offset=16)
@@ -203,8 +211,8 @@ def _from_path(given: str | Path, argument: str) -> Opened:
             splits[split] = _from_pair(images, labels, f"{argument}: {path.name} {split}")
     if "train" not in splits:
         raise ValueError(
-            f"`{argument}`: {path} must hold train_images uint8 [n, H, W, C] and train_labels [n] (and test_images, "
-            f"test_labels); it holds {', '.join(arrays) or 'nothing'}."
+            f"`{argument}`: {path} must hold train_images uint8 [n, H, W, C] and train_labels [n] (optionally also "
+            f"test_images and test_labels); it holds {', '.join(arrays) or 'nothing'}."
         )
     return Opened(splits["train"], splits.get("test"))
 
@@ -221,7 +229,7 @@ def _folder(path: Path, argument: str) -> Opened:
         test = ImageFolder(str(test_root)) if test_root else None
     except FileNotFoundError as error:
         raise ValueError(
-            f"`{argument}`: {root} must hold one folder of pictures per class, or train/ and test/ with such ({error})."
+            f"`{argument}`: {root} must hold one folder of pictures per class, or train/ and test/ that do ({error})."
         ) from error
     if test is not None and test.classes != train.classes:
         raise ValueError(f"`{argument}`: {root} and {test_root} must have the same classes.")
@@ -229,7 +237,7 @@ def _folder(path: Path, argument: str) -> Opened:
 
 
 def _from_pair(inputs: object, targets: object, argument: str) -> Source:
-    """Arrays from inputs and targets; tensors have channels first, NumPy arrays channels last."""
+    """Make Arrays from inputs and targets. Pictures in tensors have channels first, those in NumPy arrays last."""
     if isinstance(targets, list):
         targets = np.asarray(targets)
     targets = torch.from_numpy(np.ascontiguousarray(targets)) if isinstance(targets, np.ndarray) else targets
@@ -247,7 +255,7 @@ def _from_pair(inputs: object, targets: object, argument: str) -> Source:
     if lengths != {len(targets) if targets.dim() else 0}:
         raise ValueError(
             f"`{argument}`: inputs and targets must have the same length, got {sorted(lengths)} inputs and "
-            f"{list(targets.shape)} targets; give one target per sample."
+            f"{list(targets.shape)} targets; pass one target per sample."
         )
     if isinstance(inputs, Tensor) and inputs.dtype == torch.uint8:
         inputs = _pictures(inputs if channels_last or inputs.dim() == 3 else _channels_last(inputs, argument), argument)
@@ -264,12 +272,12 @@ def _channels_last(images: Tensor, argument: str) -> Tensor:
 
 
 def _pictures(images: Tensor, argument: str) -> Tensor:
-    """uint8 [n, H, W] or [n, H, W, C] -> contiguous [n, H, W, C]."""
+    """Return uint8 pictures [n, H, W] or [n, H, W, C] as a contiguous tensor [n, H, W, C]."""
     if images.dim() == 3:
         images = images[..., None]
     if images.dim() != 4 or images.dtype != torch.uint8:
         raise ValueError(
-            f"`{argument}`: uint8 inputs must be pictures [n, H, W] or with a channel axis, got {list(images.shape)} "
+            f"`{argument}`: uint8 inputs must be pictures with or without a channel axis, got {list(images.shape)} "
             f"{dtype_name(images.dtype)}. Pass other inputs as floating-point tensors."
         )
     return images.contiguous()
@@ -278,9 +286,9 @@ def _pictures(images: Tensor, argument: str) -> Tensor:
 def _from_dataset(dataset: Dataset[Any], argument: str) -> Source:
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
         raise TypeError(
-            f"`{argument}`: an IterableDataset has no order to shuffle; pass a Dataset with __len__ and __getitem__."
+            f"`{argument}`: an IterableDataset can't be shuffled; pass a Dataset with __len__ and __getitem__."
         )
-    as_stored = type(dataset).__getitem__ is TensorDataset.__getitem__  # no subclass changes the samples
+    as_stored = type(dataset).__getitem__ is TensorDataset.__getitem__  # a subclass may change the samples
     if isinstance(dataset, TensorDataset) and as_stored and len(dataset.tensors) == 2:
         return replace(_from_pair(*dataset.tensors, argument), name=type(dataset).__name__)
     return Samples(type(dataset).__name__, dataset)
@@ -296,9 +304,8 @@ def _from_loader(loader: DataLoader[Any], argument: str) -> Opened:
         raise ValueError(f"`{argument}`: the DataLoader must have a batch_size (no custom batch_sampler).")
     if not plain_random and type(loader.sampler) is not SequentialSampler:
         raise ValueError(
-            f"`{argument}`: the DataLoader has its own sampler, {type(loader.sampler).__name__}, but the order of "
-            "samples is drawn from each particle's seed. Pass a loader without a sampler (shuffle=True or False), or "
-            "its dataset."
+            f"`{argument}`: the DataLoader has a custom sampler, {type(loader.sampler).__name__}, but each particle "
+            "draws its own order of samples. Pass a loader without a sampler (shuffle=True or False), or its dataset."
         )
     source = _from_dataset(loader.dataset, argument)
     if loader.collate_fn is not default_collate or isinstance(source, Samples):

@@ -1,4 +1,4 @@
-"""Per-channel standardisation of uint8 pictures by a table of the 256 values."""
+"""Standardises uint8 pictures per channel, with a table of the 256 values."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ VALUES = torch.arange(256, dtype=torch.float64) / 255
 
 @dataclass(frozen=True)
 class Standardise:
-    """Mean and standard deviation [C] float64 of pixel / 255, of the training split."""
+    """The mean and standard deviation [C] float64 of pixel / 255 in the training split."""
 
     mean: Tensor
     std: Tensor
 
     @classmethod
     def measured(cls, pictures: Tensor) -> Standardise:
-        """Mean and standard deviation of pictures [n, H, W, C] uint8, by counting their values."""
+        """Measure the mean and standard deviation of uint8 pictures [n, H, W, C] by counting their values."""
         counts = torch.zeros(pictures.shape[-1], 256, dtype=torch.int64)
         for part in pictures.split(1000):
             for channel, row in enumerate(counts):
@@ -31,14 +31,17 @@ class Standardise:
 
     @classmethod
     def of(cls, given: Mapping[str, Sequence[float]]) -> Standardise:
-        """The inverse of `to_dict`, for example of a result's `standardise`."""
+        """Make a Standardise from the lists that `to_dict` returns, such as those in a result's `standardise`."""
         return cls(*(torch.tensor(given[name], dtype=torch.float64) for name in ("mean", "std")))
 
     def table(self, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """The standardised value [C, 256] of every byte in every channel; a constant channel is only centred."""
+        """Return a table [C, 256] with the standardised value of every byte per channel.
+
+        A constant channel is centred but not scaled.
+        """
         scale = torch.where(self.std > 0, self.std, 1.0)
         return ((VALUES - self.mean[:, None]) / scale[:, None]).to(device, dtype)
 
     def to_dict(self) -> dict[str, list[float]]:
-        """Mean and standard deviation as lists, by which to standardise pixel / 255 when the model is used."""
+        """Return mean and standard deviation as lists; whoever uses the model must standardise pixel / 255 by them."""
         return {"mean": self.mean.tolist(), "std": self.std.tolist()}

@@ -1,7 +1,7 @@
-"""Batches of a split that was put on the device once (Stored), or that is read sample by sample (Streamed).
+"""Makes batches of a split that is either on the device (Stored) or read sample by sample (Streamed).
 
-A training iterates over the handles of an epoch's batches and fetches each of them. Both kinds give the same batches
-for the same order and keys.
+A training iterates over the handles of an epoch's batches, and fetches the batch of each handle. For the same order and
+keys, both classes give the same batches.
 """
 
 from __future__ import annotations
@@ -29,28 +29,31 @@ from swamp_fast.data.workers import in_worker, signals_held
 from swamp_fast.particles.random import SAMPLE_SEED, seeds_for
 
 CROP_PAD = 4  # pixels
-MEASURED_PICTURES = 10_000  # of a streamed split, from which mean and standard deviation are measured
+MEASURED_PICTURES = 10_000  # about this many pictures of a streamed split give its mean and standard deviation
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One step's batches of L lanes: trees of tensors [L, B, ...] if `stacked`, else lists of L trees [B, ...]."""
+    """The batches of L lanes for one step.
+
+    Inputs and targets are trees of tensors [L, B, ...] if `stacked`, else lists of L trees of tensors [B, ...].
+    """
 
     inputs: Any
     targets: Any
     stacked: bool = True
 
     def lane(self, lane: int) -> tuple[Any, Any]:
-        """Inputs [B, ...] and targets [B, ...] of one lane."""
+        """Return the inputs [B, ...] and targets [B, ...] of one lane."""
         if not self.stacked:
             return self.inputs[lane], self.targets[lane]
         return tree_map(lambda leaf: leaf[lane], self.inputs), tree_map(lambda leaf: leaf[lane], self.targets)
 
 
 class Stored:
-    """A split on the device. A handle is the index [L, B] of its samples; to fetch it takes tensor operations alone.
+    """A split on the device. A handle is the index [L, B] of a batch's samples; `fetch` uses only tensor operations.
 
-    order  [length] int64, the order in which evaluation reads the samples
+    order  [length]  int64: the order in which evaluation reads the samples
     """
 
     streamed = False
@@ -74,15 +77,22 @@ class Stored:
         check_inputs(self.name, self.inputs)
 
     def check_labels(self, classes: int) -> None:
-        """Refuse targets that are not labels in [0, classes)."""
+        """Raise TypeError or ValueError if the targets are not labels in [0, classes)."""
         check_labels(self.name, self.targets, classes)
 
     def batches(self, order: Tensor, keys: Tensor, bounds: list[tuple[int, int]]) -> Iterator[Tensor]:
-        """The handles of the batches that `bounds` cut an order [L, n] into."""
+        """Yield the handles of an epoch's batches.
+
+        order   [L, n]  the order of the samples in each lane
+        bounds  the slices of the order that the batches take
+        """
         return (order[:, begin:end] for begin, end in bounds)
 
     def fetch(self, handle: Tensor, keys: Tensor | None, channels_last: bool = False) -> Batch:
-        """The batch of a handle, augmented by draws with the epoch's keys [L, 3] if they are given."""
+        """Return the batch of a handle.
+
+        keys  [L, 3]  the epoch's keys, by which the batch is randomly augmented; None doesn't augment
+        """
         index = handle.contiguous()
         targets = self.targets[index]
         if self.table is None and not self.crop_flip:
@@ -98,7 +108,7 @@ class Stored:
         return Batch(inputs, targets)
 
     def fingerprint(self) -> str:
-        """A hash of all inputs and targets."""
+        """Return a hash of all inputs and targets."""
         digest = hashlib.blake2b(digest_size=16)
         for leaf in [*tensors(self.inputs), self.targets]:
             digest.update(f"{leaf.dtype}{tuple(leaf.shape)}".encode())
@@ -107,9 +117,9 @@ class Stored:
 
 
 class Streamed:
-    """A split that is read from the user's Dataset batch by batch. A handle is the collated batches, on the host.
+    """A split that is read from the user's Dataset batch by batch. A handle holds collated batches in host memory.
 
-    order  as Stored.order
+    order  the same as Stored.order
     """
 
     streamed = True
@@ -130,13 +140,14 @@ class Streamed:
         self.classes: int | None = None
 
     def check_labels(self, classes: int) -> None:
-        """As Stored.check_labels, for every batch that is read from now on."""
+        """Check the labels of every batch that is read from now on, as Stored.check_labels does."""
         self.classes = classes
 
     def batches(self, order: Tensor, keys: Tensor, bounds: list[tuple[int, int]]) -> Iterator[Any]:
-        """As Stored.batches; a handle is a list of (inputs, targets, samples [B]), one per lane.
+        """Yield the handles of an epoch's batches; see Stored.batches.
 
-        The Dataset's randomness is seeded for every sample, by draws with the epoch's keys [L, 3].
+        A handle is a list of (inputs, targets, sample numbers [B]), one per lane. The global generators, from which the
+        Dataset may draw, are seeded for every sample from the epoch's keys [L, 3].
         """
         lanes = len(order)
         seeds, order = seeds_for(keys, SAMPLE_SEED, len(self.source)).tolist(), order.cpu()
@@ -166,7 +177,7 @@ class Streamed:
                 handle = []
 
     def fetch(self, handle: Any, keys: Tensor | None, channels_last: bool = False) -> Batch:
-        """As Stored.fetch."""
+        """Return the batch of a handle; see Stored.fetch."""
         inputs, targets, samples = ([tree_to(lane[i], self.device) for lane in handle] for i in range(3))
         if not self.stacked:
             return Batch(self._typed(inputs), self._typed(targets), stacked=False)
@@ -188,7 +199,7 @@ class Streamed:
         return Batch(pictures, self._typed(tree_stack(targets)))
 
     def fingerprint(self) -> str:
-        """A hash of the length, the collate function and a few samples, as reading all of them may take too long."""
+        """Return a hash of the length, the collate function and a few samples; reading all may take too long."""
         digest = hashlib.blake2b(f"{self.length}{type(self.source.dataset).__qualname__}".encode(), digest_size=16)
         digest.update(str(callable_fingerprint(self.source.collate)).encode())
         samples = SeededSamples(self.source.dataset)
@@ -210,7 +221,11 @@ Data = Stored | Streamed
 
 @dataclass(frozen=True)
 class Built:
-    """A split ready for use, the statistics that standardise it (None without uint8 pictures), and a line about it."""
+    """A split that is ready for use.
+
+    standardise  the statistics that standardise its uint8 pictures; None for other data
+    line         its description for the console
+    """
 
     data: Data
     standardise: Standardise | None
@@ -225,10 +240,10 @@ def build(
     augment: str = "none",
     like: Standardise | None = None,
 ) -> Built:
-    """Put a split on the device if it fits, else stream it.
+    """Put a split on the device if it fits, otherwise stream it.
 
-    augment  "none", "crop_flip", or "auto": as is usual for the named data set
-    like     the statistics that standardise uint8 pictures; None: those of this split
+    augment  "none", "crop_flip", or "auto", which crops and flips CIFAR
+    like     the statistics that standardise uint8 pictures; None measures them on this split
 
     Raises ValueError or TypeError for samples that can't be used.
     """
@@ -252,10 +267,10 @@ def build(
     croppable = isinstance(sample, Tensor) and sample.dim() == 3 and (standardise or sample.is_floating_point())
     if crop_flip and not croppable:
         raise ValueError(
-            f'augment="crop_flip" needs pictures, uint8 or floating-point [n, C, H, W]; {source.name} holds something '
-            'else. Pass augment="none", and a `transform` of your own.'
+            f'augment="crop_flip" needs pictures, uint8 or floating-point [n, C, H, W], but {source.name} holds '
+            'something else. Pass augment="none" and your own `transform`.'
         )
-    form = "uint8, standardised per channel by a table" if standardise else "taken as it is"
+    form = "uint8, standardised per channel" if standardise else "used unchanged"
     line = f"{source.name}: {len(source):,} samples {how}, {form}"
     line += f", crop (pad {CROP_PAD}) and flip" if crop_flip else ""
     if isinstance(source, Arrays):
@@ -264,15 +279,15 @@ def build(
 
 
 def batch_bounds(samples: int, batch_size: int, drop_last: bool = False) -> list[tuple[int, int]]:
-    """The first sample of each of an epoch's batches, and the end."""
+    """Return the slice [begin, end) of an epoch's sample order that each of its batches takes."""
     end = samples // batch_size * batch_size if drop_last else samples
     return [(begin, min(begin + batch_size, end)) for begin in range(0, end, batch_size)]
 
 
 def pass_in_stored_order(data: Data, batch_size: int, channels_last: bool = False) -> Iterator[tuple[Any, Any, int]]:
-    """Batches for evaluation, in the order `data.order` and without augmentation: inputs, targets [B, ...] and B.
+    """Yield inputs [B, ...], targets [B, ...] and B of all batches, in the order `data.order` and without augmentation.
 
-    A single sample at the end joins the batch before it, as BatchNorm has no statistics of one sample.
+    If the last batch would be a single sample, it joins the batch before, because BatchNorm needs at least two samples.
     """
     bounds = batch_bounds(data.length, batch_size)
     if len(bounds) > 1 and bounds[-1][1] - bounds[-1][0] == 1:
@@ -283,7 +298,7 @@ def pass_in_stored_order(data: Data, batch_size: int, channels_last: bool = Fals
 
 
 def check_inputs(name: str, inputs: Any) -> None:
-    """Refuse NaN and infinity."""
+    """Raise ValueError if an input is NaN or infinite."""
     for leaf in tensors(inputs):
         if leaf.is_floating_point() and not bool(torch.isfinite(leaf).all()):
             bad = int((~torch.isfinite(leaf)).sum())
@@ -294,7 +309,7 @@ def check_inputs(name: str, inputs: Any) -> None:
 
 
 def check_labels(name: str, targets: Any, classes: int) -> None:
-    """Refuse targets that are not whole numbers in [0, classes)."""
+    """Raise TypeError or ValueError if the targets are not integers in [0, classes)."""
     if not isinstance(targets, Tensor) or targets.is_floating_point() or targets.dtype == torch.bool:
         kind = dtype_name(targets.dtype) if isinstance(targets, Tensor) else type(targets).__name__
         raise TypeError(
@@ -304,13 +319,13 @@ def check_labels(name: str, targets: Any, classes: int) -> None:
     low, high = (int(bound) for bound in targets.aminmax())
     if low < 0 or high >= classes:
         raise ValueError(
-            f"{name}: labels must lie in [0, {classes}), as the model has {classes} outputs; got {low} … {high}. "
-            "Number the classes from 0, or give the model as many outputs."
+            f"{name}: labels must lie in [0, {classes}), because the model has {classes} outputs; got {low} … {high}. "
+            "Number the classes from 0, or give the model one output per class."
         )
 
 
 def _whole_numbers(targets: Any) -> Any:
-    """Integer targets as int64, the type that losses take; other targets as they are."""
+    """Return integer targets as int64, the type that torch's losses take, and other targets unchanged."""
     if not isinstance(targets, Tensor) or targets.is_floating_point() or targets.dtype == torch.bool:
         return targets
     return targets.long()

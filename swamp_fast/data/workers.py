@@ -1,4 +1,4 @@
-"""Signals in the processes that read data: after Ctrl-C they still serve the step in progress."""
+"""Signal handling in the processes that read data. After Ctrl-C, they still read the batch for the current step."""
 
 from __future__ import annotations
 
@@ -6,25 +6,31 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-STOPPING = (signal.SIGINT, signal.SIGTERM)
-SECONDS_AFTER_SIGTERM = 30  # that a process may go on reading
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SECONDS_AFTER_SIGTERM = 30  # a process that reads data ends this long after a SIGTERM, if it has not ended before
 
 
 def in_worker(number: int) -> None:
-    """Set up a process that reads data: a signal that goes to all processes must not end it within a step."""
+    """Set the signal handlers of a process that reads data.
+
+    Ctrl-C and SIGTERM often go to all processes at once; they must not end this one in the middle of a step.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(SECONDS_AFTER_SIGTERM))
     if hasattr(signal, "pthread_sigmask"):
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)  # `signals_held` blocked them when this process started
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # `signals_held` blocked them in the parent process
 
 
 @contextmanager
 def signals_held() -> Iterator[None]:
-    """A context in which to start processes: signals wait until `in_worker` handles them, or until its end."""
+    """A context in which to start worker processes. It blocks the stop signals.
+
+    A signal stays pending in a worker until `in_worker` sets its handlers, and in this process until the context ends.
+    """
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         yield
     finally:

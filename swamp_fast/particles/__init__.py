@@ -1,5 +1,5 @@
-"""What a particle is: a row of the bank with its random draws, schedule, dropout and norms.
+"""Particles: rows of the bank, with their random draws, schedules, dropout and norm layers.
 
-Dropout is drawn by a TorchFunctionMode around the user's forward instead of by replacing modules, so it also reaches
-F.dropout and attention. The backward pass runs outside it, so activation checkpointing with dropout is refused.
+A TorchFunctionMode around the user's forward pass draws dropout. Unlike replaced modules, it also covers F.dropout and
+attention. The backward pass runs outside the mode, so activation checkpointing of dropout is refused.
 """

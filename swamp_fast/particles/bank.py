@@ -1,4 +1,4 @@
-"""ParticleBank: all particles that are trained together, as rows of stacked tensors."""
+"""ParticleBank holds all particles that are trained together, as rows of stacked tensors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from swamp_fast.particles.layout import Extent
 from swamp_fast.particles.random import lane_keys, stream_of
 
 MOMENTS = {"sgd": ("momentum_buffer",), "adamw": ("exp_avg", "exp_avg_sq")}
-# The rates of an optimizer's op, and the setting that each is.
+# Optimizer -> {rate that the optimizer's op takes: setting of SwampConfig that gives it}.
 RATES = {
     "sgd": {"momentum": "momentum", "weight_decay": "weight_decay"},
     "adamw": {"beta1": "beta1", "beta2": "beta2", "eps": "adam_eps", "weight_decay": "weight_decay"},
@@ -23,27 +23,27 @@ RATES = {
 
 @dataclass(frozen=True)
 class Solution:
-    """One model, which may be a ticket, a particle or an average: its weights [P], and its buffers by name."""
+    """The weights [P] and the buffers, by name, of one model: a ticket, a particle or an average."""
 
     weights: Tensor
     buffers: dict[str, Tensor]
 
 
 class ParticleBank:
-    """L lanes of weights with their moments and SWA means, and R masks.
+    """The weights of L lanes with their optimizer moments and SWA means, and R masks.
 
-    The lanes of the R runs stand one run after the other, L / R of each. The tensors stay the same from cycle to
-    cycle, as CUDA graphs hold their addresses.
+    Each of the R runs has L / R consecutive lanes. The bank keeps the same tensors from cycle to cycle, because CUDA
+    graphs hold their addresses.
 
-    weights, swa  [L, P]
-    moments       [L, P]    each, by the names that the optimizer's op has for them
-    masks         [R, Q]    bool, one row per run
-    run_of_lane   [L]       int64
-    keys          [L, 3]    int64: seed, stream, 0; the key of each lane's draws
-    rates         [L]       float64 each, by the names that the optimizer's op has for them
-    clip_norm     [L]       float64, or None
-    buffers       [L, ...]  by name: those that the modules start with, and after a training those they ended with
-    configs       R settings
+    weights, swa  [L, P]    the current weights, and their SWA means
+    moments       [L, P]    each; by the names of the optimizer op's arguments
+    masks         [R, Q]    bool: one mask per run
+    run_of_lane   [L]       int64: the number of each lane's run
+    keys          [L, 3]    int64: the key (seed, stream, 0) of each lane's random draws
+    rates         [L]       float64 each; by the names of the optimizer op's arguments
+    clip_norm     [L]       float64: the largest norm of each lane's gradient; None doesn't clip
+    buffers       [L, ...]  each; the modules' buffers by name, at the start of a training, and afterwards at its end
+    configs       the settings of the R runs
     """
 
     def __init__(
@@ -69,15 +69,16 @@ class ParticleBank:
 
     @property
     def lanes(self) -> int:
-        """L."""
+        """The number of lanes L."""
         return len(self.weights)
 
     def rewind_(self, starts: Sequence[Solution], masks: Tensor, particles: Sequence[int], cycle: int | None) -> None:
-        """Put each run's lanes at its start, masked, with moments and SWA means of 0.
+        """Set the lanes of each run to the run's start, with pruned weights, moments and SWA means of 0.
 
-        masks      [R, Q]
-        particles  the numbers in their run of the particles that a run's lanes train
-        cycle      None trains the ticket
+        starts     the start of each run
+        masks      [R, Q]  the mask of each run
+        particles  the numbers of the particles that a run's lanes train, the same for each run
+        cycle      None for the ticket's training
         """
         count = len(particles)
         self.masks.copy_(masks)
@@ -95,12 +96,12 @@ class ParticleBank:
         }
 
     def lanes_of(self, run: int) -> slice:
-        """The lanes of a run."""
+        """Return the slice of a run's lanes."""
         particles = self.lanes // len(self.configs)
         return slice(run * particles, (run + 1) * particles)
 
     def of_run(self, run: int) -> ParticleBank:
-        """The lanes of one run as a bank that shares their memory."""
+        """Return the lanes of one run as a bank, which shares memory with this one."""
         lanes, part = self.lanes_of(run), copy.copy(self)
         part.configs, part.config = [self.configs[run]], self.configs[run]
         part.weights, part.swa, part.keys = self.weights[lanes], self.swa[lanes], self.keys[lanes]
@@ -112,13 +113,14 @@ class ParticleBank:
         return part
 
     def moving(self) -> dict[str, Tensor]:
-        """The tensors that a step changes, by name, [L, P] each."""
+        """Return the tensors [L, P] that a step changes, by name."""
         return {"weights": self.weights, **self.moments, "swa": self.swa}
 
     def state(self) -> dict[str, Tensor]:
-        """What a checkpoint holds, on the CPU: the tensors that a step changes, without pruned weights.
+        """Return a checkpoint's tensors, on the CPU: those that a step changes, without the pruned weights.
 
-        The kept weights of all lanes stand one lane after the other. Every engine gives the same state.
+        NAME/kept holds the kept weights of all lanes, one lane after the other; NAME/rest holds the parameters that are
+        not prunable. Every engine returns the same state.
         """
         Q, kept = self.layout.Q, [self.masks[run] for run in self.run_of_lane.tolist()]
         state = {}
@@ -129,15 +131,15 @@ class ParticleBank:
         return state
 
     def rest(self, tensor: Tensor) -> Tensor:
-        """The part of [L, P] that is never pruned, in the layout's order."""
+        """Return the part of a tensor [L, P] that is not prunable, in the layout's order."""
         return tensor[:, self.layout.Q :]
 
     def put_rest_(self, tensor: Tensor, rest: Tensor) -> None:
-        """Write the part that `rest` reads."""
+        """Write the part of a tensor [L, P] that `rest` returns."""
         tensor[:, self.layout.Q :] = rest
 
     def load_state_(self, state: Mapping[str, Tensor]) -> None:
-        """Restore a `state`; the masks must be those under which it was taken."""
+        """Restore a result of `state`. The bank's masks must be the same as when `state` was called."""
         Q, kept = self.layout.Q, [self.masks[run] for run in self.run_of_lane.tolist()]
         counts = [int(mask.sum()) for mask in kept]
         for name, tensor in self.moving().items():
@@ -147,5 +149,5 @@ class ParticleBank:
             self.put_rest_(tensor, state[f"{name}/rest"].to(tensor.device))
 
     def solutions(self, averaged: bool) -> Tensor:
-        """The trained weights [L, P]: SWA means if `averaged`, else the last iterates."""
+        """Return the trained weights [L, P]: SWA means if `averaged`, else the last iterates."""
         return self.swa if averaged else self.weights

@@ -1,4 +1,7 @@
-"""Dropout that draws from the particle's own stream: the same units are dropped alone, among others, on any device."""
+"""Dropout that draws from a random stream of each particle.
+
+A particle therefore drops the same units on any device, whether it is trained alone or among others.
+"""
 
 from __future__ import annotations
 
@@ -19,15 +22,15 @@ _DROPOUT, _ATTENTION = F.dropout, F.scaled_dot_product_attention
 
 
 class DropoutStream(TorchFunctionMode):
-    """While it is active, torch's dropout draws from Philox.
+    """A mode in which torch's dropout draws from Philox.
 
-    Element e of a lane's c-th dropout is dropped if word e of the lane's stream with purpose DROPOUT + 256 c is
-    below p. Alpha dropout is not covered: it draws from torch's generator, as any other random operation.
+    In the c-th call of dropout, counted from 0, element e of a lane is dropped if word e of the lane's stream with
+    purpose DROPOUT + 256 c, as a fraction of its range, is below p. Alpha dropout is not covered: it draws from torch's
+    generator, like any other random operation. Nor is the backward pass, because torch's autograd engine ignores modes;
+    see `refused_in_backward`.
 
-    keys  [L, 3]  int64: seed, stream, step. With L > 1 the first axis of what is dropped holds the lanes.
-    rows          L times the samples of a lane, if L > 1; the first axis of what is dropped must be a multiple of it
-
-    The backward pass runs outside, as torch's autograd engine ignores modes: see `refused_in_backward`.
+    keys  [L, 3]  int64: seed, stream and step of each lane; if L > 1, axis 0 of dropout's inputs holds the lanes
+    rows          L times the number of samples per lane; axis 0 of dropout's inputs must be a multiple of it
     """
 
     def __init__(self, keys: Tensor, rows: int | None = None) -> None:
@@ -42,23 +45,23 @@ class DropoutStream(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Run dropout here, and everything else as usual."""
+        """Replace calls of dropout and attention, and pass all other calls on."""
         handler = _HANDLERS.get(func)
         if handler is None:
             return func(*args, **(kwargs or {}))
         return handler(self, *args, **(kwargs or {}))
 
     def __enter__(self) -> DropoutStream:
-        """Start a step: its first dropout is call 0."""
+        """Start a step; its first call of dropout has the number 0."""
         self.calls = 0
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def keep(self, input: Tensor, shape: tuple[int, ...], p: float) -> Tensor:
-        """The mask of the units to keep, of `shape`, whose first axis holds the lanes."""
+        """Draw a mask of `shape`, True for the elements to keep. Its axis 0 holds the lanes."""
         lanes, count = self.keys.shape[0], math.prod(shape)
         if lanes > 1 and (not shape or shape[0] % self.rows):
-            raise RuntimeError(f"dropout over {list(input.shape)}: the first axis does not hold {lanes} lanes.")
+            raise RuntimeError(f"dropout over {list(input.shape)}: axis 0 must hold {lanes} lanes, but it doesn't.")
         words = ops.philox(self.keys, DROPOUT + (self.calls << 8), count // lanes)
         self.calls += 1
         if p >= 1:
@@ -66,11 +69,11 @@ class DropoutStream(TorchFunctionMode):
         return (words >= round(p * 2**32) - 2**31).view(shape).to(input.device)
 
     def dropout(self, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
-        """F.dropout."""
+        """Replace F.dropout."""
         return self._drop(input, tuple(input.shape), p, training, inplace)
 
     def feature_dropout(self, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
-        """F.dropout1d, 2d and 3d, which drop whole channels."""
+        """Replace F.dropout1d, 2d and 3d, which drop whole channels."""
         channels = (*input.shape[:2], *(1 for _ in input.shape[2:]))
         return self._drop(input, channels, p, training, inplace)
 
@@ -85,7 +88,10 @@ class DropoutStream(TorchFunctionMode):
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
-        """F.scaled_dot_product_attention. With dropout it is written out: no fused kernel takes these draws."""
+        """Replace F.scaled_dot_product_attention.
+
+        With dropout, it is computed by plain operations, because no fused kernel can use these random draws.
+        """
         if dropout_p == 0:
             return _ATTENTION(
                 query,
@@ -108,7 +114,10 @@ class DropoutStream(TorchFunctionMode):
         return self.dropout(scores.softmax(-1), dropout_p) @ value
 
     def multi_head_attention_forward(self, *args: Any, **kwargs: Any) -> Any:
-        """F.multi_head_attention_forward. A mode doesn't see the calls inside it, so they are replaced meanwhile."""
+        """Replace F.multi_head_attention_forward.
+
+        A mode doesn't see the calls that this function makes, so dropout and attention are patched while it runs.
+        """
         F.dropout, F.scaled_dot_product_attention = self.dropout, self.scaled_dot_product_attention
         try:
             return F.multi_head_attention_forward(*args, **kwargs)
@@ -126,15 +135,15 @@ class DropoutStream(TorchFunctionMode):
 
 @contextmanager
 def refused_in_backward() -> Iterator[None]:
-    """Refuse dropout in a backward pass, where activation checkpointing runs it again: it would draw other numbers.
+    """A context for a backward pass, in which dropout raises ValueError.
 
-    Raises ValueError.
+    Activation checkpointing runs dropout again in the backward pass, where it would draw other numbers.
     """
 
     def refuse(*args: Any, **kwargs: Any) -> Any:
         raise ValueError(
-            "a dropout ran during the backward pass, as activation checkpointing makes it, where it would draw other "
-            "numbers than in the forward pass. Turn off checkpointing, or dropout."
+            "dropout ran during the backward pass, probably because of activation checkpointing. It would draw other "
+            "numbers there than in the forward pass. Turn off either checkpointing or dropout."
         )
 
     def refuse_with_dropout(*args: Any, **kwargs: Any) -> Any:
@@ -158,7 +167,7 @@ _DRAWING = [
 
 
 def _native(handler: Callable[..., Tensor], inplace: bool = False) -> Callable[..., Tensor]:
-    """A handler with the signature of torch.dropout and torch.feature_dropout: (input, p, train)."""
+    """Give a handler the signature of torch.dropout and torch.feature_dropout: (input, p, train)."""
     return lambda stream, input, p, train: handler(stream, input, p, train, inplace)
 
 

@@ -1,4 +1,4 @@
-"""The place of each parameter of a model in a flat vector: prunable ones first, each at a 64-byte boundary."""
+"""Layout places a model's parameters in a flat vector: prunable ones first, each at a 64-byte boundary."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ALIGNMENT = 16  # elements: 64 bytes of float32
 
 
 class Extent(Protocol):
-    """The length P of a vector of parameters, and the length Q of its prunable part, which comes first."""
+    """Anything with the length P of a vector of parameters and the length Q of its prunable part, which comes first."""
 
     @property
     def P(self) -> int:
@@ -39,20 +39,20 @@ class Entry:
 
     @property
     def size(self) -> int:
-        """How many numbers it holds."""
+        """The number of elements."""
         return math.prod(self.shape)
 
     @property
     def end(self) -> int:
-        """The index after its last number; the next parameter begins at the next boundary."""
+        """The index after the last element; the next parameter begins at the next 64-byte boundary."""
         return self.begin + self.size
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The parameters of one model as a vector of P numbers, the first Q of which are prunable.
+    """The places of a model's parameters in a vector of length P, whose first Q elements are the prunable part.
 
-    The padding between parameters is zero, never kept by a mask and never counted.
+    The padding between parameters is zero, is never kept by a mask, and is never counted.
     """
 
     entries: tuple[Entry, ...]
@@ -61,7 +61,7 @@ class Layout:
 
     @classmethod
     def of(cls, parameters: Iterable[tuple[str, nn.Parameter]], prunable: AbstractSet[str]) -> Layout:
-        """The layout of named parameters in the given order, but those in `prunable` first."""
+        """Lay out named parameters in the given order, but those in `prunable` before the others."""
         entries: list[Entry] = []
         position = Q = 0
         named = [(name, tuple(parameter.shape)) for name, parameter in parameters]
@@ -75,7 +75,7 @@ class Layout:
 
     @property
     def prunable(self) -> tuple[Entry, ...]:
-        """The prunable parameters in order; of equal weights, pruning keeps the first."""
+        """The prunable parameters, in the order in which pruning keeps weights of equal score."""
         return tuple(entry for entry in self.entries if entry.prunable)
 
     @property
@@ -84,26 +84,26 @@ class Layout:
         return sum(entry.size for entry in self.prunable)
 
     def view(self, vectors: Tensor, entry: Entry) -> Tensor:
-        """A view [..., *shape] of one parameter in vectors [..., P] or masks [..., Q]."""
+        """Return a view [..., *shape] of one parameter in vectors [..., P] or masks [..., Q]."""
         return vectors[..., entry.begin : entry.end].view((*vectors.shape[:-1], *entry.shape))
 
     def views(self, vectors: Tensor) -> dict[str, Tensor]:
-        """Views [..., *shape] of all parameters in vectors [..., P], by name."""
+        """Return views [..., *shape] of all parameters in vectors [..., P], by name."""
         return {entry.name: self.view(vectors, entry) for entry in self.entries}
 
     def flat(self, tensors: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """A vector [P] from named tensors."""
+        """Copy named tensors into a new vector [P]."""
         vector = torch.zeros(self.P, dtype=dtype, device=device)
         for entry in self.entries:
             self.view(vector, entry).copy_(tensors[entry.name].detach())
         return vector
 
     def mask_views(self, masks: Tensor) -> dict[str, Tensor]:
-        """Views [..., *shape] of all prunable parameters in masks [..., Q], by name."""
+        """Return views [..., *shape] of all prunable parameters in masks [..., Q], by name."""
         return {entry.name: self.view(masks, entry) for entry in self.prunable}
 
     def full_mask(self, device: torch.device) -> Tensor:
-        """The mask [Q] that keeps every weight, but no padding."""
+        """Return the mask [Q] that keeps every weight but no padding."""
         mask = torch.zeros(self.Q, dtype=torch.bool, device=device)
         for entry in self.prunable:
             mask[entry.begin : entry.end] = True
@@ -111,5 +111,5 @@ class Layout:
 
 
 def by_layer(layout: Layout, mask: Tensor) -> list[int]:
-    """The number of weights of each prunable parameter that a mask [Q] keeps."""
+    """Return how many weights of each prunable parameter a mask [Q] keeps."""
     return [int(mask[entry.begin : entry.end].sum()) for entry in layout.prunable]

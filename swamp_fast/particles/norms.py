@@ -1,4 +1,4 @@
-"""The norms of a model that keep running statistics."""
+"""Finds and resets the norm layers of a model that keep running statistics."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch.nn.modules.batchnorm import _NormBase
 
 
 def norms_of(modules: Iterable[nn.Module]) -> list[Any]:
-    """The norms in the modules that keep running statistics."""
+    """Return the norm layers in the modules that keep running statistics."""
     children = [child for module in modules for child in module.modules()]
     return [child for child in children if isinstance(child, _NormBase) and child.running_mean is not None]
 
 
 def reset_running_stats(modules: Iterable[nn.Module]) -> None:
-    """Reset the running statistics, as at the start of every cycle."""
+    """Reset the running statistics of all norm layers in the modules."""
     for norm in norms_of(modules):
         norm.reset_running_stats()

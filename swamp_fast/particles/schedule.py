@@ -1,4 +1,4 @@
-"""The schedule of a training: the learning rate of every step, and the weight of every SWA sample."""
+"""The schedule of a training: the learning rate of each step, and the weight of each SWA sample."""
 
 from __future__ import annotations
 
@@ -11,20 +11,25 @@ from swamp_fast.config import SwampConfig
 
 @dataclass(frozen=True)
 class Training:
-    """The schedule that all particles of a training share."""
+    """The schedule that all particles of a training share.
+
+    epochs      the number of epochs
+    lr          step -> learning rate
+    swa_weight  epoch -> weight of the SWA sample at its end in the running mean; 0 takes no sample
+    """
 
     epochs: int
-    lr: Callable[[int], float]  # of a step
-    swa_weight: Callable[[int], float]  # of the SWA sample at an epoch's end; 0: no sample is taken
+    lr: Callable[[int], float]
+    swa_weight: Callable[[int], float]
 
 
 def ticket_training(config: SwampConfig) -> Training:
-    """The training of the ticket: `ticket_epochs` at the constant rate `lr`."""
+    """Return the schedule of the ticket's training: `ticket_epochs` epochs at the constant rate `lr`."""
     return Training(config.ticket_epochs, lambda step: config.lr, lambda epoch: 0.0)
 
 
 def cycle_training(config: SwampConfig, steps_per_epoch: int) -> Training:
-    """The training of a cycle, the same in every cycle."""
+    """Return the schedule of a cycle's training, which is the same for every cycle."""
     return Training(
         config.epochs,
         lambda step: learning_rate(config, steps_per_epoch, step),
@@ -33,19 +38,21 @@ def cycle_training(config: SwampConfig, steps_per_epoch: int) -> Training:
 
 
 def swa_first_epoch(config: SwampConfig) -> int:
-    """The epoch, counted from 0, at whose end the first SWA sample is taken."""
+    """Return the first epoch of the SWA window, counted from 0; the first SWA sample is taken at its end."""
     return min(math.floor(config.swa_start * config.epochs), config.epochs - 1)
 
 
 def swa_weight(config: SwampConfig, epoch: int) -> float:
-    """The weight of the sample at the end of `epoch` in the running mean; 0 before the SWA window."""
+    """Return the weight in the running mean of the SWA sample at the end of an epoch; 0 before the SWA window."""
     first = swa_first_epoch(config)
     return 1 / (epoch - first + 1) if config.swa and epoch >= first else 0.0
 
 
 def learning_rate(config: SwampConfig, steps_per_epoch: int, step: int) -> float:
-    """The rate of one step of a cycle: a cosine from `lr` down to `swa_lr` at the start of the SWA window, where it
-    stays; or down to 0 at the end of the training, see `schedule`.
+    """Return the learning rate of a step of a cycle; see SwampConfig's `schedule`.
+
+    With SWA's schedule, it is a cosine from `lr` to `swa_lr` at the start of the SWA window, and constant from there.
+    Otherwise it is a cosine from `lr` to 0 at the end of the training.
     """
     end, steps = (config.swa_lr, swa_first_epoch(config)) if config.ends_at_swa_lr else (0.0, config.epochs)
     steps *= steps_per_epoch
@@ -55,11 +62,11 @@ def learning_rate(config: SwampConfig, steps_per_epoch: int, step: int) -> float
 
 
 def total_particle_epochs(config: SwampConfig) -> int:
-    """The cost of a run: epochs, summed over all particles of all trainings and the ticket."""
+    """Return the cost of a run in particle-epochs: the epochs of all particles in all trainings, and the ticket's."""
     particles = sum(config.particles_at(cycle) for cycle in range(config.cycles + 1))
     return particles * config.epochs + config.ticket_epochs
 
 
 def kept_after(kept: int, prune: float) -> int:
-    """The number of weights that the next cycle keeps of `kept`."""
+    """Return how many of `kept` weights the next cycle keeps."""
     return round((1 - prune) * kept)

@@ -1,1 +1,1 @@
-"""The problem: a call's arguments, checked before anything runs."""
+"""A Problem holds the arguments of one call to a driver. All of them are checked before anything is trained."""

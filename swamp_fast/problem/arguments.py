@@ -1,4 +1,4 @@
-"""The keyword arguments that every driver takes beside its model, its data and its settings, as one object."""
+"""The keyword arguments that drivers take in addition to the model, the data and the settings, as one object."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from swamp_fast.problem.prunable import Prunable
 Forward = Callable[[nn.Module, Any], Any]  # (model, inputs) -> outputs
 Loss = Callable[[Any, Any], Tensor]  # (outputs, targets) -> [B]
 Transform = Callable[[Any], Any]  # inputs [B, ...] -> inputs
-OnCycle = Callable[[dict[str, Any]], object]  # of a row of the history
+OnCycle = Callable[[dict[str, Any]], object]  # called with a row of the history
 
 CALLABLES = ("forward", "loss", "transform", "on_cycle")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """The data, callables and masks that a driver takes beside its settings; fast_swamp documents each of them.
+    """A driver's arguments other than the model, train, test and the settings. See fast_swamp for each of them.
 
-    Raises TypeError for one that should be callable and isn't.
+    Raises TypeError if an argument that must be callable isn't.
     """
 
     val: object = None
@@ -35,14 +35,15 @@ class Arguments:
     on_cycle: OnCycle | None = None
 
     def __post_init__(self) -> None:
-        """Check the callables."""
+        """Raise TypeError for a callable argument that can't be called."""
         for name in CALLABLES:
             function = getattr(self, name)
             if function is not None and not callable(function):
                 raise TypeError(f"`{name}` must be callable, got {type(function).__name__}.")
 
 
-# Their source is part of a run's fingerprint: a change of it, even of a docstring, makes every earlier run another.
+# The source of the next two functions is part of a run's fingerprint. If it changes, even in a docstring, earlier runs
+# can't be resumed any more, because they count as other runs.
 def call(model: nn.Module, inputs: Any) -> Any:
     """The default `forward`."""
     return model(inputs)

@@ -1,4 +1,4 @@
-"""Models, devices, batch sizes, validation data and masks that can't be used are refused before anything runs."""
+"""Checks that refuse unusable models, devices, batch sizes, validation data and masks before anything is trained."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from swamp_fast.particles.schedule import kept_after
 
 
 def check_model(model: object) -> None:
-    """Refuse a model that can't be trained as particles. Raises TypeError or ValueError."""
+    """Raise TypeError or ValueError for a model that can't be trained as particles."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"`model` must be an nn.Module, got {type(model).__name__}.")
     if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
@@ -25,13 +25,15 @@ def check_model(model: object) -> None:
     if not any(True for _ in model.parameters()):
         raise ValueError("`model` has no parameters, so nothing to train or prune; pass the network itself.")
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ValueError("the model has nothing to prune: all its parameters are frozen (requires_grad=False).")
+        raise ValueError(
+            "the model has nothing to prune: all its parameters are frozen (requires_grad=False); unfreeze some."
+        )
     for name, tensor in named:
         if isinstance(tensor, nn.parameter.UninitializedParameter | nn.parameter.UninitializedBuffer):
             raise ValueError(f"`model`: {name} has no shape yet; run one batch through the lazy module first.")
         if tensor.is_meta:
             raise ValueError(
-                f"`model`: {name} is on the meta device and has no values; call model.to_empty and load it."
+                f"`model`: {name} is on the meta device and has no values; call model.to_empty and load its weights."
             )
         if tensor.dtype in (torch.float16, torch.bfloat16):
             raise ValueError(
@@ -46,9 +48,9 @@ def check_model(model: object) -> None:
 
 
 def choose_device(name: str, model: nn.Module) -> torch.device:
-    """The device that the setting `device` names; "auto" is the model's GPU, else the current GPU, else the CPU.
+    """Return the device that the setting `device` names; "auto" is the model's GPU, else the current GPU, else the CPU.
 
-    Raises ValueError if there is no such device.
+    Raises ValueError if the device doesn't exist or is neither a CPU nor a CUDA device.
     """
     if name == "auto":
         device = next(model.parameters()).device
@@ -73,33 +75,33 @@ def choose_device(name: str, model: nn.Module) -> torch.device:
 
 
 def copy_of(model: nn.Module) -> nn.Module:
-    """A deep copy. Raises ValueError that says what prevents it."""
+    """Return a deep copy of the model. Raises ValueError, with the reason, if it can't be copied."""
     try:
         return copy.deepcopy(model)
     except Exception as error:
         raise ValueError(
-            f"`model` can't be copied ({error}); a particle is a deep copy of it. Remove tensors that carry a graph, "
-            "open files and similar objects from its attributes."
+            f"`model` can't be copied ({error}), but each particle is a deep copy of it. Remove tensors with an "
+            "autograd graph, open files and similar objects from its attributes."
         ) from error
 
 
 def check_batches(samples: int, batch: int, drop_last: bool, model: nn.Module) -> None:
-    """Refuse a batch size larger than the data, or one that leaves a last batch on which BatchNorm can't train."""
+    """Raise ValueError if the batch size exceeds the data, or if BatchNorm would get a last batch of one sample."""
     if batch > samples:
         raise ValueError(f"`batch_size` = {batch} is more than the {samples} training samples; lower it.")
     if any(isinstance(module, _BatchNorm) for module in model.modules()) and (
         batch == 1 or (samples % batch == 1 and not drop_last)
     ):
         raise ValueError(
-            f"an epoch's last batch would hold one sample ({samples} samples, batch_size = {batch}), of "
-            f"which BatchNorm has no statistics; choose another batch_size, such as {max(batch - 1, 2)}."
+            f"an epoch's last batch would hold one sample ({samples} samples, batch_size = {batch}), but BatchNorm "
+            f"needs at least two; choose another batch_size, such as {max(batch - 1, 2)}."
         )
 
 
 def check_validation(fingerprints: Mapping[str, str | None], config: SwampConfig) -> None:
-    """Refuse validation data that are the training data, and a choice of a particle without validation data.
+    """Raise ValueError if the validation data are the training data, or if combine="best" has no validation data.
 
-    fingerprints  of the splits, by name
+    fingerprints  split name -> hash of the split's data, None without data
     """
     if fingerprints["val"] is None:
         if config.combine == "best":
@@ -109,12 +111,16 @@ def check_validation(fingerprints: Mapping[str, str | None], config: SwampConfig
             )
     elif fingerprints["val"] == fingerprints["train"]:
         raise ValueError(
-            "`val` is the training data, on which nothing can be selected; pass other data, or a fraction."
+            "`val` is the training data, but particles must be selected on other data; pass some, or a fraction of "
+            "train to hold out."
         )
 
 
-def put_in(layout: Layout, mask: Tensor, initial: Mapping[str, Tensor]) -> None:
-    """Write the given masks into the first mask [Q]. Raises ValueError or TypeError for one that doesn't fit."""
+def write_masks_(layout: Layout, mask: Tensor, initial: Mapping[str, Tensor]) -> None:
+    """Write the user's initial masks into the mask [Q] of cycle 0.
+
+    Raises ValueError or TypeError for a mask of the wrong name, type or shape, and if no weight is kept.
+    """
     views = layout.mask_views(mask)
     for name, given in initial.items():
         if name not in views:
@@ -134,7 +140,7 @@ def put_in(layout: Layout, mask: Tensor, initial: Mapping[str, Tensor]) -> None:
 
 
 def check_cycles(kept: int, prune: float, cycles: int) -> None:
-    """Refuse more cycles than `kept` weights allow."""
+    """Raise ValueError if, starting with `kept` weights, a cycle would prune nothing or leave nothing."""
     left = kept
     for cycle in range(1, cycles + 1):
         before, left = left, kept_after(left, prune)
@@ -142,17 +148,20 @@ def check_cycles(kept: int, prune: float, cycles: int) -> None:
             what = "nothing would be left to keep" if left < 1 else f"nothing would be pruned of {before}"
             raise ValueError(
                 f"{cycles} cycles at prune = {prune} are more than {kept} weights allow: in cycle {cycle} {what}. "
-                f"Ask for at most {cycle - 1} cycles."
+                f"Set cycles to at most {cycle - 1}."
             )
 
 
 def check_layers(layout: Layout, mask: Tensor, layer_kept: Sequence[Sequence[int]]) -> None:
-    """Refuse counts of weights by cycle and layer that don't shrink from those of the mask [Q], cycle by cycle."""
+    """Raise ValueError if `layer_kept` keeps more weights of a layer than the cycle before, or none at all.
+
+    mask  [Q]  the mask of cycle 0
+    """
     before = by_layer(layout, mask)
     for cycle, kept in enumerate(layer_kept, 1):
         if len(kept) != len(before) or not sum(kept) or any(not 0 <= k <= b for k, b in zip(kept, before, strict=True)):
             raise ValueError(
-                f"`layer_kept`: cycle {cycle} has {list(kept)}, but needs one count for each of {len(before)} prunable "
-                f"parameters, at most the weights that are left of it, {before}, and not all of them 0."
+                f"`layer_kept`: cycle {cycle} has {list(kept)}, but needs one number for each of {len(before)} "
+                f"prunable parameters. They must be at most {before}, the weights that are left, and not all 0."
             )
         before = list(kept)

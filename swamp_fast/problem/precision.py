@@ -1,4 +1,4 @@
-"""The number format of a run's weights."""
+"""The floating-point type of a run's weights."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ from swamp_fast.config import SwampConfig
 
 
 def weight_dtype(config: SwampConfig) -> torch.dtype:
-    """The type of weights, moments and SWA means."""
+    """Return the type of weights, optimizer moments and SWA means."""
     return torch.float64 if config.precision == "float64" else torch.float32

@@ -1,4 +1,4 @@
-"""From a call's arguments to a Problem: everything is checked before anything is trained or written."""
+"""Makes a Problem from a call's arguments. Everything is checked before anything is trained or written."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from swamp_fast.problem.checks import (
     check_validation,
     choose_device,
     copy_of,
-    put_in,
+    write_masks_,
 )
 from swamp_fast.problem.precision import weight_dtype
-from swamp_fast.problem.probe import Probe, look_at
+from swamp_fast.problem.probe import Probe, probe_model
 from swamp_fast.problem.problem import Problem
 from swamp_fast.problem.splits import Splits, build_splits, check_splits, open_splits
 
@@ -40,12 +40,11 @@ def prepare(
     settings: Mapping[str, Any],
     standardise: Mapping[str, Sequence[float]] | None = None,
 ) -> Problem:
-    """Check every argument of a call, and make the model's copy, the data and the layout of the weights.
+    """Check every argument of a call, copy the model, open the data, and lay out the weights.
 
-    standardise  as SwampResult.standardise, instead of the mean and std of uint8 training pictures
+    standardise  the mean and std of uint8 pictures, as in SwampResult.standardise; None measures the training pictures
 
-    Raises ValueError, TypeError, FileNotFoundError or RuntimeError that say what was expected, what came, and what
-    to do.
+    Raises ValueError, TypeError, FileNotFoundError or RuntimeError for an argument that can't be used.
     """
     arguments = arguments or Arguments()
     forward, loss, transform = arguments.forward or call, arguments.loss or cross_entropy, arguments.transform
@@ -60,7 +59,7 @@ def prepare(
     check_batches(splits.train.data.length, config.batch_size, opened.drop_last, model)
 
     template = _template_of(model, device, dtype)
-    probe = look_at(template, splits.train.data, config, forward, loss, transform, arguments.prunable)
+    probe = probe_model(template, splits.train.data, config, forward, loss, transform, arguments.prunable)
     check_splits(splits, probe.classes if loss is cross_entropy else None)
     hashes = splits.fingerprints()
     check_validation(hashes, config)
@@ -98,7 +97,10 @@ def prepare(
 
 
 def _with_batch_size_of(opened: Opened, config: SwampConfig, settings: Mapping[str, Any]) -> SwampConfig:
-    """The settings with the batch size of a DataLoader, if one was given. Raises ValueError if they contradict it."""
+    """Return the settings with the batch size of `train` if it is a DataLoader.
+
+    Raises ValueError if the call also sets another batch size.
+    """
     if opened.batch_size is None:
         return config
     is_set = "batch_size" in settings or config.batch_size != default_of("batch_size")
@@ -111,7 +113,7 @@ def _with_batch_size_of(opened: Opened, config: SwampConfig, settings: Mapping[s
 
 
 def _template_of(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """A copy of the model on the device, whose buffers are not trained."""
+    """Return a copy of the model on the device, with buffers that need no gradient."""
     template = copy_of(model).to(device, dtype)
     for buffer in template.buffers():
         buffer.requires_grad_(False)
@@ -121,10 +123,10 @@ def _template_of(model: nn.Module, device: torch.device, dtype: torch.dtype) -> 
 def _first_mask(
     layout: Layout, config: SwampConfig, initial_masks: Mapping[str, Tensor] | None, device: torch.device
 ) -> Tensor:
-    """The mask [Q] of cycle 0. Raises ValueError if the settings prune more than it keeps."""
+    """Return the mask [Q] of cycle 0. Raises ValueError if the settings would prune more weights than it keeps."""
     mask = layout.full_mask(device)
     if initial_masks is not None:
-        put_in(layout, mask, initial_masks)
+        write_masks_(layout, mask, initial_masks)
     check_cycles(int(mask.sum()), config.prune, config.cycles)
     if config.layer_kept is not None:
         check_layers(layout, mask, config.layer_kept)
@@ -132,7 +134,7 @@ def _first_mask(
 
 
 def _introduction(model: nn.Module, layout: Layout, splits: Splits, probe: Probe) -> tuple[str, ...]:
-    """The lines that a run begins with on the console."""
+    """Return the console's first lines about a run: its model, its data, and what the FLOPs leave out."""
     trained = sum(entry.size for entry in layout.entries)
     lines = [
         f"model    {type(model).__name__}: {layout.weights:,} prunable of {trained:,} trained weights, in "
@@ -140,5 +142,7 @@ def _introduction(model: nn.Module, layout: Layout, splits: Splits, probe: Probe
     ]
     lines += [f"data     {split.line}" for split in splits.built]
     if probe.uncounted:
-        lines.append(f"flops    not known for {', '.join(probe.uncounted)}: pruning these leaves the count as it is")
+        lines.append(
+            f"flops    not counted for {', '.join(probe.uncounted)}: pruning these doesn't lower the FLOPs shown"
+        )
     return tuple(lines)

@@ -1,4 +1,4 @@
-"""The model is run on one batch before anything is trained, to learn what it needs and what it would cost."""
+"""Runs the model on one small batch before anything is trained, to learn its properties and its cost."""
 
 from __future__ import annotations
 
@@ -22,42 +22,59 @@ from swamp_fast.problem.prunable import Prunable, select_prunable
 from swamp_fast.problem.uses import counted_uses
 from swamp_fast.problem.value_reads import ValueReads
 
-MOST_SAMPLES = 8  # of the batch
-TOLERANCE = 1e-4  # relative, between two equal forwards: GPU kernels needn't repeat their bits
-# What a forward or a loss raises that was written for other inputs or outputs.
+MAX_SAMPLES = 8  # in the batch on which the model is run
+TOLERANCE = 1e-4  # relative and absolute: on a GPU, two identical forward passes may differ by rounding
+# The errors that a forward or a loss may raise if it doesn't fit the data.
 MISFITS = (RuntimeError, TypeError, ValueError, IndexError, AttributeError, KeyError)
 
 
 @dataclass(frozen=True)
 class Probe:
-    """What one forward and backward of the model showed."""
+    """The properties of a model that running it forward and backward showed.
 
-    prunable: frozenset[str]  # names of parameters
-    classes: int | None  # the second axis of outputs that are a tensor [B, classes, ...]
-    classifies: bool  # the targets are labels of those classes: accuracies make sense
-    draws_elsewhere: bool  # it draws from torch's, Python's or NumPy's generators, not just by dropout
-    changed: tuple[str, ...]  # buffers that a forward changes, besides the running statistics of norms, and weights
-    keeps_state: bool  # a forward changes plain attributes of the model, or draws from a generator that it holds
-    reads_values: str | None  # the operation by which the forward looks at values; it may branch on them
-    convolves: bool  # pictures [B, C, H, W] go through a convolution
-    dense_flops: int  # of one sample's forward, 2 per multiply-add of matrix products and convolutions
-    uses: dict[str, float]  # parameter name -> multiply-adds of one sample per weight
+    prunable         the names of the parameters to prune
+    classes          the size of axis 1 of the outputs if they are a tensor [B, classes, ...], else None
+    classifies       whether the outputs are logits and the targets are labels, so that accuracies make sense
+    draws_elsewhere  whether the forward pass draws from torch's, Python's or NumPy's generator, other than by dropout
+    changed          the names of the weights and buffers that a forward pass changes, without norms' running statistics
+    keeps_state      whether a forward pass changes plain attributes of the model, or draws from a generator in them
+    reads_values     the operation by which the forward pass or the loss reads values of tensors, so that it may branch
+                     on them; None if there is none
+    convolves        whether the model convolves pictures [B, C, H, W]
+    dense_flops      the FLOPs of one sample's forward pass: 2 per multiply-add of matrix products and convolutions
+    uses             parameter name -> multiply-adds per weight in one sample's forward pass
+    """
+
+    prunable: frozenset[str]
+    classes: int | None
+    classifies: bool
+    draws_elsewhere: bool
+    changed: tuple[str, ...]
+    keeps_state: bool
+    reads_values: str | None
+    convolves: bool
+    dense_flops: int
+    uses: dict[str, float]
 
     @property
     def uncounted(self) -> list[str]:
-        """Prunable parameters of which it is not known how often they are multiplied by."""
+        """The prunable parameters whose multiply-adds are not counted, because no counted layer uses them."""
         return [name for name, times in self.uses.items() if name in self.prunable and not times]
 
     def flops(self, kept: dict[str, int], sizes: dict[str, int]) -> int:
-        """FLOPs of one sample's forward when only `kept` weights of the prunable parameters count.
+        """Return the FLOPs of one sample's forward pass if the pruned weights cost nothing.
 
-        `uncounted` parameters count as in the dense model, where they may be missing too (as nn.LSTM's on a CPU).
+        Pruning `uncounted` parameters doesn't lower the result. Some of them, such as those of nn.LSTM on a CPU, are
+        not counted in `dense_flops` either.
+
+        kept   parameter name -> number of kept weights
+        sizes  parameter name -> number of weights
         """
         saved = sum(2 * self.uses.get(name, 0.0) * (sizes[name] - kept[name]) for name in kept)
         return round(self.dense_flops - saved)
 
 
-def look_at(
+def probe_model(
     template: nn.Module,
     data: Data,
     config: SwampConfig,
@@ -68,10 +85,11 @@ def look_at(
 ) -> Probe:
     """Run a copy of the model on the first few samples, forward and backward, in train mode.
 
-    Raises ValueError or TypeError if the model, the data, `forward`, `loss`, `transform` or `prunable` don't fit.
+    Raises ValueError or TypeError if the model, the data, `forward`, `loss`, `transform` and `prunable` don't fit
+    together.
     """
     keys = lane_keys([config.seed], [stream_of(None, 0)], data.device)
-    trial = _Trial(data, min(MOST_SAMPLES, data.length, config.batch_size), keys, forward, loss, transform)
+    trial = _Trial(data, min(MAX_SAMPLES, data.length, config.batch_size), keys, forward, loss, transform)
     model = copy_of(template).train()
     with generators_left_alone():
         effects = _side_effects(model, trial, keys)
@@ -95,9 +113,9 @@ def look_at(
 
 
 class _Trial:
-    """One small batch, and the model and the loss on it; errors say which of them doesn't fit the other.
+    """One small batch on which a model and the loss are run. Errors say which of them doesn't fit which data.
 
-    reads  notes operations of `forward` and `loss` that look at values
+    reads  records operations of `forward` and `loss` that read the values of tensors
     """
 
     def __init__(
@@ -112,17 +130,18 @@ class _Trial:
         self.reads = ValueReads()
 
     def run(self, model: nn.Module) -> tuple[Any, Tensor]:
-        """Outputs, and the sum of the losses."""
+        """Return the model's outputs and the sum of the losses."""
         outputs = self._outputs(model)
         losses = self._losses(outputs)
         if torch.is_grad_enabled() and not losses.requires_grad:
             raise ValueError(
-                "the loss does not depend on any trained parameter; is something detached, or run under no_grad?"
+                "the loss does not depend on any trained parameter; check for detach() and no_grad() in the model, "
+                "`forward` and `loss`."
             )
         return outputs, losses.sum()
 
     def classifies(self, outputs: Any) -> bool:
-        """Whether the outputs are logits [B, classes, ...] and the targets labels of those classes."""
+        """Whether the outputs are logits [B, classes, ...] and the targets are labels in [0, classes)."""
         targets = self.targets
         return (
             _are_logits(outputs)
@@ -168,20 +187,20 @@ class _Trial:
 
 
 def _transformed(transform: Transform, inputs: Any) -> Any:
-    """The user's augmentation of a batch [B, ...]. Raises ValueError if that has another number of samples."""
+    """Return a batch [B, ...] after the user's augmentation. Raises ValueError if the number of samples changed."""
     with generators_left_alone():
         out = transform(inputs)
     expected, got = ({len(leaf) for leaf in tensors(tree) if leaf.dim()} for tree in (inputs, out))
     if got != expected:
         raise ValueError(
-            f"`transform(inputs)` must return inputs of as many samples, got {_shapes(out)} from {_shapes(inputs)}."
+            f"`transform(inputs)` must return the same number of samples, got {_shapes(out)} from {_shapes(inputs)}."
         )
     return out
 
 
 @dataclass(frozen=True)
 class _SideEffects:
-    """The outputs of a forward, and what else it did; see Probe."""
+    """The outputs of a forward pass, and its side effects as Probe describes them."""
 
     outputs: Any
     draws_elsewhere: bool
@@ -190,7 +209,10 @@ class _SideEffects:
 
 
 def _side_effects(model: nn.Module, trial: _Trial, keys: Tensor) -> _SideEffects:
-    """Run the model twice under the same draws, the second time also backward, and compare it with itself before."""
+    """Find the side effects of a model's forward pass by running it twice with the same random draws.
+
+    The second run also goes backward. Then the model and the generators are compared with their earlier state.
+    """
     norms = {
         f"{prefix}.{name}".lstrip(".")
         for prefix, module in model.named_modules()
@@ -219,7 +241,7 @@ def _are_logits(outputs: Any) -> bool:
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors of one shape are equal, NaN equal to NaN."""
+    """Whether two tensors of the same shape have the same bits; NaNs with the same bits are equal."""
     a, b = (tensor.detach().contiguous().flatten() for tensor in (a, b))
     return torch.equal(a.view(torch.uint8), b.view(torch.uint8)) if a.numel() else True
 

@@ -1,4 +1,4 @@
-"""A problem to solve, already checked: the model, the data, the callables and the settings of one call."""
+"""Problem: the checked model, data, callables and settings of one call to a driver."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from swamp_fast.problem.probe import Probe
 
 @dataclass(frozen=True)
 class Problem:
-    """The arguments of one call, checked and made ready; both drivers start from it."""
+    """The checked arguments of one call, ready for training. Both drivers start from a Problem."""
 
     config: SwampConfig
-    original: nn.Module  # the user's, never changed
-    template: nn.Module  # a copy on the device, from which particles are copied
+    original: nn.Module  # the user's model, which is never changed
+    template: nn.Module  # its copy on the device, from which particles are copied
     layout: Layout
-    mask: Tensor  # [Q] bool, the weights that the first cycle keeps
+    mask: Tensor  # [Q] bool, True for the weights that the first cycle keeps
     train: Data
     val: Data | None
     test: Data | None
@@ -39,64 +39,70 @@ class Problem:
     on_cycle: OnCycle | None
     drop_last: bool
     probe: Probe
-    lines: tuple[str, ...]  # what the console says of it
-    fingerprints: dict[str, Any]  # hashes of what a run's results depend on besides the settings
+    lines: tuple[str, ...]  # the console's description of the problem
+    fingerprints: dict[str, Any]  # hashes of everything besides the settings that a run's results depend on
 
     @property
     def device(self) -> torch.device:
-        """The device of the training."""
+        """The device on which the run is computed."""
         return self.mask.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type of the weights."""
+        """The floating-point type of the weights."""
         return weight_dtype(self.config)
 
     @property
     def classifies(self) -> bool:
-        """Whether the model has accuracies."""
+        """Whether the task is a classification, so that accuracies make sense."""
         return self.probe.classifies
 
     @cached_property
     def bounds(self) -> list[tuple[int, int]]:
-        """The first sample of each of an epoch's batches, and the end."""
+        """The slice [begin, end) of an epoch's sample order that each of its batches takes."""
         return batch_bounds(self.train.length, self.config.batch_size, self.drop_last)
 
     def autocast(self) -> torch.autocast:
-        """A context in which activations are bfloat16, if precision is "bfloat16"."""
+        """Return a context with bfloat16 activations if precision is "bfloat16", else one that changes nothing."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16")
 
     def transformed(self, inputs: Any, step_key: Tensor) -> Any:
-        """One particle's batch after the user's augmentation, which is seeded from the particle's step key [1, 3]."""
+        """Return one particle's batch after the user's augmentation.
+
+        The particle's step key [1, 3] seeds the generators from which the augmentation may draw.
+        """
         if self.transform is None:
             return inputs
         seed_generators(int(seeds_for(step_key, LANE_SEED)[0, 0]))
         return self.transform(inputs)
 
     def seeded(self, step_key: Tensor) -> None:
-        """Seed the global generators from a particle's step key [1, 3], if its forward draws from them."""
+        """Seed the global generators from a particle's step key [1, 3] if the model's forward pass draws from them."""
         if self.probe.draws_elsewhere:
             seed_generators(int(seeds_for(step_key, LANE_SEED, 2)[0, 1]))
 
     def keys_of(self, cycle: int, number: int) -> Tensor:
-        """The key [1, 3] by which a model draws outside training; the average's `number` follows the particles'."""
+        """Return the key [1, 3] of a model's random draws outside training.
+
+        number  the particle's number; the average has the number after the last particle's
+        """
         return lane_keys([self.config.seed], [stream_of(cycle, number)], self.device)
 
     def outputs(self, model: nn.Module, inputs: Any, key: Tensor) -> Any:
-        """The outputs of one model outside training."""
+        """Run one model outside training, with random draws from `key`, and return its outputs."""
         self.seeded(key)
         with DropoutStream(key), self.autocast():
             return self.forward(model, inputs)
 
     def losses(self, outputs: Any, targets: Any) -> Tensor:
-        """The loss of every sample, [B]; a loss of more axes is averaged over them."""
+        """Return the loss of every sample, [B]. If the loss has further axes, it is averaged over them."""
         losses = self.loss(outputs, targets)
         return losses.flatten(1).mean(1) if losses.dim() > 1 else losses
 
     def kept(self, mask: Tensor) -> dict[str, int]:
-        """How many weights a mask [Q] keeps, by the name of the parameter."""
+        """Return, by parameter name, the number of weights that a mask [Q] keeps."""
         return {name: int(view.sum()) for name, view in self.layout.mask_views(mask).items()}
 
     def flops(self, mask: Tensor) -> int:
-        """The FLOPs of one sample's forward under a mask [Q]."""
+        """Return the FLOPs of one sample's forward pass under a mask [Q]."""
         return self.probe.flops(self.kept(mask), {entry.name: entry.size for entry in self.layout.prunable})

@@ -1,4 +1,4 @@
-"""Which parameters are pruned: by default every convolution and linear weight except the output layer's."""
+"""Selects the parameters to prune: by default, all convolution and linear weights except the output layer's."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ ATTENTION = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"
 
 
 def select_prunable(model: nn.Module, prunable: Prunable, outputs: Any) -> set[str]:
-    """The names of the parameters to prune.
+    """Return the names of the parameters to prune.
 
-    prunable  None for the default; names or patterns (`layer*.weight`) of parameters, or names of modules whose
-              `weight` is meant; or a predicate of (name, parameter)
-    outputs   of one forward with gradients: the output layer is found by following them back
+    prunable  None for the default; a name or pattern (`layer*.weight`) of parameters, or several; the name of a
+              module selects its `weight`; or a predicate (name, parameter) -> bool
+    outputs   the outputs of one forward pass with gradients; following their autograd graph back finds the output layer
 
     Raises ValueError if a name matches nothing, or if there is nothing to prune.
     """
@@ -47,7 +47,7 @@ def select_prunable(model: nn.Module, prunable: Prunable, outputs: Any) -> set[s
 
 
 def _default_candidates(model: nn.Module) -> set[int]:
-    """The ids of convolution, linear and attention weights that no embedding shares."""
+    """Return the ids of the convolution, linear and attention weights that are not shared with an embedding."""
     weights: set[int] = set()
     for module in model.modules():
         if isinstance(module, _ConvNd | nn.Linear):
@@ -59,10 +59,10 @@ def _default_candidates(model: nn.Module) -> set[int]:
 
 
 def _output_weights(outputs: Any, candidates: set[int]) -> set[int]:
-    """The ids of the output layer's weights: the first ones on the way back from the outputs in the autograd graph.
+    """Return the ids of the output layers' weights.
 
-    A weight whose layer feeds another of these layers is not among them: its features are hidden ones that are also
-    an output, or that are added to one.
+    They are the first candidates on each path that leads back from the outputs in the autograd graph. But a layer whose
+    result feeds another such layer is hidden, even if its result is also an output or is added to one.
     """
     start = [output.grad_fn for output in tensors(outputs) if output.grad_fn is not None]
     first, inputs = _first_weights(start, candidates)
@@ -76,9 +76,12 @@ def _output_weights(outputs: Any, candidates: set[int]) -> set[int]:
 def _first_weights(
     start: list[Any], candidates: set[int], known: AbstractSet[int] = frozenset()
 ) -> tuple[set[int], list[Any]]:
-    """The first candidates on the way back from nodes of the autograd graph, and the nodes that feed their layers.
+    """Follow the autograd graph back from some nodes to the first candidate weight on each path.
 
-    known  weights whose layers are not followed further
+    Returns the ids of these weights, and the nodes that compute the inputs of their layers.
+
+    candidates  the ids of the weights to look for
+    known       the ids of weights whose layers' inputs are left out of the returned nodes
     """
     first: set[int] = set()
     feeding: list[Any] = []
@@ -100,7 +103,10 @@ def _first_weights(
 
 
 def _bare_weight(node: Any) -> Tensor | None:
-    """The parameter that a node passes on, directly or through views (a transpose, a slice); None if it computes."""
+    """Return the parameter from which operations with one input, such as a transpose or a slice, lead to a node.
+
+    Returns None if an operation on the way back has several inputs or none.
+    """
     while not hasattr(node, "variable"):
         if len(node.next_functions) != 1 or node.next_functions[0][0] is None:
             return None

@@ -1,4 +1,4 @@
-"""The splits of a call (train, val and test): opened, put on the device, and checked against each other."""
+"""Opens the splits of a call (train, val and test), puts them on the device, and checks that they fit together."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SPLITS = ("train", "val", "test")
 
 
 class Sources(NamedTuple):
-    """The source of each split."""
+    """The source of each split; None for a split that the call doesn't have."""
 
     train: Source
     val: Source | None
@@ -28,7 +28,7 @@ class Sources(NamedTuple):
 
 @dataclass(frozen=True)
 class Splits:
-    """The splits, ready on the device."""
+    """The splits, ready for use on the device; None for a split that the call doesn't have."""
 
     train: Built
     val: Built | None
@@ -36,34 +36,36 @@ class Splits:
 
     @property
     def built(self) -> list[Built]:
-        """The splits that there are, in this order."""
+        """The splits that the call has, in the order train, val, test."""
         return [split for split in (self.train, self.val, self.test) if split is not None]
 
     @property
     def val_data(self) -> Data | None:
-        """The validation data, if there are any."""
+        """The validation data, or None."""
         return None if self.val is None else self.val.data
 
     @property
     def test_data(self) -> Data | None:
-        """The test data, if there are any."""
+        """The test data, or None."""
         return None if self.test is None else self.test.data
 
     def fingerprints(self) -> dict[str, str | None]:
-        """A hash of each split by its name, None for one that is missing."""
+        """Return a hash of each split's data by the split's name; None for a missing split."""
         splits = zip(SPLITS, (self.train.data, self.val_data, self.test_data), strict=True)
         return {name: None if data is None else data.fingerprint() for name, data in splits}
 
 
 def open_splits(opened: Opened, test: object, val: object, data_dir: str | None) -> Sources:
-    """Open `test` and `val` beside the opened `train`, or hold the fraction `val` of it out.
+    """Open `test` and `val`, or hold out a fraction of `train` if `val` is a number.
+
+    opened  the opened `train`
 
     Raises ValueError for a split without samples.
     """
     train, val_source = opened.source, None
     if isinstance(val, float | int) and not isinstance(val, bool):
         if len(train) == 0:
-            raise ValueError("`train` is empty.")
+            raise ValueError("`train` is empty; at least one sample is needed.")
         train, val_source = hold_out(train, float(val))
     elif val is not None:
         val_source = open_source(val, "val", data_dir).source
@@ -81,7 +83,10 @@ def open_splits(opened: Opened, test: object, val: object, data_dir: str | None)
 def build_splits(
     sources: Sources, config: SwampConfig, device: torch.device, dtype: torch.dtype, like: Standardise | None
 ) -> Splits:
-    """Put the splits on the device. `like`, or else the statistics of the training split, standardise all of them."""
+    """Put the splits on the device.
+
+    like  the statistics that standardise the pictures of all splits; None measures the training split
+    """
     train = build(sources.train, device, dtype, augment=config.augment, like=like)
 
     def without_augmentation(source: Source | None) -> Built | None:
@@ -91,9 +96,9 @@ def build_splits(
 
 
 def check_splits(splits: Splits, classes: int | None) -> None:
-    """Refuse val and test data that are not like the training data, and labels beyond the classes.
+    """Raise ValueError if val or test samples differ in form from those of train, or if a label is out of range.
 
-    classes  None: the loss takes other targets than labels
+    classes  the number of classes; None if the targets need not be labels
     """
     for name, data in (("val", splits.val_data), ("test", splits.test_data)):
         if data is not None:
@@ -105,7 +110,7 @@ def check_splits(splits: Splits, classes: int | None) -> None:
 
 def _check_like(name: str, data: Data, train: Data) -> None:
     if not (data.stacked and train.stacked):
-        return  # what samples look like is up to the user's collate function
+        return  # the user's collate function determines the form of the samples
     kind, expected = _sample_kind(data), _sample_kind(train)
     if kind != expected:
         raise ValueError(
@@ -115,7 +120,7 @@ def _check_like(name: str, data: Data, train: Data) -> None:
 
 
 def _sample_kind(data: Data) -> tuple[str, str]:
-    """Shape and type of a sample's input and target, and whether the input is standardised here."""
+    """Return the shape and type of a sample's input and target as text; the input's says whether it is standardised."""
     first, no_keys = (torch.zeros(1, size, dtype=torch.int64, device=data.device) for size in (1, 3))
     inputs, targets = data.fetch(next(iter(data.batches(first, no_keys, [(0, 1)]))), None).lane(0)
     return ("uint8 pictures " if data.table is not None else "") + str(_kinds(inputs)), str(_kinds(targets))

@@ -1,4 +1,4 @@
-"""The multiply-adds of a forward per weight, which pruning the weight saves."""
+"""Counts the multiply-adds of a forward pass per weight; pruning a weight saves its multiply-adds."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ Count = Callable[[Tensor | None, float], None]  # (a parameter, multiply-adds pe
 
 @contextmanager
 def counted_uses(model: nn.Module, samples: int) -> Iterator[dict[str, float]]:
-    """Parameter name -> multiply-adds per weight and sample of the forwards in this context.
+    """A context that counts the multiply-adds of the forward passes in it.
 
-    Convolutions, linear layers and attention projections are counted; a weight that none of them uses has 0.
+    Yields parameter name -> multiply-adds per weight and sample. Convolutions, linear layers and attention projections
+    are counted; a parameter that none of them uses has 0.
 
-    samples  the batch of each forward
+    samples  the batch size of each forward pass
     """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     uses = dict.fromkeys(names.values(), 0.0)
@@ -36,7 +37,7 @@ def counted_uses(model: nn.Module, samples: int) -> Iterator[dict[str, float]]:
 
 
 def _hook(count: Count) -> Callable[..., None]:
-    """A forward hook that counts the multiply-adds of one call of a module."""
+    """Return a forward hook that counts the multiply-adds of one call of a module."""
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if isinstance(module, _ConvTransposeNd):
@@ -54,7 +55,7 @@ def _hook(count: Count) -> Callable[..., None]:
 def _count_attention(
     module: nn.MultiheadAttention, args: tuple[Any, ...], kwargs: dict[str, Any], count: Count
 ) -> None:
-    """Each projection multiplies by its weights once for every token."""
+    """Count the projections of one attention call: each uses every weight once per token."""
     query, key, value = [*args, *(kwargs[name] for name in ("query", "key", "value")[len(args) :])][:3]
     tokens = [tensor.numel() / tensor.shape[-1] for tensor in (query, key, value)]
     count(module.in_proj_weight, sum(tokens) / 3)

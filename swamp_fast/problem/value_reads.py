@@ -1,4 +1,7 @@
-"""Does a forward look at values, so that it may branch on them? Lanes that are folded would share one decision."""
+"""Detects whether a forward pass reads the values of tensors, so that it may branch on them.
+
+Lanes that are folded into one batch would all take the same branch.
+"""
 
 from __future__ import annotations
 
@@ -10,18 +13,23 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# Operations of torch's dispatcher that look at values, or whose result's shape depends on them.
+# The names of dispatcher operations that read values to return them, or to determine the shape of their result.
 READING_OPERATIONS = (
     *("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero"),
     *("unique", "_unique2", "_to_sparse"),
 )
-READING_METHODS = {Tensor.numpy, Tensor.__array__, Tensor.tolist, Tensor.data_ptr}  # the dispatcher doesn't see these
+READING_METHODS = {
+    Tensor.numpy,
+    Tensor.__array__,
+    Tensor.tolist,
+    Tensor.data_ptr,
+}  # the dispatcher doesn't see these methods
 
 
 class ValueReads(TorchFunctionMode):
-    """While it is active it notes operations that look at the values of tensors.
+    """A mode that records operations which read the values of tensors.
 
-    operation  the name of the last one, None if there was none
+    operation  the name of the last such operation; None if there was none
     """
 
     def __init__(self) -> None:

@@ -50,8 +50,7 @@ class StopPolicy:
             return
         name = "Ctrl-C" if self.stop_signal == signal.SIGINT else "SIGTERM"
         console.line(f"stopped  by {name}; call it again with run_dir {self.run_dir} to continue")
-        self.signals.asked = self.stop_signal
-        self.signals.stop()
+        self.signals.stop(self.stop_signal)
 
     def _exchange(self, due: bool) -> bool:
         """Agree with the other ranks on a stop signal, and on when to exchange next.
@@ -59,13 +58,13 @@ class StopPolicy:
         Returns whether a checkpoint is due by the first rank's clock.
         """
         if self.ranks.world == 1:
-            self.stop_signal = self.signals.asked
+            self.stop_signal = self.signals.received
             return due
         seconds_per_step = self._since_exchange.seconds / max(self._steps_since_exchange, 1)
         self._steps_since_exchange = 0
         self._since_exchange.restart()
         wait = min(EXCHANGE_SECONDS, self.seconds_between) if self.seconds_between > 0 else EXCHANGE_SECONDS
         first_rank_says = [int(due), max(1, int(wait / seconds_per_step))] if self.ranks.first else [0, 1]
-        number, is_due, self._steps_between = self.ranks.all_reduce_max([self.signals.asked or 0, *first_rank_says])
+        number, is_due, self._steps_between = self.ranks.all_reduce_max([self.signals.received or 0, *first_rank_says])
         self.stop_signal = number or None  # the agreed one: other ranks don't know of a later signal
         return bool(is_due)

@@ -1,4 +1,4 @@
-"""What a run prints on standard error: its introduction, one line per cycle, and on a terminal a moving status line."""
+"""Prints a run's introduction and one line per cycle on standard error and, on a terminal, a status line below them."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from swamp_fast.problem.problem import Problem
 from swamp_fast.runs.folder import Unfinished
 from swamp_fast.version import __version__
 
-REFRESH_SECONDS = 0.2
+REFRESH_SECONDS = 0.2  # least time between two updates of the status line
 
 
 class Console:
-    """Prints lines, and on a terminal keeps one status line moving below them. Prints nothing if not `shown`."""
+    """Prints lines and, on a terminal, updates a status line below them. Prints nothing if `shown` is False."""
 
     def __init__(self, shown: bool, stream: TextIO | None = None) -> None:
         self.shown = shown
@@ -26,13 +26,13 @@ class Console:
         self._since_refresh = Stopwatch(REFRESH_SECONDS)
 
     def line(self, text: str) -> None:
-        """Print a line that stays."""
+        """Print a line above the status line."""
         if self.shown:
             self._clear()
             print(text, file=self.stream, flush=True)
 
     def status(self, text: str) -> None:
-        """Replace the status line; does nothing without a terminal."""
+        """Replace the text of the status line; does nothing without a terminal."""
         if self.moving and self._since_refresh.seconds >= REFRESH_SECONDS:
             self._since_refresh.restart()
             self._clear()
@@ -50,7 +50,7 @@ class Console:
 
 
 def introduction(problem: Problem, driver: str, unfinished: Unfinished | None, cycles_done: int) -> Iterator[str]:
-    """The lines before the first training: what is pruned, on which data, at what cost, and from where it resumes."""
+    """Yield the lines before the first training: the model, the data, the cost, and where a resumed run continues."""
     config = problem.config
     yield f"swamp_fast {__version__}, {driver}"
     yield from problem.lines
@@ -67,11 +67,11 @@ def introduction(problem: Problem, driver: str, unfinished: Unfinished | None, c
     elif cycles_done:
         yield f"resumed  after cycle {cycles_done - 1} of {config.cycles}, from {config.run_dir}"
     if config.run_dir is not None and problem.probe.keeps_state:
-        yield "files    one checkpoint per cycle only: the model keeps state of its own"
+        yield "files    no checkpoints inside a cycle, because the model keeps state outside its parameters and buffers"
 
 
 def cycle_line(row: Mapping[str, Any], cycles: int) -> str:
-    """The line after a cycle."""
+    """Return the line that is printed after a cycle."""
     text = f"cycle {row['cycle']:>2}/{cycles}  density {percent(row['density']):>8}"
     if row["accuracy"] is not None:
         each = row["particle_accuracy"]

@@ -1,22 +1,23 @@
-"""A run on disk: a folder of plain files, each written atomically. Loading one executes nothing.
+"""A run's folder on disk. It holds plain files; each is written atomically, and loading one executes no code.
 
-Every safetensors file has a checksum over its names, tensors and metadata. A damaged file is moved aside, never
-deleted, and the run continues from the last intact one.
+Every safetensors file has a checksum over its names, tensors and metadata. A damaged file is renamed, never deleted,
+and the run continues from the last intact one.
 
-run.json                what the run is: settings, fingerprints, versions, when it began, the engine's choices
-config.toml             the settings alone, to start another run from
+run.json                description of the run: settings, fingerprints, versions, start time, the engine's choices
+config.toml             the settings alone, from which another run can be started
 history.jsonl           one line per cycle
 ticket.safetensors      the ticket's parameters and buffers
-cycle_00.safetensors …  each cycle's average, compact: values/NAME the kept weights in order, mask/NAME the mask's
-                        bits (numpy.packbits), state/NAME everything else, score/NAME the kept weights' mask_score
-                        if it isn't the average; shapes and row in the metadata
-model.safetensors       the last average as a plain state dict, for load_state_dict
-masks.safetensors       its masks, bool
-particles.safetensors   the particles of the last cycle, [N, ...], with keep_particles
-training.safetensors    the training under way, between two steps: what a step changes, without the pruned weights
-                        (NAME/kept, NAME/rest), buffers/NAME, loss_sum, and how many steps are done. The checkpoint
-                        before it is training.previous.safetensors; both are deleted when the training is complete
-lock                    names the process that runs in the folder
+cycle_00.safetensors …  each cycle's average in compact form: values/NAME has the kept weights in order, mask/NAME the
+                        mask's bits (numpy.packbits), state/NAME every other tensor, and score/NAME the kept weights'
+                        mask_score if masks rank something other than the average; the metadata has shapes and row
+model.safetensors       the last cycle's average as a plain state dict, for load_state_dict
+masks.safetensors       the last cycle's masks, bool
+particles.safetensors   with keep_particles, the particles of the last cycle, [N, ...]
+training.safetensors    checkpoint of the unfinished training between two steps: the tensors that a step changes,
+                        without the pruned weights (NAME/kept, NAME/rest), buffers/NAME, loss_sum, and the number of
+                        steps done. The checkpoint before it is training.previous.safetensors. Both are deleted when
+                        the training is complete
+lock                    the name of the process that runs in the folder
 """
 
 from __future__ import annotations
@@ -41,8 +42,8 @@ from swamp_fast.runs import lock
 
 FORMAT = "swamp_fast 2"
 REQUIRED_KEYS = ("driver", "config", "fingerprints", "engine", "standardise", "place")  # of run.json
-TABLE_KEYS = ("config", "fingerprints", "engine", "place")  # those of them that are tables
-# What a run that was killed right at its start may leave.
+TABLE_KEYS = ("config", "fingerprints", "engine", "place")  # the required keys whose values must be dicts
+# The files that a run which was killed right at its start may leave behind.
 STALE_FILES = ("config.toml", "config.toml.part", "run.json.part", lock.NAME)
 
 
@@ -51,51 +52,63 @@ Content = TypeVar("Content")
 
 
 class Damaged(ValueError):
-    """A file whose content is not what was written."""
+    """Raised for a file whose content is not what was written."""
 
 
 @dataclass(frozen=True)
 class Unfinished:
-    """A training under way, between two steps."""
+    """The state of an unfinished training between two steps.
 
-    cycle: int | None  # None: the ticket's
-    dropped: dict[int, int]  # lane -> epoch, counted from 1, at whose end its particle had diverged
-    seconds: float  # that the training took so far
+    cycle    None for the ticket's training
+    dropped  lane of a diverged particle -> the epoch, counted from 1, in which it diverged
+    seconds  how long the training took so far
+    tensors  the content of training.safetensors
+    """
+
+    cycle: int | None
+    dropped: dict[int, int]
+    seconds: float
     tensors: dict[str, Tensor]
 
     @property
     def steps(self) -> int:
-        """How many steps are done."""
+        """The number of steps done."""
         return int(self.tensors["done"])
 
     def packed(self) -> Packed:
-        """The tensors and the metadata of its file."""
+        """Return the tensors and the metadata of the checkpoint's file."""
         about = {"cycle": self.cycle, "dropped": list(self.dropped.items()), "seconds": self.seconds}
         return self.tensors, {"training": json.dumps(about)}
 
     @classmethod
     def unpacked(cls, tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> Unfinished:
-        """The inverse of `packed`."""
+        """Read what `packed` returned."""
         about = json.loads(metadata["training"])
         return cls(about["cycle"], dict(about["dropped"]), about["seconds"], tensors)
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """One cycle's average, its masks and its row of the history."""
+    """One cycle's average, its masks and its row of the history.
 
-    state: dict[str, Tensor]  # parameters and buffers
-    masks: dict[str, Tensor]  # bool, of the prunable parameters
+    state  the average's parameters and buffers
+    masks  bool masks of the prunable parameters
+    row    the cycle's row of the history
+    score  the mask_score of the prunable parameters; empty if masks rank the average's |w|
+    """
+
+    state: dict[str, Tensor]
+    masks: dict[str, Tensor]
     row: dict[str, Any]
-    score: dict[str, Tensor] = field(default_factory=dict)  # of the prunable parameters, if masks rank another than |w|
+    score: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def ranked(self) -> dict[str, Tensor]:
-        """The state, with the scores that the global threshold ranks in place of the prunable parameters."""
+        """The tensors that the global threshold ranks: the state, with `score` in place of the prunable parameters."""
         return {**self.state, **self.score}
 
     def packed(self) -> Packed:
-        """The compact tensors and the metadata of its file."""
+        """Return the compact tensors and the metadata of the cycle's file."""
         tensors: dict[str, Tensor] = {}
         for name, tensor in self.state.items():
             if name in self.masks:
@@ -116,7 +129,7 @@ class Snapshot:
 
     @classmethod
     def unpacked(cls, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Snapshot:
-        """The inverse of `packed`."""
+        """Read what `packed` returned."""
         shapes = json.loads(metadata["shapes"])
         state, masks, score = {}, {}, {}
         for name in json.loads(metadata["order"]):
@@ -134,26 +147,26 @@ class Snapshot:
 
 
 def _spread(kept: Tensor, mask: Tensor) -> Tensor:
-    """The kept weights at their places in the mask's shape, zeros elsewhere."""
+    """Return a tensor of the mask's shape with the kept weights where the mask is True and zeros elsewhere."""
     return torch.zeros(mask.shape, dtype=kept.dtype).masked_scatter_(mask, kept)
 
 
 class RunDirectory:
-    """The files of one run."""
+    """Reads and writes the files in the folder of one run."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path).expanduser()
         self.run = ""  # the run's id, once it is known
 
     def create(self, about: dict[str, Any], settings: str) -> None:
-        """Make the folder and write what the run is; `settings` is TOML."""
+        """Make the folder, and write run.json from `about` and config.toml from `settings`, a TOML text."""
         self.make()
         self.run = run_id(about)
         write(self.path / "config.toml", settings.encode())
         self.write_about(about)
 
     def make(self) -> None:
-        """Make the folder unless it exists."""
+        """Make the folder if it doesn't exist. Raises ValueError if that is not possible."""
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"run_dir {self.path} must be a folder, but it is a file.")
         try:
@@ -162,7 +175,7 @@ class RunDirectory:
             raise ValueError(f"run_dir {self.path} can't be made ({error}); name another folder.") from error
 
     def is_empty(self) -> bool:
-        """Whether nothing is there yet, apart from half-written files of a run that never began."""
+        """Whether the folder is missing or empty; files that a run left when it was killed at its start don't count."""
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"run_dir {self.path} must be a folder, but it is a file.")
         return not self.path.exists() or all(entry.name in STALE_FILES for entry in self.path.iterdir())
@@ -172,41 +185,44 @@ class RunDirectory:
         write(self.path / "run.json", json.dumps({"format": FORMAT, **about}, indent=1).encode())
 
     def about(self) -> dict[str, Any]:
-        """The content of run.json. Raises ValueError if the folder holds no run of swamp_fast, or a damaged one."""
+        """Return the content of run.json. Raises ValueError if it is missing, damaged, or of another format version."""
         path = self.path / "run.json"
         if not path.exists():
             raise ValueError(
-                f"{self.path} holds files but no run.json, so it is no run of swamp_fast; name an empty or new folder."
+                f"{self.path} holds files but no run.json, so it is not a run of swamp_fast; name an empty or new "
+                "folder."
             )
         try:
             about: dict[str, Any] = json.loads(path.read_text())
             if not isinstance(about, dict):
                 raise ValueError(f"it holds a {type(about).__name__}")
         except ValueError as error:
-            raise ValueError(f"{path} is damaged ({error}); move the folder away to start afresh.") from error
+            raise ValueError(f"{path} is damaged ({error}); move the folder away to start a new run.") from error
         if about.get("format") != FORMAT:
             raise ValueError(
-                f'{path} has the format "{about.get("format")}", this version reads "{FORMAT}"; read it with the '
-                f"version that wrote it ({about.get('version', 'unknown')})."
+                f'{path} has the format "{about.get("format")}", but this version reads "{FORMAT}"; read it with the '
+                f"version of swamp_fast that wrote it ({about.get('version', 'unknown')})."
             )
         missing = [name for name in REQUIRED_KEYS if name not in about]
         missing += [name for name in TABLE_KEYS if name not in missing and not isinstance(about[name], dict)]
         if missing:
-            raise ValueError(f"{path} is damaged, it lacks {', '.join(missing)}; move the folder away to start afresh.")
+            raise ValueError(
+                f"{path} is damaged, it lacks {', '.join(missing)}; move the folder away to start a new run."
+            )
         self.run = run_id(about)
         return about
 
     def write_ticket(self, state: Mapping[str, Tensor]) -> None:
-        """Write the ticket."""
+        """Write the ticket's file."""
         save_tensors(self.path / "ticket.safetensors", state, {"run": self.run})
 
     def ticket(self) -> dict[str, Tensor] | None:
-        """The ticket, or None before it is trained."""
+        """Return the ticket's parameters and buffers, or None if it is not trained yet."""
         path = self.path / "ticket.safetensors"
         return self._own(path)[0] if path.exists() else None
 
     def write_cycle(self, cycle: int, snapshot: Snapshot, rows: list[dict[str, Any]]) -> None:
-        """Write a cycle's average, and the history up to it."""
+        """Write a cycle's file, and the history up to this cycle."""
         tensors, metadata = snapshot.packed()
         save_tensors(self.cycle_path(cycle), tensors, {**metadata, "run": self.run})
         self.write_history(rows)
@@ -216,31 +232,31 @@ class RunDirectory:
         write(self.path / "history.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
 
     def cycle_path(self, cycle: int) -> Path:
-        """Where a cycle's average is."""
+        """Return the path of a cycle's file."""
         return self.path / f"cycle_{cycle:02d}.safetensors"
 
     def cycle(self, cycle: int) -> Snapshot:
-        """A cycle's average."""
+        """Read a cycle's file."""
         path = self.cycle_path(cycle)
         snapshot = unpacked(Snapshot.unpacked, path, *self._own(path))
         if snapshot.row["cycle"] != cycle:
             raise ValueError(
-                f"{path} holds cycle {snapshot.row['cycle']}: it was renamed. Delete it to train that cycle anew."
+                f"{path} holds cycle {snapshot.row['cycle']}: it was renamed. Delete it to train cycle {cycle} again."
             )
         return snapshot
 
     def write_training(self, state: Unfinished) -> None:
-        """Write a checkpoint of the training under way; the one before it is kept."""
+        """Write a checkpoint of the unfinished training; the checkpoint before it is kept as well."""
         tensors, metadata = state.packed()
         newest, previous = self.training_paths()
         save_tensors(newest, tensors, {**metadata, "run": self.run}, previous)
 
     def training(self, path: Path) -> Unfinished:
-        """The checkpoint in a file."""
+        """Read a checkpoint of an unfinished training."""
         return unpacked(Unfinished.unpacked, path, *self._own(path))
 
     def training_paths(self) -> tuple[Path, Path]:
-        """Where the two checkpoints of the training under way are, the newest first."""
+        """Return the paths of the unfinished training's two checkpoints, the newest first."""
         return self.path / "training.safetensors", self.path / "training.previous.safetensors"
 
     def forget_training(self) -> None:
@@ -250,26 +266,26 @@ class RunDirectory:
             path.unlink(missing_ok=True)
 
     def set_aside(self, path: Path, why: str = "damaged") -> Path:
-        """Rename a file that can't be used. Returns its new path."""
+        """Rename a file that can't be used, adding `why` to its name. Returns its new path."""
         names = [f"{path.name}.{why}", *(f"{path.name}.{why}{number}" for number in range(2, 100))]
         to = next(to for name in names if not (to := path.with_name(name)).exists())
         os.replace(path, to)
         return to
 
     def _own(self, path: Path) -> Packed:
-        """Load a file of this run; one of another run is refused."""
+        """Load a file of this run. Raises ValueError if it belongs to another run, Damaged if it is damaged."""
         tensors, metadata = load_tensors(path)
         if metadata.get("run") != self.run:
             raise ValueError(
                 f"{path} doesn't belong to this run: another run or another program wrote it. Move it away to continue "
-                "from what was before it."
+                "from the run's state before it."
             )
         if "checksum" not in metadata:
             raise Damaged(f"{path} is damaged (it lacks its checksum).")
         return tensors, metadata
 
     def cycles_done(self) -> int:
-        """How many cycles are complete, from 0 on without a gap."""
+        """Return the number of completed cycles, which is that of the first cycle without a file."""
         done = 0
         while self.cycle_path(done).exists():
             done += 1
@@ -277,14 +293,14 @@ class RunDirectory:
 
 
 def run_id(about: Mapping[str, Any]) -> str:
-    """A hash of everything that determines a run's results."""
+    """Return a hash of everything that determines a run's results."""
     settings = {name: value for name, value in about["config"].items() if name not in RUN_ID_EXCLUDES}
     what = json.dumps([about["driver"], settings, about["fingerprints"]], sort_keys=True)
     return hashlib.blake2b(what.encode(), digest_size=16).hexdigest()
 
 
 def read_snapshot(path: Path) -> Snapshot:
-    """The average in a cycle's file."""
+    """Read the snapshot in a cycle's file."""
     return unpacked(Snapshot.unpacked, path, *load_tensors(path))
 
 
@@ -294,17 +310,20 @@ def unpacked(
     tensors: dict[str, Tensor],
     metadata: dict[str, str],
 ) -> Content:
-    """The content of a file, by one of the `unpacked` methods above. Raises Damaged."""
+    """Read a file's tensors and metadata with `read`, an `unpacked` method. Raises Damaged if it can't read them."""
     try:
         return read(tensors, metadata)
     except (KeyError, ValueError, RuntimeError) as error:
-        raise Damaged(f"{path} is no checkpoint of swamp_fast ({type(error).__name__}: {error}).") from error
+        raise Damaged(f"{path} is not a checkpoint of swamp_fast ({type(error).__name__}: {error}).") from error
 
 
 def save_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None, previous: Path | None = None
 ) -> None:
-    """Write named tensors as safetensors, atomically, with a checksum. `previous` is where the old file is moved."""
+    """Write named tensors as safetensors, atomically and with a checksum.
+
+    previous  where the old file is moved; None replaces it
+    """
     plain = {
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
     }
@@ -313,16 +332,19 @@ def save_tensors(
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Named tensors, on the CPU, and metadata of a safetensors file. Raises Damaged if it is not as it was written."""
+    """Return the named tensors, on the CPU, and the metadata of a safetensors file.
+
+    Raises FileNotFoundError, or Damaged if the file can't be read or its checksum differs.
+    """
     if not path.exists():
-        raise FileNotFoundError(f"there is no {path}.")
+        raise FileNotFoundError(f"there is no file {path}.")
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             names = file.keys()
-            # Copies: a tensor that maps the file would be lost with it.
+            # The tensors are copied, because one that maps the file would change or break with the file.
             tensors, metadata = {name: file.get_tensor(name).clone() for name in names}, file.metadata() or {}
     except (safetensors.SafetensorError, OSError, ValueError, OverflowError) as error:
-        raise Damaged(f"{path} is damaged or no safetensors file ({error}).") from error
+        raise Damaged(f"{path} is damaged or not a safetensors file ({error}).") from error
     written = metadata.pop("checksum", None)
     if written is not None and written != checksum(tensors, metadata):
         raise Damaged(f"{path} is damaged (its checksum differs).")
@@ -330,7 +352,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
-    """A hash of a file's content."""
+    """Return a hash of a file's tensors and metadata."""
     digest = hashlib.blake2b(json.dumps(dict(metadata), sort_keys=True).encode(), digest_size=16)
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -339,10 +361,11 @@ def checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
 
 
 def write(path: Path, content: bytes, previous: Path | None = None) -> None:
-    """Write a file atomically: to a temporary file beside it, which is flushed and then renamed.
+    """Write a file atomically: write a temporary file beside it, flush that, and rename it.
 
-    With `previous`, the old file is kept under that name. Raises OSError if the file can't be written; the old one is
-    intact then.
+    previous  where the old file is moved; None replaces it
+
+    Raises OSError if the file can't be written; then the old file is intact.
     """
     part = part_of(path)
     try:
@@ -361,16 +384,16 @@ def write(path: Path, content: bytes, previous: Path | None = None) -> None:
 
 
 def part_of(path: Path) -> Path:
-    """Where a file is written before it is renamed."""
+    """Return the temporary path to which a file is written before it is renamed."""
     return path.with_name(path.name + ".part")
 
 
 def refused(path: Path, error: OSError) -> OSError:
-    """The error of a file that can't be written."""
+    """Return the error for a file that can't be written, with advice."""
     return OSError(
         error.errno,
-        f"{path} can't be written ({error}). What the folder held is intact: free some space or make it writable, and "
-        "start the run again to continue. To only read a folder, use SwampResult.load.",
+        f"{path} can't be written ({error}). The folder's earlier content is intact: free some space or make the "
+        "folder writable, and start the run again to continue. To only read a folder, use SwampResult.load.",
     )
 
 

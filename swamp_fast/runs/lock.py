@@ -1,6 +1,6 @@
-"""One process at a time in a run's folder.
+"""A lock by which only one process at a time runs in a run's folder.
 
-The lock's file names its holder and is gone once the run ends; the package filelock promises neither.
+The lock's file holds the name of the process and is deleted when the run ends. The package filelock guarantees neither.
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 NAME = "lock"
-CANNOT_LOCK = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # from file systems without locks
+CANNOT_LOCK = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # the errors of file systems without locks
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the lock of a folder. The system releases it when the process ends, however it ends.
+    """A context that holds the lock of a folder. The operating system releases the lock even if the process is killed.
 
-    Raises ValueError if another process, or another run of this process, holds it; OSError if the folder is read-only.
+    Raises ValueError if another process or another run of this process holds the lock, and OSError if the folder is
+    read-only.
     """
     if fcntl is None:
         yield
@@ -34,18 +35,20 @@ def locked(folder: Path) -> Iterator[None]:
     path = folder / NAME
     file = _opened(path)
     try:
-        with suppress(OSError):  # on a full disk the lock is held nevertheless
+        with suppress(OSError):  # on a full disk, the lock is held even if its file stays empty
             os.ftruncate(file, 0)
             os.write(file, f"process {os.getpid()} on {platform.node()}".encode())
         yield
     finally:
         with suppress(OSError):
-            path.unlink()  # while it is held: whoever opened this file meanwhile notices, and opens a new one
+            # Delete the file before the lock is released: a process that opened it in the meantime then notices in
+            # `_opened` that it is gone, and opens a new file.
+            path.unlink()
         os.close(file)
 
 
 def _opened(path: Path) -> int:
-    """Open the lock's file and lock it."""
+    """Open the lock's file, lock it, and return its descriptor."""
     while True:
         try:
             file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -72,4 +75,4 @@ def _opened(path: Path) -> int:
             ) from None
         if path.exists() and os.path.samestat(os.fstat(file), path.stat()):
             return file
-        os.close(file)  # its holder released and removed it meanwhile
+        os.close(file)  # its former holder deleted this file in the meantime, so try again with a new one

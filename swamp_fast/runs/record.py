@@ -1,4 +1,4 @@
-"""The record of one run: its history and its folder, kept as it goes. Both drivers write into it."""
+"""Run keeps the record of one run, its history and its folder, while the run is under way. Both drivers use it."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ Value = TypeVar("Value")
 def first_rank_decides(
     decision: Callable[Concatenate[Problem, Run, Arguments], Value],
 ) -> Callable[Concatenate[Problem, Run, Arguments], Value]:
-    """A function of a run that the first rank calls for all: every rank gets its result, or its error."""
+    """Decorate a function of a run so that only the first rank calls it. Every rank gets its result or its error."""
 
     def on_every_rank(problem: Problem, run: Run, /, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Value:
         return run.ranks.broadcast_from_first(lambda: decision(problem, run, *args, **kwargs))
@@ -50,17 +50,18 @@ def first_rank_decides(
 
 
 class Run:
-    """One run of a driver. As a context manager it holds the folder's lock and restores the user's random generators.
+    """One run of a driver. As a context manager, it holds the folder's lock and restores the user's random generators.
 
     rows        the history so far
     snapshots   each cycle's average: compact in memory, or the path of its file
-    ticket      the ticket's parameters and buffers, once it is trained
-    unfinished  the interrupted training that the folder holds a checkpoint of, until that training is complete
+    ticket      the ticket's parameters and buffers; None before it is trained
+    unfinished  the checkpoint of an interrupted training that the folder held; None once that training is complete
     about       the content of run.json
-    ranks       the processes that share the run. The first has the folder and the console; all keep the same history
+    ranks       the processes that share the run; only the first uses the folder and the console, but all keep the
+                same history
     progress    counts steps and estimates the time left
-    stops       says when to write a checkpoint, and when to stop
-    stopwatch   the seconds of the cycle under way
+    stops       decides when to write a checkpoint and when to stop
+    stopwatch   measures the seconds of the current cycle
     """
 
     def __init__(
@@ -73,7 +74,7 @@ class Run:
         signals: StopSignals | None = None,
         at_once: int | None = None,
     ) -> None:
-        """A sweep passes its own console and signals, and how many of its runs it trains at once."""
+        """A sweep passes a console and signals that its runs share, and the number of runs that it trains at once."""
         self.problem, self.config, self.ranks = problem, problem.config, ranks
         if ranks.world > 1 and problem.probe.keeps_state:
             raise ValueError(
@@ -92,7 +93,7 @@ class Run:
         self.ticket: State | None = None
         self.particles: State | None = None
         self.unfinished: Unfinished | None = None
-        self.pending_warnings: list[str] = []  # that the next row begins with
+        self.pending_warnings: list[str] = []  # the next row's list of warnings begins with these
         self.about = about_run(problem, driver)
         if at_once is not None:
             self.about["at_once"] = at_once
@@ -103,11 +104,11 @@ class Run:
         self._context = ExitStack()
 
     def __enter__(self) -> Run:
-        """Open the folder, continue what it holds, and say what the run will cost."""
+        """Open the folder, continue the run that it holds, if any, and print the introduction."""
         with ExitStack() as stack:
             stack.enter_context(generators_left_alone())
             if self.problem.device.type == "cuda":
-                stack.enter_context(torch.cuda.device(self.problem.device))  # streams and graphs are made on it
+                stack.enter_context(torch.cuda.device(self.problem.device))  # where streams and graphs are made
             self._refuse_different_calls()
             self._continue(self.ranks.broadcast_from_first(lambda: self._open(stack)))
             if self.config.run_dir is not None:
@@ -125,41 +126,45 @@ class Run:
         if self.events is not None:
             self.events.close()
         self._context.__exit__(kind, error, trace)
-        if kind is None and self.signals.asked is not None:
-            self.signals.stop()
+        if kind is None and self.signals.received is not None:
+            self.signals.stop(self.signals.received)
 
     @property
     def engine(self) -> dict[str, Any]:
-        """What the run recorded of its engine; empty before one is chosen."""
+        """The description of the engine and its choices; empty before an engine is chosen."""
         engine: dict[str, Any] = self.about["engine"]
         return engine
 
-    # What the drivers record.
+    # Methods by which the drivers record results.
 
     def keep_engine(self, engine: dict[str, Any]) -> None:
-        """Record the engine and its choices, so that a resumed run replays them."""
+        """Record the engine and its choices, so that a resumed run repeats them."""
         self.about["engine"] = engine
         if self.folder is not None:
             self.folder.write_about(self.about)
 
     def share_engine(self, describe: Callable[[], dict[str, Any]]) -> None:
-        """Record on every rank what the engine of the first rank describes."""
+        """Record the first rank's engine on every rank; only the first rank calls `describe`."""
         self.keep_engine(self.ranks.broadcast_from_first(describe))
 
     def keep_ticket(self, state: State) -> None:
-        """Record the ticket."""
+        """Record the ticket's parameters and buffers."""
         self.ticket = {name: tensor.detach().cpu().clone() for name, tensor in state.items()}
         if self.folder is not None:
             self.folder.write_ticket(self.ticket)
         self._training_is_complete()
 
     def keep_epoch(self, cycle: int | None, epoch: int, losses: list[float], first: int = 0) -> None:
-        """Write an epoch's mean losses of particles `first`, `first` + 1, … to TensorBoard. Cycle None: the ticket."""
+        """Write an epoch's mean training losses to TensorBoard, if it is on.
+
+        cycle   None for the ticket's training
+        losses  of the particles `first`, `first` + 1, and so on
+        """
         if self.events is not None:
             self.events.epoch(cycle, epoch, losses, first)
 
     def keep_training(self, state: Unfinished) -> None:
-        """Write a checkpoint of the training under way; does nothing without a folder."""
+        """Write a checkpoint of the unfinished training; without a folder, nothing is written."""
         if self.events is not None:
             self.events.flush()
         if self.folder is not None:
@@ -167,7 +172,12 @@ class Run:
         self.stops.checkpoint_was_written()
 
     def keep_cycle(self, state: State, masks: State, row: dict[str, Any], score: State) -> None:
-        """Record a completed cycle: its average, masks, row and mask_score. Shows it, and calls on_cycle."""
+        """Record a completed cycle, print its line, and call `on_cycle`.
+
+        state  parameters and buffers of the cycle's average
+        row    the cycle's row of the history, without time, memory and warnings, which are added here
+        score  see Snapshot
+        """
         row |= {"seconds": self.stopwatch.seconds, "peak_memory": peak_memory(self.problem.device)}
         masks_before = self.last().masks if self.snapshots else {}
         dropped = [dropped_text(row["cycle"], each["lane"], each["epoch"]) for each in row["dropped"]]
@@ -178,7 +188,7 @@ class Run:
             show(new_warnings)
         self.rows.append(row)
         snapshot = Snapshot(state, masks, row, score)
-        if self.events is not None:  # before the cycle's file: a run killed in between writes them anew
+        if self.events is not None:  # before the cycle's file, so that a run killed in between writes the events again
             self.events.cycle(row)
         if self.folder is not None:
             self.folder.write_cycle(row["cycle"], snapshot, self.rows)
@@ -191,45 +201,48 @@ class Run:
             self.problem.on_cycle(dict(row))
 
     def keep_particles(self, states: list[State]) -> None:
-        """Record the particles of the last cycle; does nothing without any."""
+        """Record the particles of the last cycle; an empty list does nothing."""
         if not states:
             return
         self.particles = {name: torch.stack([state[name].detach().cpu() for state in states]) for name in states[0]}
         if self.folder is not None:
             save_tensors(self.folder.path / "particles.safetensors", self.particles)
 
-    def tell_dropped(self, cycle: int, lane: int, epoch: int) -> None:
-        """Warn at once that a particle diverged and is dropped; the cycle's row says it too."""
+    def warn_dropped(self, cycle: int, lane: int, epoch: int) -> None:
+        """Warn at once that a particle diverged and is dropped; the cycle's row will have the warning too."""
         if self.ranks.first:
             show([dropped_text(cycle, lane, epoch)])
 
-    # What the drivers read.
+    # Methods by which the drivers read what was recorded.
 
     def remaining_cycles(self) -> Iterator[int]:
-        """The cycles still to be done; the stopwatch restarts with each."""
+        """Yield the cycles that are still to be done, and restart the stopwatch with each of them."""
         for cycle in range(len(self.rows), self.config.cycles + 1):
             self.stopwatch.restart()
             yield cycle
 
     def last(self) -> Snapshot:
-        """The newest cycle's average."""
+        """Return the snapshot of the newest completed cycle."""
         return snapshot_of(self.snapshots[-1])
 
     def masks_source(self) -> Snapshot:
-        """The cycle that the next mask is made from; only on the first rank, which has the files."""
+        """Return the snapshot from which the next mask is made. Only for the first rank, which has the files."""
         return snapshot_of(self.snapshots[0]) if self.config.mask_from == "dense" else self.last()
 
     def checkpoint_of(self, cycle: int | None) -> Unfinished | None:
-        """The checkpoint of this cycle's training (None: the ticket's), if the folder holds one."""
+        """Return the folder's checkpoint of a cycle's training, or of the ticket's if the cycle is None.
+
+        Returns None if there is no such checkpoint.
+        """
         return self.unfinished if self.unfinished is not None and self.unfinished.cycle == cycle else None
 
     def seconds_before(self, cycle: int | None) -> float:
-        """How long this training took in earlier processes."""
+        """Return the seconds that a training took in earlier, interrupted processes; cycle None is the ticket."""
         checkpoint = self.checkpoint_of(cycle)
         return 0.0 if checkpoint is None else checkpoint.seconds
 
     def go_back_to(self, step: int) -> None:
-        """Continue from the checkpoint before the newest, if that is the one after `step` steps."""
+        """Continue from the checkpoint after `step` steps, if that is the newest checkpoint or the one before it."""
         newest = self.unfinished
         if self.folder is None or newest is None or newest.steps == step:
             return
@@ -240,7 +253,7 @@ class Run:
                 self.unfinished = earlier
 
     def result(self) -> SwampResult:
-        """What the call returns."""
+        """Return the result of the run, and write the files that only a finished run has."""
         assert self.ticket is not None
         result = SwampResult(
             history=self.rows,
@@ -257,10 +270,10 @@ class Run:
             result.write_final(self.folder)
         return result
 
-    # What trainings call between their steps.
+    # Methods that trainings call before their first step and between steps.
 
     def begin_training(self) -> None:
-        """Stop here, between two trainings, if a signal requested it."""
+        """Before a training, raise KeyboardInterrupt or SystemExit if a signal requested a stop."""
         self.stops.between_trainings(self.console)
 
     def step(self, particles: int, where: str) -> bool:
@@ -268,7 +281,7 @@ class Run:
         self.progress.step(particles, where)
         return self.stops.checkpoint_is_due()
 
-    def stop_if_asked(self) -> None:
+    def stop_if_requested(self) -> None:
         """Raise KeyboardInterrupt or SystemExit if a signal requested a stop."""
         self.stops.stop_if_requested(self.console)
 
@@ -279,8 +292,9 @@ class Run:
             self.folder.forget_training()
 
     def _refuse_different_calls(self) -> None:
-        """Raise ValueError on every rank if their calls differ."""
-        together = (self.config.run_dir is None, self.config.on_divergence)  # these decide what ranks do together
+        """Raise ValueError on every rank if the ranks' calls differ."""
+        # run_id leaves out these two settings, but they decide which messages ranks exchange, so ranks must agree.
+        together = (self.config.run_dir is None, self.config.on_divergence)
         own = {"the settings": (run_id({**self.about, "fingerprints": {}}), together), **self.problem.fingerprints}
         first_ranks = self.ranks.broadcast_from_first(lambda: own)
         differences = [name for name, value in own.items() if first_ranks[name] != value]
@@ -289,11 +303,11 @@ class Run:
             names = ", ".join(FINGERPRINT_NAMES.get(name, name) for name in differences)
             raise ValueError(
                 f"every rank must make the same call, but rank {rank}'s differs from rank 0's"
-                f"{f': {names}' if names else ''}. A model with random weights needs the same seed on each."
+                f"{f': {names}' if names else ''}. A model with random weights needs the same seed on every rank."
             )
 
     def _open(self, stack: ExitStack) -> Found | None:
-        """Lock the folder and read what it holds. Returns None, and begins a run in it, if it is empty."""
+        """Lock the folder, and read the run that it holds. If it is empty, begin a run there and return None."""
         if self.folder is None:
             return None
         self.folder.make()
@@ -308,12 +322,12 @@ class Run:
         return found_in(self.folder, self.config, self.about)
 
     def _continue(self, found: Found | None) -> None:
-        """Take over what the folder held, and count the steps left."""
+        """Continue the run that was found in the folder, if any, and count the steps that are left."""
         if found is not None:
             self._take_over(found)
         steps = 0 if self.unfinished is None else self.unfinished.steps
         if self.events is not None:
-            # The last complete epoch of an interrupted training is checked again when it is resumed.
+            # A training resumed at the end of an epoch writes that epoch's losses again.
             self.events.resume(self.rows, self.ticket is not None, max(steps - 1, 0) // len(self.problem.bounds))
         config = self.config
         epochs_left = total_particle_epochs(config) - (config.ticket_epochs if self.ticket is not None else 0)
@@ -332,11 +346,11 @@ class Run:
             return
         if found.elsewhere:
             self.folder.write_about(self.about)
-        self.folder.write_history(self.rows)  # a killed run may have written a cycle and not its line
+        self.folder.write_history(self.rows)  # a killed run may have written a cycle's file but not its history line
 
 
 def about_run(problem: Problem, driver: str) -> dict[str, Any]:
-    """What run.json says of a new run."""
+    """Return the content of run.json for a new run."""
     return {
         "driver": driver,
         "version": __version__,

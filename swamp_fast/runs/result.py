@@ -1,4 +1,4 @@
-"""SwampResult: what a run returns, and what its folder loads as."""
+"""SwampResult, which a run returns and as which its folder is loaded."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from swamp_fast.config import SwampConfig
 from swamp_fast.runs.folder import Packed, RunDirectory, Snapshot, load_tensors, read_snapshot, save_tensors
 
-# The scores in a row of the history, in this order; see SwampResult.
+# The scores in a row of the history, in the row's order; see SwampResult.
 SCORES = (
     "accuracy",
     "loss",
@@ -27,7 +27,7 @@ SCORES = (
     "val_accuracy",
     "val_mean_accuracy",
 )
-# Those of them that a sweep summarises over its seeds.
+# The scores that a sweep summarises over its seeds.
 SUMMARY_SCORES = ("accuracy", "loss", "mean_accuracy", "best_accuracy", "ensemble_accuracy", "val_accuracy")
 # The scores that an analysis of a run computes for each solution.
 ANALYSIS_SCORES = ("train_loss", "train_error", "test_loss", "test_error")
@@ -35,22 +35,22 @@ ANALYSIS_SCORES = ("train_loss", "train_error", "test_loss", "test_error")
 
 @dataclass
 class SwampResult:
-    """The averaged, pruned models of every cycle, and the history of the run.
+    """The averaged, pruned models of all cycles, and the history of the run.
 
     Attributes:
-        history: one plain dict per cycle, 0 … C; also history.jsonl. Keys: cycle, particles, density (kept / prunable),
-            kept, accuracy and loss (of the average, on test), particle_accuracy and particle_loss (lists),
-            best_accuracy (of the particle that is best on val; None without val), mean_accuracy, ensemble_accuracy,
-            val_accuracy and val_mean_accuracy, flops (of one sample's forward; a multiply-add counts 2), train_loss (a
-            list), train_seconds (training steps and their checkpoints; runs that share a bank have an equal share
-            each), dropped (a dict of lane and epoch for each particle that diverged, which neither the average nor any
-            list contains), seconds, peak_memory (bytes), warnings. Accuracies are fractions, None without test data.
-            With combine="best", the best particle stands in the average's place.
+        history: one plain dict per cycle 0 … C, as in history.jsonl. Its keys: cycle, particles (their number), density
+            (kept / prunable), kept, accuracy and loss (of the average, on test data), particle_accuracy and
+            particle_loss (lists), best_accuracy (of the particle that is best on val; None without val), mean_accuracy
+            (of the particles), ensemble_accuracy, val_accuracy and val_mean_accuracy, flops (of one sample's forward
+            pass; 2 per multiply-add), train_loss (a list), train_seconds (of the training steps and checkpoints; runs
+            that share a bank have equal shares), dropped (the lane and epoch of each particle that diverged; the
+            average and the lists leave these particles out), seconds, peak_memory (bytes), warnings. Accuracies are
+            fractions, or None without test data. With combine="best", the best particle replaces the average.
         ticket: name -> tensor, the matching ticket's parameters and buffers.
-        particles: name -> [N, ...], the particles of the last cycle (their SWA means), if keep_particles.
+        particles: name -> [N, ...], the particles of the last cycle (their SWA means); None without keep_particles.
         engine: the engine, its choices, and the reasons for them.
         config: the settings.
-        standardise: mean and std [C] of pixel / 255, by which uint8 pictures were standardised; None without them.
+        standardise: the mean and std [C] of pixel / 255 by which uint8 pictures were standardised; None for other data.
     """
 
     history: list[dict[str, Any]]
@@ -59,27 +59,33 @@ class SwampResult:
     engine: dict[str, Any]
     config: SwampConfig
     standardise: dict[str, list[float]] | None
-    snapshots: list[Packed | Path] = field(repr=False)  # each cycle's average, compact in memory or where its file is
+    snapshots: list[Packed | Path] = field(repr=False)  # each cycle: compact in memory, or its file's path
     about: dict[str, Any] = field(repr=False)
     template: nn.Module | None = field(repr=False, default=None)
 
     @cached_property
     def model(self) -> nn.Module:
-        """The last cycle's average as a plain module: BatchNorm re-estimated, exact zeros where pruned, eval mode."""
+        """The last cycle's average as a plain module in eval mode.
+
+        Its BatchNorm statistics are re-estimated, and its pruned weights are exactly 0.
+        """
         return self.at(len(self.snapshots) - 1)[0]
 
     @property
     def masks(self) -> dict[str, Tensor]:
-        """The last cycle's masks, name -> bool tensor; False is pruned."""
+        """The last cycle's masks: parameter name -> bool tensor, False for pruned weights."""
         return self._snapshot(len(self.snapshots) - 1).masks
 
     @property
     def state_dict(self) -> dict[str, Tensor]:
-        """The last cycle's average, name -> tensor: parameters and buffers."""
+        """The parameters and buffers of the last cycle's average: name -> tensor."""
         return self._snapshot(len(self.snapshots) - 1).state
 
     def at(self, cycle: int) -> tuple[nn.Module, dict[str, Tensor]]:
-        """The average of a cycle as a plain module, and its masks."""
+        """Return the average of a cycle as a plain module, and its masks.
+
+        Raises ValueError for a result that was loaded without a model, and IndexError for an unknown cycle.
+        """
         snapshot = self._snapshot(cycle)
         if self.template is None:
             raise ValueError(
@@ -89,10 +95,10 @@ class SwampResult:
         return module_of(self.template, snapshot.state), snapshot.masks
 
     def save(self, directory: str | Path) -> None:
-        """Write the run into a new or empty folder, laid out as a run directory."""
+        """Write the run to a new or empty folder, with the same files as a run_dir."""
         folder = RunDirectory(directory)
         if not folder.is_empty():
-            raise FileExistsError(f"{folder.path} must be an empty or new folder; it holds files already.")
+            raise FileExistsError(f"{folder.path} must be an empty or new folder, but it holds files; name another.")
         folder.create(self.about, self.config.to_toml())
         folder.write_ticket(self.ticket)
         for cycle in range(len(self.snapshots)):
@@ -109,17 +115,21 @@ class SwampResult:
 
     @classmethod
     def load(cls, directory: str | Path, model: nn.Module | None = None) -> SwampResult:
-        """Read a run's folder. With a model of the run's architecture, `.model` and `.at` work too.
+        """Load a result from a run's folder.
 
-        Raises ValueError or FileNotFoundError for a folder that is no run, is damaged, or doesn't fit the model.
+        model  a model of the run's architecture; without it, `.model` and `.at` are not available
+
+        Raises ValueError or FileNotFoundError if the folder isn't a run's or is damaged, or if the model doesn't fit.
         """
         folder = RunDirectory(directory)
         if folder.is_empty():
-            raise FileNotFoundError(f"{folder.path} holds no run of swamp_fast.")
+            raise FileNotFoundError(f"{folder.path} holds no run of swamp_fast; name a run's run_dir.")
         about = folder.about()
         done = folder.cycles_done()
         if done == 0:
-            raise ValueError(f"{folder.path}: no cycle of this run was finished; there is no model yet.")
+            raise ValueError(
+                f"{folder.path}: no cycle of this run is finished, so there is no model yet; continue the run first."
+            )
         paths: list[Packed | Path] = [folder.cycle_path(cycle) for cycle in range(done)]
         particles = folder.path / "particles.safetensors"
         result = cls(
@@ -134,7 +144,7 @@ class SwampResult:
             template=None if model is None else copy.deepcopy(model),
         )
         if model is not None:
-            result.at(done - 1)  # raises now if the model doesn't fit
+            result.at(done - 1)  # raises here, rather than later, if the model doesn't fit
         return result
 
     def _snapshot(self, cycle: int) -> Snapshot:
@@ -144,25 +154,28 @@ class SwampResult:
 
 
 def snapshot_of(kept: Packed | Path) -> Snapshot:
-    """A cycle's average, from memory or from its file."""
+    """Return a cycle's snapshot from its compact form in memory or from its file."""
     return read_snapshot(kept) if isinstance(kept, Path) else Snapshot.unpacked(*kept)
 
 
 def module_of(template: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
-    """A copy of the template with the parameters and buffers of `state`, in eval mode, on the template's device."""
+    """Return a copy of the template in eval mode, with the parameters and buffers of `state`.
+
+    Raises ValueError if the names or shapes in `state` differ from the template's.
+    """
     module = copy.deepcopy(template)
     own = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     if set(own) != set(state):
         missing, foreign = sorted(set(own) - set(state)), sorted(set(state) - set(own))
         raise ValueError(
-            f"the model doesn't fit this run: the model lacks {foreign or 'nothing'} that the run has, the run lacks "
-            f"{missing or 'nothing'} that the model has. Pass the architecture that was pruned."
+            f"the model doesn't fit this run: the model lacks {foreign or 'nothing'} that the run has, and the run "
+            f"lacks {missing or 'nothing'} that the model has. Pass the architecture that was pruned."
         )
     for name, tensor in own.items():
         if tensor.shape != state[name].shape:
             raise ValueError(
-                f"the model doesn't fit this run: {name} has shape {list(tensor.shape)}, the run's has "
-                f"{list(state[name].shape)}."
+                f"the model doesn't fit this run: {name} has shape {list(tensor.shape)}, but in the run it has shape "
+                f"{list(state[name].shape)}. Pass the architecture that was pruned."
             )
         with torch.no_grad():
             tensor.data = state[name].to(tensor.device, copy=True)

@@ -1,4 +1,4 @@
-"""Reads the folder of a run that is started again. Another run's folder is refused; damaged files are moved aside."""
+"""Reads the folder of a run that is resumed. Refuses another run's folder, and renames damaged files."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from swamp_fast.runs.folder import Damaged, Packed, RunDirectory, Unfinished, lo
 
 @dataclass
 class Found:
-    """What a run is resumed from.
+    """The content of a folder from which a run is resumed.
 
-    engine      the recorded engine; empty if it ran on another kind of device
-    moved       the places where the run was computed before, each with the cycle in which it moved away
-    began       when the run was first started, if its folder says so
-    snapshots   the path of each cycle's average; the last one as its content, for ranks that can't read the folder
-    unfinished  the checkpoint of the training after the completed ones
-    warnings    shown to the user while reading, and kept for the next row
-    elsewhere   whether this place is another than the last
+    engine      the recorded engine; empty if the run was computed on another kind of device
+    moved       the machines on which the run was computed before, each with the cycle in which the run left it
+    began       when the run was first started; None if its folder doesn't say
+    snapshots   the path of each cycle's file; for the last cycle its content, which ranks without the folder need
+    unfinished  the checkpoint of the training that follows the completed ones
+    warnings    warnings that were shown while reading; the next row of the history will hold them too
+    elsewhere   whether this machine or its versions differ from where the run was last computed
     """
 
     engine: dict[str, Any]
@@ -41,7 +41,7 @@ class Found:
 
 
 def found_in(folder: RunDirectory, config: SwampConfig, about: dict[str, Any]) -> Found:
-    """What the folder of a run holds. Raises ValueError if it holds another run than `about` describes."""
+    """Read the folder of a run. Raises ValueError if it holds a different run from the one that `about` describes."""
     there = folder.about()
     refuse_another(folder, there, config, about)
     found = Found(there["engine"], there.get("moved", []), there.get("began"))
@@ -59,7 +59,11 @@ def found_in(folder: RunDirectory, config: SwampConfig, about: dict[str, Any]) -
 
 
 def refuse_another(folder: RunDirectory, there: dict[str, Any], config: SwampConfig, about: dict[str, Any]) -> None:
-    """Raise ValueError, naming what differs, if the folder holds another run."""
+    """Raise ValueError, naming the differences, if the folder holds another run.
+
+    there  the content of the folder's run.json
+    about  the description of the run that was called
+    """
     differences = [
         f"{name} was {there['config'].get(name)!r}, is {value!r}"
         for name, value in config.to_dict().items()
@@ -74,13 +78,13 @@ def refuse_another(folder: RunDirectory, there: dict[str, Any], config: SwampCon
         differences.append(f"it was computed by {there['driver']}")
     if differences:
         raise ValueError(
-            f"run_dir {folder.path} holds another run: {'; '.join(differences)}. Name another folder, or call with "
-            "what began it."
+            f"run_dir {folder.path} holds another run: {'; '.join(differences)}. Name another folder, or repeat the "
+            "call that began that run."
         )
 
 
 def place_of(device: torch.device) -> dict[str, Any]:
-    """The machine: what the bits of a run depend on besides the run itself."""
+    """Describe the device, processor and library versions on which the bits of a run's results depend."""
     if device.type == "cuda":
         own: dict[str, Any] = {"processor": torch.cuda.get_device_name(device), "nvrtc": why_no_nvrtc() is None}
         own["capability"] = list(torch.cuda.get_device_capability(device))
@@ -114,7 +118,7 @@ def _read_particles(folder: RunDirectory, found: Found, last: int) -> None:
     if not path.exists():
         raise FileNotFoundError(
             f"{path}, with the particles of the finished run, is missing. Move {folder.cycle_path(last)} away to train "
-            "its cycle again."
+            "the last cycle again."
         )
     try:
         found.particles = load_tensors(path)[0]
@@ -138,7 +142,10 @@ def _read_training(folder: RunDirectory, found: Found) -> None:
 
 
 def _compare_places(there: dict[str, Any], found: Found, now: dict[str, Any]) -> None:
-    """Warn if the run was computed elsewhere before. An engine measured on another kind of device is not replayed."""
+    """Warn if the run was last computed on another machine or version.
+
+    The engine is chosen anew if it was chosen for another kind of device.
+    """
     before = there["place"]
     differences = [
         f"{name} was {before.get(name)}, is {now.get(name)}"
@@ -149,9 +156,11 @@ def _compare_places(there: dict[str, Any], found: Found, now: dict[str, Any]) ->
         return
     found.elsewhere = True
     found.moved.append({"cycle": len(found.rows), "from": before, "engine": there["engine"]})
-    text = f"the run continues on another machine or version: {'; '.join(differences)}. Bits may differ from here on."
+    text = (
+        f"the run continues on another machine or version: {'; '.join(differences)}. Results may differ from here on."
+    )
     if before.get("device") != now["device"]:
-        text += " The engine is selected anew."
+        text += " The engine is chosen anew."
         found.engine = {}
     _warn(found, text)
 
@@ -166,7 +175,7 @@ def _warn(found: Found, text: str) -> None:
     warnings.warn(text, UserWarning, stacklevel=8)
 
 
-# What messages call the fingerprints.
+# Fingerprint -> its name in error messages.
 FINGERPRINT_NAMES = {
     **{name: f"the {name}" for name in ("model", "forward", "loss", "transform")},
     "train": "the training data",

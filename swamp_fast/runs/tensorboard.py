@@ -1,11 +1,11 @@
-"""TensorBoard events of a run: each particle and the average, over the epochs trained."""
+"""Writes a run's TensorBoard events: the scores of each particle and of the average, over the trained epochs."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-# Keys of a cycle's row, and their tags. Lists hold one number per particle.
+# Key of a history row -> TensorBoard tag. A value that is a list has one number per particle.
 TAGS = {
     "accuracy": "accuracy/average",
     "particle_accuracy": "accuracy/particle",
@@ -23,10 +23,10 @@ TAGS = {
 
 
 class Events:
-    """Writes the events of one run; a resumed run continues them.
+    """Writes the events of one run. A resumed run continues the events that were written before.
 
-    A step on TensorBoard's axis is an epoch: first the ticket's, 1 … ticket_epochs, then those of the cycles. A cycle's
-    row is written at its last epoch. Raises ImportError without the package tensorboard.
+    TensorBoard's horizontal axis counts epochs: first the ticket's, 1 … ticket_epochs, then those of the cycles. A
+    cycle's scores are written at its last epoch. Raises ImportError if the package tensorboard is missing.
     """
 
     def __init__(self, folder: Path, ticket_epochs: int, epochs: int) -> None:
@@ -34,17 +34,18 @@ class Events:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise ImportError(
-                'TensorBoard events need the package tensorboard: `pip install "swamp-fast[tensorboard]"`, or leave '
-                "`tensorboard` off."
+                'TensorBoard events need the package tensorboard: `pip install "swamp-fast[tensorboard]"`, or set '
+                "tensorboard=False."
             ) from error
         self.make, self.folder, self.ticket_epochs, self.epochs = SummaryWriter, folder, ticket_epochs, epochs
         self.done = 0
         self.writer: SummaryWriter | None = None
 
     def resume(self, rows: list[dict[str, Any]], has_ticket: bool, epochs: int) -> None:
-        """Continue after the completed cycles, and after `epochs` epochs of the training that follows them.
+        """Continue after the completed cycles and the first `epochs` epochs of the training that follows them.
 
-        Events of later epochs are no longer shown. If there are no events yet, the rows of the cycles are written.
+        TensorBoard hides events of later epochs, which an interrupted run may have written. If there are no events yet,
+        the scores of the completed cycles are written.
         """
         self.done = (self.before(len(rows)) if has_ticket else 0) + epochs
         if not self.folder.exists():
@@ -52,14 +53,18 @@ class Events:
                 self.cycle(row)
 
     def epoch(self, cycle: int | None, epoch: int, losses: list[float], first: int) -> None:
-        """Write an epoch's mean training losses of particles `first`, `first` + 1, …; cycle None is the ticket."""
+        """Write an epoch's mean training losses.
+
+        cycle   None for the ticket's training
+        losses  of the particles `first`, `first` + 1, and so on
+        """
         step = (0 if cycle is None else self.before(cycle)) + epoch + 1
         for particle, loss in enumerate(losses, first):
             name = "ticket" if cycle is None else f"particle {particle}"
             self._write(f"train_loss/{name}", loss, step)
 
     def cycle(self, row: dict[str, Any]) -> None:
-        """Write a row of the history, and flush it."""
+        """Write the scores in a row of the history, and flush the file."""
         step = self.before(row["cycle"] + 1)
         dropped = {each["lane"] for each in row["dropped"]}
         left = [particle for particle in range(row["particles"]) if particle not in dropped]
@@ -73,20 +78,20 @@ class Events:
         self.flush()
 
     def flush(self) -> None:
-        """Flush the file."""
+        """Flush the event file, if there is one."""
         if self.writer is not None:
             self.writer.flush()
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the event file, if there is one."""
         if self.writer is not None:
             self.writer.close()
 
     def before(self, cycle: int) -> int:
-        """How many epochs come before a cycle."""
+        """Return the number of epochs before a cycle, including the ticket's."""
         return self.ticket_epochs + cycle * self.epochs
 
     def _write(self, tag: str, value: float, step: int) -> None:
-        if self.writer is None:  # a complete run that is only opened again writes nothing
+        if self.writer is None:  # made here, so that reopening a finished run writes no file
             self.writer = self.make(str(self.folder), purge_step=self.done + 1)
         self.writer.add_scalar(tag, value, step)

@@ -166,7 +166,7 @@ class _WatchedRuns:
             for watch in left:
                 watch.keep()
         for request in self.requests:
-            request.run.stop_if_asked()
+            request.run.stop_if_requested()
 
     def on_epoch(self, epoch: int, losses: Tensor) -> None:
         """Give each of the R runs the mean losses [L / R] of its lanes, and record the error of a run that diverges."""

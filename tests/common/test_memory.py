@@ -1,4 +1,4 @@
-"""What is free and what was taken, asked for in one place."""
+"""Free and peak memory, which only one module measures."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def test_free_and_peak_memory_are_parts_of_what_there_is():
 
 
 def test_one_place_asks_for_free_memory():
-    """Two functions of this name once gave 11.9 and 23.7 GB in one process."""
+    """Two functions that measured free memory once gave 11.9 and 23.7 GB in the same process."""
     asking = {
         path.relative_to(ROOT).as_posix()
         for folder in ("swamp_fast", "benchmarks")

@@ -1,4 +1,4 @@
-"""A particle that diverges changes no other."""
+"""A particle that diverges doesn't change the other particles."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from swamp_fast.runs.folder import RunDirectory, load_tensors
 
 
 def poison(lane: int, at: int):
-    """Return an action that puts NaN into a particle's weights before a step."""
+    """Return an action that sets a weight of particle `lane` to NaN before step `at`."""
 
     def put(trainer, step):
         if step == at and trainer.bank.lanes > lane:
@@ -30,10 +30,10 @@ def test_a_particle_that_diverges_changes_no_other(mode, lane, on, digits):
     model = networks.build("residual")
     whole = fast_swamp(model, *digits, **settings)
     assert [row["dropped"] for row in whole.history] == [[], []]
-    late = STEPS + 3 * STEPS + 4  # in the last cycle, in the second epoch
+    late = STEPS + 3 * STEPS + 4  # a step in the second epoch of the last cycle
     with before_steps(poison(lane, late)), pytest.warns(UserWarning, match="epoch 2") as warned:
         rest = fast_swamp(model, *digits, **settings)
-    text = f"cycle 1, epoch 2: particle {lane} diverged to NaN or infinity and is in no average of the cycle."
+    text = f"cycle 1, epoch 2: particle {lane} diverged to NaN or infinity and is left out of the average."
     assert text in [str(warning.message) for warning in warned]
     assert text == rest.history[1]["warnings"][0]
     row, before = rest.history[1], whole.history[1]
@@ -50,7 +50,7 @@ def test_a_particle_that_diverges_changes_no_other(mode, lane, on, digits):
 
 
 def test_dropping_equals_the_naive_loop(on, digits):
-    """A transform now and then spoils a batch of one particle."""
+    """A random transform turns some batches of some particles into infinity."""
 
     def spoilt(inputs: Tensor) -> Tensor:
         return inputs * (float("inf") if torch.rand(()) < 0.04 else 1.0)
@@ -82,14 +82,14 @@ def test_a_run_stopped_by_divergence_can_continue_without_the_particle(on, digit
 
     with before_steps(fatal), pytest.raises(FloatingPointError, match="cycle 0, epoch 1: particle 1 diverged") as error:
         run(run_dir=tmp_path / "cut")
-    assert "other settings are another run" in str(error.value)
-    assert 'on_divergence="drop" continues without' in str(error.value)
+    assert "with a changed lr it would be another run" in str(error.value)
+    assert 'on_divergence="drop" continues the run without' in str(error.value)
     kept = RunDirectory(tmp_path / "cut").training_paths()[0]
     assert bool(load_tensors(kept)[0]["weights/kept"].isnan().any())
     with before_steps() as count:
         with pytest.raises(FloatingPointError, match="cycle 0, epoch 1: particle 1 diverged"):
             run(run_dir=tmp_path / "cut")
-        assert count[0] == 0, "it stops at the same step again"
+        assert count[0] == 0, "the resumed run must stop at once"
     with before_steps(fatal), pytest.warns(UserWarning, match="diverged"):
         run(run_dir=tmp_path / "whole", on_divergence="drop")
     with pytest.warns(UserWarning, match="diverged"):
@@ -127,6 +127,6 @@ def test_a_dropped_particle_stays_dropped_when_resumed(on, digits, tmp_path):
     with before_steps(until(2 * STEPS + 2)), pytest.warns(UserWarning, match="diverged"), pytest.raises(Interrupted):
         run("cut")
     result = run("cut")
-    assert same_bits(tmp_path / "whole", tmp_path / "cut")  # including the history's warnings
+    assert same_bits(tmp_path / "whole", tmp_path / "cut")  # the history's warnings are compared as well
     assert result.history[0]["dropped"] == [{"lane": 1, "epoch": 1}]
     assert not result.history[1]["dropped"]

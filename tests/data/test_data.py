@@ -1,4 +1,4 @@
-"""Every form of data becomes the same batches; what can't be used is refused with advice."""
+"""All forms of data give the same batches, and unsuitable data are refused with advice."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 
 
 def pictures(n: int = 20, size: int = 6, channels: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
-    """uint8 [n, C, H, W] and labels of 4 classes."""
+    """Return uint8 pictures [n, C, H, W] and labels of 4 classes."""
     generator = torch.Generator().manual_seed(1)
     shape = (n, channels, size, size)
     return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator), torch.arange(n) % 4
@@ -33,7 +33,7 @@ def ready(given: object, augment: str = "none"):
 
 
 def an_epoch(data, lanes: int = 2, batch_size: int = 8, epoch: int = 1, channels_last: bool = False):
-    """All batches of one epoch of two particles, augmented."""
+    """Return all batches of one epoch, for two particles by default, with the data's augmentation."""
     keys = lane_keys([5] * lanes, [stream_of(0, lane) for lane in range(lanes)], CPU) + torch.tensor([0, 0, epoch])
     order = epoch_order(keys, data.length)
     bounds = batch_bounds(data.length, batch_size)
@@ -41,7 +41,7 @@ def an_epoch(data, lanes: int = 2, batch_size: int = 8, epoch: int = 1, channels
 
 
 class Pairs(Dataset):
-    """A map-style Dataset over anything."""
+    """A map-style Dataset over any indexable object."""
 
     def __init__(self, items) -> None:
         self.items = items
@@ -54,7 +54,7 @@ class Pairs(Dataset):
 
 
 def test_forms_of_pictures_are_one(tmp_path):
-    """Tensors, arrays, an .npz, PIL in a Dataset, uint8 tensors in a Dataset and a DataLoader give equal batches."""
+    """Tensors, arrays, an .npz, Datasets of PIL pictures, tensors or arrays, and a DataLoader give equal batches."""
     images, labels = pictures()
     last = images.permute(0, 2, 3, 1).contiguous().numpy()
     np.savez(tmp_path / "set.npz", train_images=last, train_labels=labels.numpy())
@@ -109,7 +109,7 @@ def test_streamed_batches_are_the_stored_ones(monkeypatch):
 def test_floats_are_taken_as_they_are():
     inputs = torch.randn(20, 7, dtype=torch.float64)
     built = ready((inputs, torch.arange(20) % 4))
-    assert built.line.endswith("taken as it is")
+    assert built.line.endswith("used unchanged")
     batches = an_epoch(built.data, lanes=1, batch_size=20)
     keys = lane_keys([5], [stream_of(0, 0)], CPU) + torch.tensor([0, 0, 1])
     assert torch.equal(batches[0].inputs[0], inputs[epoch_order(keys, 20)[0]])
@@ -127,7 +127,7 @@ def test_nested_inputs(monkeypatch):
 
 
 class Noisy(Dataset):
-    """Draws at random from all three generators."""
+    """A Dataset that draws from torch's, Python's and NumPy's generators."""
 
     def __len__(self) -> int:
         return 20
@@ -140,10 +140,10 @@ class Noisy(Dataset):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_random_samples_are_streamed_and_repeat(workers):
-    """A Dataset that draws anew is not frozen; each particle, epoch and sample has its own draws, again and again."""
+    """A random Dataset is read again in each epoch. Each particle, epoch and sample has its own, reproducible draws."""
     loader = DataLoader(Noisy(), batch_size=8, num_workers=workers)
     built = ready(loader)
-    assert "drawn anew each epoch" in built.line
+    assert "its samples are random and are read again in each epoch" in built.line
     first, again, later = an_epoch(built.data), an_epoch(built.data), an_epoch(built.data, epoch=2)
     alone = an_epoch(built.data, lanes=1)
     for a, b, c in zip(first, again, alone, strict=True):
@@ -154,7 +154,7 @@ def test_random_samples_are_streamed_and_repeat(workers):
 
 
 class FlipsRarely(Dataset):
-    """One sample in a thousand differs; the draw itself is what shows it."""
+    """A Dataset of which one sample in a thousand is random; it is recognised by its use of the generator."""
 
     def __len__(self):
         return 40
@@ -175,7 +175,7 @@ def test_datasets_that_are_no_fixed_arrays_are_streamed():
 
 
 def ragged(items):
-    """A collate function of the user's: lists of different length."""
+    """A custom collate function, which pads inputs of different lengths."""
     longest = max(len(inputs) for inputs, _ in items)
     padded = torch.stack([torch.cat([inputs, inputs.new_zeros(longest - len(inputs))]) for inputs, _ in items])
     return padded, torch.tensor([target for _, target in items])
@@ -184,7 +184,7 @@ def ragged(items):
 def test_a_collate_function_is_used():
     items = Pairs([(torch.arange(1.0, 2 + i % 5), i % 4) for i in range(20)])
     built = ready(DataLoader(items, batch_size=8, collate_fn=ragged))
-    assert "collate function of its own" in built.line
+    assert "custom collate function" in built.line
     batch = an_epoch(built.data)[0]
     assert not batch.stacked
     inputs, targets = batch.lane(1)
@@ -207,7 +207,7 @@ def test_what_a_loader_decides():
         DataLoader(data, batch_size=6, sampler=RandomSampler(data, replacement=True)),
         DataLoader(data, batch_size=6, sampler=RandomSampler(data, num_samples=7)),
     ):
-        with pytest.raises(ValueError, match="the DataLoader has its own sampler"):
+        with pytest.raises(ValueError, match="the DataLoader has a custom sampler"):
             open_source(bad, "train", None)
     with pytest.raises(ValueError, match="must have a batch_size"):
         open_source(DataLoader(data, batch_sampler=[[0, 1]]), "train", None)
@@ -261,14 +261,14 @@ def test_a_named_set_that_is_not_there(name, tmp_path, monkeypatch):
     monkeypatch.setenv("SWAMP_DATA", str(tmp_path))
     with pytest.raises(FileNotFoundError) as error:
         open_source(name, "train", None)
-    for part in (str(tmp_path), "nothing is downloaded unasked", "data_dir", "SWAMP_DATA", "download=True"):
+    for part in (str(tmp_path), "never downloaded automatically", "data_dir", "SWAMP_DATA", "download=True"):
         assert part in str(error.value)
     with pytest.raises(FileNotFoundError, match="elsewhere"):
         open_source(name, "train", str(tmp_path / "elsewhere"))
 
 
 def test_named_sets_from_disk(tmp_path):
-    """CIFAR-10 as torchvision stores it, and Fashion-MNIST as Debian packs it."""
+    """CIFAR-10 is read from torchvision's files, and Fashion-MNIST from those of Debian's package."""
     import hashlib
     import pickle
 
@@ -344,7 +344,7 @@ REFUSED = [
     ((torch.randn(3, 2), "abc"), TypeError, r"a pair must be \(inputs, targets\) tensors, got \(Tensor, str\)"),
     ((torch.zeros(9, 8, 8, 3).byte(), torch.arange(9)), ValueError, r"looks like \[n, H, W, C\]; pass images.permute"),
     ((torch.zeros(9, 8).byte(), torch.arange(9)), ValueError, "uint8 inputs must be pictures"),
-    (Endless(), TypeError, "an IterableDataset has no order to shuffle"),
+    (Endless(), TypeError, "an IterableDataset can't be shuffled"),
 ]
 
 

@@ -1,4 +1,4 @@
-"""Dropout from a particle's stream: torch's own distributions, and the same draws alone, folded and repeated."""
+"""Dropout from a particle's stream has torch's distribution, and the same draws alone, folded and repeated."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ FORMS = {
 
 @pytest.mark.parametrize("form", list(FORMS))
 def test_the_distribution_is_torchs(form):
-    """Mean and variance as torch's own, from as many draws; and none from torch's generator."""
+    """Mean and standard deviation equal those of torch's dropout, and nothing is drawn from torch's generator."""
     inputs = torch.randn(300, 100, 10)
     theirs = FORMS[form](inputs)
     state = torch.get_rng_state()
@@ -41,7 +41,7 @@ def test_the_distribution_is_torchs(form):
     assert not torch.equal(ours, theirs)
     assert ours.mean() == pytest.approx(float(theirs.mean()), abs=0.01)
     assert ours.std() == pytest.approx(float(theirs.std()), rel=0.01)
-    # The same values stand for a dropped unit and a kept one.
+    # Both dropouts give zero and nonzero elements, or both give only one of the two.
     assert set(torch.where(inputs[0] == 0, 0, ours[0]).eq(0).unique().tolist()) == set(
         theirs[0].eq(0).unique().tolist()
     )
@@ -57,7 +57,7 @@ def test_folded_lanes_draw_what_they_draw_alone(form):
             alone = FORMS[form](inputs[4 * lane : 4 * lane + 4]), FORMS[form](inputs[4 * lane : 4 * lane + 4])
         for a, b in zip(alone, together, strict=True):
             assert torch.equal(a, b[4 * lane : 4 * lane + 4])
-    assert not torch.equal(*together)  # a second call draws anew
+    assert not torch.equal(*together)  # a second call draws other numbers
 
 
 def test_the_draw_is_the_word_that_the_docs_name():
@@ -81,7 +81,7 @@ def test_off_and_everything():
 
 
 def test_attention_drops_its_weights():
-    """Every way to attention: the module with and without weights, the function, masked and causal."""
+    """All forms of attention have dropout: the module with and without weights, and the function with its options."""
     torch.manual_seed(0)
     query, key, value = torch.randn(3, 2, 5, 8).unbind()
     mask = torch.rand(5, 5) < 0.7
@@ -125,7 +125,7 @@ def test_torch_is_as_before_afterwards():
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointing_is_refused(reentrant):
-    """A dropout that is run again in backward would draw other numbers: an error, not a wrong gradient."""
+    """Dropout that runs again in the backward pass would draw other numbers, so it is an error."""
 
     class Checkpointed(networks.Tied):
         def forward(self, x):
@@ -140,7 +140,7 @@ def test_checkpointing_is_refused(reentrant):
 
 @pytest.mark.parametrize("kind", [nn.AlphaDropout, nn.FeatureAlphaDropout])
 def test_alpha_dropout_draws_from_torchs_generator(kind, digits):
-    """So the model runs lane by lane, with the generator seeded anew for every particle and step."""
+    """Such a model therefore runs lane by lane, and the generator is seeded for every particle and step."""
 
     def made() -> nn.Module:
         torch.manual_seed(0)
@@ -152,7 +152,7 @@ def test_alpha_dropout_draws_from_torchs_generator(kind, digits):
     assert prepare(made(), *digits, settings=settings).probe.draws_elsewhere
     naive = naive_swamp(made(), *digits, **settings)
     model = made()
-    torch.manual_seed(1)  # the user's seed decides nothing
+    torch.manual_seed(1)  # the user's seed must not matter
     fast = fast_swamp(model, *digits, **settings)
     same(fast, naive)
     assert fast.engine["name"].startswith("eager:lanes")
@@ -162,5 +162,5 @@ def test_alpha_dropout_draws_from_torchs_generator(kind, digits):
 
 
 def test_lanes_must_stand_first():
-    with DropoutStream(KEYS), pytest.raises(RuntimeError, match="the first axis does not hold 2 lanes"):
+    with DropoutStream(KEYS), pytest.raises(RuntimeError, match="axis 0 must hold 2 lanes"):
         F.dropout(torch.ones(3, 4), 0.5)

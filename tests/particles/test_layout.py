@@ -1,4 +1,4 @@
-"""The flat layout of parameters, and which of them are pruned."""
+"""The flat layout of parameters, and the selection of those that are pruned."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_names_patterns_and_predicates():
 
 
 def test_convolution_counts_of_the_protocols_networks():
-    """Those of METHOD's loader check, and every network runs on its own picture size."""
+    """The numbers of convolution weights are the known ones, and every network runs on pictures of 32 x 32."""
     counts = {"wrn28_2": 1_462_704, "vgg19": 20_018_880}
     for name in MODELS:
         model = build_model(name, 3, 32, 32, 10)
@@ -133,8 +133,8 @@ def test_counts_over_cycles():
 @pytest.mark.parametrize(
     ("kept", "prune", "cycles", "text"),
     [
-        (36, 0.2, 14, "in cycle 13 nothing would be pruned of 2. Ask for at most 12 cycles"),
-        (3, 0.9, 1, "in cycle 1 nothing would be left to keep. Ask for at most 0 cycles"),
+        (36, 0.2, 14, "in cycle 13 nothing would be pruned of 2. Set cycles to at most 12"),
+        (3, 0.9, 1, "in cycle 1 nothing would be left to keep. Set cycles to at most 0"),
     ],
 )
 def test_more_cycles_than_weights(kept, prune, cycles, text):

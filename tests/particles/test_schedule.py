@@ -1,4 +1,4 @@
-"""Rates and SWA samples of a training."""
+"""The learning rates and SWA samples of a training."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def test_the_rate_with_swa():
     config, steps = SwampConfig(epochs=8, lr=0.1, swa_lr=0.05), 5
     rates = [cycle_training(config, steps).lr(step) for step in range(8 * steps)]
     assert rates[0] == 0.1
-    assert all(a > b for a, b in pairwise(rates[:31]))  # it moves every step
-    assert rates[15] == pytest.approx(0.075)  # half-way to the window's start
+    assert all(a > b for a, b in pairwise(rates[:31]))  # the rate falls at every step
+    assert rates[15] == pytest.approx(0.075)  # halfway to the start of the SWA window
     assert rates[30:] == [0.05] * 10
 
 

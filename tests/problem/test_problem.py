@@ -1,4 +1,4 @@
-"""What is refused before anything is trained, and what a problem knows about itself."""
+"""Which arguments are refused before anything is trained, and what a Problem says about itself."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Graph(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.layer, self.head = nn.Linear(64, 8), nn.Linear(8, 10)
-        self.cache = self.layer(torch.randn(2, 64))  # carries a graph: can't be copied
+        self.cache = self.layer(torch.randn(2, 64))  # has an autograd graph, so it can't be copied
 
     def forward(self, x):
         return self.head(self.layer(x.flatten(1)))
@@ -114,7 +114,7 @@ def test_refuses_data(digits):
             (inputs, targets + 1),
             {},
             ValueError,
-            r"labels must lie in \[0, 10\), as the model has 10 outputs; got 1 … 10",
+            r"labels must lie in \[0, 10\), because the model has 10 outputs; got 1 … 10",
         ),
         ((inputs, targets - 1), {}, ValueError, r"labels must lie in \[0, 10\), .* got -1 … 8"),
         ((inputs[:0], targets[:0]), {}, ValueError, "`train` is empty"),
@@ -136,7 +136,9 @@ def test_refuses_data(digits):
         settings = {name: value for name, value in change.items() if name not in ("test", "val")}
         with pytest.raises(kind, match=text):
             prepare(model, train, change.get("test"), Arguments(val=change.get("val")), settings=SETTINGS | settings)
-    prepare(networks.build("tied"), few(33, digits), settings=SETTINGS)  # without BatchNorm one sample is a batch
+    prepare(
+        networks.build("tied"), few(33, digits), settings=SETTINGS
+    )  # without BatchNorm, a batch of one sample is allowed
 
 
 def test_refuses_settings_and_callables(digits):
@@ -173,7 +175,7 @@ def test_refuses_settings_and_callables(digits):
 
 
 def test_refuses_splits_of_another_kind_before_training(digits):
-    """An hour's training must not end in an evaluation that fails."""
+    """Otherwise an hour's training could end in an evaluation that fails."""
     train, test = digits
     steps = []
     for other, text in (
@@ -187,13 +189,13 @@ def test_refuses_splits_of_another_kind_before_training(digits):
         fast_swamp(networks.build("tied"), train, val=(test[0][:, :, :6], test[1]), **SETTINGS, on_cycle=steps.append)
     with pytest.raises(ValueError, match="`val` is the training data"):
         fast_swamp(networks.build("tied"), train, val=train, **SETTINGS)
-    with pytest.raises(ValueError, match=r"`transform\(inputs\)` must return inputs of as many samples"):
+    with pytest.raises(ValueError, match=r"`transform\(inputs\)` must return the same number of samples"):
         fast_swamp(networks.build("tied"), train, transform=lambda x: None, **SETTINGS)
     assert not steps
 
 
 def test_hidden_features_among_the_outputs_are_pruned(digits):
-    """Only the layer that nothing else builds upon is the output's."""
+    """A layer whose features feed another layer is hidden, even if the model also returns them."""
 
     class Features(nn.Module):
         def __init__(self) -> None:
@@ -214,7 +216,7 @@ def test_hidden_features_among_the_outputs_are_pruned(digits):
 
 
 def test_contradictory_settings():
-    with pytest.raises(ValueError, match="stands instead of `cycles`"):
+    with pytest.raises(ValueError, match="but cycles = 14 was also given"):
         SwampConfig.of(None, {"cycles": 14, "target_density": 0.5})
     assert SwampConfig.of(None, {"cycles": 4, "target_density": 0.5}).cycles == 4
 
@@ -254,7 +256,7 @@ def test_forward_and_loss_of_the_users(digits):
 
 
 def test_flops_follow_the_masks(digits):
-    """Counted by hand: 2 a multiply-add of one sample; a tied weight counts wherever it is used."""
+    """The expected FLOPs are counted by hand: 2 per multiply-add. A tied weight counts once per layer that uses it."""
     problem = prepare(networks.build("residual"), *digits, settings=SETTINGS)
     dense = 2 * (64 * 8 * 9 + 64 * 8 * 8 * 9 + 8 * 10)
     assert problem.flops(problem.mask) == dense
@@ -277,7 +279,7 @@ def test_it_prints_what_it_will_cost_first(digits, capsys):
     text = "\n".join(lines)
     for part in (
         "3,072 prunable of 3,498 trained weights",
-        "train: 160 samples on cpu, uint8, standardised per channel by a table",
+        "train: 160 samples on cpu, uint8, standardised per channel",
         "2 trainings x 2 particles x 1 epochs, and 0 for the ticket: 4 particle-epochs of 5 steps, to density 80.00 %",
         "engine   eager:lanes on cpu",
         "cycle  0/1  density 100.00 %  accuracy",

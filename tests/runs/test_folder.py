@@ -1,4 +1,4 @@
-"""Files that can't be written or read are reported, and nothing is lost."""
+"""A run's folder: files that can't be written or read are reported, and no checkpoint is lost."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from swamp_fast.runs.folder import Damaged, RunDirectory, Unfinished, load_tenso
 
 
 def a_folder(path: Path) -> tuple[RunDirectory, Unfinished]:
-    """Return a run's folder and the state of a training in it."""
+    """Create a run's folder. Returns it and the state of an unfinished training, which is not written yet."""
     folder = RunDirectory(path)
     about = {"driver": "fast_swamp", "config": {}, "fingerprints": {}, "engine": {}, "standardise": None, "place": {}}
     folder.create(about, "")
@@ -48,7 +48,9 @@ def test_a_checkpoint_cut_or_changed_at_any_byte_is_rejected(tmp_path):
         changed = bytearray(content)
         changed[place] ^= 1 << place % 8
         path.write_bytes(changed)
-        with pytest.raises(ValueError, match=r"is damaged|doesn't belong to this run|is no checkpoint of swamp_fast"):
+        with pytest.raises(
+            ValueError, match=r"is damaged|doesn't belong to this run|is not a checkpoint of swamp_fast"
+        ):
             folder.training(path)
 
 
@@ -134,7 +136,7 @@ def test_a_full_disk(on, digits, tmp_path, monkeypatch):
         fast_swamp(networks.build("dropout"), *digits, **settings, run_dir=tmp_path / "cut")
     assert error.value.errno == errno.ENOSPC
     assert "training.safetensors can't be written" in str(error.value)
-    assert "What the folder held is intact: free some space" in str(error.value)
+    assert "The folder's earlier content is intact: free some space" in str(error.value)
     assert not list((tmp_path / "cut").glob("*.part"))
     for path in RunDirectory(tmp_path / "cut").training_paths():
         load_tensors(path)
@@ -144,7 +146,7 @@ def test_a_full_disk(on, digits, tmp_path, monkeypatch):
 
 
 def past_the_limit(folder: str) -> None:
-    """Write a file of more than 64 KB in a process whose files may have 64 KB, as on a full disk."""
+    """Write a file that exceeds the process's limit of 64 KB per file, which fails as on a full disk."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))
     write(Path(folder) / "small", b"x")
     try:
@@ -164,7 +166,7 @@ def test_a_file_that_the_system_lets_not_grow(tmp_path):
 
 @pytest.fixture
 def as_nobody():
-    """Yield a folder that anyone may enter, and a function by which root becomes another user."""
+    """Yield a folder that any user may enter, and a function that turns root into an unprivileged user."""
     folder = Path(tempfile.mkdtemp(dir="/tmp"))
     os.chmod(folder, 0o755)
     root = os.geteuid() == 0
@@ -185,7 +187,7 @@ def test_a_read_only_folder(as_nobody, on, digits):
         fast_swamp(networks.build("tied"), *digits, **settings, run_dir=folder / "run")
     with pytest.raises(ValueError, match=r"run_dir .*new can't be made \(.*Permission denied.*name another folder"):
         fast_swamp(networks.build("tied"), *digits, **settings, run_dir=folder / "new")
-    with pytest.raises(OSError, match=r"a.json can't be written .*Permission denied.* What the folder held is intact"):
+    with pytest.raises(OSError, match=r"a.json can't be written .*Permission denied.* The folder's earlier content is"):
         write(folder / "run" / "a.json", b"x")
     assert files(folder / "run") == before
 
@@ -213,14 +215,13 @@ def test_two_processes_in_one_folder(on, digits, tmp_path, monkeypatch):
         process.kill()
     nested = []
 
-    def again(row):  # in the same process, from its own callback
+    def again(row):  # a second run in the same process, started by the first run's callback
         with pytest.raises(ValueError, match=rf"is in use by process {os.getpid()} "):
             fast_swamp(networks.build("tied"), *digits, **settings)
         nested.append(row)
 
-    fast_swamp(
-        networks.build("tied"), *digits, **settings, on_cycle=again
-    )  # the lock of a killed process doesn't count
+    # The lock of the process that was killed above no longer holds.
+    fast_swamp(networks.build("tied"), *digits, **settings, on_cycle=again)
     assert nested
     assert not (tmp_path / "lock").exists()
     monkeypatch.setattr(lock.fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOLCK, "No locks")))

@@ -1,4 +1,4 @@
-"""A run that is interrupted at any moment and resumed gives the same bits."""
+"""A run that is interrupted at any moment and resumed gives the same bits as an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ from swamp_fast.particles.bank import ParticleBank
 from swamp_fast.particles.layout import Layout
 from swamp_fast.runs.folder import RunDirectory, load_tensors
 
-# Steps of a run with a ticket (0-2) and two cycles (3-11, 12-20): inside an epoch, between epochs, in the SWA window,
-# and in the second cycle, whose mask is sparse.
+# Execution mode -> the steps before which a run is interrupted. Steps 0-2 train the ticket, 3-11 and 12-20 the cycles.
+# The interruptions lie inside an epoch, between epochs, in the SWA window, and in the second cycle, which is sparse.
 INTERRUPTED_AT = {"lanes": (1, 6, 20), "fold": (13,), "fold_grouped": (19,), "fused": (4, 14), "by density": (11, 16)}
 
 
@@ -43,14 +43,14 @@ def test_a_run_resumed_inside_a_training_equals_an_uninterrupted_one(mode, on, d
             fast_swamp(networks.build("dropout"), *digits, **settings, run_dir=tmp_path / "cut")
         with before_steps() as count:
             fast_swamp(networks.build("dropout"), *digits, **settings, run_dir=tmp_path / "cut")
-            assert count[0] == 21 - moment, "it continues at that step"
+            assert count[0] == 21 - moment, "the resumed run must continue at the step of the interruption"
         assert same_bits(tmp_path / "whole", tmp_path / "cut"), moment
         assert not list((tmp_path / "cut").glob("training*"))
         shutil.rmtree(tmp_path / "cut")
 
 
 class Shaken(TensorDataset):
-    """Draws random numbers in __getitem__, as users' augmentations do."""
+    """A Dataset that draws random numbers in __getitem__, as users' augmentations do."""
 
     def __getitem__(self, index):
         inputs, target = super().__getitem__(index)
@@ -124,7 +124,7 @@ def test_all_that_a_step_depends_on_is_kept(model, data, change, on, digits, tmp
 
 
 def test_killed_at_a_random_moment(tmp_path):
-    """SIGKILL to a real process of a run by both engines; the slow tier sends many, to each engine alone too."""
+    """Kill a real process, whose run uses both engines. The slow tests kill many, and test each engine alone."""
     crashes = crash("by density", tmp_path, times=1, seed=7)
     assert (len(crashes.moments), crashes.equal) == (1, crashes.ended), crashes
     assert crashes.codes == [-signal.SIGKILL]
@@ -169,7 +169,7 @@ def test_other_signal_handlers_are_left_alone(on, digits, tmp_path, monkeypatch)
     def look(row):
         seen.append(signal.getsignal(signal.SIGINT) == before)
 
-    fast_swamp(networks.build("tied"), *digits, **settings, on_cycle=look)  # no folder
+    fast_swamp(networks.build("tied"), *digits, **settings, on_cycle=look)  # without a folder, no handler is installed
     thread = threading.Thread(
         target=lambda: fast_swamp(networks.build("tied"), *digits, **settings, on_cycle=look, run_dir=tmp_path / "a")
     )
@@ -180,13 +180,13 @@ def test_other_signal_handlers_are_left_alone(on, digits, tmp_path, monkeypatch)
 
     def twice(trainer, step):
         signal.raise_signal(signal.SIGINT)
-        signal.raise_signal(signal.SIGINT)  # at once: no checkpoint
+        signal.raise_signal(signal.SIGINT)  # stops the run at once, without a checkpoint
 
     with before_steps(twice), pytest.raises(KeyboardInterrupt):
         fast_swamp(networks.build("tied"), *digits, **settings, run_dir=tmp_path / "c")
     assert not list((tmp_path / "c").glob("training*"))
     assert signal.getsignal(signal.SIGINT) == before
-    # While the average is evaluated there is no next step, so that the cycle is written first.
+    # A signal during the evaluation of the last cycle takes effect after the cycle is written, as no step follows.
     monkeypatch.setattr("swamp_fast.cycle.averaging.reestimate", lambda *_: signal.raise_signal(signal.SIGTERM))
     with pytest.raises(SystemExit):
         fast_swamp(networks.build("tied"), *digits, **settings, run_dir=tmp_path / "d")
@@ -204,7 +204,7 @@ def test_a_model_with_hidden_state_has_one_checkpoint_per_cycle(on, digits, tmp_
     seen: list[Path] = []
     fast_swamp(Stateful(), *digits, **settings, on_cycle=look, run_dir=tmp_path)
     assert not seen
-    assert "one checkpoint per cycle only: the model keeps state of its own" in capsys.readouterr().err
+    assert "no checkpoints inside a cycle, because the model keeps state outside" in capsys.readouterr().err
 
 
 def test_continuing_elsewhere_is_reported(on, digits, tmp_path, monkeypatch):
@@ -217,7 +217,7 @@ def test_continuing_elsewhere_is_reported(on, digits, tmp_path, monkeypatch):
     monkeypatch.setattr("swamp_fast.engines.start.by_rule", lambda *_: named("eager:lanes", "chosen anew"))
     with before_steps() as count, pytest.warns(UserWarning, match="device was cuda, is cpu") as warned:
         result = fast_swamp(networks.build("tied"), *digits, **settings)
-    assert "Bits may differ from here on. The engine is selected anew" in str(warned[0].message)
+    assert "Results may differ from here on. The engine is chosen anew" in str(warned[0].message)
     assert result.history[0]["warnings"][0] == str(warned[0].message)
     assert count[0] == 21 - 10
     assert result.engine["why"] == "chosen anew"
@@ -225,12 +225,12 @@ def test_continuing_elsewhere_is_reported(on, digits, tmp_path, monkeypatch):
     assert after["moved"] == [{"cycle": 0, "from": elsewhere, "engine": about["engine"]}]
     assert after["place"] == about["place"]
     (tmp_path / "run.json").write_text(json.dumps({**after, "place": {**after["place"], "threads": 99}}))
-    fast_swamp(networks.build("tied"), *digits, **settings)  # a finished run is only read
+    fast_swamp(networks.build("tied"), *digits, **settings)  # warns of nothing, because a finished run is only read
 
 
 @pytest.mark.parametrize("reordered", [False, True])
 def test_the_state_of_a_bank_is_the_same_for_every_engine(reordered):
-    """Also if the remaining channels come first, as on CUDA."""
+    """This also holds if each layer's remaining channels come first in its weights, as on CUDA."""
     model = networks.build("residual")
     layout = Layout.of(model.named_parameters(), {"conv.weight", "stem.weight"})
     config = SwampConfig()
@@ -258,7 +258,7 @@ class Slow(TensorDataset):
 
 
 def with_workers(folder: str) -> None:
-    """Do a run whose data come from other processes."""
+    """Do a run whose data are read by worker processes."""
     torch.set_num_threads(1)
     os.setpgid(0, 0)
     samples.collected = lambda source, device: (source, "as it is")
@@ -272,7 +272,7 @@ def with_workers(folder: str) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_to_the_whole_process_group_lets_the_step_end(number, tmp_path):
-    """As terminals and batch systems send it: the processes that read the data get it too."""
+    """Terminals and batch systems signal all processes of a group, including the workers that read the data."""
     code = f"import test_interruption; test_interruption.with_workers({str(tmp_path)!r})"
     paths = [str(Path(__file__).parent), str(ROOT / "tests" / "support"), str(ROOT)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}

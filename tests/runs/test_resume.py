@@ -1,4 +1,4 @@
-"""A run on disk: its files, resuming it, refusing another run's folder, and reporting what is damaged."""
+"""A run's folder on disk: its files, resuming from it, refusing another run's folder, and reporting damaged files."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SETTINGS = {
 
 
 class Interrupted(Exception):
-    """Stands for an interruption between two cycles."""
+    """Raised in place of an interruption between two cycles."""
 
 
 def stop_after(cycle: int):
@@ -39,7 +39,7 @@ def stop_after(cycle: int):
 
 
 def same(a: SwampResult, b: SwampResult) -> None:
-    """Assert that two results are equal bit for bit, except for times and memory."""
+    """Assert that two results are equal bit for bit, except for the measured times and memory."""
     for cycle in range(len(a.history)):
         states = a._snapshot(cycle).state, b._snapshot(cycle).state
         assert states[0].keys() == states[1].keys()
@@ -92,7 +92,7 @@ def test_the_files_are_plain(digits, tmp_path):
     particles = safetensors.torch.load_file(tmp_path / "particles.safetensors")
     assert particles["stem.weight"].shape == (2, 8, 1, 3, 3)
     sizes = [(tmp_path / f"cycle_{cycle:02d}.safetensors").stat().st_size for cycle in range(4)]
-    assert sizes == sorted(sizes, reverse=True)  # pruned weights are not stored
+    assert sizes == sorted(sizes, reverse=True)  # later cycles are smaller, because pruned weights are not stored
     assert not list(tmp_path.glob("*.part"))
 
 
@@ -130,7 +130,9 @@ def test_save_and_load(digits, tmp_path):
         result.at(4)
     with pytest.raises(ValueError, match=r"doesn't fit this run: the model lacks \['conv.weight'"):
         SwampResult.load(tmp_path / "a", networks.build("tied"))
-    with pytest.raises(ValueError, match=r"stem.weight has shape \[4, 1, 3, 3\], the run's has \[8, 1, 3, 3\]"):
+    with pytest.raises(
+        ValueError, match=r"stem.weight has shape \[4, 1, 3, 3\], in the run it has shape \[8, 1, 3, 3\]"
+    ):
         SwampResult.load(tmp_path / "a", networks.ResidualCNN(channels=4))
     with pytest.raises(FileNotFoundError, match="holds no run of swamp_fast"):
         SwampResult.load(tmp_path / "nowhere")
@@ -197,7 +199,7 @@ def test_folders_that_are_no_runs(digits, tmp_path):
     with pytest.raises(ValueError, match=r"run.json is damaged"):
         call(cycles=0)
     about.write_text(text.replace("swamp_fast 2", "swamp_fast 9"))
-    with pytest.raises(ValueError, match='has the format "swamp_fast 9", this version reads "swamp_fast 2"'):
+    with pytest.raises(ValueError, match='has the format "swamp_fast 9", but this version reads "swamp_fast 2"'):
         call(cycles=0)
     file = tmp_path / "file"
     file.write_text("x")
@@ -215,7 +217,7 @@ def test_a_truncated_checkpoint_is_moved_aside_and_its_cycle_trained_again(share
     path.write_bytes(content[: int(share * len(content))])
     with pytest.raises(ValueError, match=r"cycle_03.safetensors is damaged"):
         SwampResult.load(tmp_path)
-    assert path.exists()  # reading changes nothing
+    assert path.exists()  # `load` only reads: it doesn't rename the damaged file
     with pytest.warns(
         UserWarning, match=r"is damaged .* renamed to cycle_03.safetensors.damaged. .* continues with cycle 3"
     ):
@@ -241,7 +243,7 @@ def test_a_foreign_checkpoint_is_refused(digits, tmp_path):
         with pytest.raises(ValueError, match=f"{name} doesn't belong to this run"):
             fast_swamp(networks.build("tied"), *digits, **SETTINGS, run_dir=str(tmp_path))
     torch.save({"weight": torch.zeros(3)}, tmp_path / "cycle_03.safetensors")  # a pickle
-    with pytest.raises(ValueError, match="damaged or no safetensors file"):
+    with pytest.raises(ValueError, match="damaged or not a safetensors file"):
         SwampResult.load(tmp_path)
 
 
@@ -253,7 +255,7 @@ def test_a_missing_line_of_the_history_is_written_again(digits, tmp_path):
     history.write_text("\n".join(lines[:-1]) + "\n")
     again = fast_swamp(networks.build("tied"), *digits, **settings)
     assert history.read_text().splitlines() == lines
-    assert again.engine == first.engine  # what ran is not overwritten by a call that ran nothing
+    assert again.engine == first.engine  # a call that trains nothing keeps the recorded engine
 
 
 def test_incomplete_files_are_reported(digits, tmp_path):
@@ -273,7 +275,7 @@ def test_incomplete_files_are_reported(digits, tmp_path):
             fast_swamp(networks.build("tied"), *digits, **settings)
     (tmp_path / "run.json").write_text(json.dumps(about))
     (tmp_path / "particles.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match=r"is missing. Move .*cycle_03.safetensors away to train its"):
+    with pytest.raises(FileNotFoundError, match=r"is missing. Move .*cycle_03.safetensors away to train the"):
         fast_swamp(networks.build("tied"), *digits, **settings)
 
 
@@ -291,7 +293,9 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
 def test_snapshots_pack_and_unpack():
     mask = torch.rand(5, 7) < 0.4
     state = {"w": torch.randn(5, 7) * mask, "b": torch.randn(3), "n": torch.tensor(4), "e": torch.zeros(0)}
-    state["w"][mask] = torch.where(torch.rand(int(mask.sum())) < 0.2, 0.0, state["w"][mask])  # kept weights may be 0
+    state["w"][mask] = torch.where(
+        torch.rand(int(mask.sum())) < 0.2, 0.0, state["w"][mask]
+    )  # a kept weight may happen to be 0
     tensors, metadata = Snapshot(state, {"w": mask}, {"cycle": 1}).packed()
     assert tensors["values/w"].numel() == int(mask.sum())
     back = Snapshot.unpacked(tensors, metadata)

@@ -1,4 +1,4 @@
-"""The TensorBoard events of a run, read back: each is there once, whether or not the run was interrupted."""
+"""A run's TensorBoard events, read from its files: each occurs once, whether or not the run was interrupted."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SETTINGS |= {"progress": False, "tensorboard": True}
 
 @pytest.fixture
 def events():
-    """Return a function that reads all scalars in a folder: {tag: [(step, value)]}."""
+    """Return a function that reads all scalars in a run's folder as {tag: [(step, value), …]}."""
     from tensorboard.backend.event_processing import event_accumulator as reader
 
     def read(folder) -> dict[str, list[tuple[int, float]]]:
@@ -33,7 +33,7 @@ def events():
 def test_particles_and_average_over_the_epochs(function, digits, tmp_path, events):
     result = function(networks.build("tied"), *digits, val=0.2, run_dir=tmp_path, **SETTINGS)
     found = events(tmp_path)
-    ends = [5, 8, 11]  # of the cycles: two epochs of the ticket, then three each
+    ends = [5, 8, 11]  # the last epoch of each cycle: the ticket has two epochs, each cycle three
     rows = result.history
     expected = {f"train_loss/particle {particle}": list(range(3, 12)) for particle in range(2)}
     expected |= {"train_loss/ticket": [1, 2], "density": ends, "seconds/cycle": ends, "seconds/training": ends}
@@ -84,7 +84,7 @@ def test_a_resumed_run_shows_nothing_twice(when, digits, tmp_path, events, monke
         with pytest.raises(Interrupted):
             fast_swamp(networks.build("tied"), *digits, run_dir=tmp_path, on_cycle=stop_after, **SETTINGS)
     before = events(tmp_path)
-    assert before  # else nothing could be shown twice
+    assert before  # without earlier events, nothing could be shown twice
     rows = fast_swamp(networks.build("tied"), *digits, run_dir=tmp_path, on_cycle=stop_after, **SETTINGS).history
     assert seen == {0: 1, 1: 1, 2: 1}
     found = events(tmp_path)
@@ -113,7 +113,7 @@ def test_without_the_package_nothing_is_trained(digits, tmp_path, monkeypatch):
         if name.split(".")[0] == "tensorboard" or name.startswith("torch.utils.tensorboard"):
             monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "tensorboard", None)
-    with pytest.raises(ImportError, match=r'`pip install "swamp-fast\[tensorboard\]"`, or leave `tensorboard` off'):
+    with pytest.raises(ImportError, match=r'`pip install "swamp-fast\[tensorboard\]"`, or set tensorboard=False'):
         fast_swamp(networks.build("tied"), *digits, run_dir=tmp_path / "run", **SETTINGS)
     assert not (tmp_path / "run").exists()
 
@@ -123,7 +123,9 @@ def test_it_needs_a_folder(digits):
         fast_swamp(networks.build("tied"), *digits, **SETTINGS)
 
 
-@pytest.mark.parametrize("moment", [7, 20, 22])  # of 5 steps per epoch: in the ticket, between two epochs, inside one
+@pytest.mark.parametrize(
+    "moment", [7, 20, 22]
+)  # an epoch has 5 steps: inside the ticket, between two epochs, inside an epoch
 def test_a_run_resumed_inside_a_training_shows_nothing_twice(moment, digits, tmp_path, events):
     settings = SETTINGS | {"checkpoint_minutes": 1e-9}
     fast_swamp(networks.build("tied"), *digits, run_dir=tmp_path / "whole", **settings)

@@ -226,7 +226,7 @@ def test_one_particle_left_has_no_spread(digits, diverging):
     diverging += [0, 2]
     with (
         pytest.warns(UserWarning, match="diverged"),
-        pytest.raises(FloatingPointError, match=r"cycle 1: one particle is left, which has no spread .* Lower lr"),
+        pytest.raises(FloatingPointError, match=r"cycle 1: only one particle is left, but .* Lower lr"),
     ):
         run(digits, mask_score="signal-to-noise", on_divergence="drop")
     with pytest.warns(UserWarning, match="diverged"):  # no mask is made after the last cycle

@@ -124,7 +124,7 @@ def test_stopped_it_goes_on(engine, data, tmp_path, monkeypatch):
     def step(self, *arguments):
         steps.append(self)
         if len(steps) == 33:
-            self.signals.asked = signal.SIGINT
+            self.signals.received = signal.SIGINT
         return original(self, *arguments)
 
     monkeypatch.setattr(Run, "step", step)

@@ -1,15 +1,15 @@
-"""When two results are the same."""
+"""Compares the results of two runs."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-CLOCK = ("train_seconds", "seconds", "peak_memory")  # of a row: they differ from run to run
+MEASURED_KEYS = ("train_seconds", "seconds", "peak_memory")  # keys of a history row that differ from run to run
 
 
 def same(a, b, tolerance: float = 1e-8) -> None:
-    """Masks are identical; weights, the history's scores and particles agree within a tolerance."""
+    """Assert that masks are identical, and that weights, history and particles agree within a tolerance."""
     assert len(a.history) == len(b.history)
     for cycle, row in enumerate(b.history):
         (model, masks), (expected, expected_masks) = a.at(cycle), b.at(cycle)
@@ -17,7 +17,7 @@ def same(a, b, tolerance: float = 1e-8) -> None:
         for name, tensor in expected.state_dict().items():
             torch.testing.assert_close(model.state_dict()[name], tensor, rtol=0, atol=tolerance)
         for name, value in row.items():
-            if name not in CLOCK:
+            if name not in MEASURED_KEYS:
                 assert a.history[cycle][name] == pytest.approx(value, abs=tolerance), (cycle, name)
     for name, tensor in (b.particles or {}).items():
         torch.testing.assert_close(a.particles[name], tensor, rtol=0, atol=tolerance)

@@ -1,4 +1,4 @@
-"""Small networks of every kind that fast_swamp has to train as the naive loop does."""
+"""Small networks of all kinds that fast_swamp must train to the same result as naive_swamp."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class ResidualCNN(nn.Module):
-    """Convolutions, BatchNorm and an addition."""
+    """A CNN with BatchNorm, a residual addition, and optional dropout."""
 
     def __init__(self, channels: int = 8, inputs: int = 1, dropout: float = 0.0) -> None:
         super().__init__()
@@ -28,7 +28,7 @@ class ResidualCNN(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """A class token and a position table as bare parameters."""
+    """A vision transformer whose class token and position table are bare parameters."""
 
     def __init__(self, width: int = 16, dropout: float = 0.0) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class VisionTransformer(nn.Module):
 
 
 class SequenceFirst(nn.Module):
-    """nn.TransformerEncoder with batch_first=False: the batch is the second axis."""
+    """An nn.TransformerEncoder with batch_first=False, so that the batch is axis 1."""
 
     def __init__(self, width: int = 16, dropout: float = 0.1) -> None:
         super().__init__()
@@ -60,12 +60,12 @@ class SequenceFirst(nn.Module):
         self.head = nn.Linear(width, 10)
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = x.squeeze(1).transpose(0, 1)  # [H, B, W]: a row is a token
+        rows = x.squeeze(1).transpose(0, 1)  # [H, B, W]: each row of the picture is a token
         return self.head(self.encoder(self.embed(rows)).mean(0))
 
 
 class Depthwise(nn.Module):
-    """Depthwise and dilated convolutions, GroupNorm and PReLU."""
+    """A CNN with a depthwise, dilated convolution, GroupNorm and PReLU."""
 
     def __init__(self, channels: int = 8) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ class Depthwise(nn.Module):
 
 
 class Tied(nn.Module):
-    """One weight in two layers."""
+    """An MLP in which two layers share one weight."""
 
     def __init__(self, width: int = 32) -> None:
         super().__init__()
@@ -103,7 +103,7 @@ class Tied(nn.Module):
 
 
 class Branching(nn.Module):
-    """Control flow that depends on the data: one of two layers, by the batch's mean."""
+    """An MLP that uses one of two layers, depending on the mean over the batch."""
 
     def __init__(self, width: int = 32) -> None:
         super().__init__()
@@ -118,7 +118,7 @@ class Branching(nn.Module):
 
 
 def resnet18() -> nn.Module:
-    """torchvision's, for one channel and ten classes."""
+    """Return torchvision's ResNet-18 for pictures with one channel and ten classes."""
     from torchvision.models import resnet18 as build
 
     model = build(num_classes=10)
@@ -141,14 +141,15 @@ FOLDS = {"residual", "depthwise", "dropout", "tied", "resnet18"}
 
 
 def build(name: str) -> nn.Module:
-    """A network with weights that are the same each time."""
+    """Build a network by name. Its initial weights are the same on every call."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return NETWORKS[name]()
 
 
 EAGER_WAYS = [("lanes", False), ("lanes", True), ("fold", False), ("fold", True), ("fold_grouped", False)]
-# Every network in every way that it can run; what can't be folded test_fold names. ResNet-18 takes half a minute a way.
+# Each network in each execution mode that supports it; the tests of folding check which networks can't be folded. The
+# tests of ResNet-18 are slow, because it takes half a minute per mode.
 CASES = [
     pytest.param(name, way, channels_last, marks=[pytest.mark.slow] * (name == "resnet18"))
     for name in NETWORKS

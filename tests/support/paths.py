@@ -1,4 +1,4 @@
-"""Where things are."""
+"""The path of the repository."""
 
 from __future__ import annotations
 

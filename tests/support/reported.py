@@ -1,4 +1,4 @@
-"""Folders to report on: the files of runs, analyses and comparisons, with made-up numbers of the right shape."""
+"""Writes folders for the tests of reports: the files of runs, analyses and comparisons, with invented numbers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LAYERS = {"convs.0.weight": (8, 1, 3, 3), "convs.1.weight": (8, 8, 3, 3), "convs
 
 def write_run(path: Path, cycles: int = 6, done: int = 7, *, test: bool = True, val: bool = True, dropped: bool = False,
               flops: float = 1.8e6, name: str = "SmallCNN", **settings: Any) -> Path:  # fmt: skip
-    """Write the folder of a run with `done` finished trainings."""
+    """Write the folder of a run of which `done` of the cycles 0 … `cycles` are finished."""
     config = SwampConfig(**{"particles": 3, "cycles": cycles, "epochs": 4, "ticket_epochs": 1, "seed": 7} | settings)
     config = config.replace(run_dir=str(path))
     engines = {"ticket": "eager", "0": "eager", **{str(cycle): "fused" for cycle in range(1, done)}}
@@ -70,7 +70,7 @@ def write_run(path: Path, cycles: int = 6, done: int = 7, *, test: bool = True, 
 
 
 def write_analysis(path: Path, done: int = 7) -> None:
-    """Write analysis.json into such a folder."""
+    """Write analysis.json into the folder of a run with `done` finished cycles."""
     t = [step / 10 for step in range(11)]
     curve = [0.05 + 0.3 * x * (1 - x) for x in t]
     both = {"max": 0.004, "mean": 0.006}
@@ -133,7 +133,7 @@ METHODS = (
 
 
 def write_comparison(path: Path, methods: tuple[str, ...] = METHODS, seeds: int = 5, cycles: int = 6) -> Path:
-    """Write the folder of a comparison."""
+    """Write the folder of a comparison of methods."""
     path.mkdir(parents=True, exist_ok=True)
     rows, summary, paired = [], [], []
     for place, method in enumerate(methods):

@@ -1,4 +1,4 @@
-"""Hooks that count skipped tests by reason, and fail a test run that skips more than is allowed."""
+"""Pytest hooks that count skipped tests by reason, and fail a test run that skips more of them than allowed."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import torch
 
 HAS_GPU = torch.cuda.is_available()
 GPU = "needs a CUDA device"
-HAS_A_GPU = "there is a GPU"  # so what stands in for one is not tested
+HAS_A_GPU = "there is a GPU"  # so replacements for a GPU, such as Triton's interpreter, are not tested
 SLOW = "slow tier: run with --slow"
 UNLIMITED = (GPU, HAS_A_GPU, SLOW)
-# The beginning of any other reason -> how many tests may be skipped for it.
+# The beginning of a reason -> how many tests may be skipped for it. For other reasons, no test may be skipped.
 MAX_SKIPS = {
-    "this processor has no avx": 500,  # tests of ops, about 200 for each of two instruction sets
+    "this processor has no avx": 500,  # the tests of ops: about 200 for each of two instruction sets
     "needs chromium": 5,
     "minutes without vector instructions": 1,
 }
@@ -27,7 +27,7 @@ def by_reason(reports: list[pytest.CollectReport | pytest.TestReport]) -> Counte
 
 
 def too_many(reasons: Counter[str]) -> list[str]:
-    """Return one line for each kind of reason for which too many tests were skipped."""
+    """Return an error message for each reason for which too many tests were skipped."""
     of_kind: Counter[str] = Counter()
     for reason, count in reasons.items():
         of_kind[next((kind for kind in (*UNLIMITED, *MAX_SKIPS) if reason.startswith(kind)), reason)] += count
@@ -44,7 +44,10 @@ def _skipped(config: pytest.Config) -> Counter[str]:
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    """Fail the session. Under xdist the controller has all reports, and a worker's status is ignored."""
+    """Fail the session if too many tests were skipped.
+
+    Under xdist, the controller counts the skips of all workers, and the workers' exit statuses are ignored.
+    """
     if exitstatus == pytest.ExitCode.OK and too_many(_skipped(session.config)):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 

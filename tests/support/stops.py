@@ -1,4 +1,4 @@
-"""Short runs that are interrupted in the middle: their settings, and actions before their steps."""
+"""Settings of short runs, and means to act before their steps, for example to interrupt them."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from pathlib import Path
 
 from swamp_fast.engines.trainer import Trainer
 
-ALWAYS = 1e-9  # minutes: a checkpoint after every step
+ALWAYS = 1e-9  # minutes between checkpoints, so short that there is one after every step
 RUN = {"batch_size": 64, "cycles": 1, "epochs": 3, "ticket_epochs": 1, "particles": 2, "prune": 0.5, "progress": False}
-STEPS = 3  # per epoch of 160 samples
+STEPS = 3  # steps per epoch of 160 samples
 WAYS = {  # execution mode -> the setting `engine`
     "lanes": "eager:lanes",
     "fold": "eager:fold",
@@ -20,12 +20,15 @@ WAYS = {  # execution mode -> the setting `engine`
 
 
 class Interrupted(BaseException):
-    """Stands for the sudden end of a process."""
+    """Raised in place of the sudden end of a process."""
 
 
 @contextmanager
 def before_steps(action=lambda trainer, step: None):
-    """Call action(trainer, number) before each training step; yields a list that holds the number of steps so far."""
+    """A context that calls action(trainer, number) before each training step, where number counts the steps from 0.
+
+    Yields a list that holds the number of steps so far.
+    """
     step, count = Trainer.step, [0]
 
     def counted(trainer, handle):
@@ -41,7 +44,7 @@ def before_steps(action=lambda trainer, step: None):
 
 
 def stop_at(number: int):
-    """Return an action that interrupts the run before a step."""
+    """Return an action that interrupts the run before the step with this number."""
 
     def stop(trainer, step):
         if step == number:
@@ -51,5 +54,5 @@ def stop_at(number: int):
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    """Return the content of each file in a folder, by name."""
+    """Return the content of all files in a folder by file name."""
     return {path.name: path.read_bytes() for path in folder.iterdir()}
