@@ -136,9 +136,8 @@ def test_refuses_data(digits):
         settings = {name: value for name, value in change.items() if name not in ("test", "val")}
         with pytest.raises(kind, match=text):
             prepare(model, train, change.get("test"), Arguments(val=change.get("val")), settings=SETTINGS | settings)
-    prepare(
-        networks.build("tied"), few(33, digits), settings=SETTINGS
-    )  # without BatchNorm, a batch of one sample is allowed
+    # Without BatchNorm, a batch of one sample is allowed.
+    prepare(networks.build("tied"), few(33, digits), settings=SETTINGS)
 
 
 def test_refuses_settings_and_callables(digits):
