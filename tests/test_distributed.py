@@ -39,7 +39,7 @@ RUNS = {
 
 
 def ended(processes, seconds: float = 60) -> list[int]:
-    """Wait for processes and return their exit codes. A process that doesn't end in time is killed; its code is None."""
+    """Wait for processes and return their exit codes. Kill those that don't end in time; their code is None."""
     until = time.monotonic() + seconds
     codes = []
     for process in processes:

@@ -285,7 +285,7 @@ class RunDirectory:
         return tensors, metadata
 
     def cycles_done(self) -> int:
-        """Return the number of completed cycles, which is that of the first cycle without a file."""
+        """Return the number of completed cycles: those from 0 up to the first one whose file is missing."""
         done = 0
         while self.cycle_path(done).exists():
             done += 1
