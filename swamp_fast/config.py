@@ -39,7 +39,7 @@ RUN_ID_EXCLUDES = (
     *("checkpoint_minutes", "on_divergence"),
 )
 MAX_PARTICLES = 1 << 16  # the address of a random draw has 16 bits for the particle's number
-MAX_CYCLES = (1 << 16) - 2  # it also has 16 bits for the cycle + 1, with 0 for the ticket
+MAX_CYCLES = (1 << 16) - 2  # the address of a random draw has 16 bits for the cycle + 1; 0 is the ticket
 
 
 @dataclass(frozen=True, kw_only=True)

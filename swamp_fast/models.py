@@ -17,7 +17,7 @@ VGG_WIDTHS: dict[str, list[int | str]] = {  # channels of each convolution; "M" 
 
 
 class ResNetBlock(nn.Module):
-    """Two 3x3 convolutions around a shortcut, a 1x1 convolution where the shape changes."""
+    """Two 3x3 convolutions with a shortcut around them, which is a 1x1 convolution if the shape changes."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
@@ -30,13 +30,13 @@ class ResNetBlock(nn.Module):
             self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, inputs, H, W] -> [B, outputs, H / stride, W / stride]."""
+        """Map [B, inputs, H, W] to [B, outputs, H / stride, W / stride]."""
         y = F.relu(self.norm1(self.conv1(x)))
         return F.relu(self.norm2(self.conv2(y)) + self.shortcut(x))
 
 
 class ResNet(nn.Module):
-    """The CIFAR ResNet of depth 6 blocks + 2: He et al. 2016, arXiv 1512.03385, section 4.2."""
+    """The CIFAR ResNet with 6 * blocks + 2 layers: He et al. 2016, arXiv 1512.03385, section 4.2."""
 
     def __init__(self, blocks: int, channels: int, classes: int) -> None:
         super().__init__()
@@ -52,13 +52,13 @@ class ResNet(nn.Module):
         self.head = nn.Linear(width, classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, channels, H, W] -> logits [B, classes]."""
+        """Map [B, channels, H, W] to logits [B, classes]."""
         x = self.blocks(F.relu(self.norm(self.conv(x))))
         return self.head(x.mean((2, 3)))
 
 
 class WideBlock(nn.Module):
-    """Norm and ReLU before each convolution."""
+    """Two 3x3 convolutions with a shortcut around them; BatchNorm and ReLU come before each convolution."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ class WideBlock(nn.Module):
         self.shortcut = nn.Conv2d(inputs, outputs, 1, stride, bias=False) if inputs != outputs else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, inputs, H, W] -> [B, outputs, H / stride, W / stride]."""
+        """Map [B, inputs, H, W] to [B, outputs, H / stride, W / stride]."""
         y = F.relu(self.norm1(x))
         shortcut = x if self.shortcut is None else self.shortcut(y)
         return self.conv2(F.relu(self.norm2(self.conv1(y)))) + shortcut
@@ -93,13 +93,13 @@ class WideResNet(nn.Module):
         self.head = nn.Linear(inputs, classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, channels, H, W] -> logits [B, classes]."""
+        """Map [B, channels, H, W] to logits [B, classes]."""
         x = F.relu(self.norm(self.blocks(self.conv(x))))
         return self.head(x.mean((2, 3)))
 
 
 class VGG(nn.Module):
-    """VGG with BatchNorm and one linear layer: Simonyan and Zisserman 2015, arXiv 1409.1556, as used on CIFAR."""
+    """VGG as used on CIFAR, with BatchNorm and one linear layer: Simonyan and Zisserman 2015, arXiv 1409.1556."""
 
     def __init__(self, widths: list[int | str], channels: int, classes: int) -> None:
         super().__init__()
@@ -118,7 +118,7 @@ class VGG(nn.Module):
         self.head = nn.Linear(channels, classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, channels, H, W] -> logits [B, classes]."""
+        """Map [B, channels, H, W] to logits [B, classes]."""
         return self.head(self.features(x).mean((2, 3)))
 
 
@@ -133,7 +133,7 @@ class SmallCNN(nn.Module):
         self.head = nn.Linear(widths[-1], classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, channels, H, W] -> logits [B, classes]."""
+        """Map [B, channels, H, W] to logits [B, classes]."""
         for conv, norm, pool in zip(self.convs, self.norms, (1, 2, 2), strict=True):
             x = F.relu(norm(conv(x)))
             x = F.max_pool2d(x, pool) if pool > 1 else x
@@ -141,7 +141,7 @@ class SmallCNN(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two hidden layers."""
+    """A multilayer perceptron with two hidden layers."""
 
     def __init__(self, inputs: int, classes: int, width: int = 1024) -> None:
         super().__init__()
@@ -149,7 +149,7 @@ class MLP(nn.Module):
         self.head = nn.Linear(width, classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, ...] -> logits [B, classes]."""
+        """Map [B, ...] to logits [B, classes]."""
         x = x.flatten(1)
         for layer in self.hidden:
             x = F.relu(layer(x))

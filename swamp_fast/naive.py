@@ -77,10 +77,8 @@ def naive_swamp(
             particles, training = train_particles(problem, run, start, masks, cycle)
             score = score_of(problem, list(particles.values()), cycle)
             average = mean_of(list(particles.values()))
-            models = {
-                **particles,
-                config.particles_at(cycle): average,
-            }  # the average has the number after the last particle's
+            # The average gets the number after the last particle's.
+            models = {**particles, config.particles_at(cycle): average}
             for number, each in models.items():
                 reestimate_batchnorm(problem, each, problem.keys_of(cycle, number))
             scored, best = scores(problem, models, cycle)

@@ -40,7 +40,7 @@ RUNS = {
 
 
 def ended(processes, seconds: float = 60) -> list[int]:
-    """Wait for processes and return their exit codes. Those that don't end in time are killed; their code is None."""
+    """Wait for processes and return their exit codes. Kill those that don't end in time; their code is None."""
     until = time.monotonic() + seconds
     codes = []
     for process in processes:

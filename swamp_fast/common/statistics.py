@@ -10,7 +10,7 @@ from collections.abc import Sequence
 def mean_and_spread(values: Sequence[float]) -> tuple[float, float | None]:
     """Return the mean and the standard deviation of at least one value.
 
-    The standard deviation is None for a single value. Both are NaN if a value isn't finite.
+    The standard deviation of a single value is None. If a value isn't finite, the results are NaN instead of numbers.
     """
     if not all(map(math.isfinite, values)):
         return math.nan, None if len(values) == 1 else math.nan

@@ -109,7 +109,8 @@ def reestimate(
         for number, (inputs, _, count) in enumerate(pass_in_stored_order(data, batch_size, channels_last)):
             seen += count
             for norm in norms:
-                norm.momentum = count / seen  # the fused engine reads it without calling the module
+                # For the fused engine, which uses a norm's momentum without calling the module, so without the hook.
+                norm.momentum = count / seen
             run(inputs, evaluation_time(0, number))
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum

@@ -78,7 +78,7 @@ def particles_score(score: str, particles: Sequence[Tensor]) -> Tensor:
     else:
         middle = mean(torch.positive)
         spread = mean(lambda particle: (particle - middle).square()).sqrt()
-        # The mean of equal numbers may differ from them in the last bit, so a `spread` of 0 doesn't detect them all.
+        # If all particles agree on a weight, rounding of the mean may still give a small spread, so it is set to 0.
         agree = mean(lambda particle: (particle != particles[0]).double()) == 0
         found = (middle.abs() / spread.masked_fill(agree, 0.0)).nan_to_num(nan=0.0, posinf=torch.inf)
     return found.to(particles[0].dtype)

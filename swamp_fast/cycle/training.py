@@ -198,7 +198,7 @@ class Watch:
         self.state_before = None if checkpoint is None else part_of(checkpoint.tensors, own, self.count)
         self.dropped = {} if checkpoint is None else dict(checkpoint.dropped)
         self.stopwatch = Stopwatch(self.run.seconds_before(self.cycle))
-        self.steps = len(self.run.problem.bounds)  # per epoch
+        self.steps = len(self.run.problem.bounds)  # steps per epoch
 
     @property
     def seconds(self) -> float:

@@ -288,7 +288,7 @@ def _from_dataset(dataset: Dataset[Any], argument: str) -> Source:
         raise TypeError(
             f"`{argument}`: an IterableDataset can't be shuffled; pass a Dataset with __len__ and __getitem__."
         )
-    as_stored = type(dataset).__getitem__ is TensorDataset.__getitem__  # a subclass may change the samples
+    as_stored = type(dataset).__getitem__ is TensorDataset.__getitem__  # not if a subclass changes the samples
     if isinstance(dataset, TensorDataset) and as_stored and len(dataset.tensors) == 2:
         return replace(_from_pair(*dataset.tensors, argument), name=type(dataset).__name__)
     return Samples(type(dataset).__name__, dataset)

@@ -28,7 +28,7 @@ from swamp_fast.data.standardise import Standardise
 from swamp_fast.data.workers import in_worker, signals_held
 from swamp_fast.particles.random import SAMPLE_SEED, seeds_for
 
-CROP_PAD = 4  # pixels
+CROP_PAD = 4  # pixels of padding on each side
 MEASURED_PICTURES = 10_000  # about this many pictures of a streamed split give its mean and standard deviation
 
 
@@ -279,7 +279,7 @@ def build(
 
 
 def batch_bounds(samples: int, batch_size: int, drop_last: bool = False) -> list[tuple[int, int]]:
-    """Return the slice [begin, end) of an epoch's sample order that each of its batches takes."""
+    """Return, for each batch of an epoch, the slice [begin, end) of the sample order that the batch takes."""
     end = samples // batch_size * batch_size if drop_last else samples
     return [(begin, min(begin + batch_size, end)) for begin in range(0, end, batch_size)]
 

@@ -69,11 +69,11 @@ class DropoutStream(TorchFunctionMode):
         return (words >= round(p * 2**32) - 2**31).view(shape).to(input.device)
 
     def dropout(self, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
-        """Replace F.dropout."""
+        """Do what F.dropout does, with draws from the lanes' streams."""
         return self._drop(input, tuple(input.shape), p, training, inplace)
 
     def feature_dropout(self, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
-        """Replace F.dropout1d, 2d and 3d, which drop whole channels."""
+        """Do what F.dropout1d, 2d and 3d do, with draws from the lanes' streams: drop whole channels."""
         channels = (*input.shape[:2], *(1 for _ in input.shape[2:]))
         return self._drop(input, channels, p, training, inplace)
 
@@ -88,9 +88,9 @@ class DropoutStream(TorchFunctionMode):
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
-        """Replace F.scaled_dot_product_attention.
+        """Do what F.scaled_dot_product_attention does, with draws from the lanes' streams.
 
-        With dropout, it is computed by plain operations, because no fused kernel can use these random draws.
+        With dropout, plain operations compute it, because no fused kernel can use these random draws.
         """
         if dropout_p == 0:
             return _ATTENTION(
@@ -114,7 +114,7 @@ class DropoutStream(TorchFunctionMode):
         return self.dropout(scores.softmax(-1), dropout_p) @ value
 
     def multi_head_attention_forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Replace F.multi_head_attention_forward.
+        """Do what F.multi_head_attention_forward does, with draws from the lanes' streams.
 
         A mode doesn't see the calls that this function makes, so dropout and attention are patched while it runs.
         """

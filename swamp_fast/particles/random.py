@@ -17,7 +17,7 @@ from torch import Tensor
 
 from swamp_fast import ops
 
-# Purposes. This word of the address separates the different kinds of draws.
+# The purposes of draws. The purpose is the word of a draw's address that separates different kinds of draws.
 ORDER = 0
 CROP_FLIP = 1  # the same number is in csrc/cpu/kernels.cpp and kernels/gather_augment.py
 DROPOUT = 2  # the low byte of the purpose; the bytes above it hold the number of the dropout call in the forward pass

@@ -59,7 +59,7 @@ class Problem:
 
     @cached_property
     def bounds(self) -> list[tuple[int, int]]:
-        """The slice [begin, end) of an epoch's sample order that each of its batches takes."""
+        """For each batch of an epoch, the slice [begin, end) of the sample order that the batch takes."""
         return batch_bounds(self.train.length, self.config.batch_size, self.drop_last)
 
     def autocast(self) -> torch.autocast:

@@ -61,8 +61,9 @@ def _default_candidates(model: nn.Module) -> set[int]:
 def _output_weights(outputs: Any, candidates: set[int]) -> set[int]:
     """Return the ids of the output layers' weights.
 
-    They are the first candidates on each path that leads back from the outputs in the autograd graph. But a layer whose
-    result feeds another such layer is hidden, even if its result is also an output or is added to one.
+    They are the first candidate weights that are met when the autograd graph is followed back from the outputs. A
+    layer that also feeds another of these layers is left out: it is a hidden layer whose features are also returned or
+    added to an output.
     """
     start = [output.grad_fn for output in tensors(outputs) if output.grad_fn is not None]
     first, inputs = _first_weights(start, candidates)

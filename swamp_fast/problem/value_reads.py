@@ -18,12 +18,8 @@ READING_OPERATIONS = (
     *("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero"),
     *("unique", "_unique2", "_to_sparse"),
 )
-READING_METHODS = {
-    Tensor.numpy,
-    Tensor.__array__,
-    Tensor.tolist,
-    Tensor.data_ptr,
-}  # the dispatcher doesn't see these methods
+# Methods that read values without an operation that the dispatcher sees.
+READING_METHODS = {Tensor.numpy, Tensor.__array__, Tensor.tolist, Tensor.data_ptr}
 
 
 class ValueReads(TorchFunctionMode):

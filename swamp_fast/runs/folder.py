@@ -41,7 +41,7 @@ from swamp_fast.config import RUN_ID_EXCLUDES
 from swamp_fast.runs import lock
 
 FORMAT = "swamp_fast 2"
-REQUIRED_KEYS = ("driver", "config", "fingerprints", "engine", "standardise", "place")  # of run.json
+REQUIRED_KEYS = ("driver", "config", "fingerprints", "engine", "standardise", "place")  # keys that run.json must have
 TABLE_KEYS = ("config", "fingerprints", "engine", "place")  # the required keys whose values must be dicts
 # The files that a run which was killed right at its start may leave behind.
 STALE_FILES = ("config.toml", "config.toml.part", "run.json.part", lock.NAME)
@@ -285,7 +285,7 @@ class RunDirectory:
         return tensors, metadata
 
     def cycles_done(self) -> int:
-        """Return the number of completed cycles, which is that of the first cycle without a file."""
+        """Return the number of completed cycles: those from 0 up to the first one whose file is missing."""
         done = 0
         while self.cycle_path(done).exists():
             done += 1

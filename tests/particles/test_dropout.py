@@ -41,7 +41,7 @@ def test_the_distribution_is_torchs(form):
     assert not torch.equal(ours, theirs)
     assert ours.mean() == pytest.approx(float(theirs.mean()), abs=0.01)
     assert ours.std() == pytest.approx(float(theirs.std()), rel=0.01)
-    # Both dropouts give zero and nonzero elements, or both give only one of the two.
+    # Zeros must occur in both results or in neither, and so must nonzero elements.
     assert set(torch.where(inputs[0] == 0, 0, ours[0]).eq(0).unique().tolist()) == set(
         theirs[0].eq(0).unique().tolist()
     )

@@ -68,7 +68,7 @@ MODELS = [
     (lambda: nn.Linear(3, 3, dtype=torch.complex64), ValueError, "is complex; parameters must be real"),
     (lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), ValueError, "the model has nothing to prune"),
     (frozen, ValueError, "the model has nothing to prune"),
-    (Graph, ValueError, r"`model` can't be copied .* a particle is a deep copy"),
+    (Graph, ValueError, r"`model` can't be copied .* each particle is a deep copy"),
     (
         lambda: nn.Sequential(nn.Flatten(), nn.Linear(65, 10)),
         ValueError,
@@ -136,9 +136,8 @@ def test_refuses_data(digits):
         settings = {name: value for name, value in change.items() if name not in ("test", "val")}
         with pytest.raises(kind, match=text):
             prepare(model, train, change.get("test"), Arguments(val=change.get("val")), settings=SETTINGS | settings)
-    prepare(
-        networks.build("tied"), few(33, digits), settings=SETTINGS
-    )  # without BatchNorm, a batch of one sample is allowed
+    # Without BatchNorm, a batch of one sample is allowed.
+    prepare(networks.build("tied"), few(33, digits), settings=SETTINGS)
 
 
 def test_refuses_settings_and_callables(digits):

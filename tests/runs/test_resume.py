@@ -131,7 +131,7 @@ def test_save_and_load(digits, tmp_path):
     with pytest.raises(ValueError, match=r"doesn't fit this run: the model lacks \['conv.weight'"):
         SwampResult.load(tmp_path / "a", networks.build("tied"))
     with pytest.raises(
-        ValueError, match=r"stem.weight has shape \[4, 1, 3, 3\], in the run it has shape \[8, 1, 3, 3\]"
+        ValueError, match=r"stem.weight has shape \[4, 1, 3, 3\], but in the run it has shape \[8, 1, 3, 3\]"
     ):
         SwampResult.load(tmp_path / "a", networks.ResidualCNN(channels=4))
     with pytest.raises(FileNotFoundError, match="holds no run of swamp_fast"):
@@ -293,9 +293,8 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
 def test_snapshots_pack_and_unpack():
     mask = torch.rand(5, 7) < 0.4
     state = {"w": torch.randn(5, 7) * mask, "b": torch.randn(3), "n": torch.tensor(4), "e": torch.zeros(0)}
-    state["w"][mask] = torch.where(
-        torch.rand(int(mask.sum())) < 0.2, 0.0, state["w"][mask]
-    )  # a kept weight may happen to be 0
+    # Set some of the kept weights to 0, which can happen in a run.
+    state["w"][mask] = torch.where(torch.rand(int(mask.sum())) < 0.2, 0.0, state["w"][mask])
     tensors, metadata = Snapshot(state, {"w": mask}, {"cycle": 1}).packed()
     assert tensors["values/w"].numel() == int(mask.sum())
     back = Snapshot.unpacked(tensors, metadata)

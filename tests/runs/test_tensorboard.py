@@ -123,9 +123,8 @@ def test_it_needs_a_folder(digits):
         fast_swamp(networks.build("tied"), *digits, **SETTINGS)
 
 
-@pytest.mark.parametrize(
-    "moment", [7, 20, 22]
-)  # an epoch has 5 steps: inside the ticket, between two epochs, inside an epoch
+# With 5 steps per epoch, these moments are in the ticket's training, between two epochs, and inside an epoch.
+@pytest.mark.parametrize("moment", [7, 20, 22])
 def test_a_run_resumed_inside_a_training_shows_nothing_twice(moment, digits, tmp_path, events):
     settings = SETTINGS | {"checkpoint_minutes": 1e-9}
     fast_swamp(networks.build("tied"), *digits, run_dir=tmp_path / "whole", **settings)

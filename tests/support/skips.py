@@ -10,7 +10,7 @@ import torch
 
 HAS_GPU = torch.cuda.is_available()
 GPU = "needs a CUDA device"
-HAS_A_GPU = "there is a GPU"  # so replacements for a GPU, such as Triton's interpreter, are not tested
+HAS_A_GPU = "there is a GPU"  # the reason for not testing replacements for a GPU, such as Triton's interpreter
 SLOW = "slow tier: run with --slow"
 UNLIMITED = (GPU, HAS_A_GPU, SLOW)
 # The beginning of a reason -> how many tests may be skipped for it. For other reasons, no test may be skipped.
