@@ -59,7 +59,8 @@ from swamp_fast.methods import METHODS
 from swamp_fast.models import build_model
 from swamp_fast.problem.arguments import Arguments
 from swamp_fast.problem.prepare import prepare
-from swamp_fast.runs.folder import RunDirectory, read_snapshot, write
+from swamp_fast.runs.files import write
+from swamp_fast.runs.folder import RunDirectory, read_snapshot
 
 ANALYSED_SEEDS = 3  # number of seeds of each study that are analysed
 VAL = 0.1  # fraction of the training data to hold out

@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from swamp_fast.runs.folder import RunDirectory, Snapshot, checksum, load_tensors, save_tensors
+from swamp_fast.runs.files import checksum, load_tensors, save_tensors
+from swamp_fast.runs.folder import RunDirectory, Snapshot
 
 MAX_BYTES = 2_900_000  # largest total size of the files in an export; the list of names adds less than 100 kB
 

@@ -19,6 +19,7 @@ from swamp_fast.config import SwampConfig
 from swamp_fast.driver import fast_swamp
 from swamp_fast.naive import naive_swamp
 from swamp_fast.ops.backends import backends
+from swamp_fast.problem.arguments import StopRun
 from swamp_fast.report import write_report
 from swamp_fast.runs.result import SwampResult
 from swamp_fast.studies.compare import compare
@@ -29,6 +30,7 @@ from swamp_fast.version import __version__
 
 __all__ = [
     "Comparison",
+    "StopRun",
     "SwampConfig",
     "SwampResult",
     "SweepResult",

@@ -16,6 +16,7 @@ from typing import Any
 CHOICES = {
     "augment": ("auto", "none", "crop_flip"),
     "rewind": ("ticket", "average"),
+    "average": ("swa", "none"),
     "schedule": ("auto", "swa", "cosine"),
     "mask_score": ("abs-mean", "mean-abs", "rms", "signal-to-noise", "random"),
     "mask_from": ("last", "dense"),
@@ -38,6 +39,9 @@ RUN_ID_EXCLUDES = (
     *("device", "run_dir", "resume", "progress", "tensorboard", "data_dir"),
     *("checkpoint_minutes", "on_divergence"),
 )
+# Settings that decide how many cycles a run has. Runs that differ only in these have equal first cycles.
+LENGTH_SETTINGS = ("cycles", "target_density", "layer_kept")
+LR = {"sgd": 0.1, "adamw": 1e-3}  # optimizer -> the learning rate where `lr` is None
 MAX_PARTICLES = 1 << 16  # the address of a random draw has 16 bits for the particle's number
 MAX_CYCLES = (1 << 16) - 2  # the address of a random draw has 16 bits for the cycle + 1; 0 is the ticket
 
@@ -53,7 +57,8 @@ class SwampConfig:
             ints, one per training (SWAMP+). *Ours*: 4.
         cycles: C, the number of prunings. There are C + 1 trainings; the first one is dense. With 0, only the dense
             training runs.
-        target_density: an alternative to `cycles`: prune until kept / prunable is at most this density.
+        target_density: an alternative to `cycles`: prune until kept / prunable is this density. The last cycle removes
+            only as many weights as that takes.
         prune: the fraction of the remaining weights that each cycle removes.
         epochs: the number of epochs of each cycle's training.
         ticket_epochs: T0, the number of epochs for which the ticket is trained before the first cycle, dense and at the
@@ -61,17 +66,18 @@ class SwampConfig:
             way. *Ours*: 10.
         batch_size: the number of samples per particle and step. If `train` is a DataLoader, its batch size is used
             instead. *Ours*: 128.
-        lr: the learning rate at the start of each training.
-        swa: whether each particle is the average of its weights over the last part of the training (SWA) or its last
-            iterate.
+        lr: the learning rate at the start of each training. None is 0.1 for SGD and 1e-3 for AdamW.
+        average: what each particle of a cycle becomes: "swa" is the average of its weights over the SWA window, "none"
+            is its last iterate.
         schedule: how the learning rate falls during a cycle. "swa" is a cosine from `lr` to `swa_lr`, which is reached
             at the start of the SWA window and then kept. "cosine" is a cosine from `lr` to 0 at the end. "auto" is
-            "swa" if `swa` is set, else "cosine". The combination schedule="swa", swa=False separates the gain of
-            averaging from the gain of SWA's schedule. *Ours*.
-        swa_lr: the constant rate in the SWA window; at most `lr`. The cosine from `lr` down to `swa_lr` is *ours*.
+            "swa" with average="swa", else "cosine". The combination schedule="swa", average="none" separates the gain
+            of averaging from the gain of SWA's schedule. *Ours*.
+        swa_lr: the constant rate in the SWA window; at most `lr`. None is half of `lr`, as in the paper. The cosine
+            from `lr` down to `swa_lr` is *ours*.
         swa_start: the SWA window begins at epoch floor(swa_start * epochs). One SWA sample is taken at the end of each
             epoch in the window.
-        optimizer: "sgd" or "adamw". AdamW needs learning rates about a hundred times smaller: lr=1e-3, swa_lr=5e-4.
+        optimizer: "sgd" or "adamw". AdamW needs learning rates about a hundred times smaller; see `lr`.
         momentum: SGD's momentum; 0 is plain SGD.
         nesterov: whether SGD uses Nesterov momentum.
         beta1: the decay of AdamW's running mean of the gradient.
@@ -128,10 +134,10 @@ class SwampConfig:
     epochs: int = 150
     ticket_epochs: int = 10
     batch_size: int = 128
-    lr: float = 0.1
-    swa: bool = True
+    lr: float | None = None
+    average: str = "swa"
     schedule: str = "auto"
-    swa_lr: float = 0.05
+    swa_lr: float | None = None
     swa_start: float = 0.75
     optimizer: str = "sgd"
     momentum: float = 0.9
@@ -193,13 +199,14 @@ class SwampConfig:
         _in_range("epochs", self.epochs, 1, 1 << 31)
         _in_range("ticket_epochs", self.ticket_epochs, 0, 1 << 31)
         _in_range("batch_size", self.batch_size, 1, 1 << 31)
-        for name in ("lr", "swa_lr", "weight_decay", "checkpoint_minutes"):
-            _in_range(name, getattr(self, name), 0.0, math.inf)
+        rates = {"lr": self.initial_lr, "swa_lr": self.window_lr, "weight_decay": self.weight_decay}
+        for name, value in {**rates, "checkpoint_minutes": self.checkpoint_minutes}.items():
+            _in_range(name, value, 0.0, math.inf)
         if not 0 <= self.swa_start < 1:
             raise ValueError(f"`swa_start` must lie in [0, 1), got {self.swa_start}; 0.75 averages the last quarter.")
-        if self.ends_at_swa_lr and self.swa_lr > self.lr:
+        if self.ends_at_swa_lr and self.window_lr > self.initial_lr:
             raise ValueError(
-                f"`swa_lr` must be at most `lr`, got swa_lr = {self.swa_lr} and lr = {self.lr}: "
+                f"`swa_lr` must be at most `lr`, got swa_lr = {self.window_lr} and lr = {self.initial_lr}: "
                 "the rate falls from lr to swa_lr. Set both."
             )
         if not -(1 << 63) <= self.seed < 1 << 63:
@@ -296,13 +303,23 @@ class SwampConfig:
 
     def scored_at(self, cycle: int) -> bool:
         """Whether a later mask needs a score of this cycle's particles that their average alone doesn't determine."""
-        makes_masks = cycle < self.cycles and (self.mask_from == "last" or cycle == 0)
+        makes_masks = self.mask_from == "last" or cycle == 0
         return makes_masks and self.mask_score not in ("abs-mean", "random")
+
+    @property
+    def initial_lr(self) -> float:
+        """The learning rate at the start of each training: `lr`, or the optimizer's if that is None."""
+        return LR[self.optimizer] if self.lr is None else self.lr
+
+    @property
+    def window_lr(self) -> float:
+        """The learning rate in the SWA window: `swa_lr`, or half of `initial_lr` if that is None."""
+        return self.initial_lr / 2 if self.swa_lr is None else self.swa_lr
 
     @property
     def ends_at_swa_lr(self) -> bool:
         """Whether the learning rate falls to `swa_lr` during a cycle rather than to 0."""
-        return self.schedule == "swa" or (self.schedule == "auto" and self.swa)
+        return self.schedule == "swa" or (self.schedule == "auto" and self.average == "swa")
 
     def to_dict(self) -> dict[str, Any]:
         """Return all settings by name as plain values; tuples become lists."""
@@ -310,7 +327,8 @@ class SwampConfig:
 
     def identity(self) -> dict[str, Any]:
         """The settings that decide what a run computes."""
-        return {name: value for name, value in self.to_dict().items() if name not in RUN_ID_EXCLUDES}
+        settings = {**self.to_dict(), "lr": self.initial_lr, "swa_lr": self.window_lr}
+        return {name: value for name, value in settings.items() if name not in RUN_ID_EXCLUDES}
 
     def to_toml(self) -> str:
         """Return the settings as TOML text, without those that are None."""
@@ -375,7 +393,7 @@ def _typed(name: str, value: Any, annotation: str) -> Any:
         "list": False,
     }[kind]
     if not fits:
-        expected = annotation.replace("tuple[tuple[int, ...], ...]", "a list of lists of ints")
+        expected = annotation.removesuffix(" | None").replace("tuple[tuple[int, ...], ...]", "a list of lists of ints")
         raise TypeError(f"`{name}` must be {expected.replace('tuple[int, ...]', 'a list of ints')}, got {value!r}.")
     # This turns NumPy's numbers into Python's.
     return {"bool": bool, "int": int, "float": float, "str": str}[kind](value)

@@ -64,7 +64,7 @@ def fast_swamp(
             convolution and linear weights are pruned, including attention projections, but not the output layer's.
         initial_masks: parameter name -> bool tensor that is True for the weights that the first cycle keeps. The
             ticket is trained dense nevertheless.
-        on_cycle: called with each cycle's row of the history.
+        on_cycle: called with a copy of each cycle's row of the history. It may raise StopRun to end the run.
         config: the settings; a field of SwampConfig that is passed as a keyword takes precedence.
 
     Returns the result of all cycles.
@@ -103,7 +103,7 @@ def swamp(problem: Problem, engine: Engine, run: Run) -> Trainings[SwampResult]:
             mask = next_mask(problem, run, mask, cycle)
         start = ticket if config.rewind == "ticket" or cycle == 0 else average
         outcome = yield from train(run, cycle_request(problem, run, cycle, start, mask))
-        particles = outcome.particles(averaged=config.swa)
+        particles = outcome.particles(averaged=config.average == "swa")
         combined = combine(problem, run, outcome.side_by_side, particles, cycle)
         average, score = combined.average, mask_score(problem, run, particles, cycle)
 

@@ -192,7 +192,7 @@ def train_particle(problem: Problem, run: Run, model: nn.Module, masks: State, c
         finite = all(bool(torch.isfinite(parameter).all()) for parameter in parameters.values())
         if not math.isfinite(mean_loss) or not finite:
             raise Diverged(where, epoch + 1)
-        if config.swa and cycle is not None and epoch >= swa_start:
+        if config.average == "swa" and cycle is not None and epoch >= swa_start:
             for name, parameter in parameters.items():
                 mean = swa.setdefault(name, torch.zeros_like(parameter))
                 mean += (parameter.detach() - mean) / (epoch - swa_start + 1)
@@ -240,14 +240,14 @@ def optimizer_of(config: SwampConfig, parameters: Iterable[nn.Parameter]) -> tor
     if config.optimizer == "adamw":
         return torch.optim.AdamW(
             parameters,
-            lr=config.lr,
+            lr=config.initial_lr,
             betas=(config.beta1, config.beta2),
             eps=config.adam_eps,
             weight_decay=config.weight_decay,
         )
     return torch.optim.SGD(
         parameters,
-        lr=config.lr,
+        lr=config.initial_lr,
         momentum=config.momentum,
         weight_decay=config.weight_decay,
         nesterov=config.nesterov,
@@ -260,10 +260,10 @@ def learning_rate(config: SwampConfig, step: int, steps_per_epoch: int, swa_star
     With SWA's schedule, it is a cosine from `lr` to `swa_lr` at the start of the SWA window, and constant from there.
     Otherwise it is a cosine from `lr` to 0 at the end of the training.
     """
-    with_swa = config.schedule == "swa" or (config.schedule == "auto" and config.swa)
-    end, epochs = (config.swa_lr, swa_start) if with_swa else (0.0, config.epochs)
+    with_swa = config.schedule == "swa" or (config.schedule == "auto" and config.average == "swa")
+    end, epochs = (config.window_lr, swa_start) if with_swa else (0.0, config.epochs)
     progress = min(step / (epochs * steps_per_epoch), 1.0) if epochs else 1.0
-    return end + 0.5 * (config.lr - end) * (1 + math.cos(math.pi * progress))
+    return end + 0.5 * (config.initial_lr - end) * (1 + math.cos(math.pi * progress))
 
 
 def mean_of(particles: list[nn.Module]) -> nn.Module:
@@ -314,6 +314,9 @@ def prune(problem: Problem, ranked: State, masks: State, cycle: int) -> State:
     magnitudes = torch.cat([ranked[name].detach().to(problem.device).abs().flatten() for name in masks])
     kept = torch.cat([mask.flatten() for mask in masks.values()])
     keep = round((1 - config.prune) * int(kept.sum()))
+    if config.target_density is not None:
+        target = math.floor(config.target_density * len(kept) + 1e-6)
+        keep = target if cycle == config.cycles else max(keep, target)
     largest = magnitudes.masked_fill(~kept, -1).argsort(descending=True, stable=True)[:keep]
     chosen = torch.zeros_like(kept)
     chosen[largest] = True

@@ -56,7 +56,7 @@ BAD = [
     ({"seed": True}, TypeError, "`seed` must be int, got True"),
     ({"seed": 1 << 63}, ValueError, "`seed` must fit 64 bits"),
     ({"lr": "fast"}, TypeError, "`lr` must be float, got 'fast'"),
-    ({"swa": 1}, TypeError, "`swa` must be bool, got 1"),
+    ({"nesterov": 1}, TypeError, "`nesterov` must be bool, got 1"),
 ]
 
 
@@ -69,7 +69,13 @@ def test_refuses(settings, kind, text):
 def test_defaults_are_those_of_the_method():
     config = SwampConfig()
     assert (config.particles, config.cycles, config.prune, config.epochs, config.ticket_epochs) == (4, 14, 0.2, 150, 10)
-    assert (config.lr, config.swa_lr, config.swa_start, config.momentum) == (0.1, 0.05, 0.75, 0.9)
+    assert (config.initial_lr, config.window_lr, config.swa_start, config.momentum) == (0.1, 0.05, 0.75, 0.9)
+    adamw = SwampConfig(optimizer="adamw")
+    assert (adamw.initial_lr, adamw.window_lr) == (1e-3, 5e-4)
+    one = SwampConfig(lr=0.01)
+    assert (one.initial_lr, one.window_lr) == (0.01, 0.005)
+    assert (one.replace(swa_lr=0.002).window_lr, one.replace(lr=None).initial_lr) == (0.002, 0.1)
+    assert one.identity() == SwampConfig(lr=0.01, swa_lr=0.005).identity()
     assert (config.weight_decay, config.batch_size) == (5e-4, 128)
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.lr = 1.0  # type: ignore[misc]
@@ -95,7 +101,7 @@ def test_to_toml_and_back(tmp_path):
     configs = [
         SwampConfig(),
         SwampConfig.quick(particles=(1, 1, 4), cycles=2, run_dir='a "b" \\ ü', lr=1e-5, swa_lr=1e-7),
-        SwampConfig(target_density=0.1, seed=-5, swa=False, lr=0.01),
+        SwampConfig(target_density=0.1, seed=-5, average="none", lr=0.01),
         SwampConfig(optimizer="adamw", beta1=0.8, beta2=0.99, adam_eps=1e-6, clip_norm=0.5, lr=1e-3, swa_lr=5e-4),
     ]
     for config in configs:

@@ -25,7 +25,7 @@ from swamp_fast import SwampResult, distributed, fast_swamp, sweep
 from swamp_fast.distributed import Ranks
 from swamp_fast.engines.trainer import Trainer, joined, part_of
 from swamp_fast.particles.random import stream_of
-from swamp_fast.runs.folder import Damaged
+from swamp_fast.runs.files import Damaged
 
 ALWAYS, SELDOM = 1e-9, 5.0  # minutes between checkpoints
 # Name -> (engine, settings) of a run. With two particles, the third of three ranks has no lane.

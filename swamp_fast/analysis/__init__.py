@@ -30,7 +30,7 @@ True
 scaled by the layers' norms, because BatchNorm makes the function independent of their scale.
 
 >>> traces = {}
->>> for name, method in {"imp": {"particles": 1, "swa": False}, "swamp": {"particles": 4}}.items():
+>>> for name, method in {"imp": {"particles": 1, "average": "none"}, "swamp": {"particles": 4}}.items():
 ...     pruned = fast_swamp(model, "digits", cycles=2, **method, **settings)
 ...     traces[name] = hessian_trace(on, pruned.state_dict, pruned.masks, probes=16, samples=512)
 >>> [len(trace.layers) for trace in traces.values()]

@@ -114,7 +114,7 @@ def ticket_stability(
         points: the number of points on each path.
         samples: as for Analysis.
         model, train, forward, loss, transform, prunable, config, settings: as for fast_swamp. By default children are
-            averaged by SWA, as particles are; swa=False compares the last iterates of SGD instead, as in the paper.
+            averaged by SWA, as particles are; average="none" compares SGD's last iterates instead, as in the paper.
 
     A candidate costs T0 + 2 x epochs of training. With a `run_dir`, finished trainings are not repeated. One pair of
     children is only one sample, so near the threshold try other seeds too.

@@ -55,7 +55,8 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="swamp-fast", description="SWAMP: prune with averaged particles, fast.")
+    description = "SWAMP: prune with averaged particles, fast."
+    parser: argparse.ArgumentParser = _Parser(prog="swamp-fast", description=description)
     parser.set_defaults(command=None)
     parser.add_argument("--version", action="version", version=f"swamp_fast {__version__}")
     commands = parser.add_subparsers()

@@ -20,7 +20,7 @@ from swamp_fast.cli.flags import (
 )
 from swamp_fast.cli.networks import seeded_network
 from swamp_fast.config import SwampConfig
-from swamp_fast.runs.folder import write
+from swamp_fast.runs.files import write
 from swamp_fast.runs.result import SwampResult
 
 

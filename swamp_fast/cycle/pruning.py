@@ -11,7 +11,7 @@ from swamp_fast import ops
 from swamp_fast.cycle.training import Particles
 from swamp_fast.particles.layout import Layout, by_layer
 from swamp_fast.particles.random import layer_order
-from swamp_fast.particles.schedule import kept_after
+from swamp_fast.particles.schedule import kept_at
 from swamp_fast.problem.problem import Problem
 from swamp_fast.runs.record import Run, first_rank_decides
 
@@ -22,8 +22,10 @@ def next_mask(problem: Problem, run: Run, mask: Tensor, cycle: int) -> Tensor:
 
     mask  [Q]  the mask of the cycle before; the new mask keeps a part of its weights
     """
-    ranked = problem.layout.flat(run.masks_source().ranked, problem.dtype, problem.device)
-    largest = pruned(ranked[None], mask[None], problem.config.prune)[0]
+    size = problem.layout.Q
+    ranked = problem.layout.flat(run.masks_source().ranked, problem.dtype, problem.device)[:size]
+    keep = kept_at(problem.config, cycle, int(mask.sum()), size)
+    largest = ops.global_threshold(ranked[None], mask[None], [keep])[1][0]
     if problem.config.mask_score != "random":
         return largest
     layer_kept = problem.config.layer_kept
@@ -42,21 +44,14 @@ def mask_score(problem: Problem, run: Run, particles: Particles, cycle: int) -> 
     if not config.scored_at(cycle):
         return {}
     if config.mask_score == "signal-to-noise" and len(particles.left) == 1:
+        if cycle == config.cycles:
+            return {}  # no mask is made from the last cycle, unless the run is prolonged
         raise FloatingPointError(
             f'cycle {cycle}: only one particle is left, but mask_score="signal-to-noise" needs the spread of at least '
             "2. Lower lr and swa_lr so that fewer diverge, or take more particles."
         )
     weights = [particles.weights[lane, : problem.layout.Q] for lane in particles.left]
     return problem.layout.mask_views(particles_score(config.mask_score, weights))
-
-
-def pruned(average: Tensor, masks: Tensor, prune: float) -> Tensor:
-    """Return masks [R, Q] that keep the largest |w| of the averages [R, P], by one global threshold per run.
-
-    masks  [R, Q]  the masks before; each new mask removes the fraction `prune` of the weights that they keep
-    """
-    keep = [kept_after(kept, prune) for kept in masks.sum(1).tolist()]
-    return ops.global_threshold(average[:, : masks.shape[1]], masks, keep)[1]
 
 
 def particles_score(score: str, particles: Sequence[Tensor]) -> Tensor:

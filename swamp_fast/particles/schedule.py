@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 from swamp_fast.config import SwampConfig
 
+ROUNDING = 1e-6  # weights; products such as 0.07 * 100 may fall just below a whole number
+
 
 @dataclass(frozen=True)
 class Training:
@@ -25,7 +27,7 @@ class Training:
 
 def ticket_training(config: SwampConfig) -> Training:
     """Return the schedule of the ticket's training: `ticket_epochs` epochs at the constant rate `lr`."""
-    return Training(config.ticket_epochs, lambda step: config.lr, lambda epoch: 0.0)
+    return Training(config.ticket_epochs, lambda step: config.initial_lr, lambda epoch: 0.0)
 
 
 def cycle_training(config: SwampConfig, steps_per_epoch: int) -> Training:
@@ -45,7 +47,7 @@ def swa_first_epoch(config: SwampConfig) -> int:
 def swa_weight(config: SwampConfig, epoch: int) -> float:
     """Return the weight in the running mean of the SWA sample at the end of an epoch; 0 before the SWA window."""
     first = swa_first_epoch(config)
-    return 1 / (epoch - first + 1) if config.swa and epoch >= first else 0.0
+    return 1 / (epoch - first + 1) if config.average == "swa" and epoch >= first else 0.0
 
 
 def learning_rate(config: SwampConfig, steps_per_epoch: int, step: int) -> float:
@@ -54,11 +56,11 @@ def learning_rate(config: SwampConfig, steps_per_epoch: int, step: int) -> float
     With SWA's schedule, it is a cosine from `lr` to `swa_lr` at the start of the SWA window, and constant from there.
     Otherwise it is a cosine from `lr` to 0 at the end of the training.
     """
-    end, steps = (config.swa_lr, swa_first_epoch(config)) if config.ends_at_swa_lr else (0.0, config.epochs)
+    end, steps = (config.window_lr, swa_first_epoch(config)) if config.ends_at_swa_lr else (0.0, config.epochs)
     steps *= steps_per_epoch
     if step >= steps:
         return end
-    return end + (config.lr - end) * (1 + math.cos(math.pi * step / steps)) / 2
+    return end + (config.initial_lr - end) * (1 + math.cos(math.pi * step / steps)) / 2
 
 
 def total_particle_epochs(config: SwampConfig) -> int:
@@ -67,6 +69,13 @@ def total_particle_epochs(config: SwampConfig) -> int:
     return particles * config.epochs + config.ticket_epochs
 
 
-def kept_after(kept: int, prune: float) -> int:
-    """Return how many of `kept` weights the next cycle keeps."""
-    return round((1 - prune) * kept)
+def kept_at(config: SwampConfig, cycle: int, before: int, prunable: int) -> int:
+    """Return how many weights a cycle keeps of the `before` weights that the cycle before it keeps.
+
+    With `target_density`, the last cycle keeps that share of the `prunable` weights.
+    """
+    kept = round((1 - config.prune) * before)
+    if config.target_density is None:
+        return kept
+    target = math.floor(config.target_density * prunable + ROUNDING)
+    return min(before, target if cycle == config.cycles else max(kept, target))

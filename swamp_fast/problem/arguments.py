@@ -16,6 +16,11 @@ Loss = Callable[[Any, Any], Tensor]  # (outputs, targets) -> [B]
 Transform = Callable[[Any], Any]  # inputs [B, ...] -> inputs
 OnCycle = Callable[[dict[str, Any]], object]  # called with a row of the history
 
+
+class StopRun(Exception):
+    """Raise this in `on_cycle` to end the run after the cycle; the call returns the result of the cycles so far."""
+
+
 CALLABLES = ("forward", "loss", "transform", "on_cycle")
 
 

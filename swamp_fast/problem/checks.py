@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from swamp_fast.common.format import dtype_name
 from swamp_fast.config import SwampConfig
 from swamp_fast.particles.layout import Layout, by_layer
-from swamp_fast.particles.schedule import kept_after
+from swamp_fast.particles.schedule import kept_at
 
 
 def check_model(model: object) -> None:
@@ -139,16 +139,16 @@ def write_masks_(layout: Layout, mask: Tensor, initial: Mapping[str, Tensor]) ->
         )
 
 
-def check_cycles(kept: int, prune: float, cycles: int) -> None:
-    """Raise ValueError if, starting with `kept` weights, a cycle would prune nothing or leave nothing."""
+def check_cycles(config: SwampConfig, kept: int, prunable: int) -> None:
+    """Raise ValueError if, starting with `kept` of the `prunable` weights, a cycle would prune or leave nothing."""
     left = kept
-    for cycle in range(1, cycles + 1):
-        before, left = left, kept_after(left, prune)
+    for cycle in range(1, config.cycles + 1):
+        before, left = left, kept_at(config, cycle, left, prunable)
         if left < 1 or left == before:
             what = "nothing would be left to keep" if left < 1 else f"nothing would be pruned of {before}"
             raise ValueError(
-                f"{cycles} cycles at prune = {prune} are more than {kept} weights allow: in cycle {cycle} {what}. "
-                f"Set cycles to at most {cycle - 1}."
+                f"{config.cycles} cycles at prune = {config.prune} are more than {kept} weights allow: "
+                f"in cycle {cycle} {what}. Set cycles to at most {cycle - 1}."
             )
 
 

@@ -127,7 +127,7 @@ def _first_mask(
     mask = layout.full_mask(device)
     if initial_masks is not None:
         write_masks_(layout, mask, initial_masks)
-    check_cycles(int(mask.sum()), config.prune, config.cycles)
+    check_cycles(config, int(mask.sum()), layout.Q)
     if config.layer_kept is not None:
         check_layers(layout, mask, config.layer_kept)
     return mask

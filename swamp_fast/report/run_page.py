@@ -66,7 +66,7 @@ def _lead(run: RunFacts) -> Markup:
         single_particle=counts == [1],
         trainings=len(run.rows),
         epochs=run.config.epochs,
-        swa=run.config.swa,
+        swa=run.config.average == "swa",
         first=_ends_of(first),
         last=_ends_of(last),
         solution=run.solution,

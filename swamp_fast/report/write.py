@@ -13,7 +13,7 @@ from swamp_fast.report.facts import RunFacts, read_json
 from swamp_fast.report.page import Page
 from swamp_fast.report.run_page import run_page
 from swamp_fast.report.sweep_page import sweep_page
-from swamp_fast.runs.folder import write
+from swamp_fast.runs.files import write
 
 # The sources of each kind of page, for error messages. The first file of each tuple identifies the kind.
 SOURCES = (("comparison.json",), ("run.json", "analysis.json", "a cycle's row"), ("summary.csv", "results.csv"))

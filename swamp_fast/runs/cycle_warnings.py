@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,15 +10,48 @@ from typing import Any
 from torch import Tensor
 
 from swamp_fast.common.format import percent
+from swamp_fast.config import SwampConfig
+from swamp_fast.particles.schedule import swa_first_epoch
 
 MAX_ACCURACY_GAP = 0.05  # an average further below its particles' mean accuracy shows that they share no basin
 
 
 def found_in_cycle(
-    row: Mapping[str, Any], masks: Mapping[str, Tensor], masks_before: Mapping[str, Tensor]
+    row: Mapping[str, Any], state: Mapping[str, Tensor], masks: Mapping[str, Tensor], masks_before: Mapping[str, Tensor]
 ) -> list[str]:
-    """Return warnings about layers that this cycle pruned completely, and about an average far below its particles."""
-    return _emptied_layers(row["cycle"], masks, masks_before) + _average_outside_basin(row)
+    """Return warnings about a cycle.
+
+    They are about layers that it pruned completely, an average far below its particles, and values that are not finite.
+    """
+    cycle = row["cycle"]
+    return _emptied_layers(cycle, masks, masks_before) + _average_outside_basin(row) + _not_finite(row, state)
+
+
+def found_in_settings(config: SwampConfig) -> list[str]:
+    """Return warnings about settings that are allowed but unlikely to be meant."""
+    if config.average == "swa" and config.epochs - swa_first_epoch(config) == 1:
+        return [
+            f"the SWA window has one sample, as epochs = {config.epochs} and swa_start = {config.swa_start}, so each "
+            'particle is its last iterate. Train for more epochs, lower `swa_start`, or set average="none".'
+        ]
+    return []
+
+
+def _not_finite(row: Mapping[str, Any], state: Mapping[str, Tensor]) -> list[str]:
+    texts = []
+    names = [name for name, tensor in state.items() if not bool(tensor.isfinite().all())]
+    if names:
+        texts.append(
+            f"cycle {row['cycle']}: {', '.join(names)} of the average {'is' if len(names) == 1 else 'are'} not finite."
+        )
+    losses = {"loss": [row["loss"]], "particle_loss": row["particle_loss"] or []}
+    bad = [name for name, values in losses.items() if any(v is not None and not math.isfinite(v) for v in values)]
+    if bad:
+        texts.append(
+            f"cycle {row['cycle']}: {' and '.join(bad)} on test data {'is' if len(bad) == 1 else 'are'} not finite, "
+            "which files hold as null."
+        )
+    return texts
 
 
 def dropped_text(cycle: int, lane: int, epoch: int) -> str:

@@ -1,7 +1,9 @@
 """A run's folder on disk. It holds plain files; each is written atomically, and loading one executes no code.
 
-Every safetensors file has a checksum over its names, tensors and metadata. A damaged file is renamed, never deleted,
-and the run continues from the last intact one.
+Every file that is read back says to which run it belongs and what it holds, and has a checksum. A damaged file is
+renamed, never deleted, and the run continues from the last intact one. A file that can't be read for another reason,
+such as its permissions, stops the run with an error and stays as it is. `config.toml`, `history.jsonl`,
+`model.safetensors` and `masks.safetensors` are copies for the user; the run never reads them.
 
 run.json                description of the run: settings, fingerprints, versions, start time, the engine's choices
 config.toml             the settings alone, from which another run can be started
@@ -26,23 +28,29 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor
 
-from swamp_fast.config import RUN_ID_EXCLUDES
+from swamp_fast.config import LENGTH_SETTINGS, SwampConfig
 from swamp_fast.runs import lock
+from swamp_fast.runs.files import (
+    Damaged,
+    as_json,
+    is_there,
+    load_tensors,
+    part_of,
+    read_json,
+    save_tensors,
+    write,
+    write_json,
+)
 
-FORMAT = "swamp_fast 2"
-REQUIRED_KEYS = ("driver", "config", "fingerprints", "engine", "standardise", "place")  # keys that run.json must have
-TABLE_KEYS = ("config", "fingerprints", "engine", "place")  # the required keys whose values must be dicts
+FORMAT = "swamp_fast 3"
 # The files that a run which was killed right at its start may leave behind.
 STALE_FILES = ("config.toml", "config.toml.part", "run.json.part", lock.NAME)
 
@@ -51,8 +59,8 @@ Packed = tuple[dict[str, Tensor], dict[str, str]]  # the tensors and the metadat
 Content = TypeVar("Content")
 
 
-class Damaged(ValueError):
-    """Raised for a file whose content is not what was written."""
+class OtherFormat(ValueError):
+    """Raised for the folder of a run that another version of swamp_fast wrote in another format."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +132,7 @@ class Snapshot:
         return tensors, {
             "shapes": json.dumps(shapes),
             "order": json.dumps(order),
-            "row": json.dumps(self.row),
+            "row": as_json(self.row),
         }
 
     @classmethod
@@ -155,15 +163,13 @@ class RunDirectory:
     """Reads and writes the files in the folder of one run."""
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path).expanduser()
-        self.run = ""  # the run's id, once it is known
+        self.path = Path(path).expanduser().absolute()  # the working directory may change
+        self.run = ""  # the run's origin_id, once it is known
 
     def create(self, about: dict[str, Any], settings: str) -> None:
         """Make the folder, and write run.json from `about` and config.toml from `settings`, a TOML text."""
         self.make()
-        self.run = run_id(about)
-        write(self.path / "config.toml", settings.encode())
-        self.write_about(about)
+        self.write_about(about, settings)
 
     def make(self) -> None:
         """Make the folder if it doesn't exist. Raises ValueError if that is not possible."""
@@ -180,56 +186,77 @@ class RunDirectory:
             raise ValueError(f"run_dir {self.path} must be a folder, but it is a file.")
         return not self.path.exists() or all(entry.name in STALE_FILES for entry in self.path.iterdir())
 
-    def write_about(self, about: dict[str, Any]) -> None:
-        """Write run.json."""
-        write(self.path / "run.json", json.dumps({"format": FORMAT, **about}, indent=1).encode())
+    def write_about(self, about: dict[str, Any], settings: str | None = None) -> None:
+        """Write run.json, and config.toml if `settings`, a TOML text, are given."""
+        self.run = origin_id(about)
+        if settings is not None:
+            write(self.path / "config.toml", settings.encode())
+        write_json(self.path / "run.json", {"format": FORMAT, "run": self.run, "kind": "run", **about})
 
     def about(self) -> dict[str, Any]:
-        """Return the content of run.json. Raises ValueError if it is missing, damaged, or of another format version."""
+        """Return the content of run.json.
+
+        Raises ValueError if it is missing or of another format version, Damaged if it is damaged, and OSError if it
+        can't be read.
+        """
         path = self.path / "run.json"
-        if not path.exists():
+        if not is_there(path):
             raise ValueError(
                 f"{self.path} holds files but no run.json, so it is not a run of swamp_fast; name an empty or new "
                 "folder."
             )
+        self._refuse_other_format(path)
+        about = read_json(path)
+        self.run = origin_id(about)
+        return about
+
+    def _refuse_other_format(self, path: Path) -> None:
+        """Raise ValueError if run.json is whole but of another format version, whose files have no checksum here."""
         try:
-            about: dict[str, Any] = json.loads(path.read_text())
-            if not isinstance(about, dict):
-                raise ValueError(f"it holds a {type(about).__name__}")
-        except ValueError as error:
-            raise ValueError(f"{path} is damaged ({error}); move the folder away to start a new run.") from error
-        if about.get("format") != FORMAT:
-            raise ValueError(
-                f'{path} has the format "{about.get("format")}", but this version reads "{FORMAT}"; read it with the '
+            about = json.loads(path.read_bytes())
+        except ValueError:
+            return  # damaged, which `read_json` reports
+        if isinstance(about, dict) and about.get("format", FORMAT) != FORMAT:
+            raise OtherFormat(
+                f'{path} has the format "{about["format"]}", but this version reads "{FORMAT}"; read it with the '
                 f"version of swamp_fast that wrote it ({about.get('version', 'unknown')})."
             )
-        missing = [name for name in REQUIRED_KEYS if name not in about]
-        missing += [name for name in TABLE_KEYS if name not in missing and not isinstance(about[name], dict)]
-        if missing:
-            raise ValueError(
-                f"{path} is damaged, it lacks {', '.join(missing)}; move the folder away to start a new run."
-            )
-        self.run = run_id(about)
-        return about
 
     def write_ticket(self, state: Mapping[str, Tensor]) -> None:
         """Write the ticket's file."""
-        save_tensors(self.path / "ticket.safetensors", state, {"run": self.run})
+        self._save("ticket.safetensors", "ticket", None, state)
 
     def ticket(self) -> dict[str, Tensor] | None:
         """Return the ticket's parameters and buffers, or None if it is not trained yet."""
         path = self.path / "ticket.safetensors"
-        return self._own(path)[0] if path.exists() else None
+        return self._load(path, "ticket")[0] if is_there(path) else None
 
     def write_cycle(self, cycle: int, snapshot: Snapshot, rows: list[dict[str, Any]]) -> None:
         """Write a cycle's file, and the history up to this cycle."""
         tensors, metadata = snapshot.packed()
-        save_tensors(self.cycle_path(cycle), tensors, {**metadata, "run": self.run})
+        self._save(self.cycle_path(cycle).name, "cycle", cycle, tensors, metadata)
         self.write_history(rows)
 
     def write_history(self, rows: list[dict[str, Any]]) -> None:
         """Write history.jsonl."""
-        write(self.path / "history.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
+        write(self.path / "history.jsonl", "".join(as_json(row) + "\n" for row in rows).encode())
+
+    def write_particles(self, cycle: int, states: Mapping[str, Tensor]) -> None:
+        """Write the particles of a cycle; `states` has [N, ...] for each name."""
+        self._save("particles.safetensors", "particles", cycle, states)
+
+    def particles(self, cycle: int) -> dict[str, Tensor] | None:
+        """Return the particles of a cycle, name -> [N, ...], or None if the folder doesn't have them."""
+        path = self.path / "particles.safetensors"
+        if not is_there(path):
+            return None
+        tensors, metadata = self._load(path, "particles")
+        return tensors if metadata["cycle"] == str(cycle) else None
+
+    def write_final(self, cycle: int, state: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> None:
+        """Write the last cycle's average and masks in plain form, for the user."""
+        self._save("model.safetensors", "model", cycle, state)
+        self._save("masks.safetensors", "masks", cycle, masks)
 
     def cycle_path(self, cycle: int) -> Path:
         """Return the path of a cycle's file."""
@@ -238,22 +265,22 @@ class RunDirectory:
     def cycle(self, cycle: int) -> Snapshot:
         """Read a cycle's file."""
         path = self.cycle_path(cycle)
-        snapshot = unpacked(Snapshot.unpacked, path, *self._own(path))
-        if snapshot.row["cycle"] != cycle:
+        tensors, metadata = self._load(path, "cycle")
+        if metadata["cycle"] != str(cycle):
             raise ValueError(
-                f"{path} holds cycle {snapshot.row['cycle']}: it was renamed. Delete it to train cycle {cycle} again."
+                f"{path} holds cycle {metadata['cycle']}: it was renamed. Move it away to train cycle {cycle} again."
             )
-        return snapshot
+        return unpacked(Snapshot.unpacked, path, tensors, metadata)
 
     def write_training(self, state: Unfinished) -> None:
         """Write a checkpoint of the unfinished training; the checkpoint before it is kept as well."""
         tensors, metadata = state.packed()
         newest, previous = self.training_paths()
-        save_tensors(newest, tensors, {**metadata, "run": self.run}, previous)
+        self._save(newest.name, "training", state.cycle, tensors, metadata, previous)
 
     def training(self, path: Path) -> Unfinished:
         """Read a checkpoint of an unfinished training."""
-        return unpacked(Unfinished.unpacked, path, *self._own(path))
+        return unpacked(Unfinished.unpacked, path, *self._load(path, "training"))
 
     def training_paths(self) -> tuple[Path, Path]:
         """Return the paths of the unfinished training's two checkpoints, the newest first."""
@@ -268,12 +295,29 @@ class RunDirectory:
     def set_aside(self, path: Path, why: str = "damaged") -> Path:
         """Rename a file that can't be used, adding `why` to its name. Returns its new path."""
         names = [f"{path.name}.{why}", *(f"{path.name}.{why}{number}" for number in range(2, 100))]
-        to = next(to for name in names if not (to := path.with_name(name)).exists())
+        to = next(to for name in names if not is_there(to := path.with_name(name)))
         os.replace(path, to)
         return to
 
-    def _own(self, path: Path) -> Packed:
-        """Load a file of this run. Raises ValueError if it belongs to another run, Damaged if it is damaged."""
+    def _save(
+        self,
+        name: str,
+        kind: str,
+        cycle: int | None,
+        tensors: Mapping[str, Tensor],
+        metadata: Mapping[str, str] | None = None,
+        previous: Path | None = None,
+    ) -> None:
+        """Write a file of this run that says what it holds."""
+        described = {**(metadata or {}), "run": self.run, "kind": kind, "cycle": str(cycle)}
+        save_tensors(self.path / name, tensors, described, previous)
+
+    def _load(self, path: Path, kind: str) -> Packed:
+        """Load a file of this run.
+
+        Raises ValueError if it belongs to another run or is of another kind, Damaged if it is damaged, and OSError if
+        it can't be read.
+        """
         tensors, metadata = load_tensors(path)
         if metadata.get("run") != self.run:
             raise ValueError(
@@ -282,19 +326,39 @@ class RunDirectory:
             )
         if "checksum" not in metadata:
             raise Damaged(f"{path} is damaged (it lacks its checksum).")
+        if metadata.get("kind") != kind:
+            raise ValueError(
+                f'{path} was renamed: it should hold "{kind}", but holds "{metadata.get("kind")}". Move it away to '
+                "continue from the run's state before it."
+            )
         return tensors, metadata
 
     def cycles_done(self) -> int:
         """Return the number of completed cycles: those from 0 up to the first one whose file is missing."""
         done = 0
-        while self.cycle_path(done).exists():
+        while is_there(self.cycle_path(done)):
             done += 1
         return done
+
+    def later_cycles(self, done: int) -> list[Path]:
+        """Return the files of cycles from `done` on."""
+        numbered = ((path, path.stem.removeprefix("cycle_")) for path in self.path.glob("cycle_*.safetensors"))
+        return sorted(path for path, number in numbered if number.isdecimal() and int(number) >= done)
 
 
 def run_id(about: Mapping[str, Any]) -> str:
     """Return a hash of everything that determines a run's results."""
-    settings = {name: value for name, value in about["config"].items() if name not in RUN_ID_EXCLUDES}
+    return _hash_of(about, SwampConfig.of(None, about["config"]).identity())
+
+
+def origin_id(about: Mapping[str, Any]) -> str:
+    """Return a hash of everything that determines the results of a run's first cycles, however many it has."""
+    config = SwampConfig.of(None, about["config"])
+    settings = {name: value for name, value in config.identity().items() if name not in LENGTH_SETTINGS}
+    return _hash_of(about, {**settings, "particles": config.particles_at(0)})
+
+
+def _hash_of(about: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
     what = json.dumps([about["driver"], settings, about["fingerprints"]], sort_keys=True)
     return hashlib.blake2b(what.encode(), digest_size=16).hexdigest()
 
@@ -315,93 +379,3 @@ def unpacked(
         return read(tensors, metadata)
     except (KeyError, ValueError, RuntimeError) as error:
         raise Damaged(f"{path} is not a checkpoint of swamp_fast ({type(error).__name__}: {error}).") from error
-
-
-def save_tensors(
-    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None, previous: Path | None = None
-) -> None:
-    """Write named tensors as safetensors, atomically and with a checksum.
-
-    previous  where the old file is moved; None replaces it
-    """
-    plain = {
-        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
-    }
-    described = {"format": "pt", **(metadata or {})}
-    write(path, safetensors.torch.save(plain, metadata={**described, "checksum": checksum(plain, described)}), previous)
-
-
-def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return the named tensors, on the CPU, and the metadata of a safetensors file.
-
-    Raises FileNotFoundError, or Damaged if the file can't be read or its checksum differs.
-    """
-    if not path.exists():
-        raise FileNotFoundError(f"there is no file {path}.")
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            names = file.keys()
-            # The tensors are copied, because one that maps the file would change or break with the file.
-            tensors, metadata = {name: file.get_tensor(name).clone() for name in names}, file.metadata() or {}
-    except (safetensors.SafetensorError, OSError, ValueError, OverflowError) as error:
-        raise Damaged(f"{path} is damaged or not a safetensors file ({error}).") from error
-    written = metadata.pop("checksum", None)
-    if written is not None and written != checksum(tensors, metadata):
-        raise Damaged(f"{path} is damaged (its checksum differs).")
-    return tensors, metadata if written is None else {**metadata, "checksum": written}
-
-
-def checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
-    """Return a hash of a file's tensors and metadata."""
-    digest = hashlib.blake2b(json.dumps(dict(metadata), sort_keys=True).encode(), digest_size=16)
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def write(path: Path, content: bytes, previous: Path | None = None) -> None:
-    """Write a file atomically: write a temporary file beside it, flush that, and rename it.
-
-    previous  where the old file is moved; None replaces it
-
-    Raises OSError if the file can't be written; then the old file is intact.
-    """
-    part = part_of(path)
-    try:
-        with open(part, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        if previous is not None and path.exists():
-            os.replace(path, previous)
-        os.replace(part, path)
-        _flush_folder(path.parent)
-    except OSError as error:
-        with suppress(OSError):
-            part.unlink(missing_ok=True)
-        raise refused(path, error) from error
-
-
-def part_of(path: Path) -> Path:
-    """Return the temporary path to which a file is written before it is renamed."""
-    return path.with_name(path.name + ".part")
-
-
-def refused(path: Path, error: OSError) -> OSError:
-    """Return the error for a file that can't be written, with advice."""
-    return OSError(
-        error.errno,
-        f"{path} can't be written ({error}). The folder's earlier content is intact: free some space or make the "
-        "folder writable, and start the run again to continue. To only read a folder, use SwampResult.load.",
-    )
-
-
-def _flush_folder(path: Path) -> None:
-    if os.name != "posix":
-        return
-    folder = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

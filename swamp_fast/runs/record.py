@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import platform
 from collections.abc import Callable, Iterator
@@ -19,12 +20,14 @@ from swamp_fast.common.timing import Stopwatch
 from swamp_fast.distributed import ALONE, Ranks
 from swamp_fast.particles.random import generators_left_alone
 from swamp_fast.particles.schedule import total_particle_epochs
+from swamp_fast.problem.arguments import StopRun
 from swamp_fast.problem.problem import Problem
 from swamp_fast.runs import lock
 from swamp_fast.runs.checkpointing import StopPolicy
 from swamp_fast.runs.console import Console, cycle_line, introduction
-from swamp_fast.runs.cycle_warnings import dropped_text, found_in_cycle, show
-from swamp_fast.runs.folder import Damaged, Packed, RunDirectory, Snapshot, Unfinished, run_id, save_tensors
+from swamp_fast.runs.cycle_warnings import dropped_text, found_in_cycle, found_in_settings, show
+from swamp_fast.runs.files import Damaged
+from swamp_fast.runs.folder import Packed, RunDirectory, Snapshot, Unfinished, run_id
 from swamp_fast.runs.progress import Progress
 from swamp_fast.runs.result import SwampResult, snapshot_of
 from swamp_fast.runs.resume import FINGERPRINT_NAMES, Found, found_in, place_of
@@ -88,6 +91,7 @@ class Run:
         self.progress = Progress(self.console)
         self.stops = StopPolicy(self.config, ranks, self.signals)
         self.stopwatch = Stopwatch()
+        self.ended_early = False  # by `on_cycle`
         self.rows: list[dict[str, Any]] = []
         self.snapshots: list[Packed | Path] = []
         self.ticket: State | None = None
@@ -125,6 +129,14 @@ class Run:
         self.console.close()
         if self.events is not None:
             self.events.close()
+        if error is not None and self.rows:
+            with suppress(AttributeError):  # an exception whose class forbids attributes
+                error.result = self._result_so_far()  # type: ignore[attr-defined]
+            if self.folder is None:
+                self.console.line(
+                    f"stopped  by {type(error).__name__}; its attribute `result` holds {len(self.rows)} of "
+                    f"{self.config.cycles + 1} cycles"
+                )
         self._context.__exit__(kind, error, trace)
         if kind is None and self.signals.received is not None:
             self.signals.stop(self.signals.received)
@@ -181,7 +193,7 @@ class Run:
         row |= {"seconds": self.stopwatch.seconds, "peak_memory": peak_memory(self.problem.device)}
         masks_before = self.last().masks if self.snapshots else {}
         dropped = [dropped_text(row["cycle"], each["lane"], each["epoch"]) for each in row["dropped"]]
-        new_warnings = found_in_cycle(row, masks, masks_before)
+        new_warnings = found_in_cycle(row, state, masks, masks_before)
         row["warnings"] = self.pending_warnings + dropped + new_warnings
         self.pending_warnings = []
         if self.ranks.first:
@@ -197,8 +209,7 @@ class Run:
             self.snapshots.append(snapshot.packed())
         self._training_is_complete()
         self.console.line(cycle_line(row, self.config.cycles))
-        if self.problem.on_cycle is not None and self.ranks.first:
-            self.problem.on_cycle(dict(row))
+        self.ended_early = self.ranks.broadcast_from_first(lambda: self._callback_ends_run(row))
 
     def keep_particles(self, states: list[State]) -> None:
         """Record the particles of the last cycle; an empty list does nothing."""
@@ -206,7 +217,7 @@ class Run:
             return
         self.particles = {name: torch.stack([state[name].detach().cpu() for state in states]) for name in states[0]}
         if self.folder is not None:
-            save_tensors(self.folder.path / "particles.safetensors", self.particles)
+            self.folder.write_particles(len(self.rows), self.particles)
 
     def warn_dropped(self, cycle: int, lane: int, epoch: int) -> None:
         """Warn at once that a particle diverged and is dropped; the cycle's row will have the warning too."""
@@ -217,9 +228,9 @@ class Run:
 
     def remaining_cycles(self) -> Iterator[int]:
         """Yield the cycles that are still to be done, and restart the stopwatch with each of them."""
-        for cycle in range(len(self.rows), self.config.cycles + 1):
+        while len(self.rows) <= self.config.cycles and not self.ended_early:
             self.stopwatch.restart()
-            yield cycle
+            yield len(self.rows)
 
     def last(self) -> Snapshot:
         """Return the snapshot of the newest completed cycle."""
@@ -254,8 +265,14 @@ class Run:
 
     def result(self) -> SwampResult:
         """Return the result of the run, and write the files that only a finished run has."""
+        result = self._result_so_far()
+        if self.folder is not None:
+            result.write_final(self.folder)
+        return result
+
+    def _result_so_far(self) -> SwampResult:
         assert self.ticket is not None
-        result = SwampResult(
+        return SwampResult(
             history=self.rows,
             ticket=self.ticket,
             particles=self.particles,
@@ -266,9 +283,21 @@ class Run:
             about=self.about,
             template=self.problem.original,
         )
-        if self.folder is not None:
-            result.write_final(self.folder)
-        return result
+
+    def _callback_ends_run(self, row: dict[str, Any]) -> bool:
+        """Call `on_cycle` with a copy of the row. Returns whether it raised StopRun."""
+        if self.problem.on_cycle is None:
+            return False
+        try:
+            self.problem.on_cycle(copy.deepcopy(row))
+        except StopRun:
+            self.console.line(f"stopped  by on_cycle after cycle {row['cycle']} of {self.config.cycles}")
+            return True
+        except StopIteration as error:
+            raise RuntimeError(
+                "`on_cycle` raised StopIteration; raise swamp_fast.StopRun to end the run with what there is."
+            ) from error
+        return False
 
     # Methods that trainings call before their first step and between steps.
 
@@ -325,6 +354,10 @@ class Run:
         """Continue the run that was found in the folder, if any, and count the steps that are left."""
         if found is not None:
             self._take_over(found)
+        else:
+            self.pending_warnings = found_in_settings(self.config)
+            if self.ranks.first:
+                show(self.pending_warnings)
         steps = 0 if self.unfinished is None else self.unfinished.steps
         if self.events is not None:
             # A training resumed at the end of an epoch writes that epoch's losses again.
@@ -344,8 +377,8 @@ class Run:
         self.about |= {"engine": found.engine, "moved": found.moved, "began": found.began}
         if self.folder is None:
             return
-        if found.elsewhere:
-            self.folder.write_about(self.about)
+        if found.prolonged or found.elsewhere:
+            self.folder.write_about(self.about, self.config.to_toml())
         self.folder.write_history(self.rows)  # a killed run may have written a cycle's file but not its history line
 
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from swamp_fast.config import SwampConfig
-from swamp_fast.runs.folder import Packed, RunDirectory, Snapshot, load_tensors, read_snapshot, save_tensors
+from swamp_fast.runs.display import result_html, summary_lines
+from swamp_fast.runs.folder import Packed, RunDirectory, Snapshot, read_snapshot
 
 # The scores in a row of the history, in the row's order; see SwampResult.
 SCORES = (
@@ -33,7 +34,7 @@ SUMMARY_SCORES = ("accuracy", "loss", "mean_accuracy", "best_accuracy", "ensembl
 ANALYSIS_SCORES = ("train_loss", "train_error", "test_loss", "test_error")
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class SwampResult:
     """The averaged, pruned models of all cycles, and the history of the run.
 
@@ -62,6 +63,31 @@ class SwampResult:
     snapshots: list[Packed | Path] = field(repr=False)  # each cycle: compact in memory, or its file's path
     about: dict[str, Any] = field(repr=False)
     template: nn.Module | None = field(repr=False, default=None)
+
+    def __repr__(self) -> str:
+        """Return at most five lines: what was reached, with which model, how, by which engine, and where it is."""
+        return "\n".join(self._summary())
+
+    def _repr_html_(self) -> str:
+        """Return a table of the cycles and a picture of the scores over density, for notebooks."""
+        return result_html(self._summary(), self.history)
+
+    def __eq__(self, other: object) -> bool:
+        """Whether two results have the same bits: the ticket, and the average and the masks of every cycle."""
+        if not isinstance(other, SwampResult):
+            return NotImplemented
+        if len(self.snapshots) != len(other.snapshots) or not _same_tensors(self.ticket, other.ticket):
+            return False
+        pairs = ((self._snapshot(cycle), other._snapshot(cycle)) for cycle in range(len(self.snapshots)))
+        return all(_same_tensors(a.state, b.state) and _same_tensors(a.masks, b.masks) for a, b in pairs)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the settings, the engine, the machine, how uint8 pictures are standardised, and the history."""
+        about = {name: self.about.get(name) for name in ("driver", "version", "began", "place", "moved")}
+        rows = {"engine": self.engine, "standardise": self.standardise, "history": self.history}
+        return {**about, "config": self.config.to_dict(), **rows}
 
     @cached_property
     def model(self) -> nn.Module:
@@ -104,14 +130,13 @@ class SwampResult:
         for cycle in range(len(self.snapshots)):
             folder.write_cycle(cycle, self._snapshot(cycle), self.history[: cycle + 1])
         if self.particles is not None:
-            save_tensors(folder.path / "particles.safetensors", self.particles)
+            folder.write_particles(len(self.history) - 1, self.particles)
         self.write_final(folder)
 
     def write_final(self, folder: RunDirectory) -> None:
         """Write the files that only a finished run has."""
         state = self.model.state_dict() if self.template is not None else self.state_dict
-        save_tensors(folder.path / "model.safetensors", state)
-        save_tensors(folder.path / "masks.safetensors", self.masks)
+        folder.write_final(len(self.history) - 1, state, self.masks)
 
     @classmethod
     def load(cls, directory: str | Path, model: nn.Module | None = None) -> SwampResult:
@@ -131,11 +156,10 @@ class SwampResult:
                 f"{folder.path}: no cycle of this run is finished, so there is no model yet; continue the run first."
             )
         paths: list[Packed | Path] = [folder.cycle_path(cycle) for cycle in range(done)]
-        particles = folder.path / "particles.safetensors"
         result = cls(
             history=[folder.cycle(cycle).row for cycle in range(done)],
             ticket=folder.ticket() or {},
-            particles=load_tensors(particles)[0] if particles.exists() else None,
+            particles=folder.particles(done - 1),
             engine=about["engine"],
             config=SwampConfig.of(None, about["config"]),
             standardise=about["standardise"],
@@ -147,10 +171,25 @@ class SwampResult:
             result.at(done - 1)  # raises here, rather than later, if the model doesn't fit
         return result
 
+    def _summary(self) -> list[str]:
+        model = "a run loaded without its model" if self.template is None else type(self.template).__name__
+        return summary_lines(model, self.config, self.history, self.engine)
+
     def _snapshot(self, cycle: int) -> Snapshot:
         if not 0 <= cycle < len(self.snapshots):
             raise IndexError(f"the run has cycles 0 … {len(self.snapshots) - 1}, got {cycle}.")
         return snapshot_of(self.snapshots[cycle])
+
+
+def _same_tensors(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    """Whether two dicts have the same names and equal tensors; NaN equals NaN."""
+    return one.keys() == other.keys() and all(
+        tensor.shape == other[name].shape
+        and tensor.dtype == other[name].dtype
+        and torch.equal(tensor.nan_to_num(nan=0.0), other[name].nan_to_num(nan=0.0))
+        and torch.equal(tensor.isnan(), other[name].isnan())
+        for name, tensor in one.items()
+    )
 
 
 def snapshot_of(kept: Packed | Path) -> Snapshot:

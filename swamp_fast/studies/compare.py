@@ -19,7 +19,7 @@ from swamp_fast.methods import DECIDED, METHODS, particles_of, seeds_of
 from swamp_fast.problem.arguments import Arguments, Forward, Loss, Transform
 from swamp_fast.problem.problem import Problem
 from swamp_fast.problem.prunable import Prunable
-from swamp_fast.runs.folder import write
+from swamp_fast.runs.files import write
 from swamp_fast.runs.result import SwampResult
 from swamp_fast.studies.comparison import Comparison, accuracy_over_seeds, paired_differences, rows_of, summary_of
 from swamp_fast.studies.grid import Model, shared_settings

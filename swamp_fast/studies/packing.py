@@ -29,7 +29,8 @@ MAX_SLOWDOWN = 1.03  # a larger number of runs is rejected if the step time per 
 
 # Settings that may differ between the runs of a pack: they have a value per lane, or matter only between trainings.
 PER_RUN = (
-    *("seed", "lr", "swa_lr", "swa_start", "momentum", "beta1", "beta2", "adam_eps", "weight_decay", "swa", "schedule"),
+    *("seed", "lr", "swa_lr", "swa_start", "momentum", "beta1", "beta2", "adam_eps", "weight_decay"),
+    *("average", "schedule"),
     *("prune", "cycles", "target_density", "rewind", "combine", "mask_score", "mask_from", "layer_kept"),
 )
 

@@ -11,7 +11,7 @@ from swamp_fast.common.csv_files import csv_bytes
 from swamp_fast.common.statistics import mean_and_spread
 from swamp_fast.problem.problem import Problem
 from swamp_fast.report.figures import accuracy_of_points
-from swamp_fast.runs.folder import write
+from swamp_fast.runs.files import write
 from swamp_fast.runs.result import SUMMARY_SCORES, SwampResult
 
 
@@ -60,7 +60,7 @@ class SweptRun:
             return False
         try:
             result = SwampResult.load(self.folder, problem.original)
-        except ValueError:
+        except (ValueError, OSError):
             return False
         if len(result.history) <= problem.config.cycles:
             return False

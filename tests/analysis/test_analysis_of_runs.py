@@ -184,7 +184,12 @@ def test_analyze_on_the_command_line(tmp_path, capsys):
     assert (found["hessian"], found["hull"], found["plane"], found["cost"][0]["sparse_ms"]) == ([], None, None, None)
     # The analysis compares with another run.
     two = str(tmp_path / "two")
-    assert main(["run", *common, "--out", two, "--seed", "0", "--no-swa", *settings[:-2], "1", "--no-progress"]) == 0
+    assert (
+        main(
+            ["run", *common, "--out", two, "--seed", "0", *("--average", "none"), *settings[:-2], "1", "--no-progress"]
+        )
+        == 0
+    )
     capsys.readouterr()
     assert main(["analyze", out, *common, *less, "--against", two]) == 0
     assert "against two, cycle 1: IoU of the masks 0." in capsys.readouterr().out

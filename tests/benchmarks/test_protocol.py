@@ -17,7 +17,8 @@ from benchmarks.budget import Budget
 from benchmarks.gpu import SLICES
 from benchmarks.protocol import Item, Protocol, main
 from swamp_fast.common.timing import Stopwatch
-from swamp_fast.runs.folder import RunDirectory, load_tensors
+from swamp_fast.runs.files import load_tensors
+from swamp_fast.runs.folder import RunDirectory
 
 STEPS_PER_SLICE = 25
 

@@ -41,10 +41,10 @@ def test_settings_from_toml_and_flags(tmp_path, capsys):
     (tmp_path / "a.toml").write_text(config.to_toml())
     out = tmp_path / "run"
     command = ["run", "--model", "mlp", "--data", "digits", "--config", str(tmp_path / "a.toml"), "--out", str(out)]
-    assert main([*command, "--particles", "1,2,1", "--no-swa", "--seed", "-3"]) == 0
+    assert main([*command, "--particles", "1,2,1", *("--average", "none"), "--seed", "-3"]) == 0
     about = json.loads((out / "run.json").read_text())["config"]
     assert about["clip_norm"] is None
-    assert (about["particles"], about["swa"], about["seed"], about["cycles"]) == ([1, 2, 1], False, -3, 2)
+    assert (about["particles"], about["average"], about["seed"], about["cycles"]) == ([1, 2, 1], "none", -3, 2)
 
 
 def test_another_optimizer_by_flags(tmp_path, capsys):

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from benchmarks.durability import same_bits
 from swamp_fast import fast_swamp, naive_swamp
-from swamp_fast.runs.folder import RunDirectory, load_tensors
+from swamp_fast.runs.files import load_tensors
+from swamp_fast.runs.folder import RunDirectory
 
 
 def poison(lane: int, at: int):

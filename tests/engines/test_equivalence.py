@@ -87,7 +87,7 @@ def test_variants_agree_too(digits):
     half = {"middle.weight": torch.rand(32, 32, generator=torch.Generator().manual_seed(3)) < 0.5}
     for change in (
         {"rewind": "average"},
-        {"swa": False, "nesterov": True},
+        {"average": "none", "nesterov": True},
         {"particles": (1, 2, 3, 1)},
         {"initial_masks": half, "prune": 0.5},
         {"ticket_epochs": 0, "momentum": 0.0},

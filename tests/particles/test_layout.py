@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from swamp_fast.cycle.pruning import pruned
+from swamp_fast.config import SwampConfig
 from swamp_fast.models import MODELS, build_model
 from swamp_fast.particles.layout import ALIGNMENT, Layout
-from swamp_fast.particles.schedule import kept_after
+from swamp_fast.particles.schedule import kept_at
 from swamp_fast.problem.checks import check_cycles
 from swamp_fast.problem.prepare import prepare
 from swamp_fast.problem.prunable import select_prunable
@@ -122,12 +122,10 @@ def test_convolution_counts_of_the_protocols_networks():
 def test_counts_over_cycles():
     kept, counts = 269_968, []
     for _ in range(14):
-        kept = kept_after(kept, 0.2)
+        kept = kept_at(SwampConfig(), 1, kept, 269_968)
         counts.append(kept)
     assert counts[:3] == [215_974, 172_779, 138_223]
-    mask = torch.zeros(1, 1000, dtype=torch.bool)
-    mask[0, :777] = True
-    assert int(pruned(torch.randn(1, 1200), mask, 0.2).sum()) == round(0.8 * 777)
+    assert kept_at(SwampConfig(cycles=1), 1, 777, 1000) == round(0.8 * 777)
 
 
 @pytest.mark.parametrize(
@@ -139,5 +137,5 @@ def test_counts_over_cycles():
 )
 def test_more_cycles_than_weights(kept, prune, cycles, text):
     with pytest.raises(ValueError, match=text):
-        check_cycles(kept, prune, cycles)
-    check_cycles(10**6, 0.2, 14)
+        check_cycles(SwampConfig(prune=prune, cycles=cycles), kept, kept)
+    check_cycles(SwampConfig(), 10**6, 10**6)

@@ -42,8 +42,8 @@ def test_the_rate_with_swa():
 
 
 def test_the_rate_without_swa_is_a_cosine_to_zero():
-    config = SwampConfig(epochs=4, swa=False)
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=config.lr)
+    config = SwampConfig(epochs=4, average="none")
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=config.initial_lr)
     theirs = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=4 * 6)
     for step in range(24):
         assert cycle_training(config, 6).lr(step) == pytest.approx(theirs.get_last_lr()[0], rel=1e-9)

@@ -20,7 +20,8 @@ from stops import ALWAYS, Interrupted, before_steps, files, stop_at
 from benchmarks.durability import same_bits
 from swamp_fast import SwampConfig, fast_swamp
 from swamp_fast.runs import lock
-from swamp_fast.runs.folder import Damaged, RunDirectory, Unfinished, load_tensors, save_tensors, write
+from swamp_fast.runs.files import Damaged, load_tensors, save_tensors, write
+from swamp_fast.runs.folder import RunDirectory, Unfinished
 
 
 def a_folder(path: Path) -> tuple[RunDirectory, Unfinished]:
@@ -100,7 +101,7 @@ def test_cycles_after_a_damaged_one_are_kept_aside_and_trained_again(on, digits,
     assert (tmp_path / "cycle_02.safetensors.unused").exists()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in again.state_dict.items())
     (tmp_path / "particles.safetensors").write_bytes(b"nothing")
-    with pytest.warns(UserWarning, match="The last cycle is trained again"):
+    with pytest.warns(UserWarning, match="The last cycle is computed again"):
         again = fast_swamp(networks.build("tied"), *digits, **settings)
     assert (tmp_path / "cycle_02.safetensors.unused2").exists()
     assert all(torch.equal(tensor, first.particles[name]) for name, tensor in again.particles.items())
@@ -131,7 +132,7 @@ def test_a_full_disk(on, digits, tmp_path, monkeypatch):
     def fill(trainer, step):
         room[0] = step < 14
 
-    monkeypatch.setattr("swamp_fast.runs.folder.os.fsync", fsync)
+    monkeypatch.setattr("swamp_fast.runs.files.os.fsync", fsync)
     with before_steps(fill), pytest.raises(OSError, match="No space left") as error:
         fast_swamp(networks.build("dropout"), *digits, **settings, run_dir=tmp_path / "cut")
     assert error.value.errno == errno.ENOSPC

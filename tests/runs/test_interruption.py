@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
@@ -27,7 +26,8 @@ from swamp_fast.engines.fused.compact import Compact, CompactBank
 from swamp_fast.engines.selection import named
 from swamp_fast.particles.bank import ParticleBank
 from swamp_fast.particles.layout import Layout
-from swamp_fast.runs.folder import RunDirectory, load_tensors
+from swamp_fast.runs.files import load_tensors, read_json, write_json
+from swamp_fast.runs.folder import RunDirectory
 
 # Execution mode -> the steps before which a run is interrupted. Steps 0-2 train the ticket, 3-11 and 12-20 the cycles.
 # The interruptions lie inside an epoch, between epochs, in the SWA window, and in the second cycle, which is sparse.
@@ -98,7 +98,7 @@ def seeded(model):
     [
         (lambda: networks.build("dropout"), "streamed", {}),
         (lambda: seeded(Counting), "stored", {"rewind": "average", "nesterov": True}),
-        (lambda: networks.build("tied"), "stored", {"swa": False, "transform": lambda x: x + torch.rand_like(x)}),
+        (lambda: networks.build("tied"), "stored", {"average": "none", "transform": lambda x: x + torch.rand_like(x)}),
         (lambda: networks.build("residual"), "stored", {"augment": "crop_flip", "precision": "bfloat16"}),
         (
             lambda: networks.build("tied"),
@@ -211,9 +211,9 @@ def test_continuing_elsewhere_is_reported(on, digits, tmp_path, monkeypatch):
     settings = on("lanes") | {"checkpoint_minutes": ALWAYS, "run_dir": tmp_path, "engine": "eager"}
     with before_steps(stop_at(10)), pytest.raises(Interrupted):
         fast_swamp(networks.build("tied"), *digits, **settings)
-    about = json.loads((tmp_path / "run.json").read_text())
+    about = read_json(tmp_path / "run.json")
     elsewhere = {"device": "cuda", "processor": "a GPU", "torch": about["place"]["torch"]}
-    (tmp_path / "run.json").write_text(json.dumps({**about, "place": elsewhere}))
+    write_json(tmp_path / "run.json", {**about, "place": elsewhere})
     monkeypatch.setattr("swamp_fast.engines.start.by_rule", lambda *_: named("eager:lanes", "chosen anew"))
     with before_steps() as count, pytest.warns(UserWarning, match="device was cuda, is cpu") as warned:
         result = fast_swamp(networks.build("tied"), *digits, **settings)
@@ -221,10 +221,10 @@ def test_continuing_elsewhere_is_reported(on, digits, tmp_path, monkeypatch):
     assert result.history[0]["warnings"][0] == str(warned[0].message)
     assert count[0] == 21 - 10
     assert result.engine["why"] == "chosen anew"
-    after = json.loads((tmp_path / "run.json").read_text())
+    after = read_json(tmp_path / "run.json")
     assert after["moved"] == [{"cycle": 0, "from": elsewhere, "engine": about["engine"]}]
     assert after["place"] == about["place"]
-    (tmp_path / "run.json").write_text(json.dumps({**after, "place": {**after["place"], "threads": 99}}))
+    write_json(tmp_path / "run.json", {**after, "place": {**after["place"], "threads": 99}})
     fast_swamp(networks.build("tied"), *digits, **settings)  # warns of nothing, because a finished run is only read
 
 

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 
 import swamp_fast.runs.record as run_module
 from swamp_fast import SwampConfig, SwampResult, fast_swamp, naive_swamp
-from swamp_fast.runs.folder import Snapshot, load_tensors, write
+from swamp_fast.runs.files import load_tensors, read_json, write, write_json
+from swamp_fast.runs.folder import Snapshot
 
 SETTINGS = {
     "engine": "eager",
@@ -144,8 +145,8 @@ def weighted(outputs, targets):
 
 OTHERS = [
     ({"lr": 0.2}, "lr was 0.1, is 0.2"),
-    ({"cycles": 4}, "cycles was 3, is 4"),
-    ({"particles": 3, "seed": 1}, "particles was 2, is 3; seed was 0, is 1"),
+    ({"cycles": 2}, "it has completed cycle 3, but cycles = 2"),
+    ({"particles": 3, "seed": 1}, "seed was 0, is 1; particles was 2, is 3"),
     ({"model": "residual"}, "the model differs"),
     ({"loss": weighted}, "the loss differs"),
     ({"transform": lambda x: x}, "the transform differs"),
@@ -195,11 +196,8 @@ def test_folders_that_are_no_runs(digits, tmp_path):
         call(cycles=0, resume=False)
     about = tmp_path / "run" / "run.json"
     text = about.read_text()
-    about.write_text(text[:40])
-    with pytest.raises(ValueError, match=r"run.json is damaged"):
-        call(cycles=0)
-    about.write_text(text.replace("swamp_fast 2", "swamp_fast 9"))
-    with pytest.raises(ValueError, match='has the format "swamp_fast 9", but this version reads "swamp_fast 2"'):
+    about.write_text(text.replace("swamp_fast 3", "swamp_fast 2"))
+    with pytest.raises(ValueError, match='has the format "swamp_fast 2", but this version reads "swamp_fast 3"'):
         call(cycles=0)
     file = tmp_path / "file"
     file.write_text("x")
@@ -261,22 +259,50 @@ def test_a_missing_line_of_the_history_is_written_again(digits, tmp_path):
 def test_incomplete_files_are_reported(digits, tmp_path):
     settings = SETTINGS | {"run_dir": str(tmp_path), "keep_particles": True}
     fast_swamp(networks.build("tied"), *digits, **settings)
-    about = json.loads((tmp_path / "run.json").read_text())
-    for content, text in (
-        ([], "run.json is damaged .it holds a list"),
-        ({"format": about["format"]}, "run.json is damaged, it lacks driver, config, fingerprints"),
-        ({**about, "engine": {"name": "lanes"}}, "names no engine that this version knows .name = 'lanes'."),
-        ({**about, "engine": {"name": None}}, "names no engine that this version knows .name = None."),
-        ({**about, "engine": {"name": "fused", "rows": 5}}, "names no engine that this version knows"),
-        ({**about, "engine": {"name": "fused@0.5,eager:lanes", "fused": "x"}}, "names no engine that this version"),
+    about = read_json(tmp_path / "run.json")
+    for engine, text in (
+        ({"name": "lanes"}, "names no engine that this version knows .name = 'lanes'."),
+        ({"name": None}, "names no engine that this version knows .name = None."),
+        ({"name": "fused", "rows": 5}, "names no engine that this version knows"),
+        ({"name": "fused@0.5,eager:lanes", "fused": "x"}, "names no engine that this version"),
     ):
-        (tmp_path / "run.json").write_text(json.dumps(content))
+        write_json(tmp_path / "run.json", {**about, "engine": engine})
         with pytest.raises(ValueError, match=text):
             fast_swamp(networks.build("tied"), *digits, **settings)
-    (tmp_path / "run.json").write_text(json.dumps(about))
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"format": "swamp_fast 3"}', "changed"])
+def test_a_damaged_run_json_is_written_again_from_the_call(content, digits, tmp_path):
+    settings = SETTINGS | {"run_dir": str(tmp_path)}
+    first = fast_swamp(networks.build("tied"), *digits, **settings)
+    before, content = (tmp_path / "run.json").read_text(), content if content != "changed" else None
+    (tmp_path / "run.json").write_text(before.replace('"seed": 0', '"seed": 1') if content is None else content)
+    with pytest.raises(ValueError, match=r"run.json is damaged"):
+        SwampResult.load(tmp_path)
+    with pytest.warns(UserWarning, match=r"run.json is damaged .* It is written again from this call"):
+        assert fast_swamp(networks.build("tied"), *digits, **settings) == first
+    assert (tmp_path / "run.json.damaged").exists()
+    assert SwampResult.load(tmp_path).config == first.config
+    with pytest.raises(ValueError, match="seed was 0, is 1"):
+        fast_swamp(networks.build("tied"), *digits, **settings | {"seed": 1})
+
+
+def test_another_run_than_the_damaged_run_json_described_is_refused(digits, tmp_path):
+    fast_swamp(networks.build("tied"), *digits, **SETTINGS, run_dir=str(tmp_path))
+    (tmp_path / "run.json").write_text("{")
+    with pytest.raises(ValueError, match=r"ticket.safetensors doesn't belong to this run"):
+        fast_swamp(networks.build("tied"), *digits, **SETTINGS | {"seed": 1}, run_dir=str(tmp_path))
+    assert (tmp_path / "run.json").read_text() == "{"
+
+
+def test_missing_particles_are_computed_again(digits, tmp_path):
+    settings = SETTINGS | {"run_dir": str(tmp_path), "keep_particles": True}
+    first = fast_swamp(networks.build("tied"), *digits, **settings)
     (tmp_path / "particles.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match=r"is missing. Move .*cycle_03.safetensors away to train the"):
-        fast_swamp(networks.build("tied"), *digits, **settings)
+    with pytest.warns(UserWarning, match="lacks the particles of cycle 3, so that cycle is computed again"):
+        again = fast_swamp(networks.build("tied"), *digits, **settings)
+    assert again == first
+    assert all(torch.equal(tensor, first.particles[name]) for name, tensor in again.particles.items())
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):

@@ -279,7 +279,7 @@ def test_regression_has_losses(tmp_path):
         ((["imp"], [0]), {"particles": (1, 2, 2)}, "`particles` must be one number N for a comparison"),
         (
             (["imp"], [0]),
-            {"swa": False},
+            {"average": "none"},
             "`swa` is set by each method, so it can't be False for all; leave it at its default True",
         ),
         ((["imp", "best-particle"], [0]), {}, '`combine` = "best" chooses a particle on validation data'),

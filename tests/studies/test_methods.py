@@ -15,8 +15,8 @@ from swamp_fast.cycle.pruning import particles_score
 from swamp_fast.engines.trainer import Trainer
 from swamp_fast.methods import METHODS, seeds_of
 from swamp_fast.particles.random import layer_order, stream_of
-from swamp_fast.particles.schedule import cycle_training, kept_after
-from swamp_fast.runs.folder import load_tensors
+from swamp_fast.particles.schedule import cycle_training
+from swamp_fast.runs.files import load_tensors
 from swamp_fast.studies import packing
 
 SETTINGS = {
@@ -37,7 +37,7 @@ CHANGES = [
     {"mask_from": "dense", "mask_score": "random"},
     {"combine": "best", "rewind": "average", "val": 0.2},
     {"combine": "best", "mask_score": "random", "val": 0.2},
-    {"schedule": "swa", "swa": False},
+    {"schedule": "swa", "average": "none"},
     {"schedule": "cosine", "epochs": 4},
 ]
 
@@ -83,7 +83,7 @@ def test_the_mask_keeps_the_largest_scores(score, digits):
     dense = run(digits, cycles=0, keep_particles=True, **apart)
     ranked = torch.cat([SCORES[score](dense.particles[name]).flatten() for name in dense.masks])
     found = masks_of(run(digits, cycles=1, mask_score=score, **apart))
-    assert int(found.sum()) == kept_after(len(found), 0.1)
+    assert int(found.sum()) == round(0.9 * len(found))
     assert ranked[found].min() >= ranked[~found].max()
     others = [each for each in SCORES if each != score]
     assert not any(torch.equal(found, masks_of(run(digits, cycles=1, mask_score=each, **apart))) for each in others)
@@ -96,7 +96,7 @@ def test_random_masks_keep_as_many_by_layer_and_others(digits):
         (before, kept), (_, masks) = result.at(cycle - 1), result.at(cycle)
         sizes = {name: before.get_parameter(name)[mask].abs() for name, mask in kept.items()}
         every = torch.cat(list(sizes.values())).sort(descending=True).values
-        least = every[kept_after(len(every), 0.2) - 1]
+        least = every[round(0.8 * len(every)) - 1]
         for name, mask in masks.items():
             assert int(mask.sum()) == int((sizes[name] >= least).sum())
             assert not bool((mask & ~kept[name]).any())
@@ -118,7 +118,7 @@ def test_masks_from_the_dense_average_are_the_one_shot_curve(digits):
     ranked = torch.cat([dense.get_parameter(name).abs().flatten() for name in masks])
     keep = len(ranked)
     for cycle in range(1, 4):
-        keep = kept_after(keep, 0.5)
+        keep = round(0.5 * keep)
         mask = torch.cat([each.flatten() for each in result.at(cycle)[1].values()])
         expected = torch.zeros_like(mask)
         expected[ranked.argsort(descending=True, stable=True)[:keep]] = True
@@ -164,7 +164,7 @@ def test_the_best_particle_by_loss_where_there_are_no_accuracies(digits):
             {"mask_score": "rms", "combine": "best"},
             'combine="best" keeps one of them; set mask_score="abs-mean"',
         ),
-        ({"schedule": "swa", "swa": False, "lr": 0.01}, "`swa_lr` must be at most `lr`"),
+        ({"schedule": "swa", "average": "none", "lr": 0.01, "swa_lr": 0.05}, "`swa_lr` must be at most `lr`"),
     ],
 )
 def test_settings_that_contradict(changes, text):
@@ -177,12 +177,12 @@ def test_settings_that_do_not():
     SwampConfig(mask_score="signal-to-noise", particles=(2, 1), cycles=1)
     SwampConfig(mask_score="signal-to-noise", particles=(2, 1, 1), cycles=2, mask_from="dense")
     SwampConfig(schedule="cosine", lr=0.01)
-    SwampConfig(swa=False, lr=0.01)
+    SwampConfig(average="none", lr=0.01)
 
 
 def test_schedules():
-    swa, last = SwampConfig(epochs=8), SwampConfig(epochs=8, swa=False, schedule="swa")
-    sgd, cosine = SwampConfig(epochs=8, swa=False), SwampConfig(epochs=8, schedule="cosine")
+    swa, last = SwampConfig(epochs=8), SwampConfig(epochs=8, average="none", schedule="swa")
+    sgd, cosine = SwampConfig(epochs=8, average="none"), SwampConfig(epochs=8, schedule="cosine")
     rates = [[cycle_training(each, 5).lr(step) for step in range(40)] for each in (swa, last, sgd, cosine)]
     assert rates[0] == rates[1]
     assert rates[2] == rates[3]
@@ -218,7 +218,7 @@ def test_scores_are_over_the_particles_left(digits, diverging):
         ranked = torch.cat([SCORES[score](found.particles[name]).flatten() for name in masks]).nan_to_num()
         mask = torch.cat([each.flatten() for each in masks.values()])
         assert len(found.particles["first.weight"]) == 2
-        assert int(mask.sum()) == kept_after(int(kept.sum()), 0.2)
+        assert int(mask.sum()) == round(0.8 * int(kept.sum()))
         assert ranked[mask].min() >= ranked[~mask].max()
 
 
@@ -290,15 +290,15 @@ def test_only_what_needs_scores_has_them_in_its_files(digits, tmp_path):
             for name in file:
                 if name.startswith("score/"):
                     assert file[name].shape == file[name.replace("score/", "values/")].shape
-    assert scored == [[False] * 3, [False] * 3, [True, True, False], [True, False, False]]
+    assert scored == [[False] * 3, [False] * 3, [True, True, True], [True, False, False]]
 
 
 @pytest.mark.parametrize("way", ["lanes", "fold"])
 def test_packed_they_give_what_they_give_alone(way, digits, monkeypatch):
     points = [
         {"seed": 0},
-        {"swa": False, "mask_score": "rms"},
-        {"swa": False, "schedule": "swa", "mask_from": "dense", "seed": 1},
+        {"average": "none", "mask_score": "rms"},
+        {"average": "none", "schedule": "swa", "mask_from": "dense", "seed": 1},
         {"combine": "best", "mask_score": "random"},
         {"rewind": "average", "mask_score": "signal-to-noise", "schedule": "cosine"},
         {"cycles": 1, "prune": 0.5},
@@ -349,9 +349,9 @@ def test_every_method_has_a_source_and_says_where_it_departs():
 
 
 def test_imp_is_the_naive_loop_with_one_particle_and_sgd(digits):
-    plain = SETTINGS | {"particles": 1, "swa": False}
+    plain = SETTINGS | {"particles": 1, "average": "none"}
     same(of_method("imp", digits), naive_swamp(networks.build("tied"), *digits, **plain), 1e-8)
-    same(of_method("imp+swa", digits), naive_swamp(networks.build("tied"), *digits, **plain | {"swa": True}), 1e-8)
+    same(of_method("imp+swa", digits), naive_swamp(networks.build("tied"), *digits, **plain | {"average": "swa"}), 1e-8)
 
 
 def test_the_last_iterate_of_the_swa_schedule(digits):

@@ -88,7 +88,7 @@ def _ready_trainer(problem: Problem, choice: Choice, lanes: int) -> Trainer:
     trainer = eager_trainer(problem, choice, lanes)
     trainer.bank.rewind_([initial(problem)], problem.mask[None], range(lanes), None)
     trainer.begin()
-    trainer.lr.fill_(problem.config.lr)
+    trainer.lr.fill_(problem.config.initial_lr)
     return trainer
 
 
