@@ -54,7 +54,7 @@ def test_what_is_not_measured_says_so(monkeypatch):
     problem = problem_of(models.SmallCNN(1, 10), precision="bfloat16")
     monkeypatch.setattr(selection, "has_amx", lambda: True)
     selected = by_rule(problem, fused_plan(problem))
-    assert selected.fused_up_to == CROSSOVER["bfloat16", selection.NARROW] * selection.AMX_SHARE
+    assert selected.fused_up_to == CROSSOVER["bfloat16", selection.NARROW] * selection.AMX_CROSSOVER_FACTOR
     assert "not been measured" in selected.why
 
 

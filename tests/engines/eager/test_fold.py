@@ -61,7 +61,7 @@ MIXES = {
     "a value that is read": (lambda m, x: x * (2 if x.sum().item() > 0 else 1), "looks at values"),
     "noise": (lambda m, x: x + torch.randn_like(x), "it draws random numbers besides dropout"),
     "a buffer": (counted, "its forward changes buffers or weights: steps"),
-    "a fixed batch": (lambda m, x: x.view(min(8, len(x)), 16) if m.training else x, "folded it raises RuntimeError"),
+    "a fixed batch": (lambda m, x: x.view(min(8, len(x)), 16) if m.training else x, "when folded, it raises RuntimeError"),
 }
 
 
@@ -97,7 +97,7 @@ def test_the_choice_is_measured_and_says_why(digits):
     assert {name.split(",")[0] for name in choice.milliseconds} == {"lanes", "fold", "fold_grouped"}
     assert all(value > 0 for value in choice.milliseconds.values())
     choice = fastest_choice(prepare(networks.build("branching"), *digits, settings=SETTINGS), 4)
-    assert choice.way == "lanes"
+    assert choice.mode == "lanes"
     assert choice.why.startswith("it can't be folded, its forward looks at values")
     assert fastest_choice(problem, 1).why == "there is one particle"
 
