@@ -147,13 +147,13 @@ def build(name: str) -> nn.Module:
         return NETWORKS[name]()
 
 
-EAGER_WAYS = [("lanes", False), ("lanes", True), ("fold", False), ("fold", True), ("fold_grouped", False)]
-# Every network in every way that it can run; what can't be folded test_fold names. ResNet-18 takes half a minute a way.
+EAGER_MODES = [("lanes", False), ("lanes", True), ("fold", False), ("fold", True), ("fold_grouped", False)]
+# Every network in every mode that it can run; what can't be folded test_fold names. ResNet-18 takes half a minute a mode.
 CASES = [
-    pytest.param(name, way, channels_last, marks=[pytest.mark.slow] * (name == "resnet18"))
+    pytest.param(name, mode, channels_last, marks=[pytest.mark.slow] * (name == "resnet18"))
     for name in NETWORKS
-    for way, channels_last in EAGER_WAYS
-    if (way == "lanes" or name in FOLDS) and not (name == "resnet18" and channels_last)
+    for mode, channels_last in EAGER_MODES
+    if (mode == "lanes" or name in FOLDS) and not (name == "resnet18" and channels_last)
 ]
 
 

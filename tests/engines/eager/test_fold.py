@@ -61,7 +61,10 @@ MIXES = {
     "a value that is read": (lambda m, x: x * (2 if x.sum().item() > 0 else 1), "looks at values"),
     "noise": (lambda m, x: x + torch.randn_like(x), "it draws random numbers besides dropout"),
     "a buffer": (counted, "its forward changes buffers or weights: steps"),
-    "a fixed batch": (lambda m, x: x.view(min(8, len(x)), 16) if m.training else x, "when folded, it raises RuntimeError"),
+    "a fixed batch": (
+        lambda m, x: x.view(min(8, len(x)), 16) if m.training else x,
+        "when folded, it raises RuntimeError",
+    ),
 }
 
 
