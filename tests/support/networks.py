@@ -148,7 +148,8 @@ def build(name: str) -> nn.Module:
 
 
 EAGER_MODES = [("lanes", False), ("lanes", True), ("fold", False), ("fold", True), ("fold_grouped", False)]
-# Every network in every mode that it can run; what can't be folded test_fold names. ResNet-18 takes half a minute a mode.
+# Every network in every execution mode that can run it; test_fold.py names the networks that can't be folded. ResNet-18
+# takes half a minute per mode.
 CASES = [
     pytest.param(name, mode, channels_last, marks=[pytest.mark.slow] * (name == "resnet18"))
     for name in NETWORKS

@@ -1,4 +1,4 @@
-"""The self-check before folding: it accepts models that fold correctly, and says why others don't."""
+"""The self-check before folding: it accepts models that fold correctly, and gives the reason why others don't."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_networks(name, grouped, digits):
 
 
 class Mixed(nn.Module):
-    """A model that folds, if `mix` does."""
+    """A model that applies `mix` to its hidden features; it can be folded if `mix` can."""
 
     def __init__(self, mix) -> None:
         super().__init__()
