@@ -52,7 +52,7 @@ def collect_gradients_kernel(partial, base_ptr, step_ptr, parts_ptr, run_of_lane
     """
     lane = tl.program_id(1).to(tl.int64)
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    entry = tl.load(run_of_lane_ptr + lane) * size + at  # of the tables base, step and parts
+    entry = tl.load(run_of_lane_ptr + lane) * size + at  # the index into the tables base, step and parts
     where = tl.load(base_ptr + entry, mask=at < size, other=-1)
     has_parts = where >= 0
     count = tl.load(parts_ptr + entry, mask=has_parts, other=0)

@@ -150,7 +150,8 @@ def _select(bits, masks, keep, dtype):
             BLOCK=BLOCK[dtype],
             enable_fp_fusion=False,
         )
-        at_least = histogram.long().flip(1).cumsum(1).flip(1)  # [R, BINS] the number with this digit or a larger one
+        # [R, BINS] the number of weights that have this digit or a larger one.
+        at_least = histogram.long().flip(1).cumsum(1).flip(1)
         if kept is None:
             kept = at_least[:, 0]
         digit = ((at_least >= wanted[:, None]).sum(1) - 1).clamp(min=0)

@@ -102,7 +102,10 @@ class BankEngine:
         raise NotImplementedError
 
     def replay(self, record: dict[str, Any]) -> None:
-        """Adopt the choices that another process or run made by measured time, from the record by its `describe`."""
+        """Adopt the choices that were made by measured time in another process or run.
+
+        record  what `describe` returned there
+        """
         raise NotImplementedError
 
     def release(self) -> None:

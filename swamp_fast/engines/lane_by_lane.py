@@ -114,7 +114,10 @@ def _at_a_new_address(leaf: Any, last: bool) -> Any:
 
 
 class Bound:
-    """Binds a module to one lane: its trained parameters are views of a vector [P], their gradients of grads [P]."""
+    """Binds a module to one lane.
+
+    The module's trained parameters become views of a vector [P], and their gradients become views of grads [P].
+    """
 
     def __init__(self, module: nn.Module, layout: Layout, vector: Tensor, grads: Tensor | None) -> None:
         views = layout.views(vector)

@@ -58,9 +58,9 @@ def different_weights(problem: Problem) -> Tensor:
 
 
 def results_of(runner: LaneRunner, grads: Tensor, batch: Batch, keys: Tensor) -> dict[str, Any]:
-    """A runner's losses, gradients and buffers after a step on a batch, and its outputs in evaluation, by name.
+    """Run a forward and backward pass on a batch, then an evaluation; returns all results in a dict.
 
-    Each has a leading lane axis.
+    The results are "losses", "gradients", "buffers" and "outputs", each with a leading lane axis.
 
     grads  [L, P]  zeros, to which the runner adds its gradients
     """
@@ -82,7 +82,10 @@ def results_of(runner: LaneRunner, grads: Tensor, batch: Batch, keys: Tensor) ->
 
 
 def close(results: Any, expected: Any, tolerance: float = TOLERANCE, floor: float = 1.0) -> bool:
-    """Whether trees of tensors are finite and agree within `tolerance` * (`floor` + each tensor's largest number)."""
+    """Whether the tensors of `results` are finite and differ from those of `expected` by no more than rounding.
+
+    A tensor may differ by `tolerance` * (`floor` + the largest absolute number of the expected tensor).
+    """
     for a, b in zip(tensors(results), tensors(expected), strict=True):
         if a.shape != b.shape or not bool(torch.isfinite(a.double()).all()):
             return False

@@ -76,7 +76,7 @@ def _selection(problem: Problem, plan: Plan | str) -> Selection:
 
 
 def _fastest(problem: Problem, plan: Plan | str) -> Selection:
-    """The selection for engine="fastest": it measures both engines under the first mask and under one like the last."""
+    """The selection for engine="fastest", from measured times under the first mask and one as sparse as the last."""
     choice = fastest_choice(problem, most_particles(problem))
     if isinstance(plan, str):
         return Selection(0.0, choice, choice.why)
@@ -94,7 +94,9 @@ def _fastest(problem: Problem, plan: Plan | str) -> Selection:
         return Selection(0.0, choice, why)
     densities = [flop_density(problem, mask) for mask in masks]
     # Between the two masks, the fused engine's time is about linear in the FLOP density.
-    position = (eager_seconds - last) / (first - last)  # of the crossover: 0 at the last mask, 1 at the first
+    position = (eager_seconds - last) / (
+        first - last
+    )  # where both are equally fast: 0 at the last mask, 1 at the first
     crossover = round(densities[1] + position * (densities[0] - densities[1]), 3)
     return Selection(min(max(crossover, 0.001), 0.999), choice, why)
 

@@ -17,7 +17,9 @@ from swamp_fast.particles.schedule import Training
 
 
 class SwitchingEngine:
-    """Runs each cycle on one of two engines. They can change between cycles, which share only a mask and solutions.
+    """Runs each cycle on one of two engines.
+
+    The engine can change between two cycles, because a cycle inherits only a mask and solutions.
 
     engines  the kind of engine that ran each cycle so far, for the run's record; keys are "ticket" (for the ticket's
              training) and the cycles' numbers

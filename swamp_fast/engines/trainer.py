@@ -121,7 +121,7 @@ class Trainer:
         return {"done": torch.tensor(self.done), "loss_sum": self.loss_sum[lanes], **bank_state, **buffers}
 
     def _of_lanes(self, of_runs: list[list[float]]) -> Tensor:
-        """A float64 tensor [S, L] that repeats numbers of the runs [S, R] for each run's lanes."""
+        """A float64 tensor [S, L], in which the runs' numbers [S, R] are repeated for the lanes of each run."""
         numbers = torch.tensor(of_runs, dtype=torch.float64, device=self.lr.device)
         return numbers.repeat_interleave(self.bank.lanes // len(self.bank.configs), 1)
 
@@ -198,7 +198,10 @@ class Trainer:
                 tensor.copy_(value)
 
     def _record(self, index: Tensor) -> None:
-        """Warm up and capture on the current device; a failure sets `not_captured`."""
+        """Take warm-up steps over `index` [L, B] on the current device, then capture a step.
+
+        If the capture fails, the reason is stored in `not_captured`.
+        """
         here, pool = torch.cuda.current_stream(), torch.cuda.graph_pool_handle()
         try:
             side = torch.cuda.Stream()
@@ -240,7 +243,7 @@ def part_of(state: Mapping[str, Tensor], lanes: range, count: int) -> dict[str, 
 
 
 def _why_not_captured(problem: Problem) -> str | None:
-    """The reason why a step can't be captured as a CUDA graph; None if there is none."""
+    """The reason why a step can't be captured as a CUDA graph; None if it can."""
     if problem.device.type != "cuda":
         return "not on CUDA"
     if problem.train.streamed:

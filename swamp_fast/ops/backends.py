@@ -22,7 +22,7 @@ def backends() -> dict[str, dict[str, Any]]:
 
 
 def has_amx() -> bool:
-    """Whether the processor has AMX, Intel's instructions for products of bfloat16 matrices."""
+    """Whether the processor has AMX, Intel's matrix instructions, which compute products of bfloat16 matrices."""
     supported = getattr(torch.cpu, "_is_amx_tile_supported", None)
     return supported is not None and bool(supported())
 

@@ -61,7 +61,7 @@ def test_lane_by_lane_bit_for_bit(name, channels_last, digits):
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize(("shape", "batch"), [((5,), 7), ((13,), 33), ((301,), 33), ((3, 7, 7), 5), ((1, 9, 9), 3)])
 def test_bit_for_bit_where_a_lane_s_batch_starts_at_any_address(shape, batch, fused):
-    """A lane's bits must not depend on the address of its batch, although CPU libraries sum in an order that does."""
+    """A lane's bits must not depend on the address of its batch, on which CPU libraries' order of summation depends."""
     inputs, targets = 0.3 * torch.randn(100, *shape), torch.arange(100) % 3
     side = shape[-1] - 4
     layers = [nn.Linear(shape[0], 37), nn.ReLU(), nn.Linear(37, 19), nn.ReLU(), nn.Linear(19, 3)]

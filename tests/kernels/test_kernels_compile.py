@@ -35,8 +35,8 @@ BLOCKS = {
 # The next two bounds depend on the compiler. A bound holds from its version up to the next version in the dict.
 # Triton version -> the bytes that a thread of a float64 kernel may spill. These kernels serve only to check plans.
 FLOAT64_SPILLS = {"3.6": 0, "3.8": 8, "3.9": 0}
-# NVRTC version -> the factors by which kernels may exceed their instruction slots per pixel. For this layer the halo has
-# four times the pixels of the map, and a block has only two tiles. The layer is a small part of its network.
+# NVRTC version -> the factors by which kernels may exceed their instruction slots per pixel. For this layer, the halo
+# has four times the pixels of the map, and a block has only two tiles. The layer is a small part of its network.
 KNOWN_SLOW = {"13.0": {"prologue, VGG-19 512-512 channels 2x2": 1.2}, "13.2": {}}
 ARCHITECTURES, SLOW = ["sm_90", "gfx942"], ["sm_80"]
 SHARED_BYTES = 99 * 1024  # shared memory available to a block on every GPU from sm_80 on

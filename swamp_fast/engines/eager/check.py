@@ -129,14 +129,14 @@ def _difference(problem: Problem, grouped: bool) -> str | None:
     together = folded(weights)
     for name, expected in alone.items():
         if not close(together[name], expected):
-            return f"folded, the {name} of the lanes differ from theirs alone: it mixes samples of a batch"
+            return f"the {name} of folded lanes differ from those of the same lanes alone: it mixes samples of a batch"
     for poison, poison_name in ((torch.nan, "NaN"), (1e30, "a weight of 1e30"), (-1e30, "a weight of -1e30")):
         poisoned = weights.clone()
         poisoned[1:] = poison
         results = folded(poisoned)
         for name, expected in alone.items():
             if not close(_first_lane(results[name]), _first_lane(expected)):
-                return f"folded, {poison_name} in one lane reaches the {name} of another"
+                return f"when folded, {poison_name} in one lane reaches the {name} of another lane"
     return None
 
 

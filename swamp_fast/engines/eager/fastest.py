@@ -23,7 +23,9 @@ from swamp_fast.problem.solutions import initial
 ROUNDS = 5  # rounds of timed steps; each round takes one step with every choice
 MAX_SECONDS = 3.0  # no further round begins after this time
 MIN_GAIN = 0.97  # a later choice must take less than this fraction of the best earlier choice's time
-GIVE_UP_RATIO = 2.0  # a choice is not timed further if its first step takes this multiple of the first choice's time
+GIVE_UP_RATIO = (
+    2.0  # a choice is timed no further if its first step takes longer than the first choice's by this factor
+)
 
 
 def fastest_choice(problem: Problem, particles: int) -> Choice:
@@ -95,7 +97,9 @@ def _ready_trainer(problem: Problem, choice: Choice, lanes: int) -> Trainer:
 def _first_steps(
     problem: Problem, trainers: Sequence[Trainer], steps: Sequence[Callable[[], None]]
 ) -> tuple[dict[int, float], list[int]]:
-    """Take each trainer's first step, which warms it up; returns its seconds, and the indices of steps worth timing.
+    """Take each trainer's first step, which warms it up.
+
+    Returns the seconds of each step by its index, and the indices of the steps that are worth timing.
 
     A step is not worth timing if it raises, if its gradients differ from those of the first trainer, or if it takes
     more than GIVE_UP_RATIO times as long.

@@ -107,9 +107,9 @@ def _rows(inputs: Any) -> int | None:
 
 
 def fold(template: nn.Module, layout: Layout, weights: Tensor, grads: Tensor | None, grouped: bool) -> nn.Module:
-    """A copy of the model whose modules with parameters are stacked, with views of weights [L, P] as parameters.
+    """A copy of the model in which stacked modules replace those with parameters.
 
-    Raises CannotFold if a module has no stacked form.
+    The stacked parameters are views of weights [L, P]. Raises CannotFold if a module has no stacked form.
     """
     model = copy.deepcopy(template)
     leaves = _Leaves(model, layout, weights, grads)
@@ -150,7 +150,7 @@ class _Leaves:
                 leaf = nn.Parameter(self.views[name])
                 leaf.grad = self.grad_views.get(name)
                 self.made[id(parameter)] = leaf
-            else:  # frozen
+            else:  # a frozen parameter, which all lanes share
                 self.made[id(parameter)] = parameter.detach().expand(self.lanes, *parameter.shape)
         return self.made[id(parameter)]
 

@@ -16,7 +16,7 @@ class CannotFold(Exception):
     """Raised if a model can't be folded; the message names the module and the reason."""
 
 
-# Maps a module's parameter of some shape to the stacked parameter [L, *shape] of all lanes.
+# Maps a module's parameter [*shape] to the stacked parameter [L, *shape] of all lanes.
 Stack = Callable[[nn.Parameter | None], Tensor | None]
 
 
@@ -39,7 +39,7 @@ class _Stacked(nn.Module):
             return getattr(self.plain[0], name)
 
     def split(self, x: Tensor) -> Tensor:
-        """[L*B, ...] -> [L, B, ...]."""
+        """Reshape x [L*B, ...] to [L, B, ...]."""
         return _lanes_of_batch(x, self.lanes)
 
     def affine(self, x: Tensor, axes: int) -> Tensor:
@@ -181,18 +181,18 @@ class _StackedEmbedding(_Stacked):
 
 
 def _lanes_of_batch(x: Tensor, lanes: int) -> Tensor:
-    """[L*B, ...] -> [L, B, ...]."""
+    """Reshape x [L*B, ...] to [L, B, ...]."""
     split: Tensor = x.unflatten(0, (lanes, -1))
     return split
 
 
 def _lanes_to_channels(x: Tensor, lanes: int) -> Tensor:
-    """[L*B, C, ...] -> [B, L*C, ...]."""
+    """Move the lanes of x [L*B, C, ...] to the channel axis: [B, L*C, ...]."""
     return _lanes_of_batch(x, lanes).transpose(0, 1).flatten(1, 2)
 
 
 def _lanes_from_channels(x: Tensor, lanes: int) -> Tensor:
-    """[B, L*C, ...] -> [L*B, C, ...]."""
+    """Move the lanes of x [B, L*C, ...] to the batch axis: [L*B, C, ...]."""
     folded: Tensor = x.unflatten(1, (lanes, -1)).transpose(0, 1).flatten(0, 1)
     return folded
 

@@ -53,10 +53,10 @@ def counted(module: Mixed, x: Tensor) -> Tensor:
 
 MIXES = {
     "plain": (lambda m, x: x.relu(), None),
-    "centred": (lambda m, x: x - x.mean(0), "differ from theirs alone: it mixes samples of a batch"),
-    "by the batch's size": (lambda m, x: x / len(x), "differ from theirs alone"),
-    "a little": (lambda m, x: x + 1e-6 * x.sum(), "differ from theirs alone"),
-    "rolled": (lambda m, x: x.roll(1, 0), "differ from theirs alone"),
+    "centred": (lambda m, x: x - x.mean(0), "differ from those of the same lanes alone: it mixes samples of a batch"),
+    "by the batch's size": (lambda m, x: x / len(x), "differ from those of the same lanes alone"),
+    "a little": (lambda m, x: x + 1e-6 * x.sum(), "differ from those of the same lanes alone"),
+    "rolled": (lambda m, x: x.roll(1, 0), "differ from those of the same lanes alone"),
     "a NaN that is hidden": (lambda m, x: x + 0 * x.sum(), "NaN in one lane reaches the"),
     "a value that is read": (lambda m, x: x * (2 if x.sum().item() > 0 else 1), "looks at values"),
     "noise": (lambda m, x: x + torch.randn_like(x), "it draws random numbers besides dropout"),
