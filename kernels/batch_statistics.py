@@ -14,7 +14,7 @@ import triton.language as tl
 from .argument_groups import Target, affine_of, norm_of, rows
 
 TILE_ELEMENTS = 4096  # pixels times channels of a tile
-MERGED = tl.constexpr(2048)  # tiles times channels in one load of the last program
+MERGE_ELEMENTS = tl.constexpr(2048)  # tiles times channels that the last program loads at once to merge them
 
 
 @triton.jit
@@ -70,7 +70,7 @@ def merge_statistics(
 
     Source: Chan, Golub and LeVeque 1983, "Algorithms for computing the sample variance".
     """
-    BLOCK_TILES: tl.constexpr = MERGED // BLOCK_CHANNELS
+    BLOCK_TILES: tl.constexpr = MERGE_ELEMENTS // BLOCK_CHANNELS
     means_ptr = to.means_ptr + lane * tiles * channels
     squares_ptr = to.squares_ptr + lane * tiles * channels
     # The mean over all tiles.

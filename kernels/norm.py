@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from .argument_groups import affine_of, norm_of, rows
-from .batch_statistics import MERGED, arrived_last, extents_of, tile_of
+from .batch_statistics import MERGE_ELEMENTS, arrived_last, extents_of, tile_of
 
 BLOCK = 1024
 
@@ -111,7 +111,7 @@ def norm_grad_sums_kernel(
     tl.store(centred_sums_ptr + at, tl.sum(gradient * centred, 0), mask=c_inside)
     if arrived_last(arrivals.ptr + lane * arrivals.stride + tl.program_id(1), tiles):
         # The sums over all tiles.
-        BLOCK_TILES: tl.constexpr = MERGED // BLOCK_CHANNELS
+        BLOCK_TILES: tl.constexpr = MERGE_ELEMENTS // BLOCK_CHANNELS
         sum_grad = tl.zeros((BLOCK_CHANNELS,), tl.float64)
         sum_centred = tl.zeros((BLOCK_CHANNELS,), tl.float64)
         for begin in range(0, tiles, BLOCK_TILES):

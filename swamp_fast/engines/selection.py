@@ -94,7 +94,9 @@ def by_rule(problem: Problem, plan: Plan | str) -> Selection:
     if isinstance(plan, str):
         return Selection(0.0, eager_by_rule(problem), "by rule")
     if problem.device.type != "cpu":
-        return Selection(1.0, None, "by rule: it covers the model. On GPUs the rule has not been measured yet")
+        return Selection(
+            1.0, None, "by rule: the fused engine covers the model. On GPUs the rule has not been measured yet"
+        )
     kind, precision = kind_of(problem, plan), problem.config.precision
     density = CROSSOVER[precision, kind]
     why = f"by rule, for a model whose work is mostly {kind} in {precision}"

@@ -30,7 +30,7 @@ class LaneRunner(Protocol):
 
     @property
     def weights(self) -> Tensor:
-        """The lanes' weights [L, P], pruned ones included."""
+        """The lanes' weights [L, P], including pruned ones."""
 
     def backward(self, batch: Batch, step_keys: Tensor) -> Tensor:
         """Add the gradient of each lane's mean loss to the lane's row of the gradients [L, P]; returns the losses [L].

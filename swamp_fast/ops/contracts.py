@@ -74,7 +74,7 @@ class Contract:
         )
         if self.size("Q") > self.size("P"):
             raise self.fail(
-                f"`masks` covers Q = {self.size('Q')} weights, more than the P = {self.size('P')} there are."
+                f"`masks` covers Q = {self.size('Q')} weights, more than the P = {self.size('P')} parameters."
             )
         self.in_range("run_of_lane", run_of_lane, self.size("R"), "R")
 

@@ -33,7 +33,7 @@ from swamp_fast.problem.problem import Problem
 
 MakeRunner = Callable[[Tensor, Tensor], LaneRunner]  # makes a runner for weights [L, P] and gradients [L, P]
 
-LANES = 3
+CHECKED_LANES = 3  # as many as different_weights returns
 ROUGH_TOLERANCE = {"float64": 1e-6, "float32": 2e-2, "bfloat16": 0.2}  # for a step in the run's precision
 
 
@@ -118,7 +118,7 @@ def roughly_close(problem: Problem, results: Any, expected: Any) -> bool:
 
 def _difference(problem: Problem, grouped: bool) -> str | None:
     """How folded lanes differ from the same lanes alone, or influence each other; None if they do neither."""
-    keys = check_keys(problem, LANES)
+    keys = check_keys(problem, CHECKED_LANES)
     batch = few_samples(problem, keys)
     weights = different_weights(problem)
 
