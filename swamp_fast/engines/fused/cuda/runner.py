@@ -23,7 +23,7 @@ from swamp_fast.ops.contracts import triton_kernels
 from swamp_fast.problem.arguments import cross_entropy
 from swamp_fast.problem.problem import Problem
 
-MAX_MEMORY_FRACTION = 0.4  # of the free memory for one step: steps of two batch sizes and evaluation share it
+MAX_STEP_MEMORY_FRACTION = 0.4  # of the free memory for one step: steps of two batch sizes and evaluation share it
 
 
 class CudaPrograms:
@@ -73,9 +73,9 @@ class CudaPrograms:
 
 def lanes_that_fit(lanes: int, bytes_of_lane: int, free: int) -> int:
     """How many of `lanes` lanes a launch may run; warns if not all. Raises MemoryError if not even one fits."""
-    fitting = int(MAX_MEMORY_FRACTION * free) // bytes_of_lane
+    fitting = int(MAX_STEP_MEMORY_FRACTION * free) // bytes_of_lane
     needed = f"a step of one particle takes about {bytes_of_lane / 1e9:.2f} GB"
-    allowed = f"{MAX_MEMORY_FRACTION:.0%} of the {free / 1e9:.2f} GB that are free may be used"
+    allowed = f"{MAX_STEP_MEMORY_FRACTION:.0%} of the {free / 1e9:.2f} GB that are free may be used"
     if fitting == 0:
         raise MemoryError(f"{needed}, but only {allowed}; use a smaller batch_size.")
     if fitting < lanes:
