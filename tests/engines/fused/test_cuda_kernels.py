@@ -234,7 +234,7 @@ def fails(*arguments) -> None:
     raise RuntimeError("no such device")
 
 
-@pytest.mark.parametrize(("which", "what"), [(1, "gradients by the input"), (2, "gradients by the weights")])
+@pytest.mark.parametrize(("which", "what"), [(1, "input gradients"), (2, "weight gradients")])
 def test_a_slightly_wrong_border_is_found(which, what, monkeypatch):
     """The first row of pictures, or the first three taps, are wrong by a 64th of the largest gradient."""
     if not HAS_GPU:

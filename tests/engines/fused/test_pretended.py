@@ -206,7 +206,7 @@ def test_what_the_protocol_measures_besides_runs(tmp_path, monkeypatch):
         for study in protocol.studies(1, rehearse=True)
     ]
     monkeypatch.setattr(protocol, "studies", lambda *_: studies)
-    monkeypatch.setattr("swamp_fast.engines.fused.estimate.SIDE", {"cuda": 64})
+    monkeypatch.setattr("swamp_fast.engines.fused.estimate.MATRIX_SIDE", {"cuda": 64})
     with gpu():
         there = protocol.Protocol(tmp_path, rehearse=True)
         assert there.naive("small_cnn")

@@ -55,7 +55,7 @@ class Emulated(TorchDispatchMode):
             sources["convolve.cu"] = f"{before};{after}".encode()
         code, _ = nvrtc.build(name, sources, constants, "compute_90")
         self.launches += 1
-        ptx.run(code.decode(), grid, nvrtc.THREADS, shared_bytes, [params], self.tensors, seed=self.launches)
+        ptx.run(code.decode(), grid, nvrtc.THREADS_PER_BLOCK, shared_bytes, [params], self.tensors, seed=self.launches)
 
 
 @pytest.fixture

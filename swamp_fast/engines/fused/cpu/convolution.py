@@ -8,14 +8,14 @@ from typing import Any
 import torch
 
 from swamp_fast.common.timing import seconds_in_turn
-from swamp_fast.engines.fused.cpu.taps import CHUNK, SAMPLES, Taps
+from swamp_fast.engines.fused.cpu.taps import MAX_CHUNK_SUMS, SAMPLES_PER_BLOCK, Taps
 from swamp_fast.engines.fused.cpu.workspace import Call, Workspace
 from swamp_fast.engines.fused.plan import Convolution
 
-FORWARD, BY_INPUT, BY_WEIGHTS = range(3)  # the passes, as Rows numbers them
+FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT = range(3)  # the passes, as Rows numbers them
 
 MAX_WASTE = 2.5  # sharing loads is not tried where it multiplies the number of products by more
-TIMINGS = 3
+TIMING_ROUNDS = 3
 MIN_TASKS = 16  # into which a weight gradient is split, if it can be
 
 
@@ -46,8 +46,8 @@ def _by_weights(workspace: Workspace, op: Convolution) -> Call:
 
     def weight_grad(taps: Taps) -> Call:
         size = max(1, taps.largest_chunk)
-        if workspace.scratch.numel() < size * workspace.threads * SAMPLES:
-            workspace.scratch = torch.zeros(size * workspace.threads * SAMPLES, dtype=workspace.dtype)
+        if workspace.scratch.numel() < size * workspace.threads * SAMPLES_PER_BLOCK:
+            workspace.scratch = torch.zeros(size * workspace.threads * SAMPLES_PER_BLOCK, dtype=workspace.dtype)
         if workspace.partial.numel() < parts * taps.count:
             workspace.partial = torch.zeros(parts * taps.count, dtype=workspace.dtype)
         kept = workspace.keep_alive
@@ -59,7 +59,7 @@ def _by_weights(workspace: Workspace, op: Convolution) -> Call:
         )
         return workspace.call("weight_grad", argument)
 
-    return _fastest(workspace, op, BY_WEIGHTS, lambda rows: mask.forward_taps(rows, source.geometry), weight_grad)
+    return _fastest(workspace, op, WEIGHT_GRADIENT, lambda rows: mask.forward_taps(rows, source.geometry), weight_grad)
 
 
 def _by_input(workspace: Workspace, op: Convolution) -> Call:
@@ -70,7 +70,7 @@ def _by_input(workspace: Workspace, op: Convolution) -> Call:
         argument = (out_grad.handle(), in_grad.handle(), _kernel_taps(workspace, taps), 0, 1, op.stride, accumulate)
         return workspace.call("convolve", workspace.kernels.Convolve(*argument))
 
-    return _fastest(workspace, op, BY_INPUT, lambda rows: mask.backward_taps(rows, out_grad.geometry), convolve)
+    return _fastest(workspace, op, INPUT_GRADIENT, lambda rows: mask.backward_taps(rows, out_grad.geometry), convolve)
 
 
 def _fastest(
@@ -83,7 +83,7 @@ def _fastest(
     recorded = workspace.rows.setdefault(op.weight, [0, 0, 0])
     tried: list[tuple[int, Call, list[Call]]] = []
     for rows in [recorded[which]] if recorded[which] else [1, 2, 4]:
-        if rows > workspace.masks[op.output].most_rows(which == BY_INPUT):
+        if rows > workspace.masks[op.output].most_rows(which == INPUT_GRADIENT):
             break
         taps = taps_of(rows)
         if tried and taps.waste > MAX_WASTE:
@@ -100,7 +100,7 @@ def _fastest(
 
 
 def _least_seconds(call: Call) -> float:
-    (seconds,) = seconds_in_turn([call], torch.device("cpu"), TIMINGS)
+    (seconds,) = seconds_in_turn([call], torch.device("cpu"), TIMING_ROUNDS)
     return min(seconds)
 
 
@@ -122,6 +122,6 @@ def _parts(kept: int) -> int:
     It depends on the number of kept weights alone, not on threads, so that the sum's bits do too.
     """
     parts = 1
-    while parts * max(1, kept // CHUNK) < MIN_TASKS:
+    while parts * max(1, kept // MAX_CHUNK_SUMS) < MIN_TASKS:
         parts *= 2
     return parts

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from swamp_fast.engines.fused.cpu.taps import SAMPLES, Geometry
+from swamp_fast.engines.fused.cpu.taps import SAMPLES_PER_BLOCK, Geometry
 from swamp_fast.ops.contracts import native
 
 HUGE_PAGE = 2 << 20  # bytes
@@ -47,17 +47,17 @@ class Map:
     @classmethod
     def of(cls, shape: tuple[int, ...], samples: int, pad: int, dtype: torch.dtype) -> Map:
         """A zeroed map for values [B, *shape]."""
-        blocks = -(-samples // SAMPLES)
+        blocks = -(-samples // SAMPLES_PER_BLOCK)
         flat = len(shape) == 1
         channels, height, width = (shape[0], 1, blocks) if flat else shape
         blocks = 1 if flat else blocks
-        size = blocks * channels * (height + 2 * pad) * (width + 2 * pad) * SAMPLES
+        size = blocks * channels * (height + 2 * pad) * (width + 2 * pad) * SAMPLES_PER_BLOCK
         return cls(zeros(size, dtype), blocks, channels, height, width, pad, samples, flat)
 
     @property
     def geometry(self) -> Geometry:
         """The distances between rows and between channels."""
-        pitch = (self.width + 2 * self.pad) * SAMPLES
+        pitch = (self.width + 2 * self.pad) * SAMPLES_PER_BLOCK
         return Geometry(pitch, (self.height + 2 * self.pad) * pitch)
 
     def handle(self, absent: bool = False) -> Any:

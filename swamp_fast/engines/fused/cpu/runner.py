@@ -63,7 +63,7 @@ class CpuLanes:
         return self.programs.compact.expand(self.compact_weights)
 
     def backward(self, batch: Batch, step_keys: Tensor) -> Tensor:
-        """As LaneRunner.backward."""
+        """See LaneRunner.backward."""
         assert self.grads is not None
         losses = []
         for lane in range(len(self.modules)):
@@ -79,16 +79,16 @@ class CpuLanes:
         return torch.stack(losses)
 
     def outputs(self, inputs: Any, keys: Tensor) -> list[Any]:
-        """As LaneRunner.outputs."""
+        """See LaneRunner.outputs."""
         program = self.programs.of(len(inputs), trains=False)
         return [self._run(program, lane, inputs, None) for lane in range(len(self.modules))]
 
     def set_buffers(self, buffers: dict[str, Tensor]) -> None:
-        """As LaneRunner.set_buffers."""
+        """See LaneRunner.set_buffers."""
         self.running.write(buffers)
 
     def buffers(self) -> dict[str, Tensor]:
-        """As LaneRunner.buffers."""
+        """See LaneRunner.buffers."""
         return self.running.read()
 
     def _run(self, program: Program, lane: int, inputs: Tensor, key: Tensor | None) -> Tensor:
@@ -99,5 +99,5 @@ class CpuLanes:
             program.variance.copy_(self.running.variance[lane])
         outputs = program.run(inputs, self.compact_weights[lane], by_batch, key)
         if by_batch:
-            self.running.move(slice(lane, lane + 1), program.mean, program.variance * program.unbiased)
+            self.running.update(slice(lane, lane + 1), program.mean, program.variance * program.unbiased)
         return outputs

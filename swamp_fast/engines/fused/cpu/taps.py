@@ -14,8 +14,8 @@ from torch import Tensor
 
 from swamp_fast.engines.fused.plan import Convolution
 
-SAMPLES = 16  # in a block of a map, which the kernels process as one vector
-CHUNK = 4096  # taps * rows whose sums one task of a weight gradient holds: 256 KB of float32
+SAMPLES_PER_BLOCK = 16  # in a block of a map, which the kernels process as one vector
+MAX_CHUNK_SUMS = 4096  # taps * rows whose sums one task of a weight gradient holds: 256 KB of float32
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Taps:
         bounds, begin = [0], 0
         starts = (self.starts * self.rows).tolist()
         for group in range(1, self.groups + 1):
-            if starts[group] - begin > CHUNK and group - 1 > bounds[-1]:
+            if starts[group] - begin > MAX_CHUNK_SUMS and group - 1 > bounds[-1]:
                 bounds.append(group - 1)
                 begin = starts[group - 1]
         return torch.tensor([*bounds, self.groups], dtype=torch.int64)
@@ -141,7 +141,7 @@ def _transposed(weights: Tensor, groups: int) -> Tensor:
 
 def _offsets(channel: Tensor, y: Tensor, x: Tensor, map_: Geometry) -> Tensor:
     """Offsets [N, M, H, W] in a map, from channels [N, M], rows [H] and columns [W]."""
-    return channel[:, :, None, None] * map_.plane + y[:, None] * map_.pitch + x * SAMPLES
+    return channel[:, :, None, None] * map_.plane + y[:, None] * map_.pitch + x * SAMPLES_PER_BLOCK
 
 
 def _gathered(phases: list[tuple[Tensor, Tensor, Tensor]], rows: int) -> Taps:

@@ -26,7 +26,7 @@ MAX_SHARED_BYTES = 99 * 1024  # of a block: what every GPU from sm_80 on offers
 MAX_BLOCKS_PER_LANE = 64  # unless a block would then compute more than MAX_BLOCK_TILES
 MAX_BLOCK_TILES = 8
 MAX_BLOCK_OUT = 64  # output channels of a block
-MAX_BLOCK_OUT_WITH_MORE = 32  # with statistics or a prologue, which take registers
+MAX_BLOCK_OUT_WITH_NORM = 32  # with statistics or a prologue, which take registers
 
 # A weight gradient, which is summed in parts: a part is one block for each group of weights.
 MAX_PARTS = 32
@@ -180,7 +180,7 @@ class Halo:
     ) -> tuple[dict[str, int], int]:
         """The constants that convolve.cu is compiled with, and the bytes of shared memory that a block takes."""
         inputs, outputs = (self.outputs, self.inputs) if by_input else (self.inputs, self.outputs)
-        max_block = MAX_BLOCK_OUT_WITH_MORE if statistics or prologue else MAX_BLOCK_OUT
+        max_block = MAX_BLOCK_OUT_WITH_NORM if statistics or prologue else MAX_BLOCK_OUT
         block_out, chunk = next(
             (block, chunk)
             for block in range(max_block, 0, -16)

@@ -17,8 +17,8 @@ from swamp_fast.engines.fused.plan import Convolution, Norm, Plan, Pointwise, Po
 from swamp_fast.particles.layout import Layout
 
 # Up to 64 channels are rounded up to a multiple of 16, and so on, because a kernel is compiled for each number.
-MULTIPLES = {64: 16, 128: 32}
-MULTIPLE_BEYOND = 64
+CHANNEL_MULTIPLES = {64: 16, 128: 32}
+LARGEST_MULTIPLE = 64
 MAX_KEPT_PRODUCTS = 0.85  # if a larger share of the products would be left, no channel is skipped
 
 
@@ -102,7 +102,7 @@ def _tied(plan: Plan, alive: list[Tensor]) -> list[Tensor]:
 def _rounded(alive: Tensor) -> Tensor:
     """The channels that are alive, and dead ones to make their number one that kernels are compiled for, in order."""
     channels, count = len(alive), int(alive.sum())
-    multiple = next((multiple for limit, multiple in MULTIPLES.items() if channels <= limit), MULTIPLE_BEYOND)
+    multiple = next((multiple for limit, multiple in CHANNEL_MULTIPLES.items() if channels <= limit), LARGEST_MULTIPLE)
     wanted = min(channels, max(1, -(-count // multiple)) * multiple)
     dead = (~alive).nonzero().flatten()[: wanted - count]
     return torch.cat([alive.nonzero().flatten(), dead]).sort().values

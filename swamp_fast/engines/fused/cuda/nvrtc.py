@@ -23,7 +23,7 @@ from swamp_fast.engines.fused.cuda.params import Params
 
 HEADERS = ("params.h", "tile.h", "matrix.h")
 Constants = Mapping[str, int]  # what a kernel is compiled with, by name
-THREADS = 256  # of a block
+THREADS_PER_BLOCK = 256  # of a block
 # The head of a cubin: its magic, where its program and section tables begin, and the sizes and counts of their entries.
 ELF_HEADER = struct.Struct("<4s28xQQ6xHHHH2x")
 
@@ -119,7 +119,7 @@ class Launcher:
             stream = torch.cuda.current_stream(self.device).cuda_stream
             _checked(
                 driver.cuLaunchKernel(
-                    *(function, *grid, THREADS, 1, 1, shared_bytes, stream), *(ctypes.addressof(arguments), 0)
+                    *(function, *grid, THREADS_PER_BLOCK, 1, 1, shared_bytes, stream), *(ctypes.addressof(arguments), 0)
                 )
             )
 

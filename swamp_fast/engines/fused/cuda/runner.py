@@ -113,7 +113,7 @@ class CudaLanes:
         return torch.stack([self.programs.compacts[run].expand(row) for run, row in rows])
 
     def backward(self, batch: Batch, step_keys: Tensor) -> Tensor:
-        """As LaneByLane.backward."""
+        """See LaneByLane.backward."""
         assert self.grads is not None
         grads = self.grads
 
@@ -158,7 +158,7 @@ class CudaLanes:
         return losses
 
     def outputs(self, inputs: Any, keys: Tensor) -> list[Any]:
-        """As LaneByLane.outputs."""
+        """See LaneByLane.outputs."""
         outputs: list[Any] = []
         for lanes in self._groups(self.programs.at_once):
             shared = inputs.expand(lanes.stop - lanes.start, *inputs.shape)
@@ -166,11 +166,11 @@ class CudaLanes:
         return outputs
 
     def set_buffers(self, buffers: dict[str, Tensor]) -> None:
-        """As LaneByLane.set_buffers."""
+        """See LaneByLane.set_buffers."""
         self.running.write(buffers)
 
     def buffers(self) -> dict[str, Tensor]:
-        """As LaneByLane.buffers."""
+        """See LaneByLane.buffers."""
         return self.running.read()
 
     def _groups(self, size: int | None) -> list[slice]:
@@ -214,7 +214,7 @@ class CudaLanes:
             outputs = run.forward(inputs, keep).to(self.problem.dtype)
             if by_batch:
                 unbiased = variance * self.programs.program.unbiased(inputs.shape[1])
-                self.running.move(lanes, mean, unbiased, self.programs.columns)
+                self.running.update(lanes, mean, unbiased, self.programs.columns)
         return run, outputs
 
     def _of_plan(self, statistics: Tensor) -> Tensor:
