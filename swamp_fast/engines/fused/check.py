@@ -146,14 +146,14 @@ def _of_halo(halo: Halo, launch: Launch | None, device: torch.device) -> tuple[T
     size, parts = 9 * inputs * outputs, halo.parts(samples)
     out, in_grad = torch.empty_like(out_grad), torch.empty_like(source)
     partial = torch.empty(lanes, parts * size, dtype=torch.float32, device=device)
-    found_statistics = torch.empty(4, lanes, outputs, dtype=torch.float32, device=device)
+    measured = torch.empty(4, lanes, outputs, dtype=torch.float32, device=device)
     norm_weights = normal(lanes, 2 * outputs)
     arrivals = torch.zeros(lanes, outputs, dtype=torch.int32, device=device)
     to = Statistics(
-        found_statistics[0],
-        found_statistics[1],
-        found_statistics[2],
-        found_statistics[3],
+        measured[0],
+        measured[1],
+        measured[2],
+        measured[3],
         0,
         norm_weights,
         0,
@@ -173,4 +173,4 @@ def _of_halo(halo: Halo, launch: Launch | None, device: torch.device) -> tuple[T
         kernels.convolve(source, dense, 0, None, 0, out, window, False, False, to, "ieee")
         kernels.convolve(out_grad, dense, size, None, 0, in_grad, window, True, False, None, "ieee")
         kernels.weight_grad(source, out_grad, partial, 0, parts, window, "ieee")
-    return out.double(), in_grad.double(), partial.view(lanes, parts, -1).double().sum(1), found_statistics.double()
+    return out.double(), in_grad.double(), partial.view(lanes, parts, -1).double().sum(1), measured.double()

@@ -165,12 +165,15 @@ REFUSED = {
         r"layers.n \(BatchNorm2d\) keeps no running statistics",
     ),
     "circular": (after(nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular")), r"layers.n \(Conv2d\) pads with circ"),
-    "in place": (after_convolution(lambda x: F.relu(x, inplace=True) + x, 486), "changes in place what is read again"),
+    "in place": (
+        after_convolution(lambda x: F.relu(x, inplace=True) + x, 486),
+        "changes its input in place, and the input is read again",
+    ),
     "always dropped": (after_convolution(lambda x: F.dropout(x, 0.3), 486), "its dropout stays on in evaluation"),
     "shared": (lambda: Net(lambda m, x: m["a"](m["a"](x)), 243, a=nn.Conv2d(3, 3, 3, padding=1)), "shares its weight"),
     "in place, under another name": (
         after_convolution(lambda x: F.relu(x.contiguous(), inplace=True) + x, 486),
-        "changes in place what is read again",
+        "changes its input in place, and the input is read again",
     ),
     "pieces": (
         after_convolution(lambda x: torch.cat(x.chunk(2, 1), 1), 486),

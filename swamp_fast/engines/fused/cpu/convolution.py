@@ -1,4 +1,4 @@
-"""The kernel calls of a convolution under a mask, and how many of its outputs share loads, by a stopwatch."""
+"""The kernel calls of a masked convolution. Timing chooses how many of its output channels share their loads."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from swamp_fast.engines.fused.cpu.taps import MAX_CHUNK_SUMS, SAMPLES_PER_BLOCK,
 from swamp_fast.engines.fused.cpu.workspace import Call, Workspace
 from swamp_fast.engines.fused.plan import Convolution
 
-FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT = range(3)  # the passes, as Rows numbers them
+FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT = range(3)  # the index of each pass in the lists of a Rows
 
-MAX_WASTE = 2.5  # sharing loads is not tried where it multiplies the number of products by more
+MAX_WASTE = 2.5  # sharing loads is not tried if it multiplies the number of products by more than this
 TIMING_ROUNDS = 3
-MIN_TASKS = 16  # into which a weight gradient is split, if it can be
+MIN_TASKS = 16  # a weight gradient is split into at least this many tasks if the batch has enough blocks
 
 
 def convolution_calls(workspace: Workspace, op: Convolution) -> list[Call]:
-    """The forward pass."""
+    """The calls of the forward pass."""
     source, target = workspace.values[op.inputs[0]], workspace.values[op.output]
     bias, mask = workspace.address(workspace.weights, op.bias), workspace.masks[op.output]
 
@@ -32,7 +32,7 @@ def convolution_calls(workspace: Workspace, op: Convolution) -> list[Call]:
 
 
 def convolution_backward_calls(workspace: Workspace, op: Convolution) -> list[Call]:
-    """The gradient by the weights, and that by the input if it is needed."""
+    """The calls that compute the weight gradient and, if it is needed, the input gradient."""
     calls = [_by_weights(workspace, op)]
     if op.inputs[0] in workspace.needed:
         calls.append(_by_input(workspace, op))
@@ -76,9 +76,14 @@ def _by_input(workspace: Workspace, op: Convolution) -> Call:
 def _fastest(
     workspace: Workspace, op: Convolution, which: int, taps_of: Callable[[int], Taps], call_of: Callable[[Taps], Call]
 ) -> Call:
-    """The call of a pass in which as many outputs share loads as is recorded, or else as is fastest.
+    """Return the call of one pass, with the recorded number of outputs that share loads.
 
-    Also adds the call that gathers its weights, if it needs one, to the workspace.
+    If no number is recorded, the fastest of 1, 2 and 4 is chosen by timing and recorded. If the chosen call needs
+    gathered weights, the call that gathers them is added to the workspace.
+
+    which    FORWARD, INPUT_GRADIENT or WEIGHT_GRADIENT
+    taps_of  makes the taps for a number of outputs that share loads
+    call_of  makes the call for given taps
     """
     recorded = workspace.rows.setdefault(op.weight, [0, 0, 0])
     tried: list[tuple[int, Call, list[Call]]] = []
@@ -105,7 +110,11 @@ def _least_seconds(call: Call) -> float:
 
 
 def _kernel_taps(workspace: Workspace, taps: Taps) -> Any:
-    """The kernels' form of taps, which reads the weights in place if they are in the taps' order, or gathered."""
+    """The taps as the argument object of a kernel.
+
+    The kernel reads the weights in place if they are already in the taps' order; otherwise a call is added to the
+    workspace that gathers them in that order.
+    """
     start = int(taps.index[0, 0]) if taps.count else 0
     if taps.rows == 1 and torch.equal(taps.index.flatten(), torch.arange(start, start + taps.count).int()):
         values = workspace.weights[start:].data_ptr()
@@ -117,9 +126,9 @@ def _kernel_taps(workspace: Workspace, taps: Taps) -> Any:
 
 
 def _parts(kept: int) -> int:
-    """The number of parts in which the blocks of a weight gradient are summed.
+    """The number of parts into which the blocks of samples are divided for the sums of a weight gradient.
 
-    It depends on the number of kept weights alone, not on threads, so that the sum's bits do too.
+    It depends only on the number of kept weights, not on the number of threads, so that threads don't affect the bits.
     """
     parts = 1
     while parts * max(1, kept // MAX_CHUNK_SUMS) < MIN_TASKS:
