@@ -162,7 +162,7 @@ REFUSED = {
     "a product": (after_convolution(lambda x: x * 2, 486), "mul in its forward is not covered"),
     "statistics": (
         after(nn.BatchNorm2d(4, track_running_stats=False)),
-        r"layers.n \(BatchNorm2d\) keeps no running statistics",
+        r"layers.n \(BatchNorm2d\) has no running statistics",
     ),
     "circular": (after(nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular")), r"layers.n \(Conv2d\) pads with circ"),
     "in place": (
@@ -177,7 +177,7 @@ REFUSED = {
     ),
     "pieces": (
         after_convolution(lambda x: torch.cat(x.chunk(2, 1), 1), 486),
-        "chunk in its forward does not give a te",
+        "chunk in its forward does not return a te",
     ),
     "shared bias": (shared_bias, r"layers.b \(Conv2d\) shares its bias"),
     "control flow": (after_convolution(lambda x: x if x.sum() > 0 else -x, 486), "looks at values"),

@@ -268,7 +268,7 @@ class Halo:
         return self.pictures * (self.rows + 2) * (self.width + 2)
 
     def _convolve_shared_bytes(self, inputs: int, chunk: int, block_out: int) -> int:
-        """Bytes for the arrays of convolve.cu: the halo, the weights, the rounded outputs, the shift and the moments."""
+        """Bytes for the arrays of convolve.cu: the halo, weights, rounded outputs, shift and moments."""
         weights, rounded = TAPS * chunk * (block_out + PAD), TILE_PIXELS * (block_out + PAD)
         numbers = weights + rounded if chunk == inputs else max(weights, rounded)
         return 2 * (self._halo_pixels * (chunk + PAD) + numbers) + 4 * (1 + 2 * WARPS) * block_out
