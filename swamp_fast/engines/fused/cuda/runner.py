@@ -146,7 +146,7 @@ class CudaLanes:
         return branch is not None and branch < lanes <= (self.programs.at_once or lanes)
 
     def _in_branches(self, backward: Callable[[slice], Tensor]) -> list[Tensor]:
-        """Run `backward` for each group on a stream of its own; in a CUDA graph the streams become parallel branches."""
+        """Run `backward` for each group on a separate stream; in a CUDA graph these become parallel branches."""
         device, groups, losses = self.compact_weights.device, self._groups(self.programs.branch), []
         current = torch.cuda.current_stream(device)
         while len(self.streams) < len(groups):  # reuse the streams, because PyTorch caches memory per stream
@@ -163,7 +163,7 @@ class CudaLanes:
     def _backward(self, batch: Batch, step_keys: Tensor, lanes: slice, grads: Tensor) -> Tensor:
         """Return the losses of one group of lanes and add its gradients to `grads`.
 
-        The group's feature maps are freed on return, before the next group runs.
+        The group's feature maps are freed on return.
         """
         inputs, targets = self._inputs(batch, step_keys, lanes), batch.targets[lanes]
         run, outputs = self._run(lanes, inputs, step_keys[lanes], keep=True)
