@@ -1,6 +1,6 @@
-// Gradient clipping: the factor that scales each lane's gradient so that its norm is at most the lane's bound. Sums use a
-// fixed number of parts and accumulators in a fixed order, so their bits are the same for every thread count, lane and
-// instruction set.
+// Gradient clipping: the factor that scales each lane's gradient so that its norm is at most the lane's bound. Sums use
+// a fixed number of parts and accumulators in a fixed order, so their bits are the same for every thread count, lane
+// and instruction set.
 
 constexpr int kAccumulators = 16;
 

@@ -1,6 +1,7 @@
-// Gathers pictures by index. Each picture is padded with black, cropped and flipped at random, and standardised by a table.
+// Gathers pictures by index. Each picture is padded with black, cropped and flipped at random, and standardised by a
+// table.
 
-// Writes one picture. It is first flipped if `flip` is set; then pixel (y, x) of the output is its pixel (y + dy, x + dx).
+// Writes one picture: the crop whose pixel (y, x) is the picture's pixel (y + dy, x + dx), mirrored if `flip` is set.
 template <typename T, typename Source>
 void gather_picture(const GatherAugment<T>& a, const Source* picture, T* out, int64_t dy, int64_t dx, bool flip) {
   const int64_t row_step = a.channels_last ? a.width * a.channels : a.width;

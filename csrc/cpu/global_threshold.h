@@ -1,7 +1,7 @@
 // Finds the exact magnitude threshold by radix select over the bits of |w|. Read as integers, these bits have the same
 // order as the magnitudes, unless one is NaN. Each pass finds one more digit of the threshold: it builds a histogram of
-// that digit over the weights whose higher digits equal those found so far. Finally, the new mask is written. Each thread
-// takes one contiguous span of a row, so that the ties that are kept are those with the lowest indices.
+// that digit over the weights whose higher digits equal those found so far. Finally, the new mask is written. Each
+// thread takes one contiguous span of a row, so that the ties that are kept are those with the lowest indices.
 
 template <typename T>
 struct Radix;
@@ -21,7 +21,7 @@ struct Radix<double> {
 };
 
 constexpr int kBins = 2048;           // a digit has at most 11 bits
-constexpr int kStride = kBins + 128;  // size of a table; the extra 128 keep the same bin of two tables from aliasing
+constexpr int kStride = kBins + 128;  // size of a table; the extra 128 put the tables at different page offsets
 constexpr int kChunk = 1024;
 
 struct Span {
@@ -40,7 +40,8 @@ template <typename T, bool first>
 bool count_digit(const T* weights, const uint8_t* mask, Span span, int shift, int above,
                  typename Radix<T>::Bits prefix, uint32_t* histogram) {
   using Bits = typename Radix<T>::Bits;
-  // Neighbouring weights often have the same digit. Eight separate tables keep their increments from waiting for each other.
+  // Neighbouring weights often have the same digit. Eight separate tables keep their increments from waiting for each
+  // other.
   constexpr int kTables = 8;
   uint32_t counts[kTables][kStride];  // bin kBins counts the pruned weights
   __builtin_memset(counts, 0, sizeof counts);
@@ -64,8 +65,8 @@ bool count_digit(const T* weights, const uint8_t* mask, Span span, int shift, in
       for (int64_t i = 0; i < count; i += kTables)
         for (int table = 0; table < kTables; ++table) ++counts[table][digits[i + table]];
     } else {
-      // Few weights match the prefix. So first list the groups of eight weights in which any does, without a branch that
-      // could be mispredicted.
+      // Few weights match the prefix. So first list the groups of eight weights in which any does, without a branch
+      // that could be mispredicted.
       alignas(8) uint8_t match[kChunk] = {};
       for (int64_t i = 0; i < count; ++i) match[i] = m[i] & uint8_t(((bits[i] & Radix<T>::magnitude) >> above) == prefix);
       uint64_t groups[kChunk / 8];

@@ -1,7 +1,7 @@
 // The arguments of the ops' kernels, and the table of kernels that each instruction set provides. As in
-// swamp_fast/__init__.py, R is the number of runs, L of lanes, P of parameters, Q of prunable parameters, B of samples in a
-// batch. A stride is the distance in elements from one row to the next; each row is contiguous. The kernels check nothing,
-// because the contracts in swamp_fast/ops/ have checked all arguments.
+// swamp_fast/__init__.py, R is the number of runs, L of lanes, P of parameters, Q of prunable parameters, B of samples
+// in a batch. A stride is the distance in elements from one row to the next; each row is contiguous. The kernels check
+// nothing, because the contracts in swamp_fast/ops/ have checked all arguments.
 #pragma once
 
 #include <cstdint>

@@ -1,5 +1,5 @@
-// The masked AdamW step and the update of the SWA mean, in one pass over the bank. The operations are in the same order as
-// in torch.optim.AdamW.
+// The masked AdamW step and the update of the SWA mean, in one pass over the bank. The operations are in the same order
+// as in torch.optim.AdamW.
 
 template <typename T>
 struct AdamwRates {

@@ -1,6 +1,5 @@
-// Philox-4x32-10 (Salmon, Moraes, Dror, Shaw: "Parallel random numbers: as easy as 1, 2, 3", SC 2011).
-// The counter is (block, time, stream, purpose), and the key is the 64-bit seed. Word j of a stream is word j % 4 of block
-// j / 4.
+// Philox-4x32-10 (Salmon, Moraes, Dror, Shaw: "Parallel random numbers: as easy as 1, 2, 3", SC 2011). The counter is
+// (block, time, stream, purpose), and the key is the 64-bit seed. Word j of a stream is word j % 4 of block j / 4.
 
 struct Words {
   uint32_t w[4];

@@ -1,6 +1,6 @@
-// Convolution with the kept weights only: its forward pass, input gradient and weight gradient. For each group of output
-// channels, a tile of pixels is computed as the sum of broadcast weights times shifted pixels of the input. A linear layer
-// is a convolution whose pixels are the batch's blocks of samples.
+// Convolution with the kept weights only: its forward pass, input gradient and weight gradient. For each group of
+// output channels, a tile of pixels is computed as the sum of broadcast weights times shifted pixels of the input. A
+// linear layer is a convolution whose pixels are the batch's blocks of samples.
 
 // Adds the products of taps [begin, end) to accumulators [rows][height][width].
 template <typename S, int rows, int height, int width, typename T = Compute<S>>
@@ -93,7 +93,7 @@ void convolve_rows(const Convolve& a, int threads) {
   constexpr int64_t kGroups = rows == 4 ? 8 : rows == 2 ? 16 : 32;  // groups per task: 32 channels leave enough tasks
   constexpr int width = kWidth<rows>;
   const int64_t parts = (a.taps.groups + kGroups - 1) / kGroups;
-  const bool prefetches = a.taps.starts[a.taps.groups] > 4 * a.in.channels;  // otherwise prefetching costs more than it saves
+  const bool prefetches = a.taps.starts[a.taps.groups] > 4 * a.in.channels;  // otherwise it costs more than it saves
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
   for (int64_t task = 0; task < a.out.blocks * parts; ++task) {
     const int64_t part = task % parts, end = (part + 1) * kGroups;
@@ -123,7 +123,8 @@ void convolve(const Convolve& a, int threads) {
   else convolve_rows<S, 1>(a, threads);
 }
 
-// Adds the weight gradients of one tile to the accumulators [taps, rows], which are vectors over the 16 samples of a block.
+// Adds the weight gradients of one tile to the accumulators [taps, rows], which are vectors over the 16 samples of a
+// block.
 template <typename S, int rows, int height, int width, typename T = Compute<S>>
 inline void weight_grad_tile(const S* in, int64_t row_step, int64_t column_step, const S* out_grad,
                              int64_t plane, int64_t pitch, int64_t outputs, const int32_t* offsets, int64_t begin,

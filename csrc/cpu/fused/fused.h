@@ -1,10 +1,10 @@
 // The fused engine's kernels on CPU, which run one lane's forward and backward pass without autograd.
 //
-// A vector holds the same pixel of 16 samples. A feature map is [blocks][channels][height + 2 pad][width + 2 pad][16
-// samples], and its border of width `pad` stays zero. A flat map holds features without pixels. It has one block of height
-// 1, and the batch's blocks of samples are its columns. If the batch size is not a multiple of 16, the last block has
-// samples beyond the batch. They hold arbitrary numbers that no sum includes, and their gradients are zero. The kernels
-// check nothing, because swamp_fast/engines/fused/ has checked all arguments.
+// A vector holds the same pixel of 16 samples. A feature map has the layout
+// [blocks][channels][height + 2 pad][width + 2 pad][16 samples], and its border of width `pad` stays zero. A flat map holds features without pixels. It has one block of
+// height 1, and the batch's blocks of samples are its columns. If the batch size is not a multiple of 16, the last
+// block has samples beyond the batch. They hold arbitrary numbers that no sum includes, and their gradients are zero.
+// The kernels check nothing, because swamp_fast/engines/fused/ has checked all arguments.
 #pragma once
 
 #include <cstdint>
@@ -18,8 +18,8 @@ struct Map {
   bool flat;
 };
 
-// The kept weights of a convolution. Output channels are divided into groups of `rows`. A tap is a position of the input,
-// relative to the output's pixel, that at least one output of the group reads.
+// The kept weights of a convolution. Output channels are divided into groups of `rows`. A tap is a position of the
+// input, relative to the output's pixel, that at least one output of the group reads.
 struct Taps {
   const int32_t* starts;   // [phases * groups + 1] where each group's taps begin
   const int32_t* offsets;  // [taps] from the output's pixel to the tap, in elements
@@ -27,9 +27,9 @@ struct Taps {
   int64_t groups, rows;    // rows is 1, 2 or 4
 };
 
-// out(y * out_step + phase) = sum over taps of value * in(y * in_step + offset). With in_step = stride, this is the forward
-// pass. With out_step = stride, it is the input gradient, which has one phase for each of the stride^2 positions of a
-// pixel modulo the stride.
+// out(y * out_step + phase) = sum over taps of value * in(y * in_step + offset). With in_step = stride, this is the
+// forward pass. With out_step = stride, it is the input gradient, which has one phase for each of the stride^2
+// positions of a pixel modulo the stride.
 struct Convolve {
   Map in, out;
   Taps taps;

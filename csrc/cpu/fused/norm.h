@@ -1,5 +1,5 @@
-// BatchNorm, optionally followed by the sum with a residual and by ReLU, forward and backward. A task takes one channel of
-// all blocks. A channel fits the L2 cache, so only the first pass over it reads main memory.
+// BatchNorm, optionally followed by the sum with a residual and by ReLU, forward and backward. A task takes one channel
+// of all blocks. A channel fits the L2 cache, so only the first pass over it reads main memory.
 
 // Calls visit(block, row, whole) for every row of a map. In the first `whole` columns, all 16 samples are in the batch;
 // the remaining columns have samples beyond the batch.
@@ -111,8 +111,8 @@ void norm_grad_channel(const NormGrad& a, int64_t channel) {
   const View<S> in(f.in), out(f.out), g(a.out_grad), to(a.in_grad), side(residual ? a.residual_grad : a.out_grad);
   const ChannelNorm<T> n = channel_norm<S>(f, channel);
   const int64_t W = f.in.width, left = f.in.samples % kSamples;
-  // The gradient with respect to the input of ReLU. Without a residual, the sign of that input is recomputed, so that the
-  // output needn't be read.
+  // The gradient with respect to the input of ReLU. Without a residual, the sign of that input is recomputed, so that
+  // the output needn't be read.
   const auto before = [&](const S* g_row, const S* out_row, const Vector<T>& centred, int64_t x) {
     Vector<T> gradient = load(g_row + x);
     if constexpr (relu && residual) gradient = load(out_row + x) > Vector<T>{} ? gradient : Vector<T>{};

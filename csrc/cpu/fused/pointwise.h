@@ -8,8 +8,8 @@ void each_plane(const Map& m, int threads, F visit) {
     for (int64_t row = 0; row < m.height; ++row) visit(task / m.channels, task % m.channels, row);
 }
 
-// The C library's functions, overloaded by the type of their argument. The templates of <cmath> are not used, because the
-// linker would merge their instances for different instruction sets into one.
+// The C library's functions, overloaded by the type of their argument. The templates of <cmath> are not used, because
+// the linker would merge their instances for different instruction sets into one.
 struct Maths {
   static float exp(float x) { return expf(x); }
   static double exp(double x) { return ::exp(x); }

@@ -1,4 +1,5 @@
-// Max and average pooling. A window is a range of rows and a range of columns. The maximum of a window with a NaN is NaN.
+// Max and average pooling. A window is a range of rows and a range of columns. The maximum of a window with a NaN is
+// NaN.
 
 template <typename S>
 void pool(const Pool& a, int threads) {

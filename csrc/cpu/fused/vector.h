@@ -1,4 +1,5 @@
-// Vectors of 16 samples, the unit of every feature map. S is the storage type of a map, and T is the type of arithmetic.
+// Vectors of 16 samples, the unit of every feature map. S is the storage type of a map, and T is the type of
+// arithmetic.
 
 struct bfloat16 {
   uint16_t bits;
@@ -52,7 +53,8 @@ inline void store(S* to, Vector<Compute<S>> value) {
   }
 }
 
-// Stores like `store`, but bypasses the caches if AVX-512 is available. It is for outputs that are larger than the caches.
+// Stores like `store`, but bypasses the caches if AVX-512 is available. It is for outputs that are larger than the
+// caches.
 template <typename S>
 inline void stream(S* to, Vector<Compute<S>> value) {
 #if defined(__AVX512F__)

@@ -169,7 +169,10 @@ def test_two_threads_that_write_one_place_are_a_race():
         ("outside the tensors: @%p1 st.global.u32", {"size": 62}),
         ("outside the 252 bytes of shared memory: st.shared", {"shared": 252}),
         ("no multiple of 4: @%p1 st.global.u32", {"edit": ("[%rd3]", "[%rd3+2]")}),
-        ("only a part of a warp waits: @%p1 bar.sync 0", {"barrier": "setp.lt.u32 %p1, %r2, 40; @%p1 bar.sync 0;"}),
+        (
+            "only some lanes of a warp wait at a barrier: @%p1 bar.sync 0",
+            {"barrier": "setp.lt.u32 %p1, %r2, 40; @%p1 bar.sync 0;"},
+        ),
         ("outside the parameters: ld.param", {"edit": ("[distance]", "[distance+4]")}),
         ("some warps have ended", {"barrier": "setp.lt.u32 %p1, %r2, 32; @%p1 ret; bar.sync 0;"}),
     ],
