@@ -1,4 +1,4 @@
-"""A simulated GPU for tests: tensors that claim to be on cuda:0 but live on the CPU, and CUDA graphs that can be replayed.
+"""A simulated GPU for tests: tensors that claim to be on cuda:0 but live on the CPU, and CUDA graphs that replay.
 
 It raises the errors that a GPU would raise: for an operation on tensors of two devices, for NumPy's access to a GPU
 tensor, and, while a step is captured, for everything that waits for the GPU or copies from the host. A replay repeats

@@ -91,7 +91,7 @@ def _memory(kernel: Kernel, instruction: Instruction) -> Step:
 
 
 def _move(kernel: Kernel, instruction: Instruction) -> Step:
-    """Copies and address conversions. Converting copies too, because an address is the same in every address space."""
+    """Copies and address conversions. The latter copy too, because an address is the same in every address space."""
     to, source = instruction.operands
     if "{" in to + source:
         raise instruction.unknown()
@@ -289,7 +289,7 @@ def _shift(kernel: Kernel, instruction: Instruction) -> Step:
 
 
 def _multiply(kernel: Kernel, instruction: Instruction) -> Step:
-    """mul and mad (which also adds). For integers they use the lower half, the upper half or all of the product."""
+    """The instructions mul and mad, which also adds. For integers they use the lower half, the upper half or all of the product."""
     kind = instruction.type()
     if kind.kind == "f" and instruction.opcode[0] == "mul":
         return _mapped(kernel, instruction, kind, np.multiply)
