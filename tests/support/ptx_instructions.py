@@ -289,7 +289,7 @@ def _shift(kernel: Kernel, instruction: Instruction) -> Step:
 
 
 def _multiply(kernel: Kernel, instruction: Instruction) -> Step:
-    """The instructions mul and mad, which also adds. For integers they use the lower half, the upper half or all of the product."""
+    """Multiplies, and for mad also adds. For integers it uses the lower half, the upper half or all of the product."""
     kind = instruction.type()
     if kind.kind == "f" and instruction.opcode[0] == "mul":
         return _mapped(kernel, instruction, kind, np.multiply)

@@ -167,7 +167,7 @@ def broken(name, constants, grid, shared_bytes, params) -> None:
 
 
 class Residual(nn.Module):
-    """A stem with three input channels, a norm read by a convolution only, a norm with a residual, and a stride of 2."""
+    """A network with a 3-channel stem, a norm read only by a convolution, a norm with a residual, and a stride of 2."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -255,7 +255,7 @@ def test_a_slightly_wrong_border_is_found(which, what, monkeypatch):
 
 
 def test_blocks_fill_whole_waves():
-    """The input gradients of ResNet-20's first stage, with 8 lanes, fill one wave of 132 processors with 3 blocks each."""
+    """The input gradient in ResNet-20's first stage, with 8 lanes, fills one wave of 132 processors with 3 blocks each."""
     tiles = Halo(32, 32, 16, 16).tiles(128)
     block_tiles = tiles_per_block(tiles, 8, 132 * 3)
     blocks = 8 * -(-tiles // block_tiles)

@@ -1,4 +1,4 @@
-"""The structs of csrc/cuda/params.h have the same layout as their mirrors in params.py, with a C++ compiler and NVRTC."""
+"""The structs of csrc/cuda/params.h have the layout of their mirrors in params.py, by a C++ compiler and by NVRTC."""
 
 from __future__ import annotations
 

@@ -55,8 +55,8 @@ def test_channels_without_a_weight():
     assert max(error(step(problem, "fused", mask), step(problem, "autograd", mask)).values()) <= 1e-12
 
 
-# ResNet-18 is tested in float32 only. PyTorch 2.15 on a CPU sometimes gives NaN for the bfloat16 weight gradient of a 3x3
-# convolution on feature maps of 1 or 2 pixels.
+# ResNet-18 is tested in float32 only. PyTorch 2.15 on a CPU sometimes gives NaN for the bfloat16 weight gradient of a
+# 3x3 convolution on feature maps of 1 or 2 pixels.
 @pytest.mark.parametrize(
     ("name", "precision"),
     [(name, precision) for precision in ("float32", "bfloat16") for name in ("residual", "dropout")]

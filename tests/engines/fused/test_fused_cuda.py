@@ -383,7 +383,7 @@ def test_what_is_mixed_stays_whole():
 @pytest.mark.skipif(HAS_GPU, reason=f"{HAS_A_GPU}: counts calls of the interpreter")
 @pytest.mark.parametrize("lanes", [1, 8])
 def test_launches_of_a_step(lanes, monkeypatch):
-    """Limits the launches in a step of ResNet-20, because each launch costs a GPU about 3 us in addition to its work."""
+    """Limits the launches in a step of ResNet-20, because each costs a GPU about 3 us in addition to its work."""
     launches: list[str] = []
 
     def counted(self, grid):

@@ -116,9 +116,7 @@ def test_an_engine_alone_captures_on_the_gpu_of_its_problem(branch):
 
 def test_what_can_t_be_captured_runs_all_the_same_and_leaves_the_next_run_s_alone(digits):
     def loss(outputs, targets):
-        weight = torch.tensor(
-            [1.0] * 10, dtype=outputs.dtype, device=outputs.device
-        )  # copied from the host at each call
+        weight = torch.tensor([1.0] * 10, dtype=outputs.dtype, device=outputs.device)  # copied from the host
         return torch.nn.functional.cross_entropy(outputs, targets, weight, reduction="none")
 
     with gpu():

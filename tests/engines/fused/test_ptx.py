@@ -173,7 +173,7 @@ def test_two_threads_that_write_one_place_are_a_race():
         ("outside the 252 bytes of shared memory: st.shared", {"shared": 252}),
         ("not a multiple of 4: @%p1 st.global.u32", {"edit": ("[%rd3]", "[%rd3+2]")}),
         (
-            "only some lanes of a warp wait at a barrier: @%p1 bar.sync 0",
+            "only some lanes of a warp wait at a barrier",
             {"barrier": "setp.lt.u32 %p1, %r2, 40; @%p1 bar.sync 0;"},
         ),
         ("outside the parameters: ld.param", {"edit": ("[distance]", "[distance+4]")}),

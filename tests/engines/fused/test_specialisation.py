@@ -1,4 +1,4 @@
-"""Triton kernels are not compiled again for other numbers of lanes or samples. Each compilation takes about a second."""
+"""Triton kernels are not compiled again for other numbers of lanes or samples. A compilation takes about a second."""
 
 from __future__ import annotations
 
