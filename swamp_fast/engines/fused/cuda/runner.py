@@ -23,11 +23,7 @@ from swamp_fast.ops.contracts import triton_kernels
 from swamp_fast.problem.arguments import cross_entropy
 from swamp_fast.problem.problem import Problem
 
-<<<<<<< HEAD
-MAX_STEP_MEMORY_FRACTION = 0.4  # of the free memory for one step: steps of two batch sizes and evaluation share it
-=======
-MAX_MEMORY_FRACTION = 0.4  # of the free memory, for one step; a smaller last batch and evaluation need memory too
->>>>>>> 7aebf6211da77bdbfb614cd4bd8c72b879949375
+MAX_STEP_MEMORY_FRACTION = 0.4  # of the free memory, for one step; a smaller last batch and evaluation need memory too
 
 
 class CudaPrograms:
@@ -80,17 +76,12 @@ class CudaPrograms:
 
 
 def lanes_that_fit(lanes: int, bytes_of_lane: int, free: int) -> int:
-<<<<<<< HEAD
-    """How many of `lanes` lanes a launch may run; warns if not all. Raises MemoryError if not even one fits."""
-    fitting = int(MAX_STEP_MEMORY_FRACTION * free) // bytes_of_lane
-=======
     """How many of `lanes` lanes fit into memory at once; warns if not all do. Raises MemoryError if none fits.
 
     bytes_of_lane  memory that one lane's step uses
     free           bytes of free memory
     """
-    fitting = int(MAX_MEMORY_FRACTION * free) // bytes_of_lane
->>>>>>> 7aebf6211da77bdbfb614cd4bd8c72b879949375
+    fitting = int(MAX_STEP_MEMORY_FRACTION * free) // bytes_of_lane
     needed = f"a step of one particle takes about {bytes_of_lane / 1e9:.2f} GB"
     allowed = f"{MAX_STEP_MEMORY_FRACTION:.0%} of the {free / 1e9:.2f} GB that are free may be used"
     if fitting == 0:
