@@ -75,7 +75,7 @@ def _difference(problem: Problem, plan: Plan, mask: Tensor | None) -> str | None
     expected["gradients"] = compact.compact(expected["gradients"])
     results["gradients"] = compact.compact(programs.compact.expand(compact_grads))
     expected_buffers, buffers = expected.pop("buffers"), results.pop("buffers")
-    if isinstance(programs, CudaPrograms) and programs.columns is not None:  # the plan doesn't update dead channels
+    if isinstance(programs, CudaPrograms) and programs.columns is not None:  # not updated for dead channels
         expected_buffers = {
             name: buffer
             for name, buffer in expected_buffers.items()
@@ -146,21 +146,12 @@ def _of_halo(halo: Halo, launch: Launch | None, device: torch.device) -> tuple[T
     size, parts = 9 * inputs * outputs, halo.parts(samples)
     out, in_grad = torch.empty_like(out_grad), torch.empty_like(source)
     partial = torch.empty(lanes, parts * size, dtype=torch.float32, device=device)
-    measured = torch.empty(4, lanes, outputs, dtype=torch.float32, device=device)
+    mean, variance, norm_scale, norm_offset = measured = torch.empty(
+        4, lanes, outputs, dtype=torch.float32, device=device
+    )
     norm_weights = normal(lanes, 2 * outputs)
     arrivals = torch.zeros(lanes, outputs, dtype=torch.int32, device=device)
-    to = Statistics(
-        measured[0],
-        measured[1],
-        measured[2],
-        measured[3],
-        0,
-        norm_weights,
-        0,
-        outputs,
-        EPS,
-        arrivals,
-    )
+    to = Statistics(mean, variance, norm_scale, norm_offset, 0, norm_weights, 0, outputs, EPS, arrivals)
     if launch is not None:
         prologue = Prologue(scale, offset, 0)
         halo.convolve(launch, source, prologue, dense, 0, None, out, False, False, to)

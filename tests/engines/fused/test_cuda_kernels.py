@@ -255,7 +255,7 @@ def test_a_slightly_wrong_border_is_found(which, what, monkeypatch):
 
 
 def test_blocks_fill_whole_waves():
-    """The input gradient in ResNet-20's first stage, with 8 lanes, fills one wave of 132 processors with 3 blocks each."""
+    """ResNet-20's first-stage input gradient, 8 lanes, fills one wave of 132 processors with 3 blocks each."""
     tiles = Halo(32, 32, 16, 16).tiles(128)
     block_tiles = tiles_per_block(tiles, 8, 132 * 3)
     blocks = 8 * -(-tiles // block_tiles)

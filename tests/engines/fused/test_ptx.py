@@ -207,5 +207,5 @@ def test_lanes_part_and_meet_again():
 def test_an_instruction_that_is_not_known_is_told():
     with pytest.raises(NotImplementedError, match=r"not known to the interpreter of PTX: popc.b32 %r5, %r2"):
         passed_on(0, "popc.b32 %r5, %r2;")
-    with pytest.raises(TypeError, match="the parameters take"):
+    with pytest.raises(TypeError, match="the parameters have"):
         ptx.run(TO_NEIGHBOUR.replace("BARRIER", ""), (1, 1, 1), 64, 0, [ctypes.c_int(0)], [])

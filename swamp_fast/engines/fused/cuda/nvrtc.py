@@ -118,7 +118,7 @@ class Launcher:
 
         with torch.cuda.device(self.device):
             function = self._function(name, constants, shared_bytes)
-            arguments = (ctypes.c_void_p * 1)(ctypes.addressof(params))  # the kernel's one argument
+            arguments = (ctypes.c_void_p * 1)(ctypes.addressof(params))  # a list of one argument, the struct
             stream = torch.cuda.current_stream(self.device).cuda_stream
             _checked(
                 driver.cuLaunchKernel(
