@@ -5,7 +5,7 @@ from __future__ import annotations
 import networks
 import pytest
 import torch
-from stops import ALWAYS, STEPS, MODES, Interrupted, before_steps, stop_at
+from stops import ALWAYS, MODES, STEPS, Interrupted, before_steps, stop_at
 from torch import Tensor
 
 from benchmarks.durability import same_bits
