@@ -1,4 +1,4 @@
-"""Build the CPU kernels. No network, no torch: they take addresses, so a wheel works with any torch version."""
+"""Builds the CPU kernels. They take memory addresses instead of tensors, so a wheel works with any PyTorch version."""
 
 import platform
 import sys
@@ -15,8 +15,8 @@ X86 = platform.machine().lower() in ("x86_64", "amd64")
 COMMON = ["-O3", "-fno-math-errno", "-fvisibility=hidden"]
 OPENMP = [] if sys.platform == "darwin" else ["-fopenmp"]
 
-# These are compiled once an instruction set; module.cpp picks one at run time. What promises the bits of torch rounds
-# each product by itself.
+# These sources are compiled once per instruction set, and module.cpp chooses one at run time. Kernels that must match
+# PyTorch bit for bit are compiled without contracting products and sums to fused multiply-adds.
 PER_INSTRUCTION_SET = {
     CPU / "kernels.cpp": ["-ffp-contract=off"],
     CPU / "fused" / "fused.cpp": ["-ffp-contract=fast", "-Wno-psabi"],
@@ -24,7 +24,7 @@ PER_INSTRUCTION_SET = {
 INSTRUCTION_SETS = {"generic": []}
 if X86:
     INSTRUCTION_SETS["avx2"] = ["-mavx2", "-mfma"]
-    INSTRUCTION_SETS["avx512"] = [f"-mavx512{each}" for each in ("f", "bw", "dq", "vl")]
+    INSTRUCTION_SETS["avx512"] = [f"-mavx512{feature}" for feature in ("f", "bw", "dq", "vl")]
     INSTRUCTION_SETS["avx512"] += ["-mfma", "-mprefer-vector-width=512"]
 
 
@@ -32,7 +32,7 @@ class BuildKernels(build_ext):
     """Compile the kernels for every instruction set, then the module that chooses among them."""
 
     def build_extension(self, ext):
-        """Build one extension module with its per-instruction-set objects."""
+        """Build one extension module, including the objects of every instruction set."""
         for name, flags in INSTRUCTION_SETS.items():
             for source, rounding in PER_INSTRUCTION_SET.items():
                 ext.extra_objects += self.compiler.compile(

@@ -126,7 +126,7 @@ def eager(rounds: int = 7, steps: int = 4) -> None:
 
     times = interleaved(
         {
-            f"fast_swamp, {choice.way}, channels {'last' if choice.channels_last else 'first'}": by_engine,
+            f"fast_swamp, {choice.mode}, channels {'last' if choice.channels_last else 'first'}": by_engine,
             "naive_swamp, channels first": lambda: by_naive(problem),
             "naive_swamp, channels last": lambda: by_naive(channels_last),
         },

@@ -230,12 +230,12 @@ def _cycle(problem: Problem, plan: Plan, particles: int, launch: nvrtc.Launch | 
     weights, keys = bank.solutions(averaged=True), bank.keys
     mean = ops.particle_mean(weights, bank.run_of_lane, 1)
     buffers = {name: torch.cat([each, each[:1]]) for name, each in trainer.runner.buffers().items()}
-    way = engine.side_by_side(torch.cat([weights, mean]), buffers)
+    runner = engine.side_by_side(torch.cat([weights, mean]), buffers)
     inputs, _ = problem.train.fetch(handle, None).lane(0)
     for trains in (True, False):  # training mode re-estimates BatchNorm, eval mode evaluates the models
-        for module in way.modules:
+        for module in runner.modules:
             module.train(trains)
-        way.outputs(inputs, torch.cat([keys, keys[-1:]]))
+        runner.outputs(inputs, torch.cat([keys, keys[-1:]]))
     masks = problem.mask[None]
     triton_kernels("global_threshold").global_threshold(mean[:, : masks.shape[1]], masks, masks.sum(1))
 

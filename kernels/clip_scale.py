@@ -1,4 +1,7 @@
-"""clip_scale: the norm of each lane's kept gradient in float64, first of each block, then of the blocks in order."""
+"""clip_scale: the factor that clips each lane's gradient norm.
+
+One kernel sums the squares of each block of parameters in float64. A second one adds the blocks in a fixed order.
+"""
 
 import torch
 import triton
@@ -18,7 +21,8 @@ def squares_kernel(grads, masks, run_of_lane_ptr, squares_ptr, parameters, pruna
     run_of_lane_ptr  [L]           int64
     squares_ptr      [L, blocks]   float64, written
 
-    Grid: blocks of parameters, L. Reference: swamp_fast/ops/reference/clip_scale.py.
+    Grid: blocks of parameters, L.
+    Source: torch.nn.utils.clip_grad_norm_, as in swamp_fast/ops/reference/clip_scale.py.
     """
     lane = tl.program_id(1).to(tl.int64)
     columns = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -30,13 +34,14 @@ def squares_kernel(grads, masks, run_of_lane_ptr, squares_ptr, parameters, pruna
 
 @triton.jit
 def clip_scale_kernel(squares_ptr, clip_norm_ptr, scale_ptr, blocks, BLOCK: tl.constexpr):
-    """scale[l] = min(1, clip_norm[l] / (norm + 1e-6)) with norm = sqrt(sum of squares[l]); NaN if that isn't finite.
+    """scale[l] = min(1, clip_norm[l] / (norm + 1e-6)) with norm = sqrt(sum of squares[l]); NaN if norm is not finite.
 
     squares_ptr    [L, blocks]  float64
     clip_norm_ptr  [L]          float64
     scale_ptr      [L]          float64, written
 
-    Grid: L. Source: torch.nn.utils.clip_grad_norm_.
+    Grid: L.
+    Source: torch.nn.utils.clip_grad_norm_, as in swamp_fast/ops/reference/clip_scale.py.
     """
     lane = tl.program_id(0).to(tl.int64)
     total = tl.zeros((BLOCK,), tl.float64)
@@ -50,7 +55,7 @@ def clip_scale_kernel(squares_ptr, clip_norm_ptr, scale_ptr, blocks, BLOCK: tl.c
 
 
 def clip_scale(grads, masks, run_of_lane, clip_norm):
-    """Launch the two kernels; arguments as in swamp_fast/ops/clip_scale.py."""
+    """Compute the factors [L]; arguments as in swamp_fast/ops/clip_scale.py."""
     lanes, parameters = grads.shape
     blocks = triton.cdiv(parameters, BLOCK)
     squares = torch.empty(lanes, blocks, dtype=torch.float64, device=grads.device)

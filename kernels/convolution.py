@@ -1,8 +1,9 @@
-"""convolve, weight_grad and bias_grad: the convolutions of all lanes in one launch each, as matrix products.
+"""convolve, weight_grad and bias_grad: one convolution layer of all lanes in one launch, computed by matrix products.
 
-A convolution is a sum over its taps of products of shifted pixels with that tap's weights. Maps are [L, B, H, W, C]; a
-linear layer is a convolution over one pixel. Weights come dense, in the type of the maps, one lane a row, as
-swamp_fast/engines/fused/cuda/dense.py lays them out: [groups, taps, in, out].
+A tap is one position of the filter. A convolution is a sum over its taps: the pixels, shifted by the tap's position,
+times the tap's weights [in, out]. Maps are [L, B, H, W, C]. A linear layer is a convolution over one pixel. The weights
+are dense and have the dtype of the maps. Each lane has one row of weights. A layer's part of the row has the layout
+[groups, taps, in, out], which swamp_fast/engines/fused/cuda/dense.py defines.
 """
 
 import torch
@@ -13,29 +14,30 @@ from triton.runtime.interpreter import InterpretedFunction
 from .argument_groups import Maps, Part, Product, Window, rows
 from .batch_statistics import arrived_last, target_of, tile_statistics
 
-# Sizes of a block of a matrix product, by the bytes of a number.
+# The sizes of a matrix product's blocks. Keys are the bytes of an element.
 PIXELS = {2: 128, 4: 128, 8: 32}
 MAX_OUT = {2: 128, 4: 64, 8: 16}
 MAX_IN = {2: 32, 4: 32, 8: 16}
-MIN_SIDE = 16  # of any block of a matrix product
-BIAS_ELEMENTS = 2048  # pixels times channels of a tile of a bias gradient
-MIN_SPLIT_PIXELS = 512  # that one program of a weight gradient sums over
-MAX_SPLITS = 64  # parts of a weight gradient
-# All parts of a layer's gradient together, unless one part alone is larger: 4 MiB a lane in float32, and in blocks of
-# 32 x 64 weights 512 programs a lane, enough for any GPU.
+MIN_SIDE = 16  # the smallest side of a matrix product's block
+BIAS_ELEMENTS = 2048  # pixels times channels of one tile of a bias gradient
+MIN_SPLIT_PIXELS = 512  # the fewest pixels per split of a weight gradient
+MAX_SPLITS = 64  # the most splits of a weight gradient
+# The most elements of all splits of a layer's weight gradient, unless a single split has more. This is 4 MiB per lane
+# in float32. In blocks of 32 x 64 weights it gives 512 programs per lane, enough to occupy any GPU.
 MAX_PART_NUMBERS = 2**20
 
 
 @triton.jit
 def shifted_pixels(pixel, tap, end, maps, WINDOW: tl.constexpr, BY_INPUT: tl.constexpr):
-    """Which pixel of the source a tap reads for each pixel of the output, and whether there is one.
+    """Find the source pixel that a tap reads for each output pixel; returns its number [N], and whether it exists [N].
 
-    y, x = out_y * step + tap_y * dilation_y - pad_y, out_x * step + tap_x * dilation_x - pad_x
+        y, x = out_y * step + tap_y * dilation_y - pad_y, out_x * step + tap_x * dilation_x - pad_x
 
-    BY_INPUT solves this for out_y, out_x: the pixel is then one of the convolution's input, the source its output.
+    With BY_INPUT the source is the gradient of the convolution's output, and the equations are solved for out_y, out_x.
 
-    pixel  [N] of all samples of a lane; `end` is behind the last
-    maps   Maps, whose height and width are the source's
+    pixel  [N] numbers of output pixels, counted over all samples of a lane
+    end    the number after the last output pixel
+    maps   Maps, with the source's height and width
     """
     x = pixel % maps.out_width
     y = pixel // maps.out_width % maps.out_height
@@ -58,9 +60,10 @@ def shifted_pixels(pixel, tap, end, maps, WINDOW: tl.constexpr, BY_INPUT: tl.con
 
 @triton.jit
 def added_product(sums, a, b, PRODUCT: tl.constexpr):
-    """Sums [M, N] + a [M, K] @ b [K, N].
+    """Returns sums [M, N] + a [M, K] @ b [K, N].
 
-    Float64 is there to prove plans, and takes the long way: Triton's float64 products on tensor cores are young.
+    Float64 serves only to check plans against autograd. It avoids tl.dot, because Triton has supported float64 tensor
+    cores only for a short time.
     """
     if sums.dtype == tl.float64:
         return sums + tl.sum(a[:, :, None] * b[None, :, :], 1)
@@ -76,24 +79,27 @@ def convolve_kernel(
     BY_INPUT: tl.constexpr, ACCUMULATE: tl.constexpr, EPS: tl.constexpr, PRODUCT: tl.constexpr,
     BLOCK_PIXELS: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_OUT: tl.constexpr,
 ):  # fmt: skip
-    """out[p, o] = bias[o] + sum over taps t and inputs i of source[pixel that t reads for p, i] * weights[t, i, o].
+    """Compute a convolution of all lanes, or with BY_INPUT its gradient with respect to the input.
 
-    Of each lane and group; then the statistics of `out` as it was rounded.
+        out[p, o] = bias[o] + sum over taps t and inputs i of source[pixel that t reads for p, i] * weights[t, i, o]
 
-    source_ptr  [L, B, H, W, groups * IN]
-    weights     Part [L, ...]  this layer's [groups, taps, IN, OUT]
-    bias        Part [L, ...]  this layer's [groups * OUT], or None
-    out_ptr     [L, B, OH, OW, groups * OUT]  written, or added to if ACCUMULATE
-    to          Target of the statistics of `out`, with EPS, or None
+    The formula holds within each lane and group. With `to`, the kernel also computes the statistics of the rounded
+    output.
+
+    source_ptr  [L, B, H, W, groups * IN]  with BY_INPUT, the gradient of the convolution's output
+    weights     Part [L, T]  this layer's [groups, taps, IN, OUT]
+    bias        Part [L, P']  this layer's [groups * OUT], or None
+    out_ptr     [L, B, OH, OW, groups * OUT]  written, or added to if ACCUMULATE; with BY_INPUT, the input's gradient
+    to          Target of the statistics of `out`, which use EPS; or None
     maps        Maps
     samples     B
     WINDOW      Window
-    BY_INPUT    whether `source` is the gradient of a convolution's output and `out` that of its input
     PRODUCT     Product
 
-    Grid: tiles of pixels * groups * L, blocks of outputs. Reference: torch.nn.functional.conv2d.
+    Grid: tiles of pixels * groups * L, blocks of outputs.
+    Source: torch.nn.functional.conv2d, or torch.nn.grad.conv2d_input with BY_INPUT.
     """
-    # Which tile, group and lane this program computes.
+    # The tile, group and lane of this program.
     pixels = samples * maps.out_height * maps.out_width
     tiles = tl.cdiv(pixels, BLOCK_PIXELS)
     tile = tl.program_id(0) % tiles
@@ -104,16 +110,16 @@ def convolve_kernel(
     i = tl.arange(0, BLOCK_IN)
     source_ptr += lane * samples * maps.height * maps.width * maps.groups * IN + group * IN
     weights_ptr = weights.ptr + lane * weights.stride + weights.first + group * WINDOW.taps * IN * OUT
-    # The products, tap by tap and chunk by chunk of the inputs.
+    # Sum the products over the taps, and for each tap over chunks of input channels.
     chunks: tl.constexpr = (IN + BLOCK_IN - 1) // BLOCK_IN
     sums = tl.zeros((BLOCK_PIXELS, BLOCK_OUT), PRODUCT.sum)
     for step in range(WINDOW.taps * chunks):
         tap = step // chunks
         channel = step % chunks * BLOCK_IN + i
-        place, there = shifted_pixels(pixel, tap, pixels, maps, WINDOW, BY_INPUT)
+        place, exists = shifted_pixels(pixel, tap, pixels, maps, WINDOW, BY_INPUT)
         a = tl.load(
             source_ptr + place.to(tl.int64)[:, None] * (maps.groups * IN) + channel[None, :],
-            mask=there[:, None] & (channel < IN)[None, :],
+            mask=exists[:, None] & (channel < IN)[None, :],
             other=0.0,
         )
         w = tl.load(
@@ -122,7 +128,7 @@ def convolve_kernel(
             other=0.0,
         )
         sums = added_product(sums, a, w, PRODUCT)
-    # The bias, and what `out` holds already.
+    # Add the bias and, with ACCUMULATE, the previous content of `out`.
     inside = (pixel < pixels)[:, None] & (o < OUT)[None, :]
     if bias is not None:
         bias_ptr = bias.ptr + lane * bias.stride + bias.first + group * OUT
@@ -148,22 +154,25 @@ def weight_grad_kernel(
     IN: tl.constexpr, OUT: tl.constexpr, WINDOW: tl.constexpr, PRODUCT: tl.constexpr,
     BLOCK_PIXELS: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_OUT: tl.constexpr,
 ):  # fmt: skip
-    """partial[s, t, i, o] = sum over the pixels p of split s of source[pixel that t reads for p, i] * out_grad[p, o].
+    """Compute a convolution's gradient with respect to the weights, as partial sums over splits of the output's pixels.
 
-    Of each lane and group.
+        partial[s, t, i, o] = sum over the pixels p of split s of source[pixel that t reads for p, i] * out_grad[p, o]
+
+    The formula holds within each lane and group.
 
     source_ptr    [L, B, H, W, groups * IN]
     out_grad_ptr  [L, B, OH, OW, groups * OUT]
-    partial       Part [L, ...]  this layer's [splits, groups, taps, IN, OUT], written
+    partial       Part [L, N]  this layer's [splits, groups, taps, IN, OUT], written
     maps          Maps
     samples       B
-    split_pixels  pixels of a split, a multiple of 16; the last splits may have fewer, or none
+    split_pixels  pixels per split, a multiple of 16; the last splits may have fewer, or none
     WINDOW        Window
     PRODUCT       Product
 
     Grid: blocks of inputs * taps * splits * groups * L, blocks of outputs.
+    Source: torch.nn.grad.conv2d_weight.
     """
-    # Which block of weights, split, group and lane this program computes.
+    # The block of weights, split, group and lane of this program.
     chunks: tl.constexpr = (IN + BLOCK_IN - 1) // BLOCK_IN
     program = tl.program_id(0)
     i = program % chunks * BLOCK_IN + tl.arange(0, BLOCK_IN)
@@ -176,15 +185,15 @@ def weight_grad_kernel(
     pixels = samples * maps.out_height * maps.out_width
     source_ptr += lane * samples * maps.height * maps.width * maps.groups * IN + group * IN
     out_grad_ptr += lane * pixels * maps.groups * OUT + group * OUT
-    # The products, tile by tile of the split's pixels.
+    # Sum the products over the split's pixels, one tile after another.
     sums = tl.zeros((BLOCK_IN, BLOCK_OUT), PRODUCT.sum)
     end = tl.minimum(pixels, (split + 1) * split_pixels)
     for begin in range(split * split_pixels, end, BLOCK_PIXELS):
         pixel = begin + tl.arange(0, BLOCK_PIXELS)
-        place, there = shifted_pixels(pixel, tap, end, maps, WINDOW, False)
+        place, exists = shifted_pixels(pixel, tap, end, maps, WINDOW, False)
         a = tl.load(
             source_ptr + place.to(tl.int64)[:, None] * (maps.groups * IN) + i[None, :],
-            mask=there[:, None] & (i < IN)[None, :],
+            mask=exists[:, None] & (i < IN)[None, :],
             other=0.0,
         )
         g = tl.load(
@@ -203,15 +212,18 @@ def bias_grad_kernel(
     out_grad_ptr, sums_ptr, arrivals, grads, pixels, channels,
     SUM: tl.constexpr, BLOCK_PIXELS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """grads[l, c] += sum over p of out_grad[l, p, c]: over each tile, then, by the last program to arrive, over all.
+    """grads[l, c] += sum over p of out_grad[l, p, c].
+
+    Each program sums over one tile of pixels. The last one to finish sums over the tiles.
 
     out_grad_ptr  [L, pixels, C]
-    sums_ptr      [L, tiles, C]  written
-    arrivals      Rows [L, blocks of channels]  zero before and after
-    grads         Part [L, ...]  this layer's bias, added to
-    SUM                          the type of a tile's sums
+    sums_ptr      [L, tiles, C]  written: the sums over each tile
+    arrivals      Rows [L, blocks of channels]  int32, the number of programs that have finished; 0 before and after
+    grads         Part [L, P']  the gradient of this layer's bias [C], added to
+    SUM           the dtype of a tile's sums
 
     Grid: tiles, blocks of channels, L.
+    Source: the bias gradient of torch.nn.functional.conv2d.
     """
     # The sum over this tile.
     lane = tl.program_id(2).to(tl.int64)
@@ -236,14 +248,14 @@ def bias_grad_kernel(
 
 
 def convolve(source, weights, first, bias, first_bias, out, window, by_input, accumulate, to, precision):
-    """Launch one convolution, or its gradient by the input: then `source` is the output's gradient, `out` the input's.
+    """Compute one convolution, or with by_input its gradient with respect to the input.
 
-    source      [L, B, H, W, C]
-    weights     [L, T], with this layer's from `first` on
-    bias        a bank [L, P'] with this layer's from `first_bias` on, or None
-    out         [L, B, OH, OW, C'], written, or added to if accumulate
-    window      kernel, stride, padding, dilation, groups, in pairs but for stride and groups
-    to          where the statistics of `out` go, as batch_statistics.statistics has it, or None
+    source      [L, B, H, W, C]; with by_input, the gradient of the convolution's output
+    weights     [L, T]; this layer's begin at column `first`
+    bias        a compact bank [L, P'] in which this layer's bias begins at column `first_bias`; or None
+    out         [L, B, OH, OW, C'], written, or added to if accumulate; with by_input, the input's gradient
+    window      (kernel, stride, padding, dilation, groups); kernel, padding and dilation are pairs (y, x)
+    to          receives the statistics of `out`, as in batch_statistics.statistics; or None
     precision   of products of float32: "ieee" or "tf32"
     """
     inner, outer, maps, constants = _geometry(source, out, window)
@@ -270,20 +282,20 @@ def convolve(source, weights, first, bias, first_bias, out, window, by_input, ac
 
 
 def weight_grad(source, out_grad, partial, first, splits, window, precision):
-    """Launch the gradient by the weights, in `splits` parts that are still to be summed: see weight_grad_splits.
+    """Compute the gradient with respect to the weights, as `splits` partial sums that the caller has to add.
 
-    source     [L, B, H, W, C]
-    out_grad   [L, B, OH, OW, C']
-    partial    [L, ...], written from `first` on
-    window, precision  as `convolve`
+    source             [L, B, H, W, C]
+    out_grad           [L, B, OH, OW, C']
+    partial            [L, N], written from column `first` on
+    splits             from weight_grad_splits
+    window, precision  as in `convolve`
     """
     inner, outer, maps, constants = _geometry(source, out_grad, window)
     (lanes, samples), size = source.shape[:2], source.element_size()
     block_in, block_out = _block(inner, MAX_IN[size]), _block(outer, min(64, MAX_OUT[size]))
     pixels = samples * maps.out_height * maps.out_width
-    split_pixels = MIN_SIDE * triton.cdiv(
-        pixels, MIN_SIDE * splits
-    )  # always a multiple, so that one kernel is compiled
+    # Always a multiple of 16: for other numbers Triton would compile a second kernel.
+    split_pixels = MIN_SIDE * triton.cdiv(pixels, MIN_SIDE * splits)
     programs = triton.cdiv(inner, block_in) * constants.taps * splits * maps.groups * lanes
     with torch.cuda.device_of(source):
         weight_grad_kernel[(programs, triton.cdiv(outer, block_out))](
@@ -296,15 +308,15 @@ def weight_grad(source, out_grad, partial, first, splits, window, precision):
             BLOCK_IN=block_in,
             BLOCK_OUT=block_out,
             enable_fp_fusion=True,
-            num_warps=8 if size == 4 and block_out == 64 else 4,  # with 4, Triton 3.9 spills
+            num_warps=8 if size == 4 and block_out == 64 else 4,  # 4 warps would spill registers there with Triton 3.9
         )
 
 
 def bias_grad(out_grad, grads, first, arrivals):
-    """Launch the gradient by the bias, added to grads [L, ...] from `first` on.
+    """Add the gradient with respect to the bias to grads [L, P'], from column `first` on.
 
     out_grad  [L, ..., C]
-    arrivals  [L, ...] int32, zero before and after
+    arrivals  [L, blocks of channels] int32, 0 before and after
     """
     lanes, channels = out_grad.shape[0], out_grad.shape[-1]
     pixels = out_grad[0].numel() // channels
@@ -323,12 +335,15 @@ def bias_grad(out_grad, grads, first, arrivals):
 
 
 def weight_grad_splits(pixels, weights):
-    """In how many parts a weight gradient is summed. It depends on the sizes alone, because the bits depend on it."""
+    """The number of splits of the sum over `pixels` in a layer's gradient with respect to its `weights` weights.
+
+    The gradient's bits depend on this number, so it depends only on the layer's sizes, never on the GPU or the lanes.
+    """
     return max(1, min(MAX_SPLITS, pixels // MIN_SPLIT_PIXELS, MAX_PART_NUMBERS // weights))
 
 
 def _geometry(source, out, window):
-    """A group's inputs and outputs, the Maps, and the Window."""
+    """The input and output channels of one group, the Maps, and the Window."""
     kernel, stride, padding, dilation, groups = window
     _, _, height, width, channels = source.shape
     _, _, out_height, out_width, out_channels = out.shape
@@ -342,7 +357,10 @@ def _part(tensor, first):
 
 
 def _product(tensor, precision):
-    """In the interpreter products of bfloat16 are wrong without an error, so they are upcast there."""
+    """The Product of a tensor's dtype.
+
+    Triton's interpreter multiplies bfloat16 wrongly and raises no error, so there the factors are upcast.
+    """
     upcast = tensor.dtype == torch.bfloat16 and isinstance(convolve_kernel, InterpretedFunction)
     return Product(_sum_type(tensor), precision, upcast)
 

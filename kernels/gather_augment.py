@@ -1,11 +1,11 @@
-"""gather_augment: pictures by index, drawn, cropped, flipped and standardised on the way; one program for each."""
+"""gather_augment: gathers pictures by index, and crops, flips and standardises them; one program per picture."""
 
 import torch
 import triton
 import triton.language as tl
 
 BLOCK = 1024
-CROP_FLIP = tl.constexpr(1)  # the purpose word of the draw
+CROP_FLIP = tl.constexpr(1)  # the purpose of the random words, in their Philox counter
 
 
 @triton.jit(do_not_specialize=["batch"])
@@ -13,25 +13,27 @@ def gather_augment_kernel(
     images_ptr, table_ptr, index_ptr, samples_ptr, keys_ptr, out_ptr, batch, height, width, channels, pad,
     FLIP: tl.constexpr, AUGMENT: tl.constexpr, CHANNELS_LAST: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """out[l, b, c, y, x] = table[c, images[index[l, b], y + dy, x' + dx, c]], where x' is x or, flipped, W - 1 - x.
+    """out[l, b, c, y, x] = table[c, images[index[l, b], y + dy, x' + dx, c]], where x' is x or, if flipped, W - 1 - x.
 
-    dy and dx lie in [-pad, pad]; outside of the picture the value before the table is 0. The draw is Philox block
-    samples[l, b] of the lane's stream with purpose 1: word 0 gives dy, word 1 dx, the top bit of word 2 the flip.
+    dy and dx lie in [-pad, pad]. Outside the picture, the value before the table is 0. The random words are Philox
+    block samples[l, b] of the lane's stream with purpose 1: word 0 gives dy, word 1 gives dx, and the top bit of word 2
+    gives the flip.
 
-    images_ptr   [n, H, W, C]     uint8, or the type of the result
-    table_ptr    [C, 256]         the standardised value of every byte, or None: pictures are taken as they are
-    index_ptr    [L, B]           int64, which picture
-    samples_ptr  [L, B]           int64, the number that addresses the draw
+    images_ptr   [n, H, W, C]     uint8, or the dtype of the result
+    table_ptr    [C, 256]         the standardised value of every byte; None to copy the pictures' own values
+    index_ptr    [L, B]           int64, the picture
+    samples_ptr  [L, B]           int64, the number of the Philox block
     keys_ptr     [L, 3]           int64: seed, stream, epoch
     out_ptr      [L, B, C, H, W]  written; in memory [L, B, H, W, C] if CHANNELS_LAST
-    AUGMENT                       whether anything is drawn
+    AUGMENT                       whether pictures are cropped or flipped; if not, no random words are computed
 
-    Grid: L * B. Reference: swamp_fast/ops/reference/gather_augment.py.
+    Grid: L * B.
+    Source: swamp_fast/ops/reference/gather_augment.py.
     """
     item = tl.program_id(0).to(tl.int64)
     picture_ptr = images_ptr + tl.load(index_ptr + item) * height * width * channels
     size = height * width * channels
-    # The draw: where the picture is cropped, and whether it is flipped.
+    # Draw the place of the crop, and whether the picture is flipped.
     dy = 0
     dx = 0
     mirrored = False
@@ -51,7 +53,7 @@ def gather_augment_kernel(
         if FLIP:
             mirrored = (w2 >> 31) != 0
     for start in range(0, size, BLOCK):
-        # Which number of the result each element is.
+        # The channel c, row y and column x of each element of the result.
         at = start + tl.arange(0, BLOCK)
         if CHANNELS_LAST:
             c = at % channels
@@ -61,7 +63,7 @@ def gather_augment_kernel(
             x = at % width
             y = at // width % height
             c = at // width // height
-        # Where it comes from in the picture, then through the table.
+        # Read the element from the picture, then map it through the table.
         from_x = tl.where(mirrored, width - 1 - x, x) + dx
         from_y = y + dy
         written = at < size
@@ -73,7 +75,7 @@ def gather_augment_kernel(
 
 
 def gather_augment(images, table, index, samples, keys, pad, flip, channels_last):
-    """Launch the gather; arguments as in swamp_fast/ops/gather_augment.py."""
+    """Gather the pictures [L, B, C, H, W]; arguments as in swamp_fast/ops/gather_augment.py."""
     _, height, width, channels = images.shape
     lanes, batch = index.shape
     dtype = images.dtype if table is None else table.dtype

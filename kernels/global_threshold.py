@@ -1,8 +1,9 @@
-"""global_threshold: radix select over the bits of |w|, on the device throughout.
+"""global_threshold: a radix select over the bits of |w|, entirely on the device.
 
-The bits of numbers that aren't NaN order as their magnitudes do. Each pass counts one digit of the weights that share
-the digits found so far; the digit that holds the threshold follows from the histogram by a few small tensor operations,
-so the host waits for nothing.
+Read as integers, the bits of two magnitudes compare as the magnitudes do, unless one is NaN. A digit is a range of
+bits. Each pass finds one digit of the threshold, the highest first. It counts the weights whose higher digits equal
+those of the threshold, by their next digit. A few small tensor operations on the histogram then give the threshold's
+digit, so the host never has to wait for the device.
 """
 
 import torch
@@ -12,11 +13,11 @@ import triton.language as tl
 from .argument_groups import rows
 
 BLOCK = {torch.float32: 2048, torch.float64: 1024}
-BLOCKS_PER_PROGRAM = 8  # counted in registers before the histogram in memory is touched
-BINS = 2048  # no digit is wider than 11 bits
-SHIFTS = {torch.float32: (20, 10, 0), torch.float64: (52, 41, 30, 20, 10, 0)}  # where the digits begin
+BLOCKS_PER_PROGRAM = 8  # blocks that a program counts in registers before it adds to the histogram in memory
+BINS = 2048  # 2^11, because no digit has more than 11 bits
+SHIFTS = {torch.float32: (20, 10, 0), torch.float64: (52, 41, 30, 20, 10, 0)}  # the lowest bit of each digit
 MAGNITUDE = {torch.float32: 0x7FFFFFFF, torch.float64: 0x7FFFFFFFFFFFFFFF}  # all bits but the sign
-INFINITY = {torch.float32: 0x7F800000, torch.float64: 0x7FF0000000000000}  # above it is NaN
+INFINITY = {torch.float32: 0x7F800000, torch.float64: 0x7FF0000000000000}  # magnitudes with larger bits are NaN
 
 
 @triton.jit
@@ -25,17 +26,19 @@ def count_digit_kernel(
     FIRST: tl.constexpr, SHIFT: tl.constexpr, ABOVE: tl.constexpr,
     BINS: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """histogram[r, d] += how many kept weights of run r with the digits `prefix` above have digit d.
+    """histogram[r, d] += the number of kept weights of run r whose higher digits are prefix[r] and whose digit is d.
 
-    The digit is the bits SHIFT … ABOVE of |w|. The FIRST pass has no digits above, and counts the NaNs.
+    The digit consists of bits SHIFT to ABOVE - 1 of |w|. In the FIRST pass there are no higher digits; this pass also
+    counts the NaNs.
 
     bits           Rows [R, Q]  int32 or int64, the bits of the weights
     masks          Rows [R, Q]  bool
-    prefix_ptr     [R]          int64, the digits found so far
+    prefix_ptr     [R]          int64, the threshold's higher digits
     histogram_ptr  [R, BINS]    int32, added to
-    nans_ptr       [R]          int32, added to
+    nans_ptr       [R]          int32, the number of NaNs among the kept weights, added to
 
     Grid: groups of BLOCKS blocks of weights, R.
+    Source: swamp_fast/ops/reference/global_threshold.py finds the same threshold by sorting.
     """
     run = tl.program_id(1).to(tl.int64)
     prefix = tl.load(prefix_ptr + run)
@@ -61,14 +64,15 @@ def count_digit_kernel(
 
 @triton.jit
 def count_ties_kernel(bits, masks, threshold_ptr, ties_ptr, prunable, magnitude_mask, BLOCK: tl.constexpr):
-    """ties[r, b] = how many kept weights of block b of run r equal the threshold.
+    """ties[r, b] = the number of kept weights in block b of run r whose |w| equals the threshold.
 
     bits           Rows [R, Q]    int32 or int64, the bits of the weights
     masks          Rows [R, Q]    bool
     threshold_ptr  [R]            int64, the bits of the threshold
-    ties_ptr       [R, programs]  int32, written
+    ties_ptr       [R, blocks]    int32, written
 
     Grid: blocks of weights, R.
+    Source: the tie rule of swamp_fast/ops/reference/global_threshold.py, where the lowest indices are kept.
     """
     run = tl.program_id(1).to(tl.int64)
     columns = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -84,16 +88,19 @@ def write_mask_kernel(
     bits, masks, threshold_ptr, ties_before_ptr, ties_kept_ptr, new_masks, prunable, magnitude_mask,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """new_masks[r, q] = whether q is kept and |w| is above the threshold, or equals it as one of the first ties.
+    """new_masks[r, q] = masks[r, q] and (|w[r, q]| > threshold[r] or q is among the first ties_kept[r] ties).
 
-    bits             Rows [R, Q]    int32 or int64, the bits of the weights
-    masks            Rows [R, Q]    bool
-    threshold_ptr    [R]            int64, the bits of the threshold
-    ties_before_ptr  [R, programs]  int64, how many ties have lower indices than a program's weights
-    ties_kept_ptr    [R]            int64, how many ties are kept
-    new_masks        Rows [R, Q]    bool, written
+    A tie is a kept weight whose |w| equals the threshold.
+
+    bits             Rows [R, Q]   int32 or int64, the bits of the weights
+    masks            Rows [R, Q]   bool
+    threshold_ptr    [R]           int64, the bits of the threshold
+    ties_before_ptr  [R, blocks]   int64, the number of ties in the blocks before
+    ties_kept_ptr    [R]           int64, the number of ties to keep
+    new_masks        Rows [R, Q]   bool, written
 
     Grid: blocks of weights, R.
+    Source: swamp_fast/ops/reference/global_threshold.py.
     """
     run = tl.program_id(1).to(tl.int64)
     columns = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -102,7 +109,7 @@ def write_mask_kernel(
     magnitude = (tl.load(bits.ptr + run * bits.stride + columns, mask=inside, other=0) & magnitude_mask).to(tl.int64)
     threshold = tl.load(threshold_ptr + run)
     equal = kept & (magnitude == threshold)
-    # The rank of each tie among all ties of its run.
+    # The rank of each tie among all ties of its run, counted from 1.
     rank = tl.cumsum(equal.to(tl.int32), 0).to(tl.int64)
     rank += tl.load(ties_before_ptr + run * tl.num_programs(0) + tl.program_id(0))
     keep = kept & ((magnitude > threshold) | (equal & (rank <= tl.load(ties_kept_ptr + run))))
@@ -110,10 +117,10 @@ def write_mask_kernel(
 
 
 def global_threshold(weights, masks, keep):
-    """Launch the select; arguments as in swamp_fast/ops/global_threshold.py.
+    """Find each run's threshold and new mask; arguments as in swamp_fast/ops/global_threshold.py.
 
-    Returns thresholds [R], masks [R, Q], and the verdict [R, 2]: how many NaNs there are, and how many weights the old
-    mask keeps.
+    Returns the thresholds [R], the new masks [R, Q], and the verdict [R, 2]: the number of NaNs among the kept weights,
+    and the number of weights that the old mask keeps.
     """
     dtype = weights.dtype
     integer = torch.int32 if dtype == torch.float32 else torch.int64
@@ -125,7 +132,7 @@ def global_threshold(weights, masks, keep):
 
 
 def _select(bits, masks, keep, dtype):
-    """The bits of each run's threshold [R], how many of its ties are kept [R], and the verdict [R, 2]."""
+    """The bits of each run's threshold [R], the number of ties to keep [R], and the verdict [R, 2]."""
     runs, prunable = bits.shape
     prefix = torch.zeros(runs, dtype=torch.int64, device=bits.device)
     nans = torch.zeros(runs, dtype=torch.int32, device=bits.device)
@@ -143,7 +150,8 @@ def _select(bits, masks, keep, dtype):
             BLOCK=BLOCK[dtype],
             enable_fp_fusion=False,
         )
-        at_least = histogram.long().flip(1).cumsum(1).flip(1)  # [R, BINS] weights with this digit or a larger one
+        # [R, BINS] the number of weights that have this digit or a larger one.
+        at_least = histogram.long().flip(1).cumsum(1).flip(1)
         if kept is None:
             kept = at_least[:, 0]
         digit = ((at_least >= wanted[:, None]).sum(1) - 1).clamp(min=0)

@@ -1,12 +1,12 @@
-"""cross_entropy: the mean loss of every lane, and its gradient, in one launch."""
+"""cross_entropy: each lane's mean loss and its gradient, in one launch."""
 
 import torch
 import triton
 import triton.language as tl
 
-BLOCK_ELEMENTS = {4: 2048, 8: 1024}  # samples times classes of a block, by the bytes of a number
+BLOCK_ELEMENTS = {4: 2048, 8: 1024}  # samples times classes of a block; keys are the bytes of an element
 MAX_CLASSES = 1024
-IGNORED = -100  # torch's target of a sample without a loss
+IGNORED = -100  # the target by which torch.nn.functional.cross_entropy excludes a sample from the loss
 
 
 @triton.jit(do_not_specialize=["samples"])
@@ -16,20 +16,21 @@ def cross_entropy_kernel(
 ):  # fmt: skip
     """losses[l] = mean over b of log(sum over k of exp(outputs[l, b, k])) - outputs[l, b, targets[l, b]].
 
-    Its gradient is (softmax(outputs)[l, b, k] - [k == targets[l, b]]) / B. A target SKIP counts as a loss of 0; another
-    target that is no class makes the lane's loss NaN.
+    The gradient of losses[l] is out_grad[l, b, k] = (softmax(outputs)[l, b, k] - (1 if k == targets[l, b] else 0)) / B.
+    A sample with target SKIP has a loss of 0. Any other target outside 0 … K - 1 makes the lane's loss NaN.
 
     outputs_ptr   [L, B, K]
     targets_ptr   [L, B]     int64
     losses_ptr    [L]        written
     out_grad_ptr  [L, B, K]  written
 
-    Grid: L. Source: the mean of torch.nn.functional.cross_entropy with reduction="none".
+    Grid: L.
+    Source: the mean over all B samples of torch.nn.functional.cross_entropy with reduction="none".
     """
     lane = tl.program_id(0).to(tl.int64)
-    kind = outputs_ptr.dtype.element_ty
+    dtype = outputs_ptr.dtype.element_ty
     k = tl.arange(0, BLOCK_CLASSES)
-    total = tl.zeros((BLOCK_SAMPLES,), kind)
+    total = tl.zeros((BLOCK_SAMPLES,), dtype)
     for begin in range(0, samples, BLOCK_SAMPLES):
         b = begin + tl.arange(0, BLOCK_SAMPLES)
         at = (lane * samples + b)[:, None] * classes + k[None, :]
@@ -47,15 +48,16 @@ def cross_entropy_kernel(
         wrong = counts & ((target < 0) | (target >= classes))
         total += tl.where(counts, tl.where(wrong, float("nan"), loss), 0.0)
         # The gradient.
-        grad = (power / sums[:, None] - chosen.to(kind)) / samples
+        grad = (power / sums[:, None] - chosen.to(dtype)) / samples
         tl.store(out_grad_ptr + at, tl.where(counts[:, None], grad, 0.0), mask=inside)
     tl.store(losses_ptr + lane, tl.sum(total, 0) / samples)
 
 
 def cross_entropy(outputs, targets):
-    """Launch the mean cross-entropy of each lane, [L], and its gradient by outputs [L, B, K], K at most MAX_CLASSES.
+    """Compute each lane's mean cross-entropy [L], and its gradient with respect to the outputs [L, B, K].
 
-    A target of IGNORED counts as a loss of 0, as in torch; any other that is no class makes the lane's loss NaN.
+    outputs  [L, B, K]  K at most MAX_CLASSES
+    targets  [L, B]     int64; IGNORED gives a loss of 0, any other number outside 0 … K - 1 makes the lane's loss NaN
     """
     lanes, samples, classes = outputs.shape
     losses, out_grad = torch.empty_like(outputs[:, 0, 0]), torch.empty_like(outputs)

@@ -1,4 +1,4 @@
-"""masked_adamw_: the step of all lanes in one launch; a mask is read once for all lanes of a run."""
+"""masked_adamw_: one AdamW step of all lanes in one launch. Each mask is read once for all lanes of its run."""
 
 import torch
 import triton
@@ -15,7 +15,7 @@ def masked_adamw_kernel(
     lr_ptr, beta1_ptr, beta2_ptr, eps_ptr, weight_decay_ptr, correction1_ptr, correction2_ptr,
     grad_scale_ptr, swa_weight_ptr, lanes, parameters, prunable, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One step of AdamW in place, then of the running mean.
+    """Take one AdamW step in place, then update the SWA running mean.
 
         g    = grad_scale * grads
         m    = mask * (m + (g - m) * (1 - beta1))
@@ -34,21 +34,22 @@ def masked_adamw_kernel(
     correction1_ptr   [L]          float64, 1 - beta1^step
     correction2_ptr   [L]          float64, 1 - beta2^step
     grad_scale_ptr    [L]          float64, or None for 1
-    swa_weight_ptr    [L]          float64, 0 leaves a lane's mean alone; None without swa
+    swa_weight_ptr    [L]          float64, 0 leaves a lane's running mean unchanged; None without swa
 
-    Grid: blocks of parameters. Reference: swamp_fast/ops/reference/masked_adamw.py.
-    Source: Loshchilov and Hutter 2019, arXiv 1711.05101, algorithm 2.
+    Grid: blocks of parameters.
+    Source: Loshchilov and Hutter 2019, arXiv 1711.05101, algorithm 2, as in swamp_fast/ops/reference/masked_adamw.py.
     """
     columns = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < parameters
     has_mask = columns < prunable
-    weights_ptr, grads_ptr, mean_ptr, square_ptr = weights.ptr, grads.ptr, exp_avg.ptr, exp_avg_sq.ptr  # of the lane
+    # Pointers to the rows of the current lane.
+    weights_ptr, grads_ptr, mean_ptr, square_ptr = weights.ptr, grads.ptr, exp_avg.ptr, exp_avg_sq.ptr
     if swa is not None:
         swa_ptr = swa.ptr
     run = tl.full((), -1, tl.int64)
     keep = has_mask
     for lane in range(lanes):
-        # The mask, if it isn't the last lane's: lanes of a run stand together, so each mask is read once.
+        # Read the mask only when the run changes. Lanes of a run are adjacent, so each mask is read once.
         lane_run = tl.load(run_of_lane_ptr + lane)
         if lane_run != run:
             run = lane_run
@@ -61,10 +62,10 @@ def masked_adamw_kernel(
         if grad_scale_ptr is not None:
             g = g * tl.load(grad_scale_ptr + lane).to(w.dtype)
         rate, beta1, beta2 = tl.load(lr_ptr + lane), tl.load(beta1_ptr + lane), tl.load(beta2_ptr + lane)
-        # The moments.
+        # Update the moments.
         mean = tl.where(keep, mean + (g - mean) * (1 - beta1).to(w.dtype), 0.0)
         square = tl.where(keep, square * beta2.to(w.dtype) + g * g * (1 - beta2).to(w.dtype), 0.0)
-        # The step. Its rates are computed in float64 and rounded once, as torch's are.
+        # Update the weights. As in torch, each rate is computed in float64 and then rounded once.
         root = tl.sqrt(square) / tl.sqrt(tl.load(correction2_ptr + lane)).to(w.dtype)
         size = (rate / tl.load(correction1_ptr + lane)).to(w.dtype)
         w = w * (1 - rate * tl.load(weight_decay_ptr + lane)).to(w.dtype)
@@ -72,12 +73,12 @@ def masked_adamw_kernel(
         tl.store(mean_ptr + columns, mean, mask=inside)
         tl.store(square_ptr + columns, square, mask=inside)
         tl.store(weights_ptr + columns, w, mask=inside)
-        # The running mean, neither read nor written outside the SWA phase.
+        # Update the running mean. Outside the SWA phase it is neither read nor written.
         if swa is not None:
-            share = tl.load(swa_weight_ptr + lane).to(w.dtype)
-            if share != 0:
+            sample_weight = tl.load(swa_weight_ptr + lane).to(w.dtype)
+            if sample_weight != 0:
                 average = tl.load(swa_ptr + columns, mask=inside)
-                tl.store(swa_ptr + columns, average + (w - average) * share, mask=inside)
+                tl.store(swa_ptr + columns, average + (w - average) * sample_weight, mask=inside)
             swa_ptr += swa.stride
         weights_ptr += weights.stride
         grads_ptr += grads.stride
@@ -89,7 +90,7 @@ def masked_adamw_(
     weights, grads, exp_avg, exp_avg_sq, masks, run_of_lane,
     lr, beta1, beta2, eps, weight_decay, step, grad_scale, swa, swa_weight,
 ):  # fmt: skip
-    """Launch the step; arguments as in swamp_fast/ops/masked_adamw.py."""
+    """Take the step; arguments as in swamp_fast/ops/masked_adamw.py."""
     lanes, parameters = weights.shape
     with torch.cuda.device_of(weights):
         masked_adamw_kernel[(triton.cdiv(parameters, BLOCK),)](

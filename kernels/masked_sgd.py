@@ -1,4 +1,4 @@
-"""masked_sgd_: the step of all lanes in one launch; a mask is read once for all lanes of a run."""
+"""masked_sgd_: one SGD step of all lanes in one launch. Each mask is read once for all lanes of its run."""
 
 import torch
 import triton
@@ -15,7 +15,7 @@ def masked_sgd_kernel(
     lr_ptr, momentum_ptr, weight_decay_ptr, grad_scale_ptr, swa_weight_ptr,
     lanes, parameters, prunable, NESTEROV: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One step of SGD with momentum and coupled weight decay in place, then of the running mean.
+    """Take one step of SGD with momentum and coupled weight decay in place, then update the SWA running mean.
 
         g    = grad_scale * grads + weight_decay * w
         v    = mask * (momentum * v + g)
@@ -30,20 +30,22 @@ def masked_sgd_kernel(
     run_of_lane_ptr   [L]          int64
     lr_ptr, momentum_ptr, weight_decay_ptr  [L] float64
     grad_scale_ptr    [L]          float64, or None for 1
-    swa_weight_ptr    [L]          float64, 0 leaves a lane's mean alone; None without swa
+    swa_weight_ptr    [L]          float64, 0 leaves a lane's running mean unchanged; None without swa
 
-    Grid: blocks of parameters. Reference: swamp_fast/ops/reference/masked_sgd.py.
+    Grid: blocks of parameters.
+    Source: torch.optim.SGD, and Izmailov et al. 2018, arXiv 1803.05407, as in swamp_fast/ops/reference/masked_sgd.py.
     """
     columns = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < parameters
     has_mask = columns < prunable
-    weights_ptr, grads_ptr, buffer_ptr = weights.ptr, grads.ptr, momentum_buffer.ptr  # of the lane
+    # Pointers to the rows of the current lane.
+    weights_ptr, grads_ptr, buffer_ptr = weights.ptr, grads.ptr, momentum_buffer.ptr
     if swa is not None:
         swa_ptr = swa.ptr
     run = tl.full((), -1, tl.int64)
     keep = has_mask
     for lane in range(lanes):
-        # The mask, if it isn't the last lane's: lanes of a run stand together, so each mask is read once.
+        # Read the mask only when the run changes. Lanes of a run are adjacent, so each mask is read once.
         lane_run = tl.load(run_of_lane_ptr + lane)
         if lane_run != run:
             run = lane_run
@@ -53,11 +55,12 @@ def masked_sgd_kernel(
         g = tl.load(grads_ptr + columns, mask=inside)
         buffer = tl.load(buffer_ptr + columns, mask=inside)
         mu = tl.load(momentum_ptr + lane).to(w.dtype)
-        # Gradient, scale and weight decay. The fused product is explicit, or the compiler could fuse either one.
+        # Scale the gradient and add the weight decay. The sum has two products, g * scale and w * weight_decay. Without
+        # an explicit fma the compiler could fuse either one.
         if grad_scale_ptr is not None:
             g *= tl.load(grad_scale_ptr + lane).to(w.dtype)
         step = tl.fma(w, tl.load(weight_decay_ptr + lane).to(w.dtype), g)
-        # Momentum, then the weights.
+        # Update the momentum, then the weights.
         buffer = tl.where(keep, buffer * mu + step, 0.0)
         if NESTEROV:
             step = step + buffer * mu
@@ -66,12 +69,12 @@ def masked_sgd_kernel(
         w = tl.where(keep, w - step * tl.load(lr_ptr + lane).to(w.dtype), 0.0)
         tl.store(buffer_ptr + columns, buffer, mask=inside)
         tl.store(weights_ptr + columns, w, mask=inside)
-        # The running mean, neither read nor written outside the SWA phase.
+        # Update the running mean. Outside the SWA phase it is neither read nor written.
         if swa is not None:
-            share = tl.load(swa_weight_ptr + lane).to(w.dtype)
-            if share != 0:
+            sample_weight = tl.load(swa_weight_ptr + lane).to(w.dtype)
+            if sample_weight != 0:
                 mean = tl.load(swa_ptr + columns, mask=inside)
-                tl.store(swa_ptr + columns, mean + (w - mean) * share, mask=inside)
+                tl.store(swa_ptr + columns, mean + (w - mean) * sample_weight, mask=inside)
             swa_ptr += swa.stride
         weights_ptr += weights.stride
         grads_ptr += grads.stride
@@ -82,7 +85,7 @@ def masked_sgd_(
     weights, grads, momentum_buffer, masks, run_of_lane,
     lr, momentum, weight_decay, nesterov, grad_scale, swa, swa_weight,
 ):  # fmt: skip
-    """Launch the step; arguments as in swamp_fast/ops/masked_sgd.py."""
+    """Take the step; arguments as in swamp_fast/ops/masked_sgd.py."""
     lanes, parameters = weights.shape
     with torch.cuda.device_of(weights):
         masked_sgd_kernel[(triton.cdiv(parameters, BLOCK),)](

@@ -1,6 +1,6 @@
-"""norm and norm_grad: BatchNorm of all lanes with the addition and the ReLU behind it, forward and backward.
+"""norm and norm_grad: BatchNorm of all lanes, then an optional addition and ReLU; forward and backward.
 
-Maps are [L, B, H, W, C], seen as [L, pixels, C]; see batch_statistics.py, which also computes what `norm` reads.
+Maps are [L, B, H, W, C], seen as [L, pixels, C]. batch_statistics.py computes the mean and scale that `norm` reads.
 """
 
 import torch
@@ -8,22 +8,25 @@ import triton
 import triton.language as tl
 
 from .argument_groups import affine_of, norm_of, rows
-from .batch_statistics import MERGED, arrived_last, extents_of, tile_of
+from .batch_statistics import MERGE_ELEMENTS, arrived_last, extents_of, tile_of
 
 BLOCK = 1024
 
 
 @triton.jit(do_not_specialize=["pixels"])
 def norm_kernel(source_ptr, side_ptr, out_ptr, norm, affine, pixels, channels, RELU: tl.constexpr, BLOCK: tl.constexpr):
-    """Out = relu((source - mean) * scale + bias + side), without what there isn't.
+    """out[l, p, c] = relu((source[l, p, c] - mean[l, c]) * scale[l, c] + bias[l, c] + side[l, p, c]).
+
+    Without RELU there is no relu. A missing bias or side counts as 0.
 
     source_ptr  [L, pixels, C]
     side_ptr    [L, pixels, C]  or None
     out_ptr     [L, pixels, C]  written
-    norm        Norm of which mean and scale are read
-    affine      Affine of which the bias is read
+    norm        Norm, of which mean and scale are read
+    affine      Affine, of which the bias is read
 
-    Grid: blocks of numbers, L. Source: Ioffe and Szegedy 2015, arXiv 1502.03167, algorithm 1.
+    Grid: blocks of elements, L.
+    Source: Ioffe and Szegedy 2015, arXiv 1502.03167, algorithm 1.
     """
     lane = tl.program_id(1).to(tl.int64)
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -39,7 +42,7 @@ def norm_kernel(source_ptr, side_ptr, out_ptr, norm, affine, pixels, channels, R
     if side_ptr is not None:
         value += tl.load(side_ptr + place, mask=inside, other=0.0).to(mean.dtype)
     if RELU:
-        value = tl.where(value < 0, 0.0, value)  # a NaN stays
+        value = tl.where(value < 0, 0.0, value)  # keeps NaN
     tl.store(out_ptr + place, value.to(out_ptr.dtype.element_ty), mask=inside)
 
 
@@ -49,27 +52,31 @@ def norm_grad_sums_kernel(
     pixels, channels, lanes, EPS: tl.constexpr, BY_BATCH: tl.constexpr, ADD_SIDE: tl.constexpr, RELU: tl.constexpr,
     SUM: tl.constexpr, BLOCK_PIXELS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """The sums that the gradients of `norm` are made of: over a tile, then, by the last program to arrive, over all.
+    """Compute the gradients of a norm layer's side, weight and bias, and the slopes that norm_grad_kernel needs.
 
-    With g = out_grad where relu let it through, centred = source - mean, and rstd = 1 / sqrt(variance + EPS):
+    Each program sums over one tile of pixels. The last one to finish sums over the tiles. With g = out_grad where the
+    output of relu is above 0 (0 elsewhere), centred = source - mean, and rstd = 1 / sqrt(variance + EPS):
 
         side_grad     = g
         weight_grad  += rstd * sum of g * centred
         bias_grad    += sum of g
-        slopes[0]     = sum of g / pixels                       (0 unless BY_BATCH)
-        slopes[1]     = rstd^2 * sum of g * centred / pixels    (0 unless BY_BATCH)
+        slopes[0]     = sum of g / pixels
+        slopes[1]     = rstd^2 * sum of g * centred / pixels
+
+    Without BY_BATCH, mean and variance do not depend on the source, and slopes are 0.
 
     source_ptr     [L, pixels, C]
-    out_ptr        [L, pixels, C]    None if the output was never written: relu's mask comes from scale and offset
+    out_ptr        [L, pixels, C]    the output of relu; None to recompute its sign from scale and offset
     out_grad_ptr   [L, pixels, C]
-    side_grad_ptr  [L, pixels, C]    written, or added to if ADD_SIDE; None without one
-    sums_ptr       [2, L, tiles, C]  written, sums of g and of g * centred over each tile
-    arrivals       Rows [L, blocks of channels]  zero before and after
+    side_grad_ptr  [L, pixels, C]    written, or added to if ADD_SIDE; None if it is not needed
+    sums_ptr       [2, L, tiles, C]  written: sums of g and of g * centred over each tile
+    arrivals       Rows [L, blocks of channels]  int32, the number of programs that have finished; 0 before and after
     slopes_ptr     [2, L, C]         written
     norm           Norm
     affine_grads   Affine of the gradients, added to
 
     Grid: tiles, blocks of channels, L.
+    Source: Ioffe and Szegedy 2015, arXiv 1502.03167, section 3, the gradients of algorithm 1.
     """
     lane = tl.program_id(2).to(tl.int64)
     pixel = tl.program_id(0) * BLOCK_PIXELS + tl.arange(0, BLOCK_PIXELS)
@@ -80,7 +87,7 @@ def norm_grad_sums_kernel(
     statistic = lane * norm.stride + norm.first + c
     gradient = tl.load(out_grad_ptr + place, mask=inside, other=0.0).to(SUM)
     value = tl.load(source_ptr + place, mask=inside, other=0.0).to(SUM)
-    # Through relu, and to the side.
+    # Propagate the gradient through relu, and write that of the side.
     if RELU:
         if out_ptr is not None:
             above = tl.load(out_ptr + place, mask=inside, other=0.0) > 0
@@ -104,7 +111,7 @@ def norm_grad_sums_kernel(
     tl.store(centred_sums_ptr + at, tl.sum(gradient * centred, 0), mask=c_inside)
     if arrived_last(arrivals.ptr + lane * arrivals.stride + tl.program_id(1), tiles):
         # The sums over all tiles.
-        BLOCK_TILES: tl.constexpr = MERGED // BLOCK_CHANNELS
+        BLOCK_TILES: tl.constexpr = MERGE_ELEMENTS // BLOCK_CHANNELS
         sum_grad = tl.zeros((BLOCK_CHANNELS,), tl.float64)
         sum_centred = tl.zeros((BLOCK_CHANNELS,), tl.float64)
         for begin in range(0, tiles, BLOCK_TILES):
@@ -124,14 +131,14 @@ def norm_grad_sums_kernel(
         if affine_grads.first_bias is not None:
             before = tl.load(affine_ptr + affine_grads.first_bias, mask=c_inside, other=0.0)
             tl.store(affine_ptr + affine_grads.first_bias, before + sum_grad.to(before.dtype), mask=c_inside)
-        # What norm_grad_kernel needs of them.
+        # The slopes for norm_grad_kernel.
         if not BY_BATCH:
             sum_grad = tl.zeros((BLOCK_CHANNELS,), tl.float64)
             sum_centred = tl.zeros((BLOCK_CHANNELS,), tl.float64)
-        kind = slopes_ptr.dtype.element_ty
+        dtype = slopes_ptr.dtype.element_ty
         at = lane * channels + c
-        tl.store(slopes_ptr + at, (sum_grad / pixels).to(kind), mask=c_inside)
-        slope = (sum_centred / pixels * rstd * rstd).to(kind)
+        tl.store(slopes_ptr + at, (sum_grad / pixels).to(dtype), mask=c_inside)
+        slope = (sum_centred / pixels * rstd * rstd).to(dtype)
         tl.store(slopes_ptr + lanes * channels + at, slope, mask=c_inside)
 
 
@@ -140,16 +147,19 @@ def norm_grad_kernel(
     source_ptr, out_ptr, out_grad_ptr, in_grad_ptr, slopes_ptr, norm, pixels, channels, lanes,
     ACCUMULATE: tl.constexpr, RELU: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """in_grad = (g - slopes[0] - (source - mean) * slopes[1]) * scale, with g = out_grad where relu let it through.
+    """in_grad = (g - slopes[0] - (source - mean) * slopes[1]) * scale, for every lane, pixel and channel.
+
+    Here g is out_grad where the output of relu is above 0, and 0 elsewhere. Without RELU, g is out_grad.
 
     source_ptr    [L, pixels, C]
-    out_ptr       [L, pixels, C]  None if the output was never written: relu's mask comes from scale and offset
+    out_ptr       [L, pixels, C]  the output of relu; None to recompute its sign from scale and offset
     out_grad_ptr  [L, pixels, C]
     in_grad_ptr   [L, pixels, C]  written, or added to if ACCUMULATE
     slopes_ptr    [2, L, C]       from norm_grad_sums_kernel
     norm          Norm
 
-    Grid: blocks of numbers, L. Source: Ioffe and Szegedy 2015, arXiv 1502.03167, section 3, with the sums collected.
+    Grid: blocks of elements, L.
+    Source: Ioffe and Szegedy 2015, arXiv 1502.03167, section 3, with the terms of each sum collected.
     """
     lane = tl.program_id(1).to(tl.int64)
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -161,14 +171,14 @@ def norm_grad_kernel(
     place = lane * pixels * channels + at
     gradient = tl.load(out_grad_ptr + place, mask=inside, other=0.0).to(mean.dtype)
     value = tl.load(source_ptr + place, mask=inside, other=0.0).to(mean.dtype)
-    # Through relu.
+    # Propagate the gradient through relu.
     if RELU:
         if out_ptr is not None:
             above = tl.load(out_ptr + place, mask=inside, other=0.0) > 0
         else:
             above = value * scale + tl.load(norm.offset_ptr + statistic, mask=inside, other=0.0) > 0
         gradient = tl.where(above, gradient, 0.0)
-    # Through the norm, whose mean and variance depend on every input too.
+    # Propagate it through the norm. The slopes account for the mean and variance, which depend on every input.
     mean_grad = tl.load(slopes_ptr + lane * channels + c, mask=inside, other=0.0)
     slope = tl.load(slopes_ptr + (lanes + lane) * channels + c, mask=inside, other=0.0)
     grad = (gradient - mean_grad - (value - mean) * slope) * scale
@@ -178,11 +188,12 @@ def norm_grad_kernel(
 
 
 def norm(source, side, out, to, relu):
-    """Launch out = relu((source - mean) * scale + bias + side), with the mean and the scale of `to`.
+    """Compute out = relu((source - mean) * scale + bias + side), or the same without relu.
 
-    side  [L, ..., C], or None
-    to    the norm, as batch_statistics.statistics has it
-    relu  whether there is one
+    source, out  [L, ..., C]
+    side         [L, ..., C]; None for 0
+    to           holds mean, scale and bias, as in batch_statistics.statistics
+    relu         whether to apply relu
     """
     lanes, pixels, channels = extents_of(source)
     with torch.cuda.device_of(source):
@@ -195,15 +206,15 @@ def norm(source, side, out, to, relu):
 
 
 def norm_grad(source, out, out_grad, in_grad, side_grad, accumulate, accumulate_side, to, grads, relu, by_batch):
-    """Launch the gradients of `norm`.
+    """Compute the gradients of `norm`.
 
     source, out_grad  [L, ..., C]
-    out               [L, ..., C], or None if it was never written; then relu's mask comes from scale and offset
-    in_grad           [L, ..., C], written, or added to if accumulate; None if it isn't needed
-    side_grad         [L, ..., C], written, or added to if accumulate_side; None if nothing was added, or isn't needed
-    to                the norm, as `norm` has it
-    grads             [L, P'] added to: the gradients of the norm's weight and bias, which stand as they do in the bank
-    by_batch          whether mean and variance are the batch's
+    out               [L, ..., C], the output of relu; None to recompute its sign from scale and offset
+    in_grad           [L, ..., C], written, or added to if accumulate; None if it is not needed
+    side_grad         [L, ..., C], written, or added to if accumulate_side; None if there is no side or no need for it
+    to                holds the statistics, as in `norm`
+    grads             [L, P'], to which the gradients of weight and bias are added, in the same columns as in the bank
+    by_batch          whether mean and variance were computed from this batch
     """
     lanes, pixels, channels = extents_of(source)
     block, tile_pixels = tile_of(source)

@@ -1,28 +1,36 @@
-"""philox: the random words of one stream for each lane."""
+"""philox: random words, from one counter-based stream per lane."""
 
 import torch
 import triton
 import triton.language as tl
 
-BLOCK = 256  # Philox blocks of one program, of four words each
+BLOCK = 256  # Philox blocks per program; a Philox block has four words
 
 
 @triton.jit
 def philox_kernel(keys_ptr, words_ptr, purpose, count, BLOCK: tl.constexpr):
-    """Philox-4x32-10: word j is word j % 4 of the block with counter (j // 4, time, stream, purpose) and key seed.
+    """Write word[l, j] = word j % 4 of the Philox-4x32-10 block with the counter c = (j // 4, time, stream, purpose).
+
+    The key k = (k0, k1) is the low and the high half of the seed. The block is c after ten rounds of
+
+        c = (hi(0xCD9E8D57 * c2) ^ c1 ^ k0, lo(0xCD9E8D57 * c2), hi(0xD2511F53 * c0) ^ c3 ^ k1, lo(0xD2511F53 * c0))
+        k = (k0 + 0x9E3779B9, k1 + 0xBB67AE85) modulo 2^32
+
+    where hi and lo are the upper and the lower 32 bits of a 64-bit product, and ^ is the bitwise exclusive or.
 
     keys_ptr   [L, 3]      int64: seed, stream, time
     words_ptr  [L, count]  int32, written
-    purpose                int64, of which the low 32 bits count
+    purpose                int64, only its low 32 bits are used
 
-    Grid: blocks of words, L. Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
+    Grid: blocks of words, L.
+    Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011, Philox4x32-10.
     """
     lane = tl.program_id(1).to(tl.int64)
     block = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     seed = tl.load(keys_ptr + lane * 3)
     stream = tl.load(keys_ptr + lane * 3 + 1)
     time = tl.load(keys_ptr + lane * 3 + 2)
-    zero = block * 0  # gives the other words of the counter the shape of a block
+    zero = block * 0  # added to the counter's other words, to give them the shape of `block`
     w0, w1, w2, w3 = tl.philox(
         seed,
         block.to(tl.uint32),
@@ -38,7 +46,7 @@ def philox_kernel(keys_ptr, words_ptr, purpose, count, BLOCK: tl.constexpr):
 
 
 def philox(keys, purpose, count):
-    """Launch the draws; arguments as in swamp_fast/ops/philox.py."""
+    """Compute the words [L, count]; arguments as in swamp_fast/ops/philox.py."""
     lanes = keys.shape[0]
     words = keys.new_empty((lanes, count), dtype=torch.int32)
     if words.numel():

@@ -1,7 +1,8 @@
-"""pool and pool_grad: maximum and average over windows, given as ranges of rows and of columns, of all lanes.
+"""pool and pool_grad: max pooling and average pooling of all lanes.
 
-Maps are [N, H, W, C], N all pictures of all lanes. In the backward pass each pixel of the input gathers from the
-windows that hold it, in order, so no two programs write to one place.
+Maps are [N, H, W, C], where N counts the pictures of all lanes. In the backward pass each program computes the gradient
+of one input pixel: it adds the contributions of all windows that contain the pixel, in a fixed order. So no two
+programs write to the same address.
 """
 
 import torch
@@ -16,14 +17,20 @@ def pool_kernel(
     source_ptr, out_ptr, windows, height, width, out_height, out_width, channels,
     SUM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """out[n, i, j, c] = the maximum of source[n, y, x, c] over window (i, j), or the sum of it / divisors[i, j].
+    """Compute max pooling if windows.divisors_ptr is None, otherwise average pooling.
+
+        max:      out[n, i, j, c] = maximum over (y, x) in window (i, j) of source[n, y, x, c]
+        average:  out[n, i, j, c] = (sum over (y, x) in window (i, j) of source[n, y, x, c]) / divisors[i, j]
+
+    The maximum of a window that contains NaN is NaN.
 
     source_ptr  [N, H, W, C]
     out_ptr     [N, OH, OW, C]  written
     windows     Windows
-    SUM                         the type that is computed in
+    SUM         the dtype of the computation
 
-    A NaN in a window is its maximum. Grid: N * OH * OW, blocks of channels.
+    Grid: N * OH * OW, blocks of channels.
+    Source: torch.nn.functional.max_pool2d and avg_pool2d.
     """
     window = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -54,18 +61,22 @@ def pool_grad_kernel(
     source_ptr, out_ptr, in_grad_ptr, out_grad_ptr, windows, height, width, out_height, out_width, channels,
     ACCUMULATE: tl.constexpr, SUM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """in_grad[n, y, x, c] = the sum over the windows (i, j) that hold (y, x) of their share of out_grad[n, i, j, c].
+    """Compute the gradient of a pooling layer's input: of max pooling if windows.divisors_ptr is None, else of average.
 
-    That is out_grad / divisors[i, j] of an average, and of a maximum all of it for the first pixel that holds it.
+        in_grad[n, y, x, c] = sum over the windows (i, j) that contain (y, x) of share * out_grad[n, i, j, c]
 
-    source_ptr    [N, H, W, C]    the pool's input
-    out_ptr       [N, OH, OW, C]  its output
+    For average pooling, share is 1 / divisors[i, j]. For max pooling, it is 1 if (y, x) is the first pixel of the
+    window with source[n, y, x, c] == out[n, i, j, c], and 0 otherwise.
+
+    source_ptr    [N, H, W, C]    the layer's input
+    out_ptr       [N, OH, OW, C]  the layer's output
     in_grad_ptr   [N, H, W, C]    written, or added to if ACCUMULATE
     out_grad_ptr  [N, OH, OW, C]
     windows       Windows
-    SUM                           the type that is computed in
+    SUM           the dtype of the computation
 
     Grid: N * H * W, blocks of channels.
+    Source: the gradients of torch.nn.functional.max_pool2d and avg_pool2d.
     """
     pixel = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -80,24 +91,24 @@ def pool_grad_kernel(
     total = tl.zeros((BLOCK,), SUM)
     if ACCUMULATE:
         total += tl.load(in_grad_ptr + pixel * channels + c, mask=inside, other=0.0).to(SUM)
-    # The windows that hold the pixel: rows of windows times columns of windows.
+    # Loop over the windows that contain the pixel: a range of output rows times a range of output columns.
     first_i = tl.load(windows.row_windows_ptr + 2 * y)
     first_j = tl.load(windows.column_windows_ptr + 2 * x)
-    across = tl.load(windows.column_windows_ptr + 2 * x + 1) - first_j
-    for window in range((tl.load(windows.row_windows_ptr + 2 * y + 1) - first_i) * across):
-        i = first_i + window // across
-        j = first_j + window % across
+    windows_across = tl.load(windows.column_windows_ptr + 2 * x + 1) - first_j
+    for window in range((tl.load(windows.row_windows_ptr + 2 * y + 1) - first_i) * windows_across):
+        i = first_i + window // windows_across
+        j = first_j + window % windows_across
         at = (i * out_width + j) * channels + c
         gradient = tl.load(out_grad_ptr + at, mask=inside, other=0.0).to(SUM)
         if windows.divisors_ptr is None:
-            # Whether this pixel is the first in the window that holds the maximum.
+            # Is this pixel the first one in the window that equals the maximum?
             largest = tl.load(out_ptr + at, mask=inside, other=0.0)
             first = (value == largest) | ((value != value) & (largest != largest))
             begin_y = tl.load(windows.rows_ptr + 2 * i)
             begin_x = tl.load(windows.columns_ptr + 2 * j)
-            wide = tl.load(windows.columns_ptr + 2 * j + 1) - begin_x
-            for before in range((y - begin_y) * wide + x - begin_x):
-                place = (begin_y + before // wide) * width + begin_x + before % wide
+            window_width = tl.load(windows.columns_ptr + 2 * j + 1) - begin_x
+            for before in range((y - begin_y) * window_width + x - begin_x):
+                place = (begin_y + before // window_width) * width + begin_x + before % window_width
                 earlier = tl.load(source_ptr + place * channels + c, mask=inside, other=0.0)
                 first = first & (earlier != largest)
             total += tl.where(first, gradient, 0.0)
@@ -107,7 +118,7 @@ def pool_grad_kernel(
 
 
 def pool(source, out, windows):
-    """Launch the pooling; `windows` is what `windows_of` gives."""
+    """Pool source [N, H, W, C] into out [N, OH, OW, C]; `windows` comes from `windows_of`."""
     (_, height, width, channels), (pictures, out_height, out_width, _) = source.shape, out.shape
     block = _block(channels)
     with torch.cuda.device_of(source):
@@ -121,7 +132,7 @@ def pool(source, out, windows):
 
 
 def pool_grad(source, out, in_grad, out_grad, windows, accumulate):
-    """Launch the gradient by the input."""
+    """Compute the gradient with respect to the input; arguments as in pool_grad_kernel."""
     (pictures, height, width, channels), (_, out_height, out_width, _) = source.shape, out.shape
     block = _block(channels)
     with torch.cuda.device_of(source):
@@ -136,16 +147,23 @@ def pool_grad(source, out, in_grad, out_grad, windows, accumulate):
 
 
 def windows_of(rows, columns, divisors, height, width, device):
-    """The Windows of a pooling, from its ranges of rows and of columns; `divisors` is None for the maximum."""
-    holding = [
-        [_holding(ranges, place) for place in range(size)] for ranges, size in ((rows, height), (columns, width))
+    """The Windows of a pooling layer over maps of `height` x `width` pixels.
+
+    rows, columns  for each output row or column, the first input row or column of its windows, and the last + 1
+    divisors       [OH, OW], the divisors of average pooling; None for max pooling
+    """
+    containing = [
+        [_containing(ranges, place) for place in range(size)] for ranges, size in ((rows, height), (columns, width))
     ]
-    tables = (torch.tensor(table, dtype=torch.int32, device=device) for table in (rows, columns, *holding))
+    tables = (torch.tensor(table, dtype=torch.int32, device=device) for table in (rows, columns, *containing))
     return Windows(*tables, None if divisors is None else torch.tensor(divisors, dtype=torch.float64, device=device))
 
 
-def _holding(ranges, place):
-    """The first and the last + 1 of the ranges that hold a place; begins and ends rise, so these follow each other."""
+def _containing(ranges, place):
+    """The number of the first range that contains a place, and the number of the last one + 1; (0, 0) if none does.
+
+    The ranges are sorted by begin and by end, so those that contain the place are consecutive.
+    """
     numbers = [number for number, (begin, end) in enumerate(ranges) if begin <= place < end]
     return (numbers[0], numbers[-1] + 1) if numbers else (0, 0)
 

@@ -28,7 +28,7 @@ CHOICES = {
 ENGINES = ("auto", "eager", "fused", "fastest")
 # `engine` also accepts the names in this pattern; swamp_fast/engines/selection.py explains them.
 ENGINE_NAME = re.compile(
-    r"fused|(fused@(?P<up_to>0\.\d{0,5}[1-9]),)?eager:(?P<way>lanes|fold|fold_grouped)(?P<last>:channels_last)?"
+    r"fused|(fused@(?P<up_to>0\.\d{0,5}[1-9]),)?eager:(?P<mode>lanes|fold|fold_grouped)(?P<last>:channels_last)?"
 )
 # Settings that apply to only one of the optimizers -> that optimizer.
 OPTIMIZERS = {"momentum": "sgd", "nesterov": "sgd", "beta1": "adamw", "beta2": "adamw", "adam_eps": "adamw"}

@@ -157,6 +157,6 @@ def implementation(request: pytest.FixtureRequest) -> object:
 @pytest.fixture
 def on():
     """Return a function from an execution mode to the settings of a short run in that mode."""
-    from stops import RUN, WAYS
+    from stops import MODES, RUN
 
-    return lambda mode: RUN | {"engine": WAYS[mode]}
+    return lambda mode: RUN | {"engine": MODES[mode]}

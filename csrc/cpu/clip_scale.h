@@ -1,10 +1,11 @@
-// The factor that scales each lane's gradient down so that its norm is at most a bound. The sums go over fixed numbers of
-// parts and accumulators in a fixed order, so their bits depend on no thread count, lane or instruction set.
+// Gradient clipping: the factor that scales each lane's gradient so that its norm is at most the lane's bound. Sums use
+// a fixed number of parts and accumulators in a fixed order, so their bits are the same for every thread count, lane
+// and instruction set.
 
 constexpr int kAccumulators = 16;
 
-// Adds the squares of `count` numbers to the accumulators, in turn. The squares of a chunk are independent and their sums
-// are not; two loops, so that both are vectorised.
+// Adds the squares of `count` numbers to the accumulators; number i goes to accumulator i % kAccumulators. Squaring and
+// summing are two loops, because compilers then vectorise both.
 template <typename T, bool masked>
 void add_squares(const T* g, const uint8_t* mask, int64_t count, double* sums) {
   constexpr int64_t kSquares = 16 * kAccumulators;
@@ -27,7 +28,7 @@ void add_squares(const T* g, const uint8_t* mask, int64_t count, double* sums) {
   for (int j = 0; j < kAccumulators; ++j) sums[j] += totals[j];
 }
 
-// The sum of the squares of one lane's gradient where its mask keeps.
+// The sum of the squares of one lane's gradient, without the gradients of pruned weights.
 template <typename T>
 double squares_of_lane(const ClipScale<T>& a, int64_t lane, int threads) {
   constexpr int kParts = 64;
@@ -51,7 +52,7 @@ double squares_of_lane(const ClipScale<T>& a, int64_t lane, int threads) {
   return total;
 }
 
-// scale = min(1, clip_norm / (norm + 1e-6)), and NaN where the norm is not finite.
+// scale = min(1, clip_norm / (norm + 1e-6)); NaN if the norm is not finite.
 template <typename T>
 void clip_scale(const ClipScale<T>& a, int threads) {
   for (int64_t lane = 0; lane < a.lanes; ++lane) {

@@ -1,6 +1,7 @@
-// Gathers pictures by index: padded with black, cropped and flipped at random, and standardised through the table.
+// Gathers pictures by index. Each picture is padded with black, cropped and flipped at random, and standardised by a
+// table.
 
-// One picture: pixel (y, x) of the output is pixel (y + dy, x + dx) of the picture, which is flipped first.
+// Writes one picture: the crop whose pixel (y, x) is the picture's pixel (y + dy, x + dx), mirrored if `flip` is set.
 template <typename T, typename Source>
 void gather_picture(const GatherAugment<T>& a, const Source* picture, T* out, int64_t dy, int64_t dx, bool flip) {
   const int64_t row_step = a.channels_last ? a.width * a.channels : a.width;

@@ -1,6 +1,7 @@
-// The exact magnitude threshold by radix select over the bits of |w|, which order as the magnitudes do unless one is NaN.
-// Each pass counts one digit of the weights that share the higher digits of the threshold found so far; at the end the mask
-// is written. Each thread takes one span of the row, so that ties are kept in the order of their indices.
+// Finds the exact magnitude threshold by radix select over the bits of |w|. Read as integers, these bits have the same
+// order as the magnitudes, unless one is NaN. Each pass finds one more digit of the threshold: it builds a histogram of
+// that digit over the weights whose higher digits equal those found so far. Finally, the new mask is written. Each
+// thread takes one contiguous span of a row, so that the ties that are kept are those with the lowest indices.
 
 template <typename T>
 struct Radix;
@@ -19,8 +20,8 @@ struct Radix<double> {
   static constexpr int shifts[] = {52, 41, 30, 20, 10, 0};
 };
 
-constexpr int kBins = 2048;    // no digit is wider than 11 bits
-constexpr int kStride = kBins + 128;  // of a table: nearby bins of two tables then differ in their place within a page
+constexpr int kBins = 2048;           // a digit has at most 11 bits
+constexpr int kStride = kBins + 128;  // size of a table; the extra 128 put the tables at different page offsets
 constexpr int kChunk = 1024;
 
 struct Span {
@@ -33,13 +34,15 @@ inline Span span_of(int64_t count, int thread, int threads) {
   return {begin, end < count ? end : count};
 }
 
-// Counts one digit, the bits shift … above, of the kept weights whose higher digits are `prefix`. Returns whether one of
-// them is NaN, which only the first pass looks for.
+// Counts the values of one digit, the bits from `shift` up to `above`, over the kept weights whose higher digits equal
+// `prefix`. The first pass also returns whether a kept weight is NaN; later passes return false.
 template <typename T, bool first>
 bool count_digit(const T* weights, const uint8_t* mask, Span span, int shift, int above,
                  typename Radix<T>::Bits prefix, uint32_t* histogram) {
   using Bits = typename Radix<T>::Bits;
-  constexpr int kTables = 8;  // neighbours often share a digit; in separate tables their increments don't wait for each other
+  // Neighbouring weights often have the same digit. Eight separate tables keep their increments from waiting for each
+  // other.
+  constexpr int kTables = 8;
   uint32_t counts[kTables][kStride];  // bin kBins counts the pruned weights
   __builtin_memset(counts, 0, sizeof counts);
   const Bits digit_mask = first ? ~Bits(0) : (Bits(1) << (above - shift)) - 1;
@@ -62,7 +65,8 @@ bool count_digit(const T* weights, const uint8_t* mask, Span span, int shift, in
       for (int64_t i = 0; i < count; i += kTables)
         for (int table = 0; table < kTables; ++table) ++counts[table][digits[i + table]];
     } else {
-      // Few weights share the prefix: list the groups of eight that hold one, without a branch that could be mispredicted.
+      // Few weights match the prefix. So first list the groups of eight weights in which any does, without a branch
+      // that could be mispredicted.
       alignas(8) uint8_t match[kChunk] = {};
       for (int64_t i = 0; i < count; ++i) match[i] = m[i] & uint8_t(((bits[i] & Radix<T>::magnitude) >> above) == prefix);
       uint64_t groups[kChunk / 8];
@@ -88,7 +92,7 @@ bool count_digit(const T* weights, const uint8_t* mask, Span span, int shift, in
   return nan;
 }
 
-// Keeps the weights above the threshold, and the first `ties` of those that equal it.
+// Writes the mask of the weights above the threshold and of the first `ties` weights that equal it.
 template <typename T>
 void write_mask(const T* weights, const uint8_t* mask, Span span, typename Radix<T>::Bits threshold, int64_t ties,
                 uint8_t* new_mask) {
@@ -124,7 +128,7 @@ void global_threshold(const GlobalThreshold<T>& a, int threads) {
     const uint8_t* mask = a.masks + run * a.masks_stride;
     uint8_t* new_mask = a.new_masks + run * a.new_masks_stride;
     Bits prefix = 0;
-    int64_t wanted = a.keep[run];  // how many of the weights that share `prefix` are kept: the largest ones
+    int64_t wanted = a.keep[run];  // how many of the weights that match `prefix` are kept
     int above = 0;
     for (const int shift : Radix<T>::shifts) {
       int nans = 0;
@@ -141,7 +145,7 @@ void global_threshold(const GlobalThreshold<T>& a, int threads) {
         a.verdict[run * 2] = nans;
         a.verdict[run * 2 + 1] = kept;
         if (nans || wanted > kept) wanted = 0;  // the contract reads the verdict and raises
-        if (wanted == 0) {  // nothing is kept: the threshold is above all weights
+        if (wanted == 0) {  // nothing is kept, so the threshold is infinity
           prefix = Radix<T>::infinity;
           break;
         }
@@ -157,7 +161,7 @@ void global_threshold(const GlobalThreshold<T>& a, int threads) {
       prefix = (prefix << width) | Bits(bin);
       above = shift;
     }
-    // The last digit is 10 bits wide; a thread's count in the threshold's bin is how many of its weights tie.
+    // The last digit has 10 bits. Its histogram says how many weights of each thread's span equal the threshold.
     const int bin = int(prefix & ((Bits(1) << 10) - 1));
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
     for (int thread = 0; thread < threads; ++thread) {

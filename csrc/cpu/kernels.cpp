@@ -1,5 +1,6 @@
-// The kernels of the ops, compiled once for every instruction set, which SWAMP_ISA names. No standard containers here: a
-// template that two instruction sets instantiate is one symbol to the linker, which might keep the wider one.
+// The kernels of the ops. This file is compiled once per instruction set, which SWAMP_ISA names. It must not use
+// templates of the standard library: two instruction sets would instantiate the same symbol, and the linker might keep
+// the instance that the processor can't run.
 #include "kernels.h"
 
 #define SWAMP_JOIN2(a, b) a##b

@@ -1,6 +1,7 @@
-// The ops' arguments, and the table of kernels that each instruction set provides. Letters as in swamp_fast/__init__.py:
-// R runs, L lanes, P parameters, Q prunable ones, B batch. Strides are in elements from row to row; a row is contiguous.
-// Nothing is checked here, because the contracts in swamp_fast/ops/ have done that.
+// The arguments of the ops' kernels, and the table of kernels that each instruction set provides. As in
+// swamp_fast/__init__.py, R is the number of runs, L of lanes, P of parameters, Q of prunable parameters, B of samples
+// in a batch. A stride is the distance in elements from one row to the next; each row is contiguous. The kernels check
+// nothing, because the contracts in swamp_fast/ops/ have checked all arguments.
 #pragma once
 
 #include <cstdint>
@@ -74,7 +75,7 @@ struct GlobalThreshold {
   const int64_t* keep;   // [R]
   T* thresholds;         // [R]
   uint8_t* new_masks;    // [R, Q]
-  int64_t* verdict;      // [R, 2] in how many spans a NaN was found, and how many weights the mask keeps
+  int64_t* verdict;      // [R, 2] the number of spans that hold a NaN, and the number of weights that the mask keeps
   int64_t weights_stride, masks_stride, new_masks_stride;
   int64_t runs, prunable;
 };
@@ -86,15 +87,15 @@ struct Philox {
   uint32_t purpose;
 };
 
-// Pictures are uint8 with a table, or T without one.
+// The pictures are uint8 if there is a table, otherwise T.
 template <typename T>
 struct GatherAugment {
   const void* images;     // [n, H, W, C]
-  const T* table;         // [C, 256], or null: images are T and taken as they are
+  const T* table;         // [C, 256] the value of each byte; null if the images are of type T and are copied unchanged
   const int64_t* index;   // [L, B]
-  const int64_t* samples; // [L, B] the number that addresses each draw
+  const int64_t* samples; // [L, B] the sample's number, which selects its random draw
   const int64_t* keys;    // [L, 3] seed, stream, epoch
-  T* out;                 // [L, B, C, H, W], or [L, B, H, W, C] in memory if channels_last
+  T* out;                 // [L, B, C, H, W]; if channels_last, its memory is ordered [L, B, H, W, C]
   int64_t lanes, batch, height, width, channels;
   int64_t pad;
   bool flip, channels_last;

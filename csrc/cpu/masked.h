@@ -1,4 +1,4 @@
-// What masked_sgd.h and masked_adamw.h share.
+// Helpers of masked_sgd.h, masked_adamw.h and clip_scale.h.
 
 template <typename T>
 inline T multiply_add(T a, T b, T c) {
@@ -10,8 +10,8 @@ inline T multiply_add(T a, T b, T c) {
 #endif
 }
 
-// The value where the mask is 1, and 0 where it is 0. By the bits, because a branch would keep loops from being
-// vectorised, and a product would let NaN through.
+// Returns the value if `kept` is 1, and 0 if it is 0. It masks the bits, because a branch would prevent vectorisation
+// and a product with 0 would keep NaN.
 template <typename T>
 inline T keep_if(uint8_t kept, T value) {
   using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
@@ -22,11 +22,12 @@ inline T keep_if(uint8_t kept, T value) {
   return value;
 }
 
-// Calls update(masked, lane, begin, end) for every span of the bank. `masked` is std::false_type for the parameters that
-// have no mask (biases, norms), which stand behind the prunable ones.
+// Calls update(masked, lane, begin, end) for every span of the bank. `masked` is std::true_type for prunable
+// parameters, and std::false_type for the parameters after them, which have no mask (biases and norms).
 template <typename Update>
 void for_each_span(int64_t lanes, int64_t parameters, int64_t prunable, int threads, const Update& update) {
-  // All lanes of a block, then the next block: a mask is then fetched from memory once and read L times.
+  // The loop over lanes is inside the loop over blocks, so that a mask is fetched from memory once and then read L
+  // times.
   constexpr int64_t kBlock = 4096;
   const int64_t blocks = (parameters + kBlock - 1) / kBlock;
 #pragma omp parallel for num_threads(threads) schedule(static)

@@ -1,4 +1,5 @@
-// The masked AdamW step and the SWA running mean, in one pass over the bank. Operations go in torch.optim.AdamW's order.
+// The masked AdamW step and the update of the SWA mean, in one pass over the bank. The operations are in the same order
+// as in torch.optim.AdamW.
 
 template <typename T>
 struct AdamwRates {
@@ -10,7 +11,7 @@ struct AdamwRates {
   T eps, grad_scale, swa_weight;
 };
 
-// The rates of one lane at its step: as torch does, computed in float64 and rounded once.
+// The rates of one lane at its step. As in PyTorch, they are computed in float64 and rounded once.
 template <typename T>
 AdamwRates<T> adamw_rates(const MaskedAdamw<T>& a, int64_t lane) {
   const double lr = a.lr[lane], beta1 = a.beta1[lane], beta2 = a.beta2[lane], step = a.step[lane];

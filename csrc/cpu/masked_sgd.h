@@ -1,5 +1,5 @@
-// The masked SGD step and the SWA running mean, in one pass over the bank.
-// It rounds as torch.optim.SGD does, so the two give the same bits where both have a fused multiply-add.
+// The masked SGD step and the update of the SWA mean, in one pass over the bank. It rounds where torch.optim.SGD does,
+// so both give the same bits if both use fused multiply-adds.
 
 template <typename T, bool masked, bool nesterov, bool average>
 void masked_sgd_span(T* __restrict w, const T* __restrict g, T* __restrict m, T* __restrict s,

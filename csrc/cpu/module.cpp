@@ -1,5 +1,6 @@
-// The Python bindings of the CPU kernels, which take addresses, extents and a thread count; swamp_fast/_C.pyi names them.
-// The widest instruction set that the processor has is chosen at import; use() chooses another. Only that is checked here.
+// The Python bindings of the CPU kernels. They take addresses, sizes and a number of threads; swamp_fast/_C.pyi names
+// the arguments. At import, the widest instruction set of the processor is chosen, and use() chooses another one. use()
+// checks its argument; the kernels' arguments are not checked.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

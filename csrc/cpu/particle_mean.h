@@ -1,4 +1,4 @@
-// The mean over the lanes of each run, summed in float64 in the order of the lanes.
+// The mean of the weights over the lanes of each run, summed in float64 in the order of the lanes.
 
 template <typename T>
 void particle_mean(const ParticleMean<T>& a, int threads) {

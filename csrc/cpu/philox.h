@@ -1,5 +1,5 @@
-// Philox-4x32-10 (Salmon, Moraes, Dror, Shaw: "Parallel random numbers: as easy as 1, 2, 3", SC 2011).
-// The counter is (block, time, stream, purpose), the key the 64-bit seed. Word j of a stream is word j % 4 of block j / 4.
+// Philox-4x32-10 (Salmon, Moraes, Dror, Shaw: "Parallel random numbers: as easy as 1, 2, 3", SC 2011). The counter is
+// (block, time, stream, purpose), and the key is the 64-bit seed. Word j of a stream is word j % 4 of block j / 4.
 
 struct Words {
   uint32_t w[4];
@@ -22,7 +22,7 @@ inline Words philox_block(int64_t seed, int64_t stream, int64_t time, uint32_t p
 }
 
 void philox(const Philox& a, int threads) {
-  // 64 blocks at a time, so that the ten rounds run on full vectors.
+  // Computes 64 blocks at a time, so that the ten rounds run on full vectors.
   constexpr int64_t kBlocks = 64;
   const int64_t blocks = (a.count + 3) / 4;
   const int64_t groups = (blocks + kBlocks - 1) / kBlocks;

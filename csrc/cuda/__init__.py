@@ -1,1 +1,1 @@
-"""The CUDA sources, installed as swamp_fast.cuda_sources; swamp_fast/engines/fused/cuda/nvrtc.py compiles them."""
+"""CUDA sources, installed as swamp_fast.cuda_sources and compiled by swamp_fast/engines/fused/cuda/nvrtc.py."""

@@ -1,33 +1,34 @@
-// A 3x3 convolution, stride 1, border 1, of all lanes on the tensor cores:
+// A 3x3 convolution with stride 1 and padding 1, for all lanes, on the tensor cores:
 //
 //   out[p, o] = bias[o] + sum over taps t and inputs i of x[p + t, i] * weights[t, i, o]
 //   x = relu(source * scale + offset), or the source itself without a prologue
 //
-// and the statistics of `out` as it was rounded. Each block stores its own, and the last block to arrive merges them. The
-// gradient by the input is the same sum with the taps in reverse order.
+// It also computes the statistics of `out` after rounding. Each block stores the statistics of its own tiles, and the
+// last block to arrive merges them. The input gradient is the same sum with the taps in reverse order.
 //
-// Compiled in:
-//   HEIGHT, WIDTH       of a picture, powers of two
-//   IN, OUT             channels
-//   BLOCK_OUT           output channels of a block
+// Macros:
+//   HEIGHT, WIDTH       size of a picture, powers of two
+//   IN, OUT             numbers of input and output channels
+//   BLOCK_OUT           output channels that a block computes
 //   CHUNK               input channels that are in shared memory at a time
-//   BY_INPUT            whether this is the gradient by the input
-//   PROLOGUE, HAS_BIAS  whether there is one
+//   BY_INPUT            whether to compute the input gradient
+//   PROLOGUE, HAS_BIAS  whether there is a prologue or a bias
 //   ACCUMULATE          whether the result is added to `out`
 //   STATISTICS          whether the statistics of `out` are computed
-//   MIN_BLOCKS          blocks that a processor (SM) should hold at once
-// Grid: blocks of block_tiles tiles, OUT / BLOCK_OUT, lanes.
+//   MIN_BLOCKS          number of blocks that an SM should hold at once
+// Grid: (blocks of block_tiles tiles, OUT / BLOCK_OUT, lanes).
 #include "params.h"
 #include "tile.h"
 
 namespace {
 
 constexpr int kInPitch = CHUNK + kPad, kOutPitch = BLOCK_OUT + kPad;
-// Numbers in shared memory.
+// The sizes of the halo and of the weights in shared memory, in numbers.
 constexpr int kHalo = kHaloPixels * kInPitch, kWeights = kTaps * CHUNK * kOutPitch;
 // A warp accumulates a tile of (kFragments * 16) pixels by (kColumns * 8) channels.
 constexpr int kFragments = 2, kColumns = BLOCK_OUT / 8;
-// With one chunk the weights stay in shared memory; with more the rounded output takes their place after each tile.
+// If there is one chunk, its weights stay in shared memory. Otherwise the rounded output overwrites them after each
+// tile.
 constexpr bool kOneChunk = CHUNK == IN;
 constexpr int kRounded = kPixels * kOutPitch;
 constexpr int kNumbers = kOneChunk ? kWeights + kRounded : kWeights > kRounded ? kWeights : kRounded;
@@ -66,11 +67,11 @@ extern "C" __global__ void __launch_bounds__(256, MIN_BLOCKS) convolve(const __g
   float* const means = params.scratch + static_cast<long long>(lane) * gridDim.x * OUT + first_out;
   float* const squares = means + static_cast<long long>(gridDim.z) * gridDim.x * OUT;
 
-  // Which row of the halo this thread gives the address of, for each fragment.
+  // For each fragment, the halo pixel whose address this thread passes to load_matrices.
   int place[kFragments];
   for (int f = 0; f < kFragments; ++f) place[f] = halo_place((warp * kFragments + f) * 16 + thread % 16);
-  // For the statistics: sums over this thread's pixels of (value - shift) and of its square. The shift is one of the
-  // block's own values, so the variance is at least (mean - shift)^2 / n, which bounds the cancellation at the end.
+  // For the statistics: the sums of (value - shift) and of its square over this thread's pixels. The shift is one of
+  // the block's n values, so the variance is at least (mean - shift)^2 / n, which bounds the cancellation at the end.
   float total[kColumns][2] = {}, square[kColumns][2] = {};
   clear_halo<CHUNK>(halo);
   Prologue prologue = prologue_of<CHUNK, PROLOGUE>(0, scale, offset);
@@ -82,7 +83,7 @@ extern "C" __global__ void __launch_bounds__(256, MIN_BLOCKS) convolve(const __g
     const Tile tile = tile_of(number);
     float sums[kFragments][kColumns][4] = {};
 
-    // The products, chunk by chunk of the input channels and tap by tap.
+    // Sum the products, for each chunk of the input channels and each tap.
     for (int first_in = 0; first_in < IN; first_in += CHUNK) {
       __syncthreads();
       if (!kOneChunk) {
@@ -113,8 +114,8 @@ extern "C" __global__ void __launch_bounds__(256, MIN_BLOCKS) convolve(const __g
         }
     }
 
-    // The bias is added and the sums are rounded into shared memory.
-    const int left = (samples - tile.picture) * (kRows * WIDTH);  // pixels of the tile in the batch, if fewer than 256
+    // Add the bias and round the sums into shared memory.
+    const int left = (samples - tile.picture) * (kRows * WIDTH);  // below 256, it is how many pixels are in the batch
     if (!kOneChunk) __syncthreads();
 #pragma unroll
     for (int n = 0; n < kColumns; ++n) {
@@ -133,7 +134,7 @@ extern "C" __global__ void __launch_bounds__(256, MIN_BLOCKS) convolve(const __g
     }
     __syncthreads();
 
-    // The statistics of the rounded numbers.
+    // Sum the statistics of the rounded numbers.
     if (STATISTICS && number == begin) {
       if (threadIdx.x < BLOCK_OUT) shift[threadIdx.x] = low(reinterpret_cast<unsigned short*>(rounded)[threadIdx.x]);
       __syncthreads();
@@ -156,7 +157,7 @@ extern "C" __global__ void __launch_bounds__(256, MIN_BLOCKS) convolve(const __g
           }
       }
 
-    // The rounded numbers are stored in vectors of eight.
+    // Store the rounded numbers in vectors of eight.
     constexpr int vectors = BLOCK_OUT / 8;
     static_assert(kPixels == kThreads);
     const long long first_pixel = (static_cast<long long>(tile.picture) * HEIGHT + tile.row) * WIDTH;
@@ -178,7 +179,7 @@ extern "C" __global__ void __launch_bounds__(256, MIN_BLOCKS) convolve(const __g
   }
 
   if constexpr (STATISTICS) {
-    // The block's statistics: the threads of a warp, then the warps.
+    // Merge the block's statistics, first over the threads of each warp and then over the warps.
 #pragma unroll
     for (int n = 0; n < kColumns; ++n)
 #pragma unroll
@@ -207,10 +208,11 @@ extern "C" __global__ void __launch_bounds__(256, MIN_BLOCKS) convolve(const __g
     unsigned* const arrivals = params.arrivals + lane * params.arrivals_stride + blockIdx.y;
     if (!arrived_last(arrivals, gridDim.x, reinterpret_cast<unsigned*>(shift))) return;
 
-    // The last block merges the statistics of all, in double: the mean in a first pass, the variance about it in a second.
-    // Several threads share a channel; each sums its blocks in order, and then their sums are added in order.
+    // The last block merges the statistics of all blocks in double precision. A first pass computes the mean, a second
+    // pass the variance about the mean. Several threads share a channel. Each of them sums over some of the blocks in
+    // order, and then their sums are added in order.
     static_assert(!STATISTICS || kThreads % BLOCK_OUT == 0);
-    constexpr int sharers = kThreads / BLOCK_OUT;  // threads of a channel
+    constexpr int sharers = kThreads / BLOCK_OUT;  // threads that share a channel
     const int channel = threadIdx.x % BLOCK_OUT, sharer = threadIdx.x / BLOCK_OUT, blocks = gridDim.x;
     double* const sums = reinterpret_cast<double*>(memory);  // [sharers, BLOCK_OUT]
     double middle = 0, spread = 0;
@@ -231,7 +233,7 @@ extern "C" __global__ void __launch_bounds__(256, MIN_BLOCKS) convolve(const __g
     }
     if (sharer > 0) return;
 
-    // The norm behind as out * out_scale + out_offset.
+    // Write the following norm as out * out_scale + out_offset.
     const float m = middle, v = spread;
     float by = 1 / sqrt(v + params.eps);
     const long long parameter = lane * params.norm_weights_stride + first_out + channel;

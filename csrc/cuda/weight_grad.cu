@@ -1,28 +1,29 @@
-// The gradient by the weights of a 3x3 convolution, stride 1, border 1, of all lanes on the tensor cores:
+// The weight gradient of a 3x3 convolution with stride 1 and padding 1, for all lanes, on the tensor cores:
 //
-//   partial[part, t, i, o] = sum over the pixels p of the part of x[p + t, i] * out_grad[p, o]
+//   partial[part, t, i, o] = sum over the pixels p in this part of x[p + t, i] * out_grad[p, o]
 //   x = relu(source * scale + offset), or the source itself without a prologue
 //
-// A block sums over many tiles in registers. A part takes tiles in order, so that bits don't depend on the device.
+// A block sums over many tiles in registers. Each part sums a fixed range of tiles in order, so the bits of the result
+// don't depend on the device.
 //
-// Compiled in:
-//   HEIGHT, WIDTH        of a picture, powers of two
-//   IN, OUT              channels
-//   BLOCK_IN, BLOCK_OUT  channels of a block; (BLOCK_IN / 16) * (BLOCK_OUT / 16) is 1, 2, 4 or 8
-//   PROLOGUE             whether there is one
-//   MIN_BLOCKS           blocks that a processor (SM) should hold at once
-// Grid: parts, (IN / BLOCK_IN) * (OUT / BLOCK_OUT), lanes.
+// Macros:
+//   HEIGHT, WIDTH        size of a picture, powers of two
+//   IN, OUT              numbers of input and output channels
+//   BLOCK_IN, BLOCK_OUT  channels that a block covers; (BLOCK_IN / 16) * (BLOCK_OUT / 16) is 1, 2, 4 or 8
+//   PROLOGUE             whether there is a prologue
+//   MIN_BLOCKS           number of blocks that an SM should hold at once
+// Grid: (parts, (IN / BLOCK_IN) * (OUT / BLOCK_OUT), lanes).
 #include "params.h"
 #include "tile.h"
 
 namespace {
 
 constexpr int kInPitch = BLOCK_IN + kPad, kOutPitch = BLOCK_OUT + kPad;
-constexpr int kHalo = kHaloPixels * kInPitch;  // numbers in shared memory
-constexpr int kQuadrants = (BLOCK_IN / 16) * (BLOCK_OUT / 16);  // of 16 by 16 weights; a warp sums one
-constexpr int kSharers = kWarps / kQuadrants;                   // warps of one quadrant, each with other pixels
+constexpr int kHalo = kHaloPixels * kInPitch;  // size of the halo in shared memory, in numbers
+constexpr int kQuadrants = (BLOCK_IN / 16) * (BLOCK_OUT / 16);  // 16 by 16 weights each; a warp sums one
+constexpr int kSharers = kWarps / kQuadrants;  // warps that share a quadrant; each sums over different pixels
 
-// Loads the gradient [256, BLOCK_OUT] of a tile; zero for pixels behind the batch.
+// Loads the gradient [256, BLOCK_OUT] of a tile; it is zero for pixels beyond the batch.
 __device__ void load_gradient(bfloat16* to, const bfloat16* lane, Tile tile, int samples, int first) {
   constexpr int vectors = BLOCK_OUT / 8;
   const long long begin = (static_cast<long long>(tile.picture) * HEIGHT + tile.row) * WIDTH;
@@ -58,7 +59,7 @@ extern "C" __global__ void __launch_bounds__(256, MIN_BLOCKS)
   clear_halo<BLOCK_IN>(halo);
   const Prologue prologue = prologue_of<BLOCK_IN, PROLOGUE>(first_in, scale, offset);
 
-  // The products, tile by tile of this part.
+  // Sum the products over the tiles of this part.
   float sums[kTaps][2][4] = {};
   const int end = static_cast<int>(static_cast<long long>(blockIdx.x + 1) * params.tiles / parts);
   for (int number = static_cast<int>(static_cast<long long>(blockIdx.x) * params.tiles / parts); number < end; ++number) {
@@ -82,7 +83,8 @@ extern "C" __global__ void __launch_bounds__(256, MIN_BLOCKS)
     }
   }
 
-  // The sharers' sums are added in a tree: each thread adds those of the thread at its place in another warp.
+  // Add the sums of the warps that share a quadrant in a tree: each thread adds the sums of the thread with the same
+  // index in another warp.
   float* const shared = reinterpret_cast<float*>(memory);  // [sharers / 2, quadrants, 9 * 8, 32]
 #pragma unroll
   for (int half = kSharers / 2; half > 0; half /= 2) {
@@ -98,7 +100,7 @@ extern "C" __global__ void __launch_bounds__(256, MIN_BLOCKS)
   }
   if (sharer > 0) return;
 
-  // The quadrant's gradients are stored.
+  // Store the quadrant's gradients.
   float* const to = params.partial + lane * params.partial_stride + static_cast<long long>(blockIdx.x) * kTaps * IN * OUT +
                     (first_in + warp_in + thread / 4) * OUT + first_out + warp_out + thread % 4 * 2;
 #pragma unroll

@@ -50,7 +50,7 @@ Measured = TypeVar("Measured")
 CHECKED_LANES = 4
 # An analysis neither makes masks nor combines particles, so these settings get neutral values, whatever the run had.
 NEUTRAL_SETTINGS = {"layer_kept": None, "mask_score": "abs-mean", "combine": "mean"}
-MAX_MEMORY_FRACTION = 0.4  # largest fraction of the free memory that lanes may use
+MAX_EVALUATION_MEMORY_FRACTION = 0.4  # largest fraction of the free memory that lanes may use
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -290,9 +290,12 @@ class Analysis:
         return (loss / data.length).tolist(), (wrong.double() / entries).tolist() if isinstance(wrong, Tensor) else []
 
     def _lanes_at_once(self, engine: EagerEngine | FusedEngine, models: int) -> int:
-        if isinstance(engine, EagerEngine) and engine.choice.way != "lanes":
+        if isinstance(engine, EagerEngine) and engine.choice.mode != "lanes":
             models = min(models, CHECKED_LANES)
-        return max(1, min(models, int(MAX_MEMORY_FRACTION * free_memory(self.problem.device)) // self._bytes_of_lane))
+        return max(
+            1,
+            min(models, int(MAX_EVALUATION_MEMORY_FRACTION * free_memory(self.problem.device)) // self._bytes_of_lane),
+        )
 
     @cached_property
     def _bytes_of_lane(self) -> int:

@@ -1,11 +1,14 @@
-"""How lanes are run: by the eager engine (any model) or by the fused one (models that the project's kernels cover).
+"""The engines, which train and evaluate the lanes of a bank.
 
-Which engine runs is chosen by a rule (selection.py). It was once chosen by a stopwatch, and six equal calls gave two
-models. On a processor for which the rule is wrong a run is slower, never different.
+The eager engine runs any model by autograd. The fused engine runs the models that the project's kernels cover.
 
-The fused engine has no dense path through a library. Where autograd is faster on dense masks, those cycles run on the
-eager engine (switching.py): a cycle starts from the ticket, so the engine can change between two cycles.
+A rule chooses the engine (selection.py). An earlier version chose it by measured time, and six identical calls gave two
+different models. If the rule is wrong for a processor, a run is slower but its results are the same.
 
-A CUDA graph capture that fails leaves torch's stream and memory pool as they are; the trainer restores both, or no
-later run of the process could capture.
+The fused engine never calls a library for dense matrix products. Where autograd is faster under dense masks, the eager
+engine runs those cycles (switching.py). The engine can change between two cycles because each cycle starts from the
+ticket.
+
+A failed CUDA graph capture leaves the capture's stream current and its memory pool in use. The trainer restores both;
+otherwise no later run in the process could capture a graph.
 """

@@ -1,4 +1,4 @@
-"""BankEngine: what the eager and the fused engine have in common."""
+"""BankEngine: the base class of the eager and the fused engine."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from swamp_fast.problem.problem import Problem
 
 
 class BankEngine:
-    """Trains one bank of particles at a time, and runs models side by side; how lanes run is up to the subclass.
+    """Trains one bank of particles at a time, and runs several models on the same inputs. A subclass runs the lanes.
 
-    trainer  of the current bank; None before the first and after `release`
+    trainer  the trainer of the current bank; None before the first bank and after `release`
     joins    whether lanes of several runs may share a bank
     """
 
@@ -26,7 +26,10 @@ class BankEngine:
     joins: bool
 
     def bank_key(self, mask: Tensor) -> object:
-        """What masks [Q] of runs must have in common to share a bank, so that each run keeps the bits it has alone."""
+        """A key of a run's mask [Q]. Runs may share a bank if their keys are equal.
+
+        Each run of a shared bank must have the bits that it has alone. By default every mask has the key None.
+        """
         return None
 
     def spawn(
@@ -37,10 +40,11 @@ class BankEngine:
         cycle: int | None,
         config: SwampConfig | None = None,
     ) -> ParticleBank:
-        """The bank at `start` under a mask [Q], with one lane for each of `particles`.
+        """Returns a bank whose lanes all begin at `start` under a mask [Q], with one lane for each of `particles`.
 
         particles  the particles' numbers, which determine their random draws
-        config     the run's settings, if they aren't those of the engine's problem
+        cycle      the cycle to train; None for the ticket's training
+        config     the run's settings; None for those of the engine's problem
         """
         return self.spawn_runs([start], mask[None], particles, cycle, [config or self.problem.config])
 
@@ -52,7 +56,7 @@ class BankEngine:
         cycle: int | None,
         configs: Sequence[SwampConfig],
     ) -> ParticleBank:
-        """As `spawn` for R runs with the same particles, each from its own start and under its own mask, [R, Q]."""
+        """As `spawn`, but for R runs with the same particles. Run r begins at starts[r] under masks[r] of [R, Q]."""
         raise NotImplementedError
 
     def train(
@@ -63,11 +67,11 @@ class BankEngine:
         on_epoch: Callable[[int, Tensor], None],
         state: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
-        """Train all lanes through a schedule; returns each lane's mean loss over the last epoch, [L].
+        """Train all lanes to the end of a schedule; returns each lane's mean loss over the last epoch, [L].
 
-        on_step   called with the step's number after each step
-        on_epoch  called with the epoch and the mean losses [L] after an epoch's last step, before on_step
-        state     of this training, to resume from; the result has the bits of an uninterrupted training
+        on_step   called after each step with the step's number
+        on_epoch  called after each epoch's last step with the epoch and the mean losses [L]; before on_step
+        state     a state of this training from which to resume; the result has the bits of an uninterrupted training
         """
         return self.train_runs(bank, [training], on_step, on_epoch, None if state is None else [state])
 
@@ -79,28 +83,31 @@ class BankEngine:
         on_epoch: Callable[[int, Tensor], None],
         states: Sequence[Mapping[str, Tensor]] | None = None,
     ) -> Tensor:
-        """As `train` for R runs, each with its own schedule and state; the states are all of the same step."""
+        """As `train`, but for R runs. Run r has trainings[r] and states[r]. All states must be of the same step."""
         assert self.trainer is not None
         assert self.trainer.bank is bank
         return self.trainer.train(trainings, on_step, on_epoch, None if states is None else joined(states))
 
     def state(self, run: int = 0) -> dict[str, Tensor]:
-        """A run's state between two steps of the current training, from which it can resume."""
+        """The state of one run of the bank between two steps. The current training can resume from it."""
         assert self.trainer is not None
         return self.trainer.state(run)
 
     def side_by_side(self, weights: Tensor, buffers: dict[str, Tensor], run: int = 0) -> LaneRunner:
-        """Models of one run with weights [M, P] and buffers [M, ...], in eval mode, to run on the same inputs."""
+        """Returns a runner for M models of one run, in eval mode, with weights [M, P] and buffers [M, ...]."""
         raise NotImplementedError
 
     def describe(self) -> dict[str, Any]:
-        """What ran, how, and why, for the run's record."""
+        """The engine's choices and their reasons, as the run's record keeps them."""
         raise NotImplementedError
 
     def replay(self, record: dict[str, Any]) -> None:
-        """Adopt what a stopwatch chose in another process or run, as its `describe` recorded it."""
+        """Adopt the choices that were made by measured time in another process or run.
+
+        record  what `describe` returned there
+        """
         raise NotImplementedError
 
     def release(self) -> None:
-        """Free the memory of training and evaluation."""
+        """Free the memory used for training and evaluation."""
         raise NotImplementedError

@@ -1,10 +1,10 @@
-"""Lane by lane: the user's own module runs once per lane, on views of the bank.
+"""The execution mode "lane by lane": the user's module runs once per lane, with parameters that are views of the bank.
 
 This is correct for every model, so the other execution modes are checked against it.
 
-Deep copies of the module are bound to the bank once, instead of swapping parameters at every step. On a CPU each lane's
-inputs are copied to their own address: libraries sum in an order that depends on where a batch starts, and a particle's
-bits depended on its place in the bank.
+Each lane has a deep copy of the module. The copies are bound to the bank once, so no parameters are swapped at each
+step. On a CPU, each lane's inputs are first copied to a new address. Otherwise a particle's bits would depend on its
+place in the bank, because libraries sum in an order that depends on the address of a batch.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from swamp_fast.problem.problem import Problem
 
 
 class LaneByLane:
-    """L copies of the model, with parameters that are views of weights [L, P] and gradients that are views of grads.
+    """L copies of the model. Their parameters are views of weights [L, P], their gradients are views of grads [L, P].
 
-    templates  one module per lane to copy; by default the problem's for all
+    templates  the modules to copy, one per lane; None to copy the problem's module for every lane
     """
 
     def __init__(
@@ -103,10 +103,10 @@ def read_buffers(modules: list[nn.Module]) -> dict[str, Tensor]:
 
 
 def _at_a_new_address(leaf: Any, last: bool) -> Any:
-    """A copy of a lane's inputs in memory of its own.
+    """A copy of a lane's inputs in new memory.
 
-    The CPU's libraries sum in an order that depends on addresses and strides. In the bank's batch, a lane's inputs are
-    stored behind those of other lanes, so without the copy a particle's bits would depend on its place in the bank.
+    CPU libraries sum in an order that depends on addresses and strides. In the bank's batch, a lane's inputs follow
+    those of other lanes, so without the copy a particle's bits would depend on its place in the bank.
     """
     if not isinstance(leaf, Tensor):
         return leaf
@@ -114,7 +114,10 @@ def _at_a_new_address(leaf: Any, last: bool) -> Any:
 
 
 class Bound:
-    """A module whose trained parameters are views of a vector [P], and whose gradients are views of grads [P]."""
+    """Binds a module to one lane.
+
+    The module's trained parameters become views of a vector [P], and their gradients become views of grads [P].
+    """
 
     def __init__(self, module: nn.Module, layout: Layout, vector: Tensor, grads: Tensor | None) -> None:
         views = layout.views(vector)
@@ -123,12 +126,12 @@ class Bound:
         self.parameters = [(parameter, views[name], grad_views.get(name)) for name, parameter in named]
 
     def hold(self) -> None:
-        """Make the parameters views again, whatever an earlier forward replaced them by."""
+        """Make the parameters and gradients views of the lane, even if an earlier forward has replaced them."""
         for parameter, view, grad in self.parameters:
             parameter.data, parameter.grad = view, grad
 
     def take_back(self) -> None:
-        """Where a forward replaced a view (weight.data = …, zero_grad()), copy the replacement into it."""
+        """Where the forward has replaced a view (weight.data = … or zero_grad()), copy the new values into the view."""
         for parameter, view, grad in self.parameters:
             if parameter.data_ptr() != view.data_ptr():
                 view.copy_(parameter.data)
@@ -137,7 +140,7 @@ class Bound:
 
 
 def channels_last(inputs: Any) -> Any:
-    """Images [B, C, H, W] with channels last in memory; anything else unchanged."""
+    """The inputs with every tensor [B, C, H, W] in channels-last memory format; all else is unchanged."""
     return tree_map(
         lambda leaf: (
             leaf.contiguous(memory_format=torch.channels_last) if isinstance(leaf, Tensor) and leaf.dim() == 4 else leaf

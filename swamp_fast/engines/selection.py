@@ -1,16 +1,21 @@
-"""Selection: which engines run a run's cycles. A name gives one; for engine="auto" a rule chooses, never a stopwatch.
+"""Selection: the engines that run the cycles of a run.
+
+The setting `engine` may name a selection:
 
     "fused"                                 the fused engine in every cycle
-    "eager:lanes"                           the eager engine, lane by lane, images channels first
-    "eager:lanes:channels_last"             the same with images channels last
-    "eager:fold", "eager:fold_grouped"      the eager engine with the lanes folded into the batch axis, by batched
-                                            products or by grouped convolutions; ":channels_last" may follow
-    "fused@0.52,eager:lanes:channels_last"  the fused engine in cycles whose mask has at most this FLOP density, the
-                                            eager one in the others
+    "eager:lanes"                           the eager engine, lane by lane, with channels-first images
+    "eager:lanes:channels_last"             the same with channels-last images
+    "eager:fold", "eager:fold_grouped"      the eager engine with the lanes folded into the batch axis, computed by
+                                            batched products or by grouped convolutions; ":channels_last" may follow
+    "fused@0.52,eager:lanes:channels_last"  the fused engine in cycles whose mask has a FLOP density of at most 0.52,
+                                            the eager engine in the others
 
-A name determines everything on which a run's bits depend. So the rule reads only the model's plan, the precision, the
-processor's capability and each cycle's mask; never the number of cycles or particles, other runs, free memory or time.
-Therefore a seed has one result, whether alone, in a sweep, in a longer run, or on several processes.
+For engine="auto" a rule makes the selection. It never measures time.
+
+The selection's name determines everything on which a run's bits depend. So the rule reads only the model's plan, the
+precision, the processor's capabilities and each cycle's mask. It does not read the number of cycles or particles, other
+runs, free memory or the time. Therefore a seed has the same result alone, in a sweep, in a longer run, and on several
+processes.
 """
 
 from __future__ import annotations
@@ -29,9 +34,10 @@ from swamp_fast.ops.backends import has_amx
 from swamp_fast.problem.problem import Problem
 
 NARROW, WIDE, LINEAR = "narrow convolutions", "wide convolutions", "linear layers"
-WIDE_INPUTS = 64  # input channels from which on a convolution counts as wide
-# On a CPU, the largest FLOP density at which the fused engine is no slower than the eager one. Measured with AVX-512
-# and 2 threads by `python -m benchmarks.engine_rule`; tests/engines/test_selection.py compares each with those tables.
+WIDE_INPUTS = 64  # a convolution with at least this many input channels counts as wide
+# The largest FLOP density at which the fused engine is no slower than the eager engine on a CPU.
+# `python -m benchmarks.engine_rule` measured these densities with AVX-512 and 2 threads.
+# tests/engines/test_selection.py compares each with the measured tables.
 CROSSOVER = {
     ("float32", NARROW): 1.0,
     ("float32", WIDE): 0.52,
@@ -43,17 +49,18 @@ CROSSOVER = {
     ("float64", WIDE): 0.33,
     ("float64", LINEAR): 0.2,
 }
-# An estimate, not a measurement: on a processor that multiplies bfloat16 in tiles (AMX) the eager engine is about twice
-# as fast, so the fused one pays off at about this fraction of the density.
-AMX_SHARE = 0.5
+# The factor for a bfloat16 density in CROSSOVER on a processor with AMX. It is an estimate, not a measurement: AMX
+# makes the eager engine about twice as fast.
+AMX_CROSSOVER_FACTOR = 0.5
 
 
 @dataclass(frozen=True)
 class Selection:
-    """The engines of a run: the fused one under masks up to a FLOP density, the eager one under denser masks.
+    """The engines of a run: the fused engine under masks up to a FLOP density, the eager engine under denser masks.
 
-    fused_up_to  0: always the eager engine; 1: always the fused engine; between them, at most 6 decimal places
+    fused_up_to  this density, with at most 6 decimal places; 0 for the eager engine alone, 1 for the fused engine alone
     eager        how the eager engine runs the lanes; None if it never runs
+    why          the reason for this selection
     """
 
     fused_up_to: float
@@ -70,29 +77,31 @@ class Selection:
 
 
 def named(name: object, why: str) -> Selection | None:
-    """The selection that has this name; None if it isn't the name of one."""
+    """The selection with this name; None if no selection has it."""
     match = ENGINE_NAME.fullmatch(name) if isinstance(name, str) else None
     if match is None:
         return None
-    if match["way"] is None:
+    if match["mode"] is None:
         return Selection(1.0, None, why)
-    return Selection(float(match["up_to"] or 0), Choice(match["way"], match["last"] is not None, why, {}), why)
+    return Selection(float(match["up_to"] or 0), Choice(match["mode"], match["last"] is not None, why, {}), why)
 
 
 def by_rule(problem: Problem, plan: Plan | str) -> Selection:
-    """The selection of engine="auto".
+    """The selection for engine="auto".
 
-    plan  the fused engine's, or why it can't run the model
+    plan  the fused engine's plan for the model, or the reason why this engine can't run the model
     """
     if isinstance(plan, str):
         return Selection(0.0, eager_by_rule(problem), "by rule")
     if problem.device.type != "cpu":
-        return Selection(1.0, None, "by rule: it covers the model. On GPUs the rule has not been measured yet")
+        return Selection(
+            1.0, None, "by rule: the fused engine covers the model. On GPUs the rule has not been measured yet"
+        )
     kind, precision = kind_of(problem, plan), problem.config.precision
     density = CROSSOVER[precision, kind]
     why = f"by rule, for a model whose work is mostly {kind} in {precision}"
     if precision == "bfloat16" and has_amx():
-        density *= AMX_SHARE
+        density *= AMX_CROSSOVER_FACTOR
         why += " on a processor with AMX, where the rule has not been measured yet"
     if density >= 1:
         return Selection(1.0, None, f"{why}: the fused engine at every density")
@@ -100,7 +109,10 @@ def by_rule(problem: Problem, plan: Plan | str) -> Selection:
 
 
 def eager_by_rule(problem: Problem) -> Choice:
-    """Lane by lane, which is correct for every model, with channels last if a convolution reads images."""
+    """How the rule runs lanes on the eager engine: lane by lane, with channels last if the model convolves images.
+
+    Lane by lane is correct for every model. Channels last is left out if the model does not run with it.
+    """
     if not problem.probe.convolves:
         return Choice("lanes", False, "by rule", {})
     reason = why_not_channels_last(problem)
@@ -108,7 +120,7 @@ def eager_by_rule(problem: Problem) -> Choice:
 
 
 def kind_of(problem: Problem, plan: Plan) -> str:
-    """The kind of operation with most of the dense model's multiply-adds: NARROW, WIDE or LINEAR."""
+    """The kind of layer that has the most multiply-adds in the dense model: NARROW, WIDE or LINEAR."""
     parameters = dict(problem.template.named_parameters())
     multiply_adds = dict.fromkeys((NARROW, WIDE, LINEAR), 0)
     for op in plan.ops:
@@ -120,6 +132,6 @@ def kind_of(problem: Problem, plan: Plan) -> str:
 
 
 def flop_density(problem: Problem, mask: Tensor) -> float:
-    """FLOPs of a forward pass under a mask [Q], as a fraction of the dense model's."""
+    """The FLOPs of a forward pass under a mask [Q], divided by those of the dense model."""
     dense = problem.flops(torch.ones_like(mask))
     return problem.flops(mask) / dense if dense else 1.0

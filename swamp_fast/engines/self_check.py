@@ -1,4 +1,4 @@
-"""What the engines' self-checks share: samples and weights in float64, a lane runner's results, a comparison."""
+"""Functions for the engines' self-checks: float64 samples and weights, the results of a lane runner, a comparison."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from swamp_fast.engines.trainer import LaneRunner
 from swamp_fast.particles.random import generators_left_alone, lane_keys, stream_of
 from swamp_fast.problem.problem import Problem
 
-MAX_SAMPLES = 11  # per lane; a prime, so that it doesn't divide into blocks of samples by chance
-MIN_SCALE = 1e-3  # of the noise on weights: for a model whose weights are all 0
-TOLERANCE = 1e-9  # for float64 results, relative to the largest; rounding stays below 1e-12
+MAX_SAMPLES = 11  # per lane; a prime, so that no kernel's block of samples divides it evenly
+MIN_SCALE = 1e-3  # the smallest scale of the noise added to weights, for models whose weights are all 0
+TOLERANCE = 1e-9  # for float64 results, relative to the largest number; rounding errors stay below 1e-12
 
 
 def in_float64(problem: Problem) -> Problem:
-    """The same problem, computed in float64."""
+    """The same problem with precision float64 and a float64 copy of the model."""
     config = dataclasses.replace(problem.config, precision="float64")
     return dataclasses.replace(problem, config=config, template=copy.deepcopy(problem.template).double())
 
@@ -32,7 +32,7 @@ def check_keys(problem: Problem, lanes: int) -> Tensor:
 
 
 def few_samples(problem: Problem, keys: Tensor) -> Batch:
-    """A batch of at most MAX_SAMPLES samples for each key's lane, different ones for each lane, in float64."""
+    """A float64 batch with at most MAX_SAMPLES samples per lane of `keys` [L, 3]; lanes have different samples."""
     data, lanes = problem.train, len(keys)
     size = max(1, min(MAX_SAMPLES, problem.config.batch_size, data.length // lanes))
     order = torch.arange(data.length, device=problem.device)
@@ -43,11 +43,11 @@ def few_samples(problem: Problem, keys: Tensor) -> Batch:
 
 
 def different_weights(problem: Problem) -> Tensor:
-    """The weights of three lanes [3, P] in float64, scattered around the model's.
+    """The float64 weights of three lanes [3, P]: the model's weights, scaled and with added noise.
 
-    No lane has exactly the model's weights. With those of one seed an input could fall exactly on a kink, such as a
-    ReLU's at 0, where two correct ways to sum differ, and with those of another seed not. The outcome of a check must
-    depend on the model alone, whatever its seed.
+    No lane has exactly the model's weights. With these, a ReLU's input could be exactly 0 for some seeds only. There,
+    two correct orders of summation can give different gradients. The outcome of a check must depend on the model, not
+    on its seed.
     """
     weights = problem.layout.flat(dict(problem.template.named_parameters()), torch.float64, problem.device)
     weights = torch.nan_to_num(weights, nan=0.0, posinf=0.0, neginf=0.0)
@@ -58,9 +58,11 @@ def different_weights(problem: Problem) -> Tensor:
 
 
 def results_of(runner: LaneRunner, grads: Tensor, batch: Batch, keys: Tensor) -> dict[str, Any]:
-    """Losses, gradients, buffers and evaluated outputs of a runner's lanes on a batch, each with a leading lane axis.
+    """Run a forward and backward pass on a batch, then an evaluation; returns all results in a dict.
 
-    grads  [L, P]  the zeroed tensor to which the runner adds its gradients
+    The results are "losses", "gradients", "buffers" and "outputs", each with a leading lane axis.
+
+    grads  [L, P]  zeros, to which the runner adds its gradients
     """
     for module in runner.modules:
         module.train()
@@ -80,7 +82,10 @@ def results_of(runner: LaneRunner, grads: Tensor, batch: Batch, keys: Tensor) ->
 
 
 def close(results: Any, expected: Any, tolerance: float = TOLERANCE, floor: float = 1.0) -> bool:
-    """Whether trees of tensors are finite and agree within `tolerance` * (`floor` + each tensor's largest number)."""
+    """Whether the tensors of `results` are finite and differ from those of `expected` by no more than rounding.
+
+    A tensor may differ by `tolerance` * (`floor` + the largest absolute number of the expected tensor).
+    """
     for a, b in zip(tensors(results), tensors(expected), strict=True):
         if a.shape != b.shape or not bool(torch.isfinite(a.double()).all()):
             return False
@@ -92,7 +97,7 @@ def close(results: Any, expected: Any, tolerance: float = TOLERANCE, floor: floa
 
 
 def raised(error: Exception) -> str:
-    """An error's type and the first line of its message, for a sentence that ends with it."""
+    """An error's type and the first line of its message, for use at the end of a sentence."""
     return f"{type(error).__name__}: {(str(error).splitlines() or ['no reason given'])[0]}"
 
 

@@ -1,4 +1,4 @@
-"""Starts the selected engine of a run, or the recorded one of a run that is resumed."""
+"""Starts a run's engine: the one that the settings select, or the recorded one if the run is resumed."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from swamp_fast.runs.record import Run
 
 Engine = EagerEngine | FusedEngine | SwitchingEngine
 
-NO_CUDA_KERNELS = "by Triton kernels only, without the CUDA kernels"  # in the engine's `why`, which runs record
+NO_CUDA_KERNELS = "by Triton kernels only, without the CUDA kernels"  # part of the engine's `why` in a run's record
 
 
 def start_engine(problem: Problem, run: Run) -> Engine:
-    """The engine that the settings name or the rule selects, which the run records; a resumed run's recorded engine.
+    """Start the engine of a run, and record it. A resumed run gets its recorded engine.
 
-    Raises ValueError for an engine that can't run the model.
+    Raises ValueError if that engine can't run the model.
     """
     run.console.status("choosing the engine")
     wanted = str(run.engine.get("name")) if run.engine else problem.config.engine
-    plan = "it was not requested" if wanted.startswith("eager") else proven_plan(problem)  # on all ranks at once
-    started: list[Engine] = []  # on the rank that selects
+    plan = "it was not requested" if wanted.startswith("eager") else proven_plan(problem)  # all ranks do this together
+    started: list[Engine] = []  # filled only on the rank that selects the engine
 
     def select() -> dict[str, Any]:
         started.append(_started(problem, _selection(problem, plan), plan, run))
@@ -50,7 +50,7 @@ def start_engine(problem: Problem, run: Run) -> Engine:
 
 
 def proven_plan(problem: Problem) -> Plan | str:
-    """The fused engine's plan if it agrees with autograd; otherwise why the engine can't run the model."""
+    """The fused engine's plan if its results agree with autograd; otherwise the reason why it can't run the model."""
     plan = fused_plan(problem)
     if isinstance(plan, Plan):
         return differs_from_autograd(problem, plan) or plan
@@ -58,7 +58,7 @@ def proven_plan(problem: Problem) -> Plan | str:
 
 
 def _selection(problem: Problem, plan: Plan | str) -> Selection:
-    """The engines that the settings select. Raises ValueError if one that they name can't run the model."""
+    """The selection that the settings ask for. Raises ValueError if they name an engine that can't run the model."""
     wanted = problem.config.engine
     if wanted in ("auto", "eager"):
         return by_rule(problem, plan)
@@ -76,7 +76,7 @@ def _selection(problem: Problem, plan: Plan | str) -> Selection:
 
 
 def _fastest(problem: Problem, plan: Plan | str) -> Selection:
-    """The fastest engines by a stopwatch, under the first mask and under one as sparse as the last."""
+    """The selection for engine="fastest", from measured times under the first mask and one as sparse as the last."""
     choice = fastest_choice(problem, most_particles(problem))
     if isinstance(plan, str):
         return Selection(0.0, choice, choice.why)
@@ -93,13 +93,16 @@ def _fastest(problem: Problem, plan: Plan | str) -> Selection:
     if last >= eager_seconds:
         return Selection(0.0, choice, why)
     densities = [flop_density(problem, mask) for mask in masks]
-    share = (eager_seconds - last) / (first - last)  # between the two, time is about linear in the FLOP density
-    crossover = round(densities[1] + share * (densities[0] - densities[1]), 3)
+    # Between the two masks, the fused engine's time is about linear in the FLOP density.
+    position = (eager_seconds - last) / (
+        first - last
+    )  # where both are equally fast: 0 at the last mask, 1 at the first
+    crossover = round(densities[1] + position * (densities[0] - densities[1]), 3)
     return Selection(min(max(crossover, 0.001), 0.999), choice, why)
 
 
 def _first_and_last(problem: Problem) -> list[Tensor]:
-    """The first mask [Q], and a random one with as many weights as the last."""
+    """The first mask [Q] of the run, and a random mask [Q] with about the density of the last one."""
     density = (1 - problem.config.prune) ** problem.config.cycles
     drawn = torch.rand(problem.mask.shape, generator=torch.Generator().manual_seed(0))
     return [problem.mask, problem.mask & (drawn < density).to(problem.mask.device)]
@@ -108,7 +111,7 @@ def _first_and_last(problem: Problem) -> list[Tensor]:
 def _started(
     problem: Problem, selection: Selection, plan: Plan | str, run: Run, record: dict[str, Any] | None = None
 ) -> Engine:
-    """The engine of a selection; that of a resumed run adopts what its `record` of the engine says."""
+    """Start the engine of a selection. With a `record`, from a resumed run, the engine adopts the recorded choices."""
     fused = eager = None
     if isinstance(plan, Plan) and selection.fused_up_to > 0:
         if record is None:
@@ -131,7 +134,7 @@ def _started(
 
 
 def _recorded(problem: Problem, plan: Plan | str, run: Run) -> Engine:
-    """The engine of a resumed run. Raises ValueError if its record is damaged, or the engine can't run here."""
+    """Start the engine of a resumed run. Raises ValueError if its record is damaged or the engine can't run here."""
     record = run.engine
     selection = recorded_selection(record)
     if selection is None:
@@ -140,12 +143,12 @@ def _recorded(problem: Problem, plan: Plan | str, run: Run) -> Engine:
             "version wrote it, or it is damaged. Choose another run_dir to start a new run."
         )
     if selection.fused_up_to > 0 and isinstance(plan, str):
-        raise ValueError(f"the run began on the fused engine, which can't run the model here: {plan}.")
+        raise ValueError(f"the run began on the fused engine, which can't run the model on this machine: {plan}.")
     return _started(problem, selection, plan, run, record)
 
 
 def recorded_selection(record: dict[str, Any]) -> Selection | None:
-    """The selection in a run's record of its engine; None if the record is damaged or another version's."""
+    """The selection in a run's record of its engine; None if the record is damaged or from an incompatible version."""
     selection = named(record.get("name"), str(record.get("why", "")))
     if selection is None:
         return None
@@ -182,7 +185,7 @@ def _recorded_eager(problem: Problem, choice: Choice, record: dict[str, Any]) ->
 def _fused(
     problem: Problem, plan: Plan, why: str, rows: dict[str, Rows], with_tensor_cores: bool = True
 ) -> FusedEngine:
-    """The fused engine; on a GPU with the kernels of csrc/cuda where they can be compiled and pass their check."""
+    """A fused engine. On a GPU, it uses the kernels of csrc/cuda if they compile and pass their check."""
     launch = tensor_cores(problem, plan) if with_tensor_cores else "the run began without them"
     if isinstance(launch, str):
         if problem.device.type == "cuda" and NO_CUDA_KERNELS not in why:

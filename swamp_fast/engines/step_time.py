@@ -1,4 +1,4 @@
-"""How long a particle's step takes on an engine, by a stopwatch."""
+"""Measures the time of a training step on an engine."""
 
 from __future__ import annotations
 
@@ -12,12 +12,15 @@ from swamp_fast.engines.trainer import first_handle
 from swamp_fast.problem.problem import Problem
 from swamp_fast.problem.solutions import initial
 
-TIMED_STEPS = 3  # after one that warms up
-MAX_TIMED_LANES = 8  # on CUDA, where lanes run side by side
+TIMED_STEPS = 3  # after one warm-up step
+MAX_TIMED_LANES = 8  # on CUDA, where lanes run in parallel
 
 
 def seconds_of_steps(engine: BankEngine, problem: Problem, mask: Tensor, lanes: int | None = None) -> float:
-    """The least seconds of a particle's step under a mask [Q], with `lanes` lanes, by default `timed_lanes`."""
+    """The least measured seconds of a step under a mask [Q], divided by the number of lanes.
+
+    lanes  the number of lanes; None for `timed_lanes`
+    """
     lanes = lanes or timed_lanes(problem)
     bank = engine.spawn(initial(problem), mask, range(lanes), None)
     assert engine.trainer is not None
@@ -29,10 +32,10 @@ def seconds_of_steps(engine: BankEngine, problem: Problem, mask: Tensor, lanes: 
 
 
 def timed_lanes(problem: Problem) -> int:
-    """How many lanes a timed step runs."""
+    """The number of lanes with which a step is timed."""
     return min(most_particles(problem), MAX_TIMED_LANES) if problem.device.type == "cuda" else 1
 
 
 def most_particles(problem: Problem) -> int:
-    """The largest number of particles of any cycle."""
+    """The largest number of particles in any cycle."""
     return max(problem.config.particles_at(cycle) for cycle in range(problem.config.cycles + 1))

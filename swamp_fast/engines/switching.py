@@ -1,4 +1,4 @@
-"""SwitchingEngine: the eager engine for dense cycles, the fused one for cycles whose mask is sparse enough."""
+"""SwitchingEngine: runs dense cycles on the eager engine, and cycles with a sparse enough mask on the fused engine."""
 
 from __future__ import annotations
 
@@ -17,10 +17,13 @@ from swamp_fast.particles.schedule import Training
 
 
 class SwitchingEngine:
-    """Runs each cycle on one of two engines, which is possible because a cycle inherits only a mask and solutions.
+    """Runs each cycle on one of two engines.
 
-    engines  for the record, the kind of engine by cycle ("ticket" for the ticket's training) so far; it follows from
-             the selection and the cycle's mask
+    The engine can change between two cycles, because a cycle inherits only a mask and solutions.
+
+    engines  the kind of engine that ran each cycle so far, for the run's record; keys are "ticket" (for the ticket's
+             training) and the cycles' numbers
+    now      the engine of the current cycle
     say      prints a line
     """
 

@@ -1,4 +1,4 @@
-"""Trainer: a training of all lanes, step by step, around any engine's forward and backward pass (LaneRunner)."""
+"""Trainer: the training loop of all lanes. A LaneRunner of any engine computes the forward and backward passes."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ from swamp_fast.problem.problem import Problem
 
 
 class LaneRunner(Protocol):
-    """Runs the forward and backward pass of L lanes: lane by lane, folded, or fused.
+    """Runs the forward and backward passes of L lanes: lane by lane, folded, or fused.
 
-    modules  hold the lanes' buffers, and the switch between training and evaluation
+    modules        the modules that hold the lanes' buffers and have the train and eval modes
+    channels_last  whether images are in channels-last memory format
     """
 
     modules: list[nn.Module]
@@ -29,13 +30,16 @@ class LaneRunner(Protocol):
 
     @property
     def weights(self) -> Tensor:
-        """The lanes' weights [L, P], pruned ones included."""
+        """The lanes' weights [L, P], including pruned ones."""
 
     def backward(self, batch: Batch, step_keys: Tensor) -> Tensor:
-        """Add the gradient of each lane's mean loss to the lane's row of the gradients; returns the losses [L]."""
+        """Add the gradient of each lane's mean loss to the lane's row of the gradients [L, P]; returns the losses [L].
+
+        step_keys  [L, 3]  keys of the step's random draws
+        """
 
     def outputs(self, inputs: Any, keys: Tensor) -> list[Any]:
-        """Each lane's outputs on the same inputs [B, ...]; random draws use keys [L, 3]."""
+        """Each lane's outputs for the same inputs [B, ...]; random draws use keys [L, 3]."""
 
     def set_buffers(self, buffers: dict[str, Tensor]) -> None:
         """Write buffers [L, ...] into the modules."""
@@ -45,17 +49,18 @@ class LaneRunner(Protocol):
 
 
 class Trainer:
-    """Trains a bank with its gradients; on CUDA the step is captured in a graph and replayed.
+    """Trains the lanes of a bank. On CUDA, the step is captured as a CUDA graph and replayed where possible.
 
     A captured step reads fixed addresses, so these tensors are written in place before each step:
 
-    epoch_keys, step_keys  [L, 3]  the lanes' keys at the epoch and at the step
+    epoch_keys, step_keys  [L, 3]  keys of the epoch's and the step's random draws
     lr                     [L]     learning rates
-    number                 [L]     of the step, counted from 1
-    swa_weight             [L]     of the step's weights in the SWA mean; 0 if it takes no sample
+    number                 [L]     the step's number, counted from 1
+    swa_weight             [L]     weight of the step's new sample in the SWA mean; 0 if the step adds no sample
 
-    done    steps completed of the current training
-    graphs  by batch size: the index [L, B] that a graph reads its batch by, and the graph
+    done          the number of steps completed in the current training
+    graphs        for each batch size, the index tensor [L, B] from which the graph reads its batch, and the graph
+    not_captured  the reason why steps are not captured; None if they are
     """
 
     def __init__(self, problem: Problem, bank: ParticleBank, grads: Tensor, runner: LaneRunner) -> None:
@@ -75,13 +80,16 @@ class Trainer:
         on_epoch: Callable[[int, Tensor], None],
         state: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
-        """Run all epochs, or the rest of them after `state`; returns each lane's mean loss over the last epoch, [L].
+        """Run all epochs, or those that remain after `state`; returns each lane's mean loss over the last epoch, [L].
 
-        The bank gets the modules' final buffers. `trainings` has one entry per run, all of equally many epochs.
+        At the end, the bank receives the modules' buffers.
+
+        trainings  one schedule per run, all with the same number of epochs
+        on_step, on_epoch, state  as in BankEngine.train
         """
         problem, bank, steps = self.problem, self.bank, len(self.problem.bounds)
         self.begin(state)
-        if self.done and self.done % steps == 0:  # the interruption may have come from on_epoch, so it is called again
+        if self.done and self.done % steps == 0:  # on_epoch itself may have been interrupted, so it is called again
             on_epoch(self.done // steps - 1, self.loss_sum / steps)
         for epoch in range(self.done // steps, trainings[0].epochs):
             first = self.done % steps
@@ -89,7 +97,7 @@ class Trainer:
                 self.loss_sum.zero_()
             self.epoch_keys.copy_(at_time(bank.keys, epoch))
             order = epoch_order(self.epoch_keys, problem.train.length)
-            # Sent for all steps at once: sending a number at each step would make the host wait for the device.
+            # The rates of all steps go to the device in one transfer. A transfer per step would make the host wait.
             rates = self._of_lanes([[training.lr(epoch * steps + i) for training in trainings] for i in range(steps)])
             (swa_weights,) = self._of_lanes([[training.swa_weight(epoch) for training in trainings]])
             for handle in problem.train.batches(order, self.epoch_keys, problem.bounds[first:]):
@@ -107,18 +115,18 @@ class Trainer:
         return self.loss_sum / steps
 
     def state(self, run: int = 0) -> dict[str, Tensor]:
-        """A run's state between two steps, from which its training can resume; all else follows from the keys."""
+        """One run's state between two steps, from which its training can resume. The keys determine everything else."""
         lanes, bank_state = self.bank.lanes_of(run), self.bank.of_run(run).state()
         buffers = {f"buffers/{name}": buffer[lanes] for name, buffer in self.runner.buffers().items()}
         return {"done": torch.tensor(self.done), "loss_sum": self.loss_sum[lanes], **bank_state, **buffers}
 
     def _of_lanes(self, of_runs: list[list[float]]) -> Tensor:
-        """Numbers of runs [S, R], repeated for their lanes: [S, L]."""
+        """A float64 tensor [S, L], in which the runs' numbers [S, R] are repeated for the lanes of each run."""
         numbers = torch.tensor(of_runs, dtype=torch.float64, device=self.lr.device)
         return numbers.repeat_interleave(self.bank.lanes // len(self.bank.configs), 1)
 
     def begin(self, state: Mapping[str, Tensor] | None = None) -> None:
-        """Prepare the modules for a training from its start, or restore everything from a `state` inside it."""
+        """Prepare a training from its first step, or restore it from a `state` at a later step."""
         self.done = 0
         self.runner.set_buffers(self.bank.buffers)
         reset_running_stats(self.runner.modules)
@@ -131,7 +139,10 @@ class Trainer:
             self.runner.set_buffers({name: state[f"buffers/{name}"] for name in self.bank.buffers})
 
     def step(self, handle: Any) -> None:
-        """One step of every lane."""
+        """Take one step of every lane, by replaying a graph if the step can be captured.
+
+        handle  refers to the step's batch; captured steps need an index tensor [L, B]
+        """
         if self.not_captured is None:
             size = handle.shape[1]
             if size not in self.graphs:
@@ -144,7 +155,7 @@ class Trainer:
             self._step(handle)
 
     def _step(self, handle: Any) -> None:
-        """One step, uncaptured."""
+        """Take one step of every lane by direct calls."""
         self.grads.zero_()
         batch = self.problem.train.fetch(handle, self.epoch_keys, self.runner.channels_last)
         losses = self.runner.backward(batch, self.step_keys)
@@ -180,14 +191,17 @@ class Trainer:
         state += [buffer for module in self.runner.modules for buffer in module.buffers()]
         saved = [tensor.clone() for tensor in state]
         try:
-            with torch.cuda.device(self.problem.device):  # streams, graphs and pools belong to the current device
+            with torch.cuda.device(self.problem.device):  # torch creates streams, graphs and pools on this device
                 self._record(index)
         finally:
             for tensor, value in zip(state, saved, strict=True):
                 tensor.copy_(value)
 
     def _record(self, index: Tensor) -> None:
-        """Warm up and capture on the current device; a failure sets `not_captured`."""
+        """Take warm-up steps over `index` [L, B] on the current device, then capture a step.
+
+        If the capture fails, the reason is stored in `not_captured`.
+        """
         here, pool = torch.cuda.current_stream(), torch.cuda.graph_pool_handle()
         try:
             side = torch.cuda.Stream()
@@ -201,17 +215,17 @@ class Trainer:
                 self._step(index)
             self.graphs[index.shape[1]] = index, graph
         except RuntimeError as error:
-            # A capture that fails leaves its stream current and its memory pool in use, so that no later one can begin.
+            # A failed capture leaves its stream current and its memory pool in use; no later capture could begin.
             torch.cuda.set_stream(here)
             with suppress(Exception):
                 torch._C._cuda_endAllocateToPool(self.problem.device.index, pool)
-            torch.cuda.synchronize()  # pending work must not overwrite what _capture restores
-            first = error.__context__ or error  # the failure itself; ending the capture raised `error`
+            torch.cuda.synchronize()  # pending work must not overwrite the tensors that _capture restores
+            first = error.__context__ or error  # the original failure, if `error` was raised by ending the capture
             self.not_captured = f"capture failed: {str(first).splitlines()[0]}"
 
 
 def joined(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """The state of a training, from the states of consecutive parts of its lanes."""
+    """Join the states of consecutive parts of a training's lanes into the state of the training."""
     first, *_ = states
     return {
         name: value if name == "done" else torch.cat([part[name] for part in states]) for name, value in first.items()
@@ -219,7 +233,7 @@ def joined(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def part_of(state: Mapping[str, Tensor], lanes: range, count: int) -> dict[str, Tensor]:
-    """The inverse of `joined`: the part of a training's state that belongs to some of its `count` lanes."""
+    """The inverse of `joined`: the state of the lanes in a range, out of a training with `count` lanes."""
 
     def rows_of_lanes(value: Tensor) -> Tensor:
         rows = len(value) // count
@@ -229,7 +243,7 @@ def part_of(state: Mapping[str, Tensor], lanes: range, count: int) -> dict[str, 
 
 
 def _why_not_captured(problem: Problem) -> str | None:
-    """Why the step can't be captured as a CUDA graph; None if it may."""
+    """The reason why a step can't be captured as a CUDA graph; None if it can."""
     if problem.device.type != "cuda":
         return "not on CUDA"
     if problem.train.streamed:

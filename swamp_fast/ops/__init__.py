@@ -1,14 +1,14 @@
-"""The ops. Each has a contract that checks its arguments, a C++ kernel, a Triton kernel, and a reference in PyTorch.
+"""The ops. Each has a contract that checks its arguments, a C++ kernel, a Triton kernel, and a PyTorch reference.
 
-The letters of the shapes are explained in `swamp_fast/__init__.py`. `swamp_fast.ops.reference` has the same names in
-plain PyTorch and defines what each op computes.
+`swamp_fast/__init__.py` explains the letters in shapes. `swamp_fast.ops.reference` has a function of the same name for
+each op, in plain PyTorch, which defines what the op computes.
 
-On CUDA the updates and the global threshold are Triton's alone: they are bound by memory and compile without spills,
-and a second version in CUDA C++ would have to be kept equal for nothing.
+On CUDA, every op has only a Triton kernel. The weight updates and the global threshold are limited by memory bandwidth
+and compile without register spills, so a CUDA C++ version would not be faster.
 
-clip_scale sums in float64 in an order of its own, so a lane's bits depend on no other lane. gather_augment takes the
-number that addresses a draw separately from the place in memory, so streamed batches have the same crops as stored
-ones.
+clip_scale sums in float64, in an order that depends on no other lane, so neither do a lane's bits. gather_augment takes
+the number that determines a picture's random words separately from the picture's index in memory. So streamed batches
+have the same crops as stored ones.
 """
 
 from swamp_fast.ops.clip_scale import clip_scale

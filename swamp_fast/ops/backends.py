@@ -1,4 +1,4 @@
-"""Which backends of swamp_fast are active on this machine, and why the others are not."""
+"""Reports which backends of swamp_fast are active on this machine, and why."""
 
 from __future__ import annotations
 
@@ -9,33 +9,33 @@ import torch
 
 
 def backends() -> dict[str, dict[str, Any]]:
-    """Describe each backend by name.
+    """A description of each backend, by its name.
 
-    "cpp"     the CPU kernels; also has `instruction_set`, `available` and `threads`
-    "triton"  the kernels of the ops and of the fused engine on a GPU; also has `version` where Triton is installed
-    "cuda"    the GPUs that torch finds; also has `version` where torch is built for GPUs
-    "nvrtc"   the compiler of the fused engine's bfloat16 convolutions on NVIDIA's GPUs
+    "cpp"     the CPU kernels; the description also has `instruction_set`, `available` and `threads`
+    "triton"  the GPU kernels of the ops and of the fused engine; also `version` if Triton is installed
+    "cuda"    the GPUs that torch finds; also `version` if torch is built for GPUs
+    "nvrtc"   the compiler of the fused engine's bfloat16 convolutions on NVIDIA GPUs
 
-    Each has `active` (bool) and `why` (a reason either way).
+    Each description has `active` (bool) and `why`, the reason why the backend is active or not.
     """
     return {"cpp": _cpp(), "triton": _triton(), "cuda": _cuda(), "nvrtc": _nvrtc()}
 
 
 def has_amx() -> bool:
-    """Whether the processor has Intel's AMX, which multiplies bfloat16 matrices in tiles."""
+    """Whether the processor has AMX, Intel's matrix instructions, which compute products of bfloat16 matrices."""
     supported = getattr(torch.cpu, "_is_amx_tile_supported", None)
     return supported is not None and bool(supported())
 
 
 def why_no_nvrtc() -> str | None:
-    """Why the kernels of csrc/cuda can't be compiled here; None if they can. No GPU is needed to compile."""
+    """The reason why NVRTC can't compile the kernels of csrc/cuda here; None if it can. Compiling needs no GPU."""
     try:
         from cuda.bindings import nvrtc
     except ImportError as error:
         return f"cuda-bindings, which torch's CUDA builds bring, is missing ({error})"
     try:
         (error_code,) = nvrtc.nvrtcVersion()[:1]
-    except Exception as error:  # the library isn't found
+    except Exception as error:  # the shared library was not found
         return f"NVRTC doesn't load ({str(error).splitlines()[0]})"
     return None if int(error_code) == 0 else f"NVRTC fails with {error_code}"
 

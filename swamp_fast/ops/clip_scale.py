@@ -1,4 +1,4 @@
-"""The factor that scales each lane's gradient down so that its norm is at most a bound."""
+"""clip_scale: the factor that limits the norm of each lane's gradient."""
 
 from __future__ import annotations
 
@@ -9,18 +9,19 @@ from swamp_fast.ops.contracts import FLOATS, Contract, native, register, triton_
 
 
 def clip_scale(grads: Tensor, masks: Tensor, run_of_lane: Tensor, clip_norm: Tensor) -> Tensor:
-    """Compute min(1, clip_norm / (norm + 1e-6)) of each lane, where norm is the Euclidean norm of its kept gradient.
+    """Compute min(1, clip_norm / (norm + 1e-6)) for each lane, where norm is the Euclidean norm of its kept gradient.
 
-    It is summed in float64, in an order that P and Q alone decide. A norm that is not finite gives NaN, so that a
-    diverging lane shows. The result is meant for the `grad_scale` of masked_sgd_ and masked_adamw_.
+    The squares are summed in float64, in an order that depends only on P and Q. If the norm is not finite, the result
+    is NaN, so that clipping does not hide a diverging lane. The result serves as the `grad_scale` of masked_sgd_ and
+    masked_adamw_.
 
-    grads        [L, P]  float32 or float64; rows may be strided
-    masks        [R, Q]  bool, False is pruned and doesn't count; parameters Q … P have no mask and count
-    run_of_lane  [L]     int64, the run that a lane belongs to, whose mask it uses
+    grads        [L, P]  float32 or float64; the row stride may exceed P
+    masks        [R, Q]  bool, False for pruned weights, which do not count; parameters Q … P have no mask and count
+    run_of_lane  [L]     int64, the run of each lane; lanes use their run's mask
     clip_norm    [L]     float64, the bound, above 0
 
-    Returns [L] float64. Raises ValueError or TypeError for shapes, types or devices that don't fit.
-    Source: torch.nn.utils.clip_grad_norm_, on gradients that are zero where pruned.
+    Returns [L] float64. Raises ValueError or TypeError if a shape, dtype or device is wrong.
+    Source: torch.nn.utils.clip_grad_norm_, on gradients that are 0 for pruned weights.
     """
     c = Contract("clip_scale")
     c.tensor("grads", grads, "L P", FLOATS, rows=True)

@@ -1,4 +1,4 @@
-"""What all ops share: checking arguments by the letters of their shapes, and registering with torch."""
+"""Functions that all ops share: they check arguments by the letters of their shapes, and register ops with torch."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ LIBRARY = torch.library.Library("swamp_fast", "DEF")
 
 
 class Contract:
-    """Checks the arguments of one call.
+    """Checks the arguments of one call of an op.
 
-    A letter of a shape is bound to the size that it first stands for, and must be that size in every later tensor. The
-    first tensor also sets the device. Errors say what was expected, what came, and what to do.
+    The first tensor whose shape has a letter determines the letter's size; every later tensor must have the same size
+    there. All tensors must be on the device of the first one. An error says what was expected, what was passed, and
+    what to do.
     """
 
     def __init__(self, op: str) -> None:
@@ -38,10 +39,10 @@ class Contract:
         """Check one tensor and return it.
 
         shape   letters or numbers, separated by blanks
-        rows    whether it is enough that each row is contiguous; otherwise the whole tensor must be
-        advice  is added to the error about a wrong shape
+        rows    True if only the rows must be contiguous, False if the whole tensor must be
+        advice  text to add to the error about a wrong shape
 
-        Raises TypeError for another type, ValueError for another shape, device or layout.
+        Raises TypeError for a wrong type or dtype, and ValueError for a wrong shape, device or layout.
         """
         if not isinstance(value, Tensor):
             raise TypeError(f"{self.op}: `{name}` must be a tensor [{_comma(shape)}], got {type(value).__name__}.")
@@ -61,7 +62,7 @@ class Contract:
         return value
 
     def lanes(self, masks: Tensor, run_of_lane: Tensor) -> None:
-        """Check the masks [R, Q] of a bank whose [L, P] is known, and which of them each lane uses."""
+        """Check a bank's masks [R, Q] and the run of each lane [L]. L and P must be known from earlier tensors."""
         self.tensor("run_of_lane", run_of_lane, "L", [torch.int64])
         self.tensor(
             "masks",
@@ -73,12 +74,12 @@ class Contract:
         )
         if self.size("Q") > self.size("P"):
             raise self.fail(
-                f"`masks` covers Q = {self.size('Q')} weights, more than the P = {self.size('P')} there are."
+                f"`masks` covers Q = {self.size('Q')} weights, more than the P = {self.size('P')} parameters."
             )
         self.in_range("run_of_lane", run_of_lane, self.size("R"), "R")
 
     def rates(self, **rates: Tensor) -> None:
-        """Check settings that have one number per lane."""
+        """Check settings that are float64 tensors [L], with one number per lane."""
         for name, rate in rates.items():
             self.tensor(name, rate, "L", [torch.float64], advice="Rates are per lane.")
 
@@ -93,15 +94,20 @@ class Contract:
             self.rates(swa_weight=swa_weight)
 
     def size(self, letter: str) -> int:
-        """The size that a letter is bound to."""
+        """The size of a letter, from the tensors checked so far."""
         return self.sizes[letter]
 
     def fail(self, message: str) -> ValueError:
-        """An error that names this op, to be raised."""
+        """Make an error whose message begins with the op's name; the caller raises it."""
         return ValueError(f"{self.op}: {message}")
 
     def in_range(self, name: str, value: Tensor, end: int, letter: str) -> None:
-        """Raise ValueError for entries outside [0, end). On a GPU they are trusted: reading them would stall it."""
+        """Raise ValueError if an entry is outside [0, end).
+
+        GPU tensors are not checked, because the host would have to wait for the GPU.
+
+        letter  the name of `end` in the message
+        """
         if value.device.type != "cpu" or value.numel() == 0:
             return
         low, high = (int(bound) for bound in value.aminmax())
@@ -109,7 +115,7 @@ class Contract:
             raise self.fail(f"`{name}` must lie in [0, {letter}) = [0, {end}), got {low} … {high}.")
 
     def _layout(self, name: str, value: Tensor, rows: bool) -> None:
-        """Check that a tensor is contiguous, or, with `rows`, that its rows are and don't overlap."""
+        """Check that a tensor is contiguous. With `rows`, check only that its rows are contiguous and don't overlap."""
         if not rows:
             wrong = None if value.is_contiguous() else f"`{name}` must be contiguous"
         elif value.stride(-1) != 1 and value.shape[-1] > 1:
@@ -122,7 +128,7 @@ class Contract:
             raise self.fail(f"{wrong}, got strides {tuple(value.stride())}. Pass {name}.contiguous().")
 
     def _shape(self, name: str, value: Tensor, letters: list[str], advice: str) -> None:
-        """Check a tensor's shape, and bind the letters that are new."""
+        """Check a tensor's shape, and store the sizes of new letters."""
         expected_sizes = [int(letter) if letter.isdigit() else self.sizes.get(letter) for letter in letters]
         fits = value.dim() == len(letters) and all(
             size in (None, actual) for size, actual in zip(expected_sizes, value.shape, strict=True)
@@ -144,7 +150,11 @@ class Contract:
 
 
 def register(schema: str, *, cpu: Callable[..., Any], cuda: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    """Register one op as torch.ops.swamp_fast.<name>: C++ on CPU, Triton on CUDA, shapes for torch.compile."""
+    """Register one op as torch.ops.swamp_fast.<name>.
+
+    cpu, cuda  the implementations for the CPU (C++) and for CUDA (Triton)
+    fake       returns tensors of the results' shapes, for torch.compile
+    """
     name = schema.split("(")[0]
     LIBRARY.define(schema)
     LIBRARY.impl(name, cpu, "CPU")
@@ -153,7 +163,7 @@ def register(schema: str, *, cpu: Callable[..., Any], cuda: Callable[..., Any], 
 
 
 def native() -> ModuleType:
-    """The C++ kernels. Raises ImportError if the extension is not built."""
+    """The module with the C++ kernels. Raises ImportError if it is not built."""
     try:
         import swamp_fast._C as _C
     except ImportError as error:
@@ -167,7 +177,7 @@ def native() -> ModuleType:
 
 
 def triton_kernels(name: str) -> ModuleType:
-    """One module of swamp_fast.kernels. Raises ImportError if Triton is missing."""
+    """The module swamp_fast.kernels.<name>. Raises ImportError if Triton is not installed."""
     try:
         import triton  # noqa: F401
     except ImportError as error:

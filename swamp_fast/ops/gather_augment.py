@@ -1,4 +1,4 @@
-"""Batches of pictures by index, standardised, cropped and flipped."""
+"""gather_augment: batches of pictures by index, cropped, flipped and standardised."""
 
 from __future__ import annotations
 
@@ -19,27 +19,29 @@ def gather_augment(
     flip: bool = False,
     channels_last: bool = False,
 ) -> Tensor:
-    """Gather each lane's pictures. uint8 goes through the table; floating-point pictures are taken as they are.
+    """Gather each lane's pictures. uint8 pictures are mapped through the table; floating-point ones are copied.
 
-    With pad > 0 a picture gets a border of `pad` black pixels (value 0 before the table) and is cropped back to its
-    size at a random place. With flip it is mirrored with probability 1/2. The random words are Philox block `sample` of
-    the lane's stream with purpose 1: word 0 gives the row, word 1 the column, the top bit of word 2 the flip.
+    With pad > 0, a picture gets a border of `pad` black pixels (value 0 before the table) and is cropped at a random
+    place to its original size. With flip, it is mirrored with probability 1/2. The random words are those of Philox
+    block samples[l, b] of the lane's stream with purpose 1: word 0 gives the row, word 1 gives the column, and the top
+    bit of word 2 gives the flip.
 
-    images         [n, H, W, C]  uint8, or the type of the result
-    table          [C, 256]      float32 or float64: the standardised value of every byte; None without uint8
-    index          [L, B]        int64, samples in [0, n)
+    images         [n, H, W, C]  uint8, or the dtype of the result
+    table          [C, 256]      float32 or float64, the standardised value of every byte; None if `images` is not uint8
+    index          [L, B]        int64, the pictures' numbers in [0, n)
     keys           [L, 3]        int64: seed, stream, epoch
-    samples        [L, B]        int64, the number that addresses each draw, where `images` is only a part of the
-                                 data; None for `index`
+    samples        [L, B]        int64, the numbers of the Philox blocks. If `images` is only a part of the data, these
+                                 are the pictures' numbers in all data. None for `index`
     pad                          pixels, 0 … 64
-    channels_last                the result's memory order is [L, B, H, W, C]; its shape stays
+    flip                         whether to mirror pictures at random
+    channels_last                whether the result's memory order is [L, B, H, W, C]; its shape stays the same
 
-    Returns [L, B, C, H, W]. Raises ValueError or TypeError for what doesn't fit.
+    Returns [L, B, C, H, W]. Raises ValueError or TypeError if an argument's shape, dtype, device or value is wrong.
     """
     c = Contract("gather_augment")
     c.tensor("images", images, "n H W C", (torch.uint8, *FLOATS))
     if (images.dtype == torch.uint8) != (table is not None):
-        raise c.fail("uint8 `images` need a `table`, floating-point ones are taken as they are; pass table=None.")
+        raise c.fail("uint8 `images` need a `table`; for floating-point `images`, pass table=None.")
     if table is not None:
         c.tensor("table", table, "C 256", FLOATS)
     c.tensor("index", index, "L B", [torch.int64])

@@ -1,4 +1,4 @@
-"""The exact global magnitude threshold of every run, and the mask that results."""
+"""global_threshold: the exact global magnitude threshold of every run, and the resulting mask."""
 
 from __future__ import annotations
 
@@ -11,18 +11,20 @@ from swamp_fast.ops.contracts import FLOATS, Contract, native, register, triton_
 
 
 def global_threshold(weights: Tensor, masks: Tensor, keep: Tensor | Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Keep the `keep` largest |w| of every run among those that its mask keeps; ties go to the lowest index.
+    """For every run, keep the `keep` largest |w| among the weights that its mask keeps; ties go to the lowest index.
 
-    This is a radix select over the bits of |w| with one small histogram per pass; no weight is sorted or copied.
+    The threshold is found by a radix select over the bits of |w|, with one small histogram per pass. No weights are
+    sorted or copied.
 
-    weights  [R, Q]  float32 or float64; rows may be strided
-    masks    [R, Q]  bool, False is pruned already
-    keep     [R]     int64 tensor or integers, from 0 to what the mask keeps
+    weights  [R, Q]  float32 or float64; the row stride may exceed Q
+    masks    [R, Q]  bool, False for weights that are pruned already
+    keep     [R]     int64 tensor or integers, from 0 to the number of weights that the mask keeps
 
-    Returns thresholds [R], like weights, the smallest |w| that was kept (infinity where keep is 0), and the new
-    masks [R, Q] bool with exactly `keep` True. On a GPU the call waits for the result once, to check it.
-    Raises ValueError for a NaN among the kept weights and for a `keep` that is negative or too large; ValueError or
-    TypeError for shapes, types or devices that don't fit.
+    Returns the thresholds [R], in the dtype of weights, and the new masks [R, Q] bool. A threshold is the smallest |w|
+    that was kept, or infinity if keep is 0. A new mask has exactly `keep` entries that are True. On a GPU, the call
+    waits for the result once, to check it.
+    Raises ValueError if a kept weight is NaN, or if `keep` is negative or too large. Raises ValueError or TypeError if
+    a shape, dtype or device is wrong.
     """
     c = Contract("global_threshold")
     c.tensor("weights", weights, "R Q", FLOATS, rows=True)

@@ -1,4 +1,4 @@
-"""The masked AdamW step of every lane with the SWA running mean, in one pass over the bank."""
+"""masked_adamw_: the masked AdamW step and the SWA running mean of every lane, in one pass over the bank."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def masked_adamw_(
     swa: Tensor | None = None,
     swa_weight: Tensor | None = None,
 ) -> None:
-    """One AdamW step in place; a pruned weight and both its moments are exactly 0 afterwards.
+    """Take one AdamW step in place. Afterwards, every pruned weight and both its moments are exactly 0.
 
         g    = grad_scale * grads
         m    = mask * (beta1 * m + (1 - beta1) * g)
@@ -35,23 +35,23 @@ def masked_adamw_(
                        - lr / (1 - beta1^step) * m / (sqrt(v) / sqrt(1 - beta2^step) + eps))
         swa += (w - swa) * swa_weight
 
-    weights       [L, P]  float32 or float64, changed in place; rows may be strided
-    grads         [L, P]  like weights
-    exp_avg       [L, P]  first moment, like weights, changed in place; zeros before the first step
-    exp_avg_sq    [L, P]  second moment, likewise
-    masks         [R, Q]  bool, False is pruned; parameters Q … P have no mask
-    run_of_lane   [L]     int64, the run that a lane belongs to, whose mask it uses
-    lr            [L]     float64, step size
-    beta1, beta2  [L]     float64, decay of the moments, in [0, 1)
-    eps           [L]     float64, added to the root of the second moment; above 0, or 0/0 is NaN
-    weight_decay  [L]     float64, 1/step, of lr
-    step          [L]     float64, the number of this step, 1 for the first, for the bias correction
-    grad_scale    [L]     float64, factor of a lane's gradient (see clip_scale), or None
-    swa           [L, P]  running mean of the weights, changed in place, or None
-    swa_weight    [L]     float64, 1 / (samples of the mean with this one); 0 leaves a lane's mean alone
+    weights       [L, P]  w, float32 or float64, changed in place; the row stride may exceed P
+    grads         [L, P]  as weights
+    exp_avg       [L, P]  m, the first moment, as weights, changed in place; zeros before the first step
+    exp_avg_sq    [L, P]  v, the second moment, as weights, changed in place; zeros before the first step
+    masks         [R, Q]  bool, False for pruned weights; parameters Q … P have no mask
+    run_of_lane   [L]     int64, the run of each lane; lanes use their run's mask
+    lr            [L]     float64, the learning rate
+    beta1, beta2  [L]     float64, the moments' decay rates, in [0, 1)
+    eps           [L]     float64, added to the root of the second moment; must be above 0 to avoid 0/0
+    weight_decay  [L]     float64, multiplied by lr
+    step          [L]     float64, the number of this step for the bias correction, counted from 1
+    grad_scale    [L]     float64, the factor of each lane's gradient (see clip_scale); None for 1
+    swa           [L, P]  the running mean of the weights, changed in place, or None
+    swa_weight    [L]     float64, 1 / (number of samples in the mean, with this one); with 0 a lane's mean stays
 
-    Raises ValueError or TypeError for shapes, types or devices that don't fit.
-    Source: Loshchilov and Hutter 2019, arXiv 1711.05101, algorithm 2, rounded as torch.optim.AdamW does.
+    Raises ValueError or TypeError if a shape, dtype or device is wrong.
+    Source: Loshchilov and Hutter 2019, arXiv 1711.05101, algorithm 2. The rounding is that of torch.optim.AdamW.
     """
     c = Contract("masked_adamw_")
     c.tensor("weights", weights, "L P", FLOATS, rows=True)

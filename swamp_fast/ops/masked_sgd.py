@@ -1,4 +1,4 @@
-"""The masked SGD step of every lane with the SWA running mean, in one pass over the bank."""
+"""masked_sgd_: the masked SGD step and the SWA running mean of every lane, in one pass over the bank."""
 
 from __future__ import annotations
 
@@ -23,29 +23,30 @@ def masked_sgd_(
     swa: Tensor | None = None,
     swa_weight: Tensor | None = None,
 ) -> None:
-    """One SGD step in place; a pruned weight and its momentum are exactly 0 afterwards.
+    """Take one SGD step in place. Afterwards, every pruned weight and its momentum are exactly 0.
 
-        g    = mask * (grad_scale * grads + weight_decay * weights)
+        g    = mask * (grad_scale * grads + weight_decay * w)
         v    = mask * (momentum * v + g)
         w    = mask * (w - lr * v), or with Nesterov's momentum mask * (w - lr * (g + momentum * v))
         swa += (w - swa) * swa_weight
 
-    It rounds as torch.optim.SGD does.
+    The rounding is that of torch.optim.SGD.
 
-    weights          [L, P]  float32 or float64, changed in place; rows may be strided
-    grads            [L, P]  like weights
-    momentum_buffer  [L, P]  like weights, changed in place; zeros before the first step
-    masks            [R, Q]  bool, False is pruned; parameters Q … P have no mask
-    run_of_lane      [L]     int64, the run that a lane belongs to, whose mask it uses
-    lr               [L]     float64, step size
-    momentum         [L]     float64, 0 is plain SGD
-    weight_decay     [L]     float64, 1/step
-    grad_scale       [L]     float64, factor of a lane's gradient (see clip_scale), or None
-    swa              [L, P]  running mean of the weights, changed in place, or None
-    swa_weight       [L]     float64, 1 / (samples of the mean with this one); 0 leaves a lane's mean alone
+    weights          [L, P]  w, float32 or float64, changed in place; the row stride may exceed P
+    grads            [L, P]  as weights
+    momentum_buffer  [L, P]  v, as weights, changed in place; zeros before the first step
+    masks            [R, Q]  bool, False for pruned weights; parameters Q … P have no mask
+    run_of_lane      [L]     int64, the run of each lane; lanes use their run's mask
+    lr               [L]     float64, the learning rate
+    momentum         [L]     float64, 0 for plain SGD
+    weight_decay     [L]     float64, the factor of w that is added to the gradient
+    nesterov                 whether to use Nesterov's momentum
+    grad_scale       [L]     float64, the factor of each lane's gradient (see clip_scale); None for 1
+    swa              [L, P]  the running mean of the weights, changed in place, or None
+    swa_weight       [L]     float64, 1 / (number of samples in the mean, with this one); with 0 a lane's mean stays
 
-    Raises ValueError or TypeError for shapes, types or devices that don't fit.
-    Source: torch.optim.SGD (dampening 0); Izmailov et al. 2018, arXiv 1803.05407, equation of the running mean.
+    Raises ValueError or TypeError if a shape, dtype or device is wrong.
+    Source: torch.optim.SGD (dampening 0); Izmailov et al. 2018, arXiv 1803.05407, for the running mean.
     """
     c = Contract("masked_sgd_")
     c.tensor("weights", weights, "L P", FLOATS, rows=True)

@@ -1,4 +1,4 @@
-"""The mean over the particles of each run."""
+"""particle_mean: the mean over the particles of each run."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from swamp_fast.ops.contracts import FLOATS, Contract, native, register, triton_
 
 
 def particle_mean(weights: Tensor, run_of_lane: Tensor, runs: int) -> Tensor:
-    """Average the lanes of each run; they are summed in float64 in their order.
+    """Average the lanes of each run. The lanes are summed in float64, in ascending order.
 
-    weights      [L, P]  float32 or float64; rows may be strided
-    run_of_lane  [L]     int64, the run that a lane belongs to; every run must have a lane
+    weights      [L, P]  float32 or float64; the row stride may exceed P
+    run_of_lane  [L]     int64, the run of each lane; every run must have a lane
     runs                 R
 
-    Returns [R, P], like weights. Raises ValueError or TypeError for arguments that don't fit.
+    Returns [R, P] in the dtype of weights. Raises ValueError or TypeError if a shape, dtype, device or value is wrong.
     Source: SWAMP, Choi et al. 2024, arXiv 2305.14852, algorithm 1.
     """
     c = Contract("particle_mean")

@@ -1,4 +1,4 @@
-"""Counter-based random words, from which every random number of a run is made."""
+"""philox: counter-based random words. All random numbers of a run are made from them."""
 
 from __future__ import annotations
 
@@ -7,19 +7,20 @@ from torch import Tensor
 
 from swamp_fast.ops.contracts import Contract, native, register, triton_kernels
 
-MAX_WORDS = 4 << 32  # of a stream: its block counter has 32 bits
+MAX_WORDS = 4 << 32  # per stream: the block counter has 32 bits, and a block has 4 words
 
 
 def philox(keys: Tensor, purpose: int, count: int) -> Tensor:
-    """The first `count` random words of one stream per lane; the same on every device.
+    """The first `count` random words of one stream per lane. They are the same on every device.
 
-    Word j is word j % 4 of Philox-4x32-10 with key = seed and counter = (j // 4, time, stream, purpose).
+    Word j of a lane is word j % 4 of the Philox-4x32-10 block with key = seed and counter = (j // 4, time, stream,
+    purpose).
 
-    keys     [L, 3]  int64: seed (64 bits), stream and time (their low 32 bits)
-    purpose          what the words are for, 0 … 2**32 - 1
-    count            words per lane
+    keys     [L, 3]  int64: seed, stream and time; only the low 32 bits of stream and time are used
+    purpose          a number for the use of the words, 0 … 2**32 - 1, so that two uses get different words
+    count            the number of words per lane
 
-    Returns [L, count] int32, each of 32 random bits. Raises ValueError or TypeError for arguments that don't fit.
+    Returns [L, count] int32, each with 32 random bits. Raises ValueError or TypeError if an argument is wrong.
     Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
     """
     c = Contract("philox")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import networks
 import pytest
 import torch
-from stops import ALWAYS, STEPS, WAYS, Interrupted, before_steps, stop_at
+from stops import ALWAYS, MODES, STEPS, Interrupted, before_steps, stop_at
 from torch import Tensor
 
 from benchmarks.durability import same_bits
@@ -24,7 +24,7 @@ def poison(lane: int, at: int):
     return put
 
 
-@pytest.mark.parametrize("mode", WAYS)
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("lane", [0, 2])
 def test_a_particle_that_diverges_changes_no_other(mode, lane, on, digits):
     settings = on(mode) | {"particles": 3, "on_divergence": "drop", "keep_particles": True, "val": 0.1}

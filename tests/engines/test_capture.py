@@ -1,4 +1,4 @@
-"""The CUDA graph of the eager step on a GPU; test_pretended.py runs it without one."""
+"""The CUDA graph of the eager engine's step, on a GPU. test_pretended.py tests it without a GPU."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ SETTINGS = {
     "particles": 3,
     "progress": False,
 }
-WAYS = ["lanes", "fold", "fold_grouped"]
+MODES = ["lanes", "fold", "fold_grouped"]
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    ("name", "way"),
-    [(name, way) for name in networks.NETWORKS for way in (WAYS if name in networks.FOLDS else WAYS[:1])],
+    ("name", "mode"),
+    [(name, mode) for name in networks.NETWORKS for mode in (MODES if name in networks.FOLDS else MODES[:1])],
 )
-def test_on_a_gpu_equal_to_the_naive_loop(name, way, digits):
-    settings = SETTINGS | {"precision": "float64", "device": "cuda", "engine": f"eager:{way}"}
+def test_on_a_gpu_equal_to_the_naive_loop(name, mode, digits):
+    settings = SETTINGS | {"precision": "float64", "device": "cuda", "engine": f"eager:{mode}"}
     fast, naive = (function(networks.build(name), *digits, **settings) for function in (fast_swamp, naive_swamp))
     assert fast.engine["cuda_graph"] == (name != "branching")
     for mask, expected in zip(fast.masks.values(), naive.masks.values(), strict=True):
         assert torch.equal(mask, expected)
     assert all(torch.allclose(fast.state_dict[n], v, atol=1e-8) for n, v in naive.state_dict.items())
-    assert next(fast.model.parameters()).device.type == "cpu"  # where the user's model was
+    assert next(fast.model.parameters()).device.type == "cpu"  # the device of the user's model
 
 
 @pytest.mark.gpu

@@ -1,4 +1,4 @@
-"""fast_swamp against the naive loop: equal masks and weights in float64, for every network and execution mode."""
+"""fast_swamp gives the naive loop's masks and weights in float64, for every network and execution mode."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from swamp_fast.engines.eager.choice import Choice
 
 
 def settings(name: str) -> dict[str, object]:
-    """3 particles, 3 cycles, at most 60 steps per cycle."""
+    """Settings of a run with 3 particles, 3 cycles and at most 60 steps per cycle."""
     big = name == "resnet18"
     return {
         "engine": "eager",
@@ -48,14 +48,14 @@ def naive_results(digits):
     return get
 
 
-@pytest.mark.parametrize(("name", "way", "channels_last"), CASES)
-def test_equal_to_the_naive_loop(name, way, channels_last, digits, naive_results):
+@pytest.mark.parametrize(("name", "mode", "channels_last"), CASES)
+def test_equal_to_the_naive_loop(name, mode, channels_last, digits, naive_results):
     model = networks.build(name)
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    choice = Choice(way, channels_last, "", {})
+    choice = Choice(mode, channels_last, "", {})
     fast = fast_swamp(model, *data_for(name, digits), **settings(name) | {"engine": choice.name})
     naive = naive_results(name)
-    assert fast.engine["way"] == way
+    assert fast.engine["way"] == mode
     assert naive.engine["engine"] == "naive"
     for cycle in range(4):
         (model_fast, masks_fast), (model_naive, masks_naive) = fast.at(cycle), naive.at(cycle)
@@ -72,17 +72,17 @@ def test_equal_to_the_naive_loop(name, way, channels_last, digits, naive_results
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     pairs = [(fast.at(c)[0].state_dict(), naive.at(c)[0].state_dict()) for c in range(4)]
     worst = max(float((a[key] - b[key]).abs().max()) for a, b in pairs for key in a)
-    print(f"{name}, {way}: masks equal, weights within {worst:.1e}")
+    print(f"{name}, {mode}: masks equal, weights within {worst:.1e}")
 
 
 def test_the_networks_learn(naive_results):
-    """The comparisons above are of training, not noise: the loss falls well below that of guessing."""
+    """The networks compared above do learn: their loss falls well below that of guessing."""
     losses = {name: max(naive_results(name).history[0]["train_loss"]) for name in networks.NETWORKS}
     assert max(losses.values()) < 2.2, losses
 
 
 def test_variants_agree_too(digits):
-    """Settings: SMS's rewind, no SWA, Nesterov, a schedule of particles, initial masks, another prune."""
+    """Other settings: rewind to the average (as in SMS), no SWA, Nesterov, particles per cycle, masks, prune."""
     common = settings("tied") | {"epochs": 3}
     half = {"middle.weight": torch.rand(32, 32, generator=torch.Generator().manual_seed(3)) < 0.5}
     for change in (

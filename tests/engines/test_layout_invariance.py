@@ -1,11 +1,11 @@
-"""A particle depends on its seed and its number alone: not on N, on its lane, or on how the lanes are run."""
+"""A particle depends only on its seed and its number, not on the number of particles, its lane, or the engine."""
 
 from __future__ import annotations
 
 import networks
 import pytest
 import torch
-from networks import EAGER_WAYS as WAYS
+from networks import EAGER_MODES as MODES
 from torch import nn
 
 from swamp_fast.engines.eager.choice import Choice
@@ -21,7 +21,7 @@ from swamp_fast.problem.prepare import prepare
 
 
 def trained(name: str, digits, precision: str, choice: Choice, particles: list[int]) -> torch.Tensor:
-    """The SWA means [L, P] of the given particles of a run's cycle 0, trained together as L lanes."""
+    """Train the given particles of cycle 0 together, as L lanes; returns their SWA means [L, P]."""
     settings = {"particles": 8, "epochs": 3, "batch_size": 32, "precision": precision, "progress": False}
     problem = prepare(networks.build(name), *digits, settings=settings)
     return trained_by(EagerEngine(problem, choice), problem, particles)
@@ -36,16 +36,16 @@ def trained_by(engine, problem, particles: list[int]) -> torch.Tensor:
     return bank.swa.clone()
 
 
-@pytest.mark.parametrize(("way", "channels_last"), WAYS)
-def test_a_particle_among_others_and_alone_float64(way, channels_last, digits):
-    choice = Choice(way, channels_last, "forced", {})
+@pytest.mark.parametrize(("mode", "channels_last"), MODES)
+def test_a_particle_among_others_and_alone_float64(mode, channels_last, digits):
+    choice = Choice(mode, channels_last, "forced", {})
     eight = trained("dropout", digits, "float64", choice, list(range(8)))
     two = trained("dropout", digits, "float64", choice, [0, 1])
     assert (eight[:2] - two).abs().max() <= 1e-10
     for particle in (0, 5):
         alone = trained("dropout", digits, "float64", choice, [particle])
         assert (eight[particle] - alone[0]).abs().max() <= 1e-10
-    assert (eight[0] - eight[1]).abs().max() > 1e-3  # they are different experiments
+    assert (eight[0] - eight[1]).abs().max() > 1e-3  # two particles differ
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
@@ -61,7 +61,7 @@ def test_lane_by_lane_bit_for_bit(name, channels_last, digits):
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize(("shape", "batch"), [((5,), 7), ((13,), 33), ((301,), 33), ((3, 7, 7), 5), ((1, 9, 9), 3)])
 def test_bit_for_bit_where_a_lane_s_batch_starts_at_any_address(shape, batch, fused):
-    """The CPU's libraries sum in an order that depends on the address."""
+    """A lane's bits must not depend on the address of its batch, on which CPU libraries' order of summation depends."""
     inputs, targets = 0.3 * torch.randn(100, *shape), torch.arange(100) % 3
     side = shape[-1] - 4
     layers = [nn.Linear(shape[0], 37), nn.ReLU(), nn.Linear(37, 19), nn.ReLU(), nn.Linear(19, 3)]
@@ -89,7 +89,7 @@ def test_orders_are_permutations_that_differ_by_seed_cycle_particle_and_epoch():
 
 
 def test_streams_never_meet():
-    """The ticket, every cycle and every particle draw different random numbers, and so does every purpose."""
+    """The ticket, each cycle, each particle and each purpose draw different random numbers."""
     words = {stream_of(cycle, particle) for cycle in (None, 0, 1, 500) for particle in (0, 1, 65535)}
     assert len(words) == 12
     assert max(words) < 1 << 32

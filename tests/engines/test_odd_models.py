@@ -1,4 +1,4 @@
-"""Models with unusual forwards: in every execution mode they give the naive loop's result, or are refused."""
+"""Models with unusual forwards: every execution mode gives the naive loop's result or refuses the model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from equality import same
-from networks import EAGER_WAYS as WAYS
+from networks import EAGER_MODES as MODES
 from torch import Tensor, nn
 
 from swamp_fast import fast_swamp, naive_swamp
@@ -37,7 +37,7 @@ SETTINGS = {
 
 
 class Odd(nn.Module):
-    """Three linear layers; the subclasses do something odd with the hidden features h [B, 16]."""
+    """Three linear layers. Each subclass does something unusual with the hidden features h [B, 16]."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -186,7 +186,7 @@ LANES_ONLY = [
     *(ReadsByNumpy, ReadsByIsNonzero, SelectsByMask, LooksAtTheLargest, NormOfChunks, SharedDropout, AlwaysNoisy),
     *(Counts, OwnGenerator, ReassignsWeights),
 ]
-# These differ only at the run's own sizes, which are checked once folding has won.
+# Folding changes these only at the run's batch sizes, which are checked only if folding is the fastest mode.
 BY_SIZE = [LooksAtTheBatchSize]
 EITHER = [PadsTheBatch, AlwaysDrops, ClearsGradients, ChangesItsInputs]
 
@@ -198,7 +198,10 @@ def arguments(kind: type[nn.Module]) -> dict[str, object]:
 
 
 def data(kind: type[nn.Module], few):
-    """Channels last differs from channels first only with several channels."""
+    """The data for a kind of model; three channels for ViewsAfterConvolution.
+
+    With a single channel, channels last and channels first are the same.
+    """
     if kind is not ViewsAfterConvolution:
         return few
     return tuple((torch.cat([inputs] * 3, 1), targets) for inputs, targets in few)
@@ -216,23 +219,23 @@ def few(digits):
     return (inputs, targets[:100]), (more, more_targets[:40])
 
 
-@pytest.mark.parametrize(("way", "channels_last"), WAYS)
+@pytest.mark.parametrize(("mode", "channels_last"), MODES)
 @pytest.mark.parametrize("kind", FOLDS + LANES_ONLY + BY_SIZE + EITHER)
-def test_every_way_gives_what_the_naive_loop_gives(kind, way, channels_last, few):
+def test_every_mode_gives_what_the_naive_loop_gives(kind, mode, channels_last, few):
     if channels_last and kind is ViewsAfterConvolution:
         with pytest.raises(
             ValueError,
             match="can't run the model: in the float64 check with channels last, it raises RuntimeError",
         ):
-            forced(kind, way, channels_last, few)
+            forced(kind, mode, channels_last, few)
         return
-    if way != "lanes":
+    if mode != "lanes":
         problem = prepare(made(kind), *data(kind, few), Arguments(**arguments(kind)), settings=SETTINGS)
-        refused = why_not_fold(problem, way == "fold_grouped")
+        refused = why_not_fold(problem, mode == "fold_grouped")
         assert (refused is None) == (kind in FOLDS) or kind in BY_SIZE + EITHER
         if refused is not None or kind in BY_SIZE:
             return
-    fast = forced(kind, way, channels_last, few)
+    fast = forced(kind, mode, channels_last, few)
     same(fast, naive_swamp(made(kind), *data(kind, few), **arguments(kind), **SETTINGS))
 
 
@@ -274,8 +277,8 @@ def test_the_users_generator_decides_nothing(few):
     same(*results)
 
 
-def forced(kind, way, channels_last, few):
-    name = Choice(way, channels_last, "", {}).name
+def forced(kind, mode, channels_last, few):
+    name = Choice(mode, channels_last, "", {}).name
     return fast_swamp(made(kind), *data(kind, few), **arguments(kind), **SETTINGS | {"engine": name})
 
 

@@ -1,4 +1,4 @@
-"""A seed has one result on a machine: in any process, beside other work, in a sweep, as the start of a longer run."""
+"""A seed has one result on a machine: in every process, under load, in a sweep, and at the start of a longer run."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SETTINGS |= {"seed": 1, "progress": False}
 
 
 class Branching(nn.Module):
-    """A convolutional network that the fused engine doesn't cover: its forward looks at values."""
+    """A convolutional network that the fused engine can't run, because its forward looks at values."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ def dropping() -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 40), nn.ReLU(), nn.Dropout(0.3), nn.Linear(40, 10))
 
 
-KINDS = {  # network, settings, whether the data are streamed
+KINDS = {  # kind of run -> network, settings, whether the data are streamed
     "fused": (lambda: models.SmallCNN(1, 10, 8), {}, False),
     "eager": (Branching, {}, False),
     "both engines": (dropping, {"precision": "float64", "prune": 0.8}, False),
@@ -51,7 +51,7 @@ KINDS = {  # network, settings, whether the data are streamed
     "dropout": (dropping, {"prune": 0.7}, False),
     "streamed": (lambda: models.SmallCNN(1, 10, 8), {}, True),
 }
-EXPECTED = {  # the kinds of engine that "auto" takes
+EXPECTED = {  # kind of run -> the kind of engine that engine="auto" selects
     "fused": "fused",
     "eager": "eager",
     "both engines": "by density",
@@ -76,7 +76,7 @@ def data(kind: str):
 
 
 def digest(result) -> str:
-    """Of every cycle's weights and masks, and of the history without times and memory."""
+    """A hash of every cycle's weights and masks, and of the history without times and memory."""
     found = hashlib.blake2b(digest_size=8)
     for cycle, row in enumerate(result.history):
         snapshot = result._snapshot(cycle)
@@ -92,17 +92,17 @@ def run(kind: str, **changes):
 
 
 def main() -> None:
-    """Print the results of this process: one line of JSON, by kind."""
+    """Train a run of each kind; print one line of JSON with its engine and its digest, by kind."""
     torch.set_num_threads(2)
     results = {kind: run(kind) for kind in KINDS}
     print(json.dumps({kind: (result.engine["engine"], digest(result)) for kind, result in results.items()}))
 
 
 def processes(count: int) -> list[dict[str, list[str]]]:
-    """The results of `count` processes that run at the same time."""
+    """The results that `main` prints in each of `count` simultaneous processes."""
     paths = [ROOT, ROOT / "tests" / "support", Path(__file__).parent]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths))}
-    environment["OMP_WAIT_POLICY"] = "passive"  # threads that wait for each other leave the cores to other processes
+    environment["OMP_WAIT_POLICY"] = "passive"  # waiting threads must not occupy the cores of the other processes
     command = [sys.executable, "-c", "import test_one_seed; test_one_seed.main()"]
     running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) for _ in range(count)]
     said = [process.communicate()[0] for process in running]
@@ -113,7 +113,7 @@ def processes(count: int) -> list[dict[str, list[str]]]:
 def test_fresh_processes_give_the_same_bits_idle_and_under_load():
     (alone,) = processes(1)
     assert {kind: engine for kind, (engine, _) in alone.items()} == EXPECTED
-    assert processes(3) == [alone] * 3  # three processes with two threads each are load enough for a small machine
+    assert processes(3) == [alone] * 3  # three processes with two threads each overload a machine with few cores
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -128,7 +128,7 @@ def test_a_short_run_is_the_start_of_a_longer_one(kind):
 
 @pytest.mark.parametrize("kind", ["fused", "eager", "dropout"])
 def test_a_run_alone_is_one_of_eight_in_a_sweep(kind, monkeypatch):
-    """Also where all eight are trained in one bank."""
+    """A run has the same bits alone as in a sweep that trains all eight runs in one bank."""
     monkeypatch.setattr(packing, "runs_at_once", lambda engine, problems: (len(problems), "forced"))
     common = {name: value for name, value in (SETTINGS | KINDS[kind][1]).items() if name != "seed"}
     found = sweep(made(kind), data(kind), grid={"seed": [1, 2], "lr": [0.1, 0.08], "weight_decay": [0, 5e-4]}, **common)
@@ -146,7 +146,7 @@ def test_the_name_of_the_engine_gives_the_run_again(kind):
 
 
 def signed(seed: int) -> nn.Module:
-    """Weights of one magnitude and random signs: their sums over few pixel values are often exactly 0, ReLU's kink."""
+    """A model whose weights are all 0.1 or -0.1, so that ReLU's inputs are often exactly 0, where ReLU has a kink."""
     torch.manual_seed(seed)
     model = nn.Sequential(
         *(nn.Conv2d(1, 8, 3, padding=1, bias=False), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.ReLU()),
@@ -157,8 +157,8 @@ def signed(seed: int) -> nn.Module:
     return model
 
 
-def test_the_engine_is_the_model_s_whatever_its_seed(digits):
-    """Also if an initial weight is NaN."""
+def test_the_engine_does_not_depend_on_the_initial_weights(digits):
+    """The rule selects the same engine for every seed, and if an initial weight is NaN."""
     names = set()
     for seed in range(4):
         problem = prepare(signed(seed), *digits, settings=SETTINGS | {"seed": seed})
@@ -169,18 +169,18 @@ def test_the_engine_is_the_model_s_whatever_its_seed(digits):
     assert names | {by_rule(problem, proven_plan(problem)).name} == {"fused"}
 
 
-@pytest.mark.parametrize("way", ["eager:fold", "eager:fold_grouped"])
-def test_folded_runs_of_a_sweep_are_what_they_are_alone(way, monkeypatch):
-    """On a CPU, where a folded lane's bits depend on the number of lanes beside it."""
+@pytest.mark.parametrize("engine", ["eager:fold", "eager:fold_grouped"])
+def test_folded_runs_of_a_sweep_are_what_they_are_alone(engine, monkeypatch):
+    """On a CPU, a folded lane's bits depend on the number of lanes, so the runs of a sweep must not share a bank."""
     monkeypatch.setattr(packing, "runs_at_once", lambda engine, problems: (3, "forced"))
-    common = {name: value for name, value in SETTINGS.items() if name != "seed"} | {"engine": way, "batch_size": 7}
+    common = {name: value for name, value in SETTINGS.items() if name != "seed"} | {"engine": engine, "batch_size": 7}
     model = nn.Sequential(nn.Conv2d(1, 6, 3), nn.GELU(), nn.Flatten(), nn.Linear(216, 10))
     for each in sweep(model, data("fused"), grid={"seed": [1, 2, 3]}, **common).runs:
         assert digest(each.result) == digest(fast_swamp(model, data("fused"), **common, **each.point))
 
 
 def test_a_sweep_takes_no_engine_from_a_damaged_record(tmp_path):
-    """New runs beside a damaged one are trained; only the damaged run ends with an error."""
+    """A damaged run in a sweep's folder ends with an error, but the sweep's new runs are trained."""
     common = {name: value for name, value in SETTINGS.items() if name != "seed"} | {"engine": "fastest"}
     common |= {"cycles": 0, "ticket_epochs": 0}
     sweep(made("eager"), data("eager"), grid={"seed": [1]}, out=tmp_path, **common)

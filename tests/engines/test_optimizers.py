@@ -1,4 +1,4 @@
-"""AdamW and clipping by norm in whole runs: against the naive loop, a lane alone, and one that diverges."""
+"""Runs with AdamW and with gradient clipping equal the naive loop, and a lane has the same bits alone."""
 
 from __future__ import annotations
 
@@ -45,27 +45,27 @@ def naive(digits):
 
 
 @pytest.mark.parametrize("optimizer", NEW)
-@pytest.mark.parametrize("way", ["eager:lanes", "eager:fold", "fused"])
-def test_equal_to_the_naive_loop(way, optimizer, digits, naive):
-    fast = fast_swamp(networks.build("residual"), *digits, engine=way, **SETTINGS, **OPTIMIZERS[optimizer])
-    assert fast.engine["name"] == way
+@pytest.mark.parametrize("engine", ["eager:lanes", "eager:fold", "fused"])
+def test_equal_to_the_naive_loop(engine, optimizer, digits, naive):
+    fast = fast_swamp(networks.build("residual"), *digits, engine=engine, **SETTINGS, **OPTIMIZERS[optimizer])
+    assert fast.engine["name"] == engine
     same(fast, naive("residual", optimizer))
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd, clipped"])
-def test_what_is_not_used_in_a_step_decays_all_the_same(optimizer, digits, naive):
-    """A tied parameter counts once in the norm; a parameter without a gradient moves by its moments and decay."""
+def test_tied_and_unused_parameters_equal_the_naive_loop(optimizer, digits, naive):
+    """A tied parameter counts once in the norm. A parameter without a gradient still moves, by momentum and decay."""
     for name in ("tied", "branching"):
         fast = fast_swamp(networks.build(name), *digits, engine="eager", **SETTINGS, **OPTIMIZERS[optimizer])
         same(fast, naive(name, optimizer))
 
 
 @pytest.mark.parametrize(("changed", "plain"), [("adamw", "sgd"), ("sgd, clipped", "sgd"), ("adamw, clipped", "adamw")])
-def test_what_is_compared_is_training_with_the_setting_on(changed, plain, naive):
-    """The comparison would also succeed if the bound never clipped, or if the networks learned nothing."""
+def test_the_settings_have_an_effect_and_the_networks_learn(changed, plain, naive):
+    """The tests above would also pass if the bound never clipped or if the networks learned nothing."""
     found, other = naive("residual", changed), naive("residual", plain)
     assert max(float((found.ticket[key] - value).abs().max()) for key, value in other.ticket.items()) > 1e-3
-    assert max(found.history[0]["train_loss"]) < 2.2  # guessing has 2.3
+    assert max(found.history[0]["train_loss"]) < 2.2  # the loss of guessing is 2.3
 
 
 @pytest.mark.parametrize("engine", ["eager", "fused"])
@@ -89,8 +89,8 @@ def test_only_adamw_has_a_second_moment(digits):
 
 @pytest.mark.skipif(HAS_GPU, reason=HAS_A_GPU)
 @pytest.mark.parametrize("optimizer", NEW)
-def test_replaying_a_graph_is_stepping(optimizer, digits):
-    """The step's number and the second moment are at fixed addresses; capturing leaves them unchanged."""
+def test_a_replayed_graph_equals_the_naive_loop(optimizer, digits):
+    """The graph must read the step's number and the second moment, and its capture must leave them unchanged."""
     settings = SETTINGS | {"batch_size": 48} | OPTIMIZERS[optimizer]
     with gpu():
         fast = fast_swamp(networks.build("residual"), *digits, engine="eager", **settings, device="cuda")
@@ -100,13 +100,13 @@ def test_replaying_a_graph_is_stepping(optimizer, digits):
 
 @pytest.mark.parametrize("optimizer", NEW[1:])
 def test_a_gradient_that_is_not_finite_is_not_clipped_away(optimizer, digits):
-    """A norm beyond float64 is infinite and gives a scale of NaN, not 0: the run stops and names the particle."""
+    """If the norm overflows float64, the scale is NaN instead of 0, so the run stops and names the particle."""
     calls = 0
 
     def loss(outputs, targets):
         nonlocal calls
         calls += 1
-        bad = calls % 3 == 2 and calls > 12  # the second lane's, once checks and the first steps are over
+        bad = calls % 3 == 2 and calls > 12  # only in the second lane, after the self-checks and the first steps
         return torch.nn.functional.cross_entropy(outputs, targets, reduction="none") * (1e200 if bad else 1.0)
 
     settings = SETTINGS | {"cycles": 0, "ticket_epochs": 0} | OPTIMIZERS[optimizer]

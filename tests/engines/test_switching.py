@@ -1,4 +1,4 @@
-"""The eager engine for dense cycles and the fused one for sparse ones, in one run."""
+"""Runs whose dense cycles use the eager engine and whose sparse cycles use the fused engine."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_resumed_is_uninterrupted(train, tmp_path):
     [
         (3.0, "fused"),
         (0.5, "eager:lanes:channels_last"),
-        (1.5, r"fused@0\.5\d+,eager:lanes:channels_last"),  # half-way between the FLOP densities 1 and about 1/8
+        (1.5, r"fused@0\.5\d+,eager:lanes:channels_last"),  # halfway between the FLOP densities 1 and about 1/8
     ],
 )
 def test_the_fastest_is_measured_and_its_name_selects_it_again(train, monkeypatch, eager, name):

@@ -1,6 +1,6 @@
-"""Every GPU kernel compiles to machine code within its bounds, for several GPUs and without one.
+"""Every GPU kernel compiles for several GPUs, and its machine code stays within bounds. No GPU is needed.
 
-Subprocesses compile, because this process interprets Triton and then can't also compile it.
+The kernels are compiled in subprocesses, because this process uses Triton's interpreter and so can't compile.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from paths import ROOT
 
 KERNELS = {line.split("(")[0].removeprefix("def ") for path in (ROOT / "kernels").glob("*.py")
            for line in path.read_text().splitlines() if line.startswith("def ") and "_kernel(" in line}  # fmt: skip
-# The fewest blocks that an SM of an H100 must hold at once, so that one multiplies while another waits for memory.
+# The fewest blocks of a kernel that must fit on an SM of an H100, so that one computes while another waits for memory.
 BLOCKS = {
     ("convolve", "forward, ResNet-20 16-16 channels 32x32"): 3,
     ("convolve", "forward, prologue, ResNet-20 16-16 channels 32x32"): 2,
@@ -31,20 +31,21 @@ BLOCKS = {
     ("convolve", "by input, adds, ResNet-20 32-32 channels 16x16"): 3,
     ("weight_grad", "ResNet-20 32-32 channels 16x16"): 2,
     ("weight_grad", "prologue, ResNet-20 32-32 channels 16x16"): 1,
-}  # 1 for all others
-# Bounds by compiler; each holds from its version to the next. Bytes that a thread may spill under Triton, in kernels of
-# float64, which only serve proofs; and the factor by which a kernel may exceed its slots under NVRTC.
+}  # 1 for all other kernels
+# The next two bounds depend on the compiler. A bound holds from its version up to the next version in the dict.
+# Triton version -> the bytes that a thread of a float64 kernel may spill. These kernels serve only to check plans.
 FLOAT64_SPILLS = {"3.6": 0, "3.8": 8, "3.9": 0}
-# Its halo has four times the pixels, and a block has only two tiles; it is a small part of its network.
+# NVRTC version -> the factors by which kernels may exceed their instruction slots per pixel. For this layer, the halo
+# has four times the pixels of the map, and a block has only two tiles. The layer is a small part of its network.
 KNOWN_SLOW = {"13.0": {"prologue, VGG-19 512-512 channels 2x2": 1.2}, "13.2": {}}
 ARCHITECTURES, SLOW = ["sm_90", "gfx942"], ["sm_80"]
-SHARED_BYTES = 99 * 1024  # of a block, on every GPU from sm_80 on
-LDS_BYTES = 64 * 1024  # of a block, on gfx942
+SHARED_BYTES = 99 * 1024  # shared memory available to a block on every GPU from sm_80 on
+LDS_BYTES = 64 * 1024  # shared memory available to a block on gfx942
 
 
 @pytest.fixture(scope="module")
 def compiling(tmp_path_factory, request):
-    """One process for each architecture; they run side by side."""
+    """Start one process per architecture, which compiles all kernels; the processes run at the same time."""
     running = {}
     for arch in ARCHITECTURES + SLOW * request.config.getoption("--slow"):
         folder = str(tmp_path_factory.mktemp(arch))  # an empty cache
@@ -90,13 +91,13 @@ def nvrtc_version() -> str:
 
 
 def of_version(bounds, installed):
-    """The bound of the newest version that isn't newer than the installed one; else the oldest bound."""
+    """The bound for an installed version: that of the newest version up to it, or the oldest bound if there is none."""
     before = [each for each in bounds if Version(each) <= Version(installed)]
     return bounds[max(before, key=Version) if before else min(bounds, key=Version)]
 
 
 def test_bounds_name_their_compilers():
-    """A version between two has the older one's bound, a future version the newest."""
+    """A version between two bounds gets the older bound, and a future version gets the newest one."""
     bounds = {"3.6": 0, "3.8": 8, "3.10": 4}
     versions = ("3.5", "3.6.0", "3.7", "3.8.1", "3.9", "3.10", "4.0")
     assert [of_version(bounds, each) for each in versions] == [0, 0, 0, 8, 8, 4, 4]
@@ -105,6 +106,9 @@ def test_bounds_name_their_compilers():
 
 
 def only_proves(kernel) -> bool:
-    """Whether a kernel only serves proofs. Rates are float64 in every precision, so a type that is trained decides."""
+    """Whether a kernel serves only to check plans, that is, whether it computes in float64.
+
+    Float64 arguments alone don't tell, because rates are float64 in every precision. So no other float type may occur.
+    """
     types = set(kernel["config"].partition(";")[0].split(", "))
     return "float64" in types and not types & {"float32", "bfloat16"}

@@ -1,4 +1,4 @@
-"""What `backends` reports: every backend says whether it is active, and why."""
+"""The report of `backends`: for every backend, whether it is active, and why."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""clip_scale: every implementation against the reference, and the reference against torch.nn.utils.clip_grad_norm_."""
+"""clip_scale: implementations are compared with the reference, and the op with torch.nn.utils.clip_grad_norm_."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from updates import SIZES, move
 from swamp_fast import ops
 from swamp_fast.ops import reference
 
-MORE = [(2, 150_000, 140_001)]  # more blocks than one program adds up
+MORE = [(2, 150_000, 140_001)]  # lanes, P and Q; a lane has more blocks than with any of SIZES
 
 
 def arguments(lanes: int, parameters: int, prunable: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
-    """Gradients of two runs in rows that are not adjacent; some lanes are to be clipped."""
+    """Arguments for at most two runs. Gradient rows are not adjacent in memory, and only some lanes need clipping."""
     runs = min(2, lanes)
     given = [
         torch.randn(lanes, parameters + 7, dtype=dtype)[:, :parameters],

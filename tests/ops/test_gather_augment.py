@@ -1,4 +1,4 @@
-"""gather_augment: every implementation against the reference, and the reference against cropping by hand."""
+"""gather_augment: implementations are compared with the reference, and the reference with a simple crop."""
 
 from __future__ import annotations
 

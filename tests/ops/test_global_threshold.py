@@ -1,4 +1,4 @@
-"""global_threshold: every implementation against the reference, and the laws of pruning."""
+"""global_threshold: implementations are compared with the reference, and obey the laws of pruning."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_ties_don_t_depend_on_threads(threads):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_extreme_values(implementation, dtype):
-    """Zeros of both signs, subnormals, the largest, infinities: |w| orders as its bits do."""
+    """Zeros of both signs, subnormal and largest numbers, and infinities: their |w| compare as their bits do."""
     tiny, huge = torch.finfo(dtype).smallest_normal, torch.finfo(dtype).max
     values = [0.0, -0.0, tiny / 4, -tiny / 2, tiny, 1.0, -1.0, huge, -torch.inf, torch.inf, -huge, 2.0]
     weights = torch.tensor([values], dtype=dtype, device=implementation.device)
@@ -79,7 +79,7 @@ def test_runs_stand_alone(implementation):
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_laws_over_cycles(data):
-    """Over 20 cycles: the exact count with ties, masks only shrink, every pruned |w| <= every kept |w|."""
+    """In 20 cycles with ties, the kept count is exact, masks only shrink, and every pruned |w| <= every kept |w|."""
     prunable = data.draw(st.integers(1, 400))
     levels = data.draw(st.integers(1, 12))
     fraction = data.draw(st.floats(0.05, 0.95))
@@ -96,7 +96,7 @@ def test_laws_over_cycles(data):
             assert weights[dropped].abs().max() <= weights[new].abs().min()
             assert weights[new].abs().min() == threshold[0]
             tied = weights.abs() == threshold[0]
-            if bool((dropped & tied).any()):  # of equal ones the lowest indices stay
+            if bool((dropped & tied).any()):  # among ties, the lowest indices are kept
                 assert (new & tied).nonzero()[:, 1].max() < (dropped & tied).nonzero()[:, 1].min()
         mask = new
 
@@ -145,7 +145,7 @@ def test_opcheck():
 
 
 def test_memory_besides_the_mask_is_under_a_megabyte():
-    """Measured in a fresh process by the peak of its resident memory."""
+    """The increase of the peak resident memory is measured in a new process."""
     import subprocess
     import sys
 
@@ -160,4 +160,4 @@ ops.global_threshold(weights, mask, [4_000_000])
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert int(out.stdout) <= 1024  # KB above a peak that held one mask already
+    assert int(out.stdout) <= 1024  # KB more than the earlier peak, which included one mask

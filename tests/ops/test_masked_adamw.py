@@ -1,4 +1,4 @@
-"""masked_adamw_: every implementation against the reference, and both against torch.optim.AdamW."""
+"""masked_adamw_: implementations are compared with the reference and with torch.optim.AdamW."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from updates import SIZES, as_float64, move
 from swamp_fast import ops
 from swamp_fast.ops import reference
 
-STATE = ("weights", "exp_avg", "exp_avg_sq", "swa")  # what a step changes
+STATE = ("weights", "exp_avg", "exp_avg_sq", "swa")  # the tensors that a step changes
 POSITIONAL = ("weights", "grads", "exp_avg", "exp_avg_sq", "masks", "run_of_lane")
 RATES = ("lr", "beta1", "beta2", "eps", "weight_decay", "step")
 
@@ -19,7 +19,7 @@ RATES = ("lr", "beta1", "beta2", "eps", "weight_decay", "step")
 def arguments(
     lanes: int, parameters: int, prunable: int, dtype: torch.dtype, device: torch.device
 ) -> dict[str, Tensor]:
-    """A bank of two runs, with rows that are not adjacent, and rates and steps that differ by lane."""
+    """Arguments for at most two runs. Rows are not adjacent in memory; each lane has different rates and steps."""
     runs = min(2, lanes)
 
     def row_strided() -> Tensor:
@@ -47,7 +47,7 @@ def arguments(
 
 
 def run(function: object, given: dict[str, Tensor | None]) -> tuple[Tensor, ...]:
-    """The state after one step; what was given stays as it was."""
+    """The state after one step on copies of the given tensors."""
     state = dict(given)
     for name in STATE:
         tensor = given[name]
@@ -87,7 +87,7 @@ def test_repeats_bit_for_bit_and_lanes_stand_alone(implementation):
 
 def test_pruned_weights_and_both_moments_stay_zero(implementation):
     given = arguments(2, 300, 300, torch.float32, implementation.device)
-    given["grads"][:, ::7] = torch.nan  # what a pruned weight's gradient is must not matter
+    given["grads"][:, ::7] = torch.nan  # a pruned weight's gradient must have no effect
     given["masks"][:, ::7] = False
     for _ in range(3):
         after = dict(zip(STATE, run(call(implementation), given), strict=True))
@@ -101,7 +101,7 @@ def test_pruned_weights_and_both_moments_stay_zero(implementation):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_as_good_as_torch_optim_adamw(implementation, dtype):
-    """Over several steps from the start, with rates of their own and a clipped gradient in each lane."""
+    """Takes several steps from zero moments. Each lane has different rates and a clipped gradient."""
     lanes, parameters, steps = 3, 1003, 5
     start, grads = torch.randn(lanes, parameters, dtype=dtype), torch.randn(steps, lanes, parameters, dtype=dtype)
     settings = [

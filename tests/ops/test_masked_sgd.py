@@ -1,4 +1,4 @@
-"""masked_sgd_: every implementation against the reference, and the reference against torch.optim.SGD."""
+"""masked_sgd_: implementations are compared with the reference, and the op with torch.optim.SGD."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from swamp_fast.ops import reference
 def arguments(
     lanes: int, parameters: int, prunable: int, dtype: torch.dtype, device: torch.device
 ) -> dict[str, object]:
-    """A bank of two runs, with rows that are not adjacent, and rates that differ by lane."""
+    """Arguments for at most two runs. Rows are not adjacent in memory; each lane has different rates."""
     runs = min(2, lanes)
 
     def row_strided() -> Tensor:
@@ -39,7 +39,7 @@ def arguments(
 
 
 def cloned(given: dict[str, object]) -> dict[str, object]:
-    """A copy with the same strides, so that the originals keep what they were."""
+    """The arguments with copies of the tensors that a step changes; a copy's rows are not adjacent either."""
     out = dict(given)
     for name in ("weights", "momentum_buffer", "swa"):
         tensor = given[name]
@@ -81,7 +81,7 @@ def test_repeats_bit_for_bit_and_lanes_stand_alone(implementation):
 
 def test_pruned_weights_and_their_momentum_stay_zero(implementation):
     given = arguments(2, 300, 300, torch.float32, implementation.device)
-    given["grads"][:, ::7] = torch.nan  # what a pruned weight's gradient is must not matter
+    given["grads"][:, ::7] = torch.nan  # a pruned weight's gradient must have no effect
     given["masks"][:, ::7] = False
     for _ in range(3):
         weights, momentum, _ = run(lambda *a, **k: implementation("masked_sgd_", *a, **k), given, True)
@@ -94,7 +94,7 @@ def test_pruned_weights_and_their_momentum_stay_zero(implementation):
 
 @pytest.mark.parametrize("nesterov", [False, True])
 def test_rounds_as_torch_optim_sgd(nesterov):
-    """In the widest instruction set the step has the very bits of torch.optim.SGD, over several steps."""
+    """With the widest instruction set, several steps give the same bits as torch.optim.SGD."""
     lanes, parameters = 3, 1003
     one = torch.full((lanes,), 1.0, dtype=torch.float64)
     weights = torch.randn(lanes, parameters)

@@ -1,4 +1,4 @@
-"""particle_mean: every implementation against the reference."""
+"""particle_mean: implementations are compared with the reference."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_against_reference(implementation, size, dtype):
     same = reference.particle_mean(weights, run_of_lane, runs)
     exact = torch.stack([weights[run_of_lane == run].double().mean(0) for run in range(runs)])
     assert_as_good_as(found, same, exact)
-    assert torch.equal(found, same)  # the order of the sum is part of the contract
+    assert torch.equal(found, same)  # the op's contract fixes the order of the sum, so the bits are equal
     assert torch.equal(found, implementation("particle_mean", weights, run_of_lane, runs))
 
 

@@ -1,4 +1,4 @@
-"""philox: the published answers, and every implementation against the reference."""
+"""philox: the reference gives the published words, and implementations are compared with the reference."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from swamp_fast import ops
 from swamp_fast.ops import reference
 
-# Random123's known answers for philox4x32-10: counter, key, words.
+# Counter, key and words of the test vectors for philox4x32-10 in the Random123 library.
 KNOWN = [
     ([0] * 4, [0] * 2, [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
     ([0xFFFFFFFF] * 4, [0xFFFFFFFF] * 2, [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]),

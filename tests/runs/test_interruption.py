@@ -15,7 +15,7 @@ import networks
 import pytest
 import torch
 from paths import ROOT
-from stops import ALWAYS, WAYS, Interrupted, before_steps, stop_at
+from stops import ALWAYS, MODES, Interrupted, before_steps, stop_at
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -34,7 +34,7 @@ from swamp_fast.runs.folder import RunDirectory
 INTERRUPTED_AT = {"lanes": (1, 6, 20), "fold": (13,), "fold_grouped": (19,), "fused": (4, 14), "by density": (11, 16)}
 
 
-@pytest.mark.parametrize("mode", WAYS)
+@pytest.mark.parametrize("mode", MODES)
 def test_a_run_resumed_inside_a_training_equals_an_uninterrupted_one(mode, on, digits, tmp_path):
     settings = on(mode) | {"checkpoint_minutes": ALWAYS, "keep_particles": True, "val": 0.1}
     fast_swamp(networks.build("dropout"), *digits, **settings, run_dir=tmp_path / "whole")

@@ -1,4 +1,4 @@
-"""Runs the kernels of csrc/cuda on the CPU: a C++ compiler builds them, and their threads are fibers."""
+"""Runs the kernels of csrc/cuda on the CPU. A C++ compiler builds them, and each GPU thread becomes a fiber."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ HOST = Path(__file__).parent / "host"
 
 @functools.cache
 def built(name: str, constants: tuple[tuple[str, int], ...]) -> ctypes.CDLL:
-    """The function `launch` of host/launch.cpp for one kernel and its constants."""
+    """Build host/launch.cpp for one kernel and its constants; returns the library with its function `launch`."""
     defines = [f"-D{key}={value}" for key, value in constants] + (["-DWEIGHT_GRAD"] if name == "weight_grad" else [])
     digest = hashlib.blake2b(" ".join(defines).encode(), digest_size=8).hexdigest()
     out = Path(folder()) / f"{digest}.so"
@@ -27,12 +27,12 @@ def built(name: str, constants: tuple[tuple[str, int], ...]) -> ctypes.CDLL:
 
 @functools.cache
 def folder() -> str:
-    """Where the kernels built in this process are kept."""
+    """The folder that holds the kernels built in this process."""
     return tempfile.mkdtemp()
 
 
 def launch_on_host(name, constants, grid, shared_bytes, params) -> None:
-    """As swamp_fast.engines.fused.cuda.nvrtc.Launcher."""
+    """Run a kernel on the CPU; the arguments are those of swamp_fast.engines.fused.cuda.nvrtc.Launch."""
     assert shared_bytes <= 99 * 1024
     launch = built(name, tuple(constants.items()))
     assert launch(*map(ctypes.c_int, grid), ctypes.byref(params)), "threads waited unequally often"

@@ -147,14 +147,14 @@ def build(name: str) -> nn.Module:
         return NETWORKS[name]()
 
 
-EAGER_WAYS = [("lanes", False), ("lanes", True), ("fold", False), ("fold", True), ("fold_grouped", False)]
-# Each network in each execution mode that supports it; the tests of folding check which networks can't be folded. The
-# tests of ResNet-18 are slow, because it takes half a minute per mode.
+EAGER_MODES = [("lanes", False), ("lanes", True), ("fold", False), ("fold", True), ("fold_grouped", False)]
+# Every network in every execution mode that can run it; test_fold.py names the networks that can't be folded. ResNet-18
+# takes half a minute per mode.
 CASES = [
-    pytest.param(name, way, channels_last, marks=[pytest.mark.slow] * (name == "resnet18"))
+    pytest.param(name, mode, channels_last, marks=[pytest.mark.slow] * (name == "resnet18"))
     for name in NETWORKS
-    for way, channels_last in EAGER_WAYS
-    if (way == "lanes" or name in FOLDS) and not (name == "resnet18" and channels_last)
+    for mode, channels_last in EAGER_MODES
+    if (mode == "lanes" or name in FOLDS) and not (name == "resnet18" and channels_last)
 ]
 
 

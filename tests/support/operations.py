@@ -1,4 +1,4 @@
-"""Networks of one operation each, and a step of them by any engine."""
+"""Small networks that each test one operation, and a function that runs a step of them on any engine."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from swamp_fast.problem.prepare import prepare
 
 
 class Net(nn.Module):
-    """Layers by name, used by `run(net, x)`; a linear head over what it gives."""
+    """A network of named layers. Its forward is `run(net, x)`, followed by flattening and a linear head."""
 
     def __init__(self, run, features: int, **layers: nn.Module) -> None:
         super().__init__()
@@ -29,7 +29,7 @@ class Net(nn.Module):
 
 
 def convolution(*args, size: int, **settings):
-    """A convolution between two others, so that its gradient by the input is needed."""
+    """A network with a convolution between two others, so that its input gradient is needed."""
     channels = args[1]
     return lambda: Net(
         lambda m, x: m["last"](F.relu(m["conv"](m["first"](x)))),
@@ -143,9 +143,11 @@ def masked(problem, density: float) -> Tensor:
 
 
 def step(problem, kind: str, mask: Tensor, lanes: int = 2, rows=None, launch=None) -> dict[str, Tensor]:
-    """Losses, gradients (of what is kept), statistics and evaluated outputs of a step of lanes of other weights.
+    """Run one step of lanes that have different weights, and then evaluate them.
 
-    kind  "autograd", "fused" (the C++ kernels) or "cuda" (the GPU's: in the interpreter, without one)
+    Returns the losses, the gradients of the kept weights, the running statistics and the outputs in evaluation.
+
+    kind  "autograd", "fused" (the C++ kernels) or "cuda" (the GPU kernels; without a GPU, in Triton's interpreter)
     """
     compact = Compact(problem.layout, mask)
     own = problem.layout.flat(dict(problem.template.named_parameters()), problem.dtype, problem.device)
@@ -181,7 +183,7 @@ def step(problem, kind: str, mask: Tensor, lanes: int = 2, rows=None, launch=Non
 
 
 def error(found: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, float]:
-    """The largest difference, relative to the largest number."""
+    """The largest difference from the exact values, relative to the largest exact value, by name."""
     return {
         name: float((found[name].double() - each.to(found[name].device).double()).abs().max())
         / float(each.double().abs().max().clamp(min=1e-300))
@@ -194,5 +196,5 @@ def seeded(make) -> nn.Module:
     model = make()
     for module in model.modules():
         if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d) and module.affine:
-            nn.init.uniform_(module.bias, 0.1, 0.5)  # off the edge of ReLU where a layer is empty
+            nn.init.uniform_(module.bias, 0.1, 0.5)  # not 0, where ReLU has a kink
     return model

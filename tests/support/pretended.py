@@ -1,11 +1,12 @@
-"""A pretended GPU: tensors that claim to be on cuda:0 but live on the CPU, and CUDA graphs that are replayed.
+"""A simulated GPU for tests: tensors that claim to be on cuda:0 but live on the CPU, and CUDA graphs that replay.
 
-It raises where a GPU does: for an operation on tensors of two devices, for NumPy's access to a tensor of the GPU, and
-inside a captured step for everything that waits for the GPU or copies from the host. A replay repeats the operations,
-not the Python code around them, on the tensors that were captured; numbers of the host keep their captured values.
-Triton's kernels run in its interpreter, those of csrc/cuda thread by thread.
+It raises the errors that a GPU would raise: for an operation on tensors of two devices, for NumPy's access to a GPU
+tensor, and, while a step is captured, for everything that waits for the GPU or copies from the host. A replay repeats
+the captured operations on the captured tensors. It doesn't run the Python code around them, and Python numbers keep the
+values that they had during the capture. Triton kernels run in Triton's interpreter; the kernels of csrc/cuda run thread
+by thread.
 
-It can't show errors of machine code, streams or memory.
+It can't reveal errors in machine code, in the use of streams or in memory management.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ Call = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any], Any]
 
 
 class OnGpu(Tensor):
-    """A tensor that claims to be on the GPU; `inner` holds the numbers."""
+    """A tensor that claims to be on the GPU; `inner` is the CPU tensor that holds its numbers."""
 
     inner: Tensor
 
@@ -74,11 +75,11 @@ class OnGpu(Tensor):
 
 
 class Graph:
-    """As torch.cuda.CUDAGraph."""
+    """Simulates torch.cuda.CUDAGraph."""
 
     capturing: list[Call] | None = None
     underway: list[object] = []  # noqa: RUF012
-    elsewhere = False  # whether the current GPU is not the tensors' GPU
+    elsewhere = False  # whether the current GPU is another one than the tensors' GPU
 
     def __init__(self) -> None:
         self.calls: list[Call] = []
@@ -86,9 +87,9 @@ class Graph:
     @staticmethod
     @contextlib.contextmanager
     def capture(graph: Graph, pool: object = None) -> Iterator[None]:
-        """As torch.cuda.graph. After a capture that fails, no other can begin until its memory pool is ended.
+        """Simulates torch.cuda.graph. After a failed capture, no other can begin until its memory pool is ended.
 
-        Only operations on the current GPU are captured: none, if the tensors are on another.
+        Only operations on the current GPU are captured, so none are if the tensors are on another GPU.
         """
         if Graph.underway:
             raise RuntimeError("captures_underway.empty() INTERNAL ASSERT FAILED")
@@ -105,7 +106,7 @@ class Graph:
 
     @staticmethod
     def end_pool(device: int, pool: object) -> None:
-        """As torch._C._cuda_endAllocateToPool."""
+        """Simulates torch._C._cuda_endAllocateToPool."""
         assert device == CUDA.index
         Graph.underway.remove(pool)
 
@@ -119,7 +120,7 @@ class Graph:
 
 @contextlib.contextmanager
 def current(device: Any) -> Iterator[None]:
-    """As torch.cuda.device."""
+    """Simulates torch.cuda.device."""
     before, Graph.elsewhere = Graph.elsewhere, _index(device) != CUDA.index
     try:
         yield
@@ -128,7 +129,7 @@ def current(device: Any) -> Iterator[None]:
 
 
 def stream(device: Any = None) -> Any:
-    """As torch.cuda.Stream, and torch.cuda.current_stream."""
+    """Simulates torch.cuda.Stream and torch.cuda.current_stream."""
     index = int(Graph.elsewhere) if device is None else _index(device)
     own = torch.device("cuda", index)
     return SimpleNamespace(cuda_stream=0, device=own, wait_stream=lambda other: None, synchronize=lambda: None)
@@ -142,7 +143,7 @@ def _index(device: Any) -> int:
 
 
 def not_captured(what: str) -> None:
-    """Raise RuntimeError if a step is being captured, as a GPU does for operations that aren't permitted then."""
+    """Raise RuntimeError if a step is being captured, as CUDA does for an operation that can't be captured."""
     if Graph.capturing is not None:
         raise RuntimeError(f"operation not permitted when stream is capturing: {what}")
 
@@ -152,12 +153,12 @@ def _tensors(tree: Any) -> list[Tensor]:
 
 
 def _called(function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    """Call a function with the inner tensors, and record the call if a graph is being captured."""
+    """Call a function with the tensors' `inner` tensors, and record the call if a graph is being captured."""
 
     def inside(each: Tensor) -> Tensor:
         if isinstance(each, OnGpu):
             return each.inner
-        return each if Graph.capturing is None else each.clone()  # a graph keeps the value, not the tensor
+        return each if Graph.capturing is None else each.clone()  # a graph keeps a host tensor's value, not the tensor
 
     args, kwargs = tree_map_only(Tensor, inside, (args, kwargs))
     out = function(*args, **kwargs)
@@ -193,18 +194,18 @@ def _operate(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     out = _called(func, args, kwargs)
     if not to_gpu or name == "_local_scalar_dense":
         return out
-    given = {id(each.inner): each for each in here}  # tensors that are changed in place are returned themselves
+    given = {id(each.inner): each for each in here}  # an in-place operation must return the same wrapper
     changes = any(each.alias_info is not None and each.alias_info.is_write for each in func._schema.returns)
     return tree_map_only(Tensor, lambda each: given[id(each)] if changes and id(each) in given else OnGpu(each), out)
 
 
 def _engine_runs() -> bool:
-    """Whether autograd's engine is running: it asks the C++ side of a tensor for its device, which is the CPU."""
+    """Whether autograd's engine is running. It reads a tensor's device in C++, where that is the CPU."""
     return torch._C._current_graph_task_id() != -1
 
 
 class _Operations(TorchDispatchMode):
-    """Dispatches every operation. This project's own run through Triton as on a GPU, or with the CPU's kernels."""
+    """Dispatches every operation. This project's own operations run their Triton kernels or their CPU kernels."""
 
     def __init__(self, triton: bool) -> None:
         super().__init__()
@@ -219,7 +220,7 @@ class _Operations(TorchDispatchMode):
 
 
 class _Functions(TorchFunctionMode):
-    """Replaces the functions in which torch decides by a tensor's device before an operation begins."""
+    """Replaces the functions in which PyTorch makes a choice by a tensor's device before it dispatches an operation."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
@@ -251,7 +252,7 @@ def _whole(device: Any) -> torch.device:
 
 
 def _moved(tensor: Tensor, *args: Any, copy: bool = False, **kwargs: Any) -> Tensor:
-    """As Tensor.to."""
+    """Simulates Tensor.to."""
     device, dtype, _, memory_format = torch._C._nn._parse_to(*args, **kwargs)
     options = {"dtype": dtype or tensor.dtype, "memory_format": memory_format or torch.preserve_format}
     if device is None or device.type == tensor.device.type:
@@ -260,7 +261,7 @@ def _moved(tensor: Tensor, *args: Any, copy: bool = False, **kwargs: Any) -> Ten
 
 
 def _launched(call: Callable[..., Any]) -> Callable[..., Any]:
-    """Wraps a launch of Triton's, which raises for tensors of the host, as a GPU can't read them."""
+    """Wrap a Triton launch so that it raises for CPU tensors, which a GPU could not read."""
 
     def launch(executor: Any, *args: Any, **kwargs: Any) -> Any:
         for each in _tensors((args, kwargs)):
@@ -273,11 +274,11 @@ def _launched(call: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextlib.contextmanager
 def gpu(triton: bool = False, launch: Callable[..., None] | None = None, elsewhere: bool = False) -> Iterator[None]:
-    """Give torch the pretended GPU while the context is open.
+    """Make PyTorch see the simulated GPU while the context is open.
 
-    triton     whether this project's operations run their Triton kernels in the interpreter; else those of the CPU
-    launch     replaces nvrtc.Launcher.__call__; without it the kernels of csrc/cuda are not available
-    elsewhere  whether the current GPU is a second one, which has no tensors
+    triton     whether this project's operations run their Triton kernels in the interpreter instead of CPU kernels
+    launch     replaces nvrtc.Launcher.__call__; if it is None, the kernels of csrc/cuda are not available
+    elsewhere  whether the current GPU is a second one, which holds no tensors
     """
     from triton.runtime.interpreter import GridExecutor
 
@@ -332,7 +333,7 @@ def gpu(triton: bool = False, launch: Callable[..., None] | None = None, elsewhe
         else:
             of_the_host = lambda launcher, *given: _called(launch, given, {})  # noqa: E731
             stack.enter_context(mock.patch("swamp_fast.engines.fused.cuda.nvrtc.Launcher.__call__", of_the_host))
-        torch.__future__.set_overwrite_module_params_on_conversion(True)  # a parameter can't become another class's
+        torch.__future__.set_overwrite_module_params_on_conversion(True)  # else .to() can't change a parameter's class
         stack.callback(torch.__future__.set_overwrite_module_params_on_conversion, overwrites)
         stack.enter_context(_Functions())
         stack.enter_context(_Operations(triton))

@@ -1,12 +1,15 @@
-"""An interpreter of PTX, for what NVRTC makes of csrc/cuda. It runs warp by warp, with NumPy for a warp's 32 lanes.
+"""An interpreter for the PTX that NVRTC compiles from csrc/cuda. It uses NumPy arrays over the 32 lanes of a warp.
 
-Between two barriers the warps of a block run one after another in random order, over shared memory that begins as NaN.
-The blocks of a grid run in random order too. What a GPU traps at or leaves undefined raises Fault: an access outside
-the tensors or not aligned, a barrier or an instruction of whole warps that only some lanes reach, and a race, which is
-two threads at one place of shared memory without a barrier between them, one of which writes. An unknown instruction
-raises NotImplementedError with its text.
+Between two barriers, the warps of a block run one after another in random order. The blocks of a grid run in random
+order too. Shared memory is filled with NaN when a block begins. Fault is raised for everything that makes a GPU trap or
+whose result is undefined:
+- an access outside the tensors, or one that is not aligned;
+- a barrier, or an instruction for whole warps, that only some of the lanes reach;
+- a race: two threads access the same shared memory without a barrier between them, and at least one of them writes.
+An unknown instruction raises NotImplementedError with its text.
 
-It can't show errors of machine code or of blocks that run at the same time. A fused multiply-add rounds twice.
+The interpreter can't reveal errors in machine code, or errors that occur only if blocks run at the same time. Its fused
+multiply-add rounds twice.
 """
 
 from __future__ import annotations
@@ -44,11 +47,11 @@ def run(
     tensors: Iterable[Tensor],
     seed: int = 0,
 ) -> None:
-    """Run the one kernel of `ptx` over a grid of blocks. Raises Fault.
+    """Run the kernel in `ptx`, which must be its only one, over a grid of blocks. Raises Fault.
 
     arguments  ctypes numbers or structs, one for each parameter of the kernel
-    tensors    on the CPU; the kernel may access the whole storage of each, and nothing else
-    seed       of the order of warps and blocks
+    tensors    CPU tensors; the kernel may access their storages and no other global memory
+    seed       determines the random order of warps and blocks
     """
     kernel, chance = Kernel(ptx), random.Random(seed)
     parameters, memory = kernel.parameters.filled(arguments), Memory(tensors)
@@ -62,21 +65,21 @@ def run(
 
 @dataclass(frozen=True)
 class Decoded:
-    """An instruction, decoded. Its guard is a register and the value that lets the instruction run."""
+    """A decoded instruction. Its guard is a predicate register and the value of it with which the instruction runs."""
 
     instruction: Instruction
     guard: tuple[int, bool] | None
     head: str
-    target: int  # of a branch; -1 for others
-    step: Step | None  # what it does; None for a branch, a barrier and an end
+    target: int  # index of the instruction that a branch jumps to; otherwise -1
+    step: Step | None  # executes the instruction; None for a branch, a barrier or the kernel's end
 
 
 class Kernel:
-    """A kernel's code, decoded.
+    """A decoded kernel.
 
-    parameters  where each begins
-    registers   the type of each, by its number
-    code        the instructions in order
+    parameters  the kernel's parameters and where each begins
+    registers   the type of each register, by the register's number
+    code        the instructions, in order
     """
 
     def __init__(self, ptx: str) -> None:
@@ -95,18 +98,18 @@ class Kernel:
         self.code = [self._decoded(each) for each in statements]
 
     def number(self, name: str) -> int:
-        """The number of a register, by its name."""
+        """The number of the register with this name."""
         if name not in self.numbers:
             self.numbers[name] = len(self.registers)
             self.registers.append(self.kinds[name.rstrip("0123456789")])
         return self.numbers[name]
 
     def is_register(self, text: str) -> bool:
-        """Whether an operand is a register; `%tid.x` is not."""
+        """Whether an operand is a register. Special registers such as `%tid.x` don't count."""
         return re.fullmatch(r"%[a-z]+\d+", text) is not None
 
     def source(self, text: str, kind: np.dtype[Any]) -> Source:
-        """How to read an operand as a type."""
+        """Return a function that reads an operand as a type."""
         if self.is_register(text):
             number = self.number(text)
             declared = self.registers[number]
@@ -130,7 +133,7 @@ class Kernel:
         return lambda warp: constant
 
     def sink(self, text: str) -> Callable[[Warp, Values, Mask], None]:
-        """How to write an operand, in the active lanes only."""
+        """Return a function that writes an operand in the active lanes."""
         if text == "_":
             return lambda warp, value, active: None
         number = self.number(text)
@@ -148,7 +151,7 @@ class Kernel:
         return write
 
     def address(self, text: str) -> Source:
-        """How to compute the address that an operand has in brackets."""
+        """Return a function that computes the address in an operand's brackets."""
         parts = re.fullmatch(r"\[\s*([%\w]+)\s*(?:\+\s*(-?\d+))?\s*\]", text)
         if parts is None:
             raise NotImplementedError(f"the address {text}")
@@ -178,7 +181,10 @@ class Kernel:
 
 
 def _statements(body: str) -> tuple[list[str], dict[str, int]]:
-    """The instructions of a body in order, and where its labels stand. The braces of scopes are left out."""
+    """Return the instructions of a body, in order, and the index of the instruction after each label.
+
+    The braces of scopes are left out.
+    """
     statements: list[str] = []
     labels: dict[str, int] = {}
     for piece in body.split(";"):
@@ -193,7 +199,7 @@ def _statements(body: str) -> tuple[list[str], dict[str, int]]:
 
 
 def _number(text: str, kind: np.dtype[Any]) -> Any:
-    """A constant; those that begin with 0f or 0d are the bits of a float."""
+    """Parse a constant; after 0f or 0d, it is the bits of a floating-point number."""
     if text[:2] in ("0f", "0d"):
         bits = np.dtype("u4" if text[:2] == "0f" else "u8")
         pattern = np.array(int(text[2:], 16), bits)
@@ -205,7 +211,7 @@ def _number(text: str, kind: np.dtype[Any]) -> Any:
 
 
 class Block:
-    """A block of threads."""
+    """A block of threads, with its warps and its shared memory."""
 
     def __init__(
         self,
@@ -225,34 +231,34 @@ class Block:
         self.warps = [Warp(self, number) for number in range(threads // 32)]
 
     def run(self, chance: random.Random) -> None:
-        """Run to the end, from barrier to barrier, with the warps in random order."""
+        """Run the block to its end. Between two barriers, the warps run in random order."""
         going = True
         while going:
             chance.shuffle(self.warps)
             waits = [warp.run() for warp in self.warps]
             going = all(waits)
             if any(waits) and not going:
-                raise Fault("some warps have ended where others wait at a barrier")
+                raise Fault("some warps have ended while others wait at a barrier")
             self.shared.barrier()
 
 
 class Warp:
-    """32 threads: their registers, and which of them are at which instruction.
+    """32 threads (lanes), with their registers and the instruction that each has reached.
 
-    The lanes that are furthest behind run first, so that lanes that have diverged meet again.
+    The lanes that are furthest behind run first, so that lanes that have diverged converge again.
     """
 
     def __init__(self, block: Block, number: int) -> None:
         self.block, self.threads = block, 32 * number + LANES
         self.special = block.special | {"%tid.x": self.threads}
-        self.registers: list[Values] = [  # all bits set: NaN
+        self.registers: list[Values] = [  # all bits are set, which is NaN as a float
             np.full(32, 0xFF, np.uint8).repeat(kind.itemsize).view(kind) if kind != np.bool_ else ~ALL
             for kind in block.kernel.registers
         ]
         self.paths: dict[int, Mask] = {0: ALL}
 
     def run(self) -> bool:
-        """Run to the next barrier or to the end; returns whether it is a barrier."""
+        """Run to the next barrier or to the end; returns whether a barrier was reached."""
         code = self.block.kernel.code
         while self.paths:
             at = min(self.paths)
@@ -269,7 +275,7 @@ class Warp:
                 self._go(at + 1, active)
             elif decoded.head == "bar":
                 if chosen is not ALL:
-                    raise Fault(f"only a part of a warp waits: {decoded.instruction.text}")
+                    raise Fault(f"only some lanes of a warp wait at a barrier: {decoded.instruction.text}")
                 self.paths = {at + 1: ALL}
                 return True
             else:
@@ -286,7 +292,7 @@ class Warp:
             raise type(fault)(f"{fault}: {decoded.instruction.text}") from None
 
     def _go(self, at: int, lanes: Mask) -> None:
-        """Let lanes arrive at an instruction, where other lanes may be already."""
+        """Move lanes to an instruction, and merge them with lanes that are already there."""
         if at in self.paths:
             lanes = lanes | self.paths[at]
         if lanes is ALL or lanes.all():
@@ -295,7 +301,7 @@ class Warp:
             self.paths[at] = lanes
 
     def read(self, at: Values, size: int, active: Mask, threads: Values) -> Values:
-        """`size` bytes at the address of each active lane, [32]."""
+        """Read `size` bytes at the address of each active lane; returns [32, ...], 0 in the other lanes."""
         addresses = self._addresses(at, size, active)
         if self._is_shared(addresses):
             content = self.block.shared.read(addresses, size, threads[active])
@@ -304,7 +310,7 @@ class Warp:
         return _spread(content, active)
 
     def read_parameters(self, at: Values, size: int, active: Mask) -> Values:
-        """As `read`, in the space of the parameters. Raises Fault outside it."""
+        """Read like `read`, but from the kernel's parameters. Raises Fault for an address outside them."""
         addresses = self._addresses(at, size, active)
         if (addresses < 0).any() or (addresses + size > self.block.kernel.parameters.end).any():
             raise Fault("outside the parameters")
@@ -319,19 +325,19 @@ class Warp:
             self.block.memory.write(addresses, content[active])
 
     def _addresses(self, at: Values, size: int, active: Mask) -> Values:
-        """The addresses of the active lanes. Raises Fault for one that isn't aligned."""
+        """The addresses of the active lanes. Raises Fault if one is not aligned."""
         addresses = at[active]
         if (addresses % size).any():
-            raise Fault(f"an address is no multiple of {size}")
+            raise Fault(f"an address is not a multiple of {size}")
         return addresses
 
     def _is_shared(self, at: Values) -> bool:
-        """Whether addresses are in shared memory; the first decides for all."""
+        """Whether addresses are in shared memory. Only the first is checked, because all are in the same memory."""
         return bool(at[0] < self.block.memory.begins[0]) if len(self.block.memory.begins) else True
 
 
 def _spread(content: Values, active: Mask) -> Values:
-    """The active lanes' content as an array of all 32 lanes, with 0 for the others."""
+    """Expand the active lanes' content to an array over all 32 lanes, with 0 in the other lanes."""
     if active is ALL:
         return content
     out = np.zeros(32, content.dtype)

@@ -1,4 +1,4 @@
-"""What the instructions of PTX do, for ptx.py: for each a function that makes its step from its operands."""
+"""The PTX instructions that ptx.py interprets. Each handler returns a function that executes an instruction."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     from ptx import Kernel, Warp
 
-Values = NDArray[Any]  # [32], one number for each lane
-Mask = NDArray[np.bool_]  # [32], which lanes are active
+Values = NDArray[Any]  # [32], one number per lane
+Mask = NDArray[np.bool_]  # [32], whether each lane is active
 Source = Callable[["Warp"], Values]
 Step = Callable[["Warp", Mask], None]
 
 LANES = np.arange(32)
-ALL: Mask = np.ones(32, np.bool_)  # this very object where all lanes of a warp are active
-SEVERAL = -2  # several threads, instead of one thread's number
+ALL: Mask = np.ones(32, np.bool_)  # the mask of a warp with all lanes active is this object itself
+SEVERAL = -2  # stands for several threads where a thread's number is expected
 TYPES = {
     f"{kind}{8 * size}": np.dtype(f"{letter}{size}")
     for kind, letter in (("b", "u"), ("u", "u"), ("s", "i"), ("f", "f"))
@@ -30,39 +30,39 @@ TYPES = {
 
 
 class Fault(Exception):
-    """Something that a GPU traps at or leaves undefined."""
+    """Something that makes a GPU trap or whose result is undefined."""
 
 
 class Race(Fault):
-    """Two threads at one place of shared memory without a barrier between them, one of which writes."""
+    """Two threads access the same shared memory without a barrier between them, and at least one of them writes."""
 
 
 @dataclass(frozen=True)
 class Instruction:
-    """One instruction without its guard. "add.s32 %r1, 3" has opcode ("add", "s32") and operands ("%r1", "3")."""
+    """One instruction without its guard: "add.s32 %r1, 3" has opcode ("add", "s32") and operands ("%r1", "3")."""
 
     text: str
     opcode: tuple[str, ...]
     operands: tuple[str, ...]
 
     def type(self, place: int = -1) -> np.dtype[Any]:
-        """The type that one part of the opcode names; the last part by default."""
+        """The type that a part of the opcode names, by default its last part."""
         if self.opcode[place] not in TYPES:
             raise self.unknown()
         return TYPES[self.opcode[place]]
 
     def unknown(self) -> NotImplementedError:
-        """The error to raise where this interpreter doesn't know the instruction."""
+        """The error to raise if the interpreter doesn't know this instruction."""
         return NotImplementedError(f"not known to the interpreter of PTX: {self.text}")
 
 
 def split(operands: str) -> list[str]:
-    """Split operands at their commas, but not within braces or brackets."""
+    """Split operands at the commas that are not inside braces or brackets."""
     return [each.strip() for each in re.findall(r"(?:\{[^}]*\}|\[[^\]]*\]|[^,])+", operands) if each.strip()]
 
 
 def _memory(kernel: Kernel, instruction: Instruction) -> Step:
-    """Loads and stores, also of vectors."""
+    """Loads and stores of single numbers and of vectors."""
     kind, is_load = instruction.type(), instruction.opcode[0] == "ld"
     registers, place = instruction.operands if is_load else instruction.operands[::-1]
     names = split(registers[1:-1]) if registers.startswith("{") else [registers]
@@ -91,7 +91,7 @@ def _memory(kernel: Kernel, instruction: Instruction) -> Step:
 
 
 def _move(kernel: Kernel, instruction: Instruction) -> Step:
-    """Copies. Generic addresses equal those of global and shared memory here."""
+    """Copies and address conversions. The latter copy too, because an address is the same in every address space."""
     to, source = instruction.operands
     if "{" in to + source:
         raise instruction.unknown()
@@ -99,7 +99,7 @@ def _move(kernel: Kernel, instruction: Instruction) -> Step:
 
 
 def _mapped(kernel: Kernel, instruction: Instruction, kind: np.dtype[Any], function: Callable[..., Values]) -> Step:
-    """Applies a function to operands of one type."""
+    """Apply a function to operands that all have the same type."""
     sink, sources = (
         kernel.sink(instruction.operands[0]),
         [kernel.source(each, kind) for each in instruction.operands[1:]],
@@ -108,12 +108,15 @@ def _mapped(kernel: Kernel, instruction: Instruction, kind: np.dtype[Any], funct
 
 
 def _of_all(function: Callable[..., Values]) -> Callable[[Kernel, Instruction], Step]:
-    """The handler of a function that is the same for every type."""
+    """Make the handler of an instruction that applies the same function to every type."""
     return lambda kernel, instruction: _mapped(kernel, instruction, instruction.type(), function)
 
 
 def _load_matrices(kernel: Kernel, instruction: Instruction) -> Step:
-    """Loads 8x8 matrices of 16 bits: lane l gets (l / 4, 2 * (l % 4)) and the next, or those of the transpose."""
+    """Loads 8x8 matrices of 16-bit numbers.
+
+    Lane l gets the entries (l / 4, 2 * (l % 4)) and (l / 4, 2 * (l % 4) + 1) of each matrix, or of its transpose.
+    """
     if instruction.opcode[1:5] != ("sync", "aligned", "m8n8", "x4"):
         raise instruction.unknown()
     sinks = [kernel.sink(each) for each in split(instruction.operands[0][1:-1])]
@@ -132,11 +135,11 @@ def _load_matrices(kernel: Kernel, instruction: Instruction) -> Step:
 
 def _whole(active: Mask) -> None:
     if active is not ALL:
-        raise Fault("only a part of a warp takes part")
+        raise Fault("only some lanes of a warp take part")
 
 
 def _fragment(registers: int, places: Callable[[int], tuple[Values, Values]], width: int) -> Values:
-    """Where each number of a matrix by rows, [rows * width], stands in the lanes' registers, [registers * 32]."""
+    """For each entry of a row-major matrix [rows * width], its index in the lanes' registers [registers * 32]."""
     out = np.empty(registers * 32, np.int64)
     for register in range(registers):
         row, column = places(register)
@@ -147,14 +150,14 @@ def _fragment(registers: int, places: Callable[[int], tuple[Values, Values]], wi
 GROUP, WITHIN = LANES // 4, LANES % 4 * 2
 A = _fragment(
     8, lambda i: (GROUP + i // 2 % 2 * 8, WITHIN + i % 2 + i // 4 * 8), 16
-)  # 16 x 16, one number in each half of a register
+)  # 16 x 16, two numbers per register
 B = _fragment(4, lambda i: (WITHIN + i % 2 + i // 2 * 8, GROUP), 8)  # 16 x 8
-C = _fragment(4, lambda i: (GROUP + i // 2 * 8, WITHIN + i % 2), 8)  # 16 x 8, one number in each register
+C = _fragment(4, lambda i: (GROUP + i // 2 * 8, WITHIN + i % 2), 8)  # 16 x 8, one number per register
 OF_C = np.argsort(C)
 
 
 def _multiply_add(kernel: Kernel, instruction: Instruction) -> Step:
-    """Products of bfloat16 matrices, whose fragments are laid out as PTX defines."""
+    """Multiplies bfloat16 matrices, whose entries are distributed over the lanes as PTX defines."""
     if instruction.opcode[1:] != ("sync", "aligned", "m16n8k16", "row", "col", "f32", "bf16", "bf16", "f32"):
         raise instruction.unknown()
     d, a, b, c = (split(each[1:-1]) for each in instruction.operands)
@@ -174,13 +177,13 @@ def _multiply_add(kernel: Kernel, instruction: Instruction) -> Step:
 
 
 def _halves(pairs: Values) -> Values:
-    """Registers [n, 32] of two bfloat16 each, as float32 [2 n * 32] with the lower half first."""
+    """Unpack registers [n, 32] that hold two bfloat16 numbers each to float32 [2 n * 32], the lower half first."""
     both = np.stack([pairs << np.uint32(16), pairs & np.uint32(0xFFFF0000)], 1)
     return both.view(np.float32).ravel()
 
 
 def _shuffle(kernel: Kernel, instruction: Instruction) -> Step:
-    """Reads a register of the lane whose number is this lane's, xor the second operand."""
+    """Shuffles: each lane reads a register of the lane whose number is its own XOR the second operand."""
     if instruction.opcode[1:] != ("sync", "bfly", "b32"):
         raise instruction.unknown()
     sink = kernel.sink(instruction.operands[0].split("|")[0])
@@ -196,7 +199,7 @@ def _shuffle(kernel: Kernel, instruction: Instruction) -> Step:
 
 
 def _convert(kernel: Kernel, instruction: Instruction) -> Step:
-    """Conversions, which round to the nearest only."""
+    """Conversions; the only rounding mode is to nearest."""
     if instruction.opcode[-2:] == ("bf16x2", "f32"):
         return _round_pair(kernel, instruction)
     to, kind = instruction.type(-2), instruction.type()
@@ -207,7 +210,7 @@ def _convert(kernel: Kernel, instruction: Instruction) -> Step:
 
 
 def _round_pair(kernel: Kernel, instruction: Instruction) -> Step:
-    """Packs two float32 as bfloat16, the first in the upper half."""
+    """Rounds two float32 numbers to bfloat16 and packs them, the first into the upper half."""
     if instruction.opcode[1:-2] not in (("rn",), ("rn", "relu")):
         raise instruction.unknown()
     relu = "relu" in instruction.opcode
@@ -249,7 +252,7 @@ def _unordered(x: Values, y: Values) -> Values:
 
 
 def _compare(kernel: Kernel, instruction: Instruction) -> Step:
-    """Comparisons. Those of floats are ordered: also "ne" is false if one is NaN."""
+    """Comparisons. With NaN, every comparison of floats is false, even "ne"."""
     kind, which = instruction.type(), instruction.opcode[1]
     if len(instruction.opcode) != 3 or which not in COMPARISONS:
         raise instruction.unknown()
@@ -260,7 +263,7 @@ def _compare(kernel: Kernel, instruction: Instruction) -> Step:
 
 
 def _select(kernel: Kernel, instruction: Instruction) -> Step:
-    """Selects the first operand where the predicate is true, else the second."""
+    """Selects the first operand in the lanes where the predicate is true, otherwise the second."""
     to, first, second, predicate = instruction.operands
     sink, chosen = kernel.sink(to), kernel.source(predicate, TYPES["pred"])
     a, b = (kernel.source(each, instruction.type()) for each in (first, second))
@@ -268,7 +271,7 @@ def _select(kernel: Kernel, instruction: Instruction) -> Step:
 
 
 def _shift(kernel: Kernel, instruction: Instruction) -> Step:
-    """Shifts. Shifting by more bits than there are gives 0, or the sign."""
+    """Shifts. A shift by more bits than the type has gives 0, or copies of the sign bit for a signed right shift."""
     kind, left = instruction.type(), instruction.opcode[0] == "shl"
     to, value, by = instruction.operands
     sink, source, amount = kernel.sink(to), kernel.source(value, kind), kernel.source(by, TYPES["u32"])
@@ -286,7 +289,7 @@ def _shift(kernel: Kernel, instruction: Instruction) -> Step:
 
 
 def _multiply(kernel: Kernel, instruction: Instruction) -> Step:
-    """Products, and mad, which also adds. Of integers it takes the lower half, the upper half or the whole product."""
+    """Multiplies, and for mad also adds. For integers it uses the lower half, the upper half or all of the product."""
     kind = instruction.type()
     if kind.kind == "f" and instruction.opcode[0] == "mul":
         return _mapped(kernel, instruction, kind, np.multiply)
@@ -313,7 +316,7 @@ def _fused(kernel: Kernel, instruction: Instruction) -> Step:
 
 
 def _divide(kernel: Kernel, instruction: Instruction) -> Step:
-    """Quotients and remainders. Those of integers round towards zero."""
+    """Quotients and remainders. Integer division rounds towards zero."""
     kind, remainder = instruction.type(), instruction.opcode[0] == "rem"
     if kind.kind == "f":
         if remainder:
@@ -321,7 +324,7 @@ def _divide(kernel: Kernel, instruction: Instruction) -> Step:
         return _mapped(kernel, instruction, kind, np.divide)
 
     def divide(x: Values, y: Values) -> Values:
-        y = np.where(y == 0, kind.type(1), y)  # undefined, in lanes that don't use it
+        y = np.where(y == 0, kind.type(1), y)  # the result is undefined, so any divisor will do
         rest = np.fmod(x, y)
         return rest if remainder else (x - rest) // y
 
@@ -329,7 +332,7 @@ def _divide(kernel: Kernel, instruction: Instruction) -> Step:
 
 
 def _insert(kernel: Kernel, instruction: Instruction) -> Step:
-    """Inserts the lower bits of the first operand into the second, from a given bit on."""
+    """Inserts the lower bits of the first operand into the second operand, beginning at a given bit."""
     to, first, second, at, count = instruction.operands
     sink, (a, b) = kernel.sink(to), (kernel.source(each, instruction.type()) for each in (first, second))
     begin, mask = int(at), ((1 << int(count)) - 1) << int(at)
@@ -339,7 +342,7 @@ def _insert(kernel: Kernel, instruction: Instruction) -> Step:
 
 
 def _atomic(kernel: Kernel, instruction: Instruction) -> Step:
-    """Atomic addition to integers in global memory; lanes go one after another."""
+    """Atomic additions to integers in global memory; the lanes add one after another."""
     kind = instruction.type()
     if "add" not in instruction.opcode or "shared" in instruction.opcode or kind.kind == "f":
         raise instruction.unknown()
@@ -362,7 +365,7 @@ def _atomic(kernel: Kernel, instruction: Instruction) -> Step:
 
 
 def _fence(kernel: Kernel, instruction: Instruction) -> Step:
-    """Fences, which do nothing here: all memory operations are seen in order."""
+    """Fences. They do nothing, because every memory operation takes effect at once."""
     return lambda warp, active: None
 
 

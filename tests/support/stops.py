@@ -10,7 +10,7 @@ from swamp_fast.engines.trainer import Trainer
 ALWAYS = 1e-9  # minutes between checkpoints, so short that there is one after every step
 RUN = {"batch_size": 64, "cycles": 1, "epochs": 3, "ticket_epochs": 1, "particles": 2, "prune": 0.5, "progress": False}
 STEPS = 3  # steps per epoch of 160 samples
-WAYS = {  # execution mode -> the setting `engine`
+MODES = {  # execution mode -> the setting `engine`
     "lanes": "eager:lanes",
     "fold": "eager:fold",
     "fold_grouped": "eager:fold_grouped",

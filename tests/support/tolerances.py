@@ -1,5 +1,7 @@
-"""How far an op may be from its float64 reference: twice the error of the same reference in the op's own type, plus
-one floor per type for the rounding of the result itself. Nothing loosens this.
+"""How far an op's result may be from its float64 reference.
+
+The error may be at most twice the error of the reference computed in the op's own type, plus a fixed floor for the
+rounding of the result. No environment or platform loosens this.
 """
 
 import torch
@@ -9,7 +11,10 @@ FLOOR = {torch.float32: 2**-22, torch.float64: 2**-50}  # relative to the larges
 
 
 def assert_as_good_as(found: Tensor, same_type: Tensor, exact: Tensor) -> None:
-    """`found` is at most twice as far from `exact` (float64) as the reference `same_type` is, plus the floor."""
+    """Assert that the error of `found` is at most twice the error of the reference `same_type`, plus FLOOR.
+
+    exact  the reference in float64, from which both errors are measured
+    """
     assert found.shape == exact.shape
     assert found.dtype == same_type.dtype
     if not exact.numel():

@@ -1,4 +1,4 @@
-"""Sizes of banks for the tests of the ops that update them, and copies of such banks."""
+"""Bank sizes, and helpers that copy and convert banks, for the tests of the ops that update a bank."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ const FusedKernels& kernels(Storage storage) {
 template <typename T>
 T* at(uintptr_t address) { return reinterpret_cast<T*>(address); }
 
-// Binds a kernel of one argument as name(storage, argument, threads).
+// Defines a Python function name(storage, argument, threads) that calls a kernel.
 template <typename Argument>
 void define(py::module_& m, const char* name, void (*FusedKernels::*kernel)(const Argument&, int)) {
   m.def(name, [kernel](Storage storage, const Argument& argument, int threads) {

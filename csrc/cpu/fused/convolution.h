@@ -1,6 +1,6 @@
-// Convolution over the kept weights only: forward, and its gradients by the input and by the weights. A tile of pixels of
-// one group of outputs is the sum of broadcast weights times shifted pixels of the input. A linear layer is a convolution
-// whose pixels are the batch's blocks.
+// Convolution with the kept weights only: its forward pass, input gradient and weight gradient. For each group of
+// output channels, a tile of pixels is computed as the sum of broadcast weights times shifted pixels of the input. A
+// linear layer is a convolution whose pixels are the batch's blocks of samples.
 
 // Adds the products of taps [begin, end) to accumulators [rows][height][width].
 template <typename S, int rows, int height, int width, typename T = Compute<S>>
@@ -57,7 +57,7 @@ void convolve_tile(const ConvolveTile<S>& t) {
   }
 }
 
-// A tile of height x width pixels, or a narrower one at the right border.
+// Computes a tile of height x width pixels, or at the right border a narrower tile of the `left` columns that remain.
 template <typename S, int rows, int height, int width>
 void convolve_width(const ConvolveTile<S>& t, int64_t left) {
   if (left >= width) {
@@ -67,7 +67,8 @@ void convolve_width(const ConvolveTile<S>& t, int64_t left) {
   }
 }
 
-// Pixels of a tile, so that the accumulators fill the registers.
+// The number of pixels in a tile, which is chosen so that the accumulators fill the vector registers. With four rows, a
+// tile has kTileOfFour pixels.
 #if defined(__AVX512F__)
 constexpr int kTile = 8, kTileOfFour = 4;
 #else
@@ -77,7 +78,8 @@ constexpr int kTile = 4, kTileOfFour = 2;
 template <int rows>
 constexpr int kWidth = rows == 4 ? kTileOfFour : kTile;
 
-// Prefetches the row of every channel that the next tile below reads first; hardware can't follow that many streams.
+// Prefetches the first row of every channel that the tile below will read. The hardware prefetcher can't follow so many
+// streams.
 template <typename S>
 inline void prefetch_below(const Convolve& a, const ConvolveTile<S>& t, int height, int width) {
   for (int64_t channel = 0; channel < a.in.channels; ++channel) {
@@ -88,10 +90,10 @@ inline void prefetch_below(const Convolve& a, const ConvolveTile<S>& t, int heig
 
 template <typename S, int rows>
 void convolve_rows(const Convolve& a, int threads) {
-  constexpr int64_t kGroups = rows == 4 ? 8 : rows == 2 ? 16 : 32;  // of a task: 32 channels, for enough tasks
+  constexpr int64_t kGroups = rows == 4 ? 8 : rows == 2 ? 16 : 32;  // groups per task: 32 channels leave enough tasks
   constexpr int width = kWidth<rows>;
   const int64_t parts = (a.taps.groups + kGroups - 1) / kGroups;
-  const bool prefetches = a.taps.starts[a.taps.groups] > 4 * a.in.channels;  // else prefetching costs more than the tile
+  const bool prefetches = a.taps.starts[a.taps.groups] > 4 * a.in.channels;  // otherwise it costs more than it saves
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
   for (int64_t task = 0; task < a.out.blocks * parts; ++task) {
     const int64_t part = task % parts, end = (part + 1) * kGroups;
@@ -101,7 +103,7 @@ void convolve_rows(const Convolve& a, int threads) {
       const int64_t H = (a.out.height - t.phase / a.out_step + a.out_step - 1) / a.out_step;
       const int64_t W = (a.out.width - t.phase % a.out_step + a.out_step - 1) / a.out_step;
       for (t.row = 0; t.row < H;) {
-        // Narrow maps take two rows in one tile.
+        // If two rows fit into a tile, it covers two rows, which fills the registers on narrow maps too.
         const int tall = 2 * W <= width && t.row + 1 < H ? 2 : 1;
         for (t.column = 0; t.column < W; t.column += tall == 2 ? width / 2 : width) {
           if (prefetches && t.phase == 0) prefetch_below(a, t, tall, width / tall);
@@ -121,7 +123,8 @@ void convolve(const Convolve& a, int threads) {
   else convolve_rows<S, 1>(a, threads);
 }
 
-// Adds the weight gradients of one tile to accumulators [taps, rows] of sixteen samples.
+// Adds the weight gradients of one tile to the accumulators [taps, rows], which are vectors over the 16 samples of a
+// block.
 template <typename S, int rows, int height, int width, typename T = Compute<S>>
 inline void weight_grad_tile(const S* in, int64_t row_step, int64_t column_step, const S* out_grad,
                              int64_t plane, int64_t pitch, int64_t outputs, const int32_t* offsets, int64_t begin,

@@ -1,5 +1,6 @@
-// The fused engine's kernels, compiled once for every instruction set, as kernels.cpp is. Products and sums may be fused
-// here, because these kernels need not give the bits of another library.
+// The fused engine's kernels. Like kernels.cpp, this file is compiled once per instruction set. The compiler may
+// contract products and sums to fused multiply-adds here, because these kernels need not match another library bit for
+// bit.
 #include "fused.h"
 
 #include <math.h>

@@ -1,9 +1,10 @@
-// The fused engine's kernels on CPU: one lane's forward and backward pass, without autograd.
+// The fused engine's kernels on CPU, which run one lane's forward and backward pass without autograd.
 //
-// Vectors run over samples: a map holds [blocks][channels][height + 2 pad][width + 2 pad][16 samples], and its border
-// stays zero. A flat map, of features without pixels, is one block of height 1 whose pixels are the batch's blocks.
-// The last 16 samples may reach beyond the batch. Those samples hold arbitrary numbers, which no sum takes in, and their
-// gradients are zero. Nothing is checked here, because swamp_fast/engines/fused/ has done that.
+// A vector holds the same pixel of 16 samples. A feature map has the layout
+// [blocks][channels][height + 2 pad][width + 2 pad][16 samples], and its border of width `pad` stays zero. A flat map holds features without pixels. It has one block of
+// height 1, and the batch's blocks of samples are its columns. If the batch size is not a multiple of 16, the last
+// block has samples beyond the batch. They hold arbitrary numbers that no sum includes, and their gradients are zero.
+// The kernels check nothing, because swamp_fast/engines/fused/ has checked all arguments.
 #pragma once
 
 #include <cstdint>
@@ -17,23 +18,24 @@ struct Map {
   bool flat;
 };
 
-// The kept weights of a convolution. Outputs come in groups of `rows`; a tap is a place of the input that at least one
-// output of the group reads.
+// The kept weights of a convolution. Output channels are divided into groups of `rows`. A tap is a position of the
+// input, relative to the output's pixel, that at least one output of the group reads.
 struct Taps {
   const int32_t* starts;   // [phases * groups + 1] where each group's taps begin
-  const int32_t* offsets;  // [taps] in elements, from the output's pixel
-  const void* values;      // [taps, rows] weights, zero where an output doesn't read the tap
+  const int32_t* offsets;  // [taps] from the output's pixel to the tap, in elements
+  const void* values;      // [taps, rows] weights; zero if the output doesn't read the tap
   int64_t groups, rows;    // rows is 1, 2 or 4
 };
 
-// out(y * out_step + phase) = sum over taps of value * in(y * in_step + offset): a convolution with in_step = stride,
-// or its gradient by the input, with out_step = stride and one phase for each of the stride^2 positions of a pixel.
+// out(y * out_step + phase) = sum over taps of value * in(y * in_step + offset). With in_step = stride, this is the
+// forward pass. With out_step = stride, it is the input gradient, which has one phase for each of the stride^2
+// positions of a pixel modulo the stride.
 struct Convolve {
   Map in, out;
   Taps taps;
   const void* bias;  // [outputs], or null
   int64_t in_step, out_step;
-  bool accumulate;  // add to out
+  bool accumulate;  // add to `out` instead of overwriting it
 };
 
 // grads[index] = sum over samples and pixels of out_grad * in, for every tap.
@@ -42,9 +44,9 @@ struct WeightGrad {
   Taps taps;
   const int64_t* chunks;  // [chunk_count + 1] where the groups of each task begin
   int64_t chunk_count;
-  int64_t parts;          // blocks of samples are summed in this many parts, then the parts in order
+  int64_t parts;          // the blocks of samples are summed in this many parts, and then the parts are added in order
   int64_t in_step;
-  const int32_t* index;   // [taps, rows] the weight's place in grads, -1 for none
+  const int32_t* index;   // [taps, rows] the weight's index in grads; -1 if it is pruned
   void* partial;          // [parts, taps, rows]
   void* scratch;          // [threads, scratch_size, 16]
   int64_t scratch_size;   // the largest taps * rows of a chunk
@@ -52,13 +54,13 @@ struct WeightGrad {
   void* bias_grad;        // [outputs], or null
 };
 
-// out = relu((in - mean) * rstd * weight + bias + residual) by channel; relu and residual are optional.
+// out = relu((in - mean) * rstd * weight + bias + residual), per channel; relu and residual are optional.
 struct Norm {
-  Map in, out, residual;  // residual.data is null without one
+  Map in, out, residual;  // residual.data is null if there is no residual
   const void* weight;     // [C]
   const void* bias;       // [C]
-  void* mean;             // [C] written if `batch`, else read
-  void* variance;         // [C] biased, likewise
+  void* mean;             // [C] written if `batch` is set, otherwise read
+  void* variance;         // [C] biased; written or read like mean
   double eps;
   bool batch, relu;
 };
@@ -73,7 +75,7 @@ struct NormGrad {
 
 // An activation; `kind` is a PointwiseKind.
 struct Pointwise {
-  Map in, out, in_grad, out_grad;  // gradients in the backward pass only
+  Map in, out, in_grad, out_grad;  // the gradients are used in the backward pass only
   int64_t kind;
   double parameter;
   bool accumulate;
@@ -81,14 +83,15 @@ struct Pointwise {
 
 enum PointwiseKind : int64_t { kRelu, kLeakyRelu, kElu, kGelu, kGeluTanh, kSilu, kTanh, kSigmoid, kSoftplus, kHardswish, kMish };
 
-// Copies channels of one map to channels of another, or adds them: sums of branches, concatenations, and their gradients.
+// Copies channels of one map to channels of another, or adds them there. This implements additions, concatenations and
+// their gradients.
 struct Channels {
   Map from, to;
   int64_t from_channel, to_channel, count;
   bool accumulate;
 };
 
-// out = in * factor: dropout, forward and backward.
+// out = in * factor; this is dropout, forward and backward.
 struct Multiply {
   Map in, factor, out;
   bool accumulate;
@@ -96,19 +99,20 @@ struct Multiply {
 
 struct Pool {
   Map in, out, in_grad, out_grad;
-  const int64_t* rows;      // [out.height, 2] begin and end in the input
-  const int64_t* columns;   // [out.width, 2]
-  const double* divisors;   // [out.height, out.width] of an average; null for the maximum
+  const int64_t* rows;      // [out.height, 2] begin and end of each window's rows in the input
+  const int64_t* columns;   // [out.width, 2] begin and end of its columns
+  const double* divisors;   // [out.height, out.width] what each window's sum is divided by; null for max pooling
   bool accumulate;
 };
 
-// A spatial map and the flat map of its features, in the order channel, row, column; `back` copies flat to spatial.
+// Copies a spatial map to a flat map, whose features are ordered by channel, row and column. `back` copies from flat to
+// spatial instead.
 struct Flatten {
   Map spatial, flat;
   bool back, accumulate;
 };
 
-// A tensor [B, C, H, W], or [B, features], with its strides, and the map that it is copied to or from.
+// Copies between a PyTorch tensor [B, C, H, W] or [B, features], with the given strides in elements, and a map.
 struct Pack {
   void* tensor;
   int64_t sample_stride, channel_stride, row_stride, column_stride;

@@ -1,8 +1,8 @@
-// BatchNorm with the residual and the ReLU behind it, forward and backward. A task takes one channel of all blocks, which
-// fits the second-level cache, so only the first of its passes reads memory.
+// BatchNorm, optionally followed by the sum with a residual and by ReLU, forward and backward. A task takes one channel
+// of all blocks. A channel fits the L2 cache, so only the first pass over it reads main memory.
 
-// Calls visit(block, row, whole) for every row of a map. All 16 samples of the first `whole` columns are in the batch; the
-// columns behind them have samples beyond it.
+// Calls visit(block, row, whole) for every row of a map. In the first `whole` columns, all 16 samples are in the batch;
+// the remaining columns have samples beyond the batch.
 template <typename F>
 inline void each_row(const Map& m, F visit) {
   for (int64_t block = 0; block < m.blocks; ++block) {
@@ -42,7 +42,7 @@ void batch_statistics(const Norm& a, int64_t channel, double& mean, double& vari
   mean = total / count;
   const Vector<T> middle = splat<T>(T(mean));
   total = 0;
-  double drift = 0;  // how far the exact mean is from the rounded one
+  double drift = 0;  // the difference of the exact mean from the rounded mean, about which the squares are summed
   each_row(a.in, [&](int64_t block, int64_t row, int64_t whole) {
     const S* from = in.at(block, channel, row, 0);
     Vector<T> row_sum{};
@@ -111,7 +111,8 @@ void norm_grad_channel(const NormGrad& a, int64_t channel) {
   const View<S> in(f.in), out(f.out), g(a.out_grad), to(a.in_grad), side(residual ? a.residual_grad : a.out_grad);
   const ChannelNorm<T> n = channel_norm<S>(f, channel);
   const int64_t W = f.in.width, left = f.in.samples % kSamples;
-  // The gradient through relu. Without a residual, relu's mask is recomputed instead of read.
+  // The gradient with respect to the input of ReLU. Without a residual, the sign of that input is recomputed, so that
+  // the output needn't be read.
   const auto before = [&](const S* g_row, const S* out_row, const Vector<T>& centred, int64_t x) {
     Vector<T> gradient = load(g_row + x);
     if constexpr (relu && residual) gradient = load(out_row + x) > Vector<T>{} ? gradient : Vector<T>{};

@@ -1,6 +1,6 @@
-// Operations on single numbers: activations, sums of branches, concatenation, dropout's factor.
+// Elementwise operations (activations, additions, dropout) and concatenation.
 
-// Calls visit(block, channel, row) for every row of a map; a task takes one channel of one block.
+// Calls visit(block, channel, row) for every row of a map; a parallel task takes one channel of one block.
 template <typename F>
 void each_plane(const Map& m, int threads, F visit) {
 #pragma omp parallel for num_threads(threads) schedule(static)
@@ -8,7 +8,8 @@ void each_plane(const Map& m, int threads, F visit) {
     for (int64_t row = 0; row < m.height; ++row) visit(task / m.channels, task % m.channels, row);
 }
 
-// The C library's functions by the type of their argument. Those of std would be one symbol for all instruction sets.
+// The C library's functions, overloaded by the type of their argument. The templates of <cmath> are not used, because
+// the linker would merge their instances for different instruction sets into one.
 struct Maths {
   static float exp(float x) { return expf(x); }
   static double exp(double x) { return ::exp(x); }
@@ -101,7 +102,7 @@ void pointwise_grad(const Pointwise& a, int threads) {
       Vector<T> value = load(from + x), gradient = load(g + x);
       if (a.kind == kRelu) gradient = value > Vector<T>{} ? gradient : Vector<T>{};
       else
-        for (int64_t i = 0; i < kSamples; ++i)  // samples beyond the batch keep a zero gradient, whatever the slope
+        for (int64_t i = 0; i < kSamples; ++i)  // samples beyond the batch keep a zero gradient even if the slope is NaN
           gradient[i] = gradient[i] == 0 ? T(0) : gradient[i] * activation_slope<T>(a.kind, value[i], T(a.parameter));
       store(to + x, a.accumulate ? load(to + x) + gradient : gradient);
     }

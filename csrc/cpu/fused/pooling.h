@@ -1,4 +1,5 @@
-// Maximum and average over windows, which are ranges of rows times ranges of columns. A NaN in a window is its maximum.
+// Max and average pooling. A window is a range of rows and a range of columns. The maximum of a window with a NaN is
+// NaN.
 
 template <typename S>
 void pool(const Pool& a, int threads) {
@@ -46,7 +47,7 @@ void pool_grad(const Pool& a, int threads) {
             S* to = in_grad.at(block, channel, y, x);
             if (a.divisors) {
               store(to, load(to) + gradient);
-            } else {  // all of it to the first place that holds the maximum
+            } else {  // the first pixel that equals the maximum gets the whole gradient
               const auto is_first = load(in.at(block, channel, y, x)) == largest;
               store(to, load(to) + (is_first ? gradient : Vector<T>{}));
               gradient = is_first ? Vector<T>{} : gradient;

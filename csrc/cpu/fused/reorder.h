@@ -1,4 +1,4 @@
-// Copies between PyTorch's tensors, spatial maps and flat maps.
+// Copies between PyTorch tensors, spatial maps and flat maps.
 
 template <typename S>
 void flatten(const Flatten& a, int threads) {

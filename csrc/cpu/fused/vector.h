@@ -1,4 +1,5 @@
-// Vectors of sixteen samples, the unit of every map. S is the type in memory (storage), T the type of arithmetic.
+// Vectors of 16 samples, the unit of every feature map. S is the storage type of a map, and T is the type of
+// arithmetic.
 
 struct bfloat16 {
   uint16_t bits;
@@ -39,7 +40,7 @@ inline Vector<Compute<S>> load(const S* from) {
   }
 }
 
-// bfloat16 is rounded to nearest, ties to even.
+// Stores a vector; numbers are rounded to bfloat16 to nearest, ties to even.
 template <typename S>
 inline void store(S* to, Vector<Compute<S>> value) {
   if constexpr (sizeof(S) == 2) {
@@ -52,7 +53,8 @@ inline void store(S* to, Vector<Compute<S>> value) {
   }
 }
 
-// As store, but past the caches: for full cache lines, more of them than the caches hold.
+// Stores like `store`, but bypasses the caches if AVX-512 is available. It is for outputs that are larger than the
+// caches.
 template <typename S>
 inline void stream(S* to, Vector<Compute<S>> value) {
 #if defined(__AVX512F__)
@@ -77,14 +79,14 @@ inline T sum(Vector<T> v) {
   return (total[0] + total[2]) + (total[1] + total[3]);
 }
 
-// The first `count` of sixteen samples.
+// Keeps the first `count` of the 16 samples and sets the others to zero.
 template <typename T>
 inline Vector<T> only(Vector<T> v, int64_t count) {
   for (int64_t i = count; i < kSamples; ++i) v[i] = T(0);
   return v;
 }
 
-// Where a map's pixels stand, in elements.
+// Computes the addresses of a map's pixels; pitch, plane, block and origin are in elements.
 template <typename S>
 struct View {
   S* data;
@@ -100,7 +102,7 @@ struct View {
   }
 };
 
-// How many samples of a vector are in the batch.
+// How many of the 16 samples of a vector are in the batch.
 inline int64_t valid(const Map& m, int64_t block, int64_t column) {
   const int64_t left = m.samples - kSamples * (m.flat ? column : block);
   return left < kSamples ? left : kSamples;

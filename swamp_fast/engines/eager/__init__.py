@@ -1,1 +1,1 @@
-"""The eager engine: autograd over the user's own forward, for any model on any device."""
+"""The eager engine: runs any model on any device, by autograd through the user's own forward."""

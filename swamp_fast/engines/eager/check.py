@@ -1,6 +1,7 @@
-"""The eager engine's self-checks before the first step, against each lane run by itself.
+"""The eager engine's self-checks, which run before the first step.
 
-Does folding give the same results and keep the lanes apart? Does the model run with channels last?
+They compare folded lanes with lanes that run alone: the results must agree, and no lane may influence another. They
+also compare channels last with channels first.
 """
 
 from __future__ import annotations
@@ -30,14 +31,17 @@ from swamp_fast.engines.trainer import LaneRunner
 from swamp_fast.particles.random import generators_left_alone
 from swamp_fast.problem.problem import Problem
 
-MakeRunner = Callable[[Tensor, Tensor], LaneRunner]  # from weights and gradients [L, P]
+MakeRunner = Callable[[Tensor, Tensor], LaneRunner]  # makes a runner for weights [L, P] and gradients [L, P]
 
-LANES = 3
-ROUGH_TOLERANCE = {"float64": 1e-6, "float32": 2e-2, "bfloat16": 0.2}  # for a step in the run's own precision
+CHECKED_LANES = 3  # as many as different_weights returns
+ROUGH_TOLERANCE = {"float64": 1e-6, "float32": 2e-2, "bfloat16": 0.2}  # for a step in the run's precision
 
 
 def why_not_fold(problem: Problem, grouped: bool) -> str | None:
-    """Why the model can't be folded; None if it can. Compares lanes of different weights and samples, in float64."""
+    """The reason why the model can't be folded; None if it can.
+
+    Compares folded lanes with the same lanes alone, in float64. The lanes have different weights and samples.
+    """
     if problem.probe.draws_elsewhere:
         return "it draws random numbers besides dropout (reproducible on one kind of device only)"
     if problem.probe.keeps_state:
@@ -47,7 +51,7 @@ def why_not_fold(problem: Problem, grouped: bool) -> str | None:
     if problem.probe.changed:
         return f"its forward changes buffers or weights: {', '.join(problem.probe.changed)}"
     if not problem.train.stacked:
-        return "the batches come from a user-defined collate function, and need not stack"
+        return "the batches come from a user-defined collate function, so the lanes' batches may not stack"
     problem = in_float64(problem)
     try:
         with generators_left_alone():
@@ -55,11 +59,14 @@ def why_not_fold(problem: Problem, grouped: bool) -> str | None:
     except CannotFold as reason:
         return str(reason)
     except Exception as error:
-        return f"folded it raises {raised(error)}"
+        return f"when folded, it raises {raised(error)}"
 
 
 def why_not_channels_last(problem: Problem) -> str | None:
-    """Why the model can't run with channels last; None if it can. Compares a few samples of one lane, in float64."""
+    """The reason why the model can't run with channels last; None if it can.
+
+    Compares channels last with channels first on a few samples of one lane, in float64.
+    """
     problem = in_float64(problem)
     keys = check_keys(problem, 1)
     weights = different_weights(problem)[:1]
@@ -69,7 +76,7 @@ def why_not_channels_last(problem: Problem) -> str | None:
         for last in (False, True):
             try:
                 results.append(_results(partial(LaneByLane, problem, channels_last=last), weights, batch, keys))
-            except Exception as error:  # for one, a view that is impossible with channels last
+            except Exception as error:  # for example from a view that is impossible with channels last
                 return f"in the float64 check with channels {'last' if last else 'first'}, it raises {raised(error)}"
     channels_first, channels_last = results
     for name, expected in channels_first.items():
@@ -79,10 +86,10 @@ def why_not_channels_last(problem: Problem) -> str | None:
 
 
 def differs_at_full_size(problem: Problem, make: MakeRunner, lanes: int) -> str | None:
-    """Where an execution mode that passed with a few samples differs at the run's own sizes; None if nowhere.
+    """How an execution mode differs from lane by lane at the run's batch sizes and number of lanes; None if it doesn't.
 
-    A forward may branch on the size of its batch, which folding changes. The comparison is in the run's own precision,
-    so it finds only large differences.
+    The checks with a few samples are not enough, because a forward may branch on the size of its batch, which folding
+    changes. This comparison runs in the run's precision, so it finds only large differences.
     """
     last = problem.bounds[-1]
     sizes = {(problem.bounds[0], lanes), (last, lanes), (problem.bounds[0], lanes + 1)}
@@ -105,13 +112,13 @@ def differs_at_full_size(problem: Problem, make: MakeRunner, lanes: int) -> str 
 
 
 def roughly_close(problem: Problem, results: Any, expected: Any) -> bool:
-    """Whether results in the run's own precision agree but for rounding."""
+    """Whether two results in the run's precision agree up to rounding errors."""
     return close(results, expected, ROUGH_TOLERANCE[problem.config.precision], floor=0.0)
 
 
 def _difference(problem: Problem, grouped: bool) -> str | None:
-    """How folded lanes differ from the same lanes alone, or disturb each other; None if they don't."""
-    keys = check_keys(problem, LANES)
+    """How folded lanes differ from the same lanes alone, or influence each other; None if they do neither."""
+    keys = check_keys(problem, CHECKED_LANES)
     batch = few_samples(problem, keys)
     weights = different_weights(problem)
 
@@ -122,19 +129,19 @@ def _difference(problem: Problem, grouped: bool) -> str | None:
     together = folded(weights)
     for name, expected in alone.items():
         if not close(together[name], expected):
-            return f"folded, the {name} of the lanes differ from theirs alone: it mixes samples of a batch"
+            return f"the {name} of folded lanes differ from those of the same lanes alone: it mixes samples of a batch"
     for poison, poison_name in ((torch.nan, "NaN"), (1e30, "a weight of 1e30"), (-1e30, "a weight of -1e30")):
         poisoned = weights.clone()
         poisoned[1:] = poison
         results = folded(poisoned)
         for name, expected in alone.items():
             if not close(_first_lane(results[name]), _first_lane(expected)):
-                return f"folded, {poison_name} in one lane reaches the {name} of another"
+                return f"when folded, {poison_name} in one lane reaches the {name} of another lane"
     return None
 
 
 def _results(make: MakeRunner, weights: Tensor, batch: Batch, keys: Tensor) -> dict[str, Any]:
-    """`results_of` the runner that `make` gives over a copy of the weights [L, P]."""
+    """The `results_of` a runner that `make` creates for a copy of the weights [L, P]."""
     weights = weights.clone()
     grads = torch.zeros_like(weights)
     return results_of(make(weights, grads), grads, batch, keys)

@@ -1,4 +1,4 @@
-"""The eager engine: autograd over the user's own forward, lane by lane or folded; for any model and device."""
+"""EagerEngine: runs any model on any device by autograd, lane by lane or folded."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ from swamp_fast.problem.problem import Problem
 
 
 class EagerEngine(BankEngine):
-    """Runs lanes by autograd.
+    """Runs lanes by autograd through the user's own forward.
 
-    why_not_fused  why the fused engine wasn't selected, where the rule would have preferred it
-    evaluated      the weights and runner of the last `side_by_side`
+    choice         the execution mode and memory format
+    why_not_fused  the reason why the fused engine can't run the model; None if it can or was not considered
+    evaluated      the weights and the runner of the last `side_by_side`
     """
 
     kind = "eager"
@@ -32,8 +33,8 @@ class EagerEngine(BankEngine):
         self.problem, self.choice, self.why_not_fused = problem, choice, why_not_fused
         self.why = f"{choice}" + (f"; not the fused engine: {why_not_fused}" if why_not_fused else "")
         self.trainer = None
-        # On a CPU a folded lane's bits depend on the number of lanes beside it, and a run's bits must be its own.
-        bits_depend_on_lanes = choice.way != "lanes" and problem.device.type == "cpu"
+        # A run's bits must not depend on other runs. But on a CPU, a folded lane's bits depend on the number of lanes.
+        bits_depend_on_lanes = choice.mode != "lanes" and problem.device.type == "cpu"
         self.joins = not problem.probe.keeps_state and not bits_depend_on_lanes
         self.evaluated: tuple[Tensor, LaneRunner] | None = None
 
@@ -50,11 +51,11 @@ class EagerEngine(BankEngine):
         cycle: int | None,
         configs: Sequence[SwampConfig],
     ) -> ParticleBank:
-        """As BankEngine.spawn_runs; the bank's memory is reused from cycle to cycle."""
+        """As BankEngine.spawn_runs. Consecutive cycles reuse the bank's memory if lanes and settings are the same."""
         lanes = len(starts) * len(particles)
         current = None if self.trainer is None else (self.trainer.bank.lanes, self.trainer.bank.configs)
         if self.trainer is None or current != (lanes, configs) or self.problem.probe.keeps_state:
-            self.trainer = None  # frees the old bank before the new one is made
+            self.trainer = None  # free the old bank before allocating the new one
             self.trainer = eager_trainer(self.problem, self.choice, lanes, configs)
         self.trainer.bank.rewind_(starts, masks, particles, cycle)
         return self.trainer.bank
@@ -64,7 +65,7 @@ class EagerEngine(BankEngine):
         self.trainer = self.evaluated = None
 
     def side_by_side(self, weights: Tensor, buffers: dict[str, Tensor], run: int = 0) -> LaneRunner:
-        """As BankEngine.side_by_side; memory is reused for models of the same shape."""
+        """As BankEngine.side_by_side. Consecutive calls reuse memory if their weights have the same shape."""
         fits = self.evaluated is not None and self.evaluated[0].shape == weights.shape
         if not fits or self.problem.probe.keeps_state:
             self.evaluated = None
@@ -79,7 +80,10 @@ class EagerEngine(BankEngine):
         return runner
 
     def _templates(self) -> list[nn.Module] | None:
-        """Models to copy where models keep their own state: the trained particles, and the first for the average."""
+        """The modules to copy for evaluation if the model keeps state in plain attributes; None otherwise.
+
+        They are the trained particles' modules. The average solution gets the state of the first particle.
+        """
         if not self.problem.probe.keeps_state or self.trainer is None:
             return None
         return [*self.trainer.runner.modules, self.trainer.runner.modules[0]]
@@ -90,14 +94,14 @@ class EagerEngine(BankEngine):
         return {
             "engine": self.kind,
             "name": self.name,
-            **asdict(self.choice),
+            **{"way" if name == "mode" else name: value for name, value in asdict(self.choice).items()},
             "why_not_fused": self.why_not_fused,
             "cuda_graph": why_not is None,
             "no_cuda_graph": why_not,
         }
 
     def replay(self, record: dict[str, Any]) -> None:
-        """As BankEngine.replay; this engine chooses nothing after its start."""
+        """As BankEngine.replay. There is nothing to adopt: this engine makes no choice by measured time."""
 
 
 def lane_runner(
@@ -107,16 +111,22 @@ def lane_runner(
     grads: Tensor | None,
     templates: list[nn.Module] | None = None,
 ) -> LaneByLane | Folded:
-    """The runner of a choice over weights [L, P]; lane by lane, its modules may be copies of `templates`."""
-    if choice.way == "lanes":
+    """Make the runner for a choice, with weights [L, P] and gradients [L, P].
+
+    templates  for lane by lane only: the modules to copy, one per lane; None for the problem's module
+    """
+    if choice.mode == "lanes":
         return LaneByLane(problem, weights, grads, choice.channels_last, templates)
-    return Folded(problem, weights, grads, choice.channels_last, choice.way == "fold_grouped")
+    return Folded(problem, weights, grads, choice.channels_last, choice.mode == "fold_grouped")
 
 
 def eager_trainer(
     problem: Problem, choice: Choice, lanes: int, configs: Sequence[SwampConfig] | None = None
 ) -> Trainer:
-    """The trainer of a new bank of `lanes` lanes, of the problem's run or of several runs with their `configs`."""
+    """Make a trainer with a new bank of `lanes` lanes.
+
+    configs  the settings of each run whose lanes share the bank; None for the problem's run alone
+    """
     bank = ParticleBank(problem.layout, configs or [problem.config], lanes, problem.dtype, problem.device)
     grads = torch.zeros_like(bank.weights)
     return Trainer(problem, bank, grads, lane_runner(problem, choice, bank.weights, grads))

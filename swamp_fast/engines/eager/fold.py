@@ -1,8 +1,8 @@
-"""Folding: the lanes share the batch axis, [L*B, ...], so that one call of an operation serves all of them.
+"""Folding: the batches of all lanes form one batch [L*B, ...], so that one call of an operation serves all lanes.
 
 Operations without parameters work unchanged in the user's own forward. Modules with parameters are replaced by stacked
-ones (stacked.py), which see [L, B, ...]. Folding is wrong for models that mix samples of a batch, so check.py compares
-it with the lanes alone first.
+modules (stacked.py), which split the batch into [L, B, ...]. Folding is wrong for models that mix samples of a batch,
+so check.py first compares folded lanes with lanes that run alone.
 """
 
 from __future__ import annotations
@@ -22,14 +22,15 @@ from swamp_fast.particles.dropout import DropoutStream
 from swamp_fast.particles.layout import Layout
 from swamp_fast.problem.problem import Problem
 
-# The leaves are rows of a bank with a stride of P. That they aren't dense is intended, so autograd's warning is noise.
+# Autograd warns that the stacked parameters are not dense. This is intended: they are columns of a bank, whose rows
+# have a stride of P.
 warnings.filterwarnings("ignore", message="grad and param do not obey the gradient layout contract")
 
 
 class Folded:
-    """One model of stacked modules over weights [L, P], whose gradients go to grads [L, P].
+    """Runs all lanes by one model of stacked modules, with weights [L, P] and gradients in grads [L, P].
 
-    grouped  run convolutions and batch norms as one call over [B, L*C, ...]; otherwise as one call per lane
+    grouped  whether convolutions and batch norms run as one call on [B, L*C, ...] instead of one call per lane
     """
 
     def __init__(
@@ -58,7 +59,7 @@ class Folded:
         return [self._lane(outputs, lane) for lane in range(self.lanes)]
 
     def set_buffers(self, buffers: dict[str, Tensor]) -> None:
-        """As LaneRunner.set_buffers. A buffer that the folded lanes share must have the same value in each."""
+        """As LaneRunner.set_buffers. A buffer that the folded lanes share must have the same value in every lane."""
         for name, buffer in self.module.named_buffers():
             if name in buffers:
                 buffer.copy_(
@@ -101,12 +102,15 @@ class Folded:
 
 
 def _rows(inputs: Any) -> int | None:
-    """The length L*B of the batch axis; None if no input has one."""
+    """The length L*B of the inputs' batch axis; None if no input has a batch axis."""
     return next((len(leaf) for leaf in tensors(inputs) if leaf.dim()), None)
 
 
 def fold(template: nn.Module, layout: Layout, weights: Tensor, grads: Tensor | None, grouped: bool) -> nn.Module:
-    """A copy of the model with stacked modules on views of weights [L, P]. Raises CannotFold."""
+    """A copy of the model in which stacked modules replace those with parameters.
+
+    The stacked parameters are views of weights [L, P]. Raises CannotFold if a module has no stacked form.
+    """
     model = copy.deepcopy(template)
     leaves = _Leaves(model, layout, weights, grads)
     replacements: dict[nn.Module, nn.Module] = {}
@@ -116,7 +120,7 @@ def fold(template: nn.Module, layout: Layout, weights: Tensor, grads: Tensor | N
         _refuse(path or "the model", module, has_stacked_form=make is not None)
         if make is not None:
             return make(module, len(weights), grouped, leaves.of)
-        for name, child in module._modules.items():  # named_children omits the second place of a shared module
+        for name, child in module._modules.items():  # named_children would list a shared module only once
             if child is not None:
                 if child not in replacements:
                     replacements[child] = replaced(f"{path}.{name}" if path else name, child)
@@ -127,7 +131,7 @@ def fold(template: nn.Module, layout: Layout, weights: Tensor, grads: Tensor | N
 
 
 class _Leaves:
-    """The leaves [L, *shape] of a model's parameters: views of weights [L, P], with gradients in grads [L, P]."""
+    """Makes the stacked parameters [L, *shape] of a model: views of weights [L, P], with gradients in grads [L, P]."""
 
     def __init__(self, model: nn.Module, layout: Layout, weights: Tensor, grads: Tensor | None) -> None:
         self.lanes = len(weights)
@@ -137,7 +141,7 @@ class _Leaves:
         self.made: dict[int, Tensor] = {}
 
     def of(self, parameter: nn.Parameter | None) -> Tensor | None:
-        """The leaf of a parameter, the same one wherever the model shares the parameter."""
+        """The stacked parameter for a parameter of the model. A shared parameter gives the same tensor every time."""
         if parameter is None:
             return None
         if id(parameter) not in self.made:
@@ -146,13 +150,13 @@ class _Leaves:
                 leaf = nn.Parameter(self.views[name])
                 leaf.grad = self.grad_views.get(name)
                 self.made[id(parameter)] = leaf
-            else:  # frozen
+            else:  # a frozen parameter, which all lanes share
                 self.made[id(parameter)] = parameter.detach().expand(self.lanes, *parameter.shape)
         return self.made[id(parameter)]
 
 
 def _refuse(place: str, module: nn.Module, has_stacked_form: bool) -> None:
-    """Raise CannotFold for a module that can't be folded: neither replaced nor kept as it is."""
+    """Raise CannotFold for a module that can be neither replaced by a stacked module nor kept as it is."""
     if any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)):
         raise CannotFold(f"{place} has hooks")
     if has_stacked_form:

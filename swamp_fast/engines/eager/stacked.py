@@ -1,4 +1,4 @@
-"""Modules whose parameters have a leading lane axis: each runs all lanes of a folded batch [L*B, ...]."""
+"""Stacked modules: their parameters have a leading lane axis, and they run all lanes on a folded batch [L*B, ...]."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from torch.nn.modules.conv import _ConvNd
 
 
 class CannotFold(Exception):
-    """Why a model can't be folded, with the place in the model."""
+    """Raised if a model can't be folded; the message names the module and the reason."""
 
 
-# From a module's parameter to the leaf [L, *shape] that stands for it in all lanes.
+# Maps a module's parameter [*shape] to the stacked parameter [L, *shape] of all lanes.
 Stack = Callable[[nn.Parameter | None], Tensor | None]
 
 
 class _Stacked(nn.Module):
-    """A module whose weight and bias are leaves [L, ...] or None, with the lanes in front."""
+    """The base class of stacked modules. Weight and bias are stacked parameters [L, ...] or None."""
 
     def __init__(self, module: Any, lanes: int, grouped: bool, stack: Stack) -> None:
         super().__init__()
         self.lanes, self.grouped = lanes, grouped
         self.weight, self.bias = stack(module.weight), stack(getattr(module, "bias", None))
-        self.plain = [module]  # in a list, so that it isn't registered as a child
+        self.plain = [module]  # in a list, so that torch does not register it as a child
 
     def __getattr__(self, name: str) -> Any:
-        """Other attributes that the user's forward reads (such as in_features) are those of the original module."""
+        """Attributes that the stacked module lacks, such as in_features, come from the original module."""
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -39,11 +39,11 @@ class _Stacked(nn.Module):
             return getattr(self.plain[0], name)
 
     def split(self, x: Tensor) -> Tensor:
-        """[L*B, ...] -> [L, B, ...]."""
+        """Reshape x [L*B, ...] to [L, B, ...]."""
         return _lanes_of_batch(x, self.lanes)
 
     def affine(self, x: Tensor, axes: int) -> Tensor:
-        """[L, B, ...] times weight plus bias, which apply to the last `axes` axes."""
+        """Returns x [L, B, ...] times weight plus bias; both apply to the last `axes` axes of x."""
         if self.weight is not None:
             x = x * self._spread(self.weight, x.dim(), axes)
         if self.bias is not None:
@@ -51,7 +51,10 @@ class _Stacked(nn.Module):
         return x
 
     def _spread(self, parameter: Tensor, dims: int, axes: int) -> Tensor:
-        """[L, *shape] as [L, 1, ..., *shape, 1, ...] of `dims` axes, where `shape` begins `axes` axes from the end."""
+        """Reshape a parameter [L, *shape] for broadcasting to [L, 1, ..., *shape, 1, ...].
+
+        The result has `dims` axes, and `shape` begins at the axis -`axes`.
+        """
         shape = parameter.shape[1:]
         ones = (1,) * (dims - 1 - axes)
         return parameter.reshape(self.lanes, *ones, *shape, *(1,) * (axes - len(shape)))
@@ -96,9 +99,9 @@ class _StackedConv(_Stacked):
 
 
 class _StackedBatchNorm(_BatchNorm):
-    """BatchNorm with running statistics [L*C].
+    """The stacked BatchNorm, with running statistics [L*C].
 
-    Its attributes are those of nn.BatchNorm, so re-estimating the statistics treats it like any other.
+    It has the attributes of nn.BatchNorm, so the code that re-estimates the statistics can treat it like one.
     """
 
     def __init__(self, module: _BatchNorm, lanes: int, grouped: bool, stack: Stack) -> None:
@@ -178,18 +181,18 @@ class _StackedEmbedding(_Stacked):
 
 
 def _lanes_of_batch(x: Tensor, lanes: int) -> Tensor:
-    """[L*B, ...] -> [L, B, ...]."""
+    """Reshape x [L*B, ...] to [L, B, ...]."""
     split: Tensor = x.unflatten(0, (lanes, -1))
     return split
 
 
 def _lanes_to_channels(x: Tensor, lanes: int) -> Tensor:
-    """[L*B, C, ...] -> [B, L*C, ...]."""
+    """Move the lanes of x [L*B, C, ...] to the channel axis: [B, L*C, ...]."""
     return _lanes_of_batch(x, lanes).transpose(0, 1).flatten(1, 2)
 
 
 def _lanes_from_channels(x: Tensor, lanes: int) -> Tensor:
-    """[B, L*C, ...] -> [L*B, C, ...]."""
+    """Move the lanes of x [B, L*C, ...] to the batch axis: [L*B, C, ...]."""
     folded: Tensor = x.unflatten(1, (lanes, -1)).transpose(0, 1).flatten(0, 1)
     return folded
 

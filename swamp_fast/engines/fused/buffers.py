@@ -1,4 +1,4 @@
-"""Buffers: the lanes' modules for the fused engine, without weights, with their running statistics in two tensors."""
+"""Buffers: one copy of the model per lane, stripped of its weights, whose BatchNorm statistics are stored stacked."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from swamp_fast.engines.lane_by_lane import read_buffers, write_buffers
 
 
 class Buffers:
-    """Modules that hold the lanes' buffers, and the switch between training and evaluation.
+    """One module per lane, which holds the lane's buffers and whether the lane is in training or evaluation mode.
 
     mean, variance  [L, channels of all norms]  running statistics; the modules' buffers are views of them
-    batches         [L, norms]                  the number of batches in the statistics, likewise
+    batches         [L, norms]                  how many batches the statistics contain; num_batches_tracked is a view
     """
 
     def __init__(self, template: nn.Module, norms: tuple[str, ...], lanes: int, dtype: torch.dtype) -> None:
@@ -37,13 +37,13 @@ class Buffers:
 
     @property
     def by_batch(self) -> bool:
-        """Whether the norms use the batch's statistics and update the running ones, as in training."""
+        """Whether the norms use the batch's statistics and update the running statistics (training mode)."""
         return bool(self.norms[0]) and bool(self.norms[0][0].training)
 
-    def move(self, lanes: slice, mean: Tensor, variance: Tensor, columns: Tensor | None = None) -> None:
-        """Move the running statistics of `lanes` towards a batch's mean and unbiased variance [lanes, channels].
+    def update(self, lanes: slice, mean: Tensor, variance: Tensor, columns: Tensor | None = None) -> None:
+        """Update the running statistics of `lanes` with a batch's mean and unbiased variance, both [lanes, channels].
 
-        columns  the places of those channels among all norms'; None if they are all of them
+        columns  the index of each given channel among the channels of all norms; None if all channels are given
         """
         momentum = float(self.norms[0][0].momentum)
         for running, batch in ((self.mean[lanes], mean), (self.variance[lanes], variance)):
@@ -54,16 +54,16 @@ class Buffers:
         self.batches[lanes].add_(1)
 
     def write(self, buffers: dict[str, Tensor]) -> None:
-        """Write buffers [L, ...] into the modules."""
+        """Copy buffers [L, ...] into the modules."""
         write_buffers(self.modules, buffers)
 
     def read(self) -> dict[str, Tensor]:
-        """The modules' current buffers [L, ...]."""
+        """Return the modules' current buffers [L, ...]."""
         return read_buffers(self.modules)
 
 
 def _without_weights(template: nn.Module) -> nn.Module:
-    """A copy of a module with empty parameters."""
+    """A copy of a module whose parameters are empty tensors."""
     module = copy.deepcopy(template)
     for parameter in module.parameters():
         parameter.data = parameter.data.new_empty(0)

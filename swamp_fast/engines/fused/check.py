@@ -1,7 +1,7 @@
-"""The fused engine's self-checks before the first step.
+"""The self-checks that the fused engine runs before its first step.
 
-A plan is compared with autograd: forward, gradients and statistics. The kernels of csrc/cuda are compared with those
-of Triton.
+A plan's outputs, gradients and running statistics are compared with autograd's. The results of the CUDA kernels in
+csrc/cuda are compared with those of the Triton kernels.
 """
 
 from __future__ import annotations
@@ -32,20 +32,23 @@ from swamp_fast.ops.contracts import triton_kernels
 from swamp_fast.particles.random import generators_left_alone
 from swamp_fast.problem.problem import Problem
 
-LANES = 2
-DENSITY = 0.5  # of the random mask under which a plan is checked
+CHECKED_LANES = 2
+MASK_DENSITY = 0.5  # density of the random mask that a plan is checked with
 EPS = 1e-5
-# For one convolution's bfloat16 results, relative to 1 + the largest of them; one rounding is 2^-9.
+# The tolerance for a convolution's bfloat16 outputs, relative to 1 + their largest magnitude. One rounding to bfloat16
+# changes a number by at most 2^-9 of its size.
 BFLOAT16_TOLERANCE = 2**-6
-# For its gradients, relative to the largest alone, however small that is. Two correct sums close to the middle between
-# two bfloat16 numbers may round to either, and these are at most 2^-7 of the larger apart.
+# The tolerance for a convolution's gradients, relative to their largest magnitude, however small it is. Two correct
+# sums may be rounded to neighbouring bfloat16 numbers, which differ by at most 2^-7 of the larger one.
 GRADIENT_TOLERANCE = 2**-7
 
 
 def differs_from_autograd(problem: Problem, plan: Plan, mask: Tensor | None = None) -> str | None:
-    """Where a plan's results differ from autograd's, on a few samples in float64; None if nowhere.
+    """Return the reason why a plan's results are wrong, or None if they agree with autograd's.
 
-    mask  [Q]  to check under; by default a random one
+    The comparison runs on a few samples in float64.
+
+    mask  [Q]  the mask to use; a random mask by default
     """
     try:
         return _difference(in_float64(problem), plan, mask)
@@ -54,13 +57,13 @@ def differs_from_autograd(problem: Problem, plan: Plan, mask: Tensor | None = No
 
 
 def _difference(problem: Problem, plan: Plan, mask: Tensor | None) -> str | None:
-    keys = check_keys(problem, LANES)
+    keys = check_keys(problem, CHECKED_LANES)
     batch = few_samples(problem, keys)
     if mask is None:
         drawn = torch.rand(problem.mask.shape, generator=torch.Generator().manual_seed(0))
-        mask = problem.mask & (drawn < DENSITY).to(problem.device)
+        mask = problem.mask & (drawn < MASK_DENSITY).to(problem.device)
     compact = Compact(problem.layout, mask)
-    weights = compact.expand(compact.compact(different_weights(problem)[:LANES]))
+    weights = compact.expand(compact.compact(different_weights(problem)[:CHECKED_LANES]))
     with generators_left_alone():
         grads = torch.zeros_like(weights)
         expected = results_of(LaneByLane(problem, weights.clone(), grads, False), grads, batch, keys)
@@ -68,11 +71,11 @@ def _difference(problem: Problem, plan: Plan, mask: Tensor | None) -> str | None
         compact_weights = programs.compact.compact(weights)
         compact_grads = torch.zeros_like(compact_weights)
         results = results_of(programs.lanes(compact_weights, compact_grads), compact_grads, batch, keys)
-    # Autograd gives pruned weights gradients too.
+    # Autograd computes gradients for pruned weights too, so only those of the kept weights are compared.
     expected["gradients"] = compact.compact(expected["gradients"])
     results["gradients"] = compact.compact(programs.compact.expand(compact_grads))
     expected_buffers, buffers = expected.pop("buffers"), results.pop("buffers")
-    if isinstance(programs, CudaPrograms) and programs.columns is not None:  # dead channels have no statistics
+    if isinstance(programs, CudaPrograms) and programs.columns is not None:  # not updated for dead channels
         expected_buffers = {
             name: buffer
             for name, buffer in expected_buffers.items()
@@ -87,7 +90,7 @@ def _difference(problem: Problem, plan: Plan, mask: Tensor | None) -> str | None
 
 
 def tensor_cores(problem: Problem, plan: Plan) -> Launch | str:
-    """The launcher of the kernels of csrc/cuda, if they pass their check; or why they aren't used."""
+    """Return the launcher of the CUDA kernels in csrc/cuda if they pass their check, or the reason not to use them."""
     if problem.device.type != "cuda":
         return "not on CUDA"
     if problem.config.precision != "bfloat16":
@@ -103,9 +106,9 @@ def tensor_cores(problem: Problem, plan: Plan) -> Launch | str:
 
 
 def tensor_cores_differ(halos: Iterable[Halo], launch: Launch, device: torch.device) -> str | None:
-    """Where the kernels of csrc/cuda differ from Triton's on random maps; None if nowhere.
+    """Return which result of the CUDA kernels differs from the Triton kernels' result on random data, or None.
 
-    They are compared one convolution at a time: over a whole network, two correct ways to sum drift far apart.
+    Each convolution is compared alone, because rounding differences between two correct kernels grow over a network.
     """
     for halo in dict.fromkeys(halos):
         try:
@@ -113,9 +116,9 @@ def tensor_cores_differ(halos: Iterable[Halo], launch: Launch, device: torch.dev
             expected = _of_halo(halo, None, device)
         except Exception as error:
             return f"they raise {raised(error)}"
-        names = ("outputs", "gradients by the input", "gradients by the weights", "statistics")
+        names = ("outputs", "input gradients", "weight gradients", "statistics")
         for name, ours, tritons in zip(names, results, expected, strict=True):
-            is_gradient = name.startswith("gradients")
+            is_gradient = name.endswith("gradients")
             tolerance, floor = (GRADIENT_TOLERANCE, 0.0) if is_gradient else (BFLOAT16_TOLERANCE, 1.0)
             if not close(ours, tritons, tolerance, floor):
                 return f"their {name} differ from those of the Triton kernels: {halo}"
@@ -123,9 +126,12 @@ def tensor_cores_differ(halos: Iterable[Halo], launch: Launch, device: torch.dev
 
 
 def _of_halo(halo: Halo, launch: Launch | None, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Outputs, both gradients and statistics of a convolution between norms; by Triton where `launch` is None."""
+    """The outputs, input gradients, weight gradients and statistics of a convolution that stands between two norms.
+
+    launch  launches the CUDA kernels; None computes the same with the Triton kernels
+    """
     lanes, samples, inputs, outputs = 2, halo.pictures + 1, halo.inputs, halo.outputs
-    if device.type == "cuda":  # as many blocks as add to the statistics of a large batch
+    if device.type == "cuda":  # enough samples that as many blocks merge their statistics as for a large batch
         samples = max(samples, -(-MAX_BLOCKS_PER_LANE * halo.pictures * halo.rows // halo.height))
     generator = torch.Generator().manual_seed(0)
 
@@ -140,10 +146,12 @@ def _of_halo(halo: Halo, launch: Launch | None, device: torch.device) -> tuple[T
     size, parts = 9 * inputs * outputs, halo.parts(samples)
     out, in_grad = torch.empty_like(out_grad), torch.empty_like(source)
     partial = torch.empty(lanes, parts * size, dtype=torch.float32, device=device)
-    found = torch.empty(4, lanes, outputs, dtype=torch.float32, device=device)
+    mean, variance, norm_scale, norm_offset = measured = torch.empty(
+        4, lanes, outputs, dtype=torch.float32, device=device
+    )
     norm_weights = normal(lanes, 2 * outputs)
     arrivals = torch.zeros(lanes, outputs, dtype=torch.int32, device=device)
-    to = Statistics(found[0], found[1], found[2], found[3], 0, norm_weights, 0, outputs, EPS, arrivals)
+    to = Statistics(mean, variance, norm_scale, norm_offset, 0, norm_weights, 0, outputs, EPS, arrivals)
     if launch is not None:
         prologue = Prologue(scale, offset, 0)
         halo.convolve(launch, source, prologue, dense, 0, None, out, False, False, to)
@@ -156,4 +164,4 @@ def _of_halo(halo: Halo, launch: Launch | None, device: torch.device) -> tuple[T
         kernels.convolve(source, dense, 0, None, 0, out, window, False, False, to, "ieee")
         kernels.convolve(out_grad, dense, size, None, 0, in_grad, window, True, False, None, "ieee")
         kernels.weight_grad(source, out_grad, partial, 0, parts, window, "ieee")
-    return out.double(), in_grad.double(), partial.view(lanes, parts, -1).double().sum(1), found.double()
+    return out.double(), in_grad.double(), partial.view(lanes, parts, -1).double().sum(1), measured.double()

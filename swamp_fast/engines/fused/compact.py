@@ -1,4 +1,4 @@
-"""The compact form of a bank: only the kept weights, followed by the parameters that are never pruned."""
+"""Compact banks, which store only the kept weights, followed by the parameters that are never pruned."""
 
 from __future__ import annotations
 
@@ -13,21 +13,24 @@ from swamp_fast.particles.layout import ALIGNMENT, Layout
 
 
 class Compact:
-    """Converts vectors [..., P] of a layout under a mask [Q] to their compact form [..., P'] and back.
+    """Converts parameter vectors [..., P] to a compact form [..., P'] without the pruned weights, and back.
 
-    kept   [kept]   int64: the place of each kept weight in the full vector
-    rest   [P - Q]  int64: the place in the full vector of each number behind the kept weights
-    where  [P]      int64: the place of each number in the compact vector; -1 for pruned weights
-    Q, P            the compact vector's; the kept weights are padded to a 64-byte boundary
+    kept   [kept]   int64: the index of each kept weight in the full vector
+    rest   [P - Q]  int64: the index in the full vector of each number that follows the kept weights
+    where  [P]      int64: the index of each number in the compact vector; -1 for pruned weights
+    Q               length of the compact vector's prunable part: the kept weights, padded to a 64-byte boundary
+    P               length P' of the whole compact vector
 
-    first  by parameter: places in it that come first among its numbers in `rest`
-    room   the least number of kept weights to make room for
+    first     for some never-pruned parameters, by name: the indices of the elements that `rest` lists first
+    min_kept  Q has room for at least this many kept weights
     """
 
-    def __init__(self, layout: Layout, mask: Tensor, first: Mapping[str, Tensor] | None = None, room: int = 0) -> None:
+    def __init__(
+        self, layout: Layout, mask: Tensor, first: Mapping[str, Tensor] | None = None, min_kept: int = 0
+    ) -> None:
         self.layout, self.mask = layout, mask.clone()
         self.kept = mask.nonzero().flatten()
-        self.Q = -(-max(room, len(self.kept)) // ALIGNMENT) * ALIGNMENT
+        self.Q = -(-max(min_kept, len(self.kept)) // ALIGNMENT) * ALIGNMENT
         self.P = self.Q + layout.P - layout.Q
         self.where = torch.full((layout.P,), -1, dtype=torch.int64, device=mask.device)
         self.where[self.kept] = torch.arange(len(self.kept), device=mask.device)
@@ -41,14 +44,14 @@ class Compact:
         self.where[self.rest] = torch.arange(self.Q, self.P, device=mask.device)
 
     def compact(self, vectors: Tensor) -> Tensor:
-        """[..., P] -> [..., P'], without the pruned weights."""
+        """Convert full vectors [..., P] to compact vectors [..., P'], dropping the pruned weights."""
         out = vectors.new_zeros((*vectors.shape[:-1], self.P))
         out[..., : len(self.kept)] = vectors[..., self.kept]
         out[..., self.Q :] = vectors[..., self.rest]
         return out
 
     def expand(self, vectors: Tensor) -> Tensor:
-        """[..., P'] -> [..., P], with pruned weights 0."""
+        """Convert compact vectors [..., P'] to full vectors [..., P], in which pruned weights are 0."""
         out = vectors.new_zeros((*vectors.shape[:-1], self.layout.P))
         out[..., self.kept] = vectors[..., : len(self.kept)]
         out[..., self.rest] = vectors[..., self.Q :]
@@ -56,9 +59,11 @@ class Compact:
 
 
 class CompactBank(ParticleBank):
-    """A bank of compact weights, moments and SWA means [L, P']; its masks [R, Q] exclude only the padding.
+    """A bank of compact weights, optimiser moments and SWA means, each [L, P'].
 
-    compacts  one per run, all of the same length
+    The pruned weights are not stored, so the bank's own masks [R, Q] are 0 only at the padding.
+
+    compacts  one Compact per run, all of the same length
     """
 
     def __init__(
@@ -68,7 +73,10 @@ class CompactBank(ParticleBank):
         self.compacts = compacts
 
     def rewind_(self, starts: Sequence[Solution], masks: Tensor, particles: Sequence[int], cycle: int | None) -> None:
-        """As ParticleBank.rewind_, with full solutions. The masks must be those that the bank was made for."""
+        """Rewind as ParticleBank.rewind_ does, from full (not compact) solutions.
+
+        The masks must be the ones that the bank was made for.
+        """
         compact_starts = [
             Solution(compact.compact(start.weights), start.buffers)
             for compact, start in zip(self.compacts, starts, strict=True)
@@ -78,24 +86,24 @@ class CompactBank(ParticleBank):
         super().rewind_(compact_starts, compact_masks, particles, cycle)
 
     def of_run(self, run: int) -> CompactBank:
-        """As ParticleBank.of_run."""
+        """See ParticleBank.of_run."""
         bank = super().of_run(run)
         assert isinstance(bank, CompactBank)
         bank.compacts = self.compacts[run : run + 1]
         return bank
 
     def rest(self, tensor: Tensor) -> Tensor:
-        """As ParticleBank.rest, in the full layout's order."""
+        """See ParticleBank.rest; the result is in the full layout's order."""
         rest = torch.empty_like(tensor[:, self.layout.Q :])
         rest[:, self._order] = tensor[:, self.layout.Q :]
         return rest
 
     def put_rest_(self, tensor: Tensor, rest: Tensor) -> None:
-        """As ParticleBank.put_rest_."""
+        """See ParticleBank.put_rest_."""
         tensor[:, self.layout.Q :] = rest[:, self._order]
 
     def solutions(self, averaged: bool) -> Tensor:
-        """As ParticleBank.solutions, expanded."""
+        """See ParticleBank.solutions; the solutions are expanded to full vectors [L, P]."""
         by_run = super().solutions(averaged).split(self.lanes // len(self.compacts))
         return torch.cat([compact.expand(lanes) for compact, lanes in zip(self.compacts, by_run, strict=True)])
 

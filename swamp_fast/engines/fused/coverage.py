@@ -1,4 +1,4 @@
-"""Whether the fused engine can run a problem: its Plan, or the reason why not."""
+"""Decides whether the fused engine can run a problem, and returns the problem's Plan or the reason why it can't."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from swamp_fast.problem.problem import Problem
 
 
 def fused_plan(problem: Problem) -> Plan | str:
-    """The plan by which the fused engine can run the model, or why it can't."""
+    """Return the plan that the fused engine runs the model by, or the reason why it can't run it."""
     reason = _why_not_here(problem) or _why_not_this_forward(problem)
     if reason is not None:
         return reason
@@ -30,11 +30,11 @@ def fused_plan(problem: Problem) -> Plan | str:
 
 
 def _why_not_here(problem: Problem) -> str | None:
-    """A device or data that the engine has no form for."""
+    """Return the reason why the engine can't run on this device or with this data, or None."""
     if problem.device.type not in ("cpu", "cuda"):
         return f"it has no kernels for {problem.device.type}"
     if torch.version.hip is not None:
-        # The blocks that count their arrivals would need a fence for each of a block's waves on AMD.
+        # On AMD, a block that counts its arrival would need a memory fence in each of its wavefronts.
         return "its kernels have not been tried on AMD GPUs"
     if not problem.train.stacked:
         return "the batches come from a user-defined collate function"
@@ -42,7 +42,7 @@ def _why_not_here(problem: Problem) -> str | None:
 
 
 def _why_not_this_forward(problem: Problem) -> str | None:
-    """Side effects of the forward that a plan can't express."""
+    """Return a side effect of the model's forward that a plan can't express, or None."""
     probe = problem.probe
     if probe.draws_elsewhere:
         return "its forward draws random numbers besides dropout"
@@ -72,7 +72,7 @@ def _transform_reshapes(problem: Problem, inputs: Tensor) -> bool:
 
 
 def _why_not_these_parameters(problem: Problem, plan: Plan) -> str | None:
-    """Parameters that are pruned or frozen where the kernels don't expect it."""
+    """Return which parameter is pruned or frozen although the kernels don't support that, or None."""
     weights = {op.weight for op in plan.ops if isinstance(op, Convolution)}
     for entry in problem.layout.prunable:
         if entry.name not in weights:
@@ -84,14 +84,14 @@ def _why_not_these_parameters(problem: Problem, plan: Plan) -> str | None:
 
 
 def _why_not_these_norms(problem: Problem, plan: Plan) -> str | None:
-    """Norms whose statistics the engine would not move as their modules do."""
+    """Return which norm's running statistics the engine would update otherwise than its module does, or None."""
     template = copy.deepcopy(problem.template).train()
     norms = norms_of([template])
     for path, module in template.named_modules():
         if module in norms and not module.training:
             return f"{path} ({type(module).__name__}) stays in evaluation mode"
         if module in norms and module.momentum != norms[0].momentum:
-            return f"{path} ({type(module).__name__}) has another momentum than the first norm"
+            return f"{path} ({type(module).__name__}) has a different momentum from the first norm"
     if len(norms) != len(plan.norms):
         return "it has norms that its forward doesn't use"
     return None

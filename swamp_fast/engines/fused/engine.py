@@ -1,4 +1,4 @@
-"""The fused engine: a Plan on this project's own kernels, with a new bank and new programs for each cycle's mask."""
+"""FusedEngine: runs a Plan on this project's own kernels, with a new bank and new programs for each cycle's mask."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from swamp_fast.problem.problem import Problem
 
 
 class FusedEngine(BankEngine):
-    """Runs lanes by a plan on this project's own kernels.
+    """Trains lanes by running a plan on this project's own kernels.
 
-    rows    by cycle ("ticket" for the ticket's): how many outputs share loads in each convolution. A stopwatch chooses;
-            the run records it, so that a resumed run replays it
-    launch  launches the kernels of csrc/cuda; None where only the Triton kernels run
-    branch  on a GPU, the number of lanes in each group if groups that run in parallel measured faster; otherwise None
+    rows    for each cycle (key "ticket" for training the ticket): how many output channels of each convolution share
+            their loads. Chosen by timing and recorded in the run, so that a resumed run uses the same numbers
+    launch  launches the CUDA kernels in csrc/cuda; None if only the Triton kernels run
+    branch  on a GPU, the number of lanes per group if parallel groups were measured to be faster; otherwise None
     """
 
     kind = name = "fused"
@@ -47,7 +47,7 @@ class FusedEngine(BankEngine):
         self.branch = branch
         self.programs: CpuPrograms | CudaPrograms | None = None
         self.trainer = None
-        self.joins = problem.device.type == "cuda"  # a program of the CPU kernels serves one mask only
+        self.joins = problem.device.type == "cuda"  # a CPU program is made for a single mask
 
     def spawn_runs(
         self,
@@ -57,8 +57,8 @@ class FusedEngine(BankEngine):
         cycle: int | None,
         configs: Sequence[SwampConfig],
     ) -> ParticleBank:
-        """As BankEngine.spawn_runs; the bank and its programs are made for the masks (on a CPU, for a single one)."""
-        self.release()  # before new memory is taken
+        """See BankEngine.spawn_runs. The bank and its programs are made for these masks; a CPU allows one mask only."""
+        self.release()  # free the last cycle's memory before allocating more
         rows = self.rows.setdefault("ticket" if cycle is None else str(cycle), {})
         mask = masks if len(masks) > 1 else masks[0]
         self.programs = programs_of(self.problem, self.plan, mask, rows, self.launch, self.branch)
@@ -71,15 +71,15 @@ class FusedEngine(BankEngine):
         return bank
 
     def bank_key(self, mask: Tensor) -> object:
-        """As BankEngine.bank_key: the program is made for the channels that a mask leaves alive."""
+        """See BankEngine.bank_key. Runs share a program if their masks leave the same channels alive."""
         return channels_left(self.plan, self.problem.layout, mask) if self.joins else None
 
     def release(self) -> None:
-        """As BankEngine.release."""
+        """See BankEngine.release."""
         self.programs = self.trainer = None
 
     def side_by_side(self, weights: Tensor, buffers: dict[str, Tensor], run: int = 0) -> CpuLanes | CudaLanes:
-        """As BankEngine.side_by_side."""
+        """See BankEngine.side_by_side."""
         assert self.programs is not None
         compact = self.programs.compacts[run].compact(weights)
         run_of_model = torch.full((len(weights),), run, dtype=torch.int64, device=weights.device)
@@ -90,7 +90,7 @@ class FusedEngine(BankEngine):
         return runner
 
     def describe(self) -> dict[str, Any]:
-        """As BankEngine.describe."""
+        """See BankEngine.describe."""
         why_not = self.trainer.not_captured if self.trainer is not None else "nothing was trained"
         return {
             "engine": self.kind,
@@ -105,27 +105,28 @@ class FusedEngine(BankEngine):
         }
 
     def without_record(self) -> FusedEngine:
-        """The same engine with no `rows` chosen yet, to be timed."""
+        """A copy of this engine with no `rows` chosen yet, for timing."""
         return FusedEngine(self.problem, self.plan, "", {}, self.launch, self.branch)
 
     def replay(self, record: dict[str, Any]) -> None:
-        """As BankEngine.replay."""
+        """See BankEngine.replay."""
         self.rows = record.get("rows", {})
 
 
 def programs_of(
     problem: Problem, plan: Plan, mask: Tensor, rows: Rows, launch: Launch | None = None, branch: int | None = None
 ) -> CpuPrograms | CudaPrograms:
-    """The programs of the device's kernels under a mask [Q], or on CUDA under the masks of R runs, [R, Q]."""
+    """The programs for a mask [Q]; on CUDA also for the masks [R, Q] of R runs."""
     if problem.device.type == "cpu":
         return CpuPrograms(problem, plan, mask, rows)
     return CudaPrograms(problem, plan, mask, launch, branch)
 
 
 def faster_branch(problem: Problem, plan: Plan, launch: Launch | None) -> int | None:
-    """The number of lanes per parallel group with which a group's maps fit the GPU's second-level cache.
+    """Return the number of lanes per group if training groups of lanes in parallel is faster, otherwise None.
 
-    None if the maps of all lanes fit, if groups aren't faster by a stopwatch, or without a GPU.
+    A group is as large as its feature maps fit the GPU's L2 cache. Returns None without timing if there is no GPU or
+    if the feature maps of all lanes fit the cache.
     """
     if problem.device.type != "cuda":
         return None

@@ -1,4 +1,4 @@
-"""An estimate of a step on the fused engine: FLOPs, bytes, memory, and the time at a device's measured ceilings."""
+"""Estimates the FLOPs, memory traffic, memory and time of a training step on the fused engine."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from swamp_fast.common.timing import seconds_in_turn
 from swamp_fast.engines.fused.plan import Convolution, Norm, Plan
 from swamp_fast.engines.fused.trace import plan_of
 
-COPIED = 256 << 20  # bytes in the copy that measures the memory's speed
-SIDE = {"cuda": 8192, "cpu": 2048}  # rows and columns of the product that measures the arithmetic's speed
-ROUNDS = 5
-STORAGE = {"float32": 4, "bfloat16": 2, "float64": 8}  # bytes per number of a map
+COPY_BYTES = 256 << 20  # size of the copy that measures the memory bandwidth
+MATRIX_SIDE = {"cuda": 8192, "cpu": 2048}  # rows and columns of the matrices whose product measures the FLOP rate
+TIMING_ROUNDS = 5
+BYTES_PER_NUMBER = {"float32": 4, "bfloat16": 2, "float64": 8}  # in a feature map
 
 
 @dataclass(frozen=True)
 class Ceilings:
-    """Measured rates: bytes per second read and written by a copy, and FLOP per second of a matrix product."""
+    """A device's measured rates per second: bytes that a copy reads and writes, and FLOPs of a matrix product."""
 
     bytes: float
     flops: float
@@ -28,12 +28,12 @@ class Ceilings:
 
 @dataclass(frozen=True)
 class Estimate:
-    """One particle's step at density 1, if every convolution and norm reads and writes its maps once per pass.
+    """What one particle's step costs at density 1, assuming that each pass reads and writes a feature map only once.
 
     flops  FLOPs of the forward and backward pass
-    moved  bytes of maps, weights and state read and written
-    state  bytes of weights, gradients, momentum and SWA means
-    maps   bytes of the values kept for the backward pass, and of gradients
+    moved  bytes of feature maps, weights and optimiser state that are read and written
+    state  bytes that weights, gradients, momentum and SWA means take
+    maps   bytes that the feature maps kept for the backward pass, and their gradients, take
     """
 
     flops: float
@@ -42,18 +42,23 @@ class Estimate:
     maps: float
 
     def seconds(self, ceilings: Ceilings) -> float:
-        """Seconds if arithmetic and memory overlap perfectly at the ceilings' rates; a prediction, not a bound."""
+        """The predicted seconds if arithmetic and memory traffic overlap perfectly; not a strict lower bound."""
         return max(self.moved / ceilings.bytes, self.flops / ceilings.flops)
 
     def particles(self, memory: float) -> int:
-        """How many particles fit `memory` bytes at once."""
+        """How many particles fit into `memory` bytes at once."""
         return int(memory // (self.state + self.maps))
 
 
 def estimate(model: nn.Module, inputs: Tensor, precision: str) -> tuple[Plan, Estimate]:
-    """The plan of a model for inputs [B, ...], and the estimate of a step. Raises NotCovered."""
+    """Return a model's plan for inputs [B, ...] and the estimate of one step.
+
+    precision  a key of BYTES_PER_NUMBER
+
+    Raises NotCovered if the fused engine can't run the model.
+    """
     plan = plan_of(model, lambda module, x: module(x), inputs)
-    samples, size = len(inputs), STORAGE[precision]
+    samples, size = len(inputs), BYTES_PER_NUMBER[precision]
     numbers = [math.prod(shape) * samples for shape in plan.shapes]
     parameters = dict(model.named_parameters())
     needed = plan.needs_gradient()
@@ -78,15 +83,15 @@ def estimate(model: nn.Module, inputs: Tensor, precision: str) -> tuple[Plan, Es
 
 
 def measured_ceilings(device: torch.device, precision: str) -> Ceilings:
-    """The rates of a copy and of a matrix product on the device: the best of ROUNDS, after a warm-up."""
+    """Measure a copy and a matrix product on a device; the fastest of TIMING_ROUNDS rounds counts."""
     dtype = getattr(torch, precision)
-    source = torch.ones(COPIED // 4, device=device)
+    source = torch.ones(COPY_BYTES // 4, device=device)
     target = torch.empty_like(source)
-    side = SIDE[device.type]
+    side = MATRIX_SIDE[device.type]
     a, b = torch.randn(2, side, side, device=device).to(dtype)
     seconds = []
     for call in (lambda: target.copy_(source), lambda: a @ b):
         call()
-        seconds.append(min(seconds_in_turn([call], device, ROUNDS)[0]))
+        seconds.append(min(seconds_in_turn([call], device, TIMING_ROUNDS)[0]))
     copy_seconds, product_seconds = seconds
-    return Ceilings(2 * COPIED / copy_seconds, 2 * side**3 / product_seconds)
+    return Ceilings(2 * COPY_BYTES / copy_seconds, 2 * side**3 / product_seconds)

@@ -1,4 +1,4 @@
-"""Nodes of a traced graph: the arguments they were called with, and the values they give."""
+"""Helpers for the nodes of a graph traced by torch.fx: a node's arguments and the value it computes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ FUNCTIONAL_DROPOUTS = {F.dropout, F.dropout2d}
 
 
 def values_of(module: nn.Module, graph: fx.Graph, inputs: Tensor) -> dict[fx.Node, Any]:
-    """What each node of a module's graph gives on inputs [B, ...]."""
+    """The value that each node of a module's graph computes on inputs [B, ...]."""
     values = _Values(fx.GraphModule(module, graph))
     with torch.no_grad():
         values.run(inputs.clone())
@@ -20,7 +20,7 @@ def values_of(module: nn.Module, graph: fx.Graph, inputs: Tensor) -> dict[fx.Nod
 
 
 class _Values(fx.Interpreter):
-    """Runs a graph and keeps the value of every node."""
+    """Runs a graph and remembers the value of every node."""
 
     def __init__(self, module: fx.GraphModule) -> None:
         super().__init__(module)
@@ -37,16 +37,19 @@ def holds_tensors(value: Any) -> bool:
 
 
 def source_of(node: fx.Node) -> Any:
-    """A node's first argument: its input, or the list of its inputs."""
+    """A node's first argument: its input, or for a concatenation the list of its inputs."""
     return node.args[0] if node.args else node.kwargs["tensors" if "tensors" in node.kwargs else "input"]
 
 
 def arguments_of(node: fx.Node, *names: str) -> dict[str, Any]:
-    """A node's arguments after its first, by name; `names` are those of the positional ones."""
+    """A node's arguments except the first, by name.
+
+    names  the parameter names that positional arguments are given, in order
+    """
     return dict(zip(names, node.args[1:], strict=False)) | dict(node.kwargs)
 
 
 def dropout_arguments(node: fx.Node) -> tuple[float, bool, bool]:
-    """p, training and inplace of a functional dropout."""
+    """The arguments (p, training, inplace) of a call of F.dropout or F.dropout2d."""
     arguments = arguments_of(node, "p", "training", "inplace")
     return arguments.get("p", 0.5), arguments.get("training", True), arguments.get("inplace", False)

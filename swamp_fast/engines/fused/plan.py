@@ -1,15 +1,20 @@
-"""Plan: the intermediate representation of a model, operations that the fused engine runs without autograd."""
+"""Plan: a model as a list of operations, which the fused engine runs without autograd."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-Shape = tuple[int, ...]  # one sample's: (channels, height, width) or (features,)
+Shape = tuple[int, ...]  # the shape of one sample: (channels, height, width) or (features,)
 
 
 @dataclass(frozen=True)
 class Op:
-    """One operation: its place in the model, and the numbers of the values that it reads and writes."""
+    """One operation of a Plan.
+
+    place   where in the model the operation comes from, for messages
+    inputs  the numbers of the values that it reads; a plan numbers its values from 0
+    output  the number of the value that it writes
+    """
 
     place: str
     inputs: tuple[int, ...]
@@ -18,7 +23,10 @@ class Op:
 
 @dataclass(frozen=True)
 class Convolution(Op):
-    """A convolution; a linear layer is one over a single pixel. `weight` and `bias` are names of parameters."""
+    """A convolution, or a linear layer as a convolution over a single pixel.
+
+    weight, bias  names of parameters; `bias` is None if there is no bias
+    """
 
     weight: str
     bias: str | None
@@ -40,7 +48,11 @@ class Norm(Op):
 
 @dataclass(frozen=True)
 class Pointwise(Op):
-    """An activation; `kind` is a name in KINDS."""
+    """An activation function.
+
+    kind       a key of KINDS
+    parameter  the negative slope of leaky_relu or the alpha of elu
+    """
 
     kind: str
     parameter: float = 0.0
@@ -48,17 +60,22 @@ class Pointwise(Op):
 
 @dataclass(frozen=True)
 class Add(Op):
-    """The sum of its inputs."""
+    """The sum of two values of the same shape."""
 
 
 @dataclass(frozen=True)
 class Concatenate(Op):
-    """The inputs' channels one after another."""
+    """The concatenation of its inputs along the channels."""
 
 
 @dataclass(frozen=True)
 class Pool(Op):
-    """The average over windows, or the maximum if there are no divisors; windows are ranges of rows and of columns."""
+    """Average pooling, or max pooling if `divisors` is None.
+
+    rows      the range (begin, end) of input rows that each output row covers
+    columns   the range (begin, end) of input columns that each output column covers
+    divisors  [output height][output width]  what the sum of each window is divided by
+    """
 
     rows: tuple[tuple[int, int], ...]
     columns: tuple[tuple[int, int], ...]
@@ -67,12 +84,12 @@ class Pool(Op):
 
 @dataclass(frozen=True)
 class Flatten(Op):
-    """A value [C, H, W] as features [C * H * W]."""
+    """The reshaping of a value [C, H, W] to features [C * H * W]."""
 
 
 @dataclass(frozen=True)
 class Dropout(Op):
-    """Dropout of single units, or of whole channels if `channels`."""
+    """Dropout with probability p, of single elements or, if `channels` is set, of whole channels."""
 
     p: float
     channels: bool
@@ -80,9 +97,11 @@ class Dropout(Op):
 
 @dataclass(frozen=True)
 class Plan:
-    """Operations in order, the shape of every value, and the numbers of the model's input and output.
+    """A model as operations in the order in which they run.
 
-    norms  the paths of the Norm operations' modules, in their order
+    shapes         the shape of one sample of each value, by the value's number
+    input, output  the numbers of the model's input and output
+    norms          the module path of each Norm operation, in order
     """
 
     ops: tuple[Op, ...]
@@ -97,7 +116,7 @@ class Plan:
         return {kind: kinds.count(kind) for kind in sorted(set(kinds))}
 
     def needs_gradient(self) -> set[int]:
-        """The numbers of the values that depend on a parameter."""
+        """The numbers of the values that depend on a parameter, and so need a gradient."""
         needed: set[int] = set()
         for op in self.ops:
             if isinstance(op, Convolution | Norm) or needed.intersection(op.inputs):
@@ -105,7 +124,7 @@ class Plan:
         return needed
 
 
-KINDS = {  # of Pointwise, numbered as in csrc/cpu/fused/fused.h
+KINDS = {  # activation functions, numbered as PointwiseKind in csrc/cpu/fused/fused.h
     name: number
     for number, name in enumerate(
         [

@@ -1,4 +1,4 @@
-"""Reader: a traced graph translated node by node into operations; what isn't covered is named with its place."""
+"""Reader: translates a traced graph into operations, and refuses a node that the fused engine doesn't cover."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ from swamp_fast.engines.fused.plan import (
 
 
 class NotCovered(Exception):
-    """Why the fused engine can't run a model, with the place in it."""
+    """The fused engine can't run a model; the message names the reason and the place in the model."""
 
 
 class Reader:
     """Translates the nodes of a traced graph into operations, with one handler per kind of node.
 
     ops      the operations so far, in order
-    shapes   of one sample of each value, by the value's number
-    numbers  of the values, by the node that gives them
-    norms    the paths of the Norms' modules, by the number of the Norm's output
-    values   what each node gives on the example inputs
+    shapes   the shape of one sample of each value, by the value's number
+    numbers  the number of the value that each node computes
+    norms    the module path of each Norm, by the number of the Norm's output
+    values   what each node computes on the example inputs
     """
 
     def __init__(self, called: nn.Module, graph: fx.Graph, inputs: Tensor) -> None:
@@ -50,16 +50,19 @@ class Reader:
         self.order = {node: place for place, node in enumerate(graph.nodes)}
         self.values = values_of(called, graph, inputs)
         self.batch = len(inputs)
-        for node in graph.nodes:  # sizes and numbers that the forward computes are known, and become plain arguments
+        for node in graph.nodes:  # sizes and numbers that the forward computes are replaced by their values
             node.args, node.kwargs = fx.node.map_arg((node.args, node.kwargs), self._known)
 
     def _known(self, node: fx.Node) -> Any:
-        """The value of a node without tensors, otherwise the node."""
+        """The value of a node if it holds no tensors, otherwise the node itself."""
         value = self.values[node]
         return node if holds_tensors(value) or node.op == "output" else value
 
     def run(self) -> int:
-        """Translate all nodes; returns the number of the model's output. Raises NotCovered."""
+        """Translate all nodes; returns the number of the model's output.
+
+        Raises NotCovered if a node can't be translated.
+        """
         output = -1
         for node in self.graph.nodes:
             if node.op == "placeholder":
@@ -69,27 +72,30 @@ class Reader:
             elif isinstance(self.values[node], Tensor):
                 self.numbers[node] = self.translate_or_refuse(node)
             elif node.op == "call_module" or holds_tensors(self.values[node]):
-                raise NotCovered(f"{self.place(node)} does not give a tensor")
+                raise NotCovered(f"{self.place(node)} does not return a tensor")
         return output
 
     def new_value(self, node: fx.Node) -> int:
-        """The number of a new value with the shape of what a node gives."""
+        """Add a value with the shape of a node's result; returns the value's number.
+
+        Raises NotCovered for any shape other than [B, C, H, W] or [B, features].
+        """
         tensor = self.values[node]
         if tensor.dim() not in (2, 4) or len(tensor) != self.batch:
             raise NotCovered(
-                f"{self.place(node)} gives a tensor {list(tensor.shape)}, not [B, C, H, W] or [B, features]"
+                f"{self.place(node)} returns a tensor {list(tensor.shape)}, not [B, C, H, W] or [B, features]"
             )
         self.shapes.append(tuple(tensor.shape[1:]))
         return len(self.shapes) - 1
 
     def number_of(self, node: Any, reader: fx.Node) -> int:
-        """The number of the value of `node`, an argument of `reader`."""
+        """The number of the value that `node`, an argument of the node `reader`, computes."""
         if not isinstance(node, fx.Node) or node not in self.numbers:
-            raise NotCovered(f"{self.place(reader)} reads something other than a value of the batch")
+            raise NotCovered(f"{self.place(reader)} has an argument that is not computed from the batch")
         return self.numbers[node]
 
     def place(self, node: fx.Node) -> str:
-        """Where in the model a node is, for messages."""
+        """The name and the place of a node in the model, for messages."""
         if node.op == "call_module":
             path = "" if node.target == "model" else str(node.target).removeprefix("model.")
             return f"{path or 'the model'} ({type(self.modules[str(node.target)]).__name__})"
@@ -99,13 +105,13 @@ class Reader:
         return f"{name} in {where}"
 
     def translate_or_refuse(self, node: fx.Node) -> int:
-        """As `translate`; NotCovered is the only error that it raises."""
+        """Call `translate`, and turn any error that it raises into NotCovered."""
         try:
             return self.translate(node)
         except NotCovered:
             raise
         except Exception as error:
-            raise NotCovered(f"{self.place(node)} can't be read ({type(error).__name__}: {error})") from error
+            raise NotCovered(f"{self.place(node)} can't be translated ({type(error).__name__}: {error})") from error
 
     def translate(self, node: fx.Node) -> int:
         """Append a node's operations; returns the number of its value."""
@@ -127,21 +133,29 @@ class Reader:
         return function(self, node)
 
     def refuse_later_readers(self, node: fx.Node) -> None:
-        """Refuse an in-place operation whose input is read again; any other equals its out-of-place form."""
+        """Raise NotCovered if a later node reads the input of an in-place operation.
+
+        All other in-place operations give the same result as their out-of-place forms.
+        """
         number = self.numbers.get(source_of(node))
         aliases = [other for other, other_number in self.numbers.items() if other_number == number]
         if any(self.order[user] > self.order[node] for alias in aliases for user in alias.users):
-            raise NotCovered(f"{self.place(node)} changes in place what is read again")
+            raise NotCovered(f"{self.place(node)} changes its input in place, and the input is read again")
 
     def append(self, node: fx.Node, make: Callable[..., Op], *inputs: Any, **attributes: Any) -> int:
-        """Append an operation of a node on `inputs`; returns the number of its output."""
+        """Append the operation of a node; returns the number of its output.
+
+        make        the operation's class
+        inputs      the nodes that the operation reads
+        attributes  the other fields of the operation
+        """
         numbers = tuple(self.number_of(argument, node) for argument in inputs)
         output = self.new_value(node)
         self.ops.append(make(self.place(node), numbers, output, **attributes))
         return output
 
     def convolution(self, node: fx.Node, module: Any) -> int:
-        """nn.Conv2d."""
+        """Translate nn.Conv2d."""
         padding = module.padding
         if padding == "same":
             total = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
@@ -165,16 +179,18 @@ class Reader:
         )
 
     def linear(self, node: fx.Node, module: nn.Linear) -> int:
-        """nn.Linear, as a convolution over a single pixel."""
+        """Translate nn.Linear to a convolution over a single pixel."""
         if self.values[node].dim() != 2:
             raise NotCovered(f"{self.place(node)} has an input that is not [B, features]")
         bias = None if module.bias is None else self.names[id(module.bias)]
         return self.append(node, Convolution, source_of(node), weight=self.names[id(module.weight)], bias=bias)
 
     def norm(self, node: fx.Node, module: Any) -> int:
-        """nn.BatchNorm1d or nn.BatchNorm2d."""
+        """Translate nn.BatchNorm1d or nn.BatchNorm2d."""
         if module.momentum is None or module.running_mean is None or not module.track_running_stats:
-            raise NotCovered(f"{self.place(node)} keeps no running statistics, or cumulative ones (momentum=None)")
+            raise NotCovered(
+                f"{self.place(node)} has no running statistics, or averages them over all batches (momentum=None)"
+            )
         path = str(node.target).removeprefix("model.")
         if path in self.norms.values():
             raise NotCovered(f"{self.place(node)} is used twice")
@@ -184,13 +200,17 @@ class Reader:
         return output
 
     def pool(self, node: fx.Node, source: Any, rows: Any, columns: Any, divisors: Any) -> int:
-        """Pooling over windows, as Pool has them."""
+        """Append a Pool with the given windows and divisors, which are described at Pool."""
         if len(self.values[source].shape) != 4:
             raise NotCovered(f"{self.place(node)} has an input that is not [B, C, H, W]")
         return self.append(node, Pool, source, rows=rows, columns=columns, divisors=divisors)
 
     def windows(self, node: fx.Node, settings: dict[str, Any], average: bool) -> int:
-        """Pooling with a kernel size, stride and padding."""
+        """Translate pooling with a kernel size, stride and padding.
+
+        settings  the arguments of the pooling, by name
+        average   average pooling instead of max pooling
+        """
         size, stride, padding = (
             _pair(settings.get(name, default))
             for name, default in (("kernel_size", 1), ("stride", None), ("padding", 0))
@@ -200,7 +220,7 @@ class Reader:
             raise NotCovered(f"{self.place(node)} is dilated or returns indices")
         source = source_of(node)
         inside, outside = self.values[source].shape[2:], self.values[node].shape[2:]
-        spans = [  # before clipping
+        spans = [  # begin and end of each window; may reach into the padding
             [
                 (i * stride[axis] - padding[axis], i * stride[axis] - padding[axis] + size[axis])
                 for i in range(outside[axis])
@@ -219,7 +239,7 @@ class Reader:
         return self.pool(node, source, clipped[0], clipped[1], divisors)
 
     def adaptive(self, node: fx.Node, average: bool) -> int:
-        """Pooling to a requested output size."""
+        """Translate adaptive average or max pooling, whose output size is given."""
         source, outside = source_of(node), self.values[node].shape[2:]
         inside = self.values[source].shape[2:]
         spans = [
@@ -230,12 +250,12 @@ class Reader:
         return self.pool(node, source, spans[0], spans[1], divisors if average else None)
 
     def mean(self, node: fx.Node) -> int:
-        """The mean over height and width, with or without keeping these axes."""
+        """Translate a mean over height and width, whether or not it keeps these axes."""
         source, axes = source_of(node), arguments_of(node, "dim").get("dim")
         shape = self.values[source].shape
         axes = [axes] if isinstance(axes, int) else axes
         if len(shape) != 4 or axes is None or sorted(axis % 4 for axis in axes) != [2, 3]:
-            raise NotCovered(f"{self.place(node)} is not over height and width")
+            raise NotCovered(f"{self.place(node)} is not a mean over height and width")
         number, size = self.number_of(source, node), (int(shape[1]), 1, 1)
         self.shapes.append(size)
         pooled = len(self.shapes) - 1
@@ -248,49 +268,52 @@ class Reader:
         return output
 
     def flatten(self, node: fx.Node) -> int:
-        """Any reshaping of [B, C, H, W] to [B, features] in the same order, or to the same shape."""
+        """Translate a reshaping of [B, C, H, W] to [B, C * H * W], or one that changes nothing."""
         source = source_of(node)
         before, after = self.values[source], self.values[node]
         if after.shape == before.shape:
             return self.number_of(source, node)
         if after.dim() != 2 or len(after) != self.batch:
-            raise NotCovered(f"{self.place(node)} makes {list(after.shape)} of {list(before.shape)}")
+            raise NotCovered(f"{self.place(node)} reshapes {list(before.shape)} to {list(after.shape)}")
         return self.append(node, Flatten, source)
 
     def activation(self, node: fx.Node, kind: str, parameter: float = 0.0) -> int:
-        """An activation of `kind`, a key of KINDS."""
+        """Append an activation function; `kind` and `parameter` are described at Pointwise."""
         return self.append(node, Pointwise, source_of(node), kind=kind, parameter=parameter)
 
     def softplus(self, node: fx.Node, settings: dict[str, Any]) -> int:
-        """Softplus with the default beta and threshold."""
+        """Translate softplus. Raises NotCovered unless beta and threshold have their defaults."""
         if settings.get("beta", 1) != 1 or settings.get("threshold", 20) != 20:
-            raise NotCovered(f"{self.place(node)} has another beta or threshold than the default")
+            raise NotCovered(f"{self.place(node)} has a beta or threshold other than the default")
         return self.activation(node, "softplus")
 
     def add(self, node: fx.Node) -> int:
-        """The sum of two values of the same shape."""
+        """Translate the sum of two values of the same shape."""
         if node.kwargs.get("alpha", 1) != 1 or len(node.args) != 2:
             raise NotCovered(f"{self.place(node)} is not a plain sum")
         a, b = (self.values.get(term) if isinstance(term, fx.Node) else None for term in node.args)
         if a is None or b is None or a.shape != b.shape:
-            raise NotCovered(f"{self.place(node)} does not add two values of one shape")
+            raise NotCovered(f"{self.place(node)} does not add two tensors of the same shape")
         return self.append(node, Add, *node.args)
 
     def concatenate(self, node: fx.Node) -> int:
-        """A concatenation along the channels."""
+        """Translate a concatenation along the channels."""
         tensors, axis = source_of(node), arguments_of(node, "dim").get("dim", 0)
         if axis % self.values[node].dim() != 1:
-            raise NotCovered(f"{self.place(node)} is not along the channels")
+            raise NotCovered(f"{self.place(node)} does not concatenate along the channels")
         return self.append(node, Concatenate, *tensors)
 
     def dropout(self, node: fx.Node, p: float, channels: bool) -> int:
-        """Dropout, or nothing where p is 0."""
+        """Translate dropout; with p = 0 it appends no operation.
+
+        channels  drop whole channels instead of single elements
+        """
         if p == 0:
             return self.number_of(source_of(node), node)
         return self.append(node, Dropout, source_of(node), p=p, channels=channels)
 
     def functional_dropout(self, node: fx.Node, channels: bool) -> int:
-        """F.dropout or F.dropout2d, or nothing where it isn't training."""
+        """Translate F.dropout or F.dropout2d; with training=False it appends no operation."""
         p, training, inplace = dropout_arguments(node)
         if not training:
             return self.number_of(source_of(node), node)
@@ -300,7 +323,7 @@ class Reader:
 
 
 def _pair(value: Any) -> Any:
-    """A size of pooling for height and width, from one number or two."""
+    """(height, width) from an argument of a pooling that is one number or two; None for None."""
     if value is None:
         return None
     pair = tuple(int(size) for size in (value if isinstance(value, list | tuple) else (value,)))

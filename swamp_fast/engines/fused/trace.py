@@ -1,4 +1,4 @@
-"""Tracing: a model's forward traced by torch.fx, read into operations and made a Plan."""
+"""Traces a model's forward with torch.fx and translates it into a Plan."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ __all__ = ["NotCovered", "plan_of"]
 
 
 def plan_of(model: nn.Module, forward: Callable[[nn.Module, Any], Any], inputs: Tensor) -> Plan:
-    """The plan of a model on inputs [B, ...]. Raises NotCovered."""
+    """Return the plan of forward(model, inputs), traced with example inputs [B, ...].
+
+    Raises NotCovered if the fused engine can't run the model.
+    """
     if not isinstance(inputs, Tensor) or inputs.dim() not in (2, 4) or not inputs.is_floating_point():
         raise NotCovered("its input is not a tensor [B, channels, height, width] or [B, features]")
     for path, module in model.named_modules():
@@ -38,7 +41,7 @@ def plan_of(model: nn.Module, forward: Callable[[nn.Module, Any], Any], inputs: 
 
 
 class _Called(nn.Module):
-    """forward(model, inputs) as a module, which torch.fx can trace."""
+    """Wraps forward(model, inputs) in a module, because torch.fx traces modules."""
 
     def __init__(self, model: nn.Module, function: Callable[[nn.Module, Any], Any]) -> None:
         super().__init__()
@@ -57,7 +60,10 @@ def _trace(module: nn.Module) -> fx.Graph:
 
 
 def _text(graph: fx.Graph) -> list[str]:
-    """A line for each node, without dropout's `training`: only this may differ between training and evaluation."""
+    """One line of text per node, by which the graphs of training and evaluation are compared.
+
+    The lines omit dropout's argument `training`, the only one that may differ between the two.
+    """
     lines = []
     for node in graph.nodes:
         if node.target in FUNCTIONAL_DROPOUTS:
@@ -69,7 +75,7 @@ def _text(graph: fx.Graph) -> list[str]:
 
 
 def _refuse_what_kernels_cannot_do(ops: list[Op], output: int) -> None:
-    """Raise NotCovered for shared parameters, unused values, or a model that has nothing to prune."""
+    """Raise NotCovered for shared parameters, unused values, or a model without convolutions and linear layers."""
     if not any(isinstance(op, Convolution) for op in ops):
         raise NotCovered("it has neither convolutions nor linear layers")
     seen: set[str] = set()
@@ -82,26 +88,26 @@ def _refuse_what_kernels_cannot_do(ops: list[Op], output: int) -> None:
     read = {output} | {number for op in ops for number in op.inputs}
     for op in ops:
         if op.output not in read:
-            raise NotCovered(f"{op.place} gives a value that is not used")
+            raise NotCovered(f"{op.place} computes a value that is not used")
 
 
 def _with_fused_norms(ops: list[Op], paths: dict[int, str], output: int) -> tuple[list[Op], tuple[str, ...]]:
-    """The operations with each Norm's following sum and ReLU merged into it; and the paths of the Norms' modules.
+    """Merge each Norm with the Add and the ReLU that follow it; returns the operations and each Norm's module path.
 
-    A Norm is merged with an operation only if nothing else reads its output.
+    A Norm is merged with the operation after it only if nothing else reads the Norm's output.
 
-    paths  of the Norms' modules, by the number of the Norm's output
+    paths  the module path of each Norm, by the number of the Norm's output
     """
     readers = Counter(number for op in ops for number in op.inputs)
     readers[output] += 1
     paths = dict(paths)
     merged: list[Op] = []
-    places: dict[int, int] = {}  # in `merged`, of each Norm without ReLU, by the number of its output
+    places: dict[int, int] = {}  # the index in `merged` of each Norm without ReLU, by the number of its output
     for op in ops:
         norm = next((merged[places[n]] for n in reversed(op.inputs) if n in places and readers[n] == 1), None)
         if isinstance(norm, Norm) and isinstance(op, Add) and len(norm.inputs) == 1:
             others = tuple(n for n in op.inputs if n != norm.output)
-            # The Norm moves to the sum's place, where both of its inputs are computed.
+            # The Norm moves to where the Add was, because the Add's other input may be computed only after the Norm.
             removed = places.pop(norm.output)
             del merged[removed]
             places = {n: place - (place > removed) for n, place in places.items()}

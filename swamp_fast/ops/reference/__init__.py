@@ -1,4 +1,7 @@
-"""What each op computes, in plain PyTorch on any device and float type. If a kernel disagrees, the kernel is wrong."""
+"""The reference of each op: its definition in plain PyTorch, for any device and float type.
+
+If a kernel and its reference disagree, the kernel is wrong.
+"""
 
 from swamp_fast.ops.reference.clip_scale import clip_scale
 from swamp_fast.ops.reference.gather_augment import gather_augment

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from swamp_fast.ops.reference.philox import philox_blocks
 
-CROP_FLIP = 1  # the purpose word
+CROP_FLIP = 1  # the purpose of the random words, in their Philox counter
 
 
 def gather_augment(
@@ -19,7 +19,7 @@ def gather_augment(
     flip: bool = False,
     channels_last: bool = False,
 ) -> Tensor:
-    """Gather each lane's pictures; the contract is in swamp_fast/ops/gather_augment.py."""
+    """Gather each lane's pictures [L, B, C, H, W]; arguments as in swamp_fast/ops/gather_augment.py."""
     _, height, width, channels = images.shape
     words = (
         philox_blocks(keys[:, None, :], CROP_FLIP, index if samples is None else samples).long() & 0xFFFFFFFF

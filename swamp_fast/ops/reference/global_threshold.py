@@ -5,14 +5,17 @@ from torch import Tensor
 
 
 def global_threshold(weights: Tensor, masks: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
-    """Keep the largest |w| of every run; the contract is in swamp_fast/ops/global_threshold.py."""
+    """The thresholds [R] and new masks [R, Q] that keep each run's largest |w|.
+
+    The arguments are those of swamp_fast/ops/global_threshold.py.
+    """
     thresholds = torch.full_like(weights[:, 0], torch.inf)
     new_masks = torch.zeros_like(masks)
     for run, count in enumerate(keep.tolist()):
         if weights[run][masks[run]].isnan().any():
             raise ValueError(f"global_threshold: run {run} has NaN among the weights its mask keeps.")
         if count > int(masks[run].sum()):
-            raise ValueError(f"global_threshold: run {run} is to keep {count}, its mask keeps fewer.")
+            raise ValueError(f"global_threshold: run {run} is to keep {count} weights, but its mask keeps fewer.")
         magnitude = weights[run].abs().masked_fill(~masks[run], -1)
         order = magnitude.argsort(descending=True, stable=True)[:count]
         new_masks[run, order] = True

@@ -21,7 +21,7 @@ def masked_adamw_(
     swa: Tensor | None = None,
     swa_weight: Tensor | None = None,
 ) -> None:
-    """One masked AdamW step in place; the contract is in swamp_fast/ops/masked_adamw.py."""
+    """Take one masked AdamW step in place; arguments as in swamp_fast/ops/masked_adamw.py."""
     prunable = masks.shape[1]
     for lane in range(weights.shape[0]):
         pruned = ~masks[run_of_lane[lane]]

@@ -18,7 +18,7 @@ def masked_sgd_(
     swa: Tensor | None = None,
     swa_weight: Tensor | None = None,
 ) -> None:
-    """One masked SGD step in place; the contract is in swamp_fast/ops/masked_sgd.py."""
+    """Take one masked SGD step in place; arguments as in swamp_fast/ops/masked_sgd.py."""
     prunable = masks.shape[1]
     for lane in range(weights.shape[0]):
         pruned = ~masks[run_of_lane[lane]]

@@ -1,4 +1,4 @@
-"""The self-check before folding: it accepts models that fold correctly, and says why others don't."""
+"""The self-check before folding: it accepts models that fold correctly, and gives the reason why others don't."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_networks(name, grouped, digits):
 
 
 class Mixed(nn.Module):
-    """A model that folds, if `mix` does."""
+    """A model that applies `mix` to its hidden features; it can be folded if `mix` can."""
 
     def __init__(self, mix) -> None:
         super().__init__()
@@ -53,15 +53,18 @@ def counted(module: Mixed, x: Tensor) -> Tensor:
 
 MIXES = {
     "plain": (lambda m, x: x.relu(), None),
-    "centred": (lambda m, x: x - x.mean(0), "differ from theirs alone: it mixes samples of a batch"),
-    "by the batch's size": (lambda m, x: x / len(x), "differ from theirs alone"),
-    "a little": (lambda m, x: x + 1e-6 * x.sum(), "differ from theirs alone"),
-    "rolled": (lambda m, x: x.roll(1, 0), "differ from theirs alone"),
+    "centred": (lambda m, x: x - x.mean(0), "differ from those of the same lanes alone: it mixes samples of a batch"),
+    "by the batch's size": (lambda m, x: x / len(x), "differ from those of the same lanes alone"),
+    "a little": (lambda m, x: x + 1e-6 * x.sum(), "differ from those of the same lanes alone"),
+    "rolled": (lambda m, x: x.roll(1, 0), "differ from those of the same lanes alone"),
     "a NaN that is hidden": (lambda m, x: x + 0 * x.sum(), "NaN in one lane reaches the"),
     "a value that is read": (lambda m, x: x * (2 if x.sum().item() > 0 else 1), "looks at values"),
     "noise": (lambda m, x: x + torch.randn_like(x), "it draws random numbers besides dropout"),
     "a buffer": (counted, "its forward changes buffers or weights: steps"),
-    "a fixed batch": (lambda m, x: x.view(min(8, len(x)), 16) if m.training else x, "folded it raises RuntimeError"),
+    "a fixed batch": (
+        lambda m, x: x.view(min(8, len(x)), 16) if m.training else x,
+        "when folded, it raises RuntimeError",
+    ),
 }
 
 
@@ -97,7 +100,7 @@ def test_the_choice_is_measured_and_says_why(digits):
     assert {name.split(",")[0] for name in choice.milliseconds} == {"lanes", "fold", "fold_grouped"}
     assert all(value > 0 for value in choice.milliseconds.values())
     choice = fastest_choice(prepare(networks.build("branching"), *digits, settings=SETTINGS), 4)
-    assert choice.way == "lanes"
+    assert choice.mode == "lanes"
     assert choice.why.startswith("it can't be folded, its forward looks at values")
     assert fastest_choice(problem, 1).why == "there is one particle"
 

@@ -1,4 +1,4 @@
-"""Lets test_ptx import test_cuda_kernels, whose tests it repeats on interpreted kernels."""
+"""Lets test_ptx.py import test_cuda_kernels.py, whose tests it repeats in the PTX interpreter."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""The kernels of csrc/cuda against float64, alone and in a plan: on a GPU, or without one on the CPU, thread by thread.
+"""Compares the kernels of csrc/cuda with float64 references, alone and as part of a plan.
 
-Without a GPU tests/support/host/matrix.h stands for its instructions: what is proven is everything but these.
+Without a GPU, the kernels run on the CPU thread by thread, and tests/support/host/matrix.h replaces the GPU's
+instructions. The tests then cover everything except those instructions.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ HALOS = [
 
 
 def prologue_of(lanes: int, channels: int) -> Prologue:
-    """A random prologue in the middle of longer rows, where a plan's norms stand."""
+    """A random prologue whose channels are in the middle of longer rows, as those of a norm in a plan are."""
     scale, offset = (
         normal(lanes, channels + 9, dtype=torch.float32).abs(),
         normal(lanes, channels + 9, dtype=torch.float32),
@@ -57,7 +58,7 @@ def prologue_of(lanes: int, channels: int) -> Prologue:
 
 
 def after(source: torch.Tensor, prologue: Prologue | None) -> torch.Tensor:
-    """What the kernels multiply: the source, rounded after the prologue."""
+    """The input that the kernels multiply: the source after the prologue, rounded to bfloat16."""
     if prologue is None:
         return source.double()
     channels = slice(prologue.first, prologue.first + source.shape[-1])
@@ -72,7 +73,7 @@ def as_pictures(maps: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("with_prologue", [False, True])
 @pytest.mark.parametrize(("halo", "samples"), HALOS, ids=str)
 def test_convolve(halo, samples, with_prologue, monkeypatch):
-    monkeypatch.setattr(halo_module, "MAX_BLOCKS_PER_LANE", 2)  # so that a block takes several tiles here too
+    monkeypatch.setattr(halo_module, "MAX_BLOCKS_PER_LANE", 2)  # makes each block compute several tiles
     lanes, inputs, outputs = 2, halo.inputs, halo.outputs
     source = normal(lanes, samples, halo.height, halo.width, inputs)
     prologue = prologue_of(lanes, inputs) if with_prologue else None
@@ -98,7 +99,7 @@ def test_convolve(halo, samples, with_prologue, monkeypatch):
 
 
 def statistics_of(lanes: int, channels: int) -> Statistics:
-    """Room for statistics in the middle of longer rows, which begin as NaN."""
+    """Memory for statistics in the middle of longer rows; all of it is NaN at first."""
     each = torch.full((4, lanes, channels + 7), torch.nan, device=DEVICE)
     weights = normal(lanes, 2 * channels + 11, dtype=torch.float32)
     arrivals = torch.zeros(lanes, channels, dtype=torch.int32, device=DEVICE)
@@ -107,7 +108,7 @@ def statistics_of(lanes: int, channels: int) -> Statistics:
 
 @pytest.mark.parametrize(("halo", "samples"), HALOS, ids=str)
 def test_convolve_by_input(halo, samples, monkeypatch):
-    """The bits don't depend on how many tiles a block takes."""
+    """The input gradient's bits don't depend on the number of tiles per block."""
     lanes, inputs, outputs = 2, halo.inputs, halo.outputs
     out_grad = normal(lanes, samples, halo.height, halo.width, outputs)
     weights = normal(lanes, 9 * inputs * outputs) / (3 * outputs**0.5)
@@ -146,7 +147,7 @@ def test_weight_grad(halo, samples, with_prologue):
 
 
 def test_a_constant_channel_has_no_variance():
-    """A mean of 4 and no variance: E[x^2] - E[x]^2 would lose it to cancellation."""
+    """With mean 4, computing the variance as E[x^2] - E[x]^2 would give a wrong result by cancellation."""
     halo, lanes, samples = Halo(16, 16, 16, 16), 1, 4
     source = torch.zeros(lanes, samples, 16, 16, 16, device=DEVICE).bfloat16()
     weights = torch.zeros(lanes, 9 * 16 * 16, device=DEVICE).bfloat16()
@@ -159,14 +160,14 @@ def test_a_constant_channel_has_no_variance():
 
 
 def broken(name, constants, grid, shared_bytes, params) -> None:
-    """A launcher whose convolutions reverse their taps."""
+    """Launch a kernel whose convolution wrongly reverses its taps."""
     if name == "convolve":
         constants = {**constants, "BY_INPUT": 1 - constants["BY_INPUT"]}
     LAUNCH(name, constants, grid, shared_bytes, params)
 
 
 class Residual(nn.Module):
-    """A stem of three channels, a norm that only a convolution reads, a norm with a residual, and a stride of 2."""
+    """A network with a 3-channel stem, a norm read only by a convolution, a norm with a residual, and a stride of 2."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -183,7 +184,7 @@ class Residual(nn.Module):
 
 
 class Chain(nn.Module):
-    """Norms that only convolutions read, so that none of them is written."""
+    """A network whose norms are read by convolutions only, so that none of their outputs is written."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -200,7 +201,7 @@ class Chain(nn.Module):
 
 @pytest.mark.parametrize("network", [Residual, Chain])
 def test_in_a_plan(network, monkeypatch):
-    """The error against float64 is at most twice that of autograd under bfloat16 autocast."""
+    """The error relative to float64 is at most twice the error of autograd under bfloat16 autocast."""
     torch.manual_seed(0)
     model = network()
     if not HAS_GPU:
@@ -219,7 +220,7 @@ def test_in_a_plan(network, monkeypatch):
 
 
 def test_wrong_kernels_are_found(monkeypatch):
-    """The engine's check before it uses the kernels."""
+    """The engine's self-check rejects kernels that compute wrong results."""
     if not HAS_GPU:
         monkeypatch.setitem(convolution.PIXELS, 2, 1024)
     halos, device = [Halo(8, 8, 16, 32), Halo(8, 8, 16, 32), Halo(4, 4, 16, 16)], torch.device(DEVICE)
@@ -234,9 +235,9 @@ def fails(*arguments) -> None:
     raise RuntimeError("no such device")
 
 
-@pytest.mark.parametrize(("which", "what"), [(1, "gradients by the input"), (2, "gradients by the weights")])
+@pytest.mark.parametrize(("which", "what"), [(1, "input gradients"), (2, "weight gradients")])
 def test_a_slightly_wrong_border_is_found(which, what, monkeypatch):
-    """The first row of pictures, or the first three taps, are wrong by a 64th of the largest gradient."""
+    """The check finds an error of 1/64 of the largest gradient in the first row of pictures or the first three taps."""
     if not HAS_GPU:
         monkeypatch.setitem(convolution.PIXELS, 2, 1024)
     right = check._of_halo
@@ -254,22 +255,22 @@ def test_a_slightly_wrong_border_is_found(which, what, monkeypatch):
 
 
 def test_blocks_fill_whole_waves():
-    """ResNet-20's first stage by the input, 8 lanes on 132 processors with three blocks each, fills one wave."""
+    """ResNet-20's first-stage input gradient, 8 lanes, fills one wave of 132 processors with 3 blocks each."""
     tiles = Halo(32, 32, 16, 16).tiles(128)
     block_tiles = tiles_per_block(tiles, 8, 132 * 3)
     blocks = 8 * -(-tiles // block_tiles)
     assert (block_tiles, blocks) == (11, 376)
     assert blocks <= 132 * 3 < 8 * -(-tiles // 10)
-    assert tiles_per_block(tiles, 1, 132 * 3) == 2  # one lane: 256 blocks, where one tile each would be a second wave
+    assert tiles_per_block(tiles, 1, 132 * 3) == 2  # one lane; with one tile per block there would be a second wave
     assert tiles_per_block(1, 5, 396) == 1
-    for rows in (3, 64):  # never slower than all tiles in one block, or each in its own
+    for rows in (3, 64):  # never slower than one block for all tiles, or one per tile
         for many in (1, tiles):
             waves, least = (-(-rows * -(-tiles // each) // 396) for each in (many, tiles_per_block(tiles, rows, 396)))
             assert least * (tiles_per_block(tiles, rows, 396) + 1) <= waves * (many + 1)
 
 
 def test_blocks_of_a_processor():
-    """A thread gets a multiple of 8 of 64 K registers; a block takes 1 KB besides its own shared memory."""
+    """Registers per thread are rounded up to a multiple of 8, and each block reserves 1 KB more shared memory."""
     by_registers = {32: 8, 64: 4, 78: 3, 80: 3, 81: 2, 128: 2, 129: 1, 255: 1}
     assert {registers: blocks_at_once(registers, 1024) for registers in by_registers} == by_registers
     by_shared = {37: 6, 75: 3, 76: 2, 113: 2, 114: 1, 227: 1}
@@ -287,7 +288,7 @@ def test_a_broken_file_in_the_cache_is_compiled_again(tmp_path, monkeypatch):
         assert nvrtc.compile_kernel("convolve", constants, "sm_90") == code
         assert kept.read_bytes() == code
     kept.unlink()
-    kept.mkdir()  # can be neither read nor replaced
+    kept.mkdir()  # a folder in place of the cached file can be neither read nor replaced
     assert nvrtc.compile_kernel("convolve", constants, "sm_90") == code
 
 
@@ -310,7 +311,7 @@ def test_no_register_is_spilled_for_more_blocks(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("size", [2, 4, 8, 16, 32, 64])
 def test_every_size_fits(size):
-    """A block's shared memory fits the smallest GPU, for every number of channels."""
+    """A block's shared memory fits every GPU from sm_80 on, for every number of channels."""
     for inputs in (16, 32, 48, 64, 128, 160, 512):
         for outputs in (16, 32, 48, 64, 80, 512):
             halo = Halo(size, size, inputs, outputs)

@@ -1,4 +1,4 @@
-"""The structs of csrc/cuda/params.h are laid out as their mirrors in params.py, by the host's compiler and by NVRTC."""
+"""The structs of csrc/cuda/params.h have the layout of their mirrors in params.py, by a C++ compiler and by NVRTC."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ needs_nvrtc = pytest.mark.skipif(why_no_nvrtc() is not None, reason=f"{why_no_nv
 
 
 def layout_check(header_name: str, mirror: type[ctypes.Structure]) -> str:
-    """C++ that compiles only if a struct of the header is laid out as its mirror."""
+    """C++ source that compiles only if a struct of the header has the same layout as its mirror."""
     lines = [f"static_assert(sizeof({header_name}) == {ctypes.sizeof(mirror)});"]
     for name, _ in mirror._fields_:
         offset, size = getattr(mirror, name).offset, getattr(mirror, name).size
@@ -48,7 +48,7 @@ def host_compiles(source: str) -> bool:
 
 
 class Shifted(ctypes.Structure):
-    """ConvolveParams with two fields of different sizes exchanged."""
+    """A mirror with two fields of different sizes exchanged, which the check must reject."""
 
     _fields_ = (*ConvolveParams._fields_[:-4], *reversed(ConvolveParams._fields_[-4:]))
 
@@ -67,7 +67,7 @@ def test_another_layout_is_found():
 @needs_nvrtc
 @pytest.mark.parametrize("kernel", STRUCTS)
 def test_layout_by_nvrtc(kernel):
-    """Each kernel's own source, with the checks behind it; and the size of its parameters as compiled."""
+    """NVRTC compiles each kernel's source followed by the checks, and reports the expected size of its parameters."""
     header_name, mirror, constants = STRUCTS[kernel]
     sources = nvrtc.sources_of(kernel)
     sources[f"{kernel}.cu"] += layout_check(header_name, mirror).encode()
@@ -78,7 +78,7 @@ def test_layout_by_nvrtc(kernel):
 
 @pytest.mark.parametrize("kernel", STRUCTS)
 def test_fields_in_order_and_of_one_type(kernel):
-    """The header names the same fields, of the same types."""
+    """The header declares the same fields in the same order and of the same types as the mirror."""
     header_name, mirror, _ = STRUCTS[kernel]
     body = re.search(rf"struct {header_name} {{(.*?)\n}};", HEADER.read_text(), re.DOTALL)[1]
     declared = re.findall(r"(\S[^;]*?)(\w+);", re.sub(r"//[^\n]*", "", body))

@@ -1,4 +1,4 @@
-"""The fused engine against autograd: every operation, size and density, on every instruction set; then whole runs."""
+"""Compares the fused engine with autograd for each operation, size, density and instruction set, and in whole runs."""
 
 from __future__ import annotations
 
@@ -40,7 +40,8 @@ def test_batch_sizes_and_empty_layers(batch, density):
             continue
         problem = problem_of(seeded(NETS[name]), batch)
         mask = masked(problem, density)
-        # Behind an empty layer a channel is constant: rounding, 1e-16, is divided by sqrt(eps), 3e-3, in both passes.
+        # After a layer without kept weights, a channel is constant. Its rounding error of 1e-16 is then divided by
+        # sqrt(eps) = 3e-3, in the forward and in the backward pass.
         bound = 1e-10 if density == 0 else 1e-12
         assert max(error(step(problem, "fused", mask), step(problem, "autograd", mask)).values()) <= bound
 
@@ -50,19 +51,19 @@ def test_channels_without_a_weight():
     mask = problem.mask.clone()
     views = problem.layout.mask_views(mask)
     views["layers.b.weight"][1] = False  # no incoming weight
-    views["layers.b.weight"][:, 2] = False  # no outgoing one
+    views["layers.b.weight"][:, 2] = False  # no outgoing weight
     assert max(error(step(problem, "fused", mask), step(problem, "autograd", mask)).values()) <= 1e-12
 
 
-# ResNet-18 in float32 only: torch's own bfloat16 weight gradient of a 3x3 convolution on maps of 1 or 2 pixels is now
-# and then NaN (2.15, CPU).
+# ResNet-18 is tested in float32 only. PyTorch 2.15 on a CPU sometimes gives NaN for the bfloat16 weight gradient of a
+# 3x3 convolution on feature maps of 1 or 2 pixels.
 @pytest.mark.parametrize(
     ("name", "precision"),
     [(name, precision) for precision in ("float32", "bfloat16") for name in ("residual", "dropout")]
     + [("resnet18", "float32")],
 )
 def test_as_exact_as_autograd(name, precision, instruction_set):
-    """In float32 and with bfloat16 activations: the error against float64 is at most twice that of autograd."""
+    """The error relative to float64 is at most twice autograd's, in float32 and with bfloat16 activations."""
     if name == "resnet18" and instruction_set == "generic":
         pytest.skip("minutes without vector instructions; the smaller networks cover it")
     shape, few = (1, 8, 8), 20
@@ -76,7 +77,7 @@ def test_as_exact_as_autograd(name, precision, instruction_set):
 
 
 def test_bits_depend_on_nothing_but_the_lane():
-    """They don't depend on the number of lanes, on which outputs share loads, or on the number of threads."""
+    """The bits don't depend on the number of lanes or threads, or on how many outputs share loads."""
     problem = problem_of(models.SmallCNN(3, 5), 50, "float32")
     mask = masked(problem, 0.4)
     reference = step(problem, "fused", mask, lanes=3)
@@ -132,7 +133,7 @@ def test_resumed_is_uninterrupted_and_particles_are_themselves(digits, tmp_path)
 
 
 def after(layer: nn.Module):
-    """A layer behind a convolution of four channels."""
+    """Return a function that makes a network with `layer` after a convolution with four output channels."""
     return lambda: Net(lambda m, x: m["n"](m["a"](x)), 324, a=nn.Conv2d(3, 4, 3, padding=1), n=layer)
 
 
@@ -162,19 +163,22 @@ REFUSED = {
     "a product": (after_convolution(lambda x: x * 2, 486), "mul in its forward is not covered"),
     "statistics": (
         after(nn.BatchNorm2d(4, track_running_stats=False)),
-        r"layers.n \(BatchNorm2d\) keeps no running statistics",
+        r"layers.n \(BatchNorm2d\) has no running statistics",
     ),
     "circular": (after(nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular")), r"layers.n \(Conv2d\) pads with circ"),
-    "in place": (after_convolution(lambda x: F.relu(x, inplace=True) + x, 486), "changes in place what is read again"),
+    "in place": (
+        after_convolution(lambda x: F.relu(x, inplace=True) + x, 486),
+        "changes its input in place, and the input is read again",
+    ),
     "always dropped": (after_convolution(lambda x: F.dropout(x, 0.3), 486), "its dropout stays on in evaluation"),
     "shared": (lambda: Net(lambda m, x: m["a"](m["a"](x)), 243, a=nn.Conv2d(3, 3, 3, padding=1)), "shares its weight"),
     "in place, under another name": (
         after_convolution(lambda x: F.relu(x.contiguous(), inplace=True) + x, 486),
-        "changes in place what is read again",
+        "changes its input in place, and the input is read again",
     ),
     "pieces": (
         after_convolution(lambda x: torch.cat(x.chunk(2, 1), 1), 486),
-        "chunk in its forward does not give a te",
+        "chunk in its forward does not return a te",
     ),
     "shared bias": (shared_bias, r"layers.b \(Conv2d\) shares its bias"),
     "control flow": (after_convolution(lambda x: x if x.sum() > 0 else -x, 486), "looks at values"),
@@ -214,7 +218,7 @@ def test_a_loss_that_changes_the_outputs(digits):
 
 
 def test_places_are_told_apart():
-    """A module's name that begins like the tracer's prefix is kept."""
+    """A module name that begins with the tracer's prefix "model" is reported in full."""
     model = nn.Sequential()
     for name in ("_stem", "model_stem", "model"):
         model.add_module(name, nn.Conv2d(3, 3, 3, padding=1))
@@ -223,7 +227,7 @@ def test_places_are_told_apart():
 
 
 def test_what_the_check_cannot_run_is_no_plan():
-    """With three samples, the check has one per lane, which BatchNorm1d refuses."""
+    """With three samples, the self-check has one sample per lane, for which BatchNorm1d raises an error."""
     model = nn.Sequential(nn.Flatten(), nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 2))
     data = torch.randn(3, 1, 2, 2), torch.tensor([0, 1, 0])
     engine = fast_swamp(model, data, **SETTINGS, batch_size=3, particles=1).engine

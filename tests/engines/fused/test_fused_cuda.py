@@ -1,4 +1,4 @@
-"""The fused engine's Triton kernels against autograd: in the interpreter without a GPU, or on one."""
+"""Compares the fused engine's Triton kernels with autograd, on a GPU or, without one, in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ def differs(name: str, batch: int, density: float) -> float:
     return max(error(step(problem, "cuda", mask), step(problem, "autograd", mask)).values())
 
 
-# Networks that differ from another only in how forward is written are covered by tests/engines/fused/test_fused.py.
+# Left out: networks whose forward is only written differently from another's; test_fused.py covers them.
 OF_THE_TRACER = {"sizes by axis", "sizes of one number", "sizes from the forward", "by keyword"}
 
 
-# These take a second or more each in the interpreter, and the ordinary tier has others of their kind.
+# Each of these takes a second or more in the interpreter, and similar networks are tested without --slow.
 MORE = {name for name in NETS if name.startswith(("activation", "maximum", "average", "adaptive"))}
 MORE -= {"activation elu", "maximum, overlapping", "average, its own counts"}
 
@@ -77,7 +77,10 @@ def test_batch_sizes_and_empty_layers(batch, density):
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", ["residual", "dropout"])
 def test_as_exact_as_autograd(name, precision, monkeypatch):
-    """As in test_fused.py. bfloat16 is upcast before products here, so those are proven on a GPU only."""
+    """The tolerances are those of test_fused.py.
+
+    The interpreter converts bfloat16 to float32 before products, so bfloat16 products are tested only on a GPU.
+    """
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     shape, few = (1, 8, 8), 6
     exact_problem, problem = (
@@ -93,7 +96,10 @@ def test_as_exact_as_autograd(name, precision, monkeypatch):
 
 @pytest.mark.as_launched
 def test_statistics_and_gradients_over_many_tiles(monkeypatch):
-    """More tiles than the last program loads at once; on a GPU repeatedly, where programs run at the same time."""
+    """There are more tiles than the last program merges at once.
+
+    On a GPU the test is repeated, because programs run at the same time there.
+    """
     monkeypatch.setattr(batch_statistics, "TILE_ELEMENTS", 256)
     monkeypatch.setattr(convolution, "BIAS_ELEMENTS", 64)
     lanes, samples, channels, eps = 2, 64 if HAS_GPU else 9, 20, 1e-3
@@ -146,7 +152,7 @@ def test_cross_entropy(classes, dtype):
 
 
 def test_runs_in_one_bank(digits, monkeypatch):
-    """Runs of a sweep with different masks and numbers of weights give what each gives alone."""
+    """Runs of a sweep that train in one bank, with different masks, give the same results as each run alone."""
     for module in (engine, check):
         monkeypatch.setattr(module, "programs_of", lambda *given: CudaPrograms(*given[:3], None))
     always = property(lambda self: True, lambda self, value: None)
@@ -168,7 +174,7 @@ def test_runs_in_one_bank(digits, monkeypatch):
 
 @pytest.mark.slow
 def test_a_run_in_a_pack_has_the_bits_that_it_has_alone(monkeypatch):
-    """Also if its mask leaves fewer channels alive than those of the others."""
+    """This holds even if the run's mask leaves fewer channels alive than the masks of the other runs."""
     for module in (engine, check):
         monkeypatch.setattr(module, "programs_of", lambda *given: CudaPrograms(*given[:3], None))
     always = property(lambda self: True, lambda self, value: None)
@@ -197,7 +203,7 @@ def test_a_run_in_a_pack_has_the_bits_that_it_has_alone(monkeypatch):
 
 @pytest.mark.parametrize("groups", ["at_once", "branch"])
 def test_bits_depend_on_nothing_but_the_lane(groups, monkeypatch):
-    """It doesn't depend on how many lanes there are, run at once, or run side by side."""
+    """A lane's bits don't depend on the number of lanes in all, per launch, or per parallel group."""
     problem = problem_of(seeded(NETS["branches"]), 3, "float32", device=DEVICE)
     mask = masked(problem, 0.4)
     reference = step(problem, "cuda", mask, lanes=3)
@@ -208,7 +214,7 @@ def test_bits_depend_on_nothing_but_the_lane(groups, monkeypatch):
         setattr(self, groups, 2)
 
     monkeypatch.setattr(CudaPrograms, "__init__", in_twos)
-    if not HAS_GPU:  # without a GPU the streams don't matter
+    if not HAS_GPU:  # without a GPU there are no streams
         monkeypatch.setattr(torch.cuda, "Stream", mock.MagicMock())
         monkeypatch.setattr(torch.cuda, "current_stream", mock.MagicMock())
         monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
@@ -220,7 +226,7 @@ def test_bits_depend_on_nothing_but_the_lane(groups, monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_groups_beside_each_other_give_the_same_bits(precision):
-    """In a captured step too, where groups are branches of the graph."""
+    """This holds in a captured step too, in which the groups are parallel branches of the CUDA graph."""
     settings = {"particles": 5, "cycles": 1, "epochs": 2, "ticket_epochs": 1, "batch_size": 16, "progress": False}
     settings |= {"keep_particles": True, "device": DEVICE, "engine": "fused", "precision": precision}
     data = torch.randn(70, 3, 16, 16), torch.arange(70) % 5
@@ -236,14 +242,14 @@ def test_groups_beside_each_other_give_the_same_bits(precision):
 
 
 def test_parts_of_weight_gradients():
-    """At least 512 pixels a part; fewer parts where all together would hold more than 2^20 numbers."""
+    """Each part has at least 512 pixels, and there are fewer parts if all together would exceed 2^20 numbers."""
     splits = convolution.weight_grad_splits
     assert [splits(128 * 8 * 8, 9 * 32 * 64), splits(128 * 32 * 32, 9 * 3 * 16), splits(100, 640)] == [16, 64, 1]
     assert [splits(10**6, 9 * 128 * 256), splits(10**6, 9 * 512 * 512), splits(10**6, 2**31)] == [3, 1, 1]
 
 
 def test_gradients_beyond_what_32_bits_number(tmp_path):
-    """More than 2^31 numbers in the parts of a lane: the sizes, and a gradient from a sparse file."""
+    """If a lane's parts have more than 2^31 numbers, 64-bit indices are used; the data comes from a sparse file."""
     first, length = dense.begins_of({3: 36_000_000, 5: 4096}, {3: 64, 5: 2})
     assert (first, length) == ({3: 0, 5: 36_000_000 * 64}, 36_000_000 * 64 + 2 * 4096)
     assert [dense.index_type(each) for each in (length, 2**31 - 1)] == [torch.int64, torch.int32]
@@ -259,7 +265,7 @@ def test_gradients_beyond_what_32_bits_number(tmp_path):
 
 
 def test_lanes_in_cache():
-    """An input and an output of 3 lanes fill half of the cache."""
+    """The input and the output maps of 3 lanes fill half of the cache."""
     plan = coverage.fused_plan(problem_of(networks.build("residual"), 4, "float32", (1, 8, 8)))
     largest = max(math.prod(shape) for shape in plan.shapes)
     assert lanes_in_cache(plan, 4, 2, 4 * largest * 4 * 2 * 3) == 3
@@ -274,7 +280,7 @@ def test_lanes_are_split_by_the_memory_that_is_free():
         lanes_that_fit(8, 10**9, 10**9)
 
 
-@pytest.mark.slow  # test_pretended.py has a smaller one
+@pytest.mark.slow  # test_pretended.py has a smaller case
 @pytest.mark.parametrize("name", ["dropout", "residual"])
 def test_a_run_equals_the_naive_loops(name, digits, monkeypatch):
     for module in (engine, check):
@@ -291,7 +297,10 @@ def test_a_run_equals_the_naive_loops(name, digits, monkeypatch):
 
 
 class Wide(nn.Module):
-    """Wide enough for channels to be skipped, with an addition that ties channels and a norm without ReLU."""
+    """A network wide enough that dead channels are removed.
+
+    It has a norm without ReLU, and a sum whose two terms must keep the same channels.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -308,7 +317,10 @@ class Wide(nn.Module):
 
 
 def dead_channels(problem) -> torch.Tensor:
-    """A mask under which most channels of a and c are dead; those of a because the channels of b that read them are."""
+    """A mask under which most channels of layers a and c are dead.
+
+    The channels of a are dead because all channels of b that read them are dead.
+    """
     mask = masked(problem, 0.5)
     views = problem.layout.mask_views(mask)
     views["b.weight"][:, 5:40] = False
@@ -320,7 +332,7 @@ def dead_channels(problem) -> torch.Tensor:
 
 @pytest.mark.parametrize("precision", ["float64", "float32"])
 def test_dead_channels_are_skipped(precision):
-    """Outputs, losses, gradients and the live channels' statistics are exactly those of the whole model."""
+    """Outputs, losses, gradients and the statistics of live channels equal those of the full model bit for bit."""
     model = seeded(Wide)
     problem = problem_of(model, 5, precision, (3, 5, 5), DEVICE)
     mask = dead_channels(problem)
@@ -342,7 +354,7 @@ def test_dead_channels_are_skipped(precision):
 
 
 class Mixed(nn.Module):
-    """Channels that are read by grouped convolutions, concatenated or flattened, so that all are kept."""
+    """A network whose channels are all kept, because grouped convolutions, concatenations or flattening read them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -371,7 +383,7 @@ def test_what_is_mixed_stays_whole():
 @pytest.mark.skipif(HAS_GPU, reason=f"{HAS_A_GPU}: counts calls of the interpreter")
 @pytest.mark.parametrize("lanes", [1, 8])
 def test_launches_of_a_step(lanes, monkeypatch):
-    """Of ResNet-20. Each costs about 3 us of a GPU's time at its beginning and end, whatever it does."""
+    """Limits the launches in a step of ResNet-20, because each costs a GPU about 3 us in addition to its work."""
     launches: list[str] = []
 
     def counted(self, grid):
@@ -396,7 +408,7 @@ def test_launches_of_a_step(lanes, monkeypatch):
     for module in trainer.runner.modules:
         module.train()
     handle = first_handle(problem, bank)
-    trainer.step(handle)  # makes the tables
+    trainer.step(handle)  # the first step makes the tables
     launches.clear()
     with Counter():
         trainer.step(handle)

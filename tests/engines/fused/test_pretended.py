@@ -1,4 +1,4 @@
-"""Code for GPUs on the pretended one (pretended.py): it keeps devices apart, and captures and replays steps."""
+"""Runs the code for GPUs on the simulated GPU (pretended.py), which checks devices and replays captured steps."""
 
 from __future__ import annotations
 
@@ -89,14 +89,14 @@ def test_a_run_equals_the_naive_loops(name, way, settings, digits):
         fast = fast_swamp(model, *digits, **{**ON_GPU, **settings}, engine=f"eager:{way}")
         on_gpu = naive_swamp(model, *digits, **{**ON_GPU, **settings})
     assert fast.engine["cuda_graph"] == (name != "branching"), fast.engine
-    assert next(fast.model.parameters()).device.type == "cpu"  # where the user's model was
+    assert next(fast.model.parameters()).device.type == "cpu"  # the device of the user's model
     for each in (fast, on_gpu):
         same(each, naive)
 
 
 @pytest.mark.parametrize("branch", [None, 1])
 def test_an_engine_alone_captures_on_the_gpu_of_its_problem(branch):
-    """With another GPU as the current one, because a run doesn't make its own GPU the current one."""
+    """Steps are captured even if another GPU is the current one; a run doesn't change the current GPU."""
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 8), torch.nn.ReLU(), torch.nn.Linear(8, 5))
     with gpu(elsewhere=True):
         problem = problem_of(model, 4, "float32", (1, 4, 4), "cuda:0")
@@ -116,7 +116,7 @@ def test_an_engine_alone_captures_on_the_gpu_of_its_problem(branch):
 
 def test_what_can_t_be_captured_runs_all_the_same_and_leaves_the_next_run_s_alone(digits):
     def loss(outputs, targets):
-        weight = torch.tensor([1.0] * 10, dtype=outputs.dtype, device=outputs.device)  # from the host, each time
+        weight = torch.tensor([1.0] * 10, dtype=outputs.dtype, device=outputs.device)  # copied from the host
         return torch.nn.functional.cross_entropy(outputs, targets, weight, reduction="none")
 
     with gpu():
@@ -136,7 +136,7 @@ def test_the_fastest_way_is_measured_and_folding_proven_there(digits):
 
 
 class Rows(torch.utils.data.Dataset):
-    """Samples that are not known before they are requested."""
+    """A data set whose samples are read only when they are requested."""
 
     def __init__(self, pictures, targets):
         self.pictures, self.targets = pictures, targets
@@ -206,7 +206,7 @@ def test_what_the_protocol_measures_besides_runs(tmp_path, monkeypatch):
         for study in protocol.studies(1, rehearse=True)
     ]
     monkeypatch.setattr(protocol, "studies", lambda *_: studies)
-    monkeypatch.setattr("swamp_fast.engines.fused.estimate.SIDE", {"cuda": 64})
+    monkeypatch.setattr("swamp_fast.engines.fused.estimate.MATRIX_SIDE", {"cuda": 64})
     with gpu():
         there = protocol.Protocol(tmp_path, rehearse=True)
         assert there.naive("small_cnn")
@@ -227,7 +227,7 @@ def _plain(value):
 
 
 class Small(torch.nn.Module):
-    """A convolution of one channel, one that the kernels of csrc/cuda can run, a norm between them, and dropout."""
+    """A convolution of one channel, a norm, a convolution that the kernels of csrc/cuda can run, and dropout."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -251,7 +251,7 @@ def test_a_fused_run_equals_the_naive_loops(digits):
 @pytest.mark.slow
 @pytest.mark.usefixtures("large_tiles")
 def test_the_fused_engine_s_graph_gives_what_its_steps_give(digits):
-    """With the kernels of csrc/cuda."""
+    """The replayed graph gives the same results as separate steps, with the kernels of csrc/cuda."""
     model, results = Small(), []
     for why_not in (None, "it is told not to"):
         with gpu(triton=True, launch=launch_on_host), pytest.MonkeyPatch.context() as patch:

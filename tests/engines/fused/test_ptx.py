@@ -1,7 +1,7 @@
-"""The kernels of csrc/cuda as NVRTC compiles them, run by the interpreter of PTX (ptx.py), and the interpreter itself.
+"""Tests of the PTX that NVRTC compiles from csrc/cuda, run by the interpreter in ptx.py, and of the interpreter itself.
 
-What is checked, and how exactly, is what test_cuda_kernels.py asks of the same kernels; its host code makes a whole
-block wait where a warp does, and so can't see a missing barrier.
+The kernels must pass the tests of test_cuda_kernels.py with the same tolerances. Those tests alone can't detect a
+missing barrier: on the CPU, a whole block waits where on a GPU only a warp does.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from swamp_fast.engines.fused.cuda import nvrtc
 from swamp_fast.engines.fused.cuda.halo import Halo
 from swamp_fast.ops.backends import why_no_nvrtc
 
-# Whole rows of a picture to a tile, and several whole pictures, of which the last tile has fewer.
-CONVOLVED = [(Halo(16, 16, 16, 16), 3), (Halo(8, 8, 48, 16), 5)]  # the weights stay, or are loaded in three chunks
-WEIGHTED = [(Halo(16, 16, 16, 16), 2), (Halo(8, 8, 32, 16), 5)]  # eight warps share a quadrant, or four
+# A tile is some rows of a picture in the first case, and several pictures in the second, whose last tile is not full.
+CONVOLVED = [(Halo(16, 16, 16, 16), 3), (Halo(8, 8, 48, 16), 5)]  # weights loaded once, and in three chunks
+WEIGHTED = [(Halo(16, 16, 16, 16), 2), (Halo(8, 8, 32, 16), 5)]  # eight and four warps share a quadrant
 BARRIER = "__syncthreads();"
 BARRIERS = nvrtc.sources_of("convolve")["convolve.cu"].decode().count(BARRIER)
 slow = pytest.mark.slow
 
 
 class Emulated(TorchDispatchMode):
-    """Launches as swamp_fast.engines.fused.cuda.nvrtc.Launcher does, on the tensors made while the context is open.
+    """Launches kernels in the PTX interpreter; they may access the tensors that are created while the context is open.
 
-    without  the number of the barrier of convolve.cu that is removed, if any
+    without  the index of a barrier to remove from convolve.cu; None removes none
     """
 
     def __init__(self, without: int | None = None) -> None:
@@ -44,7 +44,7 @@ class Emulated(TorchDispatchMode):
         if isinstance(out, torch.Tensor):
             if operation._schema.name.startswith("aten::empty") and out.is_floating_point():
                 out.fill_(torch.nan)
-            self.tensors.append(out)  # kept alive, so that no other tensor takes its address
+            self.tensors.append(out)  # keep it alive, so that no other tensor gets its address
         return out
 
     def __call__(self, name, constants, grid, shared_bytes, params) -> None:
@@ -55,12 +55,12 @@ class Emulated(TorchDispatchMode):
             sources["convolve.cu"] = f"{before};{after}".encode()
         code, _ = nvrtc.build(name, sources, constants, "compute_90")
         self.launches += 1
-        ptx.run(code.decode(), grid, nvrtc.THREADS, shared_bytes, [params], self.tensors, seed=self.launches)
+        ptx.run(code.decode(), grid, nvrtc.THREADS_PER_BLOCK, shared_bytes, [params], self.tensors, seed=self.launches)
 
 
 @pytest.fixture
 def emulated(monkeypatch):
-    """A context in which the tests of test_cuda_kernels.py run NVRTC's kernels in the interpreter."""
+    """A context in which the tests of test_cuda_kernels.py run the kernels' PTX in the interpreter."""
     if HAS_GPU:
         pytest.skip("with a GPU the kernels themselves run: see tests/engines/fused/test_cuda_kernels.py")
     reason = why_no_nvrtc()
@@ -78,7 +78,7 @@ def emulated(monkeypatch):
 @slow
 @pytest.mark.parametrize(("halo", "samples"), CONVOLVED, ids=str)
 def test_convolve(halo, samples, emulated, monkeypatch):
-    """With a prologue, a bias, and statistics of several blocks that the last to arrive merges."""
+    """The convolution has a prologue, a bias, and statistics that the last of several blocks merges."""
     with emulated() as launch:
         test_cuda_kernels.test_convolve(halo, samples, True, monkeypatch)
     assert launch.launches == 1
@@ -87,7 +87,7 @@ def test_convolve(halo, samples, emulated, monkeypatch):
 @slow
 @pytest.mark.parametrize(("halo", "samples"), CONVOLVED, ids=str)
 def test_convolve_by_input(halo, samples, emulated, monkeypatch):
-    """Added to the output; by blocks of one tile, and of several."""
+    """The result is added to the output. Blocks compute one tile in one case and several tiles in the other."""
     with emulated() as launch:
         test_cuda_kernels.test_convolve_by_input(halo, samples, monkeypatch)
     assert launch.launches == 2
@@ -104,7 +104,7 @@ def test_weight_grad(halo, samples, emulated):
 @slow
 @pytest.mark.parametrize("without", range(BARRIERS))
 def test_a_removed_barrier_is_a_race(without, emulated, monkeypatch):
-    """Each barrier of convolve.cu, with weights in chunks; with all barriers the same case passes above."""
+    """Removing any barrier of convolve.cu is detected, with weights in chunks. With all barriers, this case passes."""
     with emulated(without), pytest.raises(Race, match="byte .* of shared memory .* without a barrier"):
         test_cuda_kernels.test_convolve(*CONVOLVED[1], True, monkeypatch)
 
@@ -140,7 +140,10 @@ TO_NEIGHBOUR = """
 
 
 def passed_on(distance: int, barrier: str = "", size: int = 63, edit: tuple[str, str] = ("", ""), shared: int = 256):
-    """What each thread of two warps reads, where the thread `distance` ahead has stored it."""
+    """Run a kernel in which each thread of two warps stores a number and reads the one stored `distance` threads ahead.
+
+    Returns the numbers that the threads read.
+    """
     to = torch.full((size,), -1, dtype=torch.int32)
     code = TO_NEIGHBOUR.replace("BARRIER", barrier).replace(*edit)
     ptx.run(code, (1, 1, 1), 64, shared, [ctypes.c_void_p(to.data_ptr()), ctypes.c_int(distance)], [to])
@@ -168,8 +171,11 @@ def test_two_threads_that_write_one_place_are_a_race():
     [
         ("outside the tensors: @%p1 st.global.u32", {"size": 62}),
         ("outside the 252 bytes of shared memory: st.shared", {"shared": 252}),
-        ("no multiple of 4: @%p1 st.global.u32", {"edit": ("[%rd3]", "[%rd3+2]")}),
-        ("only a part of a warp waits: @%p1 bar.sync 0", {"barrier": "setp.lt.u32 %p1, %r2, 40; @%p1 bar.sync 0;"}),
+        ("not a multiple of 4: @%p1 st.global.u32", {"edit": ("[%rd3]", "[%rd3+2]")}),
+        (
+            "only some lanes of a warp wait at a barrier",
+            {"barrier": "setp.lt.u32 %p1, %r2, 40; @%p1 bar.sync 0;"},
+        ),
         ("outside the parameters: ld.param", {"edit": ("[distance]", "[distance+4]")}),
         ("some warps have ended", {"barrier": "setp.lt.u32 %p1, %r2, 32; @%p1 ret; bar.sync 0;"}),
     ],
@@ -185,7 +191,7 @@ def test_shared_memory_begins_as_nan():
 
 
 def test_lanes_part_and_meet_again():
-    """Each lane runs the loop as often as its number says; behind it the whole warp waits."""
+    """Each lane runs a loop as many times as its number; after the loop, the whole warp waits at a barrier."""
     loop = """
     mov.u32 %r6, 0;
     $L1: setp.ge.u32 %p1, %r6, %r2;
@@ -201,5 +207,5 @@ def test_lanes_part_and_meet_again():
 def test_an_instruction_that_is_not_known_is_told():
     with pytest.raises(NotImplementedError, match=r"not known to the interpreter of PTX: popc.b32 %r5, %r2"):
         passed_on(0, "popc.b32 %r5, %r2;")
-    with pytest.raises(TypeError, match="the parameters take"):
+    with pytest.raises(TypeError, match="the parameters have"):
         ptx.run(TO_NEIGHBOUR.replace("BARRIER", ""), (1, 1, 1), 64, 0, [ctypes.c_int(0)], [])

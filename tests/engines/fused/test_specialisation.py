@@ -1,4 +1,4 @@
-"""Triton kernels compiled for one number of lanes and samples run all others; compiling a new one takes a second."""
+"""Triton kernels are not compiled again for other numbers of lanes or samples. A compilation takes about a second."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ SIZES = [
     (16, 128),
     (8, 72),
     (1, 72),
-]  # lanes, and samples of each; 72 is the size of a last batch
+]  # (lanes, samples per lane); 72 is the size of a last batch
 
 
 def test_lanes_and_samples_compile_nothing_anew():
-    """In a separate process, because this one interprets Triton."""
+    """This is tested in a separate process, because Triton is in interpreter mode in the current one."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "support")])  # benchmarks and paths
     done = subprocess.run([sys.executable, __file__], capture_output=True, text=True, env=environment)
@@ -35,7 +35,7 @@ def test_lanes_and_samples_compile_nothing_anew():
 
 
 def what_is_compiled() -> list[list[str]]:
-    """For each of SIZES, the names of the kernels that its step compiles and no earlier step has compiled."""
+    """For each of SIZES, the names of the kernels that its step compiles and that no earlier step compiled."""
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
@@ -61,7 +61,10 @@ def what_is_compiled() -> list[list[str]]:
 
 
 def launch_step(lanes: int, samples: int) -> None:
-    """A step of ResNet-20 on small pictures. Update and gather are the CPU's here, so Triton's are launched apart."""
+    """Launch the kernels of a step of ResNet-20 on small pictures.
+
+    The engine runs the optimiser step and the data gather on the CPU here, so their Triton kernels are launched too.
+    """
     from swamp_fast.kernels import gather_augment, masked_adamw, masked_sgd, particle_mean
 
     from swamp_fast.engines.fused.compact import CompactBank

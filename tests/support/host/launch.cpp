@@ -1,4 +1,5 @@
-// One kernel of csrc/cuda with its constants, and a function that runs it over a grid: see tests/support/host_kernels.py.
+// Builds one kernel of csrc/cuda for the CPU, with a function that runs it over a grid. It is compiled by
+// tests/support/host_kernels.py.
 #include "matrix.h"
 
 #if defined(WEIGHT_GRAD)

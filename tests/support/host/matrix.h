@@ -1,6 +1,6 @@
-// The functions of csrc/cuda/matrix.h, and as much of CUDA as the kernels use, for a CPU. The threads of a block are fibers
-// that run one after another, each until it waits for the others. This is slow, but exact about which thread waits for
-// which.
+// Implements the functions of csrc/cuda/matrix.h, and the parts of CUDA that the kernels use, on a CPU. The threads of a
+// block are fibers. They run one after another, each until it waits for the others. This is slow, but it reproduces
+// exactly which thread waits for which.
 #ifndef SWAMP_MATRIX
 #define SWAMP_MATRIX
 
@@ -36,8 +36,7 @@ static ucontext_t scheduler, fibers[kThreads];
 static bool done[kThreads];
 static int current;
 
-// Returns once every thread of the block has called it. `unequal` is set if the threads of a block call it a different
-// number of times.
+// Waits until every thread of the block has called it. If some threads call it more often than others, `unequal` is set.
 static int waits[kThreads];
 static bool unequal;
 
@@ -73,7 +72,7 @@ inline unsigned pack_relu(float low, float high) { return pack(low < 0 ? 0 : low
 
 inline uint4 read_only(const bfloat16* from) { return *reinterpret_cast<const uint4*>(from); }
 
-// On a GPU the threads of a warp exchange; here the whole block waits, which is stricter.
+// On a GPU, only the threads of a warp wait for each other here. This version makes the whole block wait.
 inline float __shfl_xor_sync(unsigned, float value, int step) {
   uint64_t bits = 0;
   memcpy(&bits, &value, 4);
@@ -87,7 +86,7 @@ inline float __shfl_xor_sync(unsigned, float value, int step) {
 
 inline void load(unsigned (&to)[4], const bfloat16* row, bool transposed) {
   host::exchanged[threadIdx.x] = reinterpret_cast<uint64_t>(row);
-  if (reinterpret_cast<uint64_t>(row) % 16) __builtin_trap();  // as a GPU does
+  if (reinterpret_cast<uint64_t>(row) % 16) __builtin_trap();  // a GPU traps at an unaligned address too
   host::wait();
   const int warp = threadIdx.x / 32 * 32, l = threadIdx.x % 32;
   for (int m = 0; m < 4; ++m) {
@@ -124,7 +123,7 @@ inline void multiply_add(float (&sums)[4], const unsigned (&a)[4], unsigned b0, 
 
 inline float of_another(const float* from) { return *from; }
 
-// Blocks run one after another here, so the order of stores and arrivals needs no fence.
+// No fence is needed, because the blocks run one after another.
 inline bool arrived_last(unsigned* arrivals, unsigned blocks, unsigned* shared) {
   host::wait();
   if (threadIdx.x == 0) *shared = (*arrivals)++;
@@ -134,7 +133,7 @@ inline bool arrived_last(unsigned* arrivals, unsigned blocks, unsigned* shared) 
   return true;
 }
 
-// Runs a kernel over a grid, block after block. Returns whether all threads of each block waited equally often.
+// Runs a kernel over a grid, one block after another. Returns whether, in each block, all threads waited equally often.
 template <typename Kernel>
 bool run(Extent grid, Kernel kernel) {
   using namespace host;
@@ -146,7 +145,7 @@ bool run(Extent grid, Kernel kernel) {
   for (blockIdx.z = 0; blockIdx.z < grid.z; ++blockIdx.z)
     for (blockIdx.y = 0; blockIdx.y < grid.y; ++blockIdx.y)
       for (blockIdx.x = 0; blockIdx.x < grid.x; ++blockIdx.x) {
-        memset(memory, 0xff, sizeof memory);  // NaNs
+        memset(memory, 0xff, sizeof memory);  // fills shared memory with NaN
         for (int t = 0; t < kThreads; ++t) {
           getcontext(&fibers[t]);
           fibers[t].uc_stack.ss_sp = &stacks[size_t(t) * kStack];

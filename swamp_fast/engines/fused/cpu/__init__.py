@@ -1,12 +1,13 @@
-"""The fused engine on CPU: one lane after another through the C++ kernels of csrc/cpu/fused.
+"""The fused engine on CPU: runs one lane after another through the C++ kernels in csrc/cpu/fused.
 
-BatchNorm's statistics are not taken while the convolution stores its output. A task handles one channel of all blocks,
-which fits the second-level cache, so its second and third passes read no memory, and the two-pass variance is the
-exact one. Two designs with less traffic on paper were built and dropped: statistics with the store, and a norm that
-its reader computes (134d84a and 2efdfe6, reverted by a551df1: no faster in float32); and a gradient between a norm and
-its convolution that never reaches memory (slower, since a norm's sums come before its gradients, which are then read
-twice).
+BatchNorm's statistics are computed in passes of their own, not while the convolution stores its output. A task handles
+one channel of all blocks. A channel fits the L2 cache, so only the first pass reads main memory, and a second pass can
+compute the variance about the exact mean. Three designs with less memory traffic in theory were built and dropped:
+- statistics computed while the convolution stores, and norms computed by the operation that reads them. Neither was
+  faster in float32 (commits 134d84a and 2efdfe6, reverted by a551df1);
+- a gradient between a norm and its convolution that is never written to memory. It was slower: a norm needs sums over
+  the whole gradient first, so the gradient had to be read twice.
 
-How many output channels share their loads is measured for each convolution and cycle. It changes no bit: products with
-a zero are added in the same order.
+For each convolution and cycle, timing decides how many output channels share their loads. The choice changes no bit of
+the results, because it only adds products with zero and keeps the order of the other products.
 """

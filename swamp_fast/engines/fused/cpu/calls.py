@@ -1,4 +1,4 @@
-"""Each operation of a Plan as kernel calls on a workspace: in training, in evaluation, and backward."""
+"""The kernel calls of each operation: its forward pass in training and in evaluation, and its backward pass."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from swamp_fast.engines.fused.plan import (
 
 
 def forward_calls(workspace: Workspace, op: Op) -> tuple[list[Call], list[Call]]:
-    """The calls of an operation in training, and those in evaluation, where there is no dropout."""
+    """The calls of an operation's forward pass in training, and those in evaluation; they differ only for dropout."""
     if isinstance(op, Dropout):
         return _dropout(workspace, op)
     calls = _FORWARD[type(op)](workspace, op)
@@ -33,7 +33,7 @@ def forward_calls(workspace: Workspace, op: Op) -> tuple[list[Call], list[Call]]
 
 
 def backward_calls(workspace: Workspace, op: Op) -> list[Call]:
-    """The calls that compute the gradients of an operation's inputs and parameters from that of its output."""
+    """The calls that compute the gradients of an operation's inputs and parameters from its output's gradient."""
     return _BACKWARD[type(op)](workspace, op)
 
 
@@ -54,8 +54,8 @@ def _norm(workspace: Workspace, op: Norm) -> list[Call]:
 def _norm_backward(workspace: Workspace, op: Norm) -> list[Call]:
     out_grad = workspace.grad_maps[op.output]
     needed = op.inputs[0] in workspace.needed
-    # The residual's gradient is taken first, because the kernel writes it first: where both inputs are one value, the
-    # other one must be added to it.
+    # Request the residual's gradient first, because the kernel writes it first. If both inputs are the same value, the
+    # second request then returns accumulate=True.
     side, accumulate_side = workspace.grad_of(op.inputs[1]) if len(op.inputs) > 1 else (out_grad, False)
     in_grad, accumulate = workspace.grad_of(op.inputs[0]) if needed else (out_grad, False)
     weight_grad, bias_grad = (workspace.address(workspace.grads, name) for name in (op.weight, op.bias))
@@ -84,7 +84,7 @@ def _pointwise_backward(workspace: Workspace, op: Pointwise) -> list[Call]:
 def _channels(
     workspace: Workspace, source: Map, target: Map, source_begin: int, target_begin: int, count: int, accumulate: bool
 ) -> Call:
-    """Copy `count` channels of a map into another, or add them to it."""
+    """The call that copies `count` channels of one map into another, or adds them there if `accumulate` is set."""
     argument = workspace.kernels.Channels(
         *(source.handle(), target.handle(), source_begin, target_begin, count, accumulate)
     )

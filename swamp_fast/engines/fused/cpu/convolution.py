@@ -1,4 +1,4 @@
-"""The kernel calls of a convolution under a mask, and how many of its outputs share loads, by a stopwatch."""
+"""The kernel calls of a masked convolution. Timing chooses how many of its output channels share their loads."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from typing import Any
 import torch
 
 from swamp_fast.common.timing import seconds_in_turn
-from swamp_fast.engines.fused.cpu.taps import CHUNK, SAMPLES, Taps
+from swamp_fast.engines.fused.cpu.taps import MAX_CHUNK_SUMS, SAMPLES_PER_BLOCK, Taps
 from swamp_fast.engines.fused.cpu.workspace import Call, Workspace
 from swamp_fast.engines.fused.plan import Convolution
 
-FORWARD, BY_INPUT, BY_WEIGHTS = range(3)  # the passes, as Rows numbers them
+FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT = range(3)  # the index of each pass in the lists of a Rows
 
-MAX_WASTE = 2.5  # sharing loads is not tried where it multiplies the number of products by more
-TIMINGS = 3
-MIN_TASKS = 16  # into which a weight gradient is split, if it can be
+MAX_WASTE = 2.5  # sharing loads is not tried if it multiplies the number of products by more than this
+TIMING_ROUNDS = 3
+MIN_TASKS = 16  # a weight gradient is split into at least this many tasks if the batch has enough blocks
 
 
 def convolution_calls(workspace: Workspace, op: Convolution) -> list[Call]:
-    """The forward pass."""
+    """The calls of the forward pass."""
     source, target = workspace.values[op.inputs[0]], workspace.values[op.output]
     bias, mask = workspace.address(workspace.weights, op.bias), workspace.masks[op.output]
 
@@ -32,7 +32,7 @@ def convolution_calls(workspace: Workspace, op: Convolution) -> list[Call]:
 
 
 def convolution_backward_calls(workspace: Workspace, op: Convolution) -> list[Call]:
-    """The gradient by the weights, and that by the input if it is needed."""
+    """The calls that compute the weight gradient and, if it is needed, the input gradient."""
     calls = [_by_weights(workspace, op)]
     if op.inputs[0] in workspace.needed:
         calls.append(_by_input(workspace, op))
@@ -46,8 +46,8 @@ def _by_weights(workspace: Workspace, op: Convolution) -> Call:
 
     def weight_grad(taps: Taps) -> Call:
         size = max(1, taps.largest_chunk)
-        if workspace.scratch.numel() < size * workspace.threads * SAMPLES:
-            workspace.scratch = torch.zeros(size * workspace.threads * SAMPLES, dtype=workspace.dtype)
+        if workspace.scratch.numel() < size * workspace.threads * SAMPLES_PER_BLOCK:
+            workspace.scratch = torch.zeros(size * workspace.threads * SAMPLES_PER_BLOCK, dtype=workspace.dtype)
         if workspace.partial.numel() < parts * taps.count:
             workspace.partial = torch.zeros(parts * taps.count, dtype=workspace.dtype)
         kept = workspace.keep_alive
@@ -59,7 +59,7 @@ def _by_weights(workspace: Workspace, op: Convolution) -> Call:
         )
         return workspace.call("weight_grad", argument)
 
-    return _fastest(workspace, op, BY_WEIGHTS, lambda rows: mask.forward_taps(rows, source.geometry), weight_grad)
+    return _fastest(workspace, op, WEIGHT_GRADIENT, lambda rows: mask.forward_taps(rows, source.geometry), weight_grad)
 
 
 def _by_input(workspace: Workspace, op: Convolution) -> Call:
@@ -70,20 +70,25 @@ def _by_input(workspace: Workspace, op: Convolution) -> Call:
         argument = (out_grad.handle(), in_grad.handle(), _kernel_taps(workspace, taps), 0, 1, op.stride, accumulate)
         return workspace.call("convolve", workspace.kernels.Convolve(*argument))
 
-    return _fastest(workspace, op, BY_INPUT, lambda rows: mask.backward_taps(rows, out_grad.geometry), convolve)
+    return _fastest(workspace, op, INPUT_GRADIENT, lambda rows: mask.backward_taps(rows, out_grad.geometry), convolve)
 
 
 def _fastest(
     workspace: Workspace, op: Convolution, which: int, taps_of: Callable[[int], Taps], call_of: Callable[[Taps], Call]
 ) -> Call:
-    """The call of a pass in which as many outputs share loads as is recorded, or else as is fastest.
+    """Return the call of one pass, with the recorded number of outputs that share loads.
 
-    Also adds the call that gathers its weights, if it needs one, to the workspace.
+    If no number is recorded, the fastest of 1, 2 and 4 is chosen by timing and recorded. If the chosen call needs
+    gathered weights, the call that gathers them is added to the workspace.
+
+    which    FORWARD, INPUT_GRADIENT or WEIGHT_GRADIENT
+    taps_of  makes the taps for a number of outputs that share loads
+    call_of  makes the call for given taps
     """
     recorded = workspace.rows.setdefault(op.weight, [0, 0, 0])
     tried: list[tuple[int, Call, list[Call]]] = []
     for rows in [recorded[which]] if recorded[which] else [1, 2, 4]:
-        if rows > workspace.masks[op.output].most_rows(which == BY_INPUT):
+        if rows > workspace.masks[op.output].most_rows(which == INPUT_GRADIENT):
             break
         taps = taps_of(rows)
         if tried and taps.waste > MAX_WASTE:
@@ -100,12 +105,16 @@ def _fastest(
 
 
 def _least_seconds(call: Call) -> float:
-    (seconds,) = seconds_in_turn([call], torch.device("cpu"), TIMINGS)
+    (seconds,) = seconds_in_turn([call], torch.device("cpu"), TIMING_ROUNDS)
     return min(seconds)
 
 
 def _kernel_taps(workspace: Workspace, taps: Taps) -> Any:
-    """The kernels' form of taps, which reads the weights in place if they are in the taps' order, or gathered."""
+    """The taps as the argument object of a kernel.
+
+    The kernel reads the weights in place if they are already in the taps' order; otherwise a call is added to the
+    workspace that gathers them in that order.
+    """
     start = int(taps.index[0, 0]) if taps.count else 0
     if taps.rows == 1 and torch.equal(taps.index.flatten(), torch.arange(start, start + taps.count).int()):
         values = workspace.weights[start:].data_ptr()
@@ -117,11 +126,11 @@ def _kernel_taps(workspace: Workspace, taps: Taps) -> Any:
 
 
 def _parts(kept: int) -> int:
-    """The number of parts in which the blocks of a weight gradient are summed.
+    """The number of parts into which the blocks of samples are divided for the sums of a weight gradient.
 
-    It depends on the number of kept weights alone, not on threads, so that the sum's bits do too.
+    It depends only on the number of kept weights, not on the number of threads, so that threads don't affect the bits.
     """
     parts = 1
-    while parts * max(1, kept // CHUNK) < MIN_TASKS:
+    while parts * max(1, kept // MAX_CHUNK_SUMS) < MIN_TASKS:
         parts *= 2
     return parts

@@ -1,4 +1,4 @@
-"""Maps: the memory of one value, or of its gradient, as the kernels of csrc/cpu/fused address it."""
+"""Maps: feature maps, or their gradients, in the memory layout of the kernels in csrc/cpu/fused."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from swamp_fast.engines.fused.cpu.taps import SAMPLES, Geometry
+from swamp_fast.engines.fused.cpu.taps import SAMPLES_PER_BLOCK, Geometry
 from swamp_fast.ops.contracts import native
 
 HUGE_PAGE = 2 << 20  # bytes
 
 
 def zeros(size: int, dtype: torch.dtype) -> Tensor:
-    """Zeroed memory [size], on huge pages where it is large and the system has them.
+    """Zeroed memory [size]; large memory is put on huge pages if the system has them.
 
-    A convolution's tile touches one page per channel and row. With pages of 4 KB these outnumber the entries of the
-    processor's translation table.
+    A convolution's tile touches one page per channel and row. With 4 KB pages, these are more pages than the
+    processor's address translation cache (TLB) holds.
     """
     length = size * dtype.itemsize
     if length < HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
@@ -33,7 +33,13 @@ def zeros(size: int, dtype: torch.dtype) -> Tensor:
 
 @dataclass(frozen=True)
 class Map:
-    """The memory of one value, or of its gradient; csrc/cpu/fused/fused.h explains the layout."""
+    """A feature map, or its gradient; csrc/cpu/fused/fused.h explains the layout.
+
+    blocks   how many blocks of 16 samples there are; 1 if flat
+    pad      width of the border of zeros around each picture
+    samples  B, the number of samples in the batch
+    flat     the value has features and no pixels; the blocks of samples are stored as the map's columns
+    """
 
     memory: Tensor
     blocks: int
@@ -47,21 +53,21 @@ class Map:
     @classmethod
     def of(cls, shape: tuple[int, ...], samples: int, pad: int, dtype: torch.dtype) -> Map:
         """A zeroed map for values [B, *shape]."""
-        blocks = -(-samples // SAMPLES)
+        blocks = -(-samples // SAMPLES_PER_BLOCK)
         flat = len(shape) == 1
         channels, height, width = (shape[0], 1, blocks) if flat else shape
         blocks = 1 if flat else blocks
-        size = blocks * channels * (height + 2 * pad) * (width + 2 * pad) * SAMPLES
+        size = blocks * channels * (height + 2 * pad) * (width + 2 * pad) * SAMPLES_PER_BLOCK
         return cls(zeros(size, dtype), blocks, channels, height, width, pad, samples, flat)
 
     @property
     def geometry(self) -> Geometry:
-        """The distances between rows and between channels."""
-        pitch = (self.width + 2 * self.pad) * SAMPLES
+        """The distances between this map's rows and between its channels."""
+        pitch = (self.width + 2 * self.pad) * SAMPLES_PER_BLOCK
         return Geometry(pitch, (self.height + 2 * self.pad) * pitch)
 
     def handle(self, absent: bool = False) -> Any:
-        """The kernels' form of this map; `absent` makes one without memory, by which they know that there is no map."""
+        """This map as the argument object of a kernel; `absent` gives a null pointer, which stands for no map."""
         return native().fused.Map(
             *(0 if absent else self.memory.data_ptr(), self.blocks, self.channels, self.height, self.width, self.pad),
             *(self.samples, self.flat),

@@ -1,4 +1,4 @@
-"""Program: a Plan under a mask for batches of one size, as kernel calls made once and run for every lane and step."""
+"""Program: the kernel calls of a Plan for one mask and one batch size, made once and run for every lane and step."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from swamp_fast.particles.random import DROPOUT
 class Program:
     """One lane's forward and backward pass on batches of B samples.
 
-    mean, variance, unbiased  [channels of all norms]  as Workspace has them
-    rows                      see Rows; what it lacks is measured and added
-    trains                    whether there is a backward pass
+    mean, variance, unbiased  [channels of all norms]  those of the Workspace
+    rows                      see Rows; missing entries are chosen by timing and added
+    trains                    whether the program has a backward pass
     """
 
     def __init__(
@@ -50,16 +50,18 @@ class Program:
                     workspace.give_back_grad(op.output)
 
     def run(self, inputs: Tensor, weights: Tensor, batch_statistics: bool, key: Tensor | None) -> Tensor:
-        """Outputs [B, ...] of one lane with compact weights [P'].
+        """Return the outputs [B, ...] of one lane with compact weights [P'].
 
-        batch_statistics  norms compute mean and variance of the batch; otherwise they read them
-        key               [1, 3] for dropout's random draws; None for no dropout
+        batch_statistics  whether norms compute `mean` and `variance` from the batch instead of reading them
+        key               [1, 3]  seeds dropout's random draws; None runs without dropout
+
+        Raises ValueError if the inputs don't have the plan's shape.
         """
         expected = (self.samples, *self.plan.shapes[self.plan.input])
         if inputs.shape != expected:
             raise ValueError(
                 f"the fused engine was made for inputs {list(expected)}, got {list(inputs.shape)}; a `transform` must "
-                'keep the shape, except with engine="eager".'
+                'keep the shape, or pass engine="eager".'
             )
         workspace = self.workspace
         workspace.weights.copy_(weights)
@@ -77,7 +79,10 @@ class Program:
         return outputs
 
     def backward(self, out_grad: Tensor) -> Tensor:
-        """The gradient [P'], from that of the outputs [B, ...] of the last run, in which dropout was on."""
+        """Return the gradient [P'] of the compact weights, given the gradient [B, ...] of the last run's outputs.
+
+        The last run must have had a dropout key.
+        """
         self._copy("pack", out_grad, self.output_grad)
         for call in self.backward_calls:
             call()
@@ -89,7 +94,7 @@ class Program:
         self.workspace.call(name, self.workspace.kernels.Pack(tensor.data_ptr(), *strides, target.handle()))()
 
     def _draw_dropout(self, key: Tensor) -> None:
-        """Write dropout's factors, with the random draws of swamp_fast/particles/dropout.py."""
+        """Write the factors of all dropouts, from the same random draws as swamp_fast/particles/dropout.py."""
         for number, (op, factor) in enumerate(self.workspace.factors):
             shape = (self.samples, *self.plan.shapes[op.output])
             drawn = (*shape[:2], *(1 for _ in shape[2:])) if op.channels else shape

@@ -1,4 +1,4 @@
-"""CpuLanes: the lane runner of the CPU kernels, one lane after another through a Program."""
+"""CpuLanes: the LaneRunner of the CPU kernels, which runs one lane after another through a Program."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from swamp_fast.problem.problem import Problem
 
 
 class CpuPrograms:
-    """The programs under a mask [Q], one for each batch size."""
+    """The programs for one mask [Q], made when a batch size first occurs."""
 
     def __init__(self, problem: Problem, plan: Plan, mask: Tensor, rows: Rows) -> None:
         self.problem, self.plan, self.compact, self.rows = problem, plan, Compact(problem.layout, mask), rows
         self.made: dict[tuple[int, bool], Program] = {}
 
     def of(self, samples: int, trains: bool) -> Program:
-        """The program for batches of `samples`; one that trains serves evaluation too."""
+        """The program for batches of `samples` samples; a program made for training also serves evaluation."""
         for key in ((samples, True), (samples, trains)):
             if key in self.made:
                 return self.made[key]
@@ -34,21 +34,24 @@ class CpuPrograms:
         return program
 
     def measure(self, lanes: int) -> None:
-        """Make the main program now, so that what its stopwatch chooses is recorded before the first step."""
+        """Make the program for full batches now, so that what timing chooses is recorded before the first step."""
         self.of(self.problem.bounds[0][1], trains=True)
 
     @property
     def compacts(self) -> list[Compact]:
-        """The compact form of each run, of which there is one."""
+        """The compact form of each run; on a CPU there is always one run."""
         return [self.compact]
 
     def lanes(self, weights: Tensor, grads: Tensor | None, run_of_lane: Tensor | None = None) -> CpuLanes:
-        """The runner of lanes with compact weights [L, P'], whose gradients go to grads [L, P']."""
+        """The runner of lanes with compact weights [L, P']; their gradients are added to grads [L, P']."""
         return CpuLanes(self.problem, self, weights, grads)
 
 
 class CpuLanes:
-    """Lanes with compact weights [L, P'], whose gradients go to grads [L, P']; the modules hold only the buffers."""
+    """Runs lanes with compact weights [L, P'] and adds their gradients to grads [L, P'].
+
+    modules  one per lane, without weights; they hold the buffers
+    """
 
     channels_last = False
 
@@ -59,11 +62,11 @@ class CpuLanes:
 
     @property
     def weights(self) -> Tensor:
-        """As LaneRunner.weights, [L, P]."""
+        """See LaneRunner.weights; the compact weights are expanded to [L, P]."""
         return self.programs.compact.expand(self.compact_weights)
 
     def backward(self, batch: Batch, step_keys: Tensor) -> Tensor:
-        """As LaneRunner.backward."""
+        """See LaneRunner.backward."""
         assert self.grads is not None
         losses = []
         for lane in range(len(self.modules)):
@@ -79,25 +82,25 @@ class CpuLanes:
         return torch.stack(losses)
 
     def outputs(self, inputs: Any, keys: Tensor) -> list[Any]:
-        """As LaneRunner.outputs."""
+        """See LaneRunner.outputs."""
         program = self.programs.of(len(inputs), trains=False)
         return [self._run(program, lane, inputs, None) for lane in range(len(self.modules))]
 
     def set_buffers(self, buffers: dict[str, Tensor]) -> None:
-        """As LaneRunner.set_buffers."""
+        """See LaneRunner.set_buffers."""
         self.running.write(buffers)
 
     def buffers(self) -> dict[str, Tensor]:
-        """As LaneRunner.buffers."""
+        """See LaneRunner.buffers."""
         return self.running.read()
 
     def _run(self, program: Program, lane: int, inputs: Tensor, key: Tensor | None) -> Tensor:
-        """Outputs [B, ...] of a lane; in training mode its running statistics move."""
+        """Return the outputs [B, ...] of a lane; in training mode this also updates its running statistics."""
         by_batch = self.running.by_batch
         if not by_batch:
             program.mean.copy_(self.running.mean[lane])
             program.variance.copy_(self.running.variance[lane])
         outputs = program.run(inputs, self.compact_weights[lane], by_batch, key)
         if by_batch:
-            self.running.move(slice(lane, lane + 1), program.mean, program.variance * program.unbiased)
+            self.running.update(slice(lane, lane + 1), program.mean, program.variance * program.unbiased)
         return outputs

@@ -1,6 +1,6 @@
-"""Taps: a convolution's index structures under a mask, which inputs each output reads and with which weights.
+"""Taps: index tables of a masked convolution, which say what inputs each output reads and with what weights.
 
-They are built once per cycle and read by every lane, since all particles share the mask. Names as in
+They are built once per cycle and used by every lane, because all particles share the mask. The names are those of
 csrc/cpu/fused/fused.h.
 """
 
@@ -14,13 +14,13 @@ from torch import Tensor
 
 from swamp_fast.engines.fused.plan import Convolution
 
-SAMPLES = 16  # in a block of a map, which the kernels process as one vector
-CHUNK = 4096  # taps * rows whose sums one task of a weight gradient holds: 256 KB of float32
+SAMPLES_PER_BLOCK = 16  # the kernels process the samples of a block as one vector
+MAX_CHUNK_SUMS = 4096  # vectors of sums (taps * rows) that one task of a weight gradient holds: 256 KB in float32
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """The distance between rows (pitch) and between channels (plane) of a map, in elements."""
+    """The distances between the rows (pitch) and between the channels (plane) of a map, in elements."""
 
     pitch: int
     plane: int
@@ -28,14 +28,14 @@ class Geometry:
 
 @dataclass(frozen=True)
 class Taps:
-    """For each group of `rows` outputs that share loads, the inputs that they read.
+    """The inputs that each group of `rows` output channels reads. The outputs of a group share their loads.
 
-    A tap is one input place; a group's outputs all read it, each with its own weight.
+    A tap is one input position that a group reads. Each output of the group multiplies it by a weight of its own.
 
     starts   [groups + 1]   where each group's taps begin; with several phases, [phases * groups + 1]
-    offsets  [taps]         from the place of an output's pixel to the input that is read
-    index    [taps, rows]   the place of each weight in the compact vector; -1 where it is pruned
-    groups                  of one phase
+    offsets  [taps]         distance from an output's pixel to the input that is read, in elements
+    index    [taps, rows]   the index of each weight in the compact vector; -1 if the weight is pruned
+    groups                  the number of groups in one phase
     """
 
     starts: Tensor
@@ -46,28 +46,32 @@ class Taps:
 
     @property
     def count(self) -> int:
-        """The number of weights in `index`, pruned ones included: taps * rows."""
+        """The number of entries of `index`, including pruned weights: taps * rows."""
         return self.index.numel()
 
     @property
     def waste(self) -> float:
-        """Products per kept weight: outputs that share loads also multiply inputs that only others of them need."""
+        """The number of products per kept weight.
+
+        It exceeds 1 if outputs share loads: each output of a group is also multiplied with the inputs that only the
+        others need.
+        """
         return self.count / max(1, int((self.index >= 0).sum()))
 
     @cached_property
     def chunks(self) -> Tensor:
-        """[chunks + 1] int64: the groups at which the chunks of a weight gradient begin, each of which is one task."""
+        """The group at which each chunk begins, [chunks + 1] int64. One task of a weight gradient sums one chunk."""
         bounds, begin = [0], 0
         starts = (self.starts * self.rows).tolist()
         for group in range(1, self.groups + 1):
-            if starts[group] - begin > CHUNK and group - 1 > bounds[-1]:
+            if starts[group] - begin > MAX_CHUNK_SUMS and group - 1 > bounds[-1]:
                 bounds.append(group - 1)
                 begin = starts[group - 1]
         return torch.tensor([*bounds, self.groups], dtype=torch.int64)
 
     @cached_property
     def largest_chunk(self) -> int:
-        """The largest taps * rows of a chunk."""
+        """The number of entries of `index` (taps * rows) in the largest chunk."""
         return int((self.starts[self.chunks].diff() * self.rows).max())
 
 
@@ -75,8 +79,8 @@ class Taps:
 class ConvolutionMask:
     """The mask of a convolution.
 
-    kept   [O, I / groups, K, K]  bool
-    where  [O, I / groups, K, K]  int64, the place of each weight in the compact vector
+    kept   [O, I / groups, H, W]  bool
+    where  [O, I / groups, H, W]  int64, the index of each weight in the compact vector
     """
 
     op: Convolution
@@ -84,7 +88,7 @@ class ConvolutionMask:
     where: Tensor
 
     def forward_taps(self, rows: int, source: Geometry) -> Taps:
-        """Taps of out = weight * in; offsets count from an output's pixel, times the stride, in the input."""
+        """The taps of the forward pass; offsets count from the input pixel at the output's pixel times the stride."""
         op, (outputs, inputs, H, W) = self.op, self.kept.shape
         channel = torch.arange(outputs)[:, None] // (outputs // op.groups) * inputs + torch.arange(inputs)
         y = torch.arange(H) * op.dilation[0] - op.padding[0]
@@ -93,7 +97,7 @@ class ConvolutionMask:
         return _gathered([(self.kept, self.where, offsets)], rows)
 
     def backward_taps(self, rows: int, out_grad: Geometry) -> Taps:
-        """Taps of in_grad = weight * out_grad, in stride * stride phases of the input's pixels."""
+        """The taps of the input gradient, with one phase for each position of an input pixel modulo the stride."""
         op, (outputs, inputs, H, W) = self.op, self.kept.shape
         of_group = outputs // op.groups
         kept, where = (_transposed(weights, op.groups) for weights in (self.kept, self.where))
@@ -108,7 +112,7 @@ class ConvolutionMask:
         return _gathered(phases, rows)
 
     def most_rows(self, backward: bool) -> int:
-        """The largest number of outputs that can share loads; they must be in one group of channels."""
+        """The largest number of output channels that can share loads; they must belong to one channel group."""
         outputs, inputs = self.kept.shape[:2]
         of_group = (inputs if backward else outputs // self.op.groups) if self.op.groups > 1 else 4
         return 4 if of_group % 4 == 0 else 2 if of_group % 2 == 0 else 1
@@ -117,7 +121,10 @@ class ConvolutionMask:
 def pads(
     op: Convolution, kernel: tuple[int, ...], inside: tuple[int, ...], outside: tuple[int, ...]
 ) -> tuple[int, int]:
-    """The width of the border of zeros that the input needs, and of that of the output's gradient."""
+    """The widths of the borders of zeros that the input and the output's gradient need.
+
+    kernel, inside, outside  height and width of the kernel, the input and the output
+    """
     forward = backward = 0
     for axis in (0, 1):
         reach = (kernel[axis] - 1) * op.dilation[axis]
@@ -133,19 +140,19 @@ def pads(
 
 
 def _transposed(weights: Tensor, groups: int) -> Tensor:
-    """[O, I / groups, K, K] -> [I, O / groups, K, K]."""
+    """Swap the input and output channels of each group: [O, I / groups, H, W] to [I, O / groups, H, W]."""
     outputs, inputs, H, W = weights.shape
     split = weights.view(groups, outputs // groups, inputs, H, W)
     return split.transpose(1, 2).reshape(groups * inputs, outputs // groups, H, W)
 
 
 def _offsets(channel: Tensor, y: Tensor, x: Tensor, map_: Geometry) -> Tensor:
-    """Offsets [N, M, H, W] in a map, from channels [N, M], rows [H] and columns [W]."""
-    return channel[:, :, None, None] * map_.plane + y[:, None] * map_.pitch + x * SAMPLES
+    """The offsets [N, M, H, W], in elements of a map, of channels [N, M], rows [H] and columns [W]."""
+    return channel[:, :, None, None] * map_.plane + y[:, None] * map_.pitch + x * SAMPLES_PER_BLOCK
 
 
 def _gathered(phases: list[tuple[Tensor, Tensor, Tensor]], rows: int) -> Taps:
-    """Taps of one or more phases, each given as (kept, where, offsets) [N, M, H, W]."""
+    """The taps of one or more phases. Each phase is given as (kept, where, offsets), all [N, M, H, W]."""
     counts, offsets, index = [torch.zeros(1, dtype=torch.int64)], [], []
     groups = -(-len(phases[0][0]) // rows)
     for kept, where, places in phases:

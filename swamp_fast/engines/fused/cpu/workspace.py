@@ -1,4 +1,4 @@
-"""Workspace: the memory that a program's kernel calls read and write, planned once for a mask and a batch size."""
+"""Workspace: the memory that a program's kernel calls read and write, allocated once per mask and batch size."""
 
 from __future__ import annotations
 
@@ -15,23 +15,27 @@ from swamp_fast.engines.fused.cpu.taps import ConvolutionMask, pads
 from swamp_fast.engines.fused.plan import Convolution, Dropout, Norm, Plan
 from swamp_fast.ops.contracts import native
 
-Call = Callable[[], None]  # of one kernel
-Rows = dict[str, list[int]]  # by a convolution's weight: how many outputs share loads in each of its passes
+Call = Callable[[], None]  # runs one kernel
+# For each convolution, by the name of its weight: how many output channels share their loads in each of its passes
+# (forward, input gradient, weight gradient); 0 if that is not chosen yet.
+Rows = dict[str, list[int]]
 
 
 class Workspace:
-    """Memory for one lane's forward and backward pass on batches of B samples, and calls of the kernels on it.
+    """Memory for one lane's forward and backward pass on batches of B samples, and helpers that make kernel calls.
 
     weights, grads  [P']  compact
-    mean, variance  [channels of all norms]  of the batch, or in evaluation the running statistics
-    unbiased        [channels of all norms]  n / (n - 1) for the n numbers in a batch's statistics
-    masks           of the convolutions, by the number of their output
+    mean, variance  [channels of all norms]  statistics of the batch, or in evaluation the running statistics
+    unbiased        [channels of all norms]  n / (n - 1), where n numbers enter each statistic of a batch
+    first_channel   where a Norm's channels begin among those of all norms, by the number of its output
+    masks           the mask of each convolution, by the number of its output
     values          the map of each value
-    grad_maps       of the values' gradients that are in use while the backward calls are made
-    norms           the kernels' form of each Norm, by the number of its output
-    factors         of each Dropout, in order, and its factors' map
-    gather_calls    that collect weights for the convolutions, before the forward calls
-    rows            see Rows; what it lacks is measured and added
+    grad_maps       the maps of gradients that are in use at this point of the backward pass, while its calls are made
+    norms           the kernel argument of each Norm, by the number of its output
+    factors         each Dropout, in order, with the map of the factors that it multiplies by
+    gather_calls    calls that collect weights for the convolutions; they run before the forward calls
+    rows            see Rows; missing entries are chosen by timing and added
+    needed          the numbers of the values that need a gradient
     """
 
     def __init__(
@@ -55,7 +59,7 @@ class Workspace:
         self.norms: dict[int, Any] = {}
         self.factors: list[tuple[Dropout, Map]] = []
         self.gather_calls: list[Call] = []
-        self.scratch = self.partial = torch.zeros(0, dtype=dtype)  # of weight gradients; the largest is shared
+        self.scratch = self.partial = torch.zeros(0, dtype=dtype)  # shared by all weight gradients
         self._kept_alive: list[Tensor] = []
         value_pads, self._grad_pads = self._pads()
         self.values = [Map.of(shape, samples, pad, storage) for shape, pad in zip(plan.shapes, value_pads, strict=True)]
@@ -64,38 +68,38 @@ class Workspace:
         self._free_maps: dict[tuple[Any, ...], list[Map]] = {}
 
     def call(self, name: str, argument: Any) -> Call:
-        """A call of a kernel on its argument object."""
+        """A call of the kernel `name` with its argument object."""
         return partial(getattr(self.kernels, name), self._storage_kind, argument, self.threads)
 
     def gather_call(self, index: int, values: int, count: int) -> Call:
-        """A call that copies `count` weights to the address `values`, by int32 places at the address `index`."""
+        """A call that copies `count` weights to the address `values`; `index` is the address of their int32 indices."""
         arguments = self._storage_kind, self.weights.data_ptr(), index, values, count, self.threads
         return partial(self.kernels.gather, *arguments)
 
     def address(self, vector: Tensor, name: str | None) -> int:
-        """The address in a compact vector [P'] of a parameter that is never pruned; 0 for None."""
+        """The address of a never-pruned parameter in a compact vector [P']; 0 if `name` is None."""
         return 0 if name is None else vector[int(self.compact.where[self._entries[name].begin]) :].data_ptr()
 
     def keep_alive(self, tensor: Tensor) -> int:
-        """The address of a tensor, which from now on lives as long as the workspace."""
+        """Return a tensor's address and keep the tensor alive as long as the workspace."""
         self._kept_alive.append(tensor)
         return tensor.data_ptr()
 
     def grad_of(self, value: int) -> tuple[Map, bool]:
-        """The map of a value's gradient, and whether calls before have written to it, so that the next must add."""
+        """The map of a value's gradient, and whether an earlier call writes to it, so that the next one must add."""
         if value in self.grad_maps:
             return self.grad_maps[value], True
         return self.take_grad(value), False
 
     def take_grad(self, value: int) -> Map:
-        """A map for a value's gradient, reused where one of its shape is free."""
+        """Return a map for a value's gradient; a free map of the same shape is reused."""
         shape, pad = self.plan.shapes[value], self._grad_pads[value]
         free = self._free_maps.get((shape, pad))
         self.grad_maps[value] = free.pop() if free else Map.of(shape, self.samples, pad, self.storage)
         return self.grad_maps[value]
 
     def give_back_grad(self, value: int) -> None:
-        """Free the map of a value's gradient for later ones."""
+        """Free the map of a value's gradient for reuse."""
         if value in self.grad_maps:
             free = self._free_maps.setdefault((self.plan.shapes[value], self._grad_pads[value]), [])
             free.append(self.grad_maps.pop(value))
@@ -107,7 +111,7 @@ class Workspace:
         return ConvolutionMask(op, where >= 0, where)
 
     def _pads(self) -> tuple[list[int], list[int]]:
-        """The border of zeros that each value's map needs, and that of its gradient."""
+        """The width of the border of zeros of each value's map, and the same for its gradient's map."""
         values, grads = ([0] * len(self.plan.shapes) for _ in range(2))
         for op in self.plan.ops:
             inside = self.plan.shapes[op.inputs[0]]

@@ -1,4 +1,4 @@
-"""Dense weights for matrix products, expanded from a compact bank each step, and their gradients collected into one."""
+"""Expands a compact bank to dense weights for matrix products, and collects their gradients in compact form."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ from swamp_fast.particles.layout import ALIGNMENT
 
 @dataclass(frozen=True)
 class Place:
-    """Where a convolution's weights stand in a dense row: twice, in the two orders that its products read."""
+    """Where a convolution's weights are in a dense row. They are stored twice, in the two orders that kernels read."""
 
-    forward: int  # where [groups, taps, in, out] begin
-    by_input: int  # where [groups, taps, out, in] begin
-    size: int  # of each
+    forward: int  # where the weights begin in the order [groups, taps, in, out], for the forward pass
+    by_input: int  # where the weights begin in the order [groups, taps, out, in], for the input gradient
+    size: int  # number of weights in each order
     kernel: tuple[int, int]  # height and width
 
 
 class DenseWeights:
-    """The index between compact rows [L, P'] and dense rows [L, T] under the masks of R runs.
+    """Converts compact rows [L, P'] of R runs to dense rows [L, T], in which pruned weights are 0.
 
-    index     [R, T]  int32, the place in a compact row of each number of a dense row; -1 for a pruned weight or padding
-    places    of each convolution, by the number of its output
+    index     [R, T]  int32, the index in a compact row of each number of a dense row; -1 for a pruned weight or padding
+    places    where each convolution's weights are in a dense row, by the number of its output
     """
 
     def __init__(self, plan: Plan, compacts: Sequence[Compact], channels: Sequence[Tensor]) -> None:
-        """`channels` are those of the model that are left of each value of the plan, as narrow.narrow gives them."""
+        """Build the index; `channels` lists the channels of each value that narrow.narrow left in the plan."""
         self.compacts = compacts
         self.places: dict[int, Place] = {}
         self.index = torch.stack([self._row(plan, compact, channels) for compact in compacts]).int()
 
     def _row(self, plan: Plan, compact: Compact, channels: Sequence[Tensor]) -> Tensor:
-        """One run's row of the index. The places are the same for all runs."""
+        """Build one run's row of the index, and `places`, which are the same for all runs."""
         entries = {entry.name: entry for entry in compact.layout.entries}
         rows: list[Tensor] = []
         length = 0
@@ -62,18 +62,22 @@ class DenseWeights:
         return torch.cat([*rows, compact.where.new_zeros(0)])
 
     def expand(self, weights: Tensor, run_of_lane: Tensor, out: Tensor) -> None:
-        """Write the compact weights [L, P'] into dense rows `out` [L, T], in the type of `out`."""
+        """Write the compact weights [L, P'] into the dense rows `out` [L, T], converted to the type of `out`."""
         triton_kernels("compact").expand_weights(weights, self.index, run_of_lane, out)
 
 
 class Gradients:
-    """Where the parts of each weight's gradient stand in a row [L, length] of the parts of all layers' dense gradients.
+    """Tables that locate each weight's gradient among the partial sums of all layers.
 
-    splits  how many parts each convolution has, by the number of its output; they depend on the sizes alone
-    first   where the parts of each begin in a row
-    length  of a row
-    base, step, parts  [R, P'] where the first part of a weight's gradient stands (-1: nowhere), how far apart the parts
-                       are, and how many there are
+    The kernels sum each convolution's weight gradient in several parts. Each lane has one row with all parts of all
+    layers, so the rows are [L, length].
+
+    splits  the number of parts of each convolution, by the number of its output; it depends only on the sizes
+    first   where the parts of each convolution begin in a row
+    length  the length of a row
+    base    [R, P']  where the first part of a weight's gradient is in a row; -1 if the weight has no dense gradient
+    step    [R, P']  the distance from one part of a weight's gradient to the next
+    parts   [R, P']  how many parts a weight's gradient has
     """
 
     def __init__(self, dense: DenseWeights, splits: dict[int, int]) -> None:
@@ -91,16 +95,16 @@ class Gradients:
             self.step[run, where], self.parts[run, where] = place.size, splits[output]
 
     def collect(self, partial: Tensor, run_of_lane: Tensor, grads: Tensor) -> None:
-        """Sum the parts `partial` [L, length] of each weight's gradient and add them to grads [L, P']."""
+        """Sum the parts of each weight's gradient in `partial` [L, length], and add the sums to grads [L, P']."""
         tables = self.base, self.step, self.parts
         triton_kernels("compact").collect_gradients(partial, *tables, run_of_lane, grads)
 
 
 def begins_of(sizes: dict[int, int], splits: dict[int, int]) -> tuple[dict[int, int], int]:
-    """Where each layer's parts begin in a row of all, and the length of that row.
+    """Return where each layer's parts begin in a row that holds all layers' parts, and the length of that row.
 
-    sizes   weights of each layer, by its number
-    splits  parts of each layer
+    sizes   the number of weights of each layer, by its number
+    splits  the number of parts of each layer
     """
     first, length = {}, 0
     for layer, size in sizes.items():
@@ -110,5 +114,5 @@ def begins_of(sizes: dict[int, int], splits: dict[int, int]) -> tuple[dict[int, 
 
 
 def index_type(length: int) -> torch.dtype:
-    """The type that can number the places of a row; the kernel computes places in this type."""
+    """The smallest integer type for indices into a row of this length; the kernel computes its indices in it."""
     return torch.int32 if length <= torch.iinfo(torch.int32).max else torch.int64

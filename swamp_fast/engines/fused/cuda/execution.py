@@ -1,7 +1,7 @@
-"""One step of L lanes through a Program: the forward pass, and the backward pass behind it.
+"""Runs the forward pass and the backward pass of L lanes through a Program.
 
-An operation takes a launch or two. Convolutions, norms and pools are this project's kernels; what only moves numbers or
-maps each by itself is torch's.
+Each operation takes one or two launches. Convolutions, norms and pools use this project's kernels. Elementwise
+operations, and those that only move data, use PyTorch's.
 """
 
 from __future__ import annotations
@@ -47,18 +47,19 @@ ACTIVATIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
 
 
 class Pass:
-    """One forward pass of L lanes, and the backward pass behind it.
+    """One forward pass of L lanes and the backward pass that follows it.
 
     weights          [L, P']  compact
-    mean, variance   [L, channels of all norms]  written with those of the batch if by_batch, else read
-    keys             [L, 3]   int64, what dropout draws with; None for no dropout
-    arrivals         [L, ...] int32, zero before and after (see Statistics)
+    mean, variance   [L, channels of all norms]  the batch's statistics are written here if by_batch is set; otherwise
+                     the running statistics are read from here
+    keys             [L, 3]   int64, the keys of dropout's random draws; None for no dropout
+    arrivals         [L, ...] int32, zero before and after each launch (see Statistics)
     run_of_lane      [L]      int64
 
-    values           the maps of the plan's values, by number
-    grads            their gradients, as far as the backward pass has come
-    factors          what dropouts multiply with, by the number of their output
-    prologues        what stands for a value that is recomputed at the load instead of written
+    values           the feature map of each value, by its number
+    grads            the gradients that the backward pass has computed and still needs, by the value's number
+    factors          the factors that each dropout multiplies by, by the number of its output
+    prologues        for each value that its readers recompute: the map and the prologue to recompute it from
     """
 
     def __init__(
@@ -84,7 +85,7 @@ class Pass:
         self.dense = torch.empty(self.lanes, program.dense.index.shape[1], dtype=program.storage, device=weights.device)
 
     def forward(self, inputs: Tensor, keep: bool) -> Tensor:
-        """Compute the outputs [L, B, ...] of inputs [L, B, ...]; `keep` keeps the values for the backward pass."""
+        """Return the outputs [L, B, ...] for inputs [L, B, ...]; `keep` keeps all values for the backward pass."""
         self.samples = inputs.shape[1]
         self.values[self.plan.input] = _into_map(inputs, self.program.storage)
         self.program.dense.expand(self.weights, self.run_of_lane, self.dense)
@@ -97,7 +98,7 @@ class Pass:
         return _out_of_map(self.values[self.plan.output], len(self.plan.shapes[self.plan.output]) == 1)
 
     def backward(self, out_grad: Tensor, grads: Tensor) -> None:
-        """Add the gradients of the weights to grads [L, P'], given that of the outputs [L, B, ...]."""
+        """Add the gradients of the weights to grads [L, P'], given the gradient of the outputs [L, B, ...]."""
         self.weight_grads = grads
         tables = self.program.gradients_of(self.samples)
         self.partial = torch.empty(self.lanes, tables.length, dtype=grads.dtype, device=grads.device)
@@ -113,22 +114,22 @@ class Pass:
         return self.values[op.output]
 
     def _put(self, op: Op, value: Tensor) -> None:
-        """Keep an operation's output that torch computed, in the layout that the kernels need."""
+        """Store an operation's output that PyTorch computed, in the memory layout that the kernels need."""
         self.values[op.output] = value.contiguous()
 
     def _grad(self, value: int) -> tuple[Tensor, bool]:
-        """The gradient of a value, and whether it holds a part already, to be added to."""
+        """Return the map of a value's gradient, and whether it already holds a part that the next must be added to."""
         exists = value in self.grads
         if not exists:
             self.grads[value] = self.program.map_of(value, self.lanes, self.samples)
         return self.grads[value], exists
 
     def _grad_if_needed(self, value: int) -> tuple[Tensor | None, bool]:
-        """As `_grad`; None for a value that needs no gradient."""
+        """Return what `_grad` returns, or (None, False) for a value that needs no gradient."""
         return self._grad(value) if value in self.program.needed else (None, False)
 
     def _add_grad(self, value: int, grad: Tensor) -> None:
-        """Add to the gradient of a value, if it is needed."""
+        """Add `grad` to the gradient of a value, unless the value needs no gradient."""
         if value not in self.program.needed:
             return
         total, exists = self._grad(value)
@@ -141,7 +142,7 @@ class Pass:
         return self.program.precision[len(self.plan.shapes[op.output]) == 1]
 
     def _source(self, value: int) -> tuple[Tensor, Prologue | None]:
-        """A value and None, or what it is recomputed from at the load."""
+        """The map that a kernel loads to read a value, and the prologue to apply to it (None if there is none)."""
         return self.prologues[value] if value in self.prologues else (self.values[value], None)
 
     def _convolution(self, op: Convolution) -> None:
@@ -178,7 +179,7 @@ class Pass:
             )
 
     def _weight_grad(self, op: Convolution, out_grad: Tensor) -> None:
-        """The gradient by the weights, in parts."""
+        """Write the weight gradient of a convolution, in parts that are summed later."""
         (source, prologue), tables = self._source(op.inputs[0]), self.program.gradients_of(self.samples)
         first, halo = tables.first[op.output], self.program.halos.get(op.output)
         if halo is not None:
@@ -191,12 +192,12 @@ class Pass:
 
     @property
     def _launch(self) -> Launch:
-        """Of the kernels of csrc/cuda; there is one wherever there are halos."""
+        """The launcher of the CUDA kernels; it is never None if the program has halos."""
         assert self.program.launch is not None
         return self.program.launch
 
     def _statistics(self, op: Norm) -> Statistics:
-        """Where a norm's statistics, weight and bias stand."""
+        """The tensors that hold a norm's statistics, weight and bias, and where its channels begin in them."""
         weight, bias = (-1 if name is None else self.program.begins[name] for name in (op.weight, op.bias))
         return Statistics(
             *(self.mean, self.variance, self.scale, self.offset, self.program.first_channel[op.output]),
@@ -217,7 +218,8 @@ class Pass:
         self.program.kernels("norm").norm(source, side, self._out(op), statistics, op.relu)
 
     def _norm_backward(self, op: Norm) -> None:
-        # The residual's gradient first, because the kernel writes it first: this matters if both inputs are one value.
+        # Request the residual's gradient first, because the kernel writes it first. If both inputs are the same value,
+        # the second request then returns accumulate=True.
         side_grad, accumulate_side = self._grad_if_needed(op.inputs[1]) if len(op.inputs) > 1 else (None, False)
         in_grad, accumulate = self._grad_if_needed(op.inputs[0])
         self.program.kernels("norm").norm_grad(
@@ -282,7 +284,7 @@ class Pass:
         self._add_grad(op.inputs[0], grad.movedim(2, -1))
 
     def _dropout(self, op: Dropout) -> None:
-        """Drop what swamp_fast/particles/dropout.py drops, by the same draws."""
+        """Apply dropout with the same random draws as swamp_fast/particles/dropout.py."""
         source = self.values[op.inputs[0]]
         if self.keys is None:
             self.values[op.output] = source
@@ -301,17 +303,17 @@ class Pass:
 
 
 def _into_map(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """A map [L, B, H, W, C] of [L, B, C, H, W] or [L, B, C]."""
+    """Convert a tensor [L, B, C, H, W] or [L, B, C] to a map [L, B, H, W, C]."""
     moved = tensor.movedim(2, -1) if tensor.dim() == 5 else tensor[:, :, None, None]
     return moved.to(dtype).contiguous()
 
 
 def _out_of_map(values: Tensor, flat: bool) -> Tensor:
-    """[L, B, C, H, W] of a map, or [L, B, C] if flat."""
+    """Convert a map [L, B, H, W, C] to a tensor [L, B, C, H, W], or to [L, B, C] if `flat` is set."""
     return values[:, :, 0, 0] if flat else values.movedim(-1, 2)
 
 
-# What runs each operation, forward and backward.
+# The methods that run the forward and the backward pass of each kind of operation.
 _FORWARD: dict[type[Op], Callable[[Pass, Any], None]] = {
     Convolution: Pass._convolution,
     Norm: Pass._norm,

@@ -1,7 +1,7 @@
-"""The 3x3 convolutions that the kernels of csrc/cuda run: which ones, compiled with which constants, over which grid.
+"""Launches the 3x3 convolutions of csrc/cuda, and chooses their compile-time constants and grids.
 
-A block of these kernels works on tiles of 256 pixels. It keeps a tile with a border of one pixel, the halo, in shared
-memory, so that all nine taps of a convolution read it from there.
+A block of these kernels works on tiles of 256 pixels. It keeps a tile and a border of one pixel around it (the halo) in
+shared memory, so that all nine taps of the convolution read their pixels from there.
 """
 
 from __future__ import annotations
@@ -18,30 +18,31 @@ from swamp_fast.engines.fused.plan import Convolution, Shape
 
 TAPS = 9
 TILE_PIXELS = 256  # kPixels of csrc/cuda/tile.h
-PAD = 8  # kPad of csrc/cuda/tile.h: unused numbers behind each row in shared memory
+PAD = 8  # kPad of csrc/cuda/tile.h: unused numbers after each row in shared memory
 WARPS = 8  # kWarps of csrc/cuda/tile.h
-MAX_SHARED_BYTES = 99 * 1024  # of a block: what every GPU from sm_80 on offers
+MAX_SHARED_BYTES = 99 * 1024  # shared memory that a block may use on every GPU from sm_80 on
 
-# A convolution with statistics. Each block leaves its own statistics to be merged, so few blocks are better.
-MAX_BLOCKS_PER_LANE = 64  # unless a block would then compute more than MAX_BLOCK_TILES
+# Limits of a convolution with statistics. The statistics of all its blocks must be merged, so few blocks are better.
+MAX_BLOCKS_PER_LANE = 64  # exceeded if a block would otherwise compute more than MAX_BLOCK_TILES tiles
 MAX_BLOCK_TILES = 8
-MAX_BLOCK_OUT = 64  # output channels of a block
-MAX_BLOCK_OUT_WITH_MORE = 32  # with statistics or a prologue, which take registers
+# Limits of every convolution.
+MAX_BLOCK_OUT = 64  # output channels that a block computes
+MAX_BLOCK_OUT_WITH_NORM = 32  # the same if statistics or a prologue need registers too
 
-# A weight gradient, which is summed in parts: a part is one block for each group of weights.
+# Limits of a weight gradient. It is summed in parts, and each part takes one block per group of weights.
 MAX_PARTS = 32
-MIN_PART_TILES = 8  # unless a lane would then have fewer than MIN_BLOCKS_PER_LANE
+MIN_PART_TILES = 8  # parts are smaller if a lane would otherwise have fewer than MIN_BLOCKS_PER_LANE blocks
 MIN_BLOCKS_PER_LANE = 16
-QUADRANT = 16  # a warp sums the gradients of 16 by 16 weights
-MAX_QUADRANTS = 8  # of a block
+QUADRANT = 16  # a warp sums the gradients of 16 by 16 weights, called a quadrant
+MAX_QUADRANTS = 8  # quadrants in a block
 
 
 @dataclass(frozen=True)
 class Prologue:
-    """BatchNorm and ReLU applied as a kernel loads its input: relu(source * scale + offset).
+    """BatchNorm and ReLU that a kernel applies while it loads its input: relu(source * scale + offset).
 
     scale, offset  [L, channels of all norms]
-    first          where this norm's channels begin
+    first          where this norm's channels begin in scale and offset
     """
 
     scale: Tensor
@@ -51,16 +52,16 @@ class Prologue:
 
 @dataclass(frozen=True)
 class Statistics:
-    """Where a kernel writes the statistics of its output for the norm behind it.
+    """Where a kernel writes the statistics of its output, for the norm that reads that output.
 
-    mean, variance  [L, channels of all norms] of the batch, biased
-    scale, offset   [L, channels of all norms] the norm as input * scale + offset
-    first           where this norm's channels begin in these four
-    weights         [L, P'] a bank
-    first_weight    where the norm's weight begins in the bank, -1 without one
-    first_bias      where the norm's bias begins in the bank, -1 without one
+    mean, variance  [L, channels of all norms]  of the batch; the variance is biased
+    scale, offset   [L, channels of all norms]  such that the norm is input * scale + offset
+    first           where this norm's channels begin in mean, variance, scale and offset
+    weights         [L, P']  a bank
+    first_weight    where the norm's weight begins in the bank; -1 if it has none
+    first_bias      where the norm's bias begins in the bank; -1 if it has none
     eps             added to the variance
-    arrivals        [L, ...] int32, zero before and after: how many blocks have left their part
+    arrivals        [L, ...]  int32, counts the blocks that have written their part; zero before and after each launch
     """
 
     mean: Tensor
@@ -77,9 +78,12 @@ class Statistics:
 
 @dataclass(frozen=True)
 class Halo:
-    """A 3x3 convolution of L lanes over pictures of one size, stride 1, border 1, and its gradients.
+    """A 3x3 convolution with stride 1 and padding 1, and its gradients, over all lanes.
 
-    Maps are bfloat16 [L, B, H, W, C]; weights come in dense rows, as dense.py lays them out.
+    Feature maps are bfloat16 [L, B, H, W, C]. Weights are in the dense rows that dense.py lays out.
+
+    height, width    of a picture
+    inputs, outputs  numbers of channels
     """
 
     height: int
@@ -89,7 +93,10 @@ class Halo:
 
     @classmethod
     def of(cls, op: Convolution, kernel: tuple[int, int], source: Shape, out: Shape) -> Halo | None:
-        """The convolution of a plan; None if the kernels don't cover it."""
+        """Return the Halo for a plan's convolution, or None if the kernels don't cover it.
+
+        source, out  the shapes of one sample of its input and of its output
+        """
         if len(source) != 3 or kernel != (3, 3):
             return None
         channels, height, width = source
@@ -111,18 +118,21 @@ class Halo:
         return TILE_PIXELS // (self.rows * self.width)
 
     def tiles(self, samples: int) -> int:
-        """How many tiles one lane's batch has."""
+        """How many tiles the batch of one lane has."""
         return -(-samples // self.pictures) * (self.height // self.rows)
 
     def block_tiles(self, samples: int) -> int:
-        """How many tiles a block of a convolution with statistics computes.
+        """How many tiles each block of a convolution with statistics computes.
 
-        It depends on the sizes alone and not on the GPU, because the bits of the statistics depend on it.
+        The number affects the bits of the statistics, so it depends only on the sizes and not on the GPU.
         """
         return max(1, min(MAX_BLOCK_TILES, self.tiles(samples) // MAX_BLOCKS_PER_LANE))
 
     def parts(self, samples: int) -> int:
-        """In how many parts a weight gradient is summed. It depends on the sizes alone, because the bits do on it."""
+        """In how many parts a weight gradient is summed.
+
+        The number affects the bits of the gradient, so it depends only on the sizes and not on the GPU.
+        """
         tiles, constants = self.tiles(samples), self.weight_grad_constants(False)[0]
         blocks = self.inputs * self.outputs // (constants["BLOCK_IN"] * constants["BLOCK_OUT"])
         return min(MAX_PARTS, tiles, max(tiles // MIN_PART_TILES, -(-MIN_BLOCKS_PER_LANE // blocks)))
@@ -140,15 +150,15 @@ class Halo:
         accumulate: bool,
         statistics: Statistics | None,
     ) -> None:
-        """Launch the convolution of relu(source * scale + offset), or of the source itself without a prologue.
+        """Launch the convolution of relu(source * scale + offset), or of `source` itself if `prologue` is None.
 
-        source      [L, B, H, W, inputs], or the output's gradient where by_input
-        weights     [L, T] dense rows, with this layer's at `first`
-        bias        a bank [L, P'], and where this layer's bias begins in it
-        out         [L, B, H, W, outputs], or the input's gradient where by_input
-        by_input    computes the gradient by the input instead
-        accumulate  adds to `out`
-        statistics  where those of `out` go
+        source      [L, B, H, W, inputs]  the input; if by_input, the output's gradient [L, B, H, W, outputs]
+        weights     [L, T]  dense rows, in which this layer's weights begin at `first`
+        bias        a bank [L, P'], and where this layer's bias begins in it; None if it has no bias
+        out         [L, B, H, W, outputs]  written; if by_input, the input's gradient [L, B, H, W, inputs]
+        by_input    compute the input gradient instead of the output
+        accumulate  add to `out` instead of overwriting it
+        statistics  where the statistics of `out` are written; None computes none
         """
         constants, shared_bytes = self.convolve_constants(
             by_input, prologue is not None, bias is not None, accumulate, statistics is not None
@@ -157,7 +167,7 @@ class Halo:
         tiles, columns = self.tiles(samples), constants["OUT"] // constants["BLOCK_OUT"]
         if statistics is not None:
             block_tiles = self.block_tiles(samples)
-        else:  # no bit depends on it, so it may follow the GPU
+        else:  # without statistics it affects no bits, so it may depend on the GPU
             at_once = processors(out.device) * min(constants["MIN_BLOCKS"], blocks_by_shared(shared_bytes))
             block_tiles = tiles_per_block(tiles, columns * lanes, at_once)
         grid = -(-tiles // block_tiles), columns, lanes
@@ -178,9 +188,9 @@ class Halo:
     def convolve_constants(
         self, by_input: bool, prologue: bool, bias: bool, accumulate: bool, statistics: bool
     ) -> tuple[dict[str, int], int]:
-        """The constants that convolve.cu is compiled with, and the bytes of shared memory that a block takes."""
+        """The constants that convolve.cu is compiled with, and the bytes of shared memory that a block uses."""
         inputs, outputs = (self.outputs, self.inputs) if by_input else (self.inputs, self.outputs)
-        max_block = MAX_BLOCK_OUT_WITH_MORE if statistics or prologue else MAX_BLOCK_OUT
+        max_block = MAX_BLOCK_OUT_WITH_NORM if statistics or prologue else MAX_BLOCK_OUT
         block_out, chunk = next(
             (block, chunk)
             for block in range(max_block, 0, -16)
@@ -213,11 +223,11 @@ class Halo:
         partial: Tensor,
         first: int,
     ) -> None:
-        """Launch the gradient by the weights, in parts that are still to be summed.
+        """Launch the weight gradient, which is written in parts that remain to be summed.
 
-        source    [L, B, H, W, inputs], the input before the prologue
+        source    [L, B, H, W, inputs]  the input before the prologue
         out_grad  [L, B, H, W, outputs]
-        partial   [L, ...] written: [parts, 9, inputs, outputs] from `first` on
+        partial   [L, ...]  each lane's row is written with [parts, 9, inputs, outputs], beginning at `first`
         """
         constants, shared_bytes = self.weight_grad_constants(prologue is not None)
         lanes, samples = source.shape[:2]
@@ -230,7 +240,7 @@ class Halo:
         launch("weight_grad", constants, (self.parts(samples), blocks, lanes), shared_bytes, params)
 
     def weight_grad_constants(self, prologue: bool) -> tuple[dict[str, int], int]:
-        """The constants that weight_grad.cu is compiled with, and the bytes of shared memory that a block takes."""
+        """The constants that weight_grad.cu is compiled with, and the bytes of shared memory that a block uses."""
         sizes = [
             (block_in, block_out)
             for block_in in (16, 32, 64, 128)
@@ -258,29 +268,29 @@ class Halo:
         return self.pictures * (self.rows + 2) * (self.width + 2)
 
     def _convolve_shared_bytes(self, inputs: int, chunk: int, block_out: int) -> int:
-        """As convolve.cu divides it: the halo, the weights and the rounded outputs; then shift and moments."""
+        """Bytes for the arrays of convolve.cu: the halo, weights, rounded outputs, shift and moments."""
         weights, rounded = TAPS * chunk * (block_out + PAD), TILE_PIXELS * (block_out + PAD)
         numbers = weights + rounded if chunk == inputs else max(weights, rounded)
         return 2 * (self._halo_pixels * (chunk + PAD) + numbers) + 4 * (1 + 2 * WARPS) * block_out
 
     def _weight_grad_shared_bytes(self, block_in: int, block_out: int) -> int:
-        """As weight_grad.cu divides it: the halo and the gradient; afterwards the sums that warps share."""
+        """Bytes for the arrays of weight_grad.cu: the halo and the gradient, later reused to add the warps' sums."""
         maps = 2 * (self._halo_pixels * (block_in + PAD) + TILE_PIXELS * (block_out + PAD))
         shares = _quadrants(block_in, block_out) < WARPS
         return max(maps, 4 * (WARPS // 2) * TAPS * QUADRANT**2 if shares else 0)
 
 
 def _quadrants(block_in: int, block_out: int) -> int:
-    """How many quadrants of weights a block of weight_grad.cu sums."""
+    """The number of quadrants (16 by 16 weights) in a block of weight_grad.cu."""
     return (block_in // QUADRANT) * (block_out // QUADRANT)
 
 
 def _convolve_min_blocks(constants: dict[str, int]) -> int:
-    """How many blocks of a convolution a processor should hold at once: the most without spills under NVRTC 13.0.
+    """How many blocks of a convolution an SM should hold at once.
 
-    Where another compiler spills, nvrtc.py takes fewer. A third block of 16 channels with statistics and a prologue
-    would fit, but takes more instructions per pixel than an H200 issues while its memory is at work (see
-    test_kernels_compile.py).
+    This is the largest number for which NVRTC 13.0 spills no registers; if another version spills, nvrtc.py reduces it.
+    With 16 channels, statistics and a prologue, a third block would fit. But its code takes more instructions per pixel
+    than an H200 can issue in the time that the pixel's memory traffic takes (see test_kernels_compile.py).
     """
     block_out = constants["BLOCK_OUT"]
     if block_out == 16:

@@ -1,8 +1,9 @@
-"""A plan without dead channels: channels from which no path of kept weights leads to the output.
+"""Removes dead channels from a plan: channels from which no path of kept weights leads to the output.
 
-A dead channel's value reaches nothing, and the gradients of the weights that lead into it are exactly 0. So skipping
-it changes neither outputs nor other gradients; its weights still decay. A channel that no kept weight leads into is not
-dead: it still sends relu(bias), and the bias trains. The running statistics of dead channels are not updated.
+A dead channel doesn't affect the output, and the gradients of the weights that lead into it are exactly 0. So a plan
+without it computes the same outputs and the same gradients, and the weights that lead into it still decay. A channel
+that no kept weight leads into is not dead: its value is relu(bias), and the bias is trained. The running statistics of
+dead channels are not updated.
 """
 
 from __future__ import annotations
@@ -16,14 +17,18 @@ from torch import Tensor
 from swamp_fast.engines.fused.plan import Convolution, Norm, Plan, Pointwise, Pool
 from swamp_fast.particles.layout import Layout
 
-# Up to 64 channels are rounded up to a multiple of 16, and so on, because a kernel is compiled for each number.
-MULTIPLES = {64: 16, 128: 32}
-MULTIPLE_BEYOND = 64
-MAX_KEPT_PRODUCTS = 0.85  # if a larger share of the products would be left, no channel is skipped
+# A kernel is compiled for each number of channels, so the number is rounded up to a multiple: of 16 if the value has at
+# most 64 channels, of 32 if it has at most 128, otherwise of LARGEST_MULTIPLE.
+CHANNEL_MULTIPLES = {64: 16, 128: 32}
+LARGEST_MULTIPLE = 64
+MAX_KEPT_PRODUCTS = 0.85  # no channel is removed if more than this fraction of the products would remain
 
 
 def narrow(plan: Plan, layout: Layout, mask: Tensor) -> tuple[Plan, list[Tensor]]:
-    """The plan without the channels that are dead under a mask [Q], and which are left of each value, by its number."""
+    """Return the plan without the channels that are dead under a mask [Q], and each value's remaining channels.
+
+    The remaining channels are a list of index tensors, by the value's number.
+    """
     left = [_rounded(alive) for alive in _tied(plan, _alive(plan, layout, mask))]
     shapes = tuple((len(channels), *shape[1:]) for channels, shape in zip(left, plan.shapes, strict=True))
     narrowed = dataclasses.replace(plan, shapes=shapes)
@@ -33,12 +38,12 @@ def narrow(plan: Plan, layout: Layout, mask: Tensor) -> tuple[Plan, list[Tensor]
 
 
 def channels_left(plan: Plan, layout: Layout, mask: Tensor) -> tuple[tuple[int, ...], ...]:
-    """The channels that `narrow` leaves of each value under a mask [Q]."""
+    """The remaining channels of each value, as `narrow` returns them, in a form that can be compared and hashed."""
     return tuple(tuple(channels.tolist()) for channels in narrow(plan, layout, mask)[1])
 
 
 def per_channel(plan: Plan, channels: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Which numbers of each bias, and of each norm's weight, belong to channels that are left, by name."""
+    """For each bias and each norm's weight, by name: the indices of the elements that belong to remaining channels."""
     return {
         name: channels[op.output]
         for op in plan.ops
@@ -49,7 +54,7 @@ def per_channel(plan: Plan, channels: Sequence[Tensor]) -> dict[str, Tensor]:
 
 
 def norm_columns(plan: Plan, channels: Sequence[Tensor]) -> Tensor | None:
-    """Which channels of all norms, one norm after the other, are left; None if all are."""
+    """The indices of the remaining channels among the concatenated channels of all norms; None if all remain."""
     columns, begin = [], 0
     for op in plan.ops:
         if isinstance(op, Norm):
@@ -60,7 +65,7 @@ def norm_columns(plan: Plan, channels: Sequence[Tensor]) -> Tensor | None:
 
 
 def _alive(plan: Plan, layout: Layout, mask: Tensor) -> list[Tensor]:
-    """Which channels of each value lead to the output."""
+    """For each value a mask [channels] of the channels from which a path of kept weights leads to the output."""
     alive = [torch.zeros(shape[0], dtype=torch.bool) for shape in plan.shapes]
     alive[plan.output][:] = True
     entries = {entry.name: entry for entry in layout.entries}
@@ -82,7 +87,7 @@ def _alive(plan: Plan, layout: Layout, mask: Tensor) -> list[Tensor]:
 
 
 def _tied(plan: Plan, alive: list[Tensor]) -> list[Tensor]:
-    """The channels that are alive in a value or in any value tied to it: the two of an addition, for instance."""
+    """The masks `alive`, merged over all values that must keep the same channels, such as the terms of a sum."""
     group = list(range(len(plan.shapes)))
 
     def root(value: int) -> int:
@@ -100,16 +105,16 @@ def _tied(plan: Plan, alive: list[Tensor]) -> list[Tensor]:
 
 
 def _rounded(alive: Tensor) -> Tensor:
-    """The channels that are alive, and dead ones to make their number one that kernels are compiled for, in order."""
+    """The indices of the channels that are alive, plus enough dead ones to reach a multiple, in ascending order."""
     channels, count = len(alive), int(alive.sum())
-    multiple = next((multiple for limit, multiple in MULTIPLES.items() if channels <= limit), MULTIPLE_BEYOND)
+    multiple = next((multiple for limit, multiple in CHANNEL_MULTIPLES.items() if channels <= limit), LARGEST_MULTIPLE)
     wanted = min(channels, max(1, -(-count // multiple)) * multiple)
     dead = (~alive).nonzero().flatten()[: wanted - count]
     return torch.cat([alive.nonzero().flatten(), dead]).sort().values
 
 
 def _products(plan: Plan, layout: Layout) -> int:
-    """How many multiplications the dense convolutions of one sample's forward pass take."""
+    """The number of multiplications in one sample's forward pass if all convolutions are dense."""
     entries = {entry.name: entry for entry in layout.entries}
     total = 0
     for op in plan.ops:

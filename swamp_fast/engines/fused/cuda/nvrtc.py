@@ -1,6 +1,6 @@
-"""The kernels of csrc/cuda: compiled at run time by NVRTC, whose library comes with torch's wheel, and launched.
+"""Compiles the kernels of csrc/cuda at run time with NVRTC, which comes with PyTorch's wheel, and launches them.
 
-Compiling needs no GPU. Machine code is kept on disk under a hash of all that it was made from.
+Compiling needs no GPU. Machine code is cached on disk under a hash of everything that it was compiled from.
 """
 
 from __future__ import annotations
@@ -22,30 +22,32 @@ import torch
 from swamp_fast.engines.fused.cuda.params import Params
 
 HEADERS = ("params.h", "tile.h", "matrix.h")
-Constants = Mapping[str, int]  # what a kernel is compiled with, by name
-THREADS = 256  # of a block
-# The head of a cubin: its magic, where its program and section tables begin, and the sizes and counts of their entries.
+Constants = Mapping[str, int]  # the values of the macros that a kernel is compiled with, by name
+THREADS_PER_BLOCK = 256
+# The ELF header of a cubin: its magic number, where its program and section header tables begin, and for each of the
+# two tables the size and the number of its entries.
 ELF_HEADER = struct.Struct("<4s28xQQ6xHHHH2x")
 
 
 class Launch(Protocol):
-    """Runs a kernel of csrc/cuda."""
+    """A callable that launches a kernel of csrc/cuda."""
 
     def __call__(
         self, name: str, constants: Constants, grid: tuple[int, int, int], shared_bytes: int, params: Params
     ) -> None:
-        """Run kernel `name` of `name`.cu, compiled with its constants, over a grid of blocks.
+        """Launch the kernel `name` of `name`.cu over a grid of blocks.
 
-        shared_bytes  shared memory of a block
-        params        passed by value
+        constants     what the kernel is compiled with
+        shared_bytes  bytes of shared memory per block
+        params        passed to the kernel by value
         """
         ...
 
 
 def compile_kernel(name: str, constants: Constants, arch: str) -> bytes:
-    """Machine code of csrc/cuda/`name`.cu for an architecture ("sm_90"), from the cache if it is there.
+    """Return the machine code of csrc/cuda/`name`.cu for an architecture such as "sm_90", from the cache if possible.
 
-    Where MIN_BLOCKS blocks on one processor would leave a thread too few registers, the code is for fewer blocks.
+    If the kernel spills registers when MIN_BLOCKS blocks are to share an SM, it is compiled for fewer blocks.
     Raises RuntimeError with NVRTC's log if the source doesn't compile.
     """
     sources = sources_of(name)
@@ -59,7 +61,7 @@ def compile_kernel(name: str, constants: Constants, arch: str) -> bytes:
         stack = re.search(r"(\d+) bytes stack frame", log)
         if stack is None or stack[1] == "0":  # no register is spilled
             break
-    with suppress(OSError):  # a cache that can't be written only costs time
+    with suppress(OSError):  # without a writable cache, the kernel is compiled again next time
         cached.parent.mkdir(parents=True, exist_ok=True)
         temporary = cached.with_suffix(f".{os.getpid()}")
         temporary.write_bytes(code)
@@ -68,16 +70,17 @@ def compile_kernel(name: str, constants: Constants, arch: str) -> bytes:
 
 
 def sources_of(name: str) -> dict[str, bytes]:
-    """A kernel's source and the headers, by file name."""
+    """The source text of a kernel and of the headers, by file name."""
     folder = files("swamp_fast.cuda_sources")
     return {file: (folder / file).read_bytes() for file in (f"{name}.cu", *HEADERS)}
 
 
 def build(name: str, sources: Mapping[str, bytes], constants: Constants, arch: str) -> tuple[bytes, str]:
-    """Compile the given sources of a kernel, without the cache; returns the code and NVRTC's log.
+    """Compile the given sources of a kernel without the cache; returns the code and NVRTC's log.
 
-    The code is machine code for "sm_90", and PTX for "compute_90".
-    Raises RuntimeError with the log if they don't compile.
+    arch  an architecture such as "sm_90" gives machine code, one such as "compute_90" gives PTX
+
+    Raises RuntimeError with the log if the sources don't compile.
     """
     from cuda.bindings import nvrtc
 
@@ -100,7 +103,7 @@ def build(name: str, sources: Mapping[str, bytes], constants: Constants, arch: s
 
 
 class Launcher:
-    """Launches kernels on the current stream of one device; keeps those that it has loaded."""
+    """Launches kernels on the current stream of one device, and keeps the loaded kernels for the next launch."""
 
     def __init__(self, device: torch.device) -> None:
         major, minor = torch.cuda.get_device_capability(device)
@@ -110,21 +113,21 @@ class Launcher:
     def __call__(
         self, name: str, constants: Constants, grid: tuple[int, int, int], shared_bytes: int, params: Params
     ) -> None:
-        """As Launch."""
+        """See Launch.__call__."""
         from cuda.bindings import driver
 
         with torch.cuda.device(self.device):
             function = self._function(name, constants, shared_bytes)
-            arguments = (ctypes.c_void_p * 1)(ctypes.addressof(params))  # the kernel's one argument
+            arguments = (ctypes.c_void_p * 1)(ctypes.addressof(params))  # a list of one argument, the struct
             stream = torch.cuda.current_stream(self.device).cuda_stream
             _checked(
                 driver.cuLaunchKernel(
-                    *(function, *grid, THREADS, 1, 1, shared_bytes, stream), *(ctypes.addressof(arguments), 0)
+                    *(function, *grid, THREADS_PER_BLOCK, 1, 1, shared_bytes, stream), *(ctypes.addressof(arguments), 0)
                 )
             )
 
     def _function(self, name: str, constants: Constants, shared_bytes: int) -> Any:
-        """A kernel, loaded at its first use; the device must be the current one."""
+        """Return a kernel, which is loaded at its first use; the launcher's device must be the current device."""
         from cuda.bindings import driver
 
         key = (name, *constants.items())
@@ -139,12 +142,15 @@ class Launcher:
 
 @functools.cache
 def launcher(device: torch.device) -> Launcher:
-    """The one launcher of a device."""
+    """The launcher of a device; every call for the same device returns the same launcher."""
     return Launcher(device)
 
 
 def _checked(result: Any) -> Any:
-    """The value that a call of cuda-bindings returns beside its error code. Raises RuntimeError for an error."""
+    """Return the value that a call of cuda-bindings returned, without its error code.
+
+    Raises RuntimeError if the code reports an error.
+    """
     error, *values = result
     if int(error):
         raise RuntimeError(f"CUDA reports {error!r}")
@@ -152,13 +158,13 @@ def _checked(result: Any) -> Any:
 
 
 def _options(constants: Constants, arch: str) -> list[str]:
-    """NVRTC's options; with -v the log names the resources that a kernel takes."""
+    """NVRTC's options; -v makes the log report the registers, stack and shared memory that a kernel uses."""
     defines = [f"-D{name}={value}" for name, value in constants.items()]
     return [f"--gpu-architecture={arch}", "--std=c++17", "--ptxas-options=-v", *defines]
 
 
 def _cache_path(name: str, sources: Mapping[str, bytes], constants: Constants, arch: str) -> Path:
-    """The file of a kernel's machine code, named by a hash of the sources, the options and NVRTC's version."""
+    """The cache file of a kernel's machine code; its name has a hash of the sources, options and NVRTC's version."""
     from cuda.bindings import nvrtc
 
     _, *version = nvrtc.nvrtcVersion()
@@ -169,7 +175,7 @@ def _cache_path(name: str, sources: Mapping[str, bytes], constants: Constants, a
 
 
 def _is_whole(code: bytes) -> bool:
-    """Whether a cached file is a complete cubin; a full disk or a lost machine may leave less."""
+    """Whether a cached file is a complete cubin; a full disk or a crash may have truncated it."""
     if len(code) < ELF_HEADER.size:
         return False
     magic, programs, sections, program_size, program_count, section_size, section_count = ELF_HEADER.unpack_from(code)
@@ -178,6 +184,6 @@ def _is_whole(code: bytes) -> bool:
 
 
 def _cache() -> Path:
-    """The folder SWAMP_FAST_CACHE, or swamp_fast in the user's cache folder."""
+    """The cache folder: SWAMP_FAST_CACHE if that is set, otherwise swamp_fast in the user's cache folder."""
     given = os.environ.get("SWAMP_FAST_CACHE")
     return Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "swamp_fast"

@@ -1,4 +1,4 @@
-"""The parameters of the kernels of csrc/cuda, as ctypes: the structs of csrc/cuda/params.h, field by field.
+"""The parameters of the CUDA kernels as ctypes structures, which mirror the structs of csrc/cuda/params.h.
 
 The header says what each field means. A field that isn't set is zero: a null pointer, or a stride that is not read.
 """
@@ -13,7 +13,7 @@ POINTER, LONG, INT, DOUBLE = ctypes.c_void_p, ctypes.c_longlong, ctypes.c_int, c
 
 
 class ConvolveParams(ctypes.Structure):
-    """What convolve.cu takes."""
+    """The parameters of the kernel in convolve.cu."""
 
     __slots__ = ()  # so that setting a field that doesn't exist raises AttributeError
     _fields_ = (
@@ -45,7 +45,7 @@ class ConvolveParams(ctypes.Structure):
 
 
 class WeightGradParams(ctypes.Structure):
-    """What weight_grad.cu takes."""
+    """The parameters of the kernel in weight_grad.cu."""
 
     __slots__ = ()
     _fields_ = (
@@ -65,5 +65,5 @@ Params = ConvolveParams | WeightGradParams
 
 
 def address(tensor: Tensor, first: int = 0) -> int:
-    """Where element `first` of the tensor's first row stands in memory."""
+    """The memory address of element `first` of the tensor's first row."""
     return tensor.data_ptr() + first * tensor.element_size()

@@ -1,6 +1,6 @@
-"""A Plan under masks on CUDA, prepared: which kernels run its operations, and the tables that these need.
+"""Program: a Plan prepared for the masks of R runs on CUDA, with the tables that its kernels need.
 
-Values are maps [L, B, H, W, C], channels last; features are [L, B, 1, 1, C].
+Each value is a feature map [L, B, H, W, C] (channels last); a value without pixels is [L, B, 1, 1, C].
 """
 
 from __future__ import annotations
@@ -22,22 +22,24 @@ from swamp_fast.ops.contracts import triton_kernels
 
 
 class Program:
-    """What is made once for the masks of R runs: the index of dense weights, tables, where things stand.
+    """Everything that is computed once per plan and masks, and used by every pass.
 
-    plan            without dead channels
-    channels        which channels of each of the plan's values are left, by its number
-    compacts        of the runs
-    dtype           of weights and sums
-    storage         the type of maps
-    tf32            whether products of float32 may be rounded to tf32, by whether the layer is linear
-    launch          runs the kernels of csrc/cuda; None without them
-    halos           the convolutions that those kernels run, by the number of their output
-    recomputed      outputs of norms that only those kernels read: they are recomputed at the load, and never written
+    plan            the plan without dead channels
+    channels        the model's channels that remain in each value of the plan, by the value's number
+    compacts        the compact form of each run
+    dtype           the type of weights and sums
+    storage         the type of feature maps
+    tf32            whether the inputs of float32 products may be rounded to TF32: [True] for linear layers, [False] for
+                    convolutions
+    launch          launches the CUDA kernels in csrc/cuda; None if only the Triton kernels run
+    halos           the convolutions that the CUDA kernels run, by the number of their output
+    recomputed      the outputs of norms that only CUDA kernels read. They are never written; each kernel recomputes
+                    them while it loads its input
     begins          where each parameter begins in a compact row, by its name
     first_channel   where a norm's channels begin among those of all norms, by the number of its output
     norm_behind     the norm that reads a convolution's output, by the number of that output
-    needed          the values whose gradients the backward pass needs
-    last_reader     the place of the last operation that reads a value, by its number
+    needed          the numbers of the values whose gradients the backward pass needs
+    last_reader     the index of the last operation that reads a value, by the value's number
     """
 
     def __init__(
@@ -52,7 +54,7 @@ class Program:
     ) -> None:
         self.plan, self.dtype, self.storage = plan, dtype, storage
         self.dense = DenseWeights(plan, compacts, channels)
-        compact = compacts[0]  # parameters without a mask stand at the same place in all of them
+        compact = compacts[0]  # parameters that are never pruned begin at the same index in all of them
         self.launch = launch
         self.halos = self._halos() if launch is not None and storage == torch.bfloat16 else {}
         self.recomputed = self._recomputed()
@@ -70,11 +72,11 @@ class Program:
         self.last_reader = {number: place for place, op in enumerate(plan.ops) for number in op.inputs}
 
     def map_of(self, value: int, lanes: int, samples: int) -> Tensor:
-        """An uninitialised map [L, B, H, W, C] for a value."""
+        """An uninitialised feature map [L, B, H, W, C] for a value."""
         return torch.empty(lanes, samples, *picture(self.plan.shapes[value]), dtype=self.storage, device=self._device)
 
     def unbiased(self, samples: int) -> Tensor:
-        """The factor n / (n - 1) for each channel of all norms, where n numbers enter the statistics of a batch."""
+        """The factor n / (n - 1) that makes the batch variance of n numbers unbiased, for each channel of all norms."""
         if samples not in self.counts:
             factors = []
             for op in self.plan.ops:
@@ -101,7 +103,10 @@ class Program:
         return self.gradients[samples]
 
     def bytes_of_lane(self, samples: int) -> int:
-        """How much memory a step of one lane takes at most, besides the bank: maps, gradients and dense weights."""
+        """The largest number of bytes that one lane's step uses for maps, gradients and dense weights.
+
+        The memory of the bank itself is not counted.
+        """
         numbers = sum(math.prod(shape) for shape in self.plan.shapes) * samples
         largest = max(math.prod(shape) for shape in self.plan.shapes) * samples
         dense = self.dense.index.shape[1] * self.storage.itemsize
@@ -109,7 +114,7 @@ class Program:
 
     @staticmethod
     def kernels(name: str) -> ModuleType:
-        """A module of Triton kernels."""
+        """The module `name` of Triton kernels."""
         return triton_kernels(name)
 
     @property
@@ -156,11 +161,11 @@ class Program:
 
 
 def picture(shape: tuple[int, ...]) -> tuple[int, int, int]:
-    """Height, width and channels of a value's map; `shape` is [C, H, W] or [C]."""
+    """(height, width, channels) of a value's map; `shape` is [C, H, W] or [C]."""
     channels, height, width = picture_first(shape)
     return height, width, channels
 
 
 def picture_first(shape: tuple[int, ...]) -> tuple[int, int, int]:
-    """Channels, height and width of a value; `shape` is [C, H, W] or [C]."""
+    """(channels, height, width) of a value's map; `shape` is [C, H, W] or [C]."""
     return (shape[0], 1, 1) if len(shape) == 1 else (shape[0], shape[1], shape[2])

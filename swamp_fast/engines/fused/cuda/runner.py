@@ -1,4 +1,4 @@
-"""Lanes side by side on CUDA: every launch runs all of them, or as many as fit the memory."""
+"""CudaLanes: the LaneRunner on CUDA. Each launch runs all lanes, or as many as fit into memory."""
 
 from __future__ import annotations
 
@@ -23,17 +23,18 @@ from swamp_fast.ops.contracts import triton_kernels
 from swamp_fast.problem.arguments import cross_entropy
 from swamp_fast.problem.problem import Problem
 
-MAX_MEMORY_FRACTION = 0.4  # of the free memory for one step: steps of two batch sizes and evaluation share it
+MAX_STEP_MEMORY_FRACTION = 0.4  # of the free memory, for one step; a smaller last batch and evaluation need memory too
 
 
 class CudaPrograms:
-    """The program under a mask [Q], or under the masks [R, Q] of R runs, which leave the same channels alive.
+    """The program for a mask [Q], or for the masks [R, Q] of R runs. All masks must leave the same channels alive.
 
-    plan      without dead channels
-    compacts  of the runs, all of one length
-    columns   [channels of the plan's norms] int64, which of the model's channels they are; None if all are left
-    at_once   how many lanes a launch runs at most, None for all; what a lane computes doesn't depend on it
-    branch    how many lanes form a group, if groups run side by side, each on its own stream; else None
+    plan      the plan without dead channels
+    compacts  the compact form of each run, all of the same length
+    columns   [channels of the plan's norms]  int64, the index of each channel among the channels of the model's norms;
+              None if no channel was removed
+    at_once   the largest number of lanes per launch; None for all. A lane's results don't depend on it
+    branch    the number of lanes per group if groups run in parallel, each on its own stream; otherwise None
     """
 
     def __init__(
@@ -52,7 +53,7 @@ class CudaPrograms:
         self.at_once: int | None = None
 
     def measure(self, lanes: int) -> None:
-        """Set how many of `lanes` lanes run at once, by the free memory. Raises MemoryError if not even one fits."""
+        """Set `at_once` to the number of lanes that the free memory allows. Raises MemoryError if not even one fits."""
         if self.problem.device.type != "cuda":
             return
         bytes_of_lane = self.program.bytes_of_lane(self.problem.bounds[0][1])
@@ -65,17 +66,24 @@ class CudaPrograms:
         return compact
 
     def lanes(self, weights: Tensor, grads: Tensor | None, run_of_lane: Tensor | None = None) -> CudaLanes:
-        """Lanes over compact weights [L, P'], whose gradients go to grads [L, P']; all of run 0 without run_of_lane."""
+        """The runner of lanes with compact weights [L, P']; their gradients are added to grads [L, P'].
+
+        run_of_lane  [L]  int64; by default all lanes belong to run 0
+        """
         if run_of_lane is None:
             run_of_lane = torch.zeros(len(weights), dtype=torch.int64, device=weights.device)
         return CudaLanes(self.problem, self, weights, grads, run_of_lane)
 
 
 def lanes_that_fit(lanes: int, bytes_of_lane: int, free: int) -> int:
-    """How many of `lanes` lanes a launch may run; warns if not all. Raises MemoryError if not even one fits."""
-    fitting = int(MAX_MEMORY_FRACTION * free) // bytes_of_lane
+    """How many of `lanes` lanes fit into memory at once; warns if not all do. Raises MemoryError if none fits.
+
+    bytes_of_lane  memory that one lane's step uses
+    free           bytes of free memory
+    """
+    fitting = int(MAX_STEP_MEMORY_FRACTION * free) // bytes_of_lane
     needed = f"a step of one particle takes about {bytes_of_lane / 1e9:.2f} GB"
-    allowed = f"{MAX_MEMORY_FRACTION:.0%} of the {free / 1e9:.2f} GB that are free may be used"
+    allowed = f"{MAX_STEP_MEMORY_FRACTION:.0%} of the {free / 1e9:.2f} GB that are free may be used"
     if fitting == 0:
         raise MemoryError(f"{needed}, but only {allowed}; use a smaller batch_size.")
     if fitting < lanes:
@@ -84,13 +92,17 @@ def lanes_that_fit(lanes: int, bytes_of_lane: int, free: int) -> int:
 
 
 def lanes_in_cache(plan: Plan, samples: int, itemsize: int, cache: int) -> int:
-    """How many lanes fill half of a cache of `cache` bytes with the input and the output of the largest operation."""
+    """The number of lanes whose largest input and output maps together fill half of a cache of `cache` bytes."""
     largest = max(math.prod(shape) for shape in plan.shapes) * samples * itemsize
     return max(1, cache // 2 // (2 * largest))
 
 
 class CudaLanes:
-    """Lanes over compact weights [L, P'], whose gradients go to grads [L, P']. The modules hold only the buffers."""
+    """Runs lanes with compact weights [L, P'] and adds their gradients to grads [L, P'].
+
+    modules      one per lane, without weights; they hold the buffers
+    run_of_lane  [L]  int64, the run that each lane belongs to
+    """
 
     channels_last = True
 
@@ -103,21 +115,21 @@ class CudaLanes:
         self.modules = self.running.modules
         self.mean, self.variance = (self._of_plan(torch.zeros_like(self.running.mean)) for _ in range(2))
         self.streams: list[torch.cuda.Stream] = []
-        counters = max(shape[0] for shape in programs.plan.shapes)  # no launch has more blocks of channels
+        counters = max(shape[0] for shape in programs.plan.shapes)  # a launch has at most one block per channel
         self.arrivals = torch.zeros(len(weights), counters, dtype=torch.int32, device=weights.device)
 
     @property
     def weights(self) -> Tensor:
-        """The weights [L, P] with the pruned ones."""
+        """The full weights [L, P], in which pruned weights are 0."""
         rows = zip(self.runs, self.compact_weights, strict=True)
         return torch.stack([self.programs.compacts[run].expand(row) for run, row in rows])
 
     def backward(self, batch: Batch, step_keys: Tensor) -> Tensor:
-        """As LaneByLane.backward."""
+        """See LaneRunner.backward."""
         assert self.grads is not None
         grads = self.grads
 
-        # Made here, because the branches share it.
+        # Make the gradient tables on the current stream, because all branches use them.
         self.programs.program.gradients_of(batch.inputs.shape[1])
 
         def backward(lanes: slice) -> Tensor:
@@ -129,15 +141,15 @@ class CudaLanes:
 
     @property
     def _branches(self) -> bool:
-        """Whether groups run side by side, which they do if all lanes fit the memory together."""
+        """Whether groups of lanes run in parallel; this requires that all lanes fit into memory together."""
         lanes, branch = len(self.modules), self.programs.branch
         return branch is not None and branch < lanes <= (self.programs.at_once or lanes)
 
     def _in_branches(self, backward: Callable[[slice], Tensor]) -> list[Tensor]:
-        """Run each group on its own stream; in a CUDA graph these are parallel branches."""
+        """Run `backward` for each group on a separate stream; in a CUDA graph these become parallel branches."""
         device, groups, losses = self.compact_weights.device, self._groups(self.programs.branch), []
         current = torch.cuda.current_stream(device)
-        while len(self.streams) < len(groups):  # the same streams each step, because torch caches memory by stream
+        while len(self.streams) < len(groups):  # reuse the streams, because PyTorch caches memory per stream
             self.streams.append(torch.cuda.Stream(device))
         for stream in self.streams:
             stream.wait_stream(current)
@@ -149,7 +161,10 @@ class CudaLanes:
         return losses
 
     def _backward(self, batch: Batch, step_keys: Tensor, lanes: slice, grads: Tensor) -> Tensor:
-        """The losses of one group; its gradients are added to grads. Its maps are free again when this returns."""
+        """Return the losses of one group of lanes and add its gradients to `grads`.
+
+        The group's feature maps are freed on return.
+        """
         inputs, targets = self._inputs(batch, step_keys, lanes), batch.targets[lanes]
         run, outputs = self._run(lanes, inputs, step_keys[lanes], keep=True)
         losses, out_grad = self._losses(outputs, targets)
@@ -158,7 +173,7 @@ class CudaLanes:
         return losses
 
     def outputs(self, inputs: Any, keys: Tensor) -> list[Any]:
-        """As LaneByLane.outputs."""
+        """See LaneRunner.outputs."""
         outputs: list[Any] = []
         for lanes in self._groups(self.programs.at_once):
             shared = inputs.expand(lanes.stop - lanes.start, *inputs.shape)
@@ -166,21 +181,21 @@ class CudaLanes:
         return outputs
 
     def set_buffers(self, buffers: dict[str, Tensor]) -> None:
-        """As LaneByLane.set_buffers."""
+        """See LaneRunner.set_buffers."""
         self.running.write(buffers)
 
     def buffers(self) -> dict[str, Tensor]:
-        """As LaneByLane.buffers."""
+        """See LaneRunner.buffers."""
         return self.running.read()
 
     def _groups(self, size: int | None) -> list[slice]:
-        """The lanes in groups of at most `size`; None is all of them."""
+        """Divide the lanes into groups of at most `size`; None puts all lanes into one group."""
         lanes = len(self.modules)
         step = min(lanes, size or lanes)
         return [slice(begin, min(lanes, begin + step)) for begin in range(0, lanes, step)]
 
     def _inputs(self, batch: Batch, step_keys: Tensor, lanes: slice) -> Tensor:
-        """The inputs [L, B, ...] of some lanes, through the user's transform."""
+        """The inputs [L, B, ...] of some lanes, after the user's transform."""
         if self.problem.transform is None:
             inputs: Tensor = batch.inputs[lanes]
             return inputs
@@ -191,9 +206,10 @@ class CudaLanes:
         return torch.stack(transformed)
 
     def _run(self, lanes: slice, inputs: Tensor, keys: Tensor | None, keep: bool) -> tuple[Pass, Tensor]:
-        """A forward pass of some lanes, and its outputs. Running statistics are updated where the norms train.
+        """Run the forward pass of some lanes; returns the pass and its outputs.
 
-        Raises ValueError for inputs of another shape than the plan's.
+        In training mode this also updates the running statistics.
+        Raises ValueError if the inputs don't have the plan's shape.
         """
         expected = self.programs.plan.shapes[self.programs.plan.input]
         if inputs.shape[2:] != expected:
@@ -214,15 +230,18 @@ class CudaLanes:
             outputs = run.forward(inputs, keep).to(self.problem.dtype)
             if by_batch:
                 unbiased = variance * self.programs.program.unbiased(inputs.shape[1])
-                self.running.move(lanes, mean, unbiased, self.programs.columns)
+                self.running.update(lanes, mean, unbiased, self.programs.columns)
         return run, outputs
 
     def _of_plan(self, statistics: Tensor) -> Tensor:
-        """Statistics [L, channels of the plan's norms], from those of the model's norms."""
+        """Select the columns of the plan's channels from statistics [L, channels of the model's norms]."""
         return statistics if self.programs.columns is None else statistics[:, self.programs.columns]
 
     def _losses(self, outputs: Tensor, targets: Any) -> tuple[Tensor, Tensor]:
-        """Each lane's mean loss [L], and its gradient. A user's loss runs lane by lane, because it may mix samples."""
+        """Return each lane's mean loss [L] and the gradient of the outputs.
+
+        A user-defined loss is called once per lane, because it may combine the samples of a batch.
+        """
         if self.problem.loss is cross_entropy and outputs.dim() == 3 and targets.dtype == torch.int64:
             kernels = triton_kernels("loss")
             if outputs.shape[2] <= kernels.MAX_CLASSES:
