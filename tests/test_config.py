@@ -16,7 +16,7 @@ BAD = [
     ({"particles": [4, 0], "cycles": 1}, ValueError, "`particles` must be at least 1"),
     ({"particles": [4, 4], "cycles": 3}, ValueError, r"one number per training, cycles \+ 1 = 4; got 2"),
     ({"layer_kept": [3]}, TypeError, "`layer_kept` must be a list of ints, got 3"),
-    ({"layer_kept": 3}, TypeError, "`layer_kept` must be a list of lists of ints | None, got 3"),
+    ({"layer_kept": 3}, TypeError, "`layer_kept` must be a list of lists of ints, got 3"),
     ({"layer_kept": [[3]]}, ValueError, '`layer_kept` needs mask_score="random" and one list for each of 14'),
     ({"particles": 2.5}, TypeError, "`particles` must be int | a list of ints, got 2.5"),
     ({"cycles": -1}, ValueError, "`cycles` must be at least 0"),

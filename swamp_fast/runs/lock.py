@@ -1,4 +1,4 @@
-"""A lock by which only one process at a time runs in a run's folder.
+"""A lock by which only one process at a time writes into the folder of a run or of a sweep.
 
 The lock's file holds the name of the process and is deleted when the run ends. The package filelock guarantees neither.
 """
@@ -22,6 +22,20 @@ NAME = "lock"
 CANNOT_LOCK = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # the errors of file systems without locks
 
 
+_HELD: set[int] = set()  # the descriptors of the locks that this process holds
+
+
+def _release_in_child() -> None:
+    """Close the locks that a forked process, such as a DataLoader's worker, inherits; else it would hold them too."""
+    for file in _HELD:
+        os.close(file)
+    _HELD.clear()
+
+
+if fcntl is not None:
+    os.register_at_fork(after_in_child=_release_in_child)
+
+
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """A context that holds the lock of a folder. The operating system releases the lock even if the process is killed.
@@ -34,6 +48,7 @@ def locked(folder: Path) -> Iterator[None]:
         return
     path = folder / NAME
     file = _opened(path)
+    _HELD.add(file)
     try:
         with suppress(OSError):  # on a full disk, the lock is held even if its file stays empty
             os.ftruncate(file, 0)
@@ -44,6 +59,7 @@ def locked(folder: Path) -> Iterator[None]:
             # Delete the file before the lock is released: a process that opened it in the meantime then notices in
             # `_opened` that it is gone, and opens a new file.
             path.unlink()
+        _HELD.discard(file)
         os.close(file)
 
 
@@ -51,12 +67,12 @@ def _opened(path: Path) -> int:
     """Open the lock's file, lock it, and return its descriptor."""
     while True:
         try:
-            file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         except OSError as error:
             raise OSError(
                 error.errno,
-                f"run_dir {path.parent} can't be written to ({error}), but a run writes its checkpoints there. Make it "
-                "writable, or name another folder; to only read a run, use SwampResult.load.",
+                f"{path.parent} can't be written to ({error}), but results are written there. Make it writable, or name "
+                "another folder; to only read a run, use SwampResult.load.",
             ) from error
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -71,7 +87,7 @@ def _opened(path: Path) -> int:
             if not isinstance(error, BlockingIOError):
                 raise
             raise ValueError(
-                f"run_dir {path.parent} is in use by {holder}. Wait until it ends, stop it, or name another folder."
+                f"{path.parent} is in use by {holder}. Wait until it ends, stop it, or name another folder."
             ) from None
         if path.exists() and os.path.samestat(os.fstat(file), path.stat()):
             return file

@@ -194,7 +194,8 @@ class Run:
         masks_before = self.last().masks if self.snapshots else {}
         dropped = [dropped_text(row["cycle"], each["lane"], each["epoch"]) for each in row["dropped"]]
         new_warnings = found_in_cycle(row, state, masks, masks_before)
-        row["warnings"] = self.pending_warnings + dropped + new_warnings
+        of_settings = found_in_settings(self.config) if row["cycle"] == 0 else []
+        row["warnings"] = self.pending_warnings + of_settings + dropped + new_warnings
         self.pending_warnings = []
         if self.ranks.first:
             show(new_warnings)
@@ -354,10 +355,8 @@ class Run:
         """Continue the run that was found in the folder, if any, and count the steps that are left."""
         if found is not None:
             self._take_over(found)
-        else:
-            self.pending_warnings = found_in_settings(self.config)
-            if self.ranks.first:
-                show(self.pending_warnings)
+        elif self.ranks.first:
+            show(found_in_settings(self.config))
         steps = 0 if self.unfinished is None else self.unfinished.steps
         if self.events is not None:
             # A training resumed at the end of an epoch writes that epoch's losses again.

@@ -24,7 +24,7 @@ from swamp_fast.runs.result import SwampResult
 from swamp_fast.studies.comparison import Comparison, accuracy_over_seeds, paired_differences, rows_of, summary_of
 from swamp_fast.studies.grid import Model, shared_settings
 from swamp_fast.studies.result import SweepResult, SweptRun
-from swamp_fast.studies.sweep import draw, run_points
+from swamp_fast.studies.sweep import draw, folder_of_study, run_points
 
 # Dense reference -> the method whose cycle 0 serves as that reference.
 DENSE = {"sgd": "imp", "swa": "imp+swa"}
@@ -74,18 +74,19 @@ def compare(
     arguments = Arguments(
         val=val, forward=forward, loss=loss, transform=transform, prunable=prunable, initial_masks=initial_masks
     )
+    out = None if out is None else Path(out).expanduser().absolute()  # the working directory may change
     done = _Runs(model, train, test, arguments, base, out)
+    with folder_of_study(out):
+        wanted = _wanted(methods, seeds, base)
+        done.run(config for (method, _), configs in wanted.items() if not _layers_of(method) for config in configs)
+        _take_layers(wanted, done)
+        done.run(config for configs in wanted.values() for config in configs)
 
-    wanted = _wanted(methods, seeds, base)
-    done.run(config for (method, _), configs in wanted.items() if not _layers_of(method) for config in configs)
-    _take_layers(wanted, done)
-    done.run(config for configs in wanted.values() for config in configs)
-
-    runs = {key: [done.runs[config] for config in configs] for key, configs in wanted.items()}
-    problems = {key: done.problems[configs[0]] for key, configs in wanted.items() if configs[0] in done.problems}
-    comparison = _compared(methods, baseline, base, runs, problems)
-    if out is not None and distributed.current().first:
-        _write(comparison, SweepResult([*done.runs.values()]), Path(out), base)
+        runs = {key: [done.runs[config] for config in configs] for key, configs in wanted.items()}
+        problems = {key: done.problems[configs[0]] for key, configs in wanted.items() if configs[0] in done.problems}
+        comparison = _compared(methods, baseline, base, runs, problems)
+        if out is not None and distributed.current().first:
+            _write(comparison, SweepResult([*done.runs.values()]), out, base)
     return comparison
 
 
@@ -116,7 +117,7 @@ class _Runs:
     test: object
     arguments: Arguments
     base: SwampConfig
-    out: str | Path | None
+    out: Path | None
     runs: dict[SwampConfig, SweptRun] = field(default_factory=dict)
     problems: dict[SwampConfig, Problem] = field(default_factory=dict)
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,9 @@ from swamp_fast.problem.prepare import prepare
 from swamp_fast.problem.problem import Problem
 from swamp_fast.problem.prunable import Prunable
 from swamp_fast.problem.splits import SPLITS
+from swamp_fast.runs import lock
 from swamp_fast.runs.console import Console
-from swamp_fast.runs.folder import run_id
+from swamp_fast.runs.folder import RunDirectory, run_id
 from swamp_fast.studies.grid import Grid, Model, model_of, points_of, shared_settings
 from swamp_fast.studies.packing import dealt, unfinished_packs
 from swamp_fast.studies.result import SweepResult, SweptRun
@@ -62,14 +64,27 @@ def sweep(
     don't fit raise what fast_swamp raises, before anything is trained.
     """
     points = points_of(grid if grid is not None else [{}])
+    out = None if out is None else Path(out).expanduser().absolute()  # the working directory may change
     base = shared_settings(config, common)
     arguments = Arguments(
         val=val, forward=forward, loss=loss, transform=transform, prunable=prunable, initial_masks=initial_masks
     )
-    result, _ = run_points(model, train, test, arguments, points, base, out)
-    if out is not None and distributed.current().first:
-        draw(result.figure, Path(out) / "accuracy.png", base)
+    with folder_of_study(out):
+        result, _ = run_points(model, train, test, arguments, points, base, out)
+        if out is not None and distributed.current().first:
+            draw(result.figure, out / "accuracy.png", base)
     return result
+
+
+@contextmanager
+def folder_of_study(out: Path | None) -> Iterator[None]:
+    """Make and lock a study's folder, if there is one. Raises ValueError if another process is writing into it."""
+    if out is None or not distributed.current().first:
+        yield
+        return
+    RunDirectory(out).make()
+    with lock.locked(out):
+        yield
 
 
 def run_points(
@@ -79,9 +94,12 @@ def run_points(
     arguments: Arguments,
     points: Sequence[Mapping[str, Any]],
     base: SwampConfig,
-    out: str | Path | None,
+    out: Path | None,
 ) -> tuple[SweepResult, list[Problem]]:
-    """Run a sweep whose points are changes of `base`. Returns the result, and the problem of each run."""
+    """Run a sweep whose points are changes of `base`. Returns the result, and the problem of each run.
+
+    An exception that ends the sweep, such as KeyboardInterrupt, has the result so far as its attribute `result`.
+    """
     job = distributed.current()
     console = Console(base.progress and job.first)
     problems: list[Problem] = []
@@ -96,14 +114,18 @@ def run_points(
     _introduce(console, model, problems, runs)
 
     result = SweepResult(runs)
-    write_tables = functools.partial(_write_tables, result, Path(out) if out is not None and job.first else None)
-    with job.watched():
-        _refuse_different_calls(job, runs, out)
-        packs = job.broadcast_from_first(functools.partial(unfinished_packs, problems, runs, console))
-        PackRunner(problems, runs, console, write_tables).run(dealt(packs, problems, job.world)[job.rank])
-        _exchange(job, problems, runs)
-    console.close()
-    write_tables()
+    write_tables = functools.partial(_write_tables, result, out if job.first else None)
+    try:
+        with job.watched():
+            _refuse_different_calls(job, runs, out)
+            packs = job.broadcast_from_first(functools.partial(unfinished_packs, problems, runs, console))
+            PackRunner(problems, runs, console, write_tables).run(dealt(packs, problems, job.world)[job.rank])
+            _exchange(job, problems, runs)
+        console.close()
+        write_tables()
+    except BaseException as error:
+        error.result = result  # type: ignore[attr-defined]
+        raise
     return result, problems
 
 
@@ -116,12 +138,12 @@ def _with_shared_data(problem: Problem, others: Sequence[Problem]) -> Problem:
     return problem
 
 
-def _run_at(point: Mapping[str, Any], problem: Problem, out: str | Path | None) -> SweptRun:
+def _run_at(point: Mapping[str, Any], problem: Problem, out: Path | None) -> SweptRun:
     config = problem.config.to_dict()
     identity = run_id({"driver": "fast_swamp", "config": config, "fingerprints": problem.fingerprints})
     # layer_kept is a whole table, which fits neither the run's name on the console nor a cell of the CSV.
     shown = {name: value for name, value in point.items() if name != "layer_kept"}
-    return SweptRun(shown, identity, None if out is None else Path(out).expanduser() / "runs" / identity)
+    return SweptRun(shown, identity, None if out is None else out / "runs" / identity)
 
 
 def _refuse_duplicates(runs: Sequence[SweptRun]) -> None:
@@ -146,7 +168,7 @@ def _write_tables(result: SweepResult, folder: Path | None) -> None:
         result.write_csv(folder / "summary.csv", result.summary())
 
 
-def _refuse_different_calls(job: Ranks, runs: Sequence[SweptRun], out: str | Path | None) -> None:
+def _refuse_different_calls(job: Ranks, runs: Sequence[SweptRun], out: Path | None) -> None:
     """Raise ValueError if the ranks were called with different arguments, or if there are several and no folder."""
     if job.world > 1 and out is None:
         raise ValueError("a sweep on several ranks needs `out`, a folder that all ranks can access.")

@@ -209,7 +209,7 @@ def test_two_processes_in_one_folder(on, digits, tmp_path, monkeypatch):
     command = [sys.executable, "-c", HOLDER, str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, text=True) as process:
         assert process.stdout.readline() == "held\n"
-        text = rf"run_dir {tmp_path} is in use by process {process.pid} on .* Wait until it ends, stop it, or name"
+        text = rf"{tmp_path} is in use by process {process.pid} on .* Wait until it ends, stop it, or name"
         with pytest.raises(ValueError, match=text):
             fast_swamp(networks.build("tied"), *digits, **settings)
         assert list(files(tmp_path)) == ["lock"]

@@ -276,11 +276,11 @@ def test_regression_has_losses(tmp_path):
         ((["imp", "imp"], [0]), {}, "`methods` must be a list with at least one entry and no duplicates"),
         ((["imp"], []), {}, "`seeds` must be a list with at least one entry and no duplicates"),
         ((["swamp"], [0]), {}, '`baseline` must be one of the methods, swamp; got "imp"'),
-        ((["imp"], [0]), {"particles": (1, 2, 2)}, "`particles` must be one number N for a comparison"),
+        ((["imp"], [0]), {"particles": (1, 2, 2)}, "`particles` must be one number for a comparison"),
         (
             (["imp"], [0]),
             {"average": "none"},
-            "`swa` is set by each method, so it can't be False for all; leave it at its default True",
+            "`average` is set by each method, so it can't be 'none' for all; leave it at its default 'swa'",
         ),
         ((["imp", "best-particle"], [0]), {}, '`combine` = "best" chooses a particle on validation data'),
     ],

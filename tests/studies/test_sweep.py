@@ -254,7 +254,8 @@ def test_whatever_a_run_fails_by_the_others_go_on(three_at_once, data, tmp_path,
     assert [type(run.error) for run in found.runs] == [type(None), torch.OutOfMemoryError, type(None)]
     (found.runs[0].folder / "run.json").write_text("{")
     again = sweep(made, *data, SEEDS, out=tmp_path, **EAGER)
-    assert "run.json is damaged" in str(again.runs[0].error)
+    assert (found.runs[0].folder / "run.json.damaged").exists()
+    bits(again.runs[0].result, found.runs[0].result)
     bits(again.runs[1].result, alone({"seed": 1}, data, **EAGER))
     bits(again.runs[2].result, found.runs[2].result)
 
@@ -324,7 +325,10 @@ def test_what_is_refused(data):
         ([], ValueError, "`grid` is empty"),
         ({"learning": [1]}, TypeError, "unknown setting `learning`"),
         ([{"seed": 1}, {"seed": 1}], ValueError, "the same run twice"),
-        ({"lr": [0.01]}, ValueError, "`swa_lr` must be at most `lr`"),
+        ({"lr": [0.01], "swa_lr": [0.05]}, ValueError, "`swa_lr` must be at most `lr`"),
+        ({"run_dir": ["a", "b"]}, TypeError, "each run of a sweep has a folder below `out`"),
+        (5, TypeError, "must be a dict of lists, or a list of points"),
+        ([5], TypeError, "must hold points"),
     ):
         with pytest.raises(error, match=text):
             sweep(made, *data, grid, **SETTINGS)
