@@ -6,6 +6,7 @@ import errno
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -236,3 +237,112 @@ def test_the_settings():
         SwampConfig(checkpoint_minutes=-1)
     with pytest.raises(ValueError, match='`on_divergence` must be one of "stop", "drop"'):
         SwampConfig(on_divergence="ignore")
+
+
+def test_a_file_that_cannot_be_read_stops_the_run_and_stays(as_nobody, on, digits):
+    """Only a file with other content than was written is damaged."""
+    folder, become_nobody = as_nobody
+    settings = on("lanes") | {"ticket_epochs": 0, "run_dir": folder / "run"}
+    fast_swamp(networks.build("tied"), *digits, **settings)
+    for path in [folder / "run", *(folder / "run").iterdir()]:
+        os.chown(path, 65534, 65534)
+    before = files(folder / "run")
+    os.chmod(folder / "run" / "cycle_00.safetensors", 0)
+    become_nobody()
+    with pytest.raises(OSError, match=r"cycle_00.safetensors can't be read .*Permission denied.* Nothing was changed"):
+        fast_swamp(networks.build("tied"), *digits, **settings)
+    os.seteuid(0)
+    assert files(folder / "run") == before
+
+
+def test_a_link_to_a_missing_file_is_not_a_missing_file(on, digits, tmp_path):
+    settings = on("lanes") | {"ticket_epochs": 0, "run_dir": tmp_path}
+    fast_swamp(networks.build("tied"), *digits, **settings)
+    for name in ("ticket", "cycle_01"):
+        path = tmp_path / f"{name}.safetensors"
+        content = path.read_bytes()
+        path.unlink()
+        path.symlink_to(tmp_path / "elsewhere")
+        with pytest.raises(OSError, match=rf"{name}.safetensors can't be read"):
+            fast_swamp(networks.build("tied"), *digits, **settings)
+        path.unlink()
+        path.write_bytes(content)
+
+
+def test_links_in_a_foreign_folder_lead_nowhere(tmp_path):
+    mine, foreign = tmp_path / "mine", tmp_path / "foreign"
+    mine.write_bytes(b"mine")
+    foreign.mkdir()
+    (foreign / "run.json.part").symlink_to(mine)
+    (foreign / "lock").symlink_to(mine)
+    write(foreign / "run.json", b"new")
+    with pytest.raises(OSError, match="can't be written to"), lock.locked(foreign):
+        pass
+    assert mine.read_bytes() == b"mine"
+    assert not (foreign / "run.json").is_symlink()
+
+
+def test_every_file_says_what_it_is(on, digits, tmp_path):
+    settings = on("lanes") | {"ticket_epochs": 0, "keep_particles": True}
+    for seed in (0, 1):
+        fast_swamp(networks.build("tied"), *digits, **settings, seed=seed, run_dir=tmp_path / str(seed))
+    run, other = tmp_path / "0", tmp_path / "1"
+    for path in run.glob("*.safetensors"):
+        metadata = load_tensors(path)[1]
+        assert {"run", "kind", "cycle", "checksum"} <= set(metadata), path
+    for source, target, text in (
+        (other / "particles.safetensors", "particles.safetensors", "doesn't belong to this run"),
+        (run / "model.safetensors", "particles.safetensors", 'should hold "particles", but holds "model"'),
+        (run / "cycle_01.safetensors", "ticket.safetensors", 'should hold "ticket", but holds "cycle"'),
+    ):
+        content = (run / target).read_bytes()
+        shutil.copy(source, run / target)
+        with pytest.raises(ValueError, match=text):
+            fast_swamp(networks.build("tied"), *digits, **settings, seed=0, run_dir=run)
+        (run / target).write_bytes(content)
+
+
+def test_cycles_after_a_missing_one_are_not_believed(on, digits, tmp_path):
+    settings = on("lanes") | {"cycles": 3, "epochs": 1, "prune": 0.3, "run_dir": tmp_path}
+    first = fast_swamp(networks.build("tied"), *digits, **settings)
+    (tmp_path / "cycle_01.safetensors").unlink()
+    with pytest.warns(UserWarning, match=r"cycle_01.safetensors is missing; later cycles were renamed"):
+        again = fast_swamp(networks.build("tied"), *digits, **settings)
+    assert again == first
+    assert (tmp_path / "cycle_03.safetensors.unused").exists()
+
+
+def test_a_checkpoint_left_after_the_last_cycle_is_removed(on, digits, tmp_path):
+    settings = on("lanes") | {"run_dir": tmp_path}
+    fast_swamp(networks.build("tied"), *digits, **settings)
+    shutil.copy(tmp_path / "cycle_01.safetensors", tmp_path / "training.safetensors")
+    fast_swamp(networks.build("tied"), *digits, **settings)
+    assert not (tmp_path / "training.safetensors").exists()
+
+
+FORKING = """
+import os, sys, time
+from pathlib import Path
+from swamp_fast.runs import lock
+with lock.locked(Path(sys.argv[1])):
+    if os.fork() == 0:
+        time.sleep(60)
+        os._exit(0)
+    print("forked", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_the_children_of_a_dead_process_hold_no_lock(tmp_path):
+    """A DataLoader's workers outlive a killed process for some seconds."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", FORKING, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, text=True, process_group=0) as process:
+        assert process.stdout.readline() == "forked\n"
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        try:
+            with lock.locked(tmp_path):
+                pass
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
