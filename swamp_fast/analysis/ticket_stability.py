@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path as File
@@ -13,6 +12,7 @@ from torch import nn
 from swamp_fast.analysis.connectivity import Path, loss_barrier
 from swamp_fast.analysis.evaluator import NEUTRAL_SETTINGS, Analysis, particles
 from swamp_fast.common.format import percent
+from swamp_fast.common.warn import warn_user
 from swamp_fast.config import SwampConfig
 from swamp_fast.driver import fast_swamp
 from swamp_fast.problem.arguments import Forward, Loss, Transform
@@ -39,14 +39,26 @@ class TicketStability:
         return [path.barrier("test_error", "mean") for path in self.paths]
 
     @property
-    def recommended(self) -> int | None:
-        """The smallest T0 that is stable together with all later candidates; None if the last candidate is not."""
-        smallest = None
+    def stable(self) -> list[int]:
+        """The candidates that are stable together with all later ones; empty if the last candidate is not stable."""
+        stable: list[int] = []
         for epochs, barrier in zip(self.candidates[::-1], self.barriers[::-1], strict=True):
             if not barrier < self.epsilon:  # NaN is not stable
                 break
-            smallest = epochs
-        return smallest
+            stable.insert(0, epochs)
+        return stable
+
+    @property
+    def recommended(self) -> int | None:
+        """The smallest stable T0 whose children are about as good as the best candidate's; None if there is none.
+
+        The barrier between much worse children says little, because hardly trained networks are trivially connected.
+        """
+        return next((epochs for epochs in self.stable if self._gap(epochs) <= MAX_ERROR_GAP), None)
+
+    def _gap(self, epochs: int) -> float:
+        """By how much the error of a candidate's children exceeds that of the best candidate's."""
+        return self.errors[self.candidates.index(epochs)] - min(self.errors)
 
     @property
     def errors(self) -> list[float]:
@@ -56,19 +68,14 @@ class TicketStability:
 
     @property
     def warning(self) -> str | None:
-        """A warning if the recommended T0's children are much worse than the best candidate's; else None.
-
-        The barrier between such children says little, because hardly trained networks are trivially connected.
-        """
-        if self.recommended is None:
+        """Why the smallest stable T0 is not the recommended one; None if it is, or if there is none."""
+        if not self.stable or self.stable[0] == self.recommended:
             return None
-        error, best = self.errors[self.candidates.index(self.recommended)], min(self.errors)
-        if error - best <= MAX_ERROR_GAP:
-            return None
+        smallest = self.stable[0]
         return (
-            f"the children of T0 = {self.recommended} have an error {(error - best) * 100:.1f} points above that "
-            "of the best candidate's children, on validation data: networks that are hardly trained are trivially "
-            "connected. Train longer, or choose a later T0."
+            f"T0 = {smallest} is stable, but its children have an error {self._gap(smallest) * 100:.1f} points above "
+            "that of the best candidate's, on validation data: networks that are hardly trained are trivially "
+            "connected, so it is not recommended. Training for more epochs would show more."
         )
 
     def table(self) -> str:
@@ -77,7 +84,7 @@ class TicketStability:
         for epochs, barrier, error in zip(self.candidates, self.barriers, self.errors, strict=True):
             lines.append(f"{epochs:>5}  {percent(barrier):>14}  {percent(error):>12}")
         if self.recommended is None:
-            lines.append(f"recommended: none; the barrier of the last candidate is not below {percent(self.epsilon)}")
+            lines.append(f"recommended: none; the last candidate's barrier is not below {percent(self.epsilon)}")
         else:
             lines.append(
                 f"recommended: T0 = {self.recommended}; from this T0 on, all barriers are below {percent(self.epsilon)}"
@@ -119,9 +126,9 @@ def ticket_stability(
     A candidate costs T0 + 2 x epochs of training. With a `run_dir`, finished trainings are not repeated. One pair of
     children is only one sample, so near the threshold try other seeds too.
 
-    Raises ValueError without validation data or accuracies, before anything is trained. Warns if the error of the
-    recommended T0's children is more than 5 points above that of the best candidate's, because hardly trained networks
-    are trivially connected.
+    Raises ValueError without validation data or accuracies, before anything is trained. A T0 whose children have an
+    error more than 5 points above that of the best candidate's is never recommended, because hardly trained networks
+    are trivially connected; a warning says so.
     """
     if val is None:
         raise ValueError(
@@ -149,5 +156,5 @@ def ticket_stability(
         paths.append(loss_barrier(on, first, second, points))
     stability = TicketStability(ordered, paths, epsilon)
     if stability.warning is not None:
-        warnings.warn(stability.warning, stacklevel=2)
+        warn_user(stability.warning)
     return stability

@@ -75,7 +75,9 @@ def cycle_line(row: Mapping[str, Any], cycles: int) -> str:
     text = f"cycle {row['cycle']:>2}/{cycles}  density {percent(row['density']):>8}"
     if row["accuracy"] is not None:
         each = row["particle_accuracy"]
-        text += f"  accuracy {percent(row['accuracy']):>8}  particles {percent(min(each))} … {percent(max(each))}"
+        text += f"  test accuracy {percent(row['accuracy']):>8}  particles {percent(min(each))} … {percent(max(each))}"
     elif row["loss"] is not None:
-        text += f"  loss {row['loss']:.4f}"
+        text += f"  test loss {row['loss']:.4f}"
+    if row["val_accuracy"] is not None:
+        text += f"  val accuracy {percent(row['val_accuracy'])}"
     return f"{text}  {duration(row['seconds'])}"

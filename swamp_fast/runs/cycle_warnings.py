@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from swamp_fast.common.format import percent
+from swamp_fast.common.warn import warn_user
 from swamp_fast.config import SwampConfig
 from swamp_fast.particles.schedule import swa_first_epoch
 
@@ -62,7 +62,7 @@ def dropped_text(cycle: int, lane: int, epoch: int) -> str:
 def show(texts: Sequence[str]) -> None:
     """Raise the texts as UserWarnings that point to the driver's caller."""
     for text in texts:
-        warnings.warn(text, UserWarning, stacklevel=5)
+        warn_user(text)
 
 
 def _emptied_layers(cycle: int, masks: Mapping[str, Tensor], masks_before: Mapping[str, Tensor]) -> list[str]:

@@ -8,10 +8,11 @@ from __future__ import annotations
 import errno
 import os
 import platform
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from swamp_fast.common.warn import warn_user
 
 try:
     import fcntl
@@ -71,17 +72,15 @@ def _opened(path: Path) -> int:
         except OSError as error:
             raise OSError(
                 error.errno,
-                f"{path.parent} can't be written to ({error}), but results are written there. Make it writable, or name "
-                "another folder; to only read a run, use SwampResult.load.",
+                f"{path.parent} can't be written to ({error}), but results are written there. Make it writable, or "
+                "name another folder; to only read a run, use SwampResult.load.",
             ) from error
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             holder = os.read(file, 200).decode(errors="replace") or "a process"
             if error.errno in CANNOT_LOCK:
-                warnings.warn(
-                    f"{path.parent} can't be locked ({error}); make sure that only one process uses it.", stacklevel=2
-                )
+                warn_user(f"{path.parent} can't be locked ({error}); make sure that only one process uses it.")
                 return file
             os.close(file)
             if not isinstance(error, BlockingIOError):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from swamp_fast.common.warn import warn_user
 from swamp_fast.config import LENGTH_SETTINGS, SwampConfig
 from swamp_fast.ops.backends import backends, has_amx, why_no_nvrtc
 from swamp_fast.particles.schedule import kept_at
@@ -253,7 +253,7 @@ def _aside(folder: RunDirectory, found: Found, name: str, error: Damaged, then: 
 
 def _warn(found: Found, text: str) -> None:
     found.warnings.append(text)
-    warnings.warn(text, UserWarning, stacklevel=8)
+    warn_user(text)
 
 
 # Fingerprint -> its name in error messages.

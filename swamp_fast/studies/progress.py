@@ -53,7 +53,7 @@ class SweepProgress:
     def cycle(self, run: SweptRun, config: SwampConfig, row: dict[str, Any]) -> None:
         """A cycle of a run is over."""
         self.console.line(
-            f"{run.name}: cycle {row['cycle']}/{config.cycles}, density {percent(row['density'])}, accuracy "
+            f"{run.name}: cycle {row['cycle']}/{config.cycles}, density {percent(row['density'])}, test accuracy "
             f"{percent(row['accuracy'])}; the sweep has about {self.time_left()} left"
         )
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from swamp_fast.common.memory import free_memory
+from swamp_fast.common.warn import warn_user
 from swamp_fast.data.store import Batch
 from swamp_fast.engines.fused.buffers import Buffers
 from swamp_fast.engines.fused.compact import Compact
@@ -87,7 +87,7 @@ def lanes_that_fit(lanes: int, bytes_of_lane: int, free: int) -> int:
     if fitting == 0:
         raise MemoryError(f"{needed}, but only {allowed}; use a smaller batch_size.")
     if fitting < lanes:
-        warnings.warn(f"{fitting} of {lanes} particles run at once: {needed}, and {allowed}.", stacklevel=2)
+        warn_user(f"{fitting} of {lanes} particles run at once: {needed}, and {allowed}.")
     return min(lanes, fitting)
 
 
