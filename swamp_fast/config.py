@@ -342,9 +342,11 @@ class SwampConfig:
 
     @classmethod
     def from_toml(cls, text: str | Path) -> SwampConfig:
-        """Read settings from TOML text, or from a file if `text` is a Path."""
+        """Read settings from TOML text, or from a file, given as a Path or as a str that ends in ".toml"."""
+        if isinstance(text, str) and text.endswith(".toml") and not set("=\n") & set(text):
+            text = Path(text)
         try:
-            values = tomllib.loads(text.read_text() if isinstance(text, Path) else text)
+            values = tomllib.loads(text.expanduser().read_text() if isinstance(text, Path) else text)
         except tomllib.TOMLDecodeError as error:
             raise ValueError(f"the settings are not valid TOML: {error}") from error
         return cls.of(None, values)

@@ -108,6 +108,7 @@ def test_to_toml_and_back(tmp_path):
         assert SwampConfig.from_toml(config.to_toml()) == config
         (tmp_path / "settings.toml").write_text(config.to_toml())
         assert SwampConfig.from_toml(tmp_path / "settings.toml") == config
+        assert SwampConfig.from_toml(str(tmp_path / "settings.toml")) == config
     with pytest.raises(ValueError, match="not valid TOML"):
         SwampConfig.from_toml("lr = = 1")
     with pytest.raises(TypeError, match="unknown setting `learning_rate`"):

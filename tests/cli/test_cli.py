@@ -84,6 +84,62 @@ def test_mistakes_are_reported_in_one_line(command, text, capsys):
     assert "Traceback" not in error
 
 
+@pytest.mark.parametrize(
+    ("command", "text"),
+    [
+        (["run"], "swamp-fast run: the following arguments are required: --model, --data. Run swamp-fast run --help"),
+        (["run", "--mod", "mlp", "--data", "digits"], "the following arguments are required: --model"),
+        (["plan", "--model", "mlp", "--shape", "0,8,8"], "three integers of at least 1 are needed, such as 3,32,32"),
+        (["plan", "--model", "mlp", "--shape", "8,8"], "three integers of at least 1"),
+        (["plan", "--model", "mlp", "--batch-size", "0"], 'an integer of at least 1 is needed, got "0"'),
+        (["plan", "--model", "mlp", "--classes", "-3"], "an integer of at least 1"),
+        (["run", "--model", "mlp", "--data", "digits", "--particles", "1,x"], "integers separated by commas"),
+        (["nonsense"], "invalid choice: 'nonsense'"),
+    ],
+)
+def test_usage_errors_take_one_line(command, text, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(command)
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert text in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("model", "text"),
+    [
+        ("torch.nn:Linear", "is called without arguments, and raised TypeError"),
+        ("json:dumps", "is called without arguments, and raised TypeError"),
+        ("os:getcwd", "must return an nn.Module, got str"),
+        ("no_such_package:x", "can't be imported"),
+    ],
+)
+def test_factories_that_build_no_model(model, text, capsys):
+    assert main(["plan", "--model", model]) == 2
+    error = capsys.readouterr().err
+    assert text in error
+    assert error.count("\n") == 1
+
+
+def test_alone_it_prints_its_help(capsys):
+    assert main([]) == 0
+    text = capsys.readouterr().out
+    assert "usage: swamp-fast" in text
+    assert "analyze" in text
+
+
+def test_show_as_json(tmp_path, capsys):
+    out = tmp_path / "run"
+    assert main(["run", "--model", "mlp", "--data", "digits", "--out", str(out), *FAST]) == 0
+    capsys.readouterr()
+    assert main(["show", str(out), "--json"]) == 0
+    content = json.loads(capsys.readouterr().out)
+    assert [row["cycle"] for row in content["history"]] == [0, 1]
+    assert content["config"]["cycles"] == 1
+    assert content["engine"]["name"]
+
+
 def test_interrupting(monkeypatch, capsys):
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
