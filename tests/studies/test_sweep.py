@@ -12,12 +12,14 @@ import pytest
 import torch
 from equality import same
 from stops import ALWAYS, Interrupted
+from torch.utils.data import DataLoader, TensorDataset
 
 from swamp_fast import fast_swamp, sweep
 from swamp_fast.common.statistics import half_width
 from swamp_fast.engines.eager.engine import EagerEngine
 from swamp_fast.engines.selection import named
 from swamp_fast.problem.prepare import prepare
+from swamp_fast.runs import lock
 from swamp_fast.runs.record import Run
 from swamp_fast.studies import packing
 from swamp_fast.studies.running import PackRunner
@@ -335,3 +337,36 @@ def test_what_is_refused(data):
     assert len(sweep(made, *data, {"seed": np.array([0, 1])}, **{**SETTINGS, "cycles": 0}).runs) == 2
     with pytest.raises(TypeError, match="a sweep has `out`"):
         sweep(made, *data, {"seed": [0]}, run_dir="somewhere", **SETTINGS)
+
+
+def test_two_sweeps_do_not_write_into_one_folder(data, tmp_path):
+    with lock.locked(tmp_path), pytest.raises(ValueError, match=r"is in use by process"):
+        sweep(made, *data, {"seed": [0]}, out=tmp_path, **SETTINGS)
+
+
+def test_values_from_an_iterator_are_all_run(data):
+    found = sweep(made, *data, {"lr": (lr for lr in (0.1, 0.05))}, **SETTINGS | {"cycles": 0})
+    assert [run.point["lr"] for run in found.runs] == [0.1, 0.05]
+    found = sweep(made, *data, iter([{"lr": 0.1}]), **SETTINGS | {"cycles": 0})
+    assert len(found.runs) == 1
+
+
+def test_a_setting_that_an_argument_overrides_is_refused(data):
+    loader = DataLoader(TensorDataset(data[0][0].float(), data[0][1]), 16)
+    for grid, settings in (({"batch_size": [8]}, {}), ({"lr": [0.1]}, {"batch_size": 8})):
+        rest = {name: value for name, value in SETTINGS.items() if name != "batch_size"} | settings
+        with pytest.raises(ValueError, match="`batch_size` = 8 contradicts the DataLoader's 16"):
+            sweep(made, loader, None, grid, **rest)
+
+
+def test_a_last_write_that_fails_keeps_the_result(data, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("swamp_fast.studies.result.write", full)
+    with pytest.raises(OSError, match="No space left") as caught:
+        sweep(made, *data, {"seed": [0]}, out=tmp_path, **SETTINGS | {"cycles": 0})
+    assert caught.value.result.runs[0].result.history
+    monkeypatch.undo()
+    monkeypatch.setattr("swamp_fast.studies.result.accuracy_of_points", full)
+    assert sweep(made, *data, {"seed": [0]}, out=tmp_path, **SETTINGS | {"cycles": 0}).runs[0].result.history
