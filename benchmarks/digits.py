@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.measuring import RESULTS, header, write
 from swamp_fast import fast_swamp
-from swamp_fast.cli.runs import DEMO
+from swamp_fast.cli.demo_run_show import DEMO
 from swamp_fast.common.format import percent
 from swamp_fast.common.timing import Stopwatch
 from swamp_fast.models import SmallCNN

@@ -7,11 +7,11 @@ import sys
 from typing import Any, NoReturn
 
 from swamp_fast import distributed
-from swamp_fast.cli.analyses import add_analyze, add_ticket
-from swamp_fast.cli.machine import add_backends, add_plan
-from swamp_fast.cli.reports import add_report
-from swamp_fast.cli.runs import add_demo, add_run, add_show
-from swamp_fast.cli.studies import add_compare, add_sweep
+from swamp_fast.cli.analyze_ticket import add_analyze, add_ticket
+from swamp_fast.cli.demo_run_show import add_demo, add_run, add_show
+from swamp_fast.cli.plan_backends import add_backends, add_plan
+from swamp_fast.cli.report import add_report
+from swamp_fast.cli.sweep_compare import add_compare, add_sweep
 from swamp_fast.version import __version__
 
 # The order is that of `swamp-fast --help`.

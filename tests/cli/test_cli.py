@@ -144,7 +144,7 @@ def test_interrupting(monkeypatch, capsys):
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("swamp_fast.cli.runs.fast_swamp", interrupt)
+    monkeypatch.setattr("swamp_fast.cli.demo_run_show.fast_swamp", interrupt)
     assert main(["run", "--model", "mlp", "--data", "digits"]) == 130
     assert "continues from the last checkpoint" in capsys.readouterr().err
 
