@@ -1,4 +1,4 @@
-"""SwampResult, which a run returns and as which its folder is loaded."""
+"""SwampResult: the result that a run returns, which can also be loaded from the run's folder."""
 
 from __future__ import annotations
 
