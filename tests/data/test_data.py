@@ -154,7 +154,7 @@ def test_random_samples_are_streamed_and_repeat(workers):
 
 
 class FlipsRarely(Dataset):
-    """A Dataset that flips one sample in a thousand at random. Only its use of the generator shows that it is random."""
+    """A Dataset that flips one sample in a thousand at random. Only its use of the generator reveals this."""
 
     def __len__(self):
         return 40
