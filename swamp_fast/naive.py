@@ -6,7 +6,6 @@ random draws and the run's record with fast_swamp, but no code that trains, aver
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from swamp_fast.common.copying import copy_of
 from swamp_fast.common.exclusive import one_at_a_time
 from swamp_fast.common.timing import Stopwatch
 from swamp_fast.config import SwampConfig
@@ -104,7 +104,7 @@ def train_ticket(problem: Problem, run: Run) -> nn.Module:
     A resumed run returns the ticket that it recorded.
     """
     if run.ticket is None:
-        model = copy.deepcopy(problem.template)
+        model = copy_of(problem.template)
         train_particle(problem, run, model, {}, None, 0)
         run.keep_ticket(state_of(model))
     assert run.ticket is not None
@@ -123,7 +123,7 @@ def train_particles(
     losses: list[float] = []
     dropped: list[dict[str, int]] = []
     for number in range(config.particles_at(cycle)):
-        particle = copy.deepcopy(start)
+        particle = copy_of(start)
         try:
             losses.append(train_particle(problem, run, particle, masks, cycle, number))
             particles[number] = particle
@@ -216,10 +216,12 @@ def train_step(
     optimizer.zero_grad()
     with DropoutStream(key), problem.autocast():
         loss = problem.losses(problem.forward(model, inputs), targets).mean()
-    loss.backward()
+    problem.backward(loss, list(parameters.values()))
     for parameter in parameters.values():
         if parameter.grad is None:  # unused in this step, but weight decay still applies
             parameter.grad = torch.zeros_like(parameter)
+        elif parameter.grad.is_sparse:  # of an embedding with sparse=True
+            parameter.grad = parameter.grad.to_dense()
     for name, mask in masks.items():
         parameters[name].grad.mul_(mask)  # type: ignore[union-attr]
     if problem.config.clip_norm is not None:
@@ -268,7 +270,7 @@ def learning_rate(config: SwampConfig, step: int, steps_per_epoch: int, swa_star
 
 def mean_of(particles: list[nn.Module]) -> nn.Module:
     """Return a model with the mean of the particles' parameters and floating-point buffers."""
-    average = copy.deepcopy(particles[0])
+    average = copy_of(particles[0])
     sources = [{**dict(each.named_parameters()), **dict(each.named_buffers())} for each in particles]
     for name, target in {**dict(average.named_parameters()), **dict(average.named_buffers())}.items():
         if target.is_floating_point():
@@ -425,7 +427,7 @@ def targets_of(problem: Problem, data: Data) -> Tensor:
 
 def load(problem: Problem, state: State) -> nn.Module:
     """Return a model on the problem's device that has the parameters and buffers of `state`."""
-    model = copy.deepcopy(problem.template)
+    model = copy_of(problem.template)
     for name, tensor in {**dict(model.named_parameters()), **dict(model.named_buffers())}.items():
         tensor.data.copy_(state[name])
     return model

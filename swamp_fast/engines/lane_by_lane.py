@@ -9,13 +9,13 @@ bits depended on its place in the bank.
 
 from __future__ import annotations
 
-import copy
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from swamp_fast.common.copying import copy_of
 from swamp_fast.common.tree import tree_map
 from swamp_fast.data.store import Batch
 from swamp_fast.particles.dropout import DropoutStream
@@ -39,7 +39,7 @@ class LaneByLane:
     ) -> None:
         self.problem, self.weights, self.channels_last = problem, weights, channels_last
         templates = templates or [problem.template] * len(weights)
-        self.modules: list[nn.Module] = [copy.deepcopy(template) for template in templates]
+        self.modules: list[nn.Module] = [copy_of(template) for template in templates]
         self.bound = [
             Bound(module, problem.layout, weights[lane], None if grads is None else grads[lane])
             for lane, module in enumerate(self.modules)
@@ -56,7 +56,7 @@ class LaneByLane:
             self.problem.seeded(key)
             with DropoutStream(key), self.problem.autocast():
                 loss = self.problem.losses(self.problem.forward(module, inputs), targets).mean()
-            loss.backward()
+            self.problem.backward(loss, [parameter for parameter, _, _ in bound.parameters])
             bound.take_back()
             losses.append(loss.detach())
         return torch.stack(losses)

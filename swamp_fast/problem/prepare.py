@@ -21,7 +21,7 @@ from swamp_fast.problem.checks import (
     check_model,
     check_validation,
     choose_device,
-    copy_of,
+    particle_of,
     write_masks_,
 )
 from swamp_fast.problem.precision import weight_dtype
@@ -59,7 +59,7 @@ def prepare(
     check_batches(splits.train.data.length, config.batch_size, opened.drop_last, model)
 
     template = _template_of(model, device, dtype)
-    probe = probe_model(template, splits.train.data, config, forward, loss, transform, arguments.prunable)
+    probe = probe_model(model, template, splits.train.data, config, forward, loss, transform, arguments.prunable)
     check_splits(splits, probe.classes if loss is cross_entropy else None)
     hashes = splits.fingerprints()
     check_validation(hashes, config)
@@ -113,7 +113,7 @@ def _with_batch_size_of(opened: Opened, config: SwampConfig, settings: Mapping[s
 
 def _template_of(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
     """Return a copy of the model on the device, with buffers that need no gradient."""
-    template = copy_of(model).to(device, dtype)
+    template = particle_of(model).to(device, dtype)
     for buffer in template.buffers():
         buffer.requires_grad_(False)
     return template

@@ -7,13 +7,13 @@ it with the lanes alone first.
 
 from __future__ import annotations
 
-import copy
 import warnings
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from swamp_fast.common.copying import copy_of
 from swamp_fast.common.tree import tensors, tree_map
 from swamp_fast.data.store import Batch
 from swamp_fast.engines.eager.stacked import STACKED, CannotFold
@@ -44,7 +44,7 @@ class Folded:
         inputs = self._transformed(batch, step_keys)
         with DropoutStream(step_keys, _rows(inputs)), self.problem.autocast():
             losses = self._losses(self.problem.forward(self.module, inputs), batch.targets)
-        losses.sum().backward()
+        self.problem.backward(losses.sum(), [leaf for leaf in self.module.parameters() if leaf.requires_grad])
         return losses.detach()
 
     def outputs(self, inputs: Any, keys: Tensor) -> list[Any]:
@@ -107,7 +107,7 @@ def _rows(inputs: Any) -> int | None:
 
 def fold(template: nn.Module, layout: Layout, weights: Tensor, grads: Tensor | None, grouped: bool) -> nn.Module:
     """A copy of the model with stacked modules on views of weights [L, P]. Raises CannotFold."""
-    model = copy.deepcopy(template)
+    model = copy_of(template)
     leaves = _Leaves(model, layout, weights, grads)
     replacements: dict[nn.Module, nn.Module] = {}
 

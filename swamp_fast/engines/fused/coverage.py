@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import Tensor
 
+from swamp_fast.common.copying import copy_of
 from swamp_fast.engines.fused.plan import Convolution, Plan
 from swamp_fast.engines.fused.trace import NotCovered, plan_of
 from swamp_fast.particles.norms import norms_of
@@ -85,7 +84,7 @@ def _why_not_these_parameters(problem: Problem, plan: Plan) -> str | None:
 
 def _why_not_these_norms(problem: Problem, plan: Plan) -> str | None:
     """Norms whose statistics the engine would not move as their modules do."""
-    template = copy.deepcopy(problem.template).train()
+    template = copy_of(problem.template).train()
     norms = norms_of([template])
     for path, module in template.named_modules():
         if module in norms and not module.training:
