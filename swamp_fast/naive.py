@@ -20,6 +20,7 @@ from swamp_fast.common.timing import Stopwatch
 from swamp_fast.config import SwampConfig
 from swamp_fast.data.store import Data, pass_in_stored_order
 from swamp_fast.particles.dropout import DropoutStream
+from swamp_fast.particles.norms import find_spectral_norms, spectral_vectors
 from swamp_fast.particles.random import at_time, epoch_order, evaluation_time, lane_keys, layer_order, stream_of
 from swamp_fast.problem.arguments import Arguments, Forward, Loss, OnCycle, Transform
 from swamp_fast.problem.prepare import prepare
@@ -80,7 +81,7 @@ def naive_swamp(
             # The average gets the number after the last particle's.
             models = {**particles, config.particles_at(cycle): average}
             for number, each in models.items():
-                reestimate_batchnorm(problem, each, problem.keys_of(cycle, number))
+                reestimate(problem, each, problem.keys_of(cycle, number))
             scored, best = scores(problem, models, cycle)
             if config.combine == "best":
                 average = list(particles.values())[best]
@@ -167,10 +168,8 @@ def train_particle(problem: Problem, run: Run, model: nn.Module, masks: State, c
 
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     apply_masks(parameters, masks)
-    for module in model.modules():
-        if isinstance(module, _NormBase) and module.running_mean is not None:
-            module.reset_running_stats()
-    model.train()
+    for norm in norms_in_training(model):
+        norm.reset_running_stats()
     optimizer = optimizer_of(config, parameters.values())
     swa: State = {}
     step, mean_loss = 0, 0.0
@@ -269,12 +268,17 @@ def learning_rate(config: SwampConfig, step: int, steps_per_epoch: int, swa_star
 
 
 def mean_of(particles: list[nn.Module]) -> nn.Module:
-    """Return a model with the mean of the particles' parameters and floating-point buffers."""
+    """Return a model with the mean of the particles' parameters and floating-point buffers.
+
+    The vectors of its spectral norms are the first particle's, from which `reestimate` finds those of its weights.
+    """
     average = copy_of(particles[0])
     sources = [{**dict(each.named_parameters()), **dict(each.named_buffers())} for each in particles]
     for name, target in {**dict(average.named_parameters()), **dict(average.named_buffers())}.items():
-        if target.is_floating_point():
-            target.data.copy_(torch.stack([source[name].detach() for source in sources]).double().mean(0))
+        if target.is_floating_point() and name not in spectral_vectors(average):
+            values = torch.stack([source[name].detach() for source in sources])
+            equal = (values == values[0]).all(0)  # of which the mean may round
+            target.data.copy_(torch.where(equal, values[0].double(), values.double().mean(0)))
     return average
 
 
@@ -337,14 +341,23 @@ def draw(config: SwampConfig, kept: Tensor, count: int, cycle: int, layer: int) 
     return chosen
 
 
+def norms_in_training(model: nn.Module) -> list[Any]:
+    """Put a model into train mode; return its norms with running statistics, without those that it leaves frozen."""
+    model.train()
+    norms = [m for m in model.modules() if isinstance(m, _NormBase) and m.running_mean is not None]
+    return [norm for norm in norms if norm.training]
+
+
 @torch.no_grad()
-def reestimate_batchnorm(problem: Problem, model: nn.Module, keys: Tensor) -> None:
+def reestimate(problem: Problem, model: nn.Module, keys: Tensor) -> None:
     """Set the running statistics to their mean over the training batches, weighted by the number of samples.
 
-    A norm layer that one forward pass calls several times counts every call. Leaves the model in eval mode.
+    A norm layer that one forward pass calls several times counts every call. Also finds the vectors of spectral norms
+    anew. Leaves the model in eval mode.
     """
+    norms = norms_in_training(model)
     model.eval()
-    norms = [m for m in model.modules() if isinstance(m, _NormBase) and m.running_mean is not None]
+    find_spectral_norms([model])
     momenta = [norm.momentum for norm in norms]
     seen, count = dict.fromkeys(norms, 0), 0
 
@@ -435,4 +448,4 @@ def load(problem: Problem, state: State) -> nn.Module:
 
 def state_of(model: nn.Module) -> State:
     """Return the model's parameters and buffers by name."""
-    return {**{n: p.detach() for n, p in model.named_parameters()}, **dict(model.named_buffers())}
+    return {**{n: p.detach() for n, p in model.named_parameters()}, **{n: b.detach() for n, b in model.named_buffers()}}

@@ -77,6 +77,8 @@ class LaneByLane:
 
     def set_buffers(self, buffers: dict[str, Tensor]) -> None:
         """As LaneRunner.set_buffers."""
+        for bound in self.bound:  # what is computed from the weights outside of a forward pass needs them too
+            bound.hold()
         write_buffers(self.modules, buffers)
 
     def buffers(self) -> dict[str, Tensor]:
@@ -99,7 +101,7 @@ def write_buffers(modules: list[nn.Module], buffers: dict[str, Tensor]) -> None:
 def read_buffers(modules: list[nn.Module]) -> dict[str, Tensor]:
     """The buffers [L, ...] of L modules."""
     by_module = [dict(module.named_buffers()) for module in modules]
-    return {name: torch.stack([buffers[name] for buffers in by_module]) for name in by_module[0]}
+    return {name: torch.stack([buffers[name].detach() for buffers in by_module]) for name in by_module[0]}
 
 
 def _at_a_new_address(leaf: Any, last: bool) -> Any:

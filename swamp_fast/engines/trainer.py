@@ -121,9 +121,9 @@ class Trainer:
         """Prepare the modules for a training from its start, or restore everything from a `state` inside it."""
         self.done = 0
         self.runner.set_buffers(self.bank.buffers)
-        reset_running_stats(self.runner.modules)
         for module in self.runner.modules:
             module.train()
+        reset_running_stats(self.runner.modules)
         if state is not None:
             self.done = int(state["done"])
             self.loss_sum.copy_(state["loss_sum"])

@@ -135,3 +135,65 @@ def test_sparse_embeddings_train_as_dense_ones(driver, optimizer):
     )
     for name, tensor in dense.state_dict.items():
         torch.testing.assert_close(sparse.state_dict[name], tensor, rtol=1e-12, atol=1e-12)
+
+
+class Normed(nn.Module):
+    """Two norms, of which train() leaves the first in evaluation mode, as in fine-tuning with frozen statistics."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.act, self.head = mlp()
+        self.frozen, self.norm = nn.BatchNorm1d(8), nn.BatchNorm1d(8)
+        self.frozen.running_mean.fill_(0.25)
+        self.frozen.running_var.fill_(2.0)
+
+    def train(self, mode: bool = True) -> nn.Module:
+        super().train(mode)
+        self.frozen.eval()
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.act(self.norm(self.frozen(self.body(x)))))
+
+
+@pytest.mark.parametrize(
+    ("driver", "engine"),
+    [(fast_swamp, "auto"), (fast_swamp, "eager:fold"), (fast_swamp, "eager:fold_grouped"), (naive_swamp, "auto")],
+)
+def test_frozen_norms_keep_their_statistics(driver, engine):
+    """The others have those of the training data, with the frozen ones applied before them."""
+    result = driver(seeded(Normed), data(), data(), engine=engine, **SETTINGS | {"particles": 3})
+    frozen, norm = result.model.frozen, result.model.norm
+    assert frozen.running_mean.eq(0.25).all()
+    assert frozen.running_var.eq(2).all()
+    with torch.no_grad():
+        features = frozen(result.model.body(data()[0].double()))
+    batches = features.split(16)
+    torch.testing.assert_close(norm.running_mean, features.mean(0))
+    torch.testing.assert_close(norm.running_var, torch.stack([batch.var(0) for batch in batches]).mean(0))
+
+
+def spectral(norm) -> nn.Module:
+    return seeded(lambda: nn.Sequential(norm(nn.Linear(6, 8)), nn.ReLU(), norm(nn.Linear(8, 8)), nn.ReLU(), mlp_head()))
+
+
+def mlp_head() -> nn.Linear:
+    return nn.Linear(8, 3)
+
+
+@DRIVERS
+@pytest.mark.parametrize("norm", [nn.utils.parametrizations.spectral_norm, nn.utils.spectral_norm])
+def test_spectral_norms_are_1(driver, norm):
+    """Those of the average, and those of the particles, whose weights are SWA means."""
+    inputs, _ = data(96)
+    targets = (inputs @ torch.randn(6, 3, generator=torch.Generator().manual_seed(1))).argmax(1)
+    settings = SETTINGS | {"particles": 3, "epochs": 8, "lr": 0.3, "swa_lr": 0.15, "keep_particles": True}
+    result = driver(spectral(norm), (inputs, targets), (inputs, targets), **settings)
+    particles = [{name: tensor[i] for name, tensor in result.particles.items()} for i in range(3)]
+    for state in (*particles, *(result.at(cycle)[0].state_dict() for cycle in range(3))):
+        model = spectral(norm).double()
+        model.load_state_dict(state)
+        with torch.no_grad():
+            model.eval()(inputs.double())
+            for layer in (model[0], model[2]):
+                assert float(torch.linalg.matrix_norm(layer.weight, 2)) == pytest.approx(1, abs=1e-3)
