@@ -20,8 +20,8 @@ from swamp_fast.common.timing import Stopwatch
 from swamp_fast.config import SwampConfig
 from swamp_fast.data.store import Data, pass_in_stored_order
 from swamp_fast.particles.dropout import DropoutStream
-from swamp_fast.particles.norms import find_spectral_norms, spectral_vectors
 from swamp_fast.particles.random import at_time, epoch_order, evaluation_time, lane_keys, layer_order, stream_of
+from swamp_fast.particles.spectral_norms import find_spectral_norms, spectral_vectors
 from swamp_fast.problem.arguments import Arguments, Forward, Loss, OnCycle, Transform
 from swamp_fast.problem.prepare import prepare
 from swamp_fast.problem.problem import Problem

@@ -15,8 +15,9 @@ from swamp_fast.cycle.evaluation import evaluate, score_row
 from swamp_fast.cycle.training import ModelsSideBySide, Particles
 from swamp_fast.data.store import Data, pass_in_stored_order
 from swamp_fast.particles.bank import Solution
-from swamp_fast.particles.norms import find_spectral_norms, norms_of, spectral_vectors
+from swamp_fast.particles.norms import norms_of
 from swamp_fast.particles.random import at_time, evaluation_time
+from swamp_fast.particles.spectral_norms import find_spectral_norms, spectral_vectors
 from swamp_fast.problem.problem import Problem
 from swamp_fast.runs.record import Run, first_rank_decides
 

@@ -13,6 +13,7 @@ from swamp_fast.config import SwampConfig
 from swamp_fast.data.sources import Opened, open_source
 from swamp_fast.data.standardise import Standardise
 from swamp_fast.particles.layout import Layout
+from swamp_fast.particles.spectral_norms import spectral_vectors
 from swamp_fast.problem.arguments import Arguments, call, cross_entropy
 from swamp_fast.problem.checks import (
     check_batches,
@@ -24,6 +25,7 @@ from swamp_fast.problem.checks import (
     particle_of,
     write_masks_,
 )
+from swamp_fast.problem.gradients import listed
 from swamp_fast.problem.precision import weight_dtype
 from swamp_fast.problem.probe import Probe, probe_model
 from swamp_fast.problem.problem import Problem
@@ -132,6 +134,26 @@ def _first_mask(
     return mask
 
 
+def _notes(model: nn.Module, probe: Probe) -> list[str]:
+    """Return lines about what is not trained, and about buffers that are averaged."""
+    notes = []
+    if probe.without_gradient:
+        notes.append(f"note     the first samples give no gradient for {listed(probe.without_gradient)}")
+    if probe.outside:
+        shapes = listed([str(list(shape)) for shape in probe.outside])
+        notes.append(f"note     the loss has gradients for tensors outside the model, which aren't trained: {shapes}")
+    buffers, vectors = dict(model.named_buffers()), spectral_vectors(model)
+    averaged = [
+        name for name in probe.changed if name in buffers and buffers[name].is_floating_point() and name not in vectors
+    ]
+    if averaged:
+        notes.append(
+            f"buffers  {listed(averaged)}: averaged over the particles; only statistics of norms that derive from "
+            "torch's BatchNorm are re-estimated"
+        )
+    return notes
+
+
 def _introduction(model: nn.Module, layout: Layout, splits: Splits, probe: Probe) -> tuple[str, ...]:
     """Return the console's first lines about a run: its model, its data, and what the FLOPs leave out."""
     trained = sum(entry.size for entry in layout.entries)
@@ -139,6 +161,7 @@ def _introduction(model: nn.Module, layout: Layout, splits: Splits, probe: Probe
         f"model    {type(model).__name__}: {layout.weights:,} prunable of {trained:,} trained weights, in "
         f"{len(layout.prunable)} of {len(layout.entries)} parameters"
     ]
+    lines += [probe.pruned.line, *_notes(model, probe)]
     lines += [f"data     {split.line}" for split in splits.built]
     if probe.uncounted:
         lines.append(

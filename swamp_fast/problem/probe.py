@@ -20,7 +20,7 @@ from swamp_fast.particles.random import generators_left_alone, generators_state,
 from swamp_fast.problem.arguments import Forward, Loss, Transform, cross_entropy
 from swamp_fast.problem.checks import check_recomputed, particle_of
 from swamp_fast.problem.gradients import check_gradients, gradients_restored, leaves_of
-from swamp_fast.problem.prunable import Prunable, select_prunable
+from swamp_fast.problem.prunable import Prunable, Pruned, select_prunable
 from swamp_fast.problem.uses import counted_uses
 from swamp_fast.problem.value_reads import ValueReads
 
@@ -34,7 +34,7 @@ MISFITS = (RuntimeError, TypeError, ValueError, IndexError, AttributeError, KeyE
 class Probe:
     """The properties of a model that running it forward and backward showed.
 
-    prunable         the names of the parameters to prune
+    pruned           the parameters to prune, and why others aren't pruned
     classes          the size of axis 1 of the outputs if they are a tensor [B, classes, ...], else None
     classifies       whether the outputs are logits and the targets are labels, so that accuracies make sense
     draws_elsewhere  whether the forward pass draws from torch's, Python's or NumPy's generator, other than by dropout
@@ -49,7 +49,7 @@ class Probe:
     uses             parameter name -> multiply-adds per weight in one sample's forward pass
     """
 
-    prunable: frozenset[str]
+    pruned: Pruned
     classes: int | None
     classifies: bool
     draws_elsewhere: bool
@@ -61,6 +61,11 @@ class Probe:
     convolves: bool
     dense_flops: int
     uses: dict[str, float]
+
+    @property
+    def prunable(self) -> frozenset[str]:
+        """The names of the parameters to prune."""
+        return self.pruned.names
 
     @property
     def uncounted(self) -> list[str]:
@@ -108,7 +113,7 @@ def probe_model(
     outputs = effects.outputs
     convolves = any("convolution" in str(op) for op in counter.get_flop_counts().get("Global", {}))
     return Probe(
-        prunable=frozenset(select_prunable(model, prunable, outputs)),
+        pruned=select_prunable(model, prunable, outputs, effects.loss),
         classes=outputs.shape[1] if isinstance(outputs, Tensor) and outputs.dim() >= 2 else None,
         classifies=trial.classifies(outputs),
         draws_elsewhere=effects.draws_elsewhere,
@@ -211,9 +216,10 @@ def _transformed(transform: Transform, inputs: Any) -> Any:
 
 @dataclass(frozen=True)
 class _SideEffects:
-    """The outputs of a forward pass, and its side effects as Probe describes them."""
+    """The outputs and the loss of a forward pass, and its side effects as Probe describes them."""
 
     outputs: Any
+    loss: Tensor
     draws_elsewhere: bool
     changed: tuple[str, ...]
     keeps_state: bool
@@ -253,6 +259,7 @@ def _side_effects(original: nn.Module, model: nn.Module, trial: _Trial, keys: Te
     changed += tuple(name for name, p in model.named_parameters() if not _same_bits(p, weights[name]))
     return _SideEffects(
         outputs=outputs,
+        loss=loss,
         draws_elsewhere=generators != generators_state(),
         changed=changed,
         keeps_state=attributes_change or not (changed or _same(first, outputs)),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import re
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -10,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from swamp_fast import fast_swamp, naive_swamp
+from swamp_fast.problem.arguments import Arguments
+from swamp_fast.problem.prepare import prepare
 
 SETTINGS = {
     "batch_size": 16,
@@ -21,6 +25,7 @@ SETTINGS = {
     "precision": "float64",
     "progress": False,
 }
+ONE_CYCLE = {"cycles": 1, "batch_size": 16}
 FLOAT32 = SETTINGS | {"precision": "float32"}
 DRIVERS = pytest.mark.parametrize("driver", [fast_swamp, naive_swamp])
 
@@ -197,3 +202,146 @@ def test_spectral_norms_are_1(driver, norm):
             model.eval()(inputs.double())
             for layer in (model[0], model[2]):
                 assert float(torch.linalg.matrix_norm(layer.weight, 2)) == pytest.approx(1, abs=1e-3)
+
+
+def pruned_line(model: nn.Module, inputs: Tensor, **arguments) -> str:
+    problem = prepare(model, (inputs, data()[1]), arguments=Arguments(**arguments), settings=ONE_CYCLE)
+    (line,) = (line for line in problem.lines if line.startswith("pruned"))
+    return line
+
+
+@dataclass
+class Logits:
+    logits: Tensor
+
+
+class Wrapped(nn.Module):
+    def __init__(self, wrap) -> None:
+        super().__init__()
+        self.body, self.act, self.head = mlp()
+        self.wrap = wrap
+
+    def forward(self, x: Tensor):
+        return self.wrap(self.head(self.act(self.body(x))))
+
+
+def of_logits(logits: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(logits, targets, reduction="none")
+
+
+@pytest.mark.parametrize(
+    ("wrap", "loss"),
+    [
+        (lambda z: z, of_logits),
+        (lambda z: {"logits": z}, lambda out, y: of_logits(out["logits"], y)),
+        (Logits, lambda out, y: of_logits(out.logits, y)),
+        (lambda z: torch.distributions.Categorical(logits=z), lambda out, y: -out.log_prob(y)),
+        (lambda z: (Logits(z), z.detach()), lambda out, y: of_logits(out[0].logits, y)),
+    ],
+)
+def test_the_output_layer_is_found_behind_any_outputs(wrap, loss):
+    line = pruned_line(Wrapped(wrap), data()[0], loss=loss)
+    assert line == "pruned   1 of 2 weights; not: head.weight (the output layer)"
+
+
+class Language(nn.Module):
+    def __init__(self, tied: bool) -> None:
+        super().__init__()
+        self.table, self.a, self.b = nn.Embedding(20, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.head = nn.Linear(8, 20, bias=False)
+        if tied:
+            self.head.weight = self.table.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(F.relu(self.b(F.relu(self.a(self.table(ids)))))).mean(1)
+
+
+def test_a_tied_head_is_the_output_layer():
+    ids = torch.randint(0, 20, (48, 5))
+    assert pruned_line(Language(True), ids) == "pruned   2 of 3 weights; not: table.weight (the output layer)"
+    assert pruned_line(Language(False), ids) == (
+        "pruned   2 of 4 weights; not: table.weight (an embedding; pruned if `prunable` names it), head.weight "
+        "(the output layer)"
+    )
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.lstm, self.head = nn.Linear(6, 8), nn.LSTM(8, 8, batch_first=True), nn.Linear(8, 3)
+        self.place = nn.Parameter(torch.zeros(1, 1, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.lstm(self.body(x)[:, None] + self.place)[0][:, -1])
+
+
+def test_weights_that_are_not_pruned_are_named():
+    assert pruned_line(Recurrent(), data()[0]) == (
+        "pruned   1 of 5 weights; not: place (not a layer's; pruned if `prunable` names it), lstm.weight_ih_l0, "
+        "lstm.weight_hh_l0 (recurrent; pruned if `prunable` names it), head.weight (the output layer)"
+    )
+    assert pruned_line(Recurrent(), data()[0], prunable=["body", "lstm.weight_*"]) == (
+        "pruned   3 of 5 weights; not: place, head.weight (not selected by `prunable`)"
+    )
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(
+    ("norm", "expected"),
+    [
+        (nn.utils.parametrizations.spectral_norm, r"pruned   3 of 4 .* not: 6\.\S*original \(the output layer\)"),
+        (nn.utils.spectral_norm, r"pruned   3 of 4 .* not: 6\.weight_orig \(the output layer\)"),
+        (
+            nn.utils.parametrizations.weight_norm,
+            r"1 of 4 .*: 0\.\S*original1, 2\.\S*original1 \(under weight_norm",
+        ),
+        (
+            nn.utils.weight_norm,
+            r"pruned   1 of 4 .* 0\.weight_v, 2\.weight_v \(under weight_norm; .* 6\.weig",
+        ),
+    ],
+)
+def test_reparametrized_layers(norm, expected, bias):
+    def layer(inputs: int, outputs: int) -> nn.Module:
+        return norm(nn.Linear(inputs, outputs, bias=bias))
+
+    model = nn.Sequential(
+        layer(6, 8), nn.ReLU(), layer(8, 8), nn.ReLU(), nn.Linear(8, 8, bias=bias), nn.ReLU(), layer(8, 3)
+    )
+    assert re.search(expected, pruned_line(model, data()[0]))
+
+
+def test_pruned_weights_of_a_spectral_norm_are_zeros_and_counted():
+    result = fast_swamp(spectral(nn.utils.parametrizations.spectral_norm), data(), data(), **SETTINGS)
+    (first, mask), (second, _) = result.masks.items()
+    assert (first, second) == ("0.parametrizations.weight.original", "2.parametrizations.weight.original")
+    assert result.model[0].weight[~mask].eq(0).all()
+    assert result.history[-1]["flops"] == 2 * (result.history[-1]["kept"] + 24)  # and the output layer's
+
+
+class OwnNorm(nn.Module):
+    """A batch norm that doesn't derive from torch's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.mean.lerp_(x.detach().mean(0), 0.1)
+        return x - self.mean
+
+
+def test_averaged_buffers_and_missing_gradients_are_named():
+    model = mlp()
+    model.insert(1, OwnNorm())
+    model.unused = nn.Linear(3, 3)
+    temperature = torch.ones(1, requires_grad=True)
+    arguments = Arguments(
+        forward=lambda model, x: nn.Sequential.forward(model[:4], x),
+        loss=lambda outputs, y: of_logits(outputs * temperature, y),
+    )
+    lines = "\n".join(prepare(model, data(), arguments=arguments, settings=ONE_CYCLE).lines)
+    assert "buffers  1.mean: averaged over the particles; only statistics of norms that derive from torch's" in lines
+    assert "the first samples give no gradient for unused.weight, unused.bias" in lines
+    assert "the loss has gradients for tensors outside the model, which aren't trained: [1]" in lines
