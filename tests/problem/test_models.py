@@ -345,3 +345,25 @@ def test_averaged_buffers_and_missing_gradients_are_named():
     assert "buffers  1.mean: averaged over the particles; only statistics of norms that derive from torch's" in lines
     assert "the first samples give no gradient for unused.weight, unused.bias" in lines
     assert "the loss has gradients for tensors outside the model, which aren't trained: [1]" in lines
+
+
+@pytest.mark.parametrize("name", ['a"b', "a'b", "a\nb", "a\\", '") or open("executed", "w") or ("'])
+@pytest.mark.parametrize("engine", ["auto", "fused", "eager:fold"])
+def test_a_layers_name_is_only_a_name(name, engine, tmp_path, monkeypatch):
+    """Names go into messages and files, but never into source that is executed."""
+    monkeypatch.chdir(tmp_path)
+
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            body, act, head = mlp()
+            self.layers, self.act, self.head = nn.ModuleDict({name: body}), act, head
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.act(self.layers[name](x)))
+
+    result = fast_swamp(Named(), data(), data(), engine=engine, run_dir=tmp_path / "run", **SETTINGS)
+    assert list(result.masks) == [f"layers.{name}.weight"]
+    plain = fast_swamp(mlp(), data(), data(), engine=engine, **SETTINGS)
+    assert all(torch.equal(a, b) for a, b in zip(result.model.parameters(), plain.model.parameters(), strict=True))
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
