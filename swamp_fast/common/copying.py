@@ -18,6 +18,17 @@ def copy_of(module: nn.Module) -> nn.Module:
         return copy.deepcopy(module)
 
 
+def uncompiled(model: nn.Module) -> nn.Module:
+    """Return the module that torch.compile has wrapped, or any other object as it is."""
+    plain: nn.Module = model._orig_mod if is_compiled(model) else model  # type: ignore[assignment]
+    return plain
+
+
+def is_compiled(module: object) -> bool:
+    """Whether torch.compile has wrapped a module. Its class isn't imported, which would take a second."""
+    return type(module).__name__ == "OptimizedModule" and type(module).__module__.startswith("torch._dynamo")
+
+
 class _WithoutGraphs(TorchFunctionMode):
     """A mode in which a deep copy of a tensor that is computed from others is a plain tensor with its values."""
 

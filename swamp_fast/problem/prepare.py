@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from swamp_fast.common.copying import uncompiled
 from swamp_fast.common.fingerprint import callable_fingerprint, model_fingerprint, tensor_fingerprint
 from swamp_fast.config import SwampConfig
 from swamp_fast.data.sources import Opened, open_source
@@ -29,6 +30,7 @@ from swamp_fast.problem.gradients import listed
 from swamp_fast.problem.precision import weight_dtype
 from swamp_fast.problem.probe import Probe, probe_model
 from swamp_fast.problem.problem import Problem
+from swamp_fast.problem.shared_memory import check_memory
 from swamp_fast.problem.splits import Splits, build_splits, check_splits, open_splits
 
 
@@ -51,7 +53,9 @@ def prepare(
     arguments = arguments or Arguments()
     forward, loss, transform = arguments.forward or call, arguments.loss or cross_entropy, arguments.transform
     config = SwampConfig.of(config, settings)
+    model = uncompiled(model)
     check_model(model)
+    check_memory(model)
     device, dtype = choose_device(config.device, model), weight_dtype(config)
 
     opened = open_source(train, "train", config.data_dir)

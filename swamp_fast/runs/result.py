@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from swamp_fast.common.copying import copy_of
+from swamp_fast.common.copying import copy_of, uncompiled
 from swamp_fast.config import SwampConfig
 from swamp_fast.runs.folder import Packed, RunDirectory, Snapshot, load_tensors, read_snapshot, save_tensors
 
@@ -141,7 +141,7 @@ class SwampResult:
             standardise=about["standardise"],
             snapshots=paths,
             about=about,
-            template=None if model is None else copy_of(model),
+            template=None if model is None else copy_of(uncompiled(model)),
         )
         if model is not None:
             result.at(done - 1)  # raises here, rather than later, if the model doesn't fit

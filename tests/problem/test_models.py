@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import os
 import re
+import subprocess
+import sys
 from dataclasses import dataclass
 
 import pytest
@@ -11,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from swamp_fast import fast_swamp, naive_swamp
+from swamp_fast import SwampResult, fast_swamp, naive_swamp
 from swamp_fast.problem.arguments import Arguments
 from swamp_fast.problem.prepare import prepare
 
@@ -367,3 +370,127 @@ def test_a_layers_name_is_only_a_name(name, engine, tmp_path, monkeypatch):
     plain = fast_swamp(mlp(), data(), data(), engine=engine, **SETTINGS)
     assert all(torch.equal(a, b) for a, b in zip(result.model.parameters(), plain.model.parameters(), strict=True))
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def shared(make) -> nn.Module:
+    model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 3))
+    make(model)
+    return model
+
+
+def share(value):
+    def make(model: nn.Module) -> None:
+        model[2].weight = nn.Parameter(value(model[0].weight.data))
+
+    return make
+
+
+def share_columns(model: nn.Module) -> None:
+    both = torch.randn(6, 12)
+    model[0].weight, model[2].weight = nn.Parameter(both[:, :6]), nn.Parameter(both[:, 6:])
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (share(lambda w: w), "0.weight and 2.weight share memory, but are not the same parameter"),
+        (share(lambda w: w.t()), "0.weight and 2.weight share memory"),
+        (share(lambda w: w[3:].repeat(2, 1)), None),
+        (share(lambda w: w.view(-1).as_strided((6, 6), (6, 1))), "0.weight and 2.weight share memory"),
+        (lambda model: model.register_buffer("shadow", model[0].weight.data[0]), "0.weight and shadow share memory"),
+        (lambda model: setattr(model[2], "bias", nn.Parameter(torch.zeros(1).expand(6))), "elements of 2.bias are one"),
+        (share_columns, None),
+        (lambda model: setattr(model[2], "weight", model[0].weight), None),
+    ],
+)
+def test_parameters_that_share_memory_are_refused(make, text):
+    if text is None:
+        prepare(shared(make), data(), settings=ONE_CYCLE)
+        return
+    with pytest.raises(ValueError, match=text):
+        prepare(shared(make), data(), settings=ONE_CYCLE)
+
+
+def magnitude_pruned() -> nn.Module:
+    model = mlp()
+    nn.utils.prune.l1_unstructured(model[0], "weight", 0.3)
+    return model
+
+
+def quantized() -> nn.Module:
+    model = mlp().train()
+    model.qconfig = torch.ao.quantization.get_default_qat_qconfig("x86")
+    return torch.ao.quantization.prepare_qat(model)
+
+
+def scripted_layer() -> nn.Module:
+    model = mlp()
+    model[0] = torch.jit.script(model[0])
+    return model
+
+
+@DRIVERS
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("make", "kind", "text"),
+    [
+        (lambda: torch.jit.script(mlp()), TypeError, "the model is compiled by torch.jit, .* Pass the plain module"),
+        (scripted_layer, TypeError, "`model`: 0 is compiled by torch.jit"),
+        (quantized, TypeError, r"0\.weight_fake_quant .* Pass the model as it was before .* prepare_qat"),
+        (magnitude_pruned, ValueError, r'prunes weight of 0 at every .* Call .*remove\(module, "weight"\)'),
+    ],
+)
+def test_models_that_other_tools_have_changed_are_refused(driver, make, kind, text):
+    with pytest.raises(kind, match=text):
+        driver(make(), data(), **SETTINGS)
+
+
+@DRIVERS
+def test_a_compiled_model_is_its_plain_model(driver, tmp_path):
+    compiled = torch.compile(mlp(), backend="eager")
+    result = driver(compiled, data(), data(), run_dir=tmp_path, **SETTINGS)
+    plain = driver(mlp(), data(), data(), **SETTINGS)
+    assert list(result.state_dict) == list(plain.state_dict)
+    for name, tensor in plain.state_dict.items():
+        assert torch.equal(result.state_dict[name], tensor)
+    assert isinstance(result.model, nn.Sequential)
+    assert SwampResult.load(tmp_path, compiled).model[0].in_features == 6
+
+
+ADDRESSES = """
+import torch
+from torch import nn
+from swamp_fast.common.fingerprint import callable_fingerprint, model_fingerprint
+for number in range({hooks}):
+    nn.Linear(2, 2).register_forward_hook(print)
+class Act(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+    def extra_repr(self):
+        return repr(self.function)
+    def forward(self, x):
+        return self.function(x) if type(x).__name__ not in {{"a", "b", "c", "d"}} else x
+torch.manual_seed(0)
+model = nn.Sequential(nn.Linear(2, 2), Act(lambda x: x.relu()), nn.Linear(2, 2))
+model[1].parent = [model]
+model[1].handle = model[0].register_forward_hook(lambda module, args, output: None)
+model[2] = torch.compile(model[2], backend="eager")
+model.compile(backend="eager")
+print(model_fingerprint(model), callable_fingerprint(Act.forward))
+"""
+
+
+def test_fingerprints_are_the_same_in_every_process():
+    """They don't depend on addresses, hash seeds, or how many hooks the process has made."""
+    printed = {
+        subprocess.run(
+            [sys.executable, "-c", ADDRESSES.format(hooks=seed)],
+            env=os.environ | {"PYTHONHASHSEED": str(seed)},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in range(3)
+    }
+    assert len(printed) == 1

@@ -46,7 +46,7 @@ def _why_not_this_forward(problem: Problem) -> str | None:
     if probe.draws_elsewhere:
         return "its forward draws random numbers besides dropout"
     if probe.keeps_state:
-        return "its forward keeps state in the model"
+        return "its forward keeps state in plain attributes of the model, or differs from call to call"
     if probe.changed:
         return f"its forward changes {probe.changed[0]}"
     if probe.reads_values is not None:
@@ -75,7 +75,7 @@ def _why_not_these_parameters(problem: Problem, plan: Plan) -> str | None:
     weights = {op.weight for op in plan.ops if isinstance(op, Convolution)}
     for entry in problem.layout.prunable:
         if entry.name not in weights:
-            return f"{entry.name} is pruned, but is not the weight of a convolution or a linear layer"
+            return f"{entry.name} is pruned, but is not the weight of a convolution or a linear layer that its forward uses"
     for name, parameter in problem.template.named_parameters():
         if not parameter.requires_grad:
             return f"{name} is frozen"
