@@ -56,7 +56,7 @@ class LaneByLane:
             self.problem.seeded(key)
             with DropoutStream(key), self.problem.autocast():
                 loss = self.problem.losses(self.problem.forward(module, inputs), targets).mean()
-            self.problem.backward(loss, [parameter for parameter, _, _ in bound.parameters])
+            self.problem.backward(loss, bound.leaves)
             bound.take_back()
             losses.append(loss.detach())
         return torch.stack(losses)
@@ -123,6 +123,7 @@ class Bound:
         grad_views = {} if grads is None else layout.views(grads)
         named = [(name, parameter) for name, parameter in module.named_parameters() if name in views]
         self.parameters = [(parameter, views[name], grad_views.get(name)) for name, parameter in named]
+        self.leaves: list[Tensor] = [parameter for _, parameter in named]
 
     def hold(self) -> None:
         """Make the parameters views again, whatever an earlier forward replaced them by."""

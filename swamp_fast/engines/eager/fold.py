@@ -38,13 +38,14 @@ class Folded:
         self.problem, self.weights, self.channels_last, self.lanes = problem, weights, channels_last, len(weights)
         self.module = fold(problem.template, problem.layout, weights, grads, grouped)
         self.modules = [self.module]
+        self.leaves: list[Tensor] = [leaf for leaf in self.module.parameters() if leaf.requires_grad]
 
     def backward(self, batch: Batch, step_keys: Tensor) -> Tensor:
         """As LaneRunner.backward."""
         inputs = self._transformed(batch, step_keys)
         with DropoutStream(step_keys, _rows(inputs)), self.problem.autocast():
             losses = self._losses(self.problem.forward(self.module, inputs), batch.targets)
-        self.problem.backward(losses.sum(), [leaf for leaf in self.module.parameters() if leaf.requires_grad])
+        self.problem.backward(losses.sum(), self.leaves)
         return losses.detach()
 
     def outputs(self, inputs: Any, keys: Tensor) -> list[Any]:

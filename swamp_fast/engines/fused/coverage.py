@@ -75,7 +75,9 @@ def _why_not_these_parameters(problem: Problem, plan: Plan) -> str | None:
     weights = {op.weight for op in plan.ops if isinstance(op, Convolution)}
     for entry in problem.layout.prunable:
         if entry.name not in weights:
-            return f"{entry.name} is pruned, but is not the weight of a convolution or a linear layer that its forward uses"
+            return (
+                f"{entry.name} is pruned, but isn't the weight of a convolution or linear layer that its forward uses"
+            )
     for name, parameter in problem.template.named_parameters():
         if not parameter.requires_grad:
             return f"{name} is frozen"
