@@ -46,7 +46,7 @@ def _overlap(a: Tensor, b: Tensor) -> bool:
 def _end(tensor: Tensor) -> int:
     """Return the place in memory after a tensor's last element."""
     steps = ((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return tensor.storage_offset() + sum(steps) + 1
+    return int(tensor.storage_offset() + sum(steps) + 1)
 
 
 def _places(tensor: Tensor) -> Tensor:

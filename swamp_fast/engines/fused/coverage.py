@@ -76,7 +76,7 @@ def _why_not_these_parameters(problem: Problem, plan: Plan) -> str | None:
     for entry in problem.layout.prunable:
         if entry.name not in weights:
             return (
-                f"{entry.name} is pruned, but isn't the weight of a convolution or linear layer that its forward uses"
+                f"{entry.name} is pruned, but its forward doesn't use it as the weight of a convolution or linear layer"
             )
     for name, parameter in problem.template.named_parameters():
         if not parameter.requires_grad:
