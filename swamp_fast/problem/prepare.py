@@ -56,6 +56,7 @@ def prepare(
     model = uncompiled(model)
     check_model(model)
     check_memory(model)
+    fingerprint = model_fingerprint(model)  # before hooks of the user's can collect anything in the model
     device, dtype = choose_device(config.device, model), weight_dtype(config)
 
     opened = open_source(train, "train", config.data_dir)
@@ -90,7 +91,7 @@ def prepare(
         probe=probe,
         lines=_introduction(template, layout, splits, probe),
         fingerprints={
-            "model": model_fingerprint(model),
+            "model": fingerprint,
             "mask": tensor_fingerprint(mask),
             **hashes,
             "forward": callable_fingerprint(forward),

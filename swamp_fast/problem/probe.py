@@ -175,7 +175,7 @@ class _Trial:
         except MISFITS as error:
             raise ValueError(
                 f"the model can't run on a batch of inputs {_shapes(self.inputs)}: {error}\nCheck the data's shape, or "
-                "pass `forward(model, inputs)`."
+                "pass `forward(model, inputs)`, which must run the module that it is given."
             ) from error
         if self.loss is cross_entropy:
             if not _are_logits(outputs):
@@ -240,14 +240,14 @@ def _side_effects(original: nn.Module, model: nn.Module, trial: _Trial, keys: Te
     }
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    held = attribute_tensors(model)
+    held, graphs = attribute_tensors(model), attributes_with_graphs(original)
     generators, attributes = generators_state(), state_fingerprint(model)
     with generators_left_alone(), DropoutStream(keys):
         first, _ = trial.run(model)
     with DropoutStream(keys):
         outputs, loss = trial.run(model)
     attributes_change = attributes != state_fingerprint(model)
-    check_recomputed(model, held, attributes_with_graphs(original))
+    check_recomputed(model, held, graphs)
     own = {id(parameter) for parameter in model.parameters()}
     outside = [leaf for leaf in leaves_of(loss) if id(leaf) not in own]
     with refused_in_backward(), gradients_restored([*outside, *original.parameters()]):

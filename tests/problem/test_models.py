@@ -494,3 +494,27 @@ def test_fingerprints_are_the_same_in_every_process():
         for seed in range(3)
     }
     assert len(printed) == 1
+
+
+@DRIVERS
+def test_hooks_may_collect_activations(driver):
+    """A copy's hook is the user's function, and so fills what that function refers to."""
+    collected: list[Tensor] = []
+    model = mlp()
+    model.collected = collected
+    model[0].register_forward_hook(lambda module, args, output: collected.append(output))
+    plain = driver(mlp(), data(), data(), **SETTINGS)
+    result = driver(model, data(), data(), **SETTINGS)
+    assert all(torch.equal(a, b) for a, b in zip(result.model.parameters(), plain.model.parameters(), strict=True))
+
+
+class OfTorch(nn.BatchNorm1d):
+    """A norm of the user's own class that derives from torch's."""
+
+
+@DRIVERS
+def test_statistics_of_derived_norms_are_reestimated(driver):
+    model = seeded(lambda: nn.Sequential(nn.Linear(6, 8), OfTorch(8), nn.ReLU(), nn.Linear(8, 3)))
+    result = driver(model, data(), data(), **SETTINGS)
+    features = result.model[0](data()[0].double()).detach()
+    torch.testing.assert_close(result.model[1].running_mean, features.mean(0))
