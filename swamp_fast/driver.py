@@ -49,7 +49,8 @@ def fast_swamp(
     """Prune a model with SWAMP. All particles of a cycle are trained together, as one stacked tensor.
 
     Args:
-        model: any nn.Module on one device; it is left unchanged.
+        model: any nn.Module on one device; it is left unchanged, gradients included. If torch.compile has wrapped it,
+            the plain module is used. Its forward may keep activations in attributes; copies have only their values.
         train: "digits", "cifar10", "cifar100", "fashion_mnist" or "svhn"; a path to an .npz (train_images uint8
             [n, H, W, C], train_labels [n], test_images, test_labels) or to an image folder; a pair (inputs, targets)
             of tensors; a Dataset; or a DataLoader, whose dataset, batch size, drop_last and collate_fn are used.
@@ -57,17 +58,24 @@ def fast_swamp(
             data set; if there is none, accuracies are None.
         val: validation data in one of the same forms, or the fraction of `train` to hold out. Needed to select the
             best particle.
-        forward: forward(model, inputs), for models that take or return something other than one tensor.
+        forward: forward(model, inputs), for models that take or return something other than one tensor. It must use
+            the module that it is given, which is a particle, not your model.
         loss: loss(outputs, targets) -> [B], one number per sample; cross-entropy by default.
         transform: transform(inputs [B, ...]) -> inputs, your own augmentation of one particle's batch, on the device.
         prunable: names or patterns of parameters, or a predicate (name, parameter) -> bool. By default, all
-            convolution and linear weights are pruned, including attention projections, but not the output layer's.
+            convolution and linear weights are pruned, including attention projections and layers under spectral_norm,
+            but not the output layer's. The console says which weights are pruned, which are not, and why.
         initial_masks: parameter name -> bool tensor that is True for the weights that the first cycle keeps. The
             ticket is trained dense nevertheless.
         on_cycle: called with a copy of each cycle's row of the history. It may raise StopRun to end the run.
         config: the settings; a field of SwampConfig that is passed as a keyword takes precedence.
 
     Returns the result of all cycles.
+
+    A cycle's average has these buffers. Running statistics of norms that derive from torch's BatchNorm or InstanceNorm
+    are re-estimated on the training data; norms that the model's own train() leaves in evaluation mode keep theirs. The
+    vectors of spectral_norm are computed anew, by power iterations on the average's weights. Other floating-point
+    buffers are averaged over the particles. Integers and booleans are the first particle's.
 
     Raises ValueError, TypeError, FileNotFoundError or ImportError for an unsuitable argument, before anything is
     trained; FloatingPointError if a particle diverges (see `on_divergence`); OSError if a checkpoint can't be written;

@@ -6,7 +6,6 @@ random draws and the run's record with fast_swamp, but no code that trains, aver
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -15,12 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from swamp_fast.common.copying import copy_of
 from swamp_fast.common.exclusive import one_at_a_time
 from swamp_fast.common.timing import Stopwatch
 from swamp_fast.config import SwampConfig
 from swamp_fast.data.store import Data, pass_in_stored_order
 from swamp_fast.particles.dropout import DropoutStream
 from swamp_fast.particles.random import at_time, epoch_order, evaluation_time, lane_keys, layer_order, stream_of
+from swamp_fast.particles.spectral_norms import find_spectral_norms, spectral_vectors
 from swamp_fast.problem.arguments import Arguments, Forward, Loss, OnCycle, Transform
 from swamp_fast.problem.prepare import prepare
 from swamp_fast.problem.problem import Problem
@@ -80,7 +81,7 @@ def naive_swamp(
             # The average gets the number after the last particle's.
             models = {**particles, config.particles_at(cycle): average}
             for number, each in models.items():
-                reestimate_batchnorm(problem, each, problem.keys_of(cycle, number))
+                reestimate(problem, each, problem.keys_of(cycle, number))
             scored, best = scores(problem, models, cycle)
             if config.combine == "best":
                 average = list(particles.values())[best]
@@ -104,7 +105,7 @@ def train_ticket(problem: Problem, run: Run) -> nn.Module:
     A resumed run returns the ticket that it recorded.
     """
     if run.ticket is None:
-        model = copy.deepcopy(problem.template)
+        model = copy_of(problem.template)
         train_particle(problem, run, model, {}, None, 0)
         run.keep_ticket(state_of(model))
     assert run.ticket is not None
@@ -123,7 +124,7 @@ def train_particles(
     losses: list[float] = []
     dropped: list[dict[str, int]] = []
     for number in range(config.particles_at(cycle)):
-        particle = copy.deepcopy(start)
+        particle = copy_of(start)
         try:
             losses.append(train_particle(problem, run, particle, masks, cycle, number))
             particles[number] = particle
@@ -167,10 +168,8 @@ def train_particle(problem: Problem, run: Run, model: nn.Module, masks: State, c
 
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     apply_masks(parameters, masks)
-    for module in model.modules():
-        if isinstance(module, _NormBase) and module.running_mean is not None:
-            module.reset_running_stats()
-    model.train()
+    for norm in norms_in_training(model):
+        norm.reset_running_stats()
     optimizer = optimizer_of(config, parameters.values())
     swa: State = {}
     step, mean_loss = 0, 0.0
@@ -216,10 +215,12 @@ def train_step(
     optimizer.zero_grad()
     with DropoutStream(key), problem.autocast():
         loss = problem.losses(problem.forward(model, inputs), targets).mean()
-    loss.backward()
+    problem.backward(loss, list(parameters.values()))
     for parameter in parameters.values():
         if parameter.grad is None:  # unused in this step, but weight decay still applies
             parameter.grad = torch.zeros_like(parameter)
+        elif parameter.grad.is_sparse:  # of an embedding with sparse=True
+            parameter.grad = parameter.grad.to_dense()
     for name, mask in masks.items():
         parameters[name].grad.mul_(mask)  # type: ignore[union-attr]
     if problem.config.clip_norm is not None:
@@ -267,12 +268,17 @@ def learning_rate(config: SwampConfig, step: int, steps_per_epoch: int, swa_star
 
 
 def mean_of(particles: list[nn.Module]) -> nn.Module:
-    """Return a model with the mean of the particles' parameters and floating-point buffers."""
-    average = copy.deepcopy(particles[0])
+    """Return a model with the mean of the particles' parameters and floating-point buffers.
+
+    The vectors of its spectral norms are the first particle's, from which `reestimate` finds those of its weights.
+    """
+    average = copy_of(particles[0])
     sources = [{**dict(each.named_parameters()), **dict(each.named_buffers())} for each in particles]
     for name, target in {**dict(average.named_parameters()), **dict(average.named_buffers())}.items():
-        if target.is_floating_point():
-            target.data.copy_(torch.stack([source[name].detach() for source in sources]).double().mean(0))
+        if target.is_floating_point() and name not in spectral_vectors(average):
+            values = torch.stack([source[name].detach() for source in sources])
+            equal = (values == values[0]).all(0)  # of which the mean may round
+            target.data.copy_(torch.where(equal, values[0].double(), values.double().mean(0)))
     return average
 
 
@@ -338,14 +344,23 @@ def draw(config: SwampConfig, kept: Tensor, count: int, cycle: int, layer: int) 
     return chosen
 
 
+def norms_in_training(model: nn.Module) -> list[Any]:
+    """Put a model into train mode; return its norms with running statistics, without those that it leaves frozen."""
+    model.train()
+    norms = [m for m in model.modules() if isinstance(m, _NormBase) and m.running_mean is not None]
+    return [norm for norm in norms if norm.training]
+
+
 @torch.no_grad()
-def reestimate_batchnorm(problem: Problem, model: nn.Module, keys: Tensor) -> None:
+def reestimate(problem: Problem, model: nn.Module, keys: Tensor) -> None:
     """Set the running statistics to their mean over the training batches, weighted by the number of samples.
 
-    A norm layer that one forward pass calls several times counts every call. Leaves the model in eval mode.
+    A norm layer that one forward pass calls several times counts every call. Also finds the vectors of spectral norms
+    anew. Leaves the model in eval mode.
     """
+    norms = norms_in_training(model)
     model.eval()
-    norms = [m for m in model.modules() if isinstance(m, _NormBase) and m.running_mean is not None]
+    find_spectral_norms([model])
     momenta = [norm.momentum for norm in norms]
     seen, count = dict.fromkeys(norms, 0), 0
 
@@ -428,7 +443,7 @@ def targets_of(problem: Problem, data: Data) -> Tensor:
 
 def load(problem: Problem, state: State) -> nn.Module:
     """Return a model on the problem's device that has the parameters and buffers of `state`."""
-    model = copy.deepcopy(problem.template)
+    model = copy_of(problem.template)
     for name, tensor in {**dict(model.named_parameters()), **dict(model.named_buffers())}.items():
         tensor.data.copy_(state[name])
     return model
@@ -436,4 +451,4 @@ def load(problem: Problem, state: State) -> nn.Module:
 
 def state_of(model: nn.Module) -> State:
     """Return the model's parameters and buffers by name."""
-    return {**{n: p.detach() for n, p in model.named_parameters()}, **dict(model.named_buffers())}
+    return {**{n: p.detach() for n, p in model.named_parameters()}, **{n: b.detach() for n, b in model.named_buffers()}}

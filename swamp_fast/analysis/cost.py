@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from swamp_fast.analysis.evaluator import Analysis
+from swamp_fast.common.copying import copy_of
 from swamp_fast.common.exclusive import one_at_a_time
 from swamp_fast.common.timing import seconds_in_turn
 from swamp_fast.data.store import pass_in_stored_order
@@ -120,7 +120,7 @@ def _latency(
 
     contenders = [plain(module, inputs)]
     if isinstance(inputs, Tensor) and inputs.dim() == 4:
-        last = copy.deepcopy(module).to(memory_format=torch.channels_last)
+        last = copy_of(module).to(memory_format=torch.channels_last)
         contenders.append(plain(last, channels_last(inputs)))
     if isinstance(engine, str):
         with torch.no_grad():

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from swamp_fast.common.copying import copy_of
 from swamp_fast.common.exclusive import one_at_a_time
 from swamp_fast.common.memory import free_memory
 from swamp_fast.common.tree import tensors
@@ -303,7 +304,7 @@ class Analysis:
         inputs, _, _ = next(pass_in_stored_order(self.train, self.problem.config.batch_size))
         largest = _Largest()
         with largest, torch.no_grad():
-            self.problem.forward(copy.deepcopy(self.problem.template).eval(), inputs)
+            self.problem.forward(copy_of(self.problem.template).eval(), inputs)
         return 32 * self.problem.layout.P + 4 * largest.bytes
 
     def _differ_outside_norms(self, buffers: dict[str, Tensor]) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from swamp_fast.analysis.evaluator import Analysis, some_of
+from swamp_fast.common.copying import copy_of
 from swamp_fast.common.exclusive import one_at_a_time
 from swamp_fast.common.statistics import half_width
 from swamp_fast.data.store import Data, pass_in_stored_order
@@ -122,7 +122,7 @@ def quadratic_forms(on: Analysis, point: Solution, vectors: Tensor, data: Data) 
     this was measured to be twice as fast as folded lanes, one per vector, and it is correct for every model.
     """
     problem, layout = on.problem, on.problem.layout
-    module = copy.deepcopy(problem.template).eval()
+    module = copy_of(problem.template).eval()
     Bound(module, layout, point.weights.clone(), None).hold()
     for name, buffer in module.named_buffers():
         buffer.copy_(point.buffers[name])

@@ -17,6 +17,7 @@ from swamp_fast.data.store import Data, pass_in_stored_order
 from swamp_fast.particles.bank import Solution
 from swamp_fast.particles.norms import norms_of
 from swamp_fast.particles.random import at_time, evaluation_time
+from swamp_fast.particles.spectral_norms import find_spectral_norms, spectral_vectors
 from swamp_fast.problem.problem import Problem
 from swamp_fast.runs.record import Run, first_rank_decides
 
@@ -44,7 +45,11 @@ def combine(problem: Problem, run: Run, side_by_side: ModelsSideBySide, particle
     """
     lanes = particles.left
     mean = ops.particle_mean(particles.weights[lanes], torch.zeros_like(particles.keys[lanes, 0]), 1)
-    buffers = {name: torch.cat([each, mean_buffer(each[lanes])[None]]) for name, each in particles.buffers.items()}
+    vectors = spectral_vectors(problem.template)
+    buffers = {
+        name: torch.cat([each, mean_buffer(each[lanes], of_spectral_norm=name in vectors)[None]])
+        for name, each in particles.buffers.items()
+    }
     stream_after_the_last = particles.keys[-1:] + particles.keys.new_tensor([0, 1, 0])
     keys = torch.cat([particles.keys, stream_after_the_last])
     models = side_by_side(torch.cat([particles.weights, mean]), buffers)
@@ -64,12 +69,16 @@ def combine(problem: Problem, run: Run, side_by_side: ModelsSideBySide, particle
     return Combined(average, each if keeps else [], score_row(test, val))
 
 
-def mean_buffer(particles: Tensor) -> Tensor:
+def mean_buffer(particles: Tensor, of_spectral_norm: bool = False) -> Tensor:
     """Return the average's value of a buffer from the particles' values [N, ...].
 
-    It is their mean if the buffer is floating-point, and otherwise the first particle's value.
+    It is their mean if the buffer is floating-point. It is the first particle's value if the buffer is not, such as a
+    counter, or if it is a vector of a spectral norm, from which `reestimate` finds that of the average's weights.
     """
-    return particles.double().mean(0).to(particles.dtype) if particles.is_floating_point() else particles[0]
+    if of_spectral_norm or not particles.is_floating_point():
+        return particles[0]
+    mean = particles.double().mean(0).to(particles.dtype)
+    return torch.where((particles == particles[0]).all(0), particles[0], mean)  # a mean of equal numbers may round
 
 
 @torch.no_grad()
@@ -82,16 +91,18 @@ def reestimate(
 ) -> None:
     """Set the running statistics to their mean over one pass through the data, weighted by the number of samples.
 
-    With the running statistics of a particle, averaged weights would have chance accuracy. Only norm layers are put
-    into train mode, so dropout stays off. If one forward pass calls a norm several times, each call counts as a batch.
-    Leaves the modules in eval mode.
+    Norms that the model's own `train()` leaves in evaluation mode keep their statistics. The vectors of spectral norms
+    are found anew for the modules' weights. With the running statistics of a particle, averaged weights would have
+    chance accuracy. Only norm layers are put into train mode, so dropout stays off. If one forward pass calls a norm
+    several times, each call counts as a batch. Leaves the modules in eval mode.
 
     run  run(inputs [B, ...], time) runs all modules on one batch
     """
-    norms = norms_of(modules)
+    norms = _norms_to_reestimate(modules)
     momenta = [norm.momentum for norm in norms]
     for module in modules:
         module.eval()
+    find_spectral_norms(modules)
     if not norms:
         return
     for norm in norms:
@@ -115,3 +126,11 @@ def reestimate(
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
         norm.eval()
+
+
+def _norms_to_reestimate(modules: list[nn.Module]) -> list[Any]:
+    """Return the norm layers that use the batch's statistics in train mode."""
+    norms = norms_of(modules)
+    for module in modules if norms else ():
+        module.train()
+    return [norm for norm in norms if norm.training]

@@ -9,13 +9,13 @@ place in the bank, because libraries sum in an order that depends on the address
 
 from __future__ import annotations
 
-import copy
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from swamp_fast.common.copying import copy_of
 from swamp_fast.common.tree import tree_map
 from swamp_fast.data.store import Batch
 from swamp_fast.particles.dropout import DropoutStream
@@ -39,7 +39,7 @@ class LaneByLane:
     ) -> None:
         self.problem, self.weights, self.channels_last = problem, weights, channels_last
         templates = templates or [problem.template] * len(weights)
-        self.modules: list[nn.Module] = [copy.deepcopy(template) for template in templates]
+        self.modules: list[nn.Module] = [copy_of(template) for template in templates]
         self.bound = [
             Bound(module, problem.layout, weights[lane], None if grads is None else grads[lane])
             for lane, module in enumerate(self.modules)
@@ -56,7 +56,7 @@ class LaneByLane:
             self.problem.seeded(key)
             with DropoutStream(key), self.problem.autocast():
                 loss = self.problem.losses(self.problem.forward(module, inputs), targets).mean()
-            loss.backward()
+            self.problem.backward(loss, bound.leaves)
             bound.take_back()
             losses.append(loss.detach())
         return torch.stack(losses)
@@ -77,6 +77,8 @@ class LaneByLane:
 
     def set_buffers(self, buffers: dict[str, Tensor]) -> None:
         """As LaneRunner.set_buffers."""
+        for bound in self.bound:  # what is computed from the weights outside of a forward pass needs them too
+            bound.hold()
         write_buffers(self.modules, buffers)
 
     def buffers(self) -> dict[str, Tensor]:
@@ -99,7 +101,7 @@ def write_buffers(modules: list[nn.Module], buffers: dict[str, Tensor]) -> None:
 def read_buffers(modules: list[nn.Module]) -> dict[str, Tensor]:
     """The buffers [L, ...] of L modules."""
     by_module = [dict(module.named_buffers()) for module in modules]
-    return {name: torch.stack([buffers[name] for buffers in by_module]) for name in by_module[0]}
+    return {name: torch.stack([buffers[name].detach() for buffers in by_module]) for name in by_module[0]}
 
 
 def _at_a_new_address(leaf: Any, last: bool) -> Any:
@@ -124,6 +126,7 @@ class Bound:
         grad_views = {} if grads is None else layout.views(grads)
         named = [(name, parameter) for name, parameter in module.named_parameters() if name in views]
         self.parameters = [(parameter, views[name], grad_views.get(name)) for name, parameter in named]
+        self.leaves: list[Tensor] = [parameter for _, parameter in named]
 
     def hold(self) -> None:
         """Make the parameters and gradients views of the lane, even if an earlier forward has replaced them."""

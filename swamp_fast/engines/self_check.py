@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from swamp_fast.common.copying import copy_of
 from swamp_fast.common.tree import tensors, tree_map
 from swamp_fast.data.store import Batch
 from swamp_fast.engines.trainer import LaneRunner
@@ -23,7 +23,7 @@ TOLERANCE = 1e-9  # for float64 results, relative to the largest number; roundin
 def in_float64(problem: Problem) -> Problem:
     """The same problem with precision float64 and a float64 copy of the model."""
     config = dataclasses.replace(problem.config, precision="float64")
-    return dataclasses.replace(problem, config=config, template=copy.deepcopy(problem.template).double())
+    return dataclasses.replace(problem, config=config, template=copy_of(problem.template).double())
 
 
 def check_keys(problem: Problem, lanes: int) -> Tensor:

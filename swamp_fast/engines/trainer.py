@@ -129,9 +129,9 @@ class Trainer:
         """Prepare a training from its first step, or restore it from a `state` at a later step."""
         self.done = 0
         self.runner.set_buffers(self.bank.buffers)
-        reset_running_stats(self.runner.modules)
         for module in self.runner.modules:
             module.train()
+        reset_running_stats(self.runner.modules)
         if state is not None:
             self.done = int(state["done"])
             self.loss_sum.copy_(state["loss_sum"])

@@ -16,6 +16,10 @@ def norms_of(modules: Iterable[nn.Module]) -> list[Any]:
 
 
 def reset_running_stats(modules: Iterable[nn.Module]) -> None:
-    """Reset the running statistics of all norm layers in the modules."""
+    """Reset the running statistics of the norm layers in modules that are in train mode.
+
+    Norms that the model's own `train()` leaves in evaluation mode are frozen: they keep their statistics.
+    """
     for norm in norms_of(modules):
-        norm.reset_running_stats()
+        if norm.training:
+            norm.reset_running_stats()

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.ao.quantization import FakeQuantizeBase, ObserverBase
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.prune import BasePruningMethod
 
+from swamp_fast.common.copying import attribute_tensors, copy_of
 from swamp_fast.common.format import dtype_name
 from swamp_fast.config import SwampConfig
 from swamp_fast.particles.layout import Layout, by_layer
@@ -21,6 +23,7 @@ def check_model(model: object) -> None:
         raise TypeError(f"`model` must be an nn.Module, got {type(model).__name__}.")
     if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
         raise TypeError(f"`model` must be the plain module, got a {type(model).__name__}; pass model.module.")
+    _check_modules(model)
     named = [*model.named_parameters(), *model.named_buffers()]
     if not any(True for _ in model.parameters()):
         raise ValueError("`model` has no parameters, so nothing to train or prune; pass the network itself.")
@@ -45,6 +48,29 @@ def check_model(model: object) -> None:
     devices = sorted({str(tensor.device) for _, tensor in named})
     if len(devices) > 1:
         raise ValueError(f"`model` must be on one device, got {', '.join(devices)}; call model.to(...) first.")
+
+
+def _check_modules(model: nn.Module) -> None:
+    """Raise TypeError or ValueError for modules of which copies can't be trained or pruned."""
+    for path, module in model.named_modules():
+        place = path or "the model"
+        if isinstance(module, torch.jit.ScriptModule):
+            raise TypeError(
+                f"`model`: {place} is compiled by torch.jit, and its copies share their parameters. Pass the plain "
+                "module, and compile the result."
+            )
+        if isinstance(module, FakeQuantizeBase | ObserverBase):
+            raise TypeError(
+                f"`model`: {place} ({type(module).__name__}) prepares the model for quantization. Pass the model as it "
+                "was before torch.ao.quantization.prepare or prepare_qat, and prepare the result."
+            )
+        pruned = [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, BasePruningMethod)]
+        if pruned:
+            name = pruned[0]._tensor_name
+            raise ValueError(
+                f"`model`: torch.nn.utils.prune prunes {name} of {place} at every forward pass. Call "
+                f'torch.nn.utils.prune.remove(module, "{name}") first; `initial_masks` takes the mask.'
+            )
 
 
 def choose_device(name: str, model: nn.Module) -> torch.device:
@@ -74,15 +100,33 @@ def choose_device(name: str, model: nn.Module) -> torch.device:
     return torch.device("cuda", index)
 
 
-def copy_of(model: nn.Module) -> nn.Module:
+def particle_of(model: nn.Module) -> nn.Module:
     """Return a deep copy of the model. Raises ValueError, with the reason, if it can't be copied."""
     try:
-        return copy.deepcopy(model)
+        return copy_of(model)
     except Exception as error:
         raise ValueError(
-            f"`model` can't be copied ({error}), but each particle is a deep copy of it. Remove tensors with an "
-            "autograd graph, open files and similar objects from its attributes."
+            f"`model` can't be copied ({error}), but each particle is a deep copy of it. Remove open files, locks and "
+            "similar objects from its attributes."
         ) from error
+
+
+def check_recomputed(model: nn.Module, before: Mapping[str, list[Tensor]], graphs: Mapping[str, list[int]]) -> None:
+    """Raise ValueError if a forward pass left an attribute as it was that had an autograd graph in the user's model.
+
+    A copy has only its values, without the graph. So it must be a cache that every forward pass computes anew.
+
+    before  the model's `attribute_tensors` before the forward pass
+    graphs  the attributes of the user's model that have a graph, as `attributes_with_graphs` returns them
+    """
+    after = {name: {id(tensor) for tensor in held} for name, held in attribute_tensors(model).items()}
+    for name, places in graphs.items():
+        if any(id(before[name][place]) in after.get(name, ()) for place in places):
+            raise ValueError(
+                f"`model`: its attribute {name} holds a tensor with an autograd graph that forward doesn't compute "
+                f"anew, and each particle is a copy of the model, without this graph. Compute {name} in forward, or "
+                f"detach it: model.{name} = model.{name}.detach()."
+            )
 
 
 def check_batches(samples: int, batch: int, drop_last: bool, model: nn.Module) -> None:

@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from swamp_fast.common.copying import uncompiled
 from swamp_fast.common.fingerprint import callable_fingerprint, model_fingerprint, tensor_fingerprint
 from swamp_fast.config import SwampConfig, default_of
 from swamp_fast.data.sources import Opened, open_source
 from swamp_fast.data.standardise import Standardise
 from swamp_fast.particles.layout import Layout
+from swamp_fast.particles.spectral_norms import spectral_vectors
 from swamp_fast.problem.arguments import Arguments, call, cross_entropy
 from swamp_fast.problem.checks import (
     check_batches,
@@ -21,12 +23,14 @@ from swamp_fast.problem.checks import (
     check_model,
     check_validation,
     choose_device,
-    copy_of,
+    particle_of,
     write_masks_,
 )
+from swamp_fast.problem.gradients import listed
 from swamp_fast.problem.precision import weight_dtype
 from swamp_fast.problem.probe import Probe, probe_model
 from swamp_fast.problem.problem import Problem
+from swamp_fast.problem.shared_memory import check_memory
 from swamp_fast.problem.splits import Splits, build_splits, check_splits, open_splits
 
 
@@ -49,7 +53,10 @@ def prepare(
     arguments = arguments or Arguments()
     forward, loss, transform = arguments.forward or call, arguments.loss or cross_entropy, arguments.transform
     config = SwampConfig.of(config, settings)
+    model = uncompiled(model)
     check_model(model)
+    check_memory(model)
+    fingerprint = model_fingerprint(model)  # before hooks of the user's can collect anything in the model
     device, dtype = choose_device(config.device, model), weight_dtype(config)
 
     opened = open_source(train, "train", config.data_dir)
@@ -59,7 +66,7 @@ def prepare(
     check_batches(splits.train.data.length, config.batch_size, opened.drop_last, model)
 
     template = _template_of(model, device, dtype)
-    probe = probe_model(template, splits.train.data, config, forward, loss, transform, arguments.prunable)
+    probe = probe_model(model, template, splits.train.data, config, forward, loss, transform, arguments.prunable)
     check_splits(splits, probe.classes if loss is cross_entropy else None)
     hashes = splits.fingerprints()
     check_validation(hashes, config)
@@ -84,7 +91,7 @@ def prepare(
         probe=probe,
         lines=_introduction(template, layout, splits, probe),
         fingerprints={
-            "model": model_fingerprint(model),
+            "model": fingerprint,
             "mask": tensor_fingerprint(mask),
             **hashes,
             "forward": callable_fingerprint(forward),
@@ -114,7 +121,7 @@ def _with_batch_size_of(opened: Opened, config: SwampConfig, settings: Mapping[s
 
 def _template_of(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
     """Return a copy of the model on the device, with buffers that need no gradient."""
-    template = copy_of(model).to(device, dtype)
+    template = particle_of(model).to(device, dtype)
     for buffer in template.buffers():
         buffer.requires_grad_(False)
     return template
@@ -133,6 +140,26 @@ def _first_mask(
     return mask
 
 
+def _notes(model: nn.Module, probe: Probe) -> list[str]:
+    """Return lines about what is not trained, and about buffers that are averaged."""
+    notes = []
+    if probe.without_gradient:
+        notes.append(f"note     the first samples give no gradient for {listed(probe.without_gradient)}")
+    if probe.outside:
+        shapes = listed([str(list(shape)) for shape in probe.outside])
+        notes.append(f"note     the loss has gradients for tensors outside the model, which aren't trained: {shapes}")
+    buffers, vectors = dict(model.named_buffers()), spectral_vectors(model)
+    averaged = [
+        name for name in probe.changed if name in buffers and buffers[name].is_floating_point() and name not in vectors
+    ]
+    if averaged:
+        notes.append(
+            f"buffers  {listed(averaged)}: averaged over the particles; only statistics of norms that derive from "
+            "torch's BatchNorm are re-estimated"
+        )
+    return notes
+
+
 def _introduction(model: nn.Module, layout: Layout, splits: Splits, probe: Probe) -> tuple[str, ...]:
     """Return the console's first lines about a run: its model, its data, and what the FLOPs leave out."""
     trained = sum(entry.size for entry in layout.entries)
@@ -140,6 +167,7 @@ def _introduction(model: nn.Module, layout: Layout, splits: Splits, probe: Probe
         f"model    {type(model).__name__}: {layout.weights:,} prunable of {trained:,} trained weights, in "
         f"{len(layout.prunable)} of {len(layout.entries)} parameters"
     ]
+    lines += [probe.pruned.line, *_notes(model, probe)]
     lines += [f"data     {split.line}" for split in splits.built]
     if probe.uncounted:
         lines.append(

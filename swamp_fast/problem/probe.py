@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.flop_counter import FlopCounterMode
 
+from swamp_fast.common.copying import attribute_tensors, attributes_with_graphs
 from swamp_fast.common.fingerprint import state_fingerprint
 from swamp_fast.common.tree import tensors, tree_map
 from swamp_fast.config import SwampConfig
@@ -17,8 +18,9 @@ from swamp_fast.data.store import Data
 from swamp_fast.particles.dropout import DropoutStream, refused_in_backward
 from swamp_fast.particles.random import generators_left_alone, generators_state, lane_keys, stream_of
 from swamp_fast.problem.arguments import Forward, Loss, Transform, cross_entropy
-from swamp_fast.problem.checks import copy_of
-from swamp_fast.problem.prunable import Prunable, select_prunable
+from swamp_fast.problem.checks import check_recomputed, particle_of
+from swamp_fast.problem.gradients import check_gradients, gradients_restored, leaves_of
+from swamp_fast.problem.prunable import Prunable, Pruned, select_prunable
 from swamp_fast.problem.uses import counted_uses
 from swamp_fast.problem.value_reads import ValueReads
 
@@ -32,12 +34,14 @@ MISFITS = (RuntimeError, TypeError, ValueError, IndexError, AttributeError, KeyE
 class Probe:
     """The properties of a model that running it forward and backward showed.
 
-    prunable         the names of the parameters to prune
+    pruned           the parameters to prune, and why others aren't pruned
     classes          the size of axis 1 of the outputs if they are a tensor [B, classes, ...], else None
     classifies       whether the outputs are logits and the targets are labels, so that accuracies make sense
     draws_elsewhere  whether the forward pass draws from torch's, Python's or NumPy's generator, other than by dropout
     changed          the names of the weights and buffers that a forward pass changes, without norms' running statistics
     keeps_state      whether a forward pass changes plain attributes of the model, or draws from a generator in them
+    without_gradient  the names of the trained parameters for which the loss of these samples has no gradient
+    outside          the shapes of the tensors outside the model for which the loss has gradients
     reads_values     the operation by which the forward pass or the loss reads values of tensors, so that it may branch
                      on them; None if there is none
     convolves        whether the model convolves pictures [B, C, H, W]
@@ -45,16 +49,23 @@ class Probe:
     uses             parameter name -> multiply-adds per weight in one sample's forward pass
     """
 
-    prunable: frozenset[str]
+    pruned: Pruned
     classes: int | None
     classifies: bool
     draws_elsewhere: bool
     changed: tuple[str, ...]
     keeps_state: bool
+    without_gradient: tuple[str, ...]
+    outside: tuple[tuple[int, ...], ...]
     reads_values: str | None
     convolves: bool
     dense_flops: int
     uses: dict[str, float]
+
+    @property
+    def prunable(self) -> frozenset[str]:
+        """The names of the parameters to prune."""
+        return self.pruned.names
 
     @property
     def uncounted(self) -> list[str]:
@@ -75,6 +86,7 @@ class Probe:
 
 
 def probe_model(
+    original: nn.Module,
     template: nn.Module,
     data: Data,
     config: SwampConfig,
@@ -85,26 +97,30 @@ def probe_model(
 ) -> Probe:
     """Run a copy of the model on the first few samples, forward and backward, in train mode.
 
+    original  the user's model, of which the template is a copy
+
     Raises ValueError or TypeError if the model, the data, `forward`, `loss`, `transform` and `prunable` don't fit
     together.
     """
     keys = lane_keys([config.seed], [stream_of(None, 0)], data.device)
     trial = _Trial(data, min(MAX_SAMPLES, data.length, config.batch_size), keys, forward, loss, transform)
-    model = copy_of(template).train()
+    model = particle_of(template).train()
     with generators_left_alone():
-        effects = _side_effects(model, trial, keys)
+        effects = _side_effects(original, model, trial, keys)
         with counted_uses(model, trial.samples) as uses, torch.no_grad(), FlopCounterMode(display=False) as counter:
             trial.run(model)
     model.zero_grad()
     outputs = effects.outputs
     convolves = any("convolution" in str(op) for op in counter.get_flop_counts().get("Global", {}))
     return Probe(
-        prunable=frozenset(select_prunable(model, prunable, outputs)),
+        pruned=select_prunable(model, prunable, outputs, effects.loss),
         classes=outputs.shape[1] if isinstance(outputs, Tensor) and outputs.dim() >= 2 else None,
         classifies=trial.classifies(outputs),
         draws_elsewhere=effects.draws_elsewhere,
         changed=effects.changed,
         keeps_state=effects.keeps_state,
+        without_gradient=effects.without_gradient,
+        outside=effects.outside,
         reads_values=trial.reads.operation,
         convolves=convolves and any(leaf.dim() == 4 for leaf in tensors(trial.inputs)),
         dense_flops=counter.get_total_flops() // trial.samples,
@@ -159,7 +175,7 @@ class _Trial:
         except MISFITS as error:
             raise ValueError(
                 f"the model can't run on a batch of inputs {_shapes(self.inputs)}: {error}\nCheck the data's shape, or "
-                "pass `forward(model, inputs)`."
+                "pass `forward(model, inputs)`, which must run the module that it is given."
             ) from error
         if self.loss is cross_entropy:
             if not _are_logits(outputs):
@@ -200,15 +216,18 @@ def _transformed(transform: Transform, inputs: Any) -> Any:
 
 @dataclass(frozen=True)
 class _SideEffects:
-    """The outputs of a forward pass, and its side effects as Probe describes them."""
+    """The outputs and the loss of a forward pass, and its side effects as Probe describes them."""
 
     outputs: Any
+    loss: Tensor
     draws_elsewhere: bool
     changed: tuple[str, ...]
     keeps_state: bool
+    without_gradient: tuple[str, ...]
+    outside: tuple[tuple[int, ...], ...]
 
 
-def _side_effects(model: nn.Module, trial: _Trial, keys: Tensor) -> _SideEffects:
+def _side_effects(original: nn.Module, model: nn.Module, trial: _Trial, keys: Tensor) -> _SideEffects:
     """Find the side effects of a model's forward pass by running it twice with the same random draws.
 
     The second run also goes backward. Then the model and the generators are compared with their earlier state.
@@ -221,19 +240,32 @@ def _side_effects(model: nn.Module, trial: _Trial, keys: Tensor) -> _SideEffects
     }
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    held, graphs = attribute_tensors(model), attributes_with_graphs(original)
     generators, attributes = generators_state(), state_fingerprint(model)
     with generators_left_alone(), DropoutStream(keys):
         first, _ = trial.run(model)
     with DropoutStream(keys):
         outputs, loss = trial.run(model)
-    keeps_state = attributes != state_fingerprint(model) or not _same(first, outputs)
-    with refused_in_backward():
+    attributes_change = attributes != state_fingerprint(model)
+    check_recomputed(model, held, graphs)
+    own = {id(parameter) for parameter in model.parameters()}
+    outside = [leaf for leaf in leaves_of(loss) if id(leaf) not in own]
+    with refused_in_backward(), gradients_restored([*outside, *original.parameters()]):
         loss.backward(retain_graph=True)
+    without_gradient = check_gradients(model, original, outside)
     changed = tuple(
         name for name, buffer in model.named_buffers() if name not in norms and not _same_bits(buffer, buffers[name])
     )
     changed += tuple(name for name, p in model.named_parameters() if not _same_bits(p, weights[name]))
-    return _SideEffects(outputs, generators != generators_state(), changed, keeps_state and not changed)
+    return _SideEffects(
+        outputs=outputs,
+        loss=loss,
+        draws_elsewhere=generators != generators_state(),
+        changed=changed,
+        keeps_state=attributes_change or not (changed or _same(first, outputs)),
+        without_gradient=tuple(without_gradient),
+        outside=tuple(tuple(leaf.shape) for leaf in outside),
+    )
 
 
 def _are_logits(outputs: Any) -> bool:

@@ -99,6 +99,10 @@ class Problem:
         losses = self.loss(outputs, targets)
         return losses.flatten(1).mean(1) if losses.dim() > 1 else losses
 
+    def backward(self, loss: Tensor, parameters: list[Tensor]) -> None:
+        """Add the gradients of a loss to those of some parameters, and to nothing that belongs to the user."""
+        loss.backward(inputs=parameters if self.probe.outside else None)
+
     def kept(self, mask: Tensor) -> dict[str, int]:
         """Return, by parameter name, the number of weights that a mask [Q] keeps."""
         return {name: int(view.sum()) for name, view in self.layout.mask_views(mask).items()}

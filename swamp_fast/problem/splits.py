@@ -120,7 +120,10 @@ def _check_like(name: str, data: Data, train: Data) -> None:
 
 
 def _sample_kind(data: Data) -> tuple[str, str]:
-    """Return the shape and type of a sample's input and target as text; the input's says whether it is standardised."""
+    """Return the shape and type of a sample's input and target as text.
+
+    The input's text also says whether the input is a uint8 picture, which is standardised.
+    """
     first, no_keys = (torch.zeros(1, size, dtype=torch.int64, device=data.device) for size in (1, 3))
     inputs, targets = data.fetch(next(iter(data.batches(first, no_keys, [(0, 1)]))), None).lane(0)
     return ("uint8 pictures " if data.table is not None else "") + str(_kinds(inputs)), str(_kinds(targets))

@@ -9,6 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from swamp_fast.problem.layer_weights import weight_of
+
 Count = Callable[[Tensor | None, float], None]  # (a parameter, multiply-adds per weight)
 
 
@@ -41,11 +43,11 @@ def _hook(count: Count) -> Callable[..., None]:
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if isinstance(module, _ConvTransposeNd):
-            count(module.weight, args[0].numel() / module.in_channels)
+            count(weight_of(module), args[0].numel() / module.in_channels)
         elif isinstance(module, _ConvNd):
-            count(module.weight, output.numel() / module.out_channels)
+            count(weight_of(module), output.numel() / module.out_channels)
         elif isinstance(module, nn.Linear):
-            count(module.weight, output.numel() / module.out_features)
+            count(weight_of(module), output.numel() / module.out_features)
         elif isinstance(module, nn.MultiheadAttention):
             _count_attention(module, args, kwargs, count)
 

@@ -60,7 +60,7 @@ def dropped_text(cycle: int, lane: int, epoch: int) -> str:
 
 
 def show(texts: Sequence[str]) -> None:
-    """Raise the texts as UserWarnings that point to the driver's caller."""
+    """Show each text as a UserWarning that points to the code that called the driver."""
     for text in texts:
         warn_user(text)
 

@@ -1,8 +1,7 @@
-"""SwampResult, which a run returns and as which its folder is loaded."""
+"""SwampResult: the result that a run returns, which can also be loaded from the run's folder."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from swamp_fast.common.copying import copy_of, uncompiled
 from swamp_fast.config import SwampConfig
 from swamp_fast.runs.display import result_html, summary_lines
 from swamp_fast.runs.folder import Packed, RunDirectory, Snapshot, read_snapshot
@@ -165,7 +165,7 @@ class SwampResult:
             standardise=about["standardise"],
             snapshots=paths,
             about=about,
-            template=None if model is None else copy.deepcopy(model),
+            template=None if model is None else copy_of(uncompiled(model)),
         )
         if model is not None:
             result.at(done - 1)  # raises here, rather than later, if the model doesn't fit
@@ -202,7 +202,7 @@ def module_of(template: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
 
     Raises ValueError if the names or shapes in `state` differ from the template's.
     """
-    module = copy.deepcopy(template)
+    module = copy_of(template)
     own = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     if set(own) != set(state):
         missing, foreign = sorted(set(own) - set(state)), sorted(set(state) - set(own))

@@ -154,7 +154,7 @@ def test_random_samples_are_streamed_and_repeat(workers):
 
 
 class FlipsRarely(Dataset):
-    """A Dataset of which one sample in a thousand is random; it is recognised by its use of the generator."""
+    """A Dataset that flips one sample in a thousand at random. Only its use of the generator reveals this."""
 
     def __len__(self):
         return 40

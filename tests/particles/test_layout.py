@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from swamp_fast.common.tree import tensors
 from swamp_fast.config import SwampConfig
 from swamp_fast.models import MODELS, build_model
 from swamp_fast.particles.layout import ALIGNMENT, Layout
@@ -78,27 +79,34 @@ class TwoHeads(nn.Module):
         return {"main": self.conv(x[..., None]).mean(-1), "aux": [self.aux(x)]}
 
 
+def ran(model, inputs):
+    outputs = model(inputs)
+    return outputs, sum(output.sum() for output in tensors(outputs))
+
+
 def test_every_output_layer_and_shared_embeddings_are_left():
     model = TwoHeads()
-    assert select_prunable(model, None, model(torch.randn(2, 8))) == {"body.weight"}
+    assert select_prunable(model, None, *ran(model, torch.randn(2, 8))).names == {"body.weight"}
 
 
 def test_names_patterns_and_predicates():
     model = networks.build("residual")
-    outputs = model(torch.randn(2, 1, 8, 8))
+    outputs = ran(model, torch.randn(2, 1, 8, 8))
     every = {"stem.weight", "norm1.weight", "norm2.weight", "conv.weight", "head.weight"}
-    assert select_prunable(model, "*.weight", outputs) == every
-    assert select_prunable(model, ["stem", "head.weight"], outputs) == {"stem.weight", "head.weight"}
-    assert select_prunable(model, lambda name, p: p.dim() == 4, outputs) == {"stem.weight", "conv.weight"}
+    with pytest.warns(UserWarning, match=r"also selects norm1\.weight, norm2\.weight, which are biases or the weights"):
+        assert select_prunable(model, "*.weight", *outputs).names == every
+    assert select_prunable(model, sorted(every), *outputs).names == every  # by name, so without a warning
+    assert select_prunable(model, ["stem", "head.weight"], *outputs).names == {"stem.weight", "head.weight"}
+    assert select_prunable(model, lambda name, p: p.dim() == 4, *outputs).names == {"stem.weight", "conv.weight"}
     model.conv.weight.requires_grad_(False)
-    assert select_prunable(model, None, model(torch.randn(2, 1, 8, 8))) == {"stem.weight"}
+    assert select_prunable(model, None, *ran(model, torch.randn(2, 1, 8, 8))).names == {"stem.weight"}
     for wanted, text in (
         (["stem", "stom"], '"stom" matches no trained parameter; there are stem.weight'),
         (lambda name, p: False, "`prunable` selects none of the trained parameters"),
         ([3], "must hold names or patterns, got 3"),
     ):
         with pytest.raises((ValueError, TypeError), match=text):
-            select_prunable(model, wanted, outputs)
+            select_prunable(model, wanted, *outputs)
 
 
 def test_convolution_counts_of_the_protocols_networks():

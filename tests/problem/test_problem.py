@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 
 import networks
 import pytest
@@ -36,10 +37,16 @@ class Graph(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.layer, self.head = nn.Linear(64, 8), nn.Linear(8, 10)
-        self.cache = self.layer(torch.randn(2, 64))  # has an autograd graph, so it can't be copied
+        self.cache = [self.layer(torch.randn(2, 64))]  # has an autograd graph, which copies lack
 
     def forward(self, x):
         return self.head(self.layer(x.flatten(1)))
+
+
+class Locked(networks.Tied):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lock = threading.Lock()
 
 
 class Dicts(nn.Module):
@@ -68,7 +75,8 @@ MODELS = [
     (lambda: nn.Linear(3, 3, dtype=torch.complex64), ValueError, "is complex; parameters must be real"),
     (lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), ValueError, "the model has nothing to prune"),
     (frozen, ValueError, "the model has nothing to prune"),
-    (Graph, ValueError, r"`model` can't be copied .* each particle is a deep copy"),
+    (Graph, ValueError, "its attribute cache holds a tensor with an autograd graph that forward doesn't compute anew"),
+    (Locked, ValueError, r"`model` can't be copied .* each particle is a deep copy"),
     (
         lambda: nn.Sequential(nn.Flatten(), nn.Linear(65, 10)),
         ValueError,

@@ -230,7 +230,7 @@ def test_continuing_elsewhere_is_reported(on, digits, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("reordered", [False, True])
 def test_the_state_of_a_bank_is_the_same_for_every_engine(reordered):
-    """This also holds if each layer's remaining channels come first in its weights, as on CUDA."""
+    """The state is also the same if an engine stores a layer's remaining channels first, as on CUDA."""
     model = networks.build("residual")
     layout = Layout.of(model.named_parameters(), {"conv.weight", "stem.weight"})
     config = SwampConfig()

@@ -45,7 +45,7 @@ def why_not_fold(problem: Problem, grouped: bool) -> str | None:
     if problem.probe.draws_elsewhere:
         return "it draws random numbers besides dropout (reproducible on one kind of device only)"
     if problem.probe.keeps_state:
-        return "its forward changes plain attributes of the model, or the model has its own random generator"
+        return "its forward keeps state in plain attributes of the model, or differs from call to call"
     if problem.probe.reads_values is not None:
         return f"its forward looks at values ({problem.probe.reads_values}), so lanes would share one decision"
     if problem.probe.changed:
@@ -129,7 +129,7 @@ def _difference(problem: Problem, grouped: bool) -> str | None:
     together = folded(weights)
     for name, expected in alone.items():
         if not close(together[name], expected):
-            return f"the {name} of folded lanes differ from those of the same lanes alone: it mixes samples of a batch"
+            return f"the {name} of folded lanes differ from those of the same lanes alone: as if it mixed samples of a batch"
     for poison, poison_name in ((torch.nan, "NaN"), (1e30, "a weight of 1e30"), (-1e30, "a weight of -1e30")):
         poisoned = weights.clone()
         poisoned[1:] = poison

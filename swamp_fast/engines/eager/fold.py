@@ -7,13 +7,13 @@ so check.py first compares folded lanes with lanes that run alone.
 
 from __future__ import annotations
 
-import copy
 import warnings
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from swamp_fast.common.copying import copy_of
 from swamp_fast.common.tree import tensors, tree_map
 from swamp_fast.data.store import Batch
 from swamp_fast.engines.eager.stacked import STACKED, CannotFold
@@ -39,13 +39,14 @@ class Folded:
         self.problem, self.weights, self.channels_last, self.lanes = problem, weights, channels_last, len(weights)
         self.module = fold(problem.template, problem.layout, weights, grads, grouped)
         self.modules = [self.module]
+        self.leaves: list[Tensor] = [leaf for leaf in self.module.parameters() if leaf.requires_grad]
 
     def backward(self, batch: Batch, step_keys: Tensor) -> Tensor:
         """As LaneRunner.backward."""
         inputs = self._transformed(batch, step_keys)
         with DropoutStream(step_keys, _rows(inputs)), self.problem.autocast():
             losses = self._losses(self.problem.forward(self.module, inputs), batch.targets)
-        losses.sum().backward()
+        self.problem.backward(losses.sum(), self.leaves)
         return losses.detach()
 
     def outputs(self, inputs: Any, keys: Tensor) -> list[Any]:
@@ -111,7 +112,7 @@ def fold(template: nn.Module, layout: Layout, weights: Tensor, grads: Tensor | N
 
     The stacked parameters are views of weights [L, P]. Raises CannotFold if a module has no stacked form.
     """
-    model = copy.deepcopy(template)
+    model = copy_of(template)
     leaves = _Leaves(model, layout, weights, grads)
     replacements: dict[nn.Module, nn.Module] = {}
 

@@ -115,6 +115,8 @@ class _StackedBatchNorm(_BatchNorm):
         reference = module.running_mean if module.running_mean is not None else module.weight
         if reference is not None:
             self.to(reference.device, reference.dtype)
+        for name, buffer in module.named_buffers():
+            getattr(self, name).copy_(buffer.repeat(lanes) if buffer.dim() else buffer)
         self.lanes, self.grouped, self.kind = lanes, grouped, type(module)
         self.stacked_weight, self.stacked_bias = stack(module.weight), stack(module.bias)
         self.train(module.training)

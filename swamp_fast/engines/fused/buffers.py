@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from swamp_fast.common.copying import copy_of
 from swamp_fast.engines.lane_by_lane import read_buffers, write_buffers
 
 
@@ -64,7 +64,7 @@ class Buffers:
 
 def _without_weights(template: nn.Module) -> nn.Module:
     """A copy of a module whose parameters are empty tensors."""
-    module = copy.deepcopy(template)
+    module = copy_of(template)
     for parameter in module.parameters():
         parameter.data = parameter.data.new_empty(0)
     return module

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import Tensor
 
+from swamp_fast.common.copying import copy_of
 from swamp_fast.engines.fused.plan import Convolution, Plan
 from swamp_fast.engines.fused.trace import NotCovered, plan_of
 from swamp_fast.particles.norms import norms_of
@@ -47,7 +46,7 @@ def _why_not_this_forward(problem: Problem) -> str | None:
     if probe.draws_elsewhere:
         return "its forward draws random numbers besides dropout"
     if probe.keeps_state:
-        return "its forward keeps state in the model"
+        return "its forward keeps state in plain attributes of the model, or differs from call to call"
     if probe.changed:
         return f"its forward changes {probe.changed[0]}"
     if probe.reads_values is not None:
@@ -76,7 +75,9 @@ def _why_not_these_parameters(problem: Problem, plan: Plan) -> str | None:
     weights = {op.weight for op in plan.ops if isinstance(op, Convolution)}
     for entry in problem.layout.prunable:
         if entry.name not in weights:
-            return f"{entry.name} is pruned, but is not the weight of a convolution or a linear layer"
+            return (
+                f"{entry.name} is pruned, but its forward doesn't use it as the weight of a convolution or linear layer"
+            )
     for name, parameter in problem.template.named_parameters():
         if not parameter.requires_grad:
             return f"{name} is frozen"
@@ -85,7 +86,7 @@ def _why_not_these_parameters(problem: Problem, plan: Plan) -> str | None:
 
 def _why_not_these_norms(problem: Problem, plan: Plan) -> str | None:
     """Return which norm's running statistics the engine would update otherwise than its module does, or None."""
-    template = copy.deepcopy(problem.template).train()
+    template = copy_of(problem.template).train()
     norms = norms_of([template])
     for path, module in template.named_modules():
         if module in norms and not module.training:

@@ -12,8 +12,11 @@ FUNCTIONAL_DROPOUTS = {F.dropout, F.dropout2d}
 
 
 def values_of(module: nn.Module, graph: fx.Graph, inputs: Tensor) -> dict[fx.Node, Any]:
-    """The value that each node of a module's graph computes on inputs [B, ...]."""
-    values = _Values(fx.GraphModule(module, graph))
+    """The value that each node of a module's graph computes on inputs [B, ...].
+
+    The graph is interpreted. A GraphModule would write the names of layers into source code and execute it.
+    """
+    values = _Values(module, graph)
     with torch.no_grad():
         values.run(inputs.clone())
     return values.by_node
@@ -22,8 +25,8 @@ def values_of(module: nn.Module, graph: fx.Graph, inputs: Tensor) -> dict[fx.Nod
 class _Values(fx.Interpreter):
     """Runs a graph and remembers the value of every node."""
 
-    def __init__(self, module: fx.GraphModule) -> None:
-        super().__init__(module)
+    def __init__(self, module: nn.Module, graph: fx.Graph) -> None:
+        super().__init__(module, graph=graph)
         self.by_node: dict[fx.Node, Any] = {}
 
     def run_node(self, n: fx.Node) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
+from swamp_fast.common.copying import copy_of
 from swamp_fast.engines.fused.nodes import FUNCTIONAL_DROPOUTS, dropout_arguments, source_of
 from swamp_fast.engines.fused.plan import Add, Convolution, Norm, Op, Plan, Pointwise
 from swamp_fast.engines.fused.reader import NotCovered, Reader
@@ -27,7 +27,7 @@ def plan_of(model: nn.Module, forward: Callable[[nn.Module, Any], Any], inputs: 
     for path, module in model.named_modules():
         if any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)):
             raise NotCovered(f"{path or 'the model'} has hooks")
-    called = _Called(copy.deepcopy(model), forward)
+    called = _Called(copy_of(model), forward)
     training, evaluation = _trace(called.train()), _trace(called.eval())
     if _text(training) != _text(evaluation):
         raise NotCovered("its forward differs between training and evaluation")

@@ -53,7 +53,10 @@ def counted(module: Mixed, x: Tensor) -> Tensor:
 
 MIXES = {
     "plain": (lambda m, x: x.relu(), None),
-    "centred": (lambda m, x: x - x.mean(0), "differ from those of the same lanes alone: it mixes samples of a batch"),
+    "centred": (
+        lambda m, x: x - x.mean(0),
+        "differ from those of the same lanes alone: as if it mixed samples of a batch",
+    ),
     "by the batch's size": (lambda m, x: x / len(x), "differ from those of the same lanes alone"),
     "a little": (lambda m, x: x + 1e-6 * x.sum(), "differ from those of the same lanes alone"),
     "rolled": (lambda m, x: x.roll(1, 0), "differ from those of the same lanes alone"),
@@ -87,6 +90,14 @@ def test_hooks_and_strange_norms_are_not_folded(digits):
     )
 
 
+@pytest.mark.parametrize("grouped", [False, True])
+def test_norms_with_statistics_fold(grouped, digits):
+    """A pretrained model starts from statistics other than 0 and 1."""
+    model = networks.build("residual")
+    model(torch.rand(8, 1, 8, 8))
+    assert why_not_fold(prepare(model, *digits, settings=SETTINGS), grouped) is None
+
+
 def test_frozen_parameters_fold(digits):
     model = networks.build("residual")
     model.stem.weight.requires_grad_(False)
@@ -110,6 +121,6 @@ def test_a_model_that_mixes_runs_lane_by_lane_and_says_so(digits):
     model = Mixed(lambda m, x: x - x.mean(0))
     result = fast_swamp(model, *digits, **settings | {"engine": "fastest"})
     assert result.engine["way"] == "lanes"
-    assert "mixes samples" in result.engine["why"]
-    with pytest.raises(ValueError, match=r'engine="eager:fold" can\'t run the model: .*mixes samples'):
+    assert "mixed samples" in result.engine["why"]
+    with pytest.raises(ValueError, match=r'engine="eager:fold" can\'t run the model: .*mixed samples'):
         fast_swamp(model, *digits, **settings | {"engine": "eager:fold"})

@@ -1,0 +1,65 @@
+"""Copies modules that keep tensors with an autograd graph, such as features of the last forward pass."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from swamp_fast.common.tree import tensors
+
+
+def copy_of(module: nn.Module) -> nn.Module:
+    """Return a deep copy of a module. Tensors with an autograd graph are copied without it, wherever they are."""
+    with _WithoutGraphs():
+        return copy.deepcopy(module)
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """Return the module that torch.compile has wrapped, or any other object as it is."""
+    plain: nn.Module = model._orig_mod if is_compiled(model) else model  # type: ignore[assignment]
+    return plain
+
+
+def is_compiled(module: object) -> bool:
+    """Whether torch.compile has wrapped a module. Its class isn't imported, which would take a second."""
+    return type(module).__name__ == "OptimizedModule" and type(module).__module__.startswith("torch._dynamo")
+
+
+class _WithoutGraphs(TorchFunctionMode):
+    """A mode in which a deep copy of a tensor that is computed from others is a plain tensor with its values."""
+
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.__deepcopy__ and not args[0].is_leaf:
+            tensor, memo = args
+            return memo.setdefault(id(tensor), tensor.detach().clone())
+        return func(*args, **(kwargs or {}))
+
+
+def attributes_with_graphs(model: nn.Module) -> dict[str, list[int]]:
+    """Return the attributes, lists and dicts included, that hold tensors with an autograd graph.
+
+    Each is given by its name, with the places of these tensors among the attribute's tensors.
+    """
+    found: dict[str, list[int]] = {}
+    for name, held in attribute_tensors(model).items():
+        places = [place for place, tensor in enumerate(held) if not tensor.is_leaf]
+        if places:
+            found[name] = places
+    return found
+
+
+def attribute_tensors(model: nn.Module) -> dict[str, list[Tensor]]:
+    """Return the tensors in each attribute and buffer of a model's modules, by the attribute's name."""
+    found: dict[str, list[Tensor]] = {}
+    for path, module in model.named_modules():
+        for name, value in {**vars(module), **module._buffers}.items():
+            if name not in _REGISTRIES:
+                found[f"{path}.{name}".lstrip(".")] = tensors(value)
+    return found
+
+
+_REGISTRIES = set(vars(nn.Module()))

@@ -1,0 +1,48 @@
+"""Finds the singular vectors of spectral norms anew, for weights that were averaged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import _SpectralNorm
+from torch.nn.utils.parametrize import ParametrizationList
+from torch.nn.utils.spectral_norm import SpectralNorm
+
+POWER_ITERATIONS = 100  # from the vectors of a trained particle, after which a spectral norm no longer changes
+
+
+def spectral_vectors(module: nn.Module) -> set[str]:
+    """Return the names of the buffers that hold the singular vectors of spectral norms, of both of torch's kinds."""
+    own = {id(vector) for vectors, _ in _spectral_norms(module) for vector in vectors}
+    return {name for name, buffer in module.named_buffers() if id(buffer) in own}
+
+
+@torch.no_grad()
+def find_spectral_norms(modules: Iterable[nn.Module]) -> None:
+    """Find the singular vectors of all spectral norms in the modules anew, by power iterations on their weights."""
+    for module in modules:
+        for _, iterate in _spectral_norms(module):
+            for _ in range(POWER_ITERATIONS):
+                iterate()
+
+
+def _spectral_norms(module: nn.Module) -> Iterator[tuple[list[Tensor], Callable[[], object]]]:
+    """Yield each spectral norm's vectors, and a function that iterates them."""
+    for child in module.modules():
+        if isinstance(child, ParametrizationList):
+            for each in child:
+                if isinstance(each, _SpectralNorm) and hasattr(each, "_u"):
+                    yield [each._u, each._v], lambda each=each, weight=child: _iterate(each, weight)  # type: ignore[misc]
+        for hook in child._forward_pre_hooks.values():
+            if isinstance(hook, SpectralNorm):
+                vectors = [getattr(child, f"{hook.name}_{kind}") for kind in "uv"]
+                yield vectors, lambda hook=hook, child=child: hook.compute_weight(child, True)  # type: ignore[misc]
+
+
+def _iterate(norm: _SpectralNorm, weight: ParametrizationList) -> None:
+    """Do a spectral norm's power iterations, which it does when it is called in train mode."""
+    norm.train()
+    weight()
+    norm.eval()
