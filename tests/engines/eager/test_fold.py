@@ -55,7 +55,7 @@ MIXES = {
     "plain": (lambda m, x: x.relu(), None),
     "centred": (
         lambda m, x: x - x.mean(0),
-        "differ from those of the same lanes alone: as if it mixed samples of a batch",
+        "of the same lanes alone, as if it mixed samples of a batch",
     ),
     "by the batch's size": (lambda m, x: x / len(x), "differ from those of the same lanes alone"),
     "a little": (lambda m, x: x + 1e-6 * x.sum(), "differ from those of the same lanes alone"),
