@@ -45,7 +45,7 @@ def arrived_last(arrivals_ptr, programs):
 
     The last program sees everything that the others stored before. It resets the counter to 0.
     """
-    tl.debug_barrier()  # so that all threads of this program have stored their results before it is counted
+    tl.debug_barrier()  # so that all threads have stored their results before this program counts as finished
     last = tl.atomic_add(arrivals_ptr, 1, sem="acq_rel") == programs - 1
     if last:
         tl.store(arrivals_ptr, 0)

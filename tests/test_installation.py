@@ -42,7 +42,7 @@ def test_every_template_is_installed():
 
 @functools.cache
 def imported_without_extras() -> list[str]:
-    """Import the package in a process that lacks all extras, and run it. Returns the lines that the process prints."""
+    """Start a process in which no extra can be imported, and use the package there. Returns the lines it prints."""
     code = """
 import sys
 for name in ("torchvision", "sklearn", "matplotlib", "PIL", "tensorboard"):

@@ -52,7 +52,7 @@ LAYERS = {
     ],
 }
 
-# File names that stand in several packages, and what every file of the name holds.
+# File names that occur in several packages, and what all files of that name contain.
 SHARED_NAMES = {
     "check": "the check of an engine against autograd",
     "compact": "the tensors and kernels of the channels that masks leave",

@@ -96,7 +96,7 @@ def add_ticket(commands: Commands) -> None:
     )
     parser.add_argument("--points", type=int, default=11, help="points on each path; default 11")
     parser.add_argument("--samples", type=int, metavar="N", help="use N training samples instead of all")
-    parser.add_argument("--out", metavar="DIR", help="a folder for the trainings; the same command continues in it")
+    parser.add_argument("--out", metavar="DIR", help="folder for the trainings; to continue them, repeat the command")
     add_settings(parser, without=("particles", "cycles", "ticket_epochs", "keep_particles"))
 
 

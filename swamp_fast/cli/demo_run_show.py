@@ -55,7 +55,7 @@ def add_run(commands: Commands) -> None:
     add_training_data(parser)
     parser.add_argument("--test", metavar="DATA", help="test data, if --data has no test split")
     parser.add_argument("--val", type=float, metavar="FRACTION", help="fraction of the training data to hold out")
-    parser.add_argument("--out", metavar="DIR", help="the run's folder; the same command continues the run in it")
+    parser.add_argument("--out", metavar="DIR", help="folder for the run; to continue it, repeat the command")
     parser.add_argument("--config", metavar="FILE.toml", help="settings; flags take precedence")
     add_settings(parser)
 

@@ -30,7 +30,7 @@ def add_sweep(commands: Commands) -> None:
     """Register the command `sweep` and its flags."""
     parser = add_command(commands, "sweep", run_sweep)
     parser.add_argument("file", metavar="FILE.toml", help="model, data, [settings], and a [grid] or [[points]]")
-    parser.add_argument("--out", metavar="DIR", help="the sweep's folder; the same command continues the sweep in it")
+    parser.add_argument("--out", metavar="DIR", help="folder for the sweep; to continue it, repeat the command")
 
 
 def run_sweep(given: argparse.Namespace) -> None:
@@ -61,7 +61,7 @@ def add_compare(commands: Commands) -> None:
     """Register the command `compare` and its flags."""
     parser = add_command(commands, "compare", run_compare)
     parser.add_argument("file", metavar="FILE.toml", help="model, data, methods, seeds, baseline, and [settings]")
-    parser.add_argument("--out", metavar="DIR", help="the folder; the same command continues the comparison in it")
+    parser.add_argument("--out", metavar="DIR", help="folder for the comparison; to continue it, repeat the command")
 
 
 def run_compare(given: argparse.Namespace) -> None:

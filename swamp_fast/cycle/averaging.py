@@ -120,7 +120,7 @@ def reestimate(
         for number, (inputs, _, count) in enumerate(pass_in_stored_order(data, batch_size, channels_last)):
             seen += count
             for norm in norms:
-                # For the fused engine, which uses a norm's momentum without calling the module, so without the hook.
+                # The hook does not run in the fused engine, which reads a norm's momentum but never calls the norm.
                 norm.momentum = count / seen
             run(inputs, evaluation_time(0, number))
     for norm, momentum in zip(norms, momenta, strict=True):

@@ -84,7 +84,7 @@ class Problem:
     def keys_of(self, cycle: int, number: int) -> Tensor:
         """Return the key [1, 3] of a model's random draws outside training.
 
-        number  the particle's number; the average has the number after the last particle's
+        number  the index of the particle; the average's index is one more than the last particle's
         """
         return lane_keys([self.config.seed], [stream_of(cycle, number)], self.device)
 

@@ -49,7 +49,7 @@ class StopPolicy:
         if self.stop_signal is None:
             return
         name = "Ctrl-C" if self.stop_signal == signal.SIGINT else "SIGTERM"
-        console.line(f"stopped  by {name}; call it again with run_dir {self.run_dir} to continue")
+        console.line(f"stopped  by {name}; to continue, repeat the call with run_dir {self.run_dir}")
         self.signals.stop(self.stop_signal)
 
     def _exchange(self, due: bool) -> bool:

@@ -177,7 +177,7 @@ def _layers_of(method: str) -> str | None:
 def _take_layers(wanted: dict[MethodAndSeed, list[SwampConfig]], done: _Runs) -> None:
     """Copy the number of kept weights per layer from other runs into the settings that need it.
 
-    If the other run failed, it takes the place of the run that depends on it, so both report the same error.
+    If a run failed that another depends on, its failure is recorded for the other run too, and both report one error.
     """
     for (method, seed), configs in wanted.items():
         other = _layers_of(method)

@@ -186,7 +186,8 @@ LANES_ONLY = [
     *(ReadsByNumpy, ReadsByIsNonzero, SelectsByMask, LooksAtTheLargest, NormOfChunks, SharedDropout, AlwaysNoisy),
     *(Counts, OwnGenerator, ReassignsWeights),
 ]
-# Folding changes these only at the run's batch sizes, which are checked only if folding is the fastest mode.
+# Folding changes the results of these models only at the run's own batch sizes. Folding is checked at those sizes only
+# if it is the fastest mode.
 BY_SIZE = [LooksAtTheBatchSize]
 EITHER = [PadsTheBatch, AlwaysDrops, ClearsGradients, ChangesItsInputs]
 

@@ -17,7 +17,8 @@ from paths import ROOT
 
 KERNELS = {line.split("(")[0].removeprefix("def ") for path in (ROOT / "kernels").glob("*.py")
            for line in path.read_text().splitlines() if line.startswith("def ") and "_kernel(" in line}  # fmt: skip
-# The fewest blocks of a kernel that must fit on an SM of an H100, so that one computes while another waits for memory.
+# The number of a kernel's blocks that must fit on an SM of an H100 at once, so that one block computes while another
+# waits for memory.
 BLOCKS = {
     ("convolve", "forward, ResNet-20 16-16 channels 32x32"): 3,
     ("convolve", "forward, prologue, ResNet-20 16-16 channels 32x32"): 2,

@@ -152,7 +152,7 @@ def test_a_signal_stops_at_the_next_step_with_a_checkpoint(number, error, on, di
         fast_swamp(networks.build("dropout"), *digits, **settings | {"progress": True}, run_dir=tmp_path / "cut")
     assert number == signal.SIGINT or stopped.value.code == 143
     assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == handlers
-    assert "call it again with run_dir" in capsys.readouterr().err
+    assert "to continue, repeat the call with run_dir" in capsys.readouterr().err
     assert RunDirectory(tmp_path / "cut").training_paths()[0].exists()
     with before_steps() as count:
         fast_swamp(networks.build("dropout"), *digits, **settings | {"progress": True}, run_dir=tmp_path / "cut")

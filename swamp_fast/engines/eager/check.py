@@ -129,7 +129,7 @@ def _difference(problem: Problem, grouped: bool) -> str | None:
     together = folded(weights)
     for name, expected in alone.items():
         if not close(together[name], expected):
-            return f"folded, the {name} of lanes differ from those of the same lanes alone, as if it mixed samples of a batch"
+            return f"the {name} differ from those of the same lanes alone, as if it mixed samples of a batch"
     for poison, poison_name in ((torch.nan, "NaN"), (1e30, "a weight of 1e30"), (-1e30, "a weight of -1e30")):
         poisoned = weights.clone()
         poisoned[1:] = poison
