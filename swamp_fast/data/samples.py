@@ -83,8 +83,8 @@ def collected(source: Samples, device: torch.device) -> tuple[Source, str]:
             return source, "its samples are random and are read again in each epoch"
         if len({str([leaf.shape for leaf in tensors(sample)]) for sample in first}) > 1:
             raise ValueError(
-                f"{source.name}: its samples differ in shape, so they can't be stacked into a batch. Resize them in the "
-                "Dataset's transform, or pass a DataLoader with a collate_fn."
+                f"{source.name}: its samples differ in shape, so they can't be stacked into a batch. Resize them in "
+                "the Dataset's transform, or pass a DataLoader with a collate_fn."
             )
         if not all(isinstance(target, Tensor) for _, target in first):
             return source, "its targets are not plain numbers or tensors"
