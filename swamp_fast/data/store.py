@@ -19,9 +19,9 @@ from torch.utils.data.dataloader import default_collate
 
 from swamp_fast import ops
 from swamp_fast.common.fingerprint import callable_fingerprint
-from swamp_fast.common.format import dtype_name
 from swamp_fast.common.tree import tensors, tree_leaves, tree_map, tree_stack, tree_to
 from swamp_fast.data import samples as reading
+from swamp_fast.data.labels import Labels, check_labels
 from swamp_fast.data.samples import ArraySamples, SeededSamples
 from swamp_fast.data.sources import Arrays, Samples, Source
 from swamp_fast.data.standardise import Standardise
@@ -53,11 +53,13 @@ class Batch:
 class Stored:
     """A split on the device. A handle is the index [L, B] of a batch's samples; `fetch` uses only tensor operations.
 
-    order  [length]  int64: the order in which evaluation reads the samples
+    order   [length]  int64: the order in which evaluation reads the samples
+    labels  what counts in accuracies, or why there are none; known once the model has been run
     """
 
     streamed = False
     stacked = True
+    labels: Labels | str = "the model has not been run"
 
     def __init__(
         self,
@@ -77,7 +79,7 @@ class Stored:
         check_inputs(self.name, self.inputs)
 
     def check_labels(self, classes: int) -> None:
-        """Raise TypeError or ValueError if the targets are not labels in [0, classes)."""
+        """Raise TypeError or ValueError for targets that cross-entropy can't take; see labels.check_labels."""
         check_labels(self.name, self.targets, classes)
 
     def batches(self, order: Tensor, keys: Tensor, bounds: list[tuple[int, int]]) -> Iterator[Tensor]:
@@ -119,10 +121,11 @@ class Stored:
 class Streamed:
     """A split that is read from the user's Dataset batch by batch. A handle holds collated batches in host memory.
 
-    order  the same as Stored.order
+    order, labels  the same as Stored's
     """
 
     streamed = True
+    labels: Labels | str = "the model has not been run"
 
     def __init__(
         self,
@@ -306,22 +309,6 @@ def check_inputs(name: str, inputs: Any) -> None:
                 f"{name}: inputs must be finite, got {bad} NaN or infinite numbers of {leaf.numel()}; remove or "
                 "repair those samples."
             )
-
-
-def check_labels(name: str, targets: Any, classes: int) -> None:
-    """Raise TypeError or ValueError if the targets are not integers in [0, classes)."""
-    if not isinstance(targets, Tensor) or targets.is_floating_point() or targets.dtype == torch.bool:
-        kind = dtype_name(targets.dtype) if isinstance(targets, Tensor) else type(targets).__name__
-        raise TypeError(
-            f"{name}: cross-entropy needs integer labels, got {kind}. Convert them with .long(), or pass a `loss` "
-            "that takes such targets."
-        )
-    low, high = (int(bound) for bound in targets.aminmax())
-    if low < 0 or high >= classes:
-        raise ValueError(
-            f"{name}: labels must lie in [0, {classes}), because the model has {classes} outputs; got {low} … {high}. "
-            "Number the classes from 0, or give the model one output per class."
-        )
 
 
 def _whole_numbers(targets: Any) -> Any:

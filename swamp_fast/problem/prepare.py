@@ -27,6 +27,7 @@ from swamp_fast.problem.checks import (
 from swamp_fast.problem.precision import weight_dtype
 from swamp_fast.problem.probe import Probe, probe_model
 from swamp_fast.problem.problem import Problem
+from swamp_fast.problem.scoring import accuracy_lines, decide_labels
 from swamp_fast.problem.splits import Splits, build_splits, check_splits, open_splits
 
 
@@ -60,7 +61,8 @@ def prepare(
 
     template = _template_of(model, device, dtype)
     probe = probe_model(template, splits.train.data, config, forward, loss, transform, arguments.prunable)
-    check_splits(splits, probe.classes if loss is cross_entropy else None)
+    check_splits(splits)
+    decide_labels(template, splits.named, config, forward, loss)
     hashes = splits.fingerprints()
     check_validation(hashes, config)
 
@@ -140,6 +142,7 @@ def _introduction(model: nn.Module, layout: Layout, splits: Splits, probe: Probe
         f"{len(layout.prunable)} of {len(layout.entries)} parameters"
     ]
     lines += [f"data     {split.line}" for split in splits.built]
+    lines += [line for name, data in splits.named.items() if name != "train" for line in accuracy_lines(name, data)]
     if probe.uncounted:
         lines.append(
             f"flops    not counted for {', '.join(probe.uncounted)}: pruning these doesn't lower the FLOPs shown"

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from swamp_fast import SwampConfig, fast_swamp
 from swamp_fast.common.fingerprint import callable_fingerprint, model_fingerprint
+from swamp_fast.data.labels import Labels
 from swamp_fast.problem.arguments import Arguments
 from swamp_fast.problem.prepare import prepare
 
@@ -238,13 +239,13 @@ def test_forward_and_loss_of_the_users(digits):
         ),
         settings=SETTINGS,
     )
-    assert problem.classifies
+    assert problem.train.labels == Labels(10)
     regression = prepare(
         *(networks.build("tied"), (digits[0][0], torch.randn(160, 10)), None),
         Arguments(loss=lambda outputs, targets: (outputs - targets) ** 2),
         settings=SETTINGS,
     )
-    assert not regression.classifies
+    assert regression.train.labels == "the targets are [8, 10] float32, not integer labels"
     result = fast_swamp(
         *(networks.build("tied"), (digits[0][0], torch.randn(160, 10)), (digits[1][0], torch.randn(64, 10))),
         loss=lambda outputs, targets: (outputs - targets) ** 2,
