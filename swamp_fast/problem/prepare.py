@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from swamp_fast.config import SwampConfig
 from swamp_fast.data.sources import Opened, open_source
 from swamp_fast.data.standardise import Standardise
 from swamp_fast.particles.layout import Layout
-from swamp_fast.problem.arguments import Arguments, call, cross_entropy
+from swamp_fast.problem.arguments import Arguments, Loss, call, cross_entropy
 from swamp_fast.problem.checks import (
     check_batches,
     check_cycles,
@@ -59,7 +60,8 @@ def prepare(
     splits = build_splits(open_splits(opened, test, arguments.val, config.data_dir), config, device, dtype, like)
     check_batches(splits.train.data.length, config.batch_size, opened.drop_last, model)
 
-    template = _template_of(model, device, dtype)
+    template, given_loss = _template_of(model, device, dtype), loss
+    loss = _loss_of(given_loss, device, dtype)
     probe = probe_model(template, splits.train.data, config, forward, loss, transform, arguments.prunable)
     check_splits(splits)
     decide_labels(template, splits.named, config, forward, loss)
@@ -90,7 +92,7 @@ def prepare(
             "mask": tensor_fingerprint(mask),
             **hashes,
             "forward": callable_fingerprint(forward),
-            "loss": callable_fingerprint(loss),
+            "loss": callable_fingerprint(given_loss),
             "transform": callable_fingerprint(transform),
             "prunable": sorted(probe.prunable),
             "drop_last": opened.drop_last,
@@ -119,6 +121,22 @@ def _template_of(model: nn.Module, device: torch.device, dtype: torch.dtype) -> 
     for buffer in template.buffers():
         buffer.requires_grad_(False)
     return template
+
+
+def _loss_of(loss: Loss, device: torch.device, dtype: torch.dtype) -> Loss:
+    """Return the loss; of a module, a copy on the device if it has tensors, such as class weights.
+
+    Raises ValueError for a loss with parameters that would have to be trained.
+    """
+    if not isinstance(loss, nn.Module) or not [*loss.parameters(), *loss.buffers()]:
+        return loss
+    trained = [name for name, parameter in loss.named_parameters() if parameter.requires_grad]
+    if trained:
+        raise ValueError(
+            f"`loss` has parameters of its own ({', '.join(trained)}), but only the model's are trained. Call "
+            "loss.requires_grad_(False) to keep them as they are, or make them part of the model."
+        )
+    return copy.deepcopy(loss).to(device, dtype)
 
 
 def _first_mask(

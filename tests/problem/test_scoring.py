@@ -15,6 +15,7 @@ from swamp_fast import fast_swamp, naive_swamp
 from swamp_fast.data.labels import Labels
 from swamp_fast.problem.arguments import Arguments
 from swamp_fast.problem.prepare import prepare
+from swamp_fast.report import write_report
 
 SETTINGS = {"batch_size": 16, "cycles": 1, "epochs": 2, "ticket_epochs": 0, "particles": 2, "progress": False}
 INPUTS = torch.randn(64, 16, generator=torch.Generator().manual_seed(0))
@@ -122,7 +123,7 @@ REASONS = [
         torch.randn(64, 4),
         r"the targets are \[8, 4\] float32, not integer labels",
     ),
-    (lambda o, t: (o[:, 0] - t).square(), LABELS * 9, "integers from 0 to 27, not labels in [0, 4)"),
+    (lambda o, t: (o[:, 0] - t).square(), LABELS * 9, "the targets are integers from 0 to 27, not labels in [0, 4)"),
     (lambda o, t: F.cross_entropy(o, t, reduction="none"), LABELS * 0 - 100, "the loss ignores all labels"),
 ]
 
@@ -136,6 +137,7 @@ def test_the_console_and_the_page_say_why_there_is_no_accuracy(driver, loss, tar
     line = f"accuracy none on test: {reason}".replace("\\", "")
     text = capsys.readouterr().err
     assert line.split("none on test: ")[1] in text
+    assert f"Accuracy {line.removeprefix('accuracy ')}." in write_report(tmp_path / "run").read_text()
     assert any(
         line.split("none on test: ")[1] in kept for kept in json.loads((tmp_path / "run/run.json").read_text())["lines"]
     )
