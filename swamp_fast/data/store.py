@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -160,8 +161,8 @@ class Streamed:
             SeededSamples(self.source.dataset),
             batch_sampler=requests,
             num_workers=self.source.workers,
-            collate_fn=self.source.collate,
-            worker_init_fn=in_worker,
+            collate_fn=reading.stacked if self.stacked else self.source.collate,
+            worker_init_fn=partial(in_worker, start=self.source.worker_start),
             pin_memory=self.device.type == "cuda",
         )
         handle: list[Any] = []
@@ -169,7 +170,10 @@ class Streamed:
             read = iter(loader)
         for part, batch in zip(parts, read, strict=True):
             if not isinstance(batch, list | tuple) or len(batch) != 2:
-                raise TypeError(f"{self.name}: a batch must be (inputs, targets), got {type(batch).__name__}.")
+                raise TypeError(
+                    f"{self.name}: a batch must be a pair (inputs, targets), got {reading.form_of(batch)}. Return one "
+                    "from your collate_fn."
+                )
             inputs, targets = batch[0], tree_map(_whole_numbers, batch[1])
             check_inputs(self.name, inputs)
             if self.classes is not None:
@@ -202,14 +206,18 @@ class Streamed:
         return Batch(pictures, self._typed(tree_stack(targets)))
 
     def fingerprint(self) -> str:
-        """Return a hash of the length, the collate function and a few samples; reading all may take too long."""
+        """Return a hash of the length, the collate function and a few samples; reading all may take too long.
+
+        If samples don't repeat, only their types and shapes count.
+        """
         digest = hashlib.blake2b(f"{self.length}{type(self.source.dataset).__qualname__}".encode(), digest_size=16)
         digest.update(str(callable_fingerprint(self.source.collate)).encode())
         samples = SeededSamples(self.source.dataset)
         for index in range(0, self.length, max(1, self.length // 16)):
             for leaf in tree_leaves(samples[index, 0]):
-                array = leaf.numpy() if isinstance(leaf, Tensor) else np.asarray(repr(leaf))
-                digest.update(f"{array.dtype}{array.shape}".encode() + array.tobytes())
+                array = leaf.numpy() if isinstance(leaf, Tensor) else np.asarray(_text(leaf))
+                digest.update(f"{array.dtype}{array.shape}".encode())
+                digest.update(array.tobytes() if self.source.repeats else b"")
         return digest.hexdigest()
 
     def _typed(self, tree: Any) -> Any:
@@ -233,6 +241,11 @@ class Built:
     data: Data
     standardise: Standardise | None
     line: str
+
+    @property
+    def repeats(self) -> bool:
+        """Whether its samples are the same each time they are read with the same random draws."""
+        return isinstance(self.data, Stored) or self.data.source.repeats
 
 
 def build(
@@ -309,6 +322,11 @@ def check_inputs(name: str, inputs: Any) -> None:
                 f"{name}: inputs must be finite, got {bad} NaN or infinite numbers of {leaf.numel()}; remove or "
                 "repair those samples."
             )
+
+
+def _text(value: Any) -> str:
+    plain = isinstance(value, bool | int | float | str | bytes | None)
+    return repr(value) if plain else str(callable_fingerprint(value))  # the text of an object may hold its address
 
 
 def _whole_numbers(targets: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,13 +24,19 @@ from swamp_fast.problem.checks import (
     check_validation,
     choose_device,
     copy_of,
+    has_batch_of_one,
     write_masks_,
 )
 from swamp_fast.problem.precision import weight_dtype
-from swamp_fast.problem.probe import Probe, probe_model
+from swamp_fast.problem.probe import Probe, check_single_sample, probe_model
 from swamp_fast.problem.problem import Problem
 from swamp_fast.problem.scoring import accuracy_lines, decide_labels
 from swamp_fast.problem.splits import Splits, build_splits, check_splits, open_splits
+
+DOES_NOT_REPEAT = (
+    "the Dataset draws from a random generator of its own, so a run that is repeated or resumed gets other samples and "
+    "ends in another model; draw from torch's global generator, which is seeded for each sample"
+)
 
 
 def prepare(
@@ -58,13 +65,17 @@ def prepare(
     config = _with_batch_size_of(opened, config, settings)
     like = None if standardise is None else Standardise.of(standardise)
     splits = build_splits(open_splits(opened, test, arguments.val, config.data_dir), config, device, dtype, like)
-    check_batches(splits.train.data.length, config.batch_size, opened.drop_last, model)
+    check_batches(splits.train.data.length, config.batch_size, opened.drop_last)
 
     template, given_loss = _template_of(model, device, dtype), loss
     loss = _loss_of(given_loss, device, dtype)
+    if has_batch_of_one(splits.train.data.length, config.batch_size, opened.drop_last):
+        check_single_sample(template, splits.train.data, config, forward, loss, transform)
     probe = probe_model(template, splits.train.data, config, forward, loss, transform, arguments.prunable)
     check_splits(splits)
     decide_labels(template, splits.named, config, forward, loss)
+    if config.run_dir is not None and not all(split.repeats for split in splits.built):
+        warnings.warn(f"The run can be resumed, but {DOES_NOT_REPEAT}.", stacklevel=4)
     hashes = splits.fingerprints()
     check_validation(hashes, config)
 
@@ -161,6 +172,8 @@ def _introduction(model: nn.Module, layout: Layout, splits: Splits, probe: Probe
     ]
     lines += [f"data     {split.line}" for split in splits.built]
     lines += [line for name, data in splits.named.items() if name != "train" for line in accuracy_lines(name, data)]
+    if not all(split.repeats for split in splits.built):
+        lines.append(f"random   {DOES_NOT_REPEAT}")
     if probe.uncounted:
         lines.append(
             f"flops    not counted for {', '.join(probe.uncounted)}: pruning these doesn't lower the FLOPs shown"

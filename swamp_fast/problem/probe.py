@@ -11,13 +11,14 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.flop_counter import FlopCounterMode
 
 from swamp_fast.common.fingerprint import state_fingerprint
+from swamp_fast.common.format import dtype_name
 from swamp_fast.common.tree import tensors
 from swamp_fast.config import SwampConfig
 from swamp_fast.data.store import Data
 from swamp_fast.particles.dropout import DropoutStream, refused_in_backward
 from swamp_fast.particles.random import generators_left_alone, generators_state, lane_keys, stream_of
 from swamp_fast.problem.arguments import Forward, Loss, Transform, cross_entropy
-from swamp_fast.problem.checks import copy_of
+from swamp_fast.problem.checks import copy_of, other_batch_size
 from swamp_fast.problem.prunable import Prunable, select_prunable
 from swamp_fast.problem.shapes import check_for_cross_entropy, check_losses, could_be_chance, shapes_of
 from swamp_fast.problem.uses import counted_uses
@@ -108,6 +109,32 @@ def probe_model(
     )
 
 
+def check_single_sample(
+    template: nn.Module, data: Data, config: SwampConfig, forward: Forward, loss: Loss, transform: Transform | None
+) -> None:
+    """Raise ValueError if the model can't be trained on a batch of one sample, though it can be on two.
+
+    That is so of BatchNorm, unless a sample has several values per channel, as a feature map does.
+    """
+    keys = lane_keys([config.seed], [stream_of(None, 0)], data.device)
+
+    def error_with(samples: int) -> ValueError | None:
+        model = copy_of(template).train()
+        try:
+            with generators_left_alone(), DropoutStream(keys):
+                Trial(data, samples, keys, forward, loss, transform).run(model)
+        except ValueError as error:
+            return error
+        return None
+
+    error = error_with(1)
+    if error is not None and (data.length == 1 or error_with(2) is None):
+        raise ValueError(
+            f"an epoch's last batch would hold one sample ({data.length} samples, batch_size = {config.batch_size}), "
+            f"but on one {error.__cause__ or error}. {other_batch_size(data.length, config.batch_size)}"
+        ) from error
+
+
 class Trial:
     """One small batch on which a model and the loss are run. Errors say which of them doesn't fit which data.
 
@@ -156,7 +183,7 @@ class Trial:
         except MISFITS as error:
             raise ValueError(
                 f"the model can't run on a batch of inputs {shapes_of(self.inputs)}: {error}\nCheck the data's shape, "
-                "or pass `forward(model, inputs)`."
+                f"or pass `forward(model, inputs)`.{_hint_on_integers(self.inputs)}"
             ) from error
         if self.loss is cross_entropy:
             check_for_cross_entropy(outputs, self.targets)
@@ -175,6 +202,11 @@ class Trial:
         if could_be_chance(losses, outputs, self.targets):
             self.uncertain = True
         return losses
+
+
+def _hint_on_integers(inputs: Any) -> str:
+    kinds = {dtype_name(leaf.dtype) for leaf in tensors(inputs) if not leaf.is_floating_point()}
+    return f" The inputs are {', '.join(sorted(kinds))}; if the model needs numbers, pass .float()." if kinds else ""
 
 
 def _other_size(samples: int, available: int) -> int | None:

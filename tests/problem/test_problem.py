@@ -120,13 +120,6 @@ def test_refuses_data(digits):
         ((inputs, targets - 1), {}, ValueError, r"labels must lie in \[0, 10\), .* got -1 … 8"),
         ((inputs[:0], targets[:0]), {}, ValueError, "`train` is empty"),
         (few(20, digits), {}, ValueError, "`batch_size` = 32 is more than the 20 training samples"),
-        (
-            few(33, digits),
-            {},
-            ValueError,
-            r"would hold one sample \(33 samples, batch_size = 32\), .*another batch_size",
-        ),
-        (few(33, digits), {"batch_size": 1}, ValueError, "would hold one sample"),
         ((inputs, targets), {"test": (test[0], test[1] + 5)}, ValueError, "labels must lie in"),
         ((inputs, targets), {"test": (test[0][:0], test[1][:0])}, ValueError, "`test` is empty"),
         ((inputs, targets), {"val": (test[0][:0], test[1][:0])}, ValueError, "`val` is empty"),

@@ -120,3 +120,36 @@ def test_probabilities_as_targets():
         assert row["val_accuracy"] is None
         assert row["best_accuracy"] is None
         assert row["accuracy"] is not None
+
+
+def normed(pixels: bool) -> nn.Module:
+    torch.manual_seed(0)
+    if pixels:
+        return nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 4))
+    return nn.Sequential(nn.Linear(16, 12), nn.BatchNorm1d(12), nn.Linear(12, 4))
+
+
+@pytest.mark.parametrize(("samples", "batch_size", "better"), [(7, 3, 4), (7, 2, 4), (33, 32, 31), (33, 1, 3)])
+def test_a_batch_of_one_value_per_channel(samples, batch_size, better):
+    data, settings = (INPUTS[:samples], LABELS[:samples]), SETTINGS | {"batch_size": batch_size}
+    text = rf"one sample \({samples} samples, batch_size = {batch_size}\), .* value per channel .* such as {better}\."
+    with pytest.raises(ValueError, match=text):
+        prepare(normed(False), data, settings=settings)
+    prepare(normed(False), data, settings=settings | {"batch_size": better})
+
+
+def test_a_batch_of_one_picture():
+    """It has several values per channel, so BatchNorm can be trained on it."""
+    data, settings = (INPUTS[:33].view(-1, 1, 4, 4), LABELS[:33]), SETTINGS | {"batch_size": 32, "precision": "float64"}
+    fast, fused, naive = (
+        driver(normed(True), data, data, engine=engine, **settings)
+        for driver, engine in ((fast_swamp, "eager"), (fast_swamp, "fused"), (naive_swamp, "eager"))
+    )
+    for result in (fast, fused):
+        assert result.history[-1]["loss"] == pytest.approx(naive.history[-1]["loss"], rel=1e-9)
+        assert all(torch.equal(mask, naive.masks[name]) for name, mask in result.masks.items())
+
+
+def test_one_sample_and_one_class():
+    with pytest.raises(ValueError, match=r"Pass more samples\."):
+        prepare(normed(False), (INPUTS[:1], LABELS[:1]), settings=SETTINGS | {"batch_size": 1})
