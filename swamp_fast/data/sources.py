@@ -259,7 +259,7 @@ def _from_pair(inputs: object, targets: object, argument: str) -> Source:
     if not isinstance(targets, Tensor) or not tensors(inputs):
         raise TypeError(
             f"`{argument}`: a pair must be (inputs, targets) tensors, got "
-            f"({type(inputs).__name__}, {type(targets).__name__})."
+            f"({type(inputs).__name__}, {type(targets).__name__}). Convert others with torch.as_tensor or to_numpy()."
         )
     lengths = {len(leaf) if leaf.dim() else 0 for leaf in tensors(inputs)}
     if lengths != {len(targets) if targets.dim() else 0}:

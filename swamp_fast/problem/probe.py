@@ -20,7 +20,13 @@ from swamp_fast.particles.random import generators_left_alone, generators_state,
 from swamp_fast.problem.arguments import Forward, Loss, Transform, cross_entropy
 from swamp_fast.problem.checks import copy_of, other_batch_size
 from swamp_fast.problem.prunable import Prunable, select_prunable
-from swamp_fast.problem.shapes import check_for_cross_entropy, check_losses, could_be_chance, shapes_of
+from swamp_fast.problem.shapes import (
+    check_class_axis,
+    check_for_cross_entropy,
+    check_losses,
+    could_be_chance,
+    shapes_of,
+)
 from swamp_fast.problem.uses import counted_uses
 from swamp_fast.problem.value_reads import ValueReads
 
@@ -188,6 +194,8 @@ class Trial:
         if self.loss is cross_entropy:
             check_for_cross_entropy(outputs, self.targets)
             self.data.check_labels(outputs.shape[1])
+        elif is_of_torch(self.loss):
+            check_class_axis(outputs, self.targets)
         return outputs
 
     def _losses(self, outputs: Any) -> Tensor:

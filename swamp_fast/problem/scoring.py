@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from swamp_fast.common.format import dtype_name
@@ -20,7 +19,7 @@ from swamp_fast.particles.random import generators_left_alone, lane_keys, stream
 from swamp_fast.problem.arguments import Forward, Loss, cross_entropy
 from swamp_fast.problem.checks import copy_of
 from swamp_fast.problem.probe import MAX_SAMPLES, MISFITS, Trial
-from swamp_fast.problem.shapes import are_logits, class_axes, shapes_of
+from swamp_fast.problem.shapes import are_logits, class_axes, is_of_torch, shapes_of
 
 MAX_TESTED = 1 << 26  # numbers in the outputs on which a loss is run to find the labels that it ignores
 LOW = -5.0  # the logit of the label that is tested: losses with a margin are 0 for a label whose logit is high
@@ -71,7 +70,7 @@ def labels_of(data: Data, trial: Trial, outputs: Any) -> Labels | str:
     outputs  the model's outputs on it in evaluation
     """
     targets = trial.targets
-    reason = _why_not_labels(outputs, targets)
+    reason = _why_not_labels(outputs, targets) or _why_not_axis_1(trial.loss, outputs, targets)
     if reason is not None:
         return reason
     classes = outputs.shape[1]
@@ -108,6 +107,26 @@ def _why_not_labels(outputs: Any, targets: Any) -> str | None:
     return None
 
 
+def _why_not_axis_1(loss: Loss, outputs: Tensor, targets: Tensor) -> str | None:
+    """Return why axis 1 of outputs may not be the classes though labels fit it; None if it is.
+
+    If the last axis is as long, the loss tells: that of the labels [..., 0] depends on the outputs [..., 0] alone.
+    """
+    if not class_axes(outputs, targets)[1]:
+        return None
+    tested = outputs.detach().clone().requires_grad_()
+    with torch.enable_grad(), generators_left_alone():
+        losses = copy.deepcopy(loss)(tested.clone(), targets)
+    if losses.shape == targets.shape:
+        used = torch.autograd.grad(losses[..., 0].sum(), tested)[0] != 0
+        if bool(used.any()) and not bool(used[..., 1:].any()):
+            return None
+    return (
+        f"the outputs {list(outputs.shape)} aren't known to be [B, classes, ...]; return that from `forward`, and one "
+        "loss per label from `loss`"
+    )
+
+
 def _ignored(loss: Loss, outputs: Tensor, targets: Tensor, values: Tensor, counts: Tensor) -> tuple[int, ...]:
     """Return the labels that a loss ignores.
 
@@ -119,7 +138,7 @@ def _ignored(loss: Loss, outputs: Tensor, targets: Tensor, values: Tensor, count
     if loss is cross_entropy:
         return ()
     given = getattr(loss, "ignore_index", None)
-    if isinstance(loss, partial) and loss.func in (F.cross_entropy, F.nll_loss):
+    if isinstance(loss, partial) and is_of_torch(loss):
         given = loss.keywords.get("ignore_index", -100)
     if isinstance(given, int):
         return (given,)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from swamp_fast.common.tree import tensors, tree_map
 
@@ -60,6 +62,27 @@ def could_be_chance(losses: Tensor, outputs: Any, targets: Any) -> bool:
     return samples in (losses.shape[1:] if losses.dim() > 1 else others)
 
 
+def is_of_torch(loss: object) -> bool:
+    """Whether a loss is torch's cross-entropy or negative log-likelihood, as a module or a partial of the function."""
+    if isinstance(loss, partial):
+        return loss.func in (F.cross_entropy, F.nll_loss)
+    return isinstance(loss, nn.CrossEntropyLoss | nn.NLLLoss)
+
+
+def check_class_axis(outputs: Any, targets: Any) -> None:
+    """Raise ValueError if cross-entropy could take labels [B, ...] on either axis of outputs, which are equally long.
+
+    A user who writes a function for the loss has chosen the axis; torch's own losses take axis 1.
+    """
+    if are_logits(outputs) and isinstance(targets, Tensor) and all(class_axes(outputs, targets)):
+        raise ValueError(
+            f"the model's outputs {list(outputs.shape)} can be [B, classes, ...] or [B, ..., classes], because the "
+            "axes are equally long. If the classes are on axis 1, pass the `loss` as a function of your own, such as "
+            f"{EXPLICIT_LOSS}. If they are on the last axis, move them in your `forward`, as with "
+            "outputs.movedim(-1, 1), and pass the same `loss`."
+        )
+
+
 def check_for_cross_entropy(outputs: Any, targets: Any) -> None:
     """Raise ValueError for outputs and targets of the wrong shapes for the default loss. Their values are not read."""
     if not are_logits(outputs):
@@ -69,14 +92,9 @@ def check_for_cross_entropy(outputs: Any, targets: Any) -> None:
         )
     if not isinstance(targets, Tensor) or targets.is_floating_point() or targets.dtype == torch.bool:
         return  # check_labels says what to do
+    check_class_axis(outputs, targets)
     first, last = class_axes(outputs, targets)
     text = f"labels {list(targets.shape)} don't fit the model's outputs {list(outputs.shape)} in cross-entropy"
-    if first and last:
-        raise ValueError(
-            f"the model's outputs {list(outputs.shape)} can be [B, classes, ...] or [B, ..., classes], because the "
-            f"axes are equally long. If the classes are on axis 1, pass loss={EXPLICIT_LOSS}. If they are on the last "
-            "axis, move them in your `forward`, as with outputs.movedim(-1, 1), and pass the same loss."
-        )
     if first:
         return
     if last:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -75,6 +77,24 @@ def test_logits_with_the_classes_last():
         prepare(Tokens(6), (few, few), settings=SETTINGS)
     last = Arguments(forward=lambda model, inputs: model(inputs).movedim(-1, 1))
     assert prepare(Tokens(50), (many, many), None, last, settings=SETTINGS).train.labels.classes == 50
+
+
+def test_the_accuracy_of_equally_long_axes_follows_the_loss():
+    """It is never counted over the axis of the positions."""
+    few = torch.randint(0, 6, (64, 6))
+
+    def last(outputs, targets):
+        return F.cross_entropy(outputs.movedim(-1, 1), targets, reduction="none")
+
+    def labels(loss):
+        return prepare(Tokens(6), (few, few), None, Arguments(loss=loss), settings=SETTINGS).train.labels
+
+    assert "aren't known to be [B, classes, ...]; return that from `forward`" in labels(last)
+    assert "one loss per label from `loss`" in labels(lambda o, t: last(o, t).mean(1))
+    assert labels(lambda o, t: F.cross_entropy(o, t, reduction="none")).classes == 6
+    for loss in (nn.CrossEntropyLoss(reduction="none"), functools.partial(F.cross_entropy, reduction="none")):
+        with pytest.raises(ValueError, match="because the axes are equally long"):
+            labels(loss)
 
 
 def test_the_advice_for_equally_long_axes_is_right():
