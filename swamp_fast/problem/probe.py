@@ -25,6 +25,7 @@ from swamp_fast.problem.shapes import (
     check_for_cross_entropy,
     check_losses,
     could_be_chance,
+    is_of_torch,
     shapes_of,
 )
 from swamp_fast.problem.uses import counted_uses
