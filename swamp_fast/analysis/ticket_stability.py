@@ -136,7 +136,7 @@ def ticket_stability(
     on = Analysis(model, train, config=base, samples=samples, **common, **loader)
     assert on.problem.val is not None  # `val` was passed
     if not isinstance(on.problem.val.labels, Labels):
-        raise ValueError(f"error barriers need accuracies, but {on.problem.val.labels}; see loss_barrier.")
+        raise ValueError(f"error barriers need classification, but {on.problem.val.labels}; see loss_barrier.")
     if points < 3:
         raise ValueError(f"`points` must be at least 3, both ends and one between; got {points}.")
     on.test = on.problem.val

@@ -344,6 +344,8 @@ def _from_loader(loader: DataLoader[Any], argument: str) -> Opened:
     if loader.collate_fn is not default_collate or isinstance(source, Samples):
         source = Samples(
             *(type(loader.dataset).__name__, loader.dataset, loader.collate_fn, loader.num_workers),
-            worker_start=WorkerStart(loader.dataset, loader.worker_init_fn) if loader.worker_init_fn else None,
+            worker_start=WorkerStart(loader.dataset, loader.worker_init_fn)
+            if loader.worker_init_fn and loader.num_workers
+            else None,
         )
     return Opened(source, batch_size=loader.batch_size, drop_last=loader.drop_last)

@@ -34,8 +34,9 @@ from swamp_fast.problem.scoring import accuracy_lines, decide_labels
 from swamp_fast.problem.splits import Splits, build_splits, check_splits, open_splits
 
 DOES_NOT_REPEAT = (
-    "the Dataset draws from a random generator of its own, so a run that is repeated or resumed gets other samples and "
-    "ends in another model; draw from torch's global generator, which is seeded for each sample"
+    "its samples differ each time they are read, as with a random generator of the Dataset's own, so a run that is "
+    "repeated or resumed gets other samples and other results; draw from torch's global generator, which is seeded for "
+    "every sample"
 )
 
 
@@ -74,8 +75,9 @@ def prepare(
     probe = probe_model(template, splits.train.data, config, forward, loss, transform, arguments.prunable)
     check_splits(splits)
     decide_labels(template, splits.named, config, forward, loss)
-    if config.run_dir is not None and not all(split.repeats for split in splits.built):
-        warnings.warn(f"The run can be resumed, but {DOES_NOT_REPEAT}.", stacklevel=4)
+    for split in splits.built if config.run_dir is not None else ():
+        if not split.repeats:
+            warnings.warn(f"{split.data.name}: {DOES_NOT_REPEAT}.", stacklevel=4)
     hashes = splits.fingerprints()
     check_validation(hashes, config)
 
@@ -172,8 +174,7 @@ def _introduction(model: nn.Module, layout: Layout, splits: Splits, probe: Probe
     ]
     lines += [f"data     {split.line}" for split in splits.built]
     lines += [line for name, data in splits.named.items() if name != "train" for line in accuracy_lines(name, data)]
-    if not all(split.repeats for split in splits.built):
-        lines.append(f"random   {DOES_NOT_REPEAT}")
+    lines += [f"random   {split.data.name}: {DOES_NOT_REPEAT}" for split in splits.built if not split.repeats]
     if probe.uncounted:
         lines.append(
             f"flops    not counted for {', '.join(probe.uncounted)}: pruning these doesn't lower the FLOPs shown"

@@ -178,7 +178,7 @@ def test_a_generator_of_the_datasets_own(driver, name, tmp_path):
         pytest.raises(Stop),
     ):
         driver(network(), Noisy(generators()[name]), on_cycle=stop, **settings)
-    with pytest.warns(UserWarning, match="The run can be resumed"):
+    with pytest.warns(UserWarning, match="a run that is repeated or resumed"):
         result = driver(network(), Noisy(generators()[name]), **settings)
     assert len(result.history) == 2
 
@@ -187,4 +187,4 @@ def test_a_generator_of_the_datasets_own(driver, name, tmp_path):
 def test_the_console_says_that_samples_do_not_repeat(collate, capsys):
     for draw, said in ((generators()["seeded"], True), (lambda: torch.randn(16), False)):
         fast_swamp(network(), DataLoader(Noisy(draw), 16, collate_fn=collate), **SETTINGS | {"progress": True})
-        assert ("draws from a random generator of its own" in capsys.readouterr().err) == said
+        assert ("its samples differ each time they are read, as with" in capsys.readouterr().err) == said
