@@ -34,9 +34,8 @@ from swamp_fast.problem.scoring import accuracy_lines, decide_labels
 from swamp_fast.problem.splits import Splits, build_splits, check_splits, open_splits
 
 DOES_NOT_REPEAT = (
-    "its samples differ each time they are read, as with a random generator of the Dataset's own, so a run that is "
-    "repeated or resumed gets other samples and other results; draw from torch's global generator, which is seeded for "
-    "every sample"
+    "differs each time, as with a random generator of its own, so a run that is repeated or resumed ends in other "
+    "results; draw from torch's global generator, which is seeded for every sample and step"
 )
 
 
@@ -75,9 +74,8 @@ def prepare(
     probe = probe_model(template, splits.train.data, config, forward, loss, transform, arguments.prunable)
     check_splits(splits)
     decide_labels(template, splits.named, config, forward, loss)
-    for split in splits.built if config.run_dir is not None else ():
-        if not split.repeats:
-            warnings.warn(f"{split.data.name}: {DOES_NOT_REPEAT}.", stacklevel=4)
+    for text in _unrepeatable(splits, probe) if config.run_dir is not None else ():
+        warnings.warn(f"{text}.", stacklevel=4)
     hashes = splits.fingerprints()
     check_validation(hashes, config)
 
@@ -165,6 +163,13 @@ def _first_mask(
     return mask
 
 
+def _unrepeatable(splits: Splits, probe: Probe) -> list[str]:
+    """Return notes on the data and the augmentation that can't be repeated by seeding the global generators."""
+    names = [f"what {split.data.name} reads" for split in splits.built if not split.repeats]
+    names += [] if probe.repeats else ["what `transform` returns"]
+    return [f"{name} {DOES_NOT_REPEAT}" for name in names]
+
+
 def _introduction(model: nn.Module, layout: Layout, splits: Splits, probe: Probe) -> tuple[str, ...]:
     """Return the console's first lines about a run: its model, its data, and what the FLOPs leave out."""
     trained = sum(entry.size for entry in layout.entries)
@@ -174,7 +179,7 @@ def _introduction(model: nn.Module, layout: Layout, splits: Splits, probe: Probe
     ]
     lines += [f"data     {split.line}" for split in splits.built]
     lines += [line for name, data in splits.named.items() if name != "train" for line in accuracy_lines(name, data)]
-    lines += [f"random   {split.data.name}: {DOES_NOT_REPEAT}" for split in splits.built if not split.repeats]
+    lines += [f"random   {text}" for text in _unrepeatable(splits, probe)]
     if probe.uncounted:
         lines.append(
             f"flops    not counted for {', '.join(probe.uncounted)}: pruning these doesn't lower the FLOPs shown"

@@ -12,11 +12,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from swamp_fast.common.fingerprint import state_fingerprint
 from swamp_fast.common.format import dtype_name
-from swamp_fast.common.tree import tensors
+from swamp_fast.common.tree import tensors, tree_map
 from swamp_fast.config import SwampConfig
 from swamp_fast.data.store import Data
 from swamp_fast.particles.dropout import DropoutStream, refused_in_backward
-from swamp_fast.particles.random import generators_left_alone, generators_state, lane_keys, stream_of
+from swamp_fast.particles.random import generators_left_alone, generators_state, lane_keys, seed_generators, stream_of
 from swamp_fast.problem.arguments import Forward, Loss, Transform, cross_entropy
 from swamp_fast.problem.checks import copy_of, other_batch_size
 from swamp_fast.problem.prunable import Prunable, select_prunable
@@ -45,6 +45,7 @@ class Probe:
     draws_elsewhere  whether the forward pass draws from torch's, Python's or NumPy's generator, other than by dropout
     changed          the names of the weights and buffers that a forward pass changes, without norms' running statistics
     keeps_state      whether a forward pass changes plain attributes of the model, or draws from a generator in them
+    repeats          whether the augmentation repeats its draws if torch's, Python's and NumPy's generators are seeded
     reads_values     the operation by which the forward pass or the loss reads values of tensors, so that it may branch
                      on them; None if there is none
     convolves        whether the model convolves pictures [B, C, H, W]
@@ -56,6 +57,7 @@ class Probe:
     draws_elsewhere: bool
     changed: tuple[str, ...]
     keeps_state: bool
+    repeats: bool
     reads_values: str | None
     convolves: bool
     dense_flops: int
@@ -109,6 +111,7 @@ def probe_model(
         draws_elsewhere=effects.draws_elsewhere,
         changed=effects.changed,
         keeps_state=effects.keeps_state,
+        repeats=trial.transform_repeats(),
         reads_values=trial.reads.operation,
         convolves=convolves and any(leaf.dim() == 4 for leaf in tensors(trial.inputs)),
         dense_flops=counter.get_total_flops() // trial.samples,
@@ -157,6 +160,7 @@ class Trial:
         order = torch.arange(samples, device=data.device)[None]
         handle = next(iter(data.batches(order, keys, [(0, samples)])))
         self.inputs, self.targets = data.fetch(handle, None).lane(0)
+        self.untransformed = self.inputs
         if transform is not None:
             self.inputs = _transformed(transform, self.inputs)
         self.reads = ValueReads()
@@ -172,6 +176,10 @@ class Trial:
                 "`forward` and `loss`."
             )
         return outputs, losses.sum()
+
+    def transform_repeats(self) -> bool:
+        """Whether the augmentation gives the same inputs again after the same seeding of the global generators."""
+        return self.transform is None or _same(self.inputs, _seeded_transform(self.transform, self.untransformed))
 
     def confirm(self, model: nn.Module) -> None:
         """If the shape of the loss may be right by chance, run the model on a batch of another size.
@@ -229,8 +237,7 @@ def _other_size(samples: int, available: int) -> int | None:
 
 def _transformed(transform: Transform, inputs: Any) -> Any:
     """Return a batch [B, ...] after the user's augmentation. Raises ValueError if the number of samples changed."""
-    with generators_left_alone():
-        out = transform(inputs)
+    out = _seeded_transform(transform, inputs)
     expected, got = ({len(leaf) for leaf in tensors(tree) if leaf.dim()} for tree in (inputs, out))
     if got != expected:
         raise ValueError(
@@ -238,6 +245,12 @@ def _transformed(transform: Transform, inputs: Any) -> Any:
             f"{shapes_of(inputs)}."
         )
     return out
+
+
+def _seeded_transform(transform: Transform, inputs: Any) -> Any:
+    with generators_left_alone():
+        seed_generators(0)
+        return transform(tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, inputs))
 
 
 @dataclass(frozen=True)

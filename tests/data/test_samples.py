@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import warnings
 
 import numpy as np
 import pytest
@@ -174,7 +175,7 @@ def test_a_generator_of_the_datasets_own(driver, name, tmp_path):
     """The run goes on after an interruption, and says at the start that it isn't the same as without one."""
     settings = SETTINGS | {"run_dir": tmp_path / "run"}
     with (
-        pytest.warns(UserWarning, match="gets other samples .* draw from torch's global generator"),
+        pytest.warns(UserWarning, match="what Noisy reads differs each time, .* draw from torch's global generator"),
         pytest.raises(Stop),
     ):
         driver(network(), Noisy(generators()[name]), on_cycle=stop, **settings)
@@ -187,4 +188,16 @@ def test_a_generator_of_the_datasets_own(driver, name, tmp_path):
 def test_the_console_says_that_samples_do_not_repeat(collate, capsys):
     for draw, said in ((generators()["seeded"], True), (lambda: torch.randn(16), False)):
         fast_swamp(network(), DataLoader(Noisy(draw), 16, collate_fn=collate), **SETTINGS | {"progress": True})
-        assert ("its samples differ each time they are read, as with" in capsys.readouterr().err) == said
+        assert ("what Noisy reads differs each time" in capsys.readouterr().err) == said
+
+
+def test_a_transform_with_a_generator_of_its_own(tmp_path):
+    torchs = torch.Generator().manual_seed(0)
+    settings = SETTINGS | {"run_dir": tmp_path / "run"}
+    with pytest.warns(UserWarning, match="what `transform` returns differs each time"):
+        fast_swamp(
+            *(network(), (INPUTS, LABELS)), transform=lambda x: x + torch.randn(x.shape, generator=torchs), **settings
+        )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fast_swamp(network(), (INPUTS, LABELS), transform=lambda x: x.add_(torch.randn_like(x)), **SETTINGS)
