@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from swamp_fast.common.format import dtype_name
 from swamp_fast.config import SwampConfig
 from swamp_fast.data.labels import Labels
-from swamp_fast.data.store import Data
+from swamp_fast.data.store import Data, Stored
 from swamp_fast.particles.dropout import DropoutStream
 from swamp_fast.particles.random import generators_left_alone, lane_keys, stream_of
 from swamp_fast.problem.arguments import Forward, Loss, cross_entropy
@@ -64,7 +64,8 @@ def _evaluated(model: nn.Module, trial: Trial) -> Any:
 def labels_of(data: Data, trial: Trial, outputs: Any) -> Labels | str:
     """Return what counts in accuracies of a split, or the reason why it has none.
 
-    Stored labels are all looked at. Of streamed data, only the type and shape of the targets are known beforehand.
+    Stored labels are all looked at. Streamed ones aren't known beforehand, so those of every class are tested, and
+    others that appear later don't count.
 
     trial    a batch of the split
     outputs  the model's outputs on it in evaluation
@@ -74,19 +75,24 @@ def labels_of(data: Data, trial: Trial, outputs: Any) -> Labels | str:
     if reason is not None:
         return reason
     classes = outputs.shape[1]
-    stored = targets if data.streamed else data.targets  # type: ignore[union-attr]
+    known = data.targets if isinstance(data, Stored) else _every_label(targets, classes)
     with generators_left_alone():
-        ignored = _ignored(trial.loss, outputs, targets, *stored.unique(return_counts=True))
+        ignored = _ignored(trial.loss, outputs, targets, *known.unique(return_counts=True))
     labels = Labels(classes, ignored)
-    outside = (stored < 0) | (stored >= classes)
+    outside = (known < 0) | (known >= classes)
     for label in ignored:
-        outside &= stored != label
+        outside &= known != label
     if bool(outside.any()):
-        low, high = (int(bound) for bound in stored.aminmax())
+        low, high = (int(bound) for bound in known.aminmax())
         return f"the targets are integers from {low} to {high}, not labels in [0, {classes})"
-    if not data.streamed and not bool(labels.counted(stored).any()):
+    if not bool(labels.counted(known).any()):
         return "the loss ignores all labels"
     return labels
+
+
+def _every_label(targets: Tensor, classes: int) -> Tensor:
+    """Return the labels of all classes, after some targets."""
+    return torch.cat([targets.flatten(), torch.arange(classes, device=targets.device)])
 
 
 def _why_not_labels(outputs: Any, targets: Any) -> str | None:
