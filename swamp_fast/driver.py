@@ -53,14 +53,23 @@ def fast_swamp(
             the plain module is used. Its forward may keep activations in attributes; copies have only their values.
         train: "digits", "cifar10", "cifar100", "fashion_mnist" or "svhn"; a path to an .npz (train_images uint8
             [n, H, W, C], train_labels [n], test_images, test_labels) or to an image folder; a pair (inputs, targets)
-            of tensors; a Dataset; or a DataLoader, whose dataset, batch size, drop_last and collate_fn are used.
+            of tensors; a Dataset; or a DataLoader, whose dataset, batch size, drop_last, collate_fn, num_workers and
+            worker_init_fn are used. A Dataset may draw from the global generators of torch, Python and NumPy, which are
+            seeded for every sample. With a generator of its own, a run can't be repeated exactly. Some samples are read
+            outside of the workers.
         test: test data in one of the same forms. By default, the test split that comes with `train`, as with a named
-            data set; if there is none, accuracies are None.
+            data set; if there is none, accuracies are None. The accuracy is the fraction of labels for which the
+            model's outputs [B, classes, ...] in evaluation are largest, without the labels that `loss` ignores. If the
+            targets are not such labels, accuracies are None, and the console says why.
         val: validation data in one of the same forms, or the fraction of `train` to hold out. Needed to select the
             best particle.
         forward: forward(model, inputs), for models that take or return something other than one tensor. It must use
             the module that it is given, which is a particle, not your model.
-        loss: loss(outputs, targets) -> [B], one number per sample; cross-entropy by default.
+        loss: loss(outputs, targets) -> [B], one number per sample, or [B, ...] with the axes of the targets, which is
+            averaged over them. By default, cross-entropy of outputs [B, classes, ...] with labels [B, ...] or with
+            probabilities [B, classes, ...]. The labels that a loss ignores are those in its attribute `ignore_index`,
+            or else those for which it is found to have no gradient. Of a module with tensors, such as class weights, a
+            copy on the device is used; its parameters must not need gradients.
         transform: transform(inputs [B, ...]) -> inputs, your own augmentation of one particle's batch, on the device.
         prunable: names or patterns of parameters, or a predicate (name, parameter) -> bool. By default, all
             convolution and linear weights are pruned, including attention projections and layers under spectral_norm,

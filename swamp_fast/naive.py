@@ -18,6 +18,7 @@ from swamp_fast.common.copying import copy_of
 from swamp_fast.common.exclusive import one_at_a_time
 from swamp_fast.common.timing import Stopwatch
 from swamp_fast.config import SwampConfig
+from swamp_fast.data.labels import Labels
 from swamp_fast.data.store import Data, pass_in_stored_order
 from swamp_fast.particles.dropout import DropoutStream
 from swamp_fast.particles.random import at_time, epoch_order, evaluation_time, lane_keys, layer_order, stream_of
@@ -398,18 +399,18 @@ def scores(problem: Problem, models: dict[int, nn.Module], cycle: int) -> tuple[
         goodness = [-loss if accuracy is None else accuracy for loss, accuracy, _ in each]
         best = goodness.index(max(goodness))
         row["val_accuracy"] = (each[best] if problem.config.combine == "best" else average)[1]
-        if problem.classifies:
+        if average[1] is not None:
             row["val_mean_accuracy"] = sum(goodness) / len(each)
     if test is not None:
         *each, average = [evaluate(problem, model, test, key, 1) for model, key in keyed]
         row["loss"], row["accuracy"], _ = each[best] if problem.config.combine == "best" else average
         row["particle_loss"] = [loss for loss, _, _ in each]
-        if problem.classifies:
+        if average[1] is not None:
             row["particle_accuracy"] = [accuracy for _, accuracy, _ in each]
             row["mean_accuracy"] = sum(row["particle_accuracy"]) / len(each)
             together = torch.stack([softmax for _, _, softmax in each if softmax is not None]).mean(0)
-            row["ensemble_accuracy"] = float((together.argmax(1) == targets_of(problem, test)).double().mean())
-            if val is not None:
+            row["ensemble_accuracy"] = accuracy_of(problem, test, together)
+            if row["val_accuracy"] is not None:
                 row["best_accuracy"] = row["particle_accuracy"][best]
     return row, best
 
@@ -420,7 +421,7 @@ def evaluate(
 ) -> tuple[float, float | None, Tensor | None]:
     """Return the mean loss, the accuracy, and the softmax of every sample [n, C].
 
-    Accuracy and softmax are None if the task has no classes.
+    Accuracy and softmax are None if the split has no labels.
 
     which  the split, 1 for test and 2 for val, which decides the random draws
     """
@@ -429,16 +430,22 @@ def evaluate(
         output = problem.outputs(model, inputs, at_time(keys, evaluation_time(which, number)))
         loss += float(problem.losses(output, targets).double().mean()) * count
         outputs.append(output)
-    if not problem.classifies:
+    if not isinstance(data.labels, Labels):
         return loss / data.length, None, None
     softmax = torch.cat(outputs).double().softmax(1)
-    accuracy = float((softmax.argmax(1) == targets_of(problem, data)).double().mean())
-    return loss / data.length, accuracy, softmax
+    return loss / data.length, accuracy_of(problem, data, softmax), softmax
 
 
-def targets_of(problem: Problem, data: Data) -> Tensor:
-    """Return all targets of a split, in stored order."""
-    return torch.cat([targets for _, targets, _ in pass_in_stored_order(data, problem.config.batch_size)])
+def accuracy_of(problem: Problem, data: Data, scores: Tensor) -> float | None:
+    """Return the share of a split's labels that get the largest of the scores [n, C, ...].
+
+    Labels that the loss ignores don't count. Returns None if no label counts.
+    """
+    targets = torch.cat([targets for _, targets, _ in pass_in_stored_order(data, problem.config.batch_size)])
+    classes = [label for label in range(scores.shape[1]) if label not in data.labels.ignored]  # type: ignore[union-attr]
+    counted = torch.isin(targets, torch.tensor(classes, device=targets.device))
+    right = (scores.argmax(1) == targets)[counted]
+    return float(right.double().mean()) if len(right) else None
 
 
 def load(problem: Problem, state: State) -> nn.Module:

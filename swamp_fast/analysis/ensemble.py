@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from swamp_fast.analysis.evaluator import Analysis, Outputs
+from swamp_fast.data.labels import Labels
 from swamp_fast.data.store import pass_in_stored_order
 from swamp_fast.particles.random import evaluation_time
 
@@ -49,20 +50,22 @@ def ensemble(on: Analysis, states: Sequence[Mapping[str, Tensor]], *, reestimate
 
     Raises ValueError without test data or labels.
     """
-    if on.test is None or not on.problem.classifies:
-        raise ValueError("the accuracy of an ensemble needs test data with class labels.")
-    data, batch_size = on.test, on.problem.config.batch_size
+    if on.test is None or not isinstance(on.test.labels, Labels):
+        reason = "there is no test data" if on.test is None else on.test.labels
+        raise ValueError(f"the accuracy of an ensemble needs test data with class labels, but {reason}.")
+    data, rule, batch_size = on.test, on.test.labels, on.problem.config.batch_size
 
     def probabilities(run: Outputs, channels_last: bool) -> tuple[Tensor, list[Predictions]]:
         """The sum over some models of their softmax outputs [n, C], and the quality of each model's predictions."""
         batches = []
-        for number, (inputs, _, _) in enumerate(pass_in_stored_order(data, batch_size, channels_last)):
-            outputs = run(inputs, evaluation_time(1, number))
-            batches.append(torch.stack([_rows(out).double().softmax(1) for out in outputs]).cpu())
+        for number, (inputs, targets, _) in enumerate(pass_in_stored_order(data, batch_size, channels_last)):
+            outputs, counted = run(inputs, evaluation_time(1, number)), rule.counted(targets).flatten()
+            batches.append(torch.stack([_rows(out).double().softmax(1)[counted] for out in outputs]).cpu())
         softmax = torch.cat(batches, 1)  # [M, n, C]
         return softmax.sum(0), [predictions(model, labels) for model in softmax]
 
-    labels = torch.cat([targets.flatten().cpu() for _, targets, _ in pass_in_stored_order(data, batch_size)])
+    passed = pass_in_stored_order(data, batch_size)
+    labels = torch.cat([targets[rule.counted(targets)].cpu() for _, targets, _ in passed])
     shares = torch.eye(len(states), dtype=torch.float64)
     chunks = on.measured([on.solution(state) for state in states], shares, probabilities, reestimate=reestimate)
     together = predictions(torch.stack([total for total, _ in chunks]).sum(0) / len(states), labels)

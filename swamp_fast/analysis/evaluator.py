@@ -20,6 +20,7 @@ from swamp_fast.common.memory import free_memory
 from swamp_fast.common.tree import tensors
 from swamp_fast.config import SwampConfig
 from swamp_fast.cycle.averaging import reestimate
+from swamp_fast.data.labels import Labels
 from swamp_fast.data.store import Data, pass_in_stored_order
 from swamp_fast.engines.eager.choice import Choice
 from swamp_fast.engines.eager.engine import EagerEngine
@@ -284,11 +285,13 @@ class Analysis:
         for number, (inputs, targets, count) in enumerate(batches):
             outputs = run(inputs, evaluation_time(which, number))
             loss = loss + count * torch.stack([self.problem.losses(out, targets).double().mean() for out in outputs])
-            if self.problem.classifies:
-                entries += targets.numel()
-                wrong = wrong + torch.stack([(out.argmax(1) != targets).sum() for out in outputs])
+            if isinstance(data.labels, Labels):
+                counted = data.labels.counted(targets)
+                entries += int(counted.sum())
+                wrong = wrong + torch.stack([((out.argmax(1) != targets) & counted).sum() for out in outputs])
         assert isinstance(loss, Tensor)  # there was a batch, since no split is empty
-        return (loss / data.length).tolist(), (wrong.double() / entries).tolist() if isinstance(wrong, Tensor) else []
+        errors = (wrong.double() / entries).tolist() if isinstance(wrong, Tensor) and entries else []
+        return (loss / data.length).tolist(), errors
 
     def _lanes_at_once(self, engine: EagerEngine | FusedEngine, models: int) -> int:
         if isinstance(engine, EagerEngine) and engine.choice.mode != "lanes":

@@ -15,6 +15,7 @@ from swamp_fast.analysis.evaluator import Analysis, Scores, State, averages, par
 from swamp_fast.analysis.hessian import hessian_trace
 from swamp_fast.analysis.masks import channels, densities, mask_overlap
 from swamp_fast.analysis.plane import OnOneLine, loss_plane
+from swamp_fast.data.labels import Labels
 from swamp_fast.particles.norms import norms_of
 from swamp_fast.runs.result import ANALYSIS_SCORES, SwampResult
 from swamp_fast.version import __version__
@@ -55,7 +56,7 @@ def analyze(
     overlap = None if against is None else _overlap(result, against)
     cycles = averages(result)
     states = [] if result.particles is None else particles(result)
-    several, has_labels = len(states) > 1, on.test is not None and on.problem.classifies
+    several, has_labels = len(states) > 1, on.test is not None and isinstance(on.test.labels, Labels)
     numbered = [{"cycle": row["cycle"]} for row in result.history]
     # The first evaluation decides, by its density, which engine is used. So the order of these entries matters.
     return {

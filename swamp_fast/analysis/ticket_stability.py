@@ -14,6 +14,7 @@ from swamp_fast.analysis.evaluator import NEUTRAL_SETTINGS, Analysis, particles
 from swamp_fast.common.format import percent
 from swamp_fast.common.warn import warn_user
 from swamp_fast.config import SwampConfig
+from swamp_fast.data.labels import Labels
 from swamp_fast.driver import fast_swamp
 from swamp_fast.problem.arguments import Forward, Loss, Transform
 from swamp_fast.problem.prunable import Prunable
@@ -140,8 +141,9 @@ def ticket_stability(
     common: dict[str, Any] = {"val": val, "forward": forward, "loss": loss, "prunable": prunable}
     loader = {name: settings[name] for name in ("batch_size",) if name in settings}
     on = Analysis(model, train, config=base, samples=samples, **common, **loader)
-    if not on.problem.classifies:
-        raise ValueError("error barriers need classification, and this model has no accuracies; see loss_barrier.")
+    assert on.problem.val is not None  # `val` was passed
+    if not isinstance(on.problem.val.labels, Labels):
+        raise ValueError(f"error barriers need classification, but {on.problem.val.labels}; see loss_barrier.")
     if points < 3:
         raise ValueError(f"`points` must be at least 3, both ends and one between; got {points}.")
     on.test = on.problem.val

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from swamp_fast.cycle.training import TrainingOutcome
+from swamp_fast.data.labels import Labels
 from swamp_fast.data.store import Data, pass_in_stored_order
 from swamp_fast.particles.random import evaluation_time
 from swamp_fast.problem.problem import Problem
@@ -21,7 +22,9 @@ Outputs = Callable[[Any, int], list[Any]]
 
 @dataclass(frozen=True)
 class Scores:
-    """The scores of a cycle on one split. Accuracies are fractions, or None if the task has no classes.
+    """The scores of a cycle on one split.
+
+    Accuracies are fractions of the labels that the loss doesn't ignore, or None if the split has no labels.
 
     loss, accuracy      of the average, or with combine="best" of the best particle
     particle_accuracy   of each particle
@@ -67,14 +70,16 @@ def score(problem: Problem, outputs: Outputs, data: Data, split: int, channels_l
         *particles, average = outputs(inputs, evaluation_time(split, number))
         losses = [problem.losses(each, targets).double().mean() for each in (*particles, average)]
         total = total + torch.stack(losses) * count
-        if problem.classifies:
-            entries += targets.numel()
-            correct = correct + torch.stack([(out.argmax(1) == targets).sum() for out in (*particles, average)])
+        if isinstance(data.labels, Labels):
+            counted = data.labels.counted(targets)
+            entries += int(counted.sum())
+            right = [((out.argmax(1) == targets) & counted).sum() for out in (*particles, average)]
+            correct = correct + torch.stack(right)
             together = torch.stack([out.double().softmax(1) for out in particles]).mean(0)
-            ensemble += int((together.argmax(1) == targets).sum())
+            ensemble += int(((together.argmax(1) == targets) & counted).sum())
     assert isinstance(total, Tensor)  # no split is empty
     *each_loss, loss = (total / data.length).tolist()
-    if not isinstance(correct, Tensor):
+    if not isinstance(correct, Tensor) or entries == 0:
         return Scores(loss, None, None, each_loss, None)
     *each, average = (int(number) / entries for number in correct)
     return Scores(loss, average, each, each_loss, ensemble / entries)

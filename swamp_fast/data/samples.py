@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch.utils.data.dataloader import default_collate
 
 from swamp_fast.common.memory import free_memory
 from swamp_fast.common.tree import tensors, tree_leaves, tree_map, tree_stack
-from swamp_fast.data.sources import Arrays, Samples, Source
+from swamp_fast.data.sources import Arrays, Samples, Source, as_tensor
 from swamp_fast.particles.random import generators_left_alone, generators_state, seed_generators
 
 PROBE_SAMPLES = 32  # about this many samples are read twice to find out whether a Dataset is random
@@ -28,7 +29,10 @@ class SeededSamples(Dataset[Any]):
         """Seed the global random generators, then read the sample `index`."""
         index, seed = index_and_seed
         seed_generators(seed)
-        return as_tensors(self.dataset[index])
+        item = self.dataset[index]
+        if isinstance(item, list | tuple) and len(item) == 2:
+            return as_tensors(item[0]), as_tensors(item[1], pictures=False)
+        return as_tensors(item)
 
 
 class ArraySamples(Dataset[Any]):
@@ -46,23 +50,28 @@ class ArraySamples(Dataset[Any]):
         return inputs.numpy() if is_picture(inputs) else inputs, self.arrays.targets[index]
 
 
-def as_tensors(item: Any) -> Any:
+def as_tensors(item: Any, pictures: bool = True) -> Any:
     """Convert the leaves of a sample to tensors.
 
-    uint8 pictures become [H, W, C]; they may be PIL pictures, arrays [H, W, C] or [H, W], or tensors [C, H, W].
+    uint8 pictures become [H, W, C]; they may be PIL pictures, arrays [H, W, C] or [H, W], or tensors [C, H, W] or
+    [H, W]. Without `pictures`, as for targets, nothing is moved.
     """
     if isinstance(item, dict):
-        return {key: as_tensors(value) for key, value in item.items()}
+        return {key: as_tensors(value, pictures) for key, value in item.items()}
     if isinstance(item, list | tuple):
-        return tuple(as_tensors(value) for value in item)
-    if isinstance(item, Tensor):
-        return item.movedim(0, -1) if item.dtype == torch.uint8 and item.dim() == 3 else item
+        return tuple(as_tensors(value, pictures) for value in item)
     if hasattr(item, "getbands"):  # a PIL picture
         item = np.array(item)
+    channels_first = isinstance(item, Tensor)
     if isinstance(item, np.ndarray):
-        tensor = torch.from_numpy(item)
-        return tensor[..., None] if tensor.dtype == torch.uint8 and tensor.dim() == 2 else tensor
-    return torch.as_tensor(item) if isinstance(item, bool | int | float | np.generic) else item
+        item = as_tensor(item, "a sample")
+    if not isinstance(item, Tensor):
+        return torch.as_tensor(item) if isinstance(item, bool | int | float | np.generic) else item
+    if not pictures or item.dtype != torch.uint8 or item.dim() not in (2, 3):
+        return item
+    if item.dim() == 2:
+        return item[..., None]
+    return item.movedim(0, -1) if channels_first else item
 
 
 def collected(source: Samples, device: torch.device) -> tuple[Source, str]:
@@ -71,40 +80,95 @@ def collected(source: Samples, device: torch.device) -> tuple[Source, str]:
     The second value is the reason why the Dataset must be streamed, or "". Raises TypeError or ValueError for samples
     that can't be used.
     """
-    if source.collate is not default_collate:
-        return source, "it has a custom collate function"
-    samples = SeededSamples(source.dataset)
+    samples, stacked = SeededSamples(source.dataset), source.collate is default_collate
     with generators_left_alone():
         probed = range(0, len(source), max(1, len(source) // PROBE_SAMPLES))
-        first = [samples[i, 0] for i in probed]
-        for sample in first:
-            _check_sample(sample, source.name)
+        first = _read(samples, probed, source)
+        if stacked:
+            for sample in first:
+                _check_sample(sample, source.name)
+            _check_shapes(first, probed, source.name)
+        if not _all_same(first, [samples[i, 0] for i in probed]):
+            return replace(source, repeats=False), "its samples differ each time they are read"
+        if not stacked:
+            return source, "it has a custom collate function"
         if _is_random(samples, first, probed):
             return source, "its samples are random and are read again in each epoch"
-        if len({str([leaf.shape for leaf in tensors(sample)]) for sample in first}) > 1:
-            raise ValueError(
-                f"{source.name}: its samples differ in shape, so they can't be stacked into a batch. Resize them in "
-                "the Dataset's transform, or pass a DataLoader with a collate_fn."
-            )
         if not all(isinstance(target, Tensor) for _, target in first):
             return source, "its targets are not plain numbers or tensors"
         size = sum(leaf.numel() * leaf.element_size() for leaf in tensors(first[0])) * len(source)
         if not fits(size, device):
             return source, too_large(size, device)
         whole = [samples[i, 0] for i in range(len(source))]
+    _check_shapes(whole, range(len(source)), source.name)
     inputs = tree_stack([input for input, _ in whole])
     targets = torch.stack([target for _, target in whole])
     return Arrays(source.name, inputs, targets, source.crops), ""
 
 
+def stacked(samples: list[Any]) -> Any:
+    """Collate samples of one shape. Raises ValueError for samples of several."""
+    try:
+        return default_collate(samples)
+    except RuntimeError:
+        _check_shapes(samples, range(len(samples)), "a batch of the Dataset")
+        raise
+
+
+def form_of(sample: Any) -> str:
+    """Return what a sample is, in words."""
+    if isinstance(sample, dict):
+        return f"a dict with {', '.join(map(str, sample))}"
+    if isinstance(sample, list | tuple):
+        return f"{len(sample)} values"
+    return f"a {type(sample).__name__}"
+
+
+def _read(samples: SeededSamples, indices: range, source: Samples) -> list[Any]:
+    """Read samples with seed 0. Raises ValueError if they can't be read because only worker_init_fn prepares them."""
+    try:
+        return [samples[i, 0] for i in indices]
+    except Exception as error:
+        if source.worker_start is None:
+            raise
+        raise ValueError(
+            f"{source.name}: a sample can't be read outside of the DataLoader's workers ({error}), but some are. Let "
+            "the Dataset open its files when it reads the first sample, rather than in worker_init_fn."
+        ) from error
+
+
 def _check_sample(sample: Any, name: str) -> None:
     if not isinstance(sample, tuple) or len(sample) != 2:
-        raise TypeError(f"{name}: a sample must be a pair (input, target), got {type(sample).__name__}.")
+        remedy = "Return a pair from the Dataset; several inputs can be a tuple or a dict, as in ((a, b), target)."
+        if isinstance(sample, dict):
+            remedy = (
+                "Return a pair from the Dataset, (inputs, target), or pass a DataLoader with a collate_fn that does. "
+                "The inputs may be a dict, as for forward=lambda model, inputs: model(**inputs).logits."
+            )
+        raise TypeError(f"{name}: a sample must be a pair (input, target), got {form_of(sample)}. {remedy}")
+    if isinstance(sample[1], str):
+        raise TypeError(f"{name}: targets must be numbers, got the text {sample[1]!r}. Number the labels from 0.")
     if isinstance(sample[0], Tensor) and sample[0].dtype == torch.uint8 and not is_picture(sample[0]):
         raise ValueError(
             f"{name}: uint8 samples must be pictures, got shape {list(sample[0].shape)}. Give other inputs as "
             "floating-point tensors."
         )
+
+
+def _check_shapes(samples: list[Any], indices: range, name: str) -> None:
+    """Raise ValueError if samples differ in shape, naming the first that differs."""
+    expected = _shapes(samples[0])
+    for index, sample in zip(indices, samples, strict=True):
+        if _shapes(sample) != expected:
+            raise ValueError(
+                f"{name}: its samples differ in shape, so they can't be stacked to a batch: sample {indices[0]} has "
+                f"{expected}, sample {index} has {_shapes(sample)}. Resize them in the Dataset's transform, or pass a "
+                "DataLoader with a collate_fn."
+            )
+
+
+def _shapes(sample: Any) -> str:
+    return ", ".join(str(list(leaf.shape)) for leaf in tensors(sample))
 
 
 def _is_random(samples: SeededSamples, first: list[Any], probed: range) -> bool:
@@ -113,12 +177,16 @@ def _is_random(samples: SeededSamples, first: list[Any], probed: range) -> bool:
     first   the samples `probed`, read with seed 0
     probed  the indices of the samples to test
     """
-    again = [samples[i, 1] for i in probed]
-    if not all(_same(a, b) for a, b in zip(tree_leaves(first), tree_leaves(again), strict=True)):
+    if not _all_same(first, [samples[i, 1] for i in probed]):
         return True
     seed_generators(0)
     untouched = generators_state()
     return any(samples[i, 0] is None or generators_state() != untouched for i in probed)
+
+
+def _all_same(first: list[Any], again: list[Any]) -> bool:
+    pairs = [list(tree_leaves(tree)) for tree in (first, again)]
+    return len(pairs[0]) == len(pairs[1]) and all(_same(a, b) for a, b in zip(*pairs, strict=True))
 
 
 def one_input(source: Samples) -> Any:
@@ -159,4 +227,4 @@ def too_large(size: int, device: torch.device) -> str:
 def _same(a: Any, b: Any) -> bool:
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return a.shape == b.shape and bool(torch.equal(a.nan_to_num(), b.nan_to_num()))
-    return bool(a == b)
+    return not isinstance(a, bool | int | float | str | bytes) or bool(a == b)  # other objects can't be compared

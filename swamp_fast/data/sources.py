@@ -23,6 +23,7 @@ from torch.utils.data.dataloader import default_collate
 
 from swamp_fast.common.format import dtype_name
 from swamp_fast.common.tree import tensors, tree_map
+from swamp_fast.data.workers import WorkerStart
 from swamp_fast.particles.random import split_order
 
 NAMED = ("digits", "cifar10", "cifar100", "fashion_mnist", "svhn")
@@ -55,6 +56,8 @@ class Samples:
     collate: Callable[[list[Any]], Any] = default_collate
     workers: int = 0
     crops: bool = False
+    worker_start: Callable[[int], object] | None = None  # called with its number in each process that reads samples
+    repeats: bool = True  # whether a sample is the same each time it is read after seeding the global generators
 
     def __len__(self) -> int:
         return len(self.dataset)  # type: ignore[arg-type]
@@ -90,6 +93,16 @@ def open_source(given: object, argument: str, data_dir: str | None) -> Opened:
         return _from_path(given, argument)
     if isinstance(given, tuple | list) and len(given) == 2:
         return Opened(_from_pair(given[0], given[1], argument))
+    if isinstance(given, tuple) and all(isinstance(each, Tensor | np.ndarray) for each in given):
+        raise TypeError(
+            f"`{argument}` must be a pair (inputs, targets), got a tuple of {len(given)} arrays. Several inputs go "
+            "into one tuple, ((a, b), targets), and test data into `test`."
+        )
+    if isinstance(given, Tensor | np.ndarray):
+        raise TypeError(
+            f"`{argument}` must hold inputs and targets, got one {type(given).__name__} {list(given.shape)}. Pass the "
+            f"pair (inputs, targets) as `{argument}`: fast_swamp(model, (x, y), (test_x, test_y))."
+        )
     if isinstance(given, DataLoader):
         return _from_loader(given, argument)
     if isinstance(given, Dataset) or (hasattr(given, "__getitem__") and hasattr(given, "__len__")):
@@ -240,16 +253,13 @@ def _from_pair(inputs: object, targets: object, argument: str) -> Source:
     """Make Arrays from inputs and targets. Pictures in tensors have channels first, those in NumPy arrays last."""
     if isinstance(targets, list):
         targets = np.asarray(targets)
-    targets = torch.from_numpy(np.ascontiguousarray(targets)) if isinstance(targets, np.ndarray) else targets
+    targets = as_tensor(targets, f"`{argument}`: targets")
     channels_last = isinstance(inputs, np.ndarray)
-    inputs = tree_map(
-        lambda leaf: torch.from_numpy(np.ascontiguousarray(leaf)) if isinstance(leaf, np.ndarray) else leaf,
-        inputs,
-    )
+    inputs = tree_map(lambda leaf: as_tensor(leaf, f"`{argument}`: inputs"), inputs)
     if not isinstance(targets, Tensor) or not tensors(inputs):
         raise TypeError(
             f"`{argument}`: a pair must be (inputs, targets) tensors, got "
-            f"({type(inputs).__name__}, {type(targets).__name__})."
+            f"({type(inputs).__name__}, {type(targets).__name__}). Convert others with torch.as_tensor or to_numpy()."
         )
     lengths = {len(leaf) if leaf.dim() else 0 for leaf in tensors(inputs)}
     if lengths != {len(targets) if targets.dim() else 0}:
@@ -260,6 +270,28 @@ def _from_pair(inputs: object, targets: object, argument: str) -> Source:
     if isinstance(inputs, Tensor) and inputs.dtype == torch.uint8:
         inputs = _pictures(inputs if channels_last or inputs.dim() == 3 else _channels_last(inputs, argument), argument)
     return Arrays(argument, inputs, targets.detach())
+
+
+def as_tensor(values: Any, name: str) -> Any:
+    """Return an array as a tensor, and anything else unchanged.
+
+    Raises TypeError or ValueError, beginning with `name`, for arrays that have no tensor or hold masked values.
+    """
+    if not isinstance(values, np.ndarray):
+        return values
+    if isinstance(values, np.ma.MaskedArray):
+        if values.mask.any():
+            raise ValueError(
+                f"{name} are a masked array in which {int(values.mask.sum()):,} values are masked, so they have no "
+                "value. Leave those samples out, or fill the values in with .filled(...)."
+            )
+        values = values.data
+    if values.dtype.kind in "USO":
+        raise TypeError(
+            f"{name} must be numbers, got an array of {values.dtype}. Number text labels from 0: "
+            "names, labels = numpy.unique(labels, return_inverse=True)."
+        )
+    return torch.from_numpy(np.ascontiguousarray(values) if values.ndim else values)
 
 
 def _channels_last(images: Tensor, argument: str) -> Tensor:
@@ -286,7 +318,8 @@ def _pictures(images: Tensor, argument: str) -> Tensor:
 def _from_dataset(dataset: Dataset[Any], argument: str) -> Source:
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
         raise TypeError(
-            f"`{argument}`: an IterableDataset can't be shuffled; pass a Dataset with __len__ and __getitem__."
+            f"`{argument}`: {type(dataset).__name__} is read in its own order and can't be shuffled, because it is an "
+            "IterableDataset or has no length. Pass a Dataset with __len__ and __getitem__."
         )
     as_stored = type(dataset).__getitem__ is TensorDataset.__getitem__  # not if a subclass changes the samples
     if isinstance(dataset, TensorDataset) and as_stored and len(dataset.tensors) == 2:
@@ -309,5 +342,10 @@ def _from_loader(loader: DataLoader[Any], argument: str) -> Opened:
         )
     source = _from_dataset(loader.dataset, argument)
     if loader.collate_fn is not default_collate or isinstance(source, Samples):
-        source = Samples(type(loader.dataset).__name__, loader.dataset, loader.collate_fn, loader.num_workers)
+        source = Samples(
+            *(type(loader.dataset).__name__, loader.dataset, loader.collate_fn, loader.num_workers),
+            worker_start=WorkerStart(loader.dataset, loader.worker_init_fn)
+            if loader.worker_init_fn and loader.num_workers
+            else None,
+        )
     return Opened(source, batch_size=loader.batch_size, drop_last=loader.drop_last)

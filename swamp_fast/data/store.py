@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,9 +20,9 @@ from torch.utils.data.dataloader import default_collate
 
 from swamp_fast import ops
 from swamp_fast.common.fingerprint import callable_fingerprint
-from swamp_fast.common.format import dtype_name
 from swamp_fast.common.tree import tensors, tree_leaves, tree_map, tree_stack, tree_to
 from swamp_fast.data import samples as reading
+from swamp_fast.data.labels import Labels, check_labels
 from swamp_fast.data.samples import ArraySamples, SeededSamples
 from swamp_fast.data.sources import Arrays, Samples, Source
 from swamp_fast.data.standardise import Standardise
@@ -53,11 +54,13 @@ class Batch:
 class Stored:
     """A split on the device. A handle is the index [L, B] of a batch's samples; `fetch` uses only tensor operations.
 
-    order  [length]  int64: the order in which evaluation reads the samples
+    order   [length]  int64: the order in which evaluation reads the samples
+    labels  what counts in accuracies, or why there are none; known once the model has been run
     """
 
     streamed = False
     stacked = True
+    labels: Labels | str = "the model has not been run"
 
     def __init__(
         self,
@@ -77,7 +80,7 @@ class Stored:
         check_inputs(self.name, self.inputs)
 
     def check_labels(self, classes: int) -> None:
-        """Raise TypeError or ValueError if the targets are not labels in [0, classes)."""
+        """Raise TypeError or ValueError for targets that cross-entropy can't take; see labels.check_labels."""
         check_labels(self.name, self.targets, classes)
 
     def batches(self, order: Tensor, keys: Tensor, bounds: list[tuple[int, int]]) -> Iterator[Tensor]:
@@ -119,10 +122,11 @@ class Stored:
 class Streamed:
     """A split that is read from the user's Dataset batch by batch. A handle holds collated batches in host memory.
 
-    order  the same as Stored.order
+    order, labels  the same as Stored's
     """
 
     streamed = True
+    labels: Labels | str = "the model has not been run"
 
     def __init__(
         self,
@@ -157,8 +161,8 @@ class Streamed:
             SeededSamples(self.source.dataset),
             batch_sampler=requests,
             num_workers=self.source.workers,
-            collate_fn=self.source.collate,
-            worker_init_fn=in_worker,
+            collate_fn=reading.stacked if self.stacked else self.source.collate,
+            worker_init_fn=partial(in_worker, start=self.source.worker_start),
             pin_memory=self.device.type == "cuda",
         )
         handle: list[Any] = []
@@ -166,7 +170,10 @@ class Streamed:
             read = iter(loader)
         for part, batch in zip(parts, read, strict=True):
             if not isinstance(batch, list | tuple) or len(batch) != 2:
-                raise TypeError(f"{self.name}: a batch must be (inputs, targets), got {type(batch).__name__}.")
+                raise TypeError(
+                    f"{self.name}: a batch must be a pair (inputs, targets), got {reading.form_of(batch)}. Return one "
+                    "from your collate_fn."
+                )
             inputs, targets = batch[0], tree_map(_whole_numbers, batch[1])
             check_inputs(self.name, inputs)
             if self.classes is not None:
@@ -199,14 +206,18 @@ class Streamed:
         return Batch(pictures, self._typed(tree_stack(targets)))
 
     def fingerprint(self) -> str:
-        """Return a hash of the length, the collate function and a few samples; reading all may take too long."""
+        """Return a hash of the length, the collate function and a few samples; reading all may take too long.
+
+        If samples don't repeat, only their types and shapes count.
+        """
         digest = hashlib.blake2b(f"{self.length}{type(self.source.dataset).__qualname__}".encode(), digest_size=16)
         digest.update(str(callable_fingerprint(self.source.collate)).encode())
         samples = SeededSamples(self.source.dataset)
         for index in range(0, self.length, max(1, self.length // 16)):
             for leaf in tree_leaves(samples[index, 0]):
-                array = leaf.numpy() if isinstance(leaf, Tensor) else np.asarray(repr(leaf))
-                digest.update(f"{array.dtype}{array.shape}".encode() + array.tobytes())
+                array = leaf.numpy() if isinstance(leaf, Tensor) else np.asarray(_text(leaf))
+                digest.update(f"{array.dtype}{array.shape}".encode())
+                digest.update(array.tobytes() if self.source.repeats else b"")
         return digest.hexdigest()
 
     def _typed(self, tree: Any) -> Any:
@@ -230,6 +241,11 @@ class Built:
     data: Data
     standardise: Standardise | None
     line: str
+
+    @property
+    def repeats(self) -> bool:
+        """Whether its samples are the same each time they are read with the same random draws."""
+        return isinstance(self.data, Stored) or self.data.source.repeats
 
 
 def build(
@@ -308,20 +324,9 @@ def check_inputs(name: str, inputs: Any) -> None:
             )
 
 
-def check_labels(name: str, targets: Any, classes: int) -> None:
-    """Raise TypeError or ValueError if the targets are not integers in [0, classes)."""
-    if not isinstance(targets, Tensor) or targets.is_floating_point() or targets.dtype == torch.bool:
-        kind = dtype_name(targets.dtype) if isinstance(targets, Tensor) else type(targets).__name__
-        raise TypeError(
-            f"{name}: cross-entropy needs integer labels, got {kind}. Convert them with .long(), or pass a `loss` "
-            "that takes such targets."
-        )
-    low, high = (int(bound) for bound in targets.aminmax())
-    if low < 0 or high >= classes:
-        raise ValueError(
-            f"{name}: labels must lie in [0, {classes}), because the model has {classes} outputs; got {low} … {high}. "
-            "Number the classes from 0, or give the model one output per class."
-        )
+def _text(value: Any) -> str:
+    plain = isinstance(value, bool | int | float | str | bytes | None)
+    return repr(value) if plain else str(callable_fingerprint(value))  # the text of an object may hold its address
 
 
 def _whole_numbers(targets: Any) -> Any:

@@ -3,15 +3,32 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch.utils.data import Dataset, get_worker_info
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 SECONDS_AFTER_SIGTERM = 30  # a process that reads data ends this long after a SIGTERM, if it has not ended before
 
 
-def in_worker(number: int) -> None:
-    """Set the signal handlers of a process that reads data.
+@dataclass(frozen=True)
+class WorkerStart:
+    """Calls the worker_init_fn of a user's DataLoader, which finds its own Dataset in get_worker_info()."""
+
+    dataset: Dataset[Any]
+    function: Callable[[int], object]
+
+    def __call__(self, number: int) -> None:
+        """Call the function with the worker's number, in the worker."""
+        object.__setattr__(get_worker_info(), "dataset", self.dataset)  # was the SeededSamples around it
+        self.function(number)
+
+
+def in_worker(number: int, start: Callable[[int], object] | None = None) -> None:
+    """Set the signal handlers of a process that reads data, and call `start` with its number.
 
     Ctrl-C and SIGTERM often go to all processes at once; they must not end this one in the middle of a step.
     """
@@ -19,6 +36,8 @@ def in_worker(number: int) -> None:
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(SECONDS_AFTER_SIGTERM))
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # `signals_held` blocked them in the parent process
+    if start is not None:
+        start(number)
 
 
 @contextmanager

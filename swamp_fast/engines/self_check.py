@@ -6,13 +6,14 @@ import dataclasses
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from swamp_fast.common.copying import copy_of
 from swamp_fast.common.tree import tensors, tree_map
 from swamp_fast.data.store import Batch
 from swamp_fast.engines.trainer import LaneRunner
 from swamp_fast.particles.random import generators_left_alone, lane_keys, stream_of
+from swamp_fast.problem.arguments import Loss, cross_entropy
 from swamp_fast.problem.problem import Problem
 
 MAX_SAMPLES = 11  # per lane; a prime, so that no kernel's block of samples divides it evenly
@@ -21,9 +22,35 @@ TOLERANCE = 1e-9  # for float64 results, relative to the largest number; roundin
 
 
 def in_float64(problem: Problem) -> Problem:
-    """The same problem with precision float64 and a float64 copy of the model."""
-    config = dataclasses.replace(problem.config, precision="float64")
-    return dataclasses.replace(problem, config=config, template=copy_of(problem.template).double())
+    """The same problem with precision float64, and float64 copies of the model and of the loss."""
+    return dataclasses.replace(
+        problem,
+        config=dataclasses.replace(problem.config, precision="float64"),
+        template=copy_of(problem.template).double(),
+        loss=_loss_in_float64(problem),
+    )
+
+
+def _loss_in_float64(problem: Problem) -> Loss:
+    """The loss for outputs in float64.
+
+    The tensors of a module, such as class weights, are converted. Those that a function keeps can't be; if they make it
+    fail, it gets outputs and targets in the run's own type.
+    """
+    loss = problem.loss
+    if loss is cross_entropy:
+        return loss  # the engines recognise it
+    if isinstance(loss, nn.Module):
+        loss = copy_of(loss).double()
+
+    def in_either(outputs: Any, targets: Any) -> Tensor:
+        try:
+            return loss(outputs, targets)
+        except RuntimeError:
+            own = (tree_map(lambda leaf: _typed(leaf, problem.dtype), tree) for tree in (outputs, targets))
+            return loss(*own).double()
+
+    return in_either
 
 
 def check_keys(problem: Problem, lanes: int) -> Tensor:
@@ -102,4 +129,8 @@ def raised(error: Exception) -> str:
 
 
 def _double(tree: Any) -> Any:
-    return tree_map(lambda leaf: leaf.double() if leaf.is_floating_point() else leaf, tree)
+    return tree_map(lambda leaf: _typed(leaf, torch.float64), tree)
+
+
+def _typed(leaf: Any, dtype: torch.dtype) -> Any:
+    return leaf.to(dtype) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf

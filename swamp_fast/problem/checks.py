@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 from torch.ao.quantization import FakeQuantizeBase, ObserverBase
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.prune import BasePruningMethod
 
 from swamp_fast.common.copying import attribute_tensors, copy_of
@@ -129,17 +128,23 @@ def check_recomputed(model: nn.Module, before: Mapping[str, list[Tensor]], graph
             )
 
 
-def check_batches(samples: int, batch: int, drop_last: bool, model: nn.Module) -> None:
-    """Raise ValueError if the batch size exceeds the data, or if BatchNorm would get a last batch of one sample."""
+def check_batches(samples: int, batch: int, drop_last: bool) -> None:
+    """Raise ValueError if the batch size exceeds the data."""
     if batch > samples:
         raise ValueError(f"`batch_size` = {batch} is more than the {samples} training samples; lower it.")
-    if any(isinstance(module, _BatchNorm) for module in model.modules()) and (
-        batch == 1 or (samples % batch == 1 and not drop_last)
-    ):
-        raise ValueError(
-            f"an epoch's last batch would hold one sample ({samples} samples, batch_size = {batch}), but BatchNorm "
-            f"needs at least two; choose another batch_size, such as {max(batch - 1, 2)}."
-        )
+
+
+def has_batch_of_one(samples: int, batch: int, drop_last: bool) -> bool:
+    """Whether an epoch has a batch of one sample."""
+    return batch == 1 or (samples % batch == 1 and not drop_last)
+
+
+def other_batch_size(samples: int, batch: int) -> str:
+    """Return an advice on the batch size that leaves no batch of one sample, as close to `batch` as possible."""
+    sizes = [size for size in range(2, samples + 1) if samples % size != 1]
+    if not sizes:
+        return "Pass more samples."
+    return f"Choose another batch_size, such as {min(sizes, key=lambda size: abs(size - batch))}."
 
 
 def check_validation(fingerprints: Mapping[str, str | None], config: SwampConfig) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,12 +11,13 @@ from torch import Tensor, nn
 
 from swamp_fast.common.copying import uncompiled
 from swamp_fast.common.fingerprint import callable_fingerprint, model_fingerprint, tensor_fingerprint
+from swamp_fast.common.warn import warn_user
 from swamp_fast.config import SwampConfig, default_of
 from swamp_fast.data.sources import Opened, open_source
 from swamp_fast.data.standardise import Standardise
 from swamp_fast.particles.layout import Layout
 from swamp_fast.particles.spectral_norms import spectral_vectors
-from swamp_fast.problem.arguments import Arguments, call, cross_entropy
+from swamp_fast.problem.arguments import Arguments, Loss, call, cross_entropy
 from swamp_fast.problem.checks import (
     check_batches,
     check_cycles,
@@ -23,15 +25,22 @@ from swamp_fast.problem.checks import (
     check_model,
     check_validation,
     choose_device,
+    has_batch_of_one,
     particle_of,
     write_masks_,
 )
 from swamp_fast.problem.gradients import listed
 from swamp_fast.problem.precision import weight_dtype
-from swamp_fast.problem.probe import Probe, probe_model
+from swamp_fast.problem.probe import Probe, check_single_sample, probe_model
 from swamp_fast.problem.problem import Problem
+from swamp_fast.problem.scoring import accuracy_lines, decide_labels
 from swamp_fast.problem.shared_memory import check_memory
 from swamp_fast.problem.splits import Splits, build_splits, check_splits, open_splits
+
+DOES_NOT_REPEAT = (
+    "differs each time, as with a random generator of its own, so a run that is repeated or resumed ends in other "
+    "results; draw from torch's global generator, which is seeded for every sample and step"
+)
 
 
 def prepare(
@@ -63,11 +72,17 @@ def prepare(
     config = _with_batch_size_of(opened, config, settings)
     like = None if standardise is None else Standardise.of(standardise)
     splits = build_splits(open_splits(opened, test, arguments.val, config.data_dir), config, device, dtype, like)
-    check_batches(splits.train.data.length, config.batch_size, opened.drop_last, model)
+    check_batches(splits.train.data.length, config.batch_size, opened.drop_last)
 
-    template = _template_of(model, device, dtype)
+    template, given_loss = _template_of(model, device, dtype), loss
+    loss = _loss_of(given_loss, device, dtype)
+    if has_batch_of_one(splits.train.data.length, config.batch_size, opened.drop_last):
+        check_single_sample(template, splits.train.data, config, forward, loss, transform)
     probe = probe_model(model, template, splits.train.data, config, forward, loss, transform, arguments.prunable)
-    check_splits(splits, probe.classes if loss is cross_entropy else None)
+    check_splits(splits)
+    decide_labels(template, splits.named, config, forward, loss)
+    for text in _unrepeatable(splits, probe) if config.run_dir is not None else ():
+        warn_user(f"{text}.")
     hashes = splits.fingerprints()
     check_validation(hashes, config)
 
@@ -95,7 +110,7 @@ def prepare(
             "mask": tensor_fingerprint(mask),
             **hashes,
             "forward": callable_fingerprint(forward),
-            "loss": callable_fingerprint(loss),
+            "loss": callable_fingerprint(given_loss),
             "transform": callable_fingerprint(transform),
             "prunable": sorted(probe.prunable),
             "drop_last": opened.drop_last,
@@ -125,6 +140,22 @@ def _template_of(model: nn.Module, device: torch.device, dtype: torch.dtype) -> 
     for buffer in template.buffers():
         buffer.requires_grad_(False)
     return template
+
+
+def _loss_of(loss: Loss, device: torch.device, dtype: torch.dtype) -> Loss:
+    """Return the loss; of a module, a copy on the device if it has tensors, such as class weights.
+
+    Raises ValueError for a loss with parameters that would have to be trained.
+    """
+    if not isinstance(loss, nn.Module) or not [*loss.parameters(), *loss.buffers()]:
+        return loss
+    trained = [name for name, parameter in loss.named_parameters() if parameter.requires_grad]
+    if trained:
+        raise ValueError(
+            f"`loss` has parameters of its own ({', '.join(trained)}), but only the model's are trained. Call "
+            "loss.requires_grad_(False) to keep them as they are, or make them part of the model."
+        )
+    return copy.deepcopy(loss).to(device, dtype)
 
 
 def _first_mask(
@@ -160,6 +191,13 @@ def _notes(model: nn.Module, probe: Probe) -> list[str]:
     return notes
 
 
+def _unrepeatable(splits: Splits, probe: Probe) -> list[str]:
+    """Return notes on the data and the augmentation that can't be repeated by seeding the global generators."""
+    names = [f"what {split.data.name} reads" for split in splits.built if not split.repeats]
+    names += [] if probe.repeats else ["what `transform` returns"]
+    return [f"{name} {DOES_NOT_REPEAT}" for name in names]
+
+
 def _introduction(model: nn.Module, layout: Layout, splits: Splits, probe: Probe) -> tuple[str, ...]:
     """Return the console's first lines about a run: its model, its data, and what the FLOPs leave out."""
     trained = sum(entry.size for entry in layout.entries)
@@ -169,6 +207,8 @@ def _introduction(model: nn.Module, layout: Layout, splits: Splits, probe: Probe
     ]
     lines += [probe.pruned.line, *_notes(model, probe)]
     lines += [f"data     {split.line}" for split in splits.built]
+    lines += [line for name, data in splits.named.items() if name != "train" for line in accuracy_lines(name, data)]
+    lines += [f"random   {text}" for text in _unrepeatable(splits, probe)]
     if probe.uncounted:
         lines.append(
             f"flops    not counted for {', '.join(probe.uncounted)}: pruning these doesn't lower the FLOPs shown"

@@ -12,15 +12,24 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from swamp_fast.common.copying import attribute_tensors, attributes_with_graphs
 from swamp_fast.common.fingerprint import state_fingerprint
+from swamp_fast.common.format import dtype_name
 from swamp_fast.common.tree import tensors, tree_map
 from swamp_fast.config import SwampConfig
 from swamp_fast.data.store import Data
 from swamp_fast.particles.dropout import DropoutStream, refused_in_backward
-from swamp_fast.particles.random import generators_left_alone, generators_state, lane_keys, stream_of
+from swamp_fast.particles.random import generators_left_alone, generators_state, lane_keys, seed_generators, stream_of
 from swamp_fast.problem.arguments import Forward, Loss, Transform, cross_entropy
-from swamp_fast.problem.checks import check_recomputed, particle_of
+from swamp_fast.problem.checks import check_recomputed, other_batch_size, particle_of
 from swamp_fast.problem.gradients import check_gradients, gradients_restored, leaves_of
 from swamp_fast.problem.prunable import Prunable, Pruned, select_prunable
+from swamp_fast.problem.shapes import (
+    check_class_axis,
+    check_for_cross_entropy,
+    check_losses,
+    could_be_chance,
+    is_of_torch,
+    shapes_of,
+)
 from swamp_fast.problem.uses import counted_uses
 from swamp_fast.problem.value_reads import ValueReads
 
@@ -35,13 +44,12 @@ class Probe:
     """The properties of a model that running it forward and backward showed.
 
     pruned           the parameters to prune, and why others aren't pruned
-    classes          the size of axis 1 of the outputs if they are a tensor [B, classes, ...], else None
-    classifies       whether the outputs are logits and the targets are labels, so that accuracies make sense
     draws_elsewhere  whether the forward pass draws from torch's, Python's or NumPy's generator, other than by dropout
     changed          the names of the weights and buffers that a forward pass changes, without norms' running statistics
     keeps_state      whether a forward pass changes plain attributes of the model, or draws from a generator in them
     without_gradient  the names of the trained parameters for which the loss of these samples has no gradient
     outside          the shapes of the tensors outside the model for which the loss has gradients
+    repeats          whether the augmentation repeats its draws if torch's, Python's and NumPy's generators are seeded
     reads_values     the operation by which the forward pass or the loss reads values of tensors, so that it may branch
                      on them; None if there is none
     convolves        whether the model convolves pictures [B, C, H, W]
@@ -50,13 +58,12 @@ class Probe:
     """
 
     pruned: Pruned
-    classes: int | None
-    classifies: bool
     draws_elsewhere: bool
     changed: tuple[str, ...]
     keeps_state: bool
     without_gradient: tuple[str, ...]
     outside: tuple[tuple[int, ...], ...]
+    repeats: bool
     reads_values: str | None
     convolves: bool
     dense_flops: int
@@ -103,24 +110,24 @@ def probe_model(
     together.
     """
     keys = lane_keys([config.seed], [stream_of(None, 0)], data.device)
-    trial = _Trial(data, min(MAX_SAMPLES, data.length, config.batch_size), keys, forward, loss, transform)
+    trial = Trial(data, min(MAX_SAMPLES, data.length, config.batch_size), keys, forward, loss, transform)
     model = particle_of(template).train()
     with generators_left_alone():
         effects = _side_effects(original, model, trial, keys)
         with counted_uses(model, trial.samples) as uses, torch.no_grad(), FlopCounterMode(display=False) as counter:
             trial.run(model)
+        trial.confirm(model)
     model.zero_grad()
     outputs = effects.outputs
     convolves = any("convolution" in str(op) for op in counter.get_flop_counts().get("Global", {}))
     return Probe(
         pruned=select_prunable(model, prunable, outputs, effects.loss),
-        classes=outputs.shape[1] if isinstance(outputs, Tensor) and outputs.dim() >= 2 else None,
-        classifies=trial.classifies(outputs),
         draws_elsewhere=effects.draws_elsewhere,
         changed=effects.changed,
         keeps_state=effects.keeps_state,
         without_gradient=effects.without_gradient,
         outside=effects.outside,
+        repeats=trial.transform_repeats(),
         reads_values=trial.reads.operation,
         convolves=convolves and any(leaf.dim() == 4 for leaf in tensors(trial.inputs)),
         dense_flops=counter.get_total_flops() // trial.samples,
@@ -128,22 +135,52 @@ def probe_model(
     )
 
 
-class _Trial:
+def check_single_sample(
+    template: nn.Module, data: Data, config: SwampConfig, forward: Forward, loss: Loss, transform: Transform | None
+) -> None:
+    """Raise ValueError if the model can't be trained on a batch of one sample, though it can be on two.
+
+    That is so of BatchNorm, unless a sample has several values per channel, as a feature map does.
+    """
+    keys = lane_keys([config.seed], [stream_of(None, 0)], data.device)
+
+    def error_with(samples: int) -> ValueError | None:
+        model = particle_of(template).train()
+        try:
+            with generators_left_alone(), DropoutStream(keys):
+                Trial(data, samples, keys, forward, loss, transform).run(model)
+        except ValueError as error:
+            return error
+        return None
+
+    error = error_with(1)
+    if error is not None and (data.length == 1 or error_with(2) is None):
+        raise ValueError(
+            f"an epoch's last batch would hold one sample ({data.length} samples, batch_size = {config.batch_size}), "
+            f"but on one {error.__cause__ or error}. {other_batch_size(data.length, config.batch_size)}"
+        ) from error
+
+
+class Trial:
     """One small batch on which a model and the loss are run. Errors say which of them doesn't fit which data.
 
-    reads  records operations of `forward` and `loss` that read the values of tensors
+    reads      records operations of `forward` and `loss` that read the values of tensors
+    uncertain  whether the shape of the loss may be right by chance; see `confirm`
     """
 
     def __init__(
         self, data: Data, samples: int, keys: Tensor, forward: Forward, loss: Loss, transform: Transform | None
     ) -> None:
-        self.data, self.samples, self.forward, self.loss = data, samples, forward, loss
+        self.data, self.samples, self.keys = data, samples, keys
+        self.forward, self.loss, self.transform = forward, loss, transform
         order = torch.arange(samples, device=data.device)[None]
         handle = next(iter(data.batches(order, keys, [(0, samples)])))
         self.inputs, self.targets = data.fetch(handle, None).lane(0)
+        self.untransformed = self.inputs
         if transform is not None:
             self.inputs = _transformed(transform, self.inputs)
         self.reads = ValueReads()
+        self.uncertain = False
 
     def run(self, model: nn.Module) -> tuple[Any, Tensor]:
         """Return the model's outputs and the sum of the losses."""
@@ -156,17 +193,19 @@ class _Trial:
             )
         return outputs, losses.sum()
 
-    def classifies(self, outputs: Any) -> bool:
-        """Whether the outputs are logits [B, classes, ...] and the targets are labels in [0, classes)."""
-        targets = self.targets
-        return (
-            _are_logits(outputs)
-            and isinstance(targets, Tensor)
-            and targets.dtype == torch.int64
-            and targets.shape == (self.samples, *outputs.shape[2:])
-            and outputs.shape[1] > 1
-            and 0 <= int(targets.min()) <= int(targets.max()) < outputs.shape[1]
-        )
+    def transform_repeats(self) -> bool:
+        """Whether the augmentation gives the same inputs again after the same seeding of the global generators."""
+        return self.transform is None or _same(self.inputs, _seeded_transform(self.transform, self.untransformed))
+
+    def confirm(self, model: nn.Module) -> None:
+        """If the shape of the loss may be right by chance, run the model on a batch of another size.
+
+        Raises ValueError if the shape was right by chance.
+        """
+        other = _other_size(self.samples, self.data.length)
+        if self.uncertain and other is not None:
+            with torch.no_grad():
+                Trial(self.data, other, self.keys, self.forward, self.loss, self.transform).run(model)
 
     def _outputs(self, model: nn.Module) -> Any:
         try:
@@ -174,16 +213,15 @@ class _Trial:
                 outputs = self.forward(model, self.inputs)
         except MISFITS as error:
             raise ValueError(
-                f"the model can't run on a batch of inputs {_shapes(self.inputs)}: {error}\nCheck the data's shape, or "
-                "pass `forward(model, inputs)`, which must run the module that it is given."
+                f"the model can't run on a batch of inputs {shapes_of(self.inputs)}: {error}\nCheck the data's shape, "
+                "or pass `forward(model, inputs)`, which must run the module that it is given."
+                f"{_hint_on_integers(self.inputs)}"
             ) from error
         if self.loss is cross_entropy:
-            if not _are_logits(outputs):
-                raise ValueError(
-                    f"the model's output must be a tensor [B, classes] for cross-entropy, got {_shapes(outputs)}. Pass "
-                    "`forward(model, inputs)` that returns the logits, or a `loss` of your own."
-                )
+            check_for_cross_entropy(outputs, self.targets)
             self.data.check_labels(outputs.shape[1])
+        elif is_of_torch(self.loss):
+            check_class_axis(outputs, self.targets)
         return outputs
 
     def _losses(self, outputs: Any) -> Tensor:
@@ -192,26 +230,44 @@ class _Trial:
                 losses = self.loss(outputs, self.targets)
         except MISFITS as error:
             raise ValueError(
-                f"the loss can't take outputs {_shapes(outputs)} with targets {_shapes(self.targets)}: {error}"
+                f"the loss can't take outputs {shapes_of(outputs)} with targets {shapes_of(self.targets)}: {error}"
             ) from error
-        if not isinstance(losses, Tensor) or losses.dim() == 0 or losses.shape[0] != self.samples:
-            raise ValueError(
-                f"`loss(outputs, targets)` must return one number per sample, [B] = [{self.samples}], got "
-                f'{_shapes(losses)}; use reduction="none".'
-            )
+        check_losses(losses, outputs, self.targets, self.samples)
+        if could_be_chance(losses, outputs, self.targets):
+            self.uncertain = True
         return losses
+
+
+def _hint_on_integers(inputs: Any) -> str:
+    kinds = {dtype_name(leaf.dtype) for leaf in tensors(inputs) if not leaf.is_floating_point()}
+    return f" The inputs are {', '.join(sorted(kinds))}; if the model needs numbers, pass .float()." if kinds else ""
+
+
+def _other_size(samples: int, available: int) -> int | None:
+    """Return the size of another small batch: an even one if possible, and not a single sample; None without any."""
+    if samples >= 4:
+        return samples - 2
+    if samples < available:
+        return samples + 1
+    return samples - 1 if samples == 3 else None
 
 
 def _transformed(transform: Transform, inputs: Any) -> Any:
     """Return a batch [B, ...] after the user's augmentation. Raises ValueError if the number of samples changed."""
-    with generators_left_alone():
-        out = transform(inputs)
+    out = _seeded_transform(transform, inputs)
     expected, got = ({len(leaf) for leaf in tensors(tree) if leaf.dim()} for tree in (inputs, out))
     if got != expected:
         raise ValueError(
-            f"`transform(inputs)` must return the same number of samples, got {_shapes(out)} from {_shapes(inputs)}."
+            f"`transform(inputs)` must return the same number of samples, got {shapes_of(out)} from "
+            f"{shapes_of(inputs)}."
         )
     return out
+
+
+def _seeded_transform(transform: Transform, inputs: Any) -> Any:
+    with generators_left_alone():
+        seed_generators(0)
+        return transform(tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, inputs))
 
 
 @dataclass(frozen=True)
@@ -227,7 +283,7 @@ class _SideEffects:
     outside: tuple[tuple[int, ...], ...]
 
 
-def _side_effects(original: nn.Module, model: nn.Module, trial: _Trial, keys: Tensor) -> _SideEffects:
+def _side_effects(original: nn.Module, model: nn.Module, trial: Trial, keys: Tensor) -> _SideEffects:
     """Find the side effects of a model's forward pass by running it twice with the same random draws.
 
     The second run also goes backward. Then the model and the generators are compared with their earlier state.
@@ -268,10 +324,6 @@ def _side_effects(original: nn.Module, model: nn.Module, trial: _Trial, keys: Te
     )
 
 
-def _are_logits(outputs: Any) -> bool:
-    return isinstance(outputs, Tensor) and outputs.dim() >= 2 and outputs.is_floating_point()
-
-
 def _same_bits(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors of the same shape have the same bits; NaNs with the same bits are equal."""
     a, b = (tensor.detach().contiguous().flatten() for tensor in (a, b))
@@ -281,7 +333,3 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
 def _same(first: Any, second: Any) -> bool:
     pairs = list(zip(tensors(first), tensors(second), strict=True))
     return all(a.shape == b.shape and torch.allclose(a, b, TOLERANCE, TOLERANCE, equal_nan=True) for a, b in pairs)
-
-
-def _shapes(tree: Any) -> Any:
-    return tree_map(lambda leaf: list(leaf.shape) if isinstance(leaf, Tensor) else type(leaf).__name__, tree)

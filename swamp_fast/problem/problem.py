@@ -52,11 +52,6 @@ class Problem:
         """The floating-point type of the weights."""
         return weight_dtype(self.config)
 
-    @property
-    def classifies(self) -> bool:
-        """Whether the task is a classification, so that accuracies make sense."""
-        return self.probe.classifies
-
     @cached_property
     def bounds(self) -> list[tuple[int, int]]:
         """For each batch of an epoch, the slice [begin, end) of the sample order that the batch takes."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from swamp_fast.common.tree import tensors, tree_leaves
+from swamp_fast.common.warn import warn_user
 from swamp_fast.problem.gradients import listed
 from swamp_fast.problem.layer_weights import direction_of, weight_of
 
@@ -96,11 +96,9 @@ def _selected(trained: dict[str, nn.Parameter], prunable: Any) -> set[str]:
         raise ValueError(f"`prunable` selects none of the trained parameters: {', '.join(trained)}.")
     vectors = [name for name in trained if name in by_pattern and trained[name].dim() < 2]
     if vectors:
-        warnings.warn(
+        warn_user(
             f"`prunable` also selects {listed(vectors)}, which are biases or the weights of norms. To leave them out, "
-            "pass prunable=lambda name, parameter: parameter.dim() > 1 or other names.",
-            UserWarning,
-            stacklevel=7,
+            "pass prunable=lambda name, parameter: parameter.dim() > 1 or other names."
         )
     return names
 

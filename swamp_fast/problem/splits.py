@@ -49,10 +49,16 @@ class Splits:
         """The test data, or None."""
         return None if self.test is None else self.test.data
 
+    @property
+    def named(self) -> dict[str, Data]:
+        """The data of the splits that the call has, by name."""
+        splits = zip(SPLITS, (self.train.data, self.val_data, self.test_data), strict=True)
+        return {name: data for name, data in splits if data is not None}
+
     def fingerprints(self) -> dict[str, str | None]:
         """Return a hash of each split's data by the split's name; None for a missing split."""
-        splits = zip(SPLITS, (self.train.data, self.val_data, self.test_data), strict=True)
-        return {name: None if data is None else data.fingerprint() for name, data in splits}
+        named = self.named
+        return {name: named[name].fingerprint() if name in named else None for name in SPLITS}
 
 
 def open_splits(opened: Opened, test: object, val: object, data_dir: str | None) -> Sources:
@@ -95,37 +101,43 @@ def build_splits(
     return Splits(train, without_augmentation(sources.val), without_augmentation(sources.test))
 
 
-def check_splits(splits: Splits, classes: int | None) -> None:
-    """Raise ValueError if val or test samples differ in form from those of train, or if a label is out of range.
-
-    classes  the number of classes; None if the targets need not be labels
-    """
+def check_splits(splits: Splits) -> None:
+    """Raise ValueError if val or test samples differ in form from those of train."""
     for name, data in (("val", splits.val_data), ("test", splits.test_data)):
         if data is not None:
             _check_like(name, data, splits.train.data)
-    if classes is not None:
-        for split in splits.built:
-            split.data.check_labels(classes)
 
 
 def _check_like(name: str, data: Data, train: Data) -> None:
     if not (data.stacked and train.stacked):
         return  # the user's collate function determines the form of the samples
-    kind, expected = _sample_kind(data), _sample_kind(train)
-    if kind != expected:
+    (inputs, targets), (expected_inputs, expected_targets) = _sample(data), _sample(train)
+    kind, expected = _kind_of(data, inputs, targets), _kind_of(train, expected_inputs, expected_targets)
+    same_inputs = kind[0] == expected[0]
+    if kind != expected and not (same_inputs and _labels_and_probabilities(targets, expected_targets)):
         raise ValueError(
             f"`{name}` must hold samples like those of `train`, (input, target) of {expected}; got {kind}. Pass "
             "both in the same shape and type (uint8 pictures are standardised here, float ones are taken as they are)."
         )
 
 
-def _sample_kind(data: Data) -> tuple[str, str]:
-    """Return the shape and type of a sample's input and target as text.
-
-    The input's text also says whether the input is a uint8 picture, which is standardised.
-    """
+def _sample(data: Data) -> tuple[Any, Any]:
+    """Return a batch of one sample, its inputs and targets."""
     first, no_keys = (torch.zeros(1, size, dtype=torch.int64, device=data.device) for size in (1, 3))
-    inputs, targets = data.fetch(next(iter(data.batches(first, no_keys, [(0, 1)]))), None).lane(0)
+    return data.fetch(next(iter(data.batches(first, no_keys, [(0, 1)]))), None).lane(0)
+
+
+def _labels_and_probabilities(targets: Any, others: Any) -> bool:
+    """Whether one of two splits has labels [B, ...] and the other has probabilities of classes [B, C, ...]."""
+    if not isinstance(targets, Tensor) or not isinstance(others, Tensor):
+        return False
+    labels, soft = (others, targets) if targets.is_floating_point() else (targets, others)
+    fits = soft.dim() >= 2 and labels.shape == soft.shape[:1] + soft.shape[2:]
+    return fits and labels.dtype == torch.int64 and soft.is_floating_point()
+
+
+def _kind_of(data: Data, inputs: Any, targets: Any) -> tuple[str, str]:
+    """Return the shape and type of a sample's input and target as text; the input's says whether it is standardised."""
     return ("uint8 pictures " if data.table is not None else "") + str(_kinds(inputs)), str(_kinds(targets))
 
 

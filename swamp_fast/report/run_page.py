@@ -169,6 +169,7 @@ def _accuracy_section(run: RunFacts) -> Section:
     drawing = draw_score(rows, score, run.solution)
     picture = Picture("accuracy", title, caption, drawing, _score_rows(rows, score))
     values: dict[str, Any] = {"solution": run.solution, "comparison": None, "ensemble": None}
+    values["notes"] = run.console_lines.get("accuracy", [])
     if last["accuracy"] is not None and not run.single_particle:
         chosen_by_val = None if run.config.combine == "best" else last.get("best_accuracy")
         values["comparison"] = {

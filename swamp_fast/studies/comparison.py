@@ -13,6 +13,7 @@ from torch import nn
 
 from swamp_fast.common.statistics import half_width
 from swamp_fast.config import SwampConfig
+from swamp_fast.data.labels import Labels
 from swamp_fast.data.store import pass_in_stored_order
 from swamp_fast.methods import METHODS
 from swamp_fast.particles.random import at_time, evaluation_time, generators_left_alone
@@ -109,7 +110,7 @@ def ensemble_scores(problem: Problem, models: Sequence[nn.Module]) -> dict[str, 
     Both are None without test data or classes. The loss is also None if the problem's loss is not cross-entropy,
     because another loss may not accept probabilities.
     """
-    if problem.test is None or not problem.classifies:
+    if problem.test is None or not isinstance(problem.test.labels, Labels):
         return {"accuracy": None, "loss": None}
     models = [model.to(problem.device, problem.dtype) for model in models]
     keys = [problem.keys_of(0, number) for number in range(len(models))]
@@ -122,12 +123,14 @@ def ensemble_scores(problem: Problem, models: Sequence[nn.Module]) -> dict[str, 
                 problem.outputs(model, inputs, at_time(key, time)) for model, key in zip(models, keys, strict=True)
             ]
             softmax = torch.stack([output.double().softmax(1) for output in outputs]).mean(0)
-            correct, entries = correct + int((softmax.argmax(1) == targets).sum()), entries + targets.numel()
+            counted = problem.test.labels.counted(targets)
+            correct += int(((softmax.argmax(1) == targets) & counted).sum())
+            entries += int(counted.sum())
             if problem.loss is cross_entropy:
                 logs = softmax.clamp_min(torch.finfo(torch.float64).tiny).log()
                 loss += float(problem.losses(logs, targets).mean()) * count
     mean = loss / problem.test.length if problem.loss is cross_entropy else None
-    return {"accuracy": correct / entries, "loss": mean}
+    return {"accuracy": correct / entries if entries else None, "loss": mean}
 
 
 def accuracy_over_seeds(rows: Sequence[Row]) -> Row:
