@@ -444,7 +444,8 @@ def accuracy_of(problem: Problem, data: Data, scores: Tensor) -> float | None:
     targets = torch.cat([targets for _, targets, _ in pass_in_stored_order(data, problem.config.batch_size)])
     classes = [label for label in range(scores.shape[1]) if label not in data.labels.ignored]  # type: ignore[union-attr]
     counted = torch.isin(targets, torch.tensor(classes, device=targets.device))
-    right = (scores.argmax(1) == targets)[counted]
+    certain = ~scores.isnan().any(1)  # NaN predicts no class
+    right = ((scores.argmax(1) == targets) & certain)[counted]
     return float(right.double().mean()) if len(right) else None
 
 

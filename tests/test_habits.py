@@ -11,7 +11,7 @@ import pytest
 from paths import ROOT
 
 CLOCKS = re.compile(r"perf_counter|time\.monotonic|time\.time\(|process_time")
-MAX_LINES = 70  # of a function
+MAX_LINES = 70  # of a function, without its docstring
 MAX_REPEATED_LINES = 11  # of code that stands in two places
 
 
@@ -54,7 +54,9 @@ def test_functions_are_short():
     for path in python_files("swamp_fast", "benchmarks", "tests"):
         for node in ast.walk(parsed(path)):
             if isinstance(node, ast.FunctionDef):
-                assert node.end_lineno - node.lineno < MAX_LINES, f"{path}: {node.name}"
+                documented = ast.get_docstring(node) is not None
+                first = node.body[0].end_lineno + 1 if documented else node.lineno
+                assert node.end_lineno - first < MAX_LINES, f"{path}: {node.name}"
 
 
 @pytest.mark.parametrize("pattern", [r"\bassert\b.*,\s*[\"']", r"except( Exception)?:\s*pass", r"(?<!\w)print\("])

@@ -20,7 +20,7 @@ from swamp_fast.common.memory import free_memory
 from swamp_fast.common.tree import tensors
 from swamp_fast.config import SwampConfig
 from swamp_fast.cycle.averaging import reestimate
-from swamp_fast.data.labels import Labels
+from swamp_fast.data.labels import Labels, predicted
 from swamp_fast.data.store import Data, pass_in_stored_order
 from swamp_fast.engines.eager.choice import Choice
 from swamp_fast.engines.eager.engine import EagerEngine
@@ -288,7 +288,7 @@ class Analysis:
             if isinstance(data.labels, Labels):
                 counted = data.labels.counted(targets)
                 entries += int(counted.sum())
-                wrong = wrong + torch.stack([((out.argmax(1) != targets) & counted).sum() for out in outputs])
+                wrong = wrong + torch.stack([((predicted(out) != targets) & counted).sum() for out in outputs])
         assert isinstance(loss, Tensor)  # there was a batch, since no split is empty
         errors = (wrong.double() / entries).tolist() if isinstance(wrong, Tensor) and entries else []
         return (loss / data.length).tolist(), errors

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from swamp_fast.cycle.training import TrainingOutcome
-from swamp_fast.data.labels import Labels
+from swamp_fast.data.labels import Labels, predicted
 from swamp_fast.data.store import Data, pass_in_stored_order
 from swamp_fast.particles.random import evaluation_time
 from swamp_fast.problem.problem import Problem
@@ -73,10 +73,10 @@ def score(problem: Problem, outputs: Outputs, data: Data, split: int, channels_l
         if isinstance(data.labels, Labels):
             counted = data.labels.counted(targets)
             entries += int(counted.sum())
-            right = [((out.argmax(1) == targets) & counted).sum() for out in (*particles, average)]
+            right = [((predicted(out) == targets) & counted).sum() for out in (*particles, average)]
             correct = correct + torch.stack(right)
             together = torch.stack([out.double().softmax(1) for out in particles]).mean(0)
-            ensemble += int(((together.argmax(1) == targets) & counted).sum())
+            ensemble += int(((predicted(together) == targets) & counted).sum())
     assert isinstance(total, Tensor)  # no split is empty
     *each_loss, loss = (total / data.length).tolist()
     if not isinstance(correct, Tensor) or entries == 0:

@@ -31,6 +31,11 @@ class Labels:
         return counts
 
 
+def predicted(outputs: Tensor) -> Tensor:
+    """Return the class [B, ...] with the largest output [B, classes, ...]; -1, which is no label, where one is NaN."""
+    return outputs.argmax(1).masked_fill(outputs.isnan().any(1), -1)
+
+
 def check_labels(name: str, targets: Any, classes: int) -> None:
     """Raise TypeError or ValueError for targets that cross-entropy can't take.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import networks
 import pytest
 import torch
@@ -131,3 +133,29 @@ def test_a_dropped_particle_stays_dropped_when_resumed(on, digits, tmp_path):
     assert same_bits(tmp_path / "whole", tmp_path / "cut")  # the history's warnings are compared as well
     assert result.history[0]["dropped"] == [{"lane": 1, "epoch": 1}]
     assert not result.history[1]["dropped"]
+
+
+class BreaksInEvaluation(networks.Tied):
+    """Its outputs are finite in training and NaN in evaluation, and a buffer of it becomes NaN."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.seen.fill_(torch.nan)
+            return super().forward(x)
+        return super().forward(x) * torch.nan
+
+
+@pytest.mark.parametrize("function", [fast_swamp, naive_swamp])
+def test_nan_after_the_last_check_is_reported(function, digits, tmp_path):
+    settings = {"cycles": 0, "epochs": 2, "ticket_epochs": 0, "particles": 2, "batch_size": 80, "progress": False}
+    with pytest.warns(UserWarning, match="seen of the average is not finite"):
+        result = function(BreaksInEvaluation(), *digits, **settings, run_dir=tmp_path)
+    (row,) = result.history
+    assert (row["accuracy"], row["particle_accuracy"]) == (0.0, [0.0, 0.0])  # not that of class 0
+    assert any("loss and particle_loss on test data are not finite" in text for text in row["warnings"])
+    (line,) = (tmp_path / "history.jsonl").read_text().splitlines()
+    assert json.loads(line, parse_constant=pytest.fail)["loss"] is None
