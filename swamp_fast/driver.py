@@ -64,14 +64,20 @@ def fast_swamp(
             convolution and linear weights are pruned, including attention projections, but not the output layer's.
         initial_masks: parameter name -> bool tensor that is True for the weights that the first cycle keeps. The
             ticket is trained dense nevertheless.
-        on_cycle: called with each cycle's row of the history.
+        on_cycle: called with each cycle's row of the history, under the global modes around this call.
         config: the settings; a field of SwampConfig that is passed as a keyword takes precedence.
 
     Returns the result of all cycles.
 
     Raises ValueError, TypeError, FileNotFoundError or ImportError for an unsuitable argument, before anything is
     trained; FloatingPointError if a particle diverges (see `on_divergence`); OSError if a checkpoint can't be written;
-    RuntimeError if another rank is gone.
+    RuntimeError if another rank is gone, or inside FakeTensorMode.
+
+    The result doesn't depend on the global modes around the call, such as autocast, no_grad, the default dtype and
+    device, anomaly detection, hooks on saved tensors, and the precision of float32 products: during the call they are
+    PyTorch's defaults, and warnings are shown but never raised. The number of threads, deterministic algorithms and
+    cuDNN's flags stay as they are. The model, `forward`, `loss` and `transform` may set modes for themselves by
+    context managers.
 
     In a torch.distributed process group the ranks share the particles. All ranks must call with the same arguments,
     and all get the same result.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +13,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.flop_counter import FlopCounterMode
 
 from swamp_fast.common.fingerprint import state_fingerprint
+from swamp_fast.common.modes import KEPT_MODES
 from swamp_fast.common.tree import tensors, tree_map
 from swamp_fast.config import SwampConfig
 from swamp_fast.data.store import Data
@@ -91,7 +94,7 @@ def probe_model(
     keys = lane_keys([config.seed], [stream_of(None, 0)], data.device)
     trial = _Trial(data, min(MAX_SAMPLES, data.length, config.batch_size), keys, forward, loss, transform)
     model = copy_of(template).train()
-    with generators_left_alone():
+    with generators_left_alone(), _modes_kept():
         effects = _side_effects(model, trial, keys)
         with counted_uses(model, trial.samples) as uses, torch.no_grad(), FlopCounterMode(display=False) as counter:
             trial.run(model)
@@ -196,6 +199,21 @@ def _transformed(transform: Transform, inputs: Any) -> Any:
             f"`transform(inputs)` must return the same number of samples, got {_shapes(out)} from {_shapes(inputs)}."
         )
     return out
+
+
+@contextmanager
+def _modes_kept() -> Iterator[None]:
+    """A context that raises ValueError if the user's callables change a mode on which all that follows depends."""
+    before = {mode: mode.read() for mode in KEPT_MODES}
+    yield
+    for mode, value in before.items():
+        now = mode.read()
+        if now != value:
+            mode.write(value)
+            raise ValueError(
+                f"the model, `forward`, `loss` or `transform` changes {mode.name} of the whole process from {value} to "
+                f"{now}, which would change the results of what follows; set it before the call instead."
+            )
 
 
 @dataclass(frozen=True)

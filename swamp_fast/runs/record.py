@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from swamp_fast.common.memory import peak_memory
+from swamp_fast.common.modes import surrounding_modes
 from swamp_fast.common.timing import Stopwatch
 from swamp_fast.distributed import ALONE, Ranks
 from swamp_fast.particles.random import generators_left_alone
@@ -198,7 +199,8 @@ class Run:
         self._training_is_complete()
         self.console.line(cycle_line(row, self.config.cycles))
         if self.problem.on_cycle is not None and self.ranks.first:
-            self.problem.on_cycle(dict(row))
+            with surrounding_modes():
+                self.problem.on_cycle(dict(row))
 
     def keep_particles(self, states: list[State]) -> None:
         """Record the particles of the last cycle; an empty list does nothing."""
