@@ -105,8 +105,8 @@ def hold_out(source: Source, fraction: float) -> tuple[Source, Source]:
 
     Raises ValueError if one of the two would be empty.
     """
-    held = round(len(source) * fraction)
-    if not 0 < fraction < 1 or not 0 < held < len(source):
+    held = round(len(source) * fraction) if 0 < fraction < 1 else 0
+    if not 0 < held < len(source):
         raise ValueError(
             f"`val` as a number must be a fraction of train that leaves samples on both sides; got {fraction} "
             f"of {len(source)} samples."

@@ -62,6 +62,8 @@ def choose_device(name: str, model: nn.Module) -> torch.device:
     except RuntimeError as error:
         raise ValueError(f'`device` must be "auto", "cpu", "cuda" or "cuda:N", got "{name}".') from error
     if device.type == "cpu":
+        if device.index:
+            raise ValueError(f'`device`: "{name}" doesn\'t exist, because all processors are one device; use "cpu".')
         return torch.device("cpu")
     if device.type != "cuda":
         raise ValueError(f'`device` must be a CPU or a CUDA device, got "{name}"; there are no kernels for others.')
