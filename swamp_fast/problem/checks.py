@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from swamp_fast.common.format import dtype_name
+from swamp_fast.common.memory import known_free_memory
 from swamp_fast.config import SwampConfig
 from swamp_fast.particles.layout import Layout, by_layer
 from swamp_fast.particles.schedule import kept_after
@@ -85,6 +86,17 @@ def copy_of(model: nn.Module) -> nn.Module:
             f"`model` can't be copied ({error}), but each particle is a deep copy of it. Remove tensors with an "
             "autograd graph, open files and similar objects from its attributes."
         ) from error
+
+
+def check_particles_fit(device: torch.device, particles: int, of_particle: int) -> None:
+    """Raise MemoryError if particles of `of_particle` bytes each don't fit the free memory, where that is known."""
+    free = known_free_memory(device)
+    if free is not None and particles * of_particle > free:
+        raise MemoryError(
+            f"{particles} particles take at least {particles * of_particle / 1e9:.2f} GB, but {free / 1e9:.2f} GB are "
+            f"free on {device}, where at most {free // of_particle} fit. Lower `particles`, or choose a device with "
+            "more memory."
+        )
 
 
 def check_batches(samples: int, batch: int, drop_last: bool, model: nn.Module) -> None:

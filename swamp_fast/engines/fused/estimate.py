@@ -1,4 +1,4 @@
-"""An estimate of a step on the fused engine: FLOPs, bytes, memory, and the time at a device's measured ceilings."""
+"""An estimate of a step on the fused engine: FLOPs, bytes, and the time at a device's measured ceilings."""
 
 from __future__ import annotations
 
@@ -32,22 +32,14 @@ class Estimate:
 
     flops  FLOPs of the forward and backward pass
     moved  bytes of maps, weights and state read and written
-    state  bytes of weights, gradients, momentum and SWA means
-    maps   bytes of the values kept for the backward pass, and of gradients
     """
 
     flops: float
     moved: float
-    state: float
-    maps: float
 
     def seconds(self, ceilings: Ceilings) -> float:
         """Seconds if arithmetic and memory overlap perfectly at the ceilings' rates; a prediction, not a bound."""
         return max(self.moved / ceilings.bytes, self.flops / ceilings.flops)
-
-    def particles(self, memory: float) -> int:
-        """How many particles fit `memory` bytes at once."""
-        return int(memory // (self.state + self.maps))
 
 
 def estimate(model: nn.Module, inputs: Tensor, precision: str) -> tuple[Plan, Estimate]:
@@ -73,8 +65,7 @@ def estimate(model: nn.Module, inputs: Tensor, precision: str) -> tuple[Plan, Es
     bank = 8 if precision == "float64" else 4
     state = 4 * bank * sum(parameter.numel() for parameter in parameters.values())
     moved += 2 * state
-    largest = max(numbers)
-    return plan, Estimate(flops, moved, state, size * (sum(numbers) + 4 * largest))
+    return plan, Estimate(flops, moved)
 
 
 def measured_ceilings(device: torch.device, precision: str) -> Ceilings:

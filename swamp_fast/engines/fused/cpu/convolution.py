@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from swamp_fast.common.timing import seconds_in_turn
 from swamp_fast.engines.fused.cpu.taps import CHUNK, SAMPLES, Taps
@@ -42,7 +43,7 @@ def convolution_backward_calls(workspace: Workspace, op: Convolution) -> list[Ca
 def _by_weights(workspace: Workspace, op: Convolution) -> Call:
     source, out_grad = workspace.values[op.inputs[0]], workspace.grad_maps[op.output]
     mask, bias_grad = workspace.masks[op.output], workspace.address(workspace.grads, op.bias)
-    parts = min(_parts(int(mask.kept.sum())), out_grad.blocks)
+    parts = min(parts_of(int(mask.kept.sum())), out_grad.blocks)
 
     def weight_grad(taps: Taps) -> Call:
         size = max(1, taps.largest_chunk)
@@ -78,24 +79,25 @@ def _fastest(
 ) -> Call:
     """The call of a pass in which as many outputs share loads as is recorded, or else as is fastest.
 
-    Also adds the call that gathers its weights, if it needs one, to the workspace.
+    Also adds the call that gathers its weights, if it needs one, and its tensors to the workspace.
     """
     recorded = workspace.rows.setdefault(op.weight, [0, 0, 0])
-    tried: list[tuple[int, Call, list[Call]]] = []
+    tried: list[tuple[int, Call, list[Call], list[Tensor]]] = []
     for rows in [recorded[which]] if recorded[which] else [1, 2, 4]:
         if rows > workspace.masks[op.output].most_rows(which == BY_INPUT):
             break
         taps = taps_of(rows)
         if tried and taps.waste > MAX_WASTE:
             break
-        before = len(workspace.gather_calls)
+        gathers, kept = len(workspace.gather_calls), len(workspace.kept_alive)
         call = call_of(taps)
-        tried.append((rows, call, workspace.gather_calls[before:]))
-        del workspace.gather_calls[before:]
+        tried.append((rows, call, workspace.gather_calls[gathers:], workspace.kept_alive[kept:]))
+        del workspace.gather_calls[gathers:], workspace.kept_alive[kept:]
     if len(tried) > 1:
         tried.sort(key=lambda candidate: _least_seconds(candidate[1]))
-    recorded[which], call, gathers = tried[0]
-    workspace.gather_calls += gathers
+    recorded[which], call, gather_calls, tensors = tried[0]
+    workspace.gather_calls += gather_calls
+    workspace.kept_alive += tensors
     return call
 
 
@@ -116,7 +118,7 @@ def _kernel_taps(workspace: Workspace, taps: Taps) -> Any:
     return workspace.kernels.Taps(starts, offsets, values, taps.groups, taps.rows)
 
 
-def _parts(kept: int) -> int:
+def parts_of(kept: int) -> int:
     """The number of parts in which the blocks of a weight gradient are summed.
 
     It depends on the number of kept weights alone, not on threads, so that the sum's bits do too.

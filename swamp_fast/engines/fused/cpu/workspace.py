@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from swamp_fast.engines.fused.compact import Compact
-from swamp_fast.engines.fused.cpu.maps import Map
+from swamp_fast.engines.fused.cpu.maps import Allocate, Map, zeros
 from swamp_fast.engines.fused.cpu.taps import ConvolutionMask, pads
 from swamp_fast.engines.fused.plan import Convolution, Dropout, Norm, Plan
 from swamp_fast.ops.contracts import native
@@ -26,19 +26,29 @@ class Workspace:
     mean, variance  [channels of all norms]  of the batch, or in evaluation the running statistics
     unbiased        [channels of all norms]  n / (n - 1) for the n numbers in a batch's statistics
     masks           of the convolutions, by the number of their output
+    maps            all maps
     values          the map of each value
     grad_maps       of the values' gradients that are in use while the backward calls are made
     norms           the kernels' form of each Norm, by the number of its output
     factors         of each Dropout, in order, and its factors' map
     gather_calls    that collect weights for the convolutions, before the forward calls
+    kept_alive      the tensors whose addresses the calls hold
     rows            see Rows; what it lacks is measured and added
+    allocate        makes the memory of the maps
     """
 
     def __init__(
-        self, plan: Plan, compact: Compact, samples: int, dtype: torch.dtype, storage: torch.dtype, rows: Rows
+        self,
+        plan: Plan,
+        compact: Compact,
+        samples: int,
+        dtype: torch.dtype,
+        storage: torch.dtype,
+        rows: Rows,
+        allocate: Allocate = zeros,
     ) -> None:
         self.plan, self.compact, self.samples, self.dtype, self.storage = plan, compact, samples, dtype, storage
-        self.rows = rows
+        self.rows, self.allocate = rows, allocate
         self.kernels, self.threads = native().fused, torch.get_num_threads()
         self._storage_kind = getattr(self.kernels.Storage, str(storage).removeprefix("torch."))
         self._entries = {entry.name: entry for entry in compact.layout.entries}
@@ -56,12 +66,18 @@ class Workspace:
         self.factors: list[tuple[Dropout, Map]] = []
         self.gather_calls: list[Call] = []
         self.scratch = self.partial = torch.zeros(0, dtype=dtype)  # of weight gradients; the largest is shared
-        self._kept_alive: list[Tensor] = []
+        self.kept_alive: list[Tensor] = []
         value_pads, self._grad_pads = self._pads()
-        self.values = [Map.of(shape, samples, pad, storage) for shape, pad in zip(plan.shapes, value_pads, strict=True)]
+        self.maps: list[Map] = []
+        self.values = [self.new_map(shape, pad) for shape, pad in zip(plan.shapes, value_pads, strict=True)]
         self.needed = plan.needs_gradient()
         self.grad_maps: dict[int, Map] = {}
         self._free_maps: dict[tuple[Any, ...], list[Map]] = {}
+
+    def new_map(self, shape: tuple[int, ...], pad: int) -> Map:
+        """A zeroed map for values [B, *shape] with a border of `pad` zeros."""
+        self.maps.append(Map.of(shape, self.samples, pad, self.storage, self.allocate))
+        return self.maps[-1]
 
     def call(self, name: str, argument: Any) -> Call:
         """A call of a kernel on its argument object."""
@@ -78,7 +94,7 @@ class Workspace:
 
     def keep_alive(self, tensor: Tensor) -> int:
         """The address of a tensor, which from now on lives as long as the workspace."""
-        self._kept_alive.append(tensor)
+        self.kept_alive.append(tensor)
         return tensor.data_ptr()
 
     def grad_of(self, value: int) -> tuple[Map, bool]:
@@ -91,7 +107,7 @@ class Workspace:
         """A map for a value's gradient, reused where one of its shape is free."""
         shape, pad = self.plan.shapes[value], self._grad_pads[value]
         free = self._free_maps.get((shape, pad))
-        self.grad_maps[value] = free.pop() if free else Map.of(shape, self.samples, pad, self.storage)
+        self.grad_maps[value] = free.pop() if free else self.new_map(shape, pad)
         return self.grad_maps[value]
 
     def give_back_grad(self, value: int) -> None:
