@@ -209,8 +209,7 @@ class SwampConfig:
                 f"`swa_lr` must be at most `lr`, got swa_lr = {self.window_lr} and lr = {self.initial_lr}: "
                 "the rate falls from lr to swa_lr. Set both."
             )
-        if not -(1 << 63) <= self.seed < 1 << 63:
-            raise ValueError(f"`seed` must fit 64 bits, got {self.seed}.")
+        seed_of("seed", self.seed)
 
     def _check_optimizer(self) -> None:
         for name in ("momentum", "beta1", "beta2"):
@@ -357,6 +356,14 @@ def default_of(name: str) -> Any:
     return SwampConfig.__dataclass_fields__[name].default
 
 
+def seed_of(name: str, value: object) -> int:
+    """Return a seed as an int. Raises TypeError for a bool or any other type, ValueError for more than 64 bits."""
+    seed: int = _typed(name, value, "int")
+    if not -(1 << 63) <= seed < 1 << 63:
+        raise ValueError(f"`{name}` must fit 64 bits, got {seed}.")
+    return seed
+
+
 def _refuse_unknown(settings: Mapping[str, Any]) -> None:
     known = [field.name for field in dataclasses.fields(SwampConfig)]
     for name in settings:
@@ -397,8 +404,10 @@ def _typed(name: str, value: Any, annotation: str) -> Any:
     if not fits:
         expected = annotation.removesuffix(" | None").replace("tuple[tuple[int, ...], ...]", "a list of lists of ints")
         raise TypeError(f"`{name}` must be {expected.replace('tuple[int, ...]', 'a list of ints')}, got {value!r}.")
-    # This turns NumPy's numbers into Python's.
-    return {"bool": bool, "int": int, "float": float, "str": str}[kind](value)
+    try:  # this turns NumPy's numbers into Python's
+        return {"bool": bool, "int": int, "float": float, "str": str}[kind](value)
+    except OverflowError as error:
+        raise ValueError(f"`{name}` is too large for a float; give a smaller number.") from error
 
 
 def _in_range(name: str, value: float, low: float, high: float) -> None:

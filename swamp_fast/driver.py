@@ -19,6 +19,7 @@ from swamp_fast.cycle.averaging import combine
 from swamp_fast.cycle.evaluation import history_row
 from swamp_fast.cycle.pruning import mask_score, next_mask
 from swamp_fast.cycle.training import Trainings, alone, cycle_request, ticket_request, train
+from swamp_fast.engines.footprint import refuse_too_many_particles
 from swamp_fast.engines.start import Engine, start_engine
 from swamp_fast.particles.bank import Solution
 from swamp_fast.problem.arguments import Arguments, Forward, Loss, OnCycle, Transform
@@ -76,7 +77,8 @@ def fast_swamp(
             but not the output layer's. The console says which weights are pruned, which are not, and why.
         initial_masks: parameter name -> bool tensor that is True for the weights that the first cycle keeps. The
             ticket is trained dense nevertheless.
-        on_cycle: called with a copy of each cycle's row of the history. It may raise StopRun to end the run.
+        on_cycle: called with a copy of each cycle's row of the history, under the global modes around this call. It may
+            raise StopRun to end the run.
         config: the settings; a field of SwampConfig that is passed as a keyword takes precedence.
 
     Returns the result of all cycles.
@@ -87,8 +89,15 @@ def fast_swamp(
     buffers are averaged over the particles. Integers and booleans are the first particle's.
 
     Raises ValueError, TypeError, FileNotFoundError or ImportError for an unsuitable argument, before anything is
-    trained; FloatingPointError if a particle diverges (see `on_divergence`); OSError if a checkpoint can't be written;
-    RuntimeError if another rank is gone.
+    trained, and MemoryError if a cycle's particles don't fit the free memory; FloatingPointError if a particle diverges
+    (see `on_divergence`); OSError if a checkpoint can't be written; RuntimeError if another rank is gone, or inside
+    FakeTensorMode.
+
+    The result doesn't depend on the global modes around the call, such as autocast, no_grad, the default dtype and
+    device, anomaly detection, hooks on saved tensors, and the precision of float32 products: during the call they are
+    PyTorch's defaults, and warnings are shown but never raised. The number of threads, deterministic algorithms and
+    cuDNN's flags stay as they are. The model, `forward`, `loss` and `transform` may set modes for themselves by
+    context managers.
 
     In a torch.distributed process group the ranks share the particles. All ranks must call with the same arguments,
     and all get the same result.
@@ -112,6 +121,7 @@ def fast_swamp(
 def swamp(problem: Problem, engine: Engine, run: Run) -> Trainings[SwampResult]:
     """The algorithm as a generator. It yields a request for each training and is sent the training's outcome."""
     config = problem.config
+    refuse_too_many_particles(problem, engine, run)
     ticket = yield from train_ticket(problem, run)
     average, mask = resumed(problem, run) if run.rows else (ticket, problem.mask)
 
@@ -119,16 +129,24 @@ def swamp(problem: Problem, engine: Engine, run: Run) -> Trainings[SwampResult]:
         if cycle > 0:
             mask = next_mask(problem, run, mask, cycle)
         start = ticket if config.rewind == "ticket" or cycle == 0 else average
-        outcome = yield from train(run, cycle_request(problem, run, cycle, start, mask))
-        particles = outcome.particles(averaged=config.average == "swa")
-        combined = combine(problem, run, outcome.side_by_side, particles, cycle)
-        average, score = combined.average, mask_score(problem, run, particles, cycle)
-
-        run.share_engine(engine.describe)
-        run.keep_particles([state_of(problem, particle) for particle in combined.particles])
-        row = history_row(problem, cycle, mask, outcome, combined.scores)
-        run.keep_cycle(state_of(problem, average), problem.layout.mask_views(mask), row, score)
+        average = yield from train_cycle(problem, engine, run, cycle, start, mask)
     return run.result()
+
+
+def train_cycle(
+    problem: Problem, engine: Engine, run: Run, cycle: int, start: Solution, mask: Tensor
+) -> Trainings[Solution]:
+    """Train, average, evaluate and record the particles of a cycle, whose memory is free again afterwards."""
+    outcome = yield from train(run, cycle_request(problem, run, cycle, start, mask))
+    particles = outcome.particles(averaged=problem.config.average == "swa")
+    combined = combine(problem, run, outcome.side_by_side, particles, cycle)
+    score = mask_score(problem, run, particles, cycle)
+
+    run.share_engine(engine.describe)
+    run.keep_particles([state_of(problem, particle) for particle in combined.particles])
+    row = history_row(problem, cycle, mask, outcome, combined.scores)
+    run.keep_cycle(state_of(problem, combined.average), problem.layout.mask_views(mask), row, score)
+    return combined.average
 
 
 def train_ticket(problem: Problem, run: Run) -> Trainings[Solution]:

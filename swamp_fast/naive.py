@@ -24,6 +24,7 @@ from swamp_fast.particles.dropout import DropoutStream
 from swamp_fast.particles.random import at_time, epoch_order, evaluation_time, lane_keys, layer_order, stream_of
 from swamp_fast.particles.spectral_norms import find_spectral_norms, spectral_vectors
 from swamp_fast.problem.arguments import Arguments, Forward, Loss, OnCycle, Transform
+from swamp_fast.problem.checks import check_particles_fit
 from swamp_fast.problem.prepare import prepare
 from swamp_fast.problem.problem import Problem
 from swamp_fast.problem.prunable import Prunable
@@ -66,6 +67,9 @@ def naive_swamp(
     config = problem.config
     with Run(problem, "naive_swamp") as run:
         run.keep_engine({"engine": "naive", "name": "naive", "why": "plain PyTorch, one particle after the other"})
+        most = max(config.particles_at(cycle) for cycle in range(config.cycles + 1))
+        # Each particle keeps its weights and its last gradients until it is averaged.
+        check_particles_fit(problem.device, most, 2 * problem.layout.P * problem.dtype.itemsize)
         ticket = train_ticket(problem, run)
         average, masks = ticket, {n: mask.clone() for n, mask in problem.layout.mask_views(problem.mask).items()}
         if run.rows:  # a resumed run continues after these cycles

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 
 import pytest
 
@@ -64,6 +65,15 @@ BAD = [
 def test_refuses(settings, kind, text):
     with pytest.raises(kind, match=text):
         SwampConfig.of(None, settings)
+
+
+@pytest.mark.parametrize(
+    "name", [field.name for field in dataclasses.fields(SwampConfig) if "float" in str(field.type)]
+)
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 10**400, True])
+def test_no_number_may_be_nan_infinite_or_a_truth_value(name, value):
+    with pytest.raises((ValueError, TypeError), match=f"`{name}`"):
+        SwampConfig(**{name: value})
 
 
 def test_defaults_are_those_of_the_method():

@@ -30,6 +30,7 @@ LAYERS = {
         ["common", "kernels", "version", "_C"],
     ],
     "engines": [
+        ["footprint"],
         ["start"],
         ["switching"],
         ["selection"],
@@ -58,6 +59,7 @@ SHARED_NAMES = {
     "compact": "the tensors and kernels of the channels that masks leave",
     "convolution": "convolutions as a kernel computes them",
     "engine": "an engine",
+    "footprint": "the memory that is taken",
     "program": "the kernel calls of a step on a device",
     "progress": "what is done and how long the rest takes",
     "result": "what a call returns",

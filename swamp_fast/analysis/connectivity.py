@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from swamp_fast.analysis.evaluator import Analysis, Scores, averages
+from swamp_fast.config import seed_of
 from swamp_fast.runs.result import ANALYSIS_SCORES, SwampResult
 
 
@@ -148,7 +149,7 @@ def hull(
     if mixtures < 1 or not states:
         raise ValueError(f"a hull needs at least one state and one mixture, got {len(states)} and {mixtures}.")
     count = len(states)
-    drawn = torch.from_numpy(np.random.default_rng(seed).dirichlet(np.ones(count), mixtures))
+    drawn = torch.from_numpy(np.random.default_rng(seed_of("seed", seed)).dirichlet(np.ones(count), mixtures))
     even = torch.full((1, count), 1 / count, dtype=torch.float64)
     shares = torch.cat([drawn, torch.eye(count, dtype=torch.float64), even])
     scores = on.mixed([on.solution(state) for state in states], shares, reestimate=reestimate)

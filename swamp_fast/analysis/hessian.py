@@ -13,6 +13,7 @@ from swamp_fast.analysis.evaluator import Analysis, some_of
 from swamp_fast.common.copying import copy_of
 from swamp_fast.common.exclusive import one_at_a_time
 from swamp_fast.common.statistics import half_width
+from swamp_fast.config import seed_of
 from swamp_fast.data.store import Data, pass_in_stored_order
 from swamp_fast.engines.lane_by_lane import Bound
 from swamp_fast.particles.bank import Solution
@@ -78,7 +79,7 @@ def hessian_trace(
     if probes < 2:
         raise ValueError(f"`probes` must be at least 2, for an interval; got {probes}.")
     layout, point, mask = on.problem.layout, on.solution(state), on.mask(masks)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed_of("seed", seed))
     trained = torch.zeros(layout.P, dtype=torch.int8)
     for entry in layout.entries:
         trained[entry.begin : entry.end] = 1

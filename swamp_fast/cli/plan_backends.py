@@ -9,11 +9,14 @@ import torch
 from swamp_fast.cli.flags import Commands, add_command, add_model, positive, three_numbers
 from swamp_fast.common.memory import free_memory
 from swamp_fast.config import CHOICES
+from swamp_fast.engines.footprint import eager_footprint, fused_footprint
 from swamp_fast.engines.fused.estimate import estimate, measured_ceilings
 from swamp_fast.engines.fused.trace import NotCovered
+from swamp_fast.engines.selection import eager_by_rule
 from swamp_fast.models import build_model
 from swamp_fast.ops.backends import backends
-from swamp_fast.problem.checks import choose_device
+from swamp_fast.problem.prepare import prepare
+from swamp_fast.problem.problem import Problem
 
 
 def add_plan(commands: Commands) -> None:
@@ -31,29 +34,51 @@ def add_plan(commands: Commands) -> None:
 
 
 def plan(given: argparse.Namespace) -> None:
-    """Estimate, without training, the fused engine's step time on this device and how many particles fit."""
-    channels, height, width = given.shape
-    model = build_model(given.model, channels, height, width, given.classes)
-    device = choose_device(given.device or "auto", model)
-    inputs = torch.zeros(given.batch_size, channels, height, width)
+    """Estimate, without training, a step's time on the fused engine, and how many particles fit on each engine."""
+    problem = _problem(given)
+    batch = given.batch_size, *given.shape
     try:
-        traced, cost = estimate(model, inputs, given.precision)
+        traced, cost = estimate(problem.original, torch.zeros(batch), given.precision)
     except NotCovered as reason:
         raise ValueError(
             f"the fused engine doesn't cover {given.model}: {reason}; only the eager engine can train it."
         ) from None
-    ceilings = measured_ceilings(device, given.precision)
-    free, seconds = free_memory(device), cost.seconds(ceilings)
+    ceilings = measured_ceilings(problem.device, given.precision)
+    seconds = cost.seconds(ceilings)
     print(", ".join(f"{count} {kind}" for kind, count in traced.count().items()))
     print(
         f"particle-step   {cost.flops / 1e9:.3g} GFLOP, {cost.moved / 1e9:.3g} GB of memory traffic, at density 1\n"
-        f"this device     {device}: copies {ceilings.bytes / 1e9:,.0f} GB/s, multiplies "
+        f"this device     {problem.device}: copies {ceilings.bytes / 1e9:,.0f} GB/s, multiplies "
         f"{ceilings.flops / 1e12:.3g} TFLOP/s in {given.precision}, measured now\n"
         f"time            at best about {seconds * 1e3:.3g} ms per particle-step, "
-        f"{seconds * given.particles * 1e3:.3g} ms for a step of {given.particles}\n"
-        f"memory          {(cost.state + cost.maps) / 1e6:,.0f} MB per particle, of which {cost.state / 1e6:,.0f} MB "
-        f"are state; {free / 1e9:,.1f} GB are free: {cost.particles(free):,} particles fit at once"
+        f"{seconds * given.particles * 1e3:.3g} ms for a step of {given.particles}"
     )
+    free = free_memory(problem.device)
+    footprints = {
+        "fused engine": fused_footprint(problem, traced),
+        "eager engine": eager_footprint(problem, eager_by_rule(problem)),
+    }
+    print(f"memory          {free / 1e9:,.1f} GB are free; besides the model and the data, a run takes")
+    for engine, footprint in footprints.items():
+        print(
+            f"{engine:<15} {_megabytes(footprint.bytes(given.particles))} for {given.particles} particles, "
+            f"{_megabytes(footprint.bytes(given.particles + 1) - footprint.bytes(given.particles))} for each more: "
+            f"{footprint.particles(free):,} particles fit at once"
+        )
+
+
+def _problem(given: argparse.Namespace) -> Problem:
+    """The network with two batches of noise as data."""
+    channels, height, width = given.shape
+    model = build_model(given.model, channels, height, width, given.classes)
+    samples = 2 * given.batch_size
+    data = torch.randn(samples, channels, height, width), torch.arange(samples) % given.classes
+    settings = {"particles": given.particles, "batch_size": given.batch_size, "precision": given.precision}
+    return prepare(model, data, data, settings={**settings, "cycles": 0, "device": given.device or "auto"})
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:,.1f} MB"
 
 
 def add_backends(commands: Commands) -> None:

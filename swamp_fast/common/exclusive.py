@@ -1,4 +1,4 @@
-"""Lets only one driver run at a time in a process."""
+"""Lets only one driver run at a time in a process, and always under the same modes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
-import torch
+from swamp_fast.common.modes import neutral_modes
 
 Parameters = ParamSpec("Parameters")
 Returned = TypeVar("Returned")
@@ -16,15 +16,14 @@ RUNNING = threading.RLock()
 
 
 def one_at_a_time(driver: Callable[Parameters, Returned]) -> Callable[Parameters, Returned]:
-    """Decorate a driver so that it waits until no other thread runs one.
+    """Decorate a driver so that it waits until no other thread runs one, and runs under neutral modes.
 
-    Drivers change the global random generators and torch.nn.functional, which all threads share. The driver also
-    records gradients if the caller has turned that off.
+    Drivers change the global random generators and torch.nn.functional, which all threads share.
     """
 
     @functools.wraps(driver)
     def call(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Returned:
-        with RUNNING, torch.inference_mode(False), torch.enable_grad():
+        with RUNNING, neutral_modes():
             return driver(*args, **kwargs)
 
     return call

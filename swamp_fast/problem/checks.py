@@ -11,6 +11,7 @@ from torch.nn.utils.prune import BasePruningMethod
 
 from swamp_fast.common.copying import attribute_tensors, copy_of
 from swamp_fast.common.format import dtype_name
+from swamp_fast.common.memory import known_free_memory
 from swamp_fast.config import SwampConfig
 from swamp_fast.particles.layout import Layout, by_layer
 from swamp_fast.particles.schedule import kept_at
@@ -87,6 +88,8 @@ def choose_device(name: str, model: nn.Module) -> torch.device:
     except RuntimeError as error:
         raise ValueError(f'`device` must be "auto", "cpu", "cuda" or "cuda:N", got "{name}".') from error
     if device.type == "cpu":
+        if device.index:
+            raise ValueError(f'`device`: "{name}" doesn\'t exist, because all processors are one device; use "cpu".')
         return torch.device("cpu")
     if device.type != "cuda":
         raise ValueError(f'`device` must be a CPU or a CUDA device, got "{name}"; there are no kernels for others.')
@@ -126,6 +129,17 @@ def check_recomputed(model: nn.Module, before: Mapping[str, list[Tensor]], graph
                 f"anew, and each particle is a copy of the model, without this graph. Compute {name} in forward, or "
                 f"detach it: model.{name} = model.{name}.detach()."
             )
+
+
+def check_particles_fit(device: torch.device, particles: int, of_particle: int) -> None:
+    """Raise MemoryError if particles of `of_particle` bytes each don't fit the free memory, where that is known."""
+    free = known_free_memory(device)
+    if free is not None and particles * of_particle > free:
+        raise MemoryError(
+            f"{particles} particles take at least {particles * of_particle / 1e9:.2f} GB, but {free / 1e9:.2f} GB are "
+            f"free on {device}, where at most {free // of_particle} fit. Lower `particles`, or choose a device with "
+            "more memory."
+        )
 
 
 def check_batches(samples: int, batch: int, drop_last: bool) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from swamp_fast.common.copying import attribute_tensors, attributes_with_graphs
 from swamp_fast.common.fingerprint import state_fingerprint
 from swamp_fast.common.format import dtype_name
+from swamp_fast.common.modes import KEPT_MODES
 from swamp_fast.common.tree import tensors, tree_map
 from swamp_fast.config import SwampConfig
 from swamp_fast.data.store import Data
@@ -112,7 +115,7 @@ def probe_model(
     keys = lane_keys([config.seed], [stream_of(None, 0)], data.device)
     trial = Trial(data, min(MAX_SAMPLES, data.length, config.batch_size), keys, forward, loss, transform)
     model = particle_of(template).train()
-    with generators_left_alone():
+    with generators_left_alone(), _modes_kept():
         effects = _side_effects(original, model, trial, keys)
         with counted_uses(model, trial.samples) as uses, torch.no_grad(), FlopCounterMode(display=False) as counter:
             trial.run(model)
@@ -268,6 +271,21 @@ def _seeded_transform(transform: Transform, inputs: Any) -> Any:
     with generators_left_alone():
         seed_generators(0)
         return transform(tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, inputs))
+
+
+@contextmanager
+def _modes_kept() -> Iterator[None]:
+    """A context that raises ValueError if the user's callables change a mode on which all that follows depends."""
+    before = {mode: mode.read() for mode in KEPT_MODES}
+    yield
+    for mode, value in before.items():
+        now = mode.read()
+        if now != value:
+            mode.write(value)
+            raise ValueError(
+                f"the model, `forward`, `loss` or `transform` changes {mode.name} of the whole process from {value} to "
+                f"{now}, which would change the results of what follows; set it before the call instead."
+            )
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from swamp_fast.common.memory import peak_memory
+from swamp_fast.common.modes import surrounding_modes
 from swamp_fast.common.timing import Stopwatch
 from swamp_fast.distributed import ALONE, Ranks
 from swamp_fast.particles.random import generators_left_alone
@@ -290,7 +291,8 @@ class Run:
         if self.problem.on_cycle is None:
             return False
         try:
-            self.problem.on_cycle(copy.deepcopy(row))
+            with surrounding_modes():
+                self.problem.on_cycle(copy.deepcopy(row))
         except StopRun:
             self.console.line(f"stopped  by on_cycle after cycle {row['cycle']} of {self.config.cycles}")
             return True

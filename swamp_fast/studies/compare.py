@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +13,7 @@ from torch import Tensor
 from swamp_fast import distributed
 from swamp_fast.common.csv_files import csv_bytes
 from swamp_fast.common.exclusive import one_at_a_time
-from swamp_fast.config import SwampConfig
+from swamp_fast.config import SwampConfig, seed_of
 from swamp_fast.methods import DECIDED, METHODS, particles_of, seeds_of
 from swamp_fast.problem.arguments import Arguments, Forward, Loss, Transform
 from swamp_fast.problem.problem import Problem
@@ -70,7 +69,7 @@ def compare(
     """
     base = shared_settings(config, common)
     _check(methods, seeds, baseline, base)
-    methods, seeds = list(methods), [operator.index(seed) for seed in seeds]
+    methods, seeds = list(methods), [seed_of("seeds", seed) for seed in seeds]
     arguments = Arguments(
         val=val, forward=forward, loss=loss, transform=transform, prunable=prunable, initial_masks=initial_masks
     )

@@ -12,6 +12,7 @@ import torch
 from swamp_fast.common.fingerprint import model_fingerprint
 from swamp_fast.common.timing import Stopwatch
 from swamp_fast.engines.eager.engine import EagerEngine
+from swamp_fast.engines.footprint import particles_that_fit
 from swamp_fast.engines.fused.engine import FusedEngine
 from swamp_fast.engines.start import Engine, recorded_selection, start_engine
 from swamp_fast.engines.step_time import seconds_of_steps
@@ -126,8 +127,9 @@ def runs_at_once(engine: Engine, problems: Sequence[Problem]) -> tuple[int, str]
     particles = max(problems[0].config.particles_at(cycle) for cycle in range(problems[0].config.cycles + 1))
     runs, seconds = 1, seconds_of_steps(engine, problems[0], problems[0].mask, particles)
     alone, watch = seconds, Stopwatch()
-    while runs < len(problems) and watch.seconds < MAX_TIMING_SECONDS:
-        more = min(2 * runs, len(problems))
+    most = particles_that_fit(problems[0]) // particles  # a CPU's memory ends without an OutOfMemoryError
+    while runs < min(most, len(problems)) and watch.seconds < MAX_TIMING_SECONDS:
+        more = min(2 * runs, most, len(problems))
         try:
             measured = seconds_of_steps(engine, problems[0], problems[0].mask, more * particles)
         except torch.OutOfMemoryError:

@@ -40,6 +40,7 @@ def run_together(engine: Engine, runs: Sequence[Trainings[Returned]]) -> list[Re
             answers = [error]
         for number, answer in zip(group, answers, strict=True):
             queue.answer(number, answer)
+        del answers, answer  # they hold the bank's memory, which the next one needs
     return [queue.ended[number] for number in range(len(runs))]
 
 

@@ -455,6 +455,8 @@ def test_the_corners_of_a_hull_are_the_particles(residual):
         mixed = {n: sum(s * state[n].double() for s, state in zip(shares, states, strict=True)) for n in states[0]}
         assert loss == pytest.approx(alone(residual, mixed, pictures(), pictures(), 32)[0], **SAME)
     assert hull(on, states, mixtures=4, seed=5).mixtures == found.mixtures
+    with pytest.raises(TypeError, match="`seed` must be int, got True"):
+        hull(on, states, mixtures=4, seed=True)
 
 
 # Tests of masks, ensembles and cost.

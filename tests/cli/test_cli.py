@@ -210,8 +210,17 @@ def test_the_demo_reaches_98_percent_at_4_4_percent_density_in_under_two_minutes
 def test_plan_shows_what_a_step_costs(capsys):
     assert main(["plan", "--model", "small_cnn", "--shape", "1,8,8", "--particles", "3", "--batch-size", "16"]) == 0
     said = capsys.readouterr().out
-    for word in ("Convolution", "GFLOP", "measured now", "a step of 3", "particles fit at once"):
+    for word in (
+        "Convolution",
+        "GFLOP",
+        "measured now",
+        "a step of 3",
+        "fused engine",
+        "eager engine",
+        "particles fit at once",
+    ):
         assert word in said
+    assert all(f"{engine} engine" in said for engine in ("fused", "eager"))
     assert main(["plan", "--model", "networks:Depthwise", "--shape", "1,8,8"]) == 2
     assert "doesn't cover networks:Depthwise" in capsys.readouterr().err
 

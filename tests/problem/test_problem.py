@@ -150,6 +150,8 @@ def test_refuses_settings_and_callables(digits):
         ({"engine": "fused"}, ValueError, 'engine="fused" can\'t run the model'),
         ({"device": "cuda:99"}, ValueError, '"cuda:99" is not available'),
         ({"device": "mps"}, ValueError, 'must be a CPU or a CUDA device, got "mps"'),
+        ({"device": "cpu:3"}, ValueError, '"cpu:3" doesn\'t exist, because all processors are one device; use "cpu"'),
+        ({"val": float("nan")}, ValueError, "`val` as a number must be a fraction of train .* got nan"),
         ({"device": "gpu"}, ValueError, '`device` must be "auto", "cpu", "cuda"'),
         ({"cycles": 60}, ValueError, r"60 cycles at prune = 0.2 are more than 3072 weights allow"),
         ({"train": loader}, ValueError, "`batch_size` = 32 contradicts the DataLoader's 16"),

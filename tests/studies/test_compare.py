@@ -290,6 +290,12 @@ def test_what_is_refused(arguments, changes, text, digits):
         compare(made, *digits, *arguments, **SETTINGS | changes)
 
 
+@pytest.mark.parametrize("seed", [True, 2.0, float("nan"), "0"])
+def test_seeds_are_ints(seed, digits):
+    with pytest.raises(TypeError, match="`seeds` must be int, got"):
+        compare(made, *digits, ["imp"], [seed], **SETTINGS)
+
+
 def test_the_command_line(tmp_path, capsys):
     file = tmp_path / "compare.toml"
     text = 'model = "mlp"\ndata = "digits"\nval = 0.1\nmethods = ["imp", "swamp"]\nseeds = [0, 1]\n'

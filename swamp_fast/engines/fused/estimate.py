@@ -1,4 +1,4 @@
-"""Estimates the FLOPs, memory traffic, memory and time of a training step on the fused engine."""
+"""Estimates the FLOPs, memory traffic and time of a training step on the fused engine."""
 
 from __future__ import annotations
 
@@ -32,22 +32,14 @@ class Estimate:
 
     flops  FLOPs of the forward and backward pass
     moved  bytes of feature maps, weights and optimiser state that are read and written
-    state  bytes that weights, gradients, momentum and SWA means take
-    maps   bytes that the feature maps kept for the backward pass, and their gradients, take
     """
 
     flops: float
     moved: float
-    state: float
-    maps: float
 
     def seconds(self, ceilings: Ceilings) -> float:
         """The predicted seconds if arithmetic and memory traffic overlap perfectly; not a strict lower bound."""
         return max(self.moved / ceilings.bytes, self.flops / ceilings.flops)
-
-    def particles(self, memory: float) -> int:
-        """How many particles fit into `memory` bytes at once."""
-        return int(memory // (self.state + self.maps))
 
 
 def estimate(model: nn.Module, inputs: Tensor, precision: str) -> tuple[Plan, Estimate]:
@@ -78,8 +70,7 @@ def estimate(model: nn.Module, inputs: Tensor, precision: str) -> tuple[Plan, Es
     bank = 8 if precision == "float64" else 4
     state = 4 * bank * sum(parameter.numel() for parameter in parameters.values())
     moved += 2 * state
-    largest = max(numbers)
-    return plan, Estimate(flops, moved, state, size * (sum(numbers) + 4 * largest))
+    return plan, Estimate(flops, moved)
 
 
 def measured_ceilings(device: torch.device, precision: str) -> Ceilings:

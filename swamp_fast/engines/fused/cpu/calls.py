@@ -160,7 +160,7 @@ def _flatten_backward(workspace: Workspace, op: Flatten) -> list[Call]:
 
 def _dropout(workspace: Workspace, op: Dropout) -> tuple[list[Call], list[Call]]:
     source, target = workspace.values[op.inputs[0]], workspace.values[op.output]
-    factor = Map.of(workspace.plan.shapes[op.output], workspace.samples, 0, workspace.storage)
+    factor = workspace.new_map(workspace.plan.shapes[op.output], 0)
     workspace.factors.append((op, factor))
     argument = workspace.kernels.Multiply(source.handle(), factor.handle(), target.handle(), False)
     copy = _channels(workspace, source, target, 0, 0, target.channels, False)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from swamp_fast.common.timing import seconds_in_turn
 from swamp_fast.engines.fused.cpu.taps import MAX_CHUNK_SUMS, SAMPLES_PER_BLOCK, Taps
@@ -42,7 +43,7 @@ def convolution_backward_calls(workspace: Workspace, op: Convolution) -> list[Ca
 def _by_weights(workspace: Workspace, op: Convolution) -> Call:
     source, out_grad = workspace.values[op.inputs[0]], workspace.grad_maps[op.output]
     mask, bias_grad = workspace.masks[op.output], workspace.address(workspace.grads, op.bias)
-    parts = min(_parts(int(mask.kept.sum())), out_grad.blocks)
+    parts = min(parts_of(int(mask.kept.sum())), out_grad.blocks)
 
     def weight_grad(taps: Taps) -> Call:
         size = max(1, taps.largest_chunk)
@@ -79,28 +80,29 @@ def _fastest(
     """Return the call of one pass, with the recorded number of outputs that share loads.
 
     If no number is recorded, the fastest of 1, 2 and 4 is chosen by timing and recorded. If the chosen call needs
-    gathered weights, the call that gathers them is added to the workspace.
+    gathered weights, the call that gathers them and the tensors of the chosen call are added to the workspace.
 
     which    FORWARD, INPUT_GRADIENT or WEIGHT_GRADIENT
     taps_of  makes the taps for a number of outputs that share loads
     call_of  makes the call for given taps
     """
     recorded = workspace.rows.setdefault(op.weight, [0, 0, 0])
-    tried: list[tuple[int, Call, list[Call]]] = []
+    tried: list[tuple[int, Call, list[Call], list[Tensor]]] = []
     for rows in [recorded[which]] if recorded[which] else [1, 2, 4]:
         if rows > workspace.masks[op.output].most_rows(which == INPUT_GRADIENT):
             break
         taps = taps_of(rows)
         if tried and taps.waste > MAX_WASTE:
             break
-        before = len(workspace.gather_calls)
+        gathers, kept = len(workspace.gather_calls), len(workspace.kept_alive)
         call = call_of(taps)
-        tried.append((rows, call, workspace.gather_calls[before:]))
-        del workspace.gather_calls[before:]
+        tried.append((rows, call, workspace.gather_calls[gathers:], workspace.kept_alive[kept:]))
+        del workspace.gather_calls[gathers:], workspace.kept_alive[kept:]
     if len(tried) > 1:
         tried.sort(key=lambda candidate: _least_seconds(candidate[1]))
-    recorded[which], call, gathers = tried[0]
-    workspace.gather_calls += gathers
+    recorded[which], call, gather_calls, tensors = tried[0]
+    workspace.gather_calls += gather_calls
+    workspace.kept_alive += tensors
     return call
 
 
@@ -125,7 +127,7 @@ def _kernel_taps(workspace: Workspace, taps: Taps) -> Any:
     return workspace.kernels.Taps(starts, offsets, values, taps.groups, taps.rows)
 
 
-def _parts(kept: int) -> int:
+def parts_of(kept: int) -> int:
     """The number of parts into which the blocks of samples are divided for the sums of a weight gradient.
 
     It depends only on the number of kept weights, not on the number of threads, so that threads don't affect the bits.

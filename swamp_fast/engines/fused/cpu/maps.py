@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from swamp_fast.engines.fused.cpu.taps import SAMPLES_PER_BLOCK, Geometry
 from swamp_fast.ops.contracts import native
 
 HUGE_PAGE = 2 << 20  # bytes
+Allocate = Callable[[int, torch.dtype], Tensor]  # (size, dtype) -> zeroed memory
 
 
 def zeros(size: int, dtype: torch.dtype) -> Tensor:
@@ -42,6 +44,7 @@ class Map:
     """
 
     memory: Tensor
+    bytes: int
     blocks: int
     channels: int
     height: int
@@ -51,14 +54,14 @@ class Map:
     flat: bool
 
     @classmethod
-    def of(cls, shape: tuple[int, ...], samples: int, pad: int, dtype: torch.dtype) -> Map:
+    def of(cls, shape: tuple[int, ...], samples: int, pad: int, dtype: torch.dtype, allocate: Allocate = zeros) -> Map:
         """A zeroed map for values [B, *shape]."""
         blocks = -(-samples // SAMPLES_PER_BLOCK)
         flat = len(shape) == 1
         channels, height, width = (shape[0], 1, blocks) if flat else shape
         blocks = 1 if flat else blocks
         size = blocks * channels * (height + 2 * pad) * (width + 2 * pad) * SAMPLES_PER_BLOCK
-        return cls(zeros(size, dtype), blocks, channels, height, width, pad, samples, flat)
+        return cls(allocate(size, dtype), size * dtype.itemsize, blocks, channels, height, width, pad, samples, flat)
 
     @property
     def geometry(self) -> Geometry:

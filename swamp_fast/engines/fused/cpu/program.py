@@ -8,7 +8,7 @@ from torch import Tensor
 from swamp_fast import ops
 from swamp_fast.engines.fused.compact import Compact
 from swamp_fast.engines.fused.cpu.calls import backward_calls, forward_calls
-from swamp_fast.engines.fused.cpu.maps import Map
+from swamp_fast.engines.fused.cpu.maps import Allocate, Map, zeros
 from swamp_fast.engines.fused.cpu.workspace import Call, Rows, Workspace
 from swamp_fast.engines.fused.plan import Plan
 from swamp_fast.particles.random import DROPOUT
@@ -20,6 +20,7 @@ class Program:
     mean, variance, unbiased  [channels of all norms]  those of the Workspace
     rows                      see Rows; missing entries are chosen by timing and added
     trains                    whether the program has a backward pass
+    allocate                  makes the memory of the maps
     """
 
     def __init__(
@@ -31,9 +32,10 @@ class Program:
         storage: torch.dtype,
         rows: Rows,
         trains: bool,
+        allocate: Allocate = zeros,
     ) -> None:
         self.plan, self.samples, self.dtype = plan, samples, dtype
-        self.workspace = workspace = Workspace(plan, compact, samples, dtype, storage, rows)
+        self.workspace = workspace = Workspace(plan, compact, samples, dtype, storage, rows, allocate)
         self.mean, self.variance, self.unbiased = workspace.mean, workspace.variance, workspace.unbiased
         self.training_calls: list[Call] = []
         self.evaluation_calls: list[Call] = []

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from swamp_fast.engines.fused.compact import Compact
-from swamp_fast.engines.fused.cpu.maps import Map
+from swamp_fast.engines.fused.cpu.maps import Allocate, Map, zeros
 from swamp_fast.engines.fused.cpu.taps import ConvolutionMask, pads
 from swamp_fast.engines.fused.plan import Convolution, Dropout, Norm, Plan
 from swamp_fast.ops.contracts import native
@@ -29,20 +29,30 @@ class Workspace:
     unbiased        [channels of all norms]  n / (n - 1), where n numbers enter each statistic of a batch
     first_channel   where a Norm's channels begin among those of all norms, by the number of its output
     masks           the mask of each convolution, by the number of its output
+    maps            all maps
     values          the map of each value
     grad_maps       the maps of gradients that are in use at this point of the backward pass, while its calls are made
     norms           the kernel argument of each Norm, by the number of its output
     factors         each Dropout, in order, with the map of the factors that it multiplies by
     gather_calls    calls that collect weights for the convolutions; they run before the forward calls
+    kept_alive      the tensors whose addresses the calls hold
     rows            see Rows; missing entries are chosen by timing and added
     needed          the numbers of the values that need a gradient
+    allocate        makes the memory of the maps
     """
 
     def __init__(
-        self, plan: Plan, compact: Compact, samples: int, dtype: torch.dtype, storage: torch.dtype, rows: Rows
+        self,
+        plan: Plan,
+        compact: Compact,
+        samples: int,
+        dtype: torch.dtype,
+        storage: torch.dtype,
+        rows: Rows,
+        allocate: Allocate = zeros,
     ) -> None:
         self.plan, self.compact, self.samples, self.dtype, self.storage = plan, compact, samples, dtype, storage
-        self.rows = rows
+        self.rows, self.allocate = rows, allocate
         self.kernels, self.threads = native().fused, torch.get_num_threads()
         self._storage_kind = getattr(self.kernels.Storage, str(storage).removeprefix("torch."))
         self._entries = {entry.name: entry for entry in compact.layout.entries}
@@ -60,12 +70,18 @@ class Workspace:
         self.factors: list[tuple[Dropout, Map]] = []
         self.gather_calls: list[Call] = []
         self.scratch = self.partial = torch.zeros(0, dtype=dtype)  # shared by all weight gradients
-        self._kept_alive: list[Tensor] = []
+        self.kept_alive: list[Tensor] = []
         value_pads, self._grad_pads = self._pads()
-        self.values = [Map.of(shape, samples, pad, storage) for shape, pad in zip(plan.shapes, value_pads, strict=True)]
+        self.maps: list[Map] = []
+        self.values = [self.new_map(shape, pad) for shape, pad in zip(plan.shapes, value_pads, strict=True)]
         self.needed = plan.needs_gradient()
         self.grad_maps: dict[int, Map] = {}
         self._free_maps: dict[tuple[Any, ...], list[Map]] = {}
+
+    def new_map(self, shape: tuple[int, ...], pad: int) -> Map:
+        """A zeroed map for values [B, *shape] with a border of `pad` zeros."""
+        self.maps.append(Map.of(shape, self.samples, pad, self.storage, self.allocate))
+        return self.maps[-1]
 
     def call(self, name: str, argument: Any) -> Call:
         """A call of the kernel `name` with its argument object."""
@@ -82,7 +98,7 @@ class Workspace:
 
     def keep_alive(self, tensor: Tensor) -> int:
         """Return a tensor's address and keep the tensor alive as long as the workspace."""
-        self._kept_alive.append(tensor)
+        self.kept_alive.append(tensor)
         return tensor.data_ptr()
 
     def grad_of(self, value: int) -> tuple[Map, bool]:
@@ -95,7 +111,7 @@ class Workspace:
         """Return a map for a value's gradient; a free map of the same shape is reused."""
         shape, pad = self.plan.shapes[value], self._grad_pads[value]
         free = self._free_maps.get((shape, pad))
-        self.grad_maps[value] = free.pop() if free else Map.of(shape, self.samples, pad, self.storage)
+        self.grad_maps[value] = free.pop() if free else self.new_map(shape, pad)
         return self.grad_maps[value]
 
     def give_back_grad(self, value: int) -> None:

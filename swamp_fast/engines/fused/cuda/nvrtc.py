@@ -8,25 +8,19 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
-import os
 import re
-import struct
 from collections.abc import Mapping
-from contextlib import suppress
 from importlib.resources import files
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
+from swamp_fast.engines.fused.cuda import code_cache
 from swamp_fast.engines.fused.cuda.params import Params
 
 HEADERS = ("params.h", "tile.h", "matrix.h")
 Constants = Mapping[str, int]  # the values of the macros that a kernel is compiled with, by name
 THREADS_PER_BLOCK = 256
-# The ELF header of a cubin: its magic number, where its program and section header tables begin, and for each of the
-# two tables the size and the number of its entries.
-ELF_HEADER = struct.Struct("<4s28xQQ6xHHHH2x")
 
 
 class Launch(Protocol):
@@ -51,21 +45,16 @@ def compile_kernel(name: str, constants: Constants, arch: str) -> bytes:
     Raises RuntimeError with NVRTC's log if the source doesn't compile.
     """
     sources = sources_of(name)
-    cached = _cache_path(name, sources, constants, arch)
-    with suppress(OSError):
-        code = cached.read_bytes()
-        if _is_whole(code):
-            return code
+    file = _file_name(name, sources, constants, arch)
+    cached = code_cache.read(file)
+    if cached is not None:
+        return cached
     for min_blocks in range(constants["MIN_BLOCKS"], 0, -1):
         code, log = build(name, sources, {**constants, "MIN_BLOCKS": min_blocks}, arch)
         stack = re.search(r"(\d+) bytes stack frame", log)
         if stack is None or stack[1] == "0":  # no register is spilled
             break
-    with suppress(OSError):  # without a writable cache, the kernel is compiled again next time
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        temporary = cached.with_suffix(f".{os.getpid()}")
-        temporary.write_bytes(code)
-        temporary.replace(cached)
+    code_cache.write(file, code)
     return code
 
 
@@ -163,27 +152,12 @@ def _options(constants: Constants, arch: str) -> list[str]:
     return [f"--gpu-architecture={arch}", "--std=c++17", "--ptxas-options=-v", *defines]
 
 
-def _cache_path(name: str, sources: Mapping[str, bytes], constants: Constants, arch: str) -> Path:
-    """The cache file of a kernel's machine code; its name has a hash of the sources, options and NVRTC's version."""
+def _file_name(name: str, sources: Mapping[str, bytes], constants: Constants, arch: str) -> str:
+    """The name of a kernel's cache file, with a hash of the sources, the options and NVRTC's version."""
     from cuda.bindings import nvrtc
 
     _, *version = nvrtc.nvrtcVersion()
     digest = hashlib.blake2b(digest_size=16)
     for part in (*sources.values(), *(option.encode() for option in _options(constants, arch)), str(version).encode()):
         digest.update(len(part).to_bytes(8, "little") + part)
-    return _cache() / f"{name}-{arch}-{digest.hexdigest()}.cubin"
-
-
-def _is_whole(code: bytes) -> bool:
-    """Whether a cached file is a complete cubin; a full disk or a crash may have truncated it."""
-    if len(code) < ELF_HEADER.size:
-        return False
-    magic, programs, sections, program_size, program_count, section_size, section_count = ELF_HEADER.unpack_from(code)
-    end = max(programs + program_size * program_count, sections + section_size * section_count)
-    return bool(magic == b"\x7fELF" and end <= len(code))
-
-
-def _cache() -> Path:
-    """The cache folder: SWAMP_FAST_CACHE if that is set, otherwise swamp_fast in the user's cache folder."""
-    given = os.environ.get("SWAMP_FAST_CACHE")
-    return Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "swamp_fast"
+    return f"{name}-{arch}-{digest.hexdigest()}.cubin"
