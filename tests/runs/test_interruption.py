@@ -132,7 +132,7 @@ def test_killed_at_a_random_moment(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["eager", "fused", "by density"])
-@pytest.mark.parametrize(("by", "times"), [(signal.SIGKILL, 8), (signal.SIGTERM, 4), (signal.SIGINT, 4)])
+@pytest.mark.parametrize(("by", "times"), [(signal.SIGKILL, 34), (signal.SIGTERM, 4), (signal.SIGINT, 4)])
 def test_stopped_at_many_random_moments(engine, by, times, tmp_path):
     crashes = crash(engine, tmp_path, times, seed=int(by), by=by)
     print(f"{engine}, signal {by}: {crashes}")
