@@ -27,7 +27,7 @@ class Workspace:
     unbiased        [channels of all norms]  n / (n - 1) for the n numbers in a batch's statistics
     masks           of the convolutions, by the number of their output
     maps            all maps
-    values          the map of each value
+    values          the map of each value that an operation reads or gives, by its number
     grad_maps       of the values' gradients that are in use while the backward calls are made
     norms           the kernels' form of each Norm, by the number of its output
     factors         of each Dropout, in order, and its factors' map
@@ -69,7 +69,8 @@ class Workspace:
         self.kept_alive: list[Tensor] = []
         value_pads, self._grad_pads = self._pads()
         self.maps: list[Map] = []
-        self.values = [self.new_map(shape, pad) for shape, pad in zip(plan.shapes, value_pads, strict=True)]
+        used = {plan.input, *(op.output for op in plan.ops)}  # the others were merged into operations after them
+        self.values = {number: self.new_map(plan.shapes[number], value_pads[number]) for number in sorted(used)}
         self.needed = plan.needs_gradient()
         self.grad_maps: dict[int, Map] = {}
         self._free_maps: dict[tuple[Any, ...], list[Map]] = {}
