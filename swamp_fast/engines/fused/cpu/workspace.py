@@ -30,7 +30,7 @@ class Workspace:
     first_channel   where a Norm's channels begin among those of all norms, by the number of its output
     masks           the mask of each convolution, by the number of its output
     maps            all maps
-    values          the map of each value
+    values          the map of each value that an operation reads or computes, by its number
     grad_maps       the maps of gradients that are in use at this point of the backward pass, while its calls are made
     norms           the kernel argument of each Norm, by the number of its output
     factors         each Dropout, in order, with the map of the factors that it multiplies by
@@ -73,7 +73,8 @@ class Workspace:
         self.kept_alive: list[Tensor] = []
         value_pads, self._grad_pads = self._pads()
         self.maps: list[Map] = []
-        self.values = [self.new_map(shape, pad) for shape, pad in zip(plan.shapes, value_pads, strict=True)]
+        used = {plan.input, *(op.output for op in plan.ops)}  # the others were merged into operations after them
+        self.values = {number: self.new_map(plan.shapes[number], value_pads[number]) for number in sorted(used)}
         self.needed = plan.needs_gradient()
         self.grad_maps: dict[int, Map] = {}
         self._free_maps: dict[tuple[Any, ...], list[Map]] = {}
