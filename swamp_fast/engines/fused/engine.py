@@ -125,8 +125,8 @@ def programs_of(
 def faster_branch(problem: Problem, plan: Plan, launch: Launch | None) -> int | None:
     """Return the number of lanes per group if training groups of lanes in parallel is faster, otherwise None.
 
-    A group is as large as its feature maps fit the GPU's L2 cache. Returns None without timing if there is no GPU or
-    if the feature maps of all lanes fit the cache.
+    Each group has as many lanes as possible whose feature maps still fit in the GPU's L2 cache. Returns None without
+    timing if there is no GPU or if the feature maps of all lanes fit the cache.
     """
     if problem.device.type != "cuda":
         return None

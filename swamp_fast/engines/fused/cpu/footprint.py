@@ -1,4 +1,4 @@
-"""How many bytes a program of the CPU kernels takes, counted by planning it without memory for its maps."""
+"""The memory of a program of the CPU kernels, found by planning the program without allocating its maps."""
 
 from __future__ import annotations
 
