@@ -24,7 +24,7 @@ def next_mask(problem: Problem, run: Run, mask: Tensor, cycle: int) -> Tensor:
     """
     size = problem.layout.Q
     ranked = problem.layout.flat(run.masks_source().ranked, problem.dtype, problem.device)[:size]
-    keep = kept_at(problem.config, cycle, int(mask.sum()), size)
+    keep = kept_at(problem.config, cycle, int(mask.sum()), problem.layout.weights)
     largest = ops.global_threshold(ranked[None], mask[None], [keep])[1][0]
     if problem.config.mask_score != "random":
         return largest

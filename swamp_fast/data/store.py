@@ -77,7 +77,8 @@ class Stored:
         if crop_flip and self.table is None:
             self.inputs = self.inputs.movedim(1, -1).contiguous()  # gather_augment reads channels last
         self.targets = _whole_numbers(_on_device(source.targets, device, dtype))
-        check_inputs(self.name, self.inputs)
+        check_finite(self.name, "inputs", self.inputs)
+        check_finite(self.name, "targets", self.targets)
 
     def check_labels(self, classes: int) -> None:
         """Raise TypeError or ValueError for targets that cross-entropy can't take; see labels.check_labels."""
@@ -175,7 +176,8 @@ class Streamed:
                     "from your collate_fn."
                 )
             inputs, targets = batch[0], tree_map(_whole_numbers, batch[1])
-            check_inputs(self.name, inputs)
+            check_finite(self.name, "inputs", inputs)
+            check_finite(self.name, "targets", targets)
             if self.classes is not None:
                 check_labels(self.name, targets, self.classes)
             handle.append((inputs, targets, part))
@@ -313,13 +315,13 @@ def pass_in_stored_order(data: Data, batch_size: int, channels_last: bool = Fals
         yield *data.fetch(handle, None, channels_last).lane(0), end - begin
 
 
-def check_inputs(name: str, inputs: Any) -> None:
-    """Raise ValueError if an input is NaN or infinite."""
-    for leaf in tensors(inputs):
+def check_finite(name: str, kind: str, tree: Any) -> None:
+    """Raise ValueError if a number is NaN or infinite among the inputs or the targets, as `kind` says."""
+    for leaf in tensors(tree):
         if leaf.is_floating_point() and not bool(torch.isfinite(leaf).all()):
             bad = int((~torch.isfinite(leaf)).sum())
             raise ValueError(
-                f"{name}: inputs must be finite, got {bad} NaN or infinite numbers of {leaf.numel()}; remove or "
+                f"{name}: {kind} must be finite, got {bad} NaN or infinite numbers of {leaf.numel()}; remove or "
                 "repair those samples."
             )
 

@@ -105,7 +105,7 @@ def refuse_too_many_particles(problem: Problem, engine: Engine, run: Run) -> Non
     for cycle in range(config.cycles + 1):
         if cycle > 0:
             kept = (
-                kept_at(config, cycle, kept, layout.Q)
+                kept_at(config, cycle, kept, layout.weights)
                 if config.layer_kept is None
                 else sum(config.layer_kept[cycle - 1])
             )

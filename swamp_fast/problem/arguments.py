@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -45,6 +46,21 @@ class Arguments:
             function = getattr(self, name)
             if function is not None and not callable(function):
                 raise TypeError(f"`{name}` must be callable, got {type(function).__name__}.")
+        if self.on_cycle is not None and not _takes_one(self.on_cycle):
+            raise TypeError("`on_cycle` must take one argument, the row of a cycle.")
+        if isinstance(self.loss, type):
+            raise TypeError(f"`loss` must be an instance, got the class {self.loss.__name__}; call it first.")
+
+
+def _takes_one(function: Callable[..., object]) -> bool:
+    """Whether a function can be called with one argument, as far as its signature is known."""
+    try:
+        inspect.signature(function).bind({})
+    except TypeError:
+        return False
+    except ValueError:  # a function without a signature, such as some in C
+        return True
+    return True
 
 
 # The source of the next two functions is part of a run's fingerprint. If it changes, even in a docstring, earlier runs

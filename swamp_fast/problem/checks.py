@@ -24,6 +24,7 @@ def check_model(model: object) -> None:
     if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
         raise TypeError(f"`model` must be the plain module, got a {type(model).__name__}; pass model.module.")
     _check_modules(model)
+    _check_hooks(model)
     named = [*model.named_parameters(), *model.named_buffers()]
     if not any(True for _ in model.parameters()):
         raise ValueError("`model` has no parameters, so nothing to train or prune; pass the network itself.")
@@ -48,6 +49,27 @@ def check_model(model: object) -> None:
     devices = sorted({str(tensor.device) for _, tensor in named})
     if len(devices) > 1:
         raise ValueError(f"`model` must be on one device, got {', '.join(devices)}; call model.to(...) first.")
+    _check_values(model)
+
+
+def _check_values(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if not bool(parameter.isfinite().all()):
+            raise ValueError(f"`model`: {name} has NaN or infinite values; initialise it, or load its weights anew.")
+
+
+def _check_hooks(model: nn.Module) -> None:
+    """Raise ValueError if a parameter has a hook, which its copies would not have."""
+    hooked = [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None)
+    ]
+    if hooked:
+        raise ValueError(
+            f"`model`: {', '.join(hooked[:6])} has a hook on its gradient, which the particles' copies would "
+            "lose. Remove it, and change the gradient in `forward` instead, by detach() or by a hook on an activation."
+        )
 
 
 def _check_modules(model: nn.Module) -> None:
@@ -207,7 +229,10 @@ def check_cycles(config: SwampConfig, kept: int, prunable: int) -> None:
     left = kept
     for cycle in range(1, config.cycles + 1):
         before, left = left, kept_at(config, cycle, left, prunable)
-        if left < 1 or left == before:
+        reached = (
+            config.target_density is not None and cycle == config.cycles
+        )  # on the way, a small model may round down
+        if left < 1 or (left == before and not reached):
             what = "nothing would be left to keep" if left < 1 else f"nothing would be pruned of {before}"
             raise ValueError(
                 f"{config.cycles} cycles at prune = {config.prune} are more than {kept} weights allow: "

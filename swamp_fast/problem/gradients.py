@@ -7,6 +7,8 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
+from swamp_fast.common.warn import warn_user
+
 WRONG_MODULE = (
     "Use the module that `forward(model, inputs)` is given: particles are copies of your model, so a function that "
     "refers to your model itself trains none of them. A function assigned to model.forward does so too; define forward "
@@ -53,9 +55,16 @@ def check_gradients(model: nn.Module, original: nn.Module, outside: Sequence[Ten
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     without = [name for name, parameter in trained.items() if parameter.grad is None]
     reached = {id(tensor) for tensor in outside}
-    replaced = [name for name, parameter in original.named_parameters() if id(parameter) in reached and name in without]
+    of_original = [name for name, parameter in original.named_parameters() if id(parameter) in reached]
+    replaced = [name for name in of_original if name in without]
     if replaced:
         raise ValueError(f"the loss has no gradients for {listed(replaced)}, but for your own model's. {WRONG_MODULE}")
+    if of_original:
+        warn_user(
+            f"the loss also has gradients for {listed(of_original)} of your own model, which no training changes. A "
+            "penalty on model.parameters() therefore has no effect: compute it in `forward`, from the module that "
+            "`forward` is given, and return it with the outputs. If your model is a teacher, use torch.no_grad()."
+        )
     if len(without) == len(trained):
         raise ValueError(
             f"the loss has no gradient for any of the model's trained parameters: {listed(without)}. {WRONG_MODULE}"

@@ -81,6 +81,7 @@ def prepare(
     probe = probe_model(model, template, splits.train.data, config, forward, loss, transform, arguments.prunable)
     check_splits(splits)
     decide_labels(template, splits.named, config, forward, loss)
+    _warn_of_modes(model, template)
     for text in _unrepeatable(splits, probe) if config.run_dir is not None else ():
         warn_user(f"{text}.")
     hashes = splits.fingerprints()
@@ -165,10 +166,25 @@ def _first_mask(
     mask = layout.full_mask(device)
     if initial_masks is not None:
         write_masks_(layout, mask, initial_masks)
-    check_cycles(config, int(mask.sum()), layout.Q)
+    check_cycles(config, int(mask.sum()), layout.weights)
     if config.layer_kept is not None:
         check_layers(layout, mask, config.layer_kept)
     return mask
+
+
+def _warn_of_modes(model: nn.Module, template: nn.Module) -> None:
+    """Warn if the user put layers into evaluation mode that train() puts back into training mode."""
+    trained = dict(template.train().named_modules())
+    left = [
+        name
+        for name, module in model.named_modules()
+        if model.training and not module.training and trained[name].training and not list(module.children())
+    ]
+    if left:
+        warn_user(
+            f"{listed(left)} of the model are in evaluation mode, but model.train(), which is called before each "
+            "training, puts them into training mode. To keep a layer in evaluation mode, override its train()."
+        )
 
 
 def _notes(model: nn.Module, probe: Probe) -> list[str]:

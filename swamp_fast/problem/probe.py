@@ -210,6 +210,21 @@ class Trial:
             with torch.no_grad():
                 Trial(self.data, other, self.keys, self.forward, self.loss, self.transform).run(model)
 
+    def _check_finite(self, outputs: Any, losses: Tensor) -> None:
+        """Raise ValueError if the losses are NaN or infinite before anything is trained, naming where that begins."""
+        if bool(losses.isfinite().all()):
+            return
+        stages = {
+            "`transform` returns": self.inputs,
+            "the targets are": self.targets,
+            "the model's outputs are": outputs,
+        }
+        first = next((stage for stage, tree in stages.items() if not _is_finite(tree)), "the loss returns")
+        raise ValueError(
+            f"{first} NaN or infinite values for the first samples, before any training. Check the data, the model's "
+            "weights, `transform`, `forward` and `loss`."
+        )
+
     def _outputs(self, model: nn.Module) -> Any:
         try:
             with self.reads:
@@ -236,9 +251,14 @@ class Trial:
                 f"the loss can't take outputs {shapes_of(outputs)} with targets {shapes_of(self.targets)}: {error}"
             ) from error
         check_losses(losses, outputs, self.targets, self.samples)
+        self._check_finite(outputs, losses)
         if could_be_chance(losses, outputs, self.targets):
             self.uncertain = True
         return losses
+
+
+def _is_finite(tree: Any) -> bool:
+    return all(bool(leaf.isfinite().all()) for leaf in tensors(tree) if leaf.is_floating_point())
 
 
 def _hint_on_integers(inputs: Any) -> str:

@@ -22,7 +22,9 @@ from swamp_fast.problem.probe import MAX_SAMPLES, MISFITS, Trial
 from swamp_fast.problem.shapes import are_logits, class_axes, is_of_torch, shapes_of
 
 MAX_TESTED = 1 << 26  # numbers in the outputs on which a loss is run to find the labels that it ignores
-LOW = -5.0  # the logit of the label that is tested: losses with a margin are 0 for a label whose logit is high
+# The logits of the label that is tested: a loss with a margin is constant where it is high, a clamped one where it is
+# low.
+LEVELS = (-5.0, 0.0, 5.0)
 
 
 def decide_labels(
@@ -163,11 +165,13 @@ def _without_gradient(loss: Loss, outputs: Tensor, targets: Tensor, values: Tens
     for labels in values[: max(MAX_TESTED // outputs.numel(), 1) * targets.numel()].split(targets.numel()):
         tested = labels.repeat(-(-targets.numel() // len(labels)))[: targets.numel()].view_as(targets)
         index = tested.clamp(0, outputs.shape[1] - 1)[:, None]
-        low = noise.scatter(1, index, LOW).requires_grad_()
-        with torch.enable_grad():
-            losses = loss(low.clone(), tested)
-        # A mean over the labels that aren't ignored is 0 / 0 if all are.
-        grads = torch.autograd.grad(losses.sum(), low)[0].nan_to_num()
-        used = tested[(grads != 0).any(1)].unique()
-        found += labels[~torch.isin(labels, used)].tolist()
+        used = torch.zeros_like(tested, dtype=torch.bool)
+        for level in LEVELS:
+            outputs_at = noise.scatter(1, index, level).requires_grad_()
+            with torch.enable_grad():
+                losses = loss(outputs_at.clone(), tested)
+            # A mean over the labels that aren't ignored is 0 / 0 if all are.
+            grads = torch.autograd.grad(losses.sum(), outputs_at)[0].nan_to_num()
+            used |= (grads != 0).any(1)
+        found += labels[~torch.isin(labels, tested[used].unique())].tolist()
     return sorted(found)

@@ -48,6 +48,8 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             names = file.keys()
             # The tensors are copied, because one that maps the file would change or break with the file.
             tensors, metadata = {name: file.get_tensor(name).clone() for name in names}, file.metadata() or {}
+    except RuntimeError as error:  # the file vanished after the check above, or can't be mapped into memory
+        raise OSError(f"{path} can't be read ({error}).") from error
     except (safetensors.SafetensorError, ValueError, OverflowError) as error:
         raise Damaged(f"{path} is damaged or not a safetensors file ({error}).") from error
     written = metadata.pop("checksum", None)

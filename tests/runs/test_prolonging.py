@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import networks
 import pytest
+import torch
 from equality import same
+from torch import nn
 
 from swamp_fast import SwampResult, fast_swamp, naive_swamp
 
@@ -67,3 +69,13 @@ def test_a_run_does_not_become_shorter(digits, tmp_path):
         run(digits, cycles=1, run_dir=tmp_path)
     with pytest.raises(ValueError, match=r"particles was 2, is \[2, 2, 1, 2\]"):
         run(digits, cycles=3, particles=(2, 2, 1, 2), run_dir=tmp_path)
+
+
+@pytest.mark.parametrize("function", [fast_swamp, naive_swamp])
+@pytest.mark.parametrize(("hidden", "target", "kept"), [(100, 0.5, 300), (8, 0.5, 24), (10, 0.5, 30), (15, 0.26, 23)])
+def test_the_target_density_counts_weights_without_padding(hidden, target, kept, function):
+    """A bank pads layers whose size is no multiple of 16. A small model may round down to the target early."""
+    model = nn.Sequential(nn.Linear(6, hidden), nn.Tanh(), nn.Linear(hidden, 4))
+    data = torch.randn(64, 6), torch.arange(64) % 4
+    settings = {"epochs": 1, "ticket_epochs": 0, "particles": 1, "batch_size": 32, "progress": False}
+    assert function(model, data, target_density=target, **settings).history[-1]["kept"] == kept
