@@ -160,7 +160,7 @@ def relocate(cache: Path) -> None:
 
 
 def pack_caches(carried: Path, before: set[Path], to: Path) -> None:
-    """Archive the compiled files that are not in `before`, to be unpacked into the folder that is carried next time."""
+    """Archive the compiled files that are not in `before`. They go into the folder that the next visit carries."""
     new = sorted((path for path in _compiled(carried) if path not in before), key=lambda path: path.stat().st_size)
     packed = 0
     with tarfile.open(to, "w:gz", compresslevel=6) as archive:

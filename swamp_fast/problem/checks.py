@@ -119,7 +119,7 @@ def choose_device(name: str, model: nn.Module) -> torch.device:
     index = device.index if device.index is not None else torch.cuda.current_device() if count else 0
     if index >= count:
         raise ValueError(
-            f'`device`: "{name}" is not available, torch sees {count} CUDA devices here; use "auto" or "cpu".'
+            f'`device`: "{name}" is not available; torch sees {count} CUDA devices here. Use "auto" or "cpu".'
         )
     return torch.device("cuda", index)
 

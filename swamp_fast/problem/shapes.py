@@ -70,7 +70,7 @@ def is_of_torch(loss: object) -> bool:
 
 
 def check_class_axis(outputs: Any, targets: Any) -> None:
-    """Raise ValueError if cross-entropy could take labels [B, ...] on either axis of outputs, which are equally long.
+    """Raise ValueError if two axes of outputs are equally long, so that either could be the classes of labels [B, ...].
 
     A user who writes a function for the loss has chosen the axis; torch's own losses take axis 1.
     """

@@ -127,7 +127,7 @@ def runs_at_once(engine: Engine, problems: Sequence[Problem]) -> tuple[int, str]
     particles = max(problems[0].config.particles_at(cycle) for cycle in range(problems[0].config.cycles + 1))
     runs, seconds = 1, seconds_of_steps(engine, problems[0], problems[0].mask, particles)
     alone, watch = seconds, Stopwatch()
-    most = particles_that_fit(problems[0]) // particles  # on a CPU, no OutOfMemoryError says that memory is full
+    most = particles_that_fit(problems[0]) // particles  # a CPU without free memory raises no OutOfMemoryError
     while runs < min(most, len(problems)) and watch.seconds < MAX_TIMING_SECONDS:
         more = min(2 * runs, most, len(problems))
         try:
