@@ -179,6 +179,8 @@ class SwampConfig:
                 f"`engine` must be one of {', '.join(json.dumps(engine) for engine in ENGINES)}, or a result's "
                 f'engine["name"] such as "eager:lanes:channels_last"; got "{self.engine}".'
             )
+        if self.run_dir == "":
+            raise ValueError("`run_dir` is an empty text; name a folder, or pass None to keep the run in memory.")
         self._check_ranges()
         self._check_optimizer()
         if self.target_density is not None:
@@ -194,7 +196,7 @@ class SwampConfig:
     def _check_ranges(self) -> None:
         for particles in self.particles if isinstance(self.particles, tuple) else (self.particles,):
             _in_range("particles", particles, 1, MAX_PARTICLES)
-        if not 0 < self.prune < 1:
+        if not 0 < self.prune < 1 or 1 - self.prune == 1:  # so small that it removes nothing
             raise ValueError(f"`prune` must lie strictly between 0 and 1, got {self.prune}; 0.2 removes a fifth.")
         _in_range("epochs", self.epochs, 1, 1 << 31)
         _in_range("ticket_epochs", self.ticket_epochs, 0, 1 << 31)
@@ -342,6 +344,8 @@ class SwampConfig:
     @classmethod
     def from_toml(cls, text: str | Path) -> SwampConfig:
         """Read settings from TOML text, or from a file, given as a Path or as a str that ends in ".toml"."""
+        if not isinstance(text, str | Path):
+            raise TypeError(f"`text` must be TOML text or a path, got {type(text).__name__}.")
         if isinstance(text, str) and text.endswith(".toml") and not set("=\n") & set(text):
             text = Path(text)
         try:

@@ -38,6 +38,7 @@ from swamp_fast.particles.random import (
     stream_of,
 )
 from swamp_fast.problem.arguments import Arguments, Forward, Loss
+from swamp_fast.problem.checks import check_masks
 from swamp_fast.problem.prepare import prepare
 from swamp_fast.problem.prunable import Prunable
 from swamp_fast.problem.solutions import solution_of
@@ -219,13 +220,11 @@ class Analysis:
     def mask(self, masks: Mapping[str, Tensor]) -> Tensor:
         """Join masks by name into one mask [Q]. A prunable parameter without a mask is kept whole.
 
-        Raises ValueError for a name that isn't prunable.
+        Raises ValueError or TypeError for a mask of the wrong name, type or shape.
         """
         mask = self.problem.layout.full_mask(self.problem.device)
         views = self.problem.layout.mask_views(mask)
-        foreign = [name for name in masks if name not in views]
-        if foreign:
-            raise ValueError(f"`masks`: {', '.join(foreign)} is not prunable here; prunable are {', '.join(views)}.")
+        check_masks("masks", masks, views)
         for name, given in masks.items():
             views[name].copy_(given)
         return mask

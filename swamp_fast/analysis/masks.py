@@ -13,6 +13,7 @@ from swamp_fast.analysis.evaluator import Analysis
 from swamp_fast.data.store import pass_in_stored_order
 from swamp_fast.engines.fused.plan import Concatenate, Convolution, Flatten, Plan
 from swamp_fast.engines.fused.trace import NotCovered, plan_of
+from swamp_fast.problem.checks import check_masks
 from swamp_fast.runs.result import SwampResult
 
 Masks = Mapping[str, Tensor]
@@ -74,7 +75,8 @@ def mask_overlap(a: Masks, b: Masks) -> MaskOverlap:
 
 
 def densities(masks: Masks) -> dict[str, float]:
-    """The fraction of weights that each layer keeps."""
+    """The fraction of weights that each layer keeps. Raises TypeError for masks that aren't bool tensors."""
+    check_masks("masks", masks, masks)
     return {name: float(mask.double().mean()) for name, mask in masks.items()}
 
 

@@ -86,6 +86,10 @@ def open_source(given: object, argument: str, data_dir: str | None) -> Opened:
 
     Raises TypeError, ValueError, FileNotFoundError or ImportError.
     """
+    if isinstance(given, str) and not given:
+        raise ValueError(f"`{argument}` is an empty text; pass the name of a data set, or a path.")
+    if isinstance(given, dict):
+        raise TypeError(f"`{argument}` must be a pair (inputs, targets), got a dict: pass (data[...], data[...]).")
     if isinstance(given, str) and given in NAMED:
         train, test = _named(given, data_dir)
         return Opened(train, test)
@@ -261,6 +265,10 @@ def _from_pair(inputs: object, targets: object, argument: str) -> Source:
             f"`{argument}`: a pair must be (inputs, targets) tensors, got "
             f"({type(inputs).__name__}, {type(targets).__name__}). Convert others with torch.as_tensor or to_numpy()."
         )
+    for leaf in (*tensors(inputs), targets):
+        if leaf.layout != torch.strided or leaf.is_meta or leaf.is_complex():
+            kind = "complex" if leaf.is_complex() else "meta" if leaf.is_meta else str(leaf.layout)
+            raise TypeError(f"`{argument}` must hold dense tensors of real numbers, got a {kind} one.")
     lengths = {len(leaf) if leaf.dim() else 0 for leaf in tensors(inputs)}
     if lengths != {len(targets) if targets.dim() else 0}:
         raise ValueError(

@@ -201,22 +201,30 @@ def check_validation(fingerprints: Mapping[str, str | None], config: SwampConfig
         )
 
 
+def check_masks(argument: str, masks: object, views: Mapping[str, Tensor]) -> None:
+    """Raise TypeError or ValueError unless masks are a dict of bool tensors with the names and shapes of `views`."""
+    if not isinstance(masks, Mapping):
+        raise TypeError(f"`{argument}` must be a dict from parameter names to masks, got {type(masks).__name__}.")
+    for name, given in masks.items():
+        if name not in views:
+            raise ValueError(f'`{argument}`: "{name}" is not a prunable parameter; those are {", ".join(views)}.')
+        if not isinstance(given, Tensor) or given.dtype != torch.bool:
+            kind = dtype_name(given.dtype) if isinstance(given, Tensor) else type(given).__name__
+            raise TypeError(f'`{argument}`: "{name}" must be a bool tensor, got {kind}.')
+        if given.shape != views[name].shape:
+            raise ValueError(
+                f'`{argument}`: "{name}" must have shape {list(views[name].shape)}, got {list(given.shape)}.'
+            )
+
+
 def write_masks_(layout: Layout, mask: Tensor, initial: Mapping[str, Tensor]) -> None:
     """Write the user's initial masks into the mask [Q] of cycle 0.
 
     Raises ValueError or TypeError for a mask of the wrong name, type or shape, and if no weight is kept.
     """
     views = layout.mask_views(mask)
+    check_masks("initial_masks", initial, views)
     for name, given in initial.items():
-        if name not in views:
-            raise ValueError(f'`initial_masks`: "{name}" is not a prunable parameter; those are {", ".join(views)}.')
-        if not isinstance(given, Tensor) or given.dtype != torch.bool:
-            kind = dtype_name(given.dtype) if isinstance(given, Tensor) else type(given).__name__
-            raise TypeError(f'`initial_masks`: "{name}" must be a bool tensor, got {kind}.')
-        if given.shape != views[name].shape:
-            raise ValueError(
-                f'`initial_masks`: "{name}" must have shape {list(views[name].shape)}, got {list(given.shape)}.'
-            )
         views[name].copy_(given)
     if not bool(mask.any()):
         raise ValueError(

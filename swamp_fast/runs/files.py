@@ -42,7 +42,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     Raises Damaged if the content is not what was written, and OSError if the file can't be read for another reason,
     such as its permissions; then it may be intact.
     """
-    _check_readable(path)
+    check_readable(path)
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             names = file.keys()
@@ -63,7 +63,7 @@ def is_there(path: Path) -> bool:
     return os.path.lexists(path)
 
 
-def _check_readable(path: Path) -> None:
+def check_readable(path: Path) -> None:
     """Raise FileNotFoundError if there is no such file, OSError if it can't be opened or is no regular file."""
     if not is_there(path):
         raise FileNotFoundError(f"there is no file {path}.")
@@ -106,7 +106,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 def read_json(path: Path) -> dict[str, Any]:
     """Return the dict in a file of `write_json`. Raises Damaged, or OSError if the file can't be read."""
-    _check_readable(path)
+    check_readable(path)
     try:
         content: dict[str, Any] = json.loads(path.read_text())
         if not isinstance(content, dict):

@@ -41,6 +41,7 @@ from swamp_fast.runs import lock
 from swamp_fast.runs.files import (
     Damaged,
     as_json,
+    check_readable,
     is_there,
     load_tensors,
     part_of,
@@ -212,6 +213,7 @@ class RunDirectory:
 
     def _refuse_other_format(self, path: Path) -> None:
         """Raise ValueError if run.json is whole but of another format version, whose files have no checksum here."""
+        check_readable(path)
         try:
             about = json.loads(path.read_bytes())
         except ValueError:
@@ -257,6 +259,16 @@ class RunDirectory:
         """Write the last cycle's average and masks in plain form, for the user."""
         self._save("model.safetensors", "model", cycle, state)
         self._save("masks.safetensors", "masks", cycle, masks)
+
+    def final_cycle(self) -> int | None:
+        """Return the cycle whose average model.safetensors has; None if there is no such file of this run."""
+        path = self.path / "model.safetensors"
+        if not is_there(path):
+            return None
+        try:
+            return int(self._load(path, "model")[1]["cycle"])
+        except ValueError:  # the user's own file, or a damaged one: it is a copy that nothing depends on
+            return None
 
     def cycle_path(self, cycle: int) -> Path:
         """Return the path of a cycle's file."""

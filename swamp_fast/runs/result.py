@@ -155,13 +155,18 @@ class SwampResult:
             raise ValueError(
                 f"{folder.path}: no cycle of this run is finished, so there is no model yet; continue the run first."
             )
+        config = SwampConfig.of(None, about["config"])
+        ticket, particles = folder.ticket(), folder.particles(done - 1)
+        _refuse_incomplete(folder, done, config, ticket, particles)
+        if model is not None and any(tensor.is_meta for tensor in model.state_dict().values()):
+            raise ValueError("`model` is on the meta device, which holds no values; pass a model on the CPU or a GPU.")
         paths: list[Packed | Path] = [folder.cycle_path(cycle) for cycle in range(done)]
         result = cls(
             history=[folder.cycle(cycle).row for cycle in range(done)],
-            ticket=folder.ticket() or {},
-            particles=folder.particles(done - 1),
+            ticket=ticket or {},
+            particles=particles,
             engine=about["engine"],
-            config=SwampConfig.of(None, about["config"]),
+            config=config,
             standardise=about["standardise"],
             snapshots=paths,
             about=about,
@@ -179,6 +184,27 @@ class SwampResult:
         if not 0 <= cycle < len(self.snapshots):
             raise IndexError(f"the run has cycles 0 … {len(self.snapshots) - 1}, got {cycle}.")
         return snapshot_of(self.snapshots[cycle])
+
+
+def _refuse_incomplete(
+    folder: RunDirectory,
+    done: int,
+    config: SwampConfig,
+    ticket: dict[str, Tensor] | None,
+    particles: dict[str, Tensor] | None,
+) -> None:
+    """Raise ValueError if a folder lacks files that a run with `done` completed cycles has written."""
+    missing = [] if ticket is not None else ["ticket.safetensors"]
+    last = folder.final_cycle()
+    if folder.later_cycles(done) or (last is not None and last >= done):
+        missing.append(folder.cycle_path(done).name)
+    elif done == config.cycles + 1 and config.keep_particles and particles is None:
+        missing.append("particles.safetensors")
+    if missing:
+        raise ValueError(
+            f"{folder.path} lacks {' and '.join(missing)}, which this run has written. Restore the file, or repeat the "
+            "call that made the run, which computes it again."
+        )
 
 
 def _same_tensors(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:

@@ -21,7 +21,7 @@ from swamp_fast.problem.prunable import Prunable
 from swamp_fast.runs.files import write
 from swamp_fast.runs.result import SwampResult
 from swamp_fast.studies.comparison import Comparison, accuracy_over_seeds, paired_differences, rows_of, summary_of
-from swamp_fast.studies.grid import Model, shared_settings
+from swamp_fast.studies.grid import Model, folder_named, shared_settings
 from swamp_fast.studies.result import SweepResult, SweptRun
 from swamp_fast.studies.sweep import draw, folder_of_study, run_points
 
@@ -68,12 +68,14 @@ def compare(
     Raises ValueError for an unknown method, and whatever sweep raises.
     """
     base = shared_settings(config, common)
-    _check(methods, seeds, baseline, base)
+    if isinstance(seeds, str | bytes) or not isinstance(seeds, Iterable):
+        raise TypeError(f"`seeds` must be a list of integers, got {seeds!r}.")
     methods, seeds = list(methods), [seed_of("seeds", seed) for seed in seeds]
+    _check(methods, seeds, baseline, base)
     arguments = Arguments(
         val=val, forward=forward, loss=loss, transform=transform, prunable=prunable, initial_masks=initial_masks
     )
-    out = None if out is None else Path(out).expanduser().absolute()  # the working directory may change
+    out = None if out is None else folder_named(out)
     done = _Runs(model, train, test, arguments, base, out)
     with folder_of_study(out):
         wanted = _wanted(methods, seeds, base)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -49,6 +50,13 @@ def shared_settings(config: SwampConfig | None, settings: Mapping[str, Any]) -> 
     if shared.run_dir is not None:
         raise TypeError("`run_dir` is the folder of one run; a sweep has `out`, a folder for all of them.")
     return shared
+
+
+def folder_named(out: str | Path) -> Path:
+    """The folder of a study as an absolute path, since the working directory may change. Raises for an empty text."""
+    if not isinstance(out, str | Path) or out == "":
+        raise TypeError(f"`out` must be a folder's path, or None to write no files; got {out!r}.")
+    return Path(out).expanduser().absolute()
 
 
 def model_of(model: Model, seed: int) -> nn.Module:

@@ -24,7 +24,7 @@ from swamp_fast.problem.splits import SPLITS
 from swamp_fast.runs import lock
 from swamp_fast.runs.console import Console
 from swamp_fast.runs.folder import RunDirectory, run_id
-from swamp_fast.studies.grid import Grid, Model, model_of, points_of, shared_settings
+from swamp_fast.studies.grid import Grid, Model, folder_named, model_of, points_of, shared_settings
 from swamp_fast.studies.packing import dealt, unfinished_packs
 from swamp_fast.studies.result import SweepResult, SweptRun
 from swamp_fast.studies.running import PackRunner
@@ -64,7 +64,7 @@ def sweep(
     don't fit raise what fast_swamp raises, before anything is trained.
     """
     points = points_of(grid if grid is not None else [{}])
-    out = None if out is None else Path(out).expanduser().absolute()  # the working directory may change
+    out = None if out is None else folder_named(out)
     base = shared_settings(config, common)
     arguments = Arguments(
         val=val, forward=forward, loss=loss, transform=transform, prunable=prunable, initial_masks=initial_masks
