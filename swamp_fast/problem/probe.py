@@ -212,8 +212,8 @@ class Trial:
 
     def _check_finite(self, outputs: Any, losses: Tensor) -> None:
         """Raise ValueError if the losses are NaN or infinite before anything is trained, naming where that begins."""
-        if bool(losses.isfinite().all()):
-            return
+        if not torch.is_grad_enabled() or bool(losses.isfinite().all()):
+            return  # what an untrained model gives in evaluation doesn't matter
         stages = {
             "`transform` returns": self.inputs,
             "the targets are": self.targets,

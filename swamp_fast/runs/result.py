@@ -156,13 +156,14 @@ class SwampResult:
                 f"{folder.path}: no cycle of this run is finished, so there is no model yet; continue the run first."
             )
         config = SwampConfig.of(None, about["config"])
+        history = [folder.cycle(cycle).row for cycle in range(done)]
         ticket, particles = folder.ticket(), folder.particles(done - 1)
         _refuse_incomplete(folder, done, config, ticket, particles)
         if model is not None and any(tensor.is_meta for tensor in model.state_dict().values()):
             raise ValueError("`model` is on the meta device, which holds no values; pass a model on the CPU or a GPU.")
         paths: list[Packed | Path] = [folder.cycle_path(cycle) for cycle in range(done)]
         result = cls(
-            history=[folder.cycle(cycle).row for cycle in range(done)],
+            history=history,
             ticket=ticket or {},
             particles=particles,
             engine=about["engine"],
