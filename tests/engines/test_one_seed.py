@@ -158,15 +158,12 @@ def signed(seed: int) -> nn.Module:
 
 
 def test_the_engine_does_not_depend_on_the_initial_weights(digits):
-    """The rule selects the same engine for every seed, and if an initial weight is NaN."""
+    """The rule selects the same engine for every seed."""
     names = set()
     for seed in range(4):
         problem = prepare(signed(seed), *digits, settings=SETTINGS | {"seed": seed})
         names.add(by_rule(problem, proven_plan(problem)).name)
-    broken = signed(0)
-    broken[0].weight.data[0, 0, 0, 0] = torch.nan
-    problem = prepare(broken, *digits, settings=SETTINGS)
-    assert names | {by_rule(problem, proven_plan(problem)).name} == {"fused"}
+    assert names == {"fused"}
 
 
 @pytest.mark.parametrize("engine", ["eager:fold", "eager:fold_grouped"])
