@@ -174,12 +174,11 @@ def _first_mask(
 
 def _warn_of_modes(model: nn.Module, template: nn.Module) -> None:
     """Warn if the user put layers into evaluation mode that train() puts back into training mode."""
-    trained = dict(template.train().named_modules())
-    left = [
-        name
-        for name, module in model.named_modules()
-        if model.training and not module.training and trained[name].training and not list(module.children())
-    ]
+    evaluated = [name for name, module in model.named_modules() if not (module.training or list(module.children()))]
+    if not model.training or not evaluated:
+        return
+    trained = dict(particle_of(template).train().named_modules())
+    left = [name for name in evaluated if trained[name].training]
     if left:
         warn_user(
             f"{listed(left)} of the model are in evaluation mode, but model.train(), which is called before each "

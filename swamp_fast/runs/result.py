@@ -196,10 +196,11 @@ def _refuse_incomplete(
 ) -> None:
     """Raise ValueError if a folder lacks files that a run with `done` completed cycles has written."""
     missing = [] if ticket is not None else ["ticket.safetensors"]
-    last = folder.final_cycle()
-    if folder.later_cycles(done) or (last is not None and last >= done):
-        missing.append(folder.cycle_path(done).name)
-    elif done == config.cycles + 1 and config.keep_particles and particles is None:
+    if done <= config.cycles:
+        last = folder.final_cycle()
+        if folder.later_cycles(done) or (last is not None and last >= done):
+            missing.append(folder.cycle_path(done).name)
+    elif config.keep_particles and particles is None:
         missing.append("particles.safetensors")
     if missing:
         raise ValueError(

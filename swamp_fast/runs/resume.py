@@ -80,10 +80,11 @@ def refuse_another(folder: RunDirectory, there: dict[str, Any], config: SwampCon
     about  the description of the run that was called
     """
     before = SwampConfig.of(None, there["config"])
+    identity = before.identity()
     differences = [
-        f"{name} was {before.identity()[name]!r}, is {value!r}"
+        f"{name} was {identity[name]!r}, is {value!r}"
         for name, value in config.identity().items()
-        if name not in (*LENGTH_SETTINGS, "particles") and before.identity()[name] != value
+        if name not in (*LENGTH_SETTINGS, "particles") and identity[name] != value
     ]
     differences += _differences_of_length(before, config, folder.cycles_done())
     differences += [

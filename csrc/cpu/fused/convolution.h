@@ -78,8 +78,8 @@ constexpr int kTile = 4, kTileOfFour = 2;
 template <int rows>
 constexpr int kWidth = rows == 4 ? kTileOfFour : kTile;
 
-// Prefetches the first row of every channel that the tile below will read. The hardware prefetcher can't follow so many
-// streams.
+// Prefetches the first row of every channel that the tile below will read. The channels are more streams than the
+// hardware prefetcher can follow.
 template <typename S>
 inline void prefetch_below(const Convolve& a, const ConvolveTile<S>& t, int height, int width) {
   for (int64_t channel = 0; channel < a.in.channels; ++channel) {
