@@ -179,8 +179,8 @@ class SwampConfig:
                 f"`engine` must be one of {', '.join(json.dumps(engine) for engine in ENGINES)}, or a result's "
                 f'engine["name"] such as "eager:lanes:channels_last"; got "{self.engine}".'
             )
-        if self.run_dir == "":
-            raise ValueError("`run_dir` is an empty text; name a folder, or pass None to keep the run in memory.")
+        for name in ("run_dir", "data_dir"):
+            check_path(name, getattr(self, name))
         self._check_ranges()
         self._check_optimizer()
         if self.target_density is not None:
@@ -366,6 +366,22 @@ def seed_of(name: str, value: object) -> int:
     if not -(1 << 63) <= seed < 1 << 63:
         raise ValueError(f"`{name}` must fit 64 bits, got {seed}.")
     return seed
+
+
+def check_path(name: str, path: str | None) -> None:
+    """Raise ValueError for a text that can't name a folder."""
+    if path == "":
+        raise ValueError(f"`{name}` is an empty text; name a folder, or pass None.")
+    if path is not None and ("\0" in path or not _is_unicode(path)):
+        raise ValueError(f"`{name}` must be a path without null characters or surrogates, got {path!r}.")
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _refuse_unknown(settings: Mapping[str, Any]) -> None:

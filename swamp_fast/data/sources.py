@@ -129,7 +129,7 @@ def hold_out(source: Source, fraction: float) -> tuple[Source, Source]:
             f"of {len(source)} samples."
         )
     order = split_order(len(source))
-    return _subset(source, order[held:].sort().values, ""), _subset(source, order[:held].sort().values, "val of ")
+    return _subset(source, order[held:].sort().values, ""), _subset(source, order[:held].sort().values, "held out of ")
 
 
 def _subset(source: Source, index: Tensor, prefix: str) -> Source:

@@ -221,7 +221,7 @@ def _introduction(model: nn.Module, layout: Layout, splits: Splits, probe: Probe
         f"{len(layout.prunable)} of {len(layout.entries)} parameters"
     ]
     lines += [probe.pruned.line, *_notes(model, probe)]
-    lines += [f"data     {split.line}" for split in splits.built]
+    lines += splits.lines
     lines += [line for name, data in splits.named.items() if name != "train" for line in accuracy_lines(name, data)]
     lines += [f"random   {text}" for text in _unrepeatable(splits, probe)]
     if probe.uncounted:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,6 +17,8 @@ from swamp_fast.data.standardise import Standardise
 from swamp_fast.data.store import Built, Data, build
 
 SPLITS = ("train", "val", "test")
+# The name of the argument at the start of a source's description, but not if it is all that a held-out part came from.
+ARGUMENT = re.compile(r"^(train|val|test): |(?<=held out of )(train|val|test): (?=.*: [\d,]+ samples)")
 
 
 class Sources(NamedTuple):
@@ -38,6 +41,13 @@ class Splits:
     def built(self) -> list[Built]:
         """The splits that the call has, in the order train, val, test."""
         return [split for split in (self.train, self.val, self.test) if split is not None]
+
+    @property
+    def lines(self) -> list[str]:
+        """The console's line on each split that the call has, without the name of the argument that it came by."""
+        splits = zip(SPLITS, (self.train, self.val, self.test), strict=True)
+        described = [(name, split.line) for name, split in splits if split is not None]
+        return [f"{name:<9}{ARGUMENT.sub('', line)}" for name, line in described]
 
     @property
     def val_data(self) -> Data | None:

@@ -112,22 +112,31 @@ class RunFacts:
         """
         if self.about["fingerprints"].get("val") is None:
             return None
-        splits = self.console_lines.get("data", [])[:2]
-        sizes = [int(size[1].replace(",", "")) for line in splits if (size := re.search(r": ([\d,]+) samples", line))]
-        if len(sizes) < 2 or not splits[1].startswith("val of "):
+        (_, trained_on), (held_name, held_out) = self._split("train"), self._split("val")
+        if not held_name.startswith("held out of ") or not trained_on:
             return "VAL"
-        trained_on, held_out = sizes
         total = trained_on + held_out
         fractions = (round(held_out / total, digits) for digits in range(1, 17))
         return next(f"{fraction}" for fraction in fractions if round(fraction * total) == held_out)
 
     @property
+    def train_name(self) -> str:
+        """The name of the training data; "" if they have none."""
+        return self._split("train")[0].removesuffix(" train")
+
+    @property
     def data_flags(self) -> str:
         """The flag `--data`, and `--val` and `--test` if the run needs them, with capitals for unknown values."""
-        lines = [line for topic in self.console_lines.values() for line in topic]
+        test = self._split("test")[0].removesuffix(" test")
+        separate = "test" in self.console_lines and (not test or test != self.train_name)
         val = f" --val {self.held_out}" if self.held_out else ""
-        test = " --test TEST" if any(line.startswith("test: ") for line in lines) else ""
-        return f"--data {quote(self.data_name or 'DATA')}{val}{test}"
+        return f"--data {quote(self.data_name or 'DATA')}{val}{' --test TEST' if separate else ''}"
+
+    def _split(self, name: str) -> tuple[str, int]:
+        """The source's name, "" if it has none, and the number of samples, 0 if it is unknown, of a split."""
+        line = self.console_lines.get(name, [""])[0]
+        match = re.fullmatch(r"(?:(?P<name>.*): )?(?P<samples>[\d,]+) samples .*", line)
+        return ("", 0) if match is None else (match["name"] or "", int(match["samples"].replace(",", "")))
 
     @property
     def model_name(self) -> str | None:

@@ -53,7 +53,8 @@ def run_page(run: RunFacts) -> Page:
 
 
 def _title(run: RunFacts) -> str:
-    names = [run.console_lines[topic][0].partition(":")[0] for topic in ("model", "data") if topic in run.console_lines]
+    model = run.console_lines.get("model", [""])[0].partition(":")[0]
+    names = [name for name in (model, run.train_name) if name]
     return f"{run.name}: {' on '.join(names)}" if names else run.name
 
 

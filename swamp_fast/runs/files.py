@@ -157,12 +157,20 @@ def part_of(path: Path) -> Path:
 
 
 def refused(path: Path, error: OSError) -> OSError:
-    """Return the error for a file that can't be written, with advice."""
-    return OSError(
-        error.errno,
-        f"{path} can't be written ({error}). The folder's earlier content is intact: free some space or make the "
-        "folder writable, and start the run again to continue. To only read a folder, use SwampResult.load.",
-    )
+    """Return the error for a file that can't be written, with advice that fits its cause."""
+    if path.is_dir():
+        advice = "A folder has this name: move it away, and start the run again to continue."
+    elif isinstance(error, FileNotFoundError):
+        advice = (
+            "Its folder was moved or deleted during the run; move it back and start the run again to continue, or "
+            "start again with another folder."
+        )
+    else:
+        advice = (
+            "The folder's earlier content is intact: free some space or make the folder writable, and start the run "
+            "again to continue. To only read a folder, use SwampResult.load."
+        )
+    return OSError(error.errno, f"{path} can't be written ({error}). {advice}")
 
 
 def _flush_folder(path: Path) -> None:

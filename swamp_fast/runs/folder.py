@@ -174,9 +174,9 @@ class RunDirectory:
 
     def make(self) -> None:
         """Make the folder if it doesn't exist. Raises ValueError if that is not possible."""
-        if self.path.exists() and not self.path.is_dir():
-            raise ValueError(f"run_dir {self.path} must be a folder, but it is a file.")
         try:
+            if self.path.exists() and not self.path.is_dir():
+                raise ValueError(f"run_dir {self.path} must be a folder, but it is a file.")
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ValueError(f"run_dir {self.path} can't be made ({error}); name another folder.") from error

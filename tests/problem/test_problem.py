@@ -282,7 +282,8 @@ def test_it_prints_what_it_will_cost_first(digits, capsys):
     text = "\n".join(lines)
     for part in (
         "3,072 prunable of 3,498 trained weights",
-        "train: 160 samples on cpu, uint8, standardised per channel",
+        "train    160 samples on cpu, uint8, standardised per channel",
+        "test     64 samples on cpu, uint8, standardised per channel",
         "2 trainings x 2 particles x 1 epochs, and 0 for the ticket: 4 particle-epochs of 5 steps, to density 80.00 %",
         "engine   eager:lanes on cpu",
         "cycle  0/1  density 100.00 %  test accuracy",

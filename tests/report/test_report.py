@@ -247,8 +247,8 @@ def test_the_command_has_the_data_that_was_held_out(tmp_path):
     about = facts.about | {"fingerprints": facts.about["fingerprints"] | {"val": "d24b4251"}}
     said = run_page(dataclasses.replace(facts, about=about)).html()
     assert "--data DATA --val VAL --config a/config.toml --out a-again" in said
-    data = ["train: x.npz train: 1,294 samples on cpu", "val of train: x.npz train: 144 samples on cpu"]
-    lines = [about["lines"][0], *(f"data     {each}" for each in (*data, "test: y.npz test: 359 samples on cpu"))]
+    data = ["train    x.npz train: 1,294 samples on cpu", "val      held out of x.npz train: 144 samples on cpu"]
+    lines = [about["lines"][0], *data, "test     y.npz test: 359 samples on cpu"]
     said = run_page(dataclasses.replace(facts, about=about | {"lines": lines})).html()
     for command in ("--config a/config.toml --out a-again", "--config a/config.toml --out a"):
         assert f"swamp-fast run --model MODEL --data DATA --val 0.1 --test TEST {command}" in said

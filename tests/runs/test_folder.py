@@ -194,6 +194,27 @@ def test_a_read_only_folder(as_nobody, on, digits):
     assert files(folder / "run") == before
 
 
+def test_a_folder_that_may_not_be_entered(as_nobody, on, digits):
+    folder, become_nobody = as_nobody
+    (folder / "closed").mkdir(mode=0o700)
+    become_nobody()
+    with pytest.raises(ValueError, match=r"run_dir .*closed/run can't be made .*name another folder"):
+        fast_swamp(networks.build("tied"), *digits, **on("lanes"), run_dir=folder / "closed" / "run")
+
+
+@pytest.mark.parametrize("name", ["config.toml", "history.jsonl", "model.safetensors"])
+def test_a_folder_in_the_place_of_a_file(tmp_path, name):
+    (tmp_path / name).mkdir()
+    with pytest.raises(OSError, match=f"{name} can't be written .* A folder has this name: move it away"):
+        write(tmp_path / name, b"x")
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_a_folder_that_is_gone(tmp_path):
+    with pytest.raises(FileNotFoundError, match="can't be written .* Its folder was moved or deleted during the run"):
+        write(tmp_path / "gone" / "run.json", b"x")
+
+
 HOLDER = """
 import sys, time
 from pathlib import Path
