@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import networks
 import numpy as np
 import pytest
 import torch
-import networks
 
 from swamp_fast.problem.arguments import Arguments
 from swamp_fast.problem.prepare import prepare
