@@ -20,6 +20,7 @@ from swamp_fast.driver import fast_swamp
 from swamp_fast.naive import naive_swamp
 from swamp_fast.ops.backends import backends
 from swamp_fast.problem.arguments import StopRun
+from swamp_fast.problem.recipe import Recipe
 from swamp_fast.report import write_report
 from swamp_fast.runs.result import SwampResult
 from swamp_fast.studies.compare import compare
@@ -30,6 +31,7 @@ from swamp_fast.version import __version__
 
 __all__ = [
     "Comparison",
+    "Recipe",
     "StopRun",
     "SwampConfig",
     "SwampResult",

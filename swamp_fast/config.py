@@ -16,8 +16,8 @@ from typing import Any
 CHOICES = {
     "augment": ("auto", "none", "crop_flip"),
     "rewind": ("ticket", "average"),
-    "average": ("swa", "none"),
-    "schedule": ("auto", "swa", "cosine"),
+    "average": ("swa", "ema", "none"),
+    "schedule": ("auto", "swa", "cosine", "linear", "step", "constant"),
     "mask_score": ("abs-mean", "mean-abs", "rms", "signal-to-noise", "random"),
     "mask_from": ("last", "dense"),
     "combine": ("mean", "best"),
@@ -32,6 +32,13 @@ ENGINE_NAME = re.compile(
 )
 # Settings that apply to only one of the optimizers -> that optimizer.
 OPTIMIZERS = {"momentum": "sgd", "nesterov": "sgd", "beta1": "adamw", "beta2": "adamw", "adam_eps": "adamw"}
+# Settings that have an effect only with certain values of another setting -> that setting, and those values.
+EFFECTIVE_WITH = {
+    "ema_decay": ("average", ("ema",)),
+    "average_every": ("average", ("swa", "ema")),
+    "step_epochs": ("schedule", ("step",)),
+    "step_factor": ("schedule", ("step",)),
+}
 MIN_EPS = 2.0**-126  # the smallest normal float32 number
 # Settings that don't change what a run computes, only where it runs, what it records and what it shows. They include
 # `on_divergence`, so that a run that stopped because a particle diverged can be continued without that particle.
@@ -67,16 +74,24 @@ class SwampConfig:
         batch_size: the number of samples per particle and step. If `train` is a DataLoader, its batch size is used
             instead. *Ours*: 128.
         lr: the learning rate at the start of each training. None is 0.1 for SGD and 1e-3 for AdamW.
-        average: what each particle of a cycle becomes: "swa" is the average of its weights over the SWA window, "none"
-            is its last iterate.
-        schedule: how the learning rate falls during a cycle. "swa" is a cosine from `lr` to `swa_lr`, which is reached
-            at the start of the SWA window and then kept. "cosine" is a cosine from `lr` to 0 at the end. "auto" is
-            "swa" with average="swa", else "cosine". The combination schedule="swa", average="none" separates the gain
-            of averaging from the gain of SWA's schedule. *Ours*.
-        swa_lr: the constant rate in the SWA window; at most `lr`. None is half of `lr`, as in the paper. The cosine
-            from `lr` down to `swa_lr` is *ours*.
-        swa_start: the SWA window begins at epoch floor(swa_start * epochs). One SWA sample is taken at the end of each
+        average: what each particle of a cycle becomes: "swa" is the average of its weights over the averaging window,
+            "ema" is their exponential moving average over the window, "none" is its last iterate.
+        average_every: the number of steps between two samples of the average; with 0, one is taken at the end of each
             epoch in the window.
+        ema_decay: for average="ema", the factor of the earlier average at each sample. The first sample replaces it.
+        schedule: how the learning rate falls during a cycle. "swa" is a cosine from `lr` to `swa_lr`, which is reached
+            at the start of the averaging window and then kept. "cosine" is a cosine from `lr` to 0 at the end, and
+            "linear" a straight line. "step" multiplies the rate by `step_factor` at `step_epochs`. "constant" keeps
+            `lr`. "auto" is "swa" with average="swa", else "cosine". The combination schedule="swa", average="none"
+            separates the gain of averaging from the gain of SWA's schedule. *Ours*.
+        swa_lr: for schedule="swa", the constant rate in the averaging window; at most `lr`. None is half of `lr`, as in
+            the paper. The cosine from `lr` down to `swa_lr` is *ours*.
+        swa_start: the averaging window begins at epoch floor(swa_start * epochs). With average="ema", 0 averages from
+            the first step on.
+        warmup_epochs: the number of epochs, or a fraction of one, during which the rate rises linearly to what the
+            schedule says, in each cycle's training and in the ticket's. Step t of w steps has the factor (t + 1) / w.
+        step_epochs: for schedule="step", the epochs at which the rate falls: a list, or one number k for k, 2 k, ….
+        step_factor: for schedule="step", the factor by which the rate falls.
         optimizer: "sgd" or "adamw". AdamW needs learning rates about a hundred times smaller; see `lr`.
         momentum: SGD's momentum; 0 is plain SGD.
         nesterov: whether SGD uses Nesterov momentum.
@@ -86,13 +101,22 @@ class SwampConfig:
         weight_decay: the weight decay of every parameter; coupled with SGD, decoupled with AdamW. *Ours*: 5e-4.
         clip_norm: the largest allowed norm of each particle's gradient, taken over its kept weights and all
             parameters that are not prunable. A larger gradient is scaled down to it; None doesn't clip.
+        accumulate: the number of batches whose gradients are averaged for one optimizer step. Each batch has
+            `batch_size` samples and its own batch statistics; the last step of an epoch may have fewer batches.
+        mixup: the strength a of mixup (1710.09412); 0 turns it off. Each particle's batch is mixed with a permutation
+            of itself by a weight that is drawn from Beta(a, a), and so are the losses with both targets.
+        cutmix: the strength a of CutMix (1905.04899): a box of the pictures is replaced by that of the permuted
+            pictures. With `mixup` and `cutmix`, each batch uses one of them, with equal probability.
+        shared_order: an ablation: whether all particles of a cycle train on the same batches, in the same order and
+            with the same augmentation. For streamed data this decodes each sample once instead of N times.
         augment: "crop_flip" pads pictures by 4 pixels, then crops and mirrors them at random. "none" does nothing.
             "auto" is "crop_flip" for CIFAR, else "none". *Ours*.
         rewind: where each cycle starts: at the "ticket" (SWAMP), or at the previous cycle's "average" (Sparse Model
             Soups, 2306.16788).
         combine: how the particles become one solution, which is then reported and pruned: as their "mean" (SWAMP), or
-            by taking the "best" particle. It has the highest accuracy on `val`, or the lowest loss if there are no
-            accuracies.
+            by taking the "best" particle on `val`, according to `select_by`.
+        select_by: the metric by which every choice on validation data is made: "accuracy", "loss", or the name of one
+            of `metrics`. "auto" is the accuracy, or the loss if there are no accuracies.
         mask_score: the score of a weight by which the global threshold ranks it, where w_n is the weight in particle n:
             "abs-mean" is |mean w_n| (SWAMP); "mean-abs" is the mean of |w_n|; "rms" is the root of the mean of w_n
             squared; "signal-to-noise" is |mean w_n| divided by the standard deviation of the w_n (with the divisor N,
@@ -136,9 +160,14 @@ class SwampConfig:
     batch_size: int = 128
     lr: float | None = None
     average: str = "swa"
+    average_every: int = 0
+    ema_decay: float = 0.999
     schedule: str = "auto"
     swa_lr: float | None = None
     swa_start: float = 0.75
+    warmup_epochs: float = 0.0
+    step_epochs: int | tuple[int, ...] = 30
+    step_factor: float = 0.1
     optimizer: str = "sgd"
     momentum: float = 0.9
     nesterov: bool = False
@@ -147,9 +176,14 @@ class SwampConfig:
     adam_eps: float = 1e-8
     weight_decay: float = 5e-4
     clip_norm: float | None = None
+    accumulate: int = 1
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    shared_order: bool = False
     augment: str = "auto"
     rewind: str = "ticket"
     combine: str = "mean"
+    select_by: str = "auto"
     mask_score: str = "abs-mean"
     layer_kept: tuple[tuple[int, ...], ...] | None = None
     mask_from: str = "last"
@@ -182,6 +216,7 @@ class SwampConfig:
         for name in ("run_dir", "data_dir"):
             check_path(name, getattr(self, name))
         self._check_ranges()
+        self._check_schedule()
         self._check_optimizer()
         if self.target_density is not None:
             self._derive_cycles(self.target_density)
@@ -204,14 +239,31 @@ class SwampConfig:
         rates = {"lr": self.initial_lr, "swa_lr": self.window_lr, "weight_decay": self.weight_decay}
         for name, value in {**rates, "checkpoint_minutes": self.checkpoint_minutes}.items():
             _in_range(name, value, 0.0, math.inf)
+        for name in ("mixup", "cutmix"):
+            _in_range(name, getattr(self, name), 0.0, math.inf)
+        _in_range("accumulate", self.accumulate, 1, 1 << 31)
+        seed_of("seed", self.seed)
+
+    def _check_schedule(self) -> None:
+        """Raise ValueError if a setting of the learning rate or of the average is out of range or has no effect."""
         if not 0 <= self.swa_start < 1:
             raise ValueError(f"`swa_start` must lie in [0, 1), got {self.swa_start}; 0.75 averages the last quarter.")
+        _in_range("average_every", self.average_every, 0, 1 << 31)
+        _in_range("warmup_epochs", self.warmup_epochs, 0.0, self.epochs)
+        _in_range("step_factor", self.step_factor, 0.0, 1.0)
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"`ema_decay` must lie in [0, 1), got {self.ema_decay}; 0.999 spans about 1,000 samples.")
+        for epoch in self.step_epochs if isinstance(self.step_epochs, tuple) else (self.step_epochs,):
+            _in_range("step_epochs", epoch, 1, 1 << 31)
+        for name, (setting, value) in EFFECTIVE_WITH.items():
+            if getattr(self, name) != default_of(name) and getattr(self, setting) not in value:
+                wanted = " or ".join(f'{setting}="{each}"' for each in value)
+                raise ValueError(f"`{name}` = {getattr(self, name)} has an effect only with {wanted}; set that, too.")
         if self.ends_at_swa_lr and self.window_lr > self.initial_lr:
             raise ValueError(
                 f"`swa_lr` must be at most `lr`, got swa_lr = {self.window_lr} and lr = {self.initial_lr}: "
                 "the rate falls from lr to swa_lr. Set both."
             )
-        seed_of("seed", self.seed)
 
     def _check_optimizer(self) -> None:
         for name in ("momentum", "beta1", "beta2"):

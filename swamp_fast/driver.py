@@ -22,10 +22,11 @@ from swamp_fast.cycle.training import Trainings, alone, cycle_request, ticket_re
 from swamp_fast.engines.footprint import refuse_too_many_particles
 from swamp_fast.engines.start import Engine, start_engine
 from swamp_fast.particles.bank import Solution
-from swamp_fast.problem.arguments import Arguments, Forward, Loss, OnCycle, Transform
+from swamp_fast.problem.arguments import Arguments, Forward, Loss, Metrics, OnCycle, OnEpoch, Transform
 from swamp_fast.problem.prepare import prepare
 from swamp_fast.problem.problem import Problem
 from swamp_fast.problem.prunable import Prunable
+from swamp_fast.problem.recipe import Recipe
 from swamp_fast.problem.solutions import initial, solution_of, state_of
 from swamp_fast.runs.record import Run
 from swamp_fast.runs.result import SwampResult
@@ -43,6 +44,9 @@ def fast_swamp(
     transform: Transform | None = None,
     prunable: Prunable = None,
     initial_masks: Mapping[str, Tensor] | None = None,
+    recipe: Recipe | None = None,
+    metrics: Metrics | None = None,
+    on_epoch: OnEpoch | None = None,
     on_cycle: OnCycle | None = None,
     config: SwampConfig | None = None,
     **settings: Any,
@@ -71,14 +75,21 @@ def fast_swamp(
             probabilities [B, classes, ...]. The labels that a loss ignores are those in its attribute `ignore_index`,
             or else those for which it is found to have no gradient. Of a module with tensors, such as class weights, a
             copy on the device is used; its parameters must not need gradients.
-        transform: transform(inputs [B, ...]) -> inputs, your own augmentation of one particle's batch, on the device.
+        transform: transform(inputs [B, ...]) -> inputs, or transform(inputs, targets) -> (inputs, targets): your own
+            augmentation of one particle's batch, on the device.
         prunable: names or patterns of parameters, or a predicate (name, parameter) -> bool. By default, all
             convolution and linear weights are pruned, including attention projections and layers under spectral_norm,
             but not the output layer's. The console says which weights are pruned, which are not, and why.
         initial_masks: parameter name -> bool tensor that is True for the weights that the first cycle keeps. The
             ticket is trained dense nevertheless.
-        on_cycle: called with a copy of each cycle's row of the history, under the global modes around this call. It may
-            raise StopRun to end the run.
+        recipe: a Recipe with an optimizer, a schedule, a mask score or sample weights of your own.
+        metrics: name -> metric(outputs, targets) -> [B], one number per sample, or a torchmetrics object. Each is
+            computed on test and val for the average, the particles and their ensemble, and stands in the history.
+        on_epoch: called after each epoch of a training with a row: cycle (None for the ticket's training), epoch
+            (counted from 0), epochs, and train_loss (a list, one number per particle). It may raise StopRun.
+        on_cycle: called with a copy of each cycle's row of the history; if it takes two arguments, also with the
+            cycle's snapshot: the average's `state` and `masks`. Callbacks are called under the global modes around
+            this call, after what they are called for is recorded. They may raise StopRun to end the run.
         config: the settings; a field of SwampConfig that is passed as a keyword takes precedence.
 
     Returns the result of all cycles.
@@ -110,6 +121,9 @@ def fast_swamp(
             transform=transform,
             prunable=prunable,
             initial_masks=initial_masks,
+            recipe=recipe,
+            metrics=metrics,
+            on_epoch=on_epoch,
             on_cycle=on_cycle,
         )
         problem = prepare(model, train, test, arguments, config=config, settings=settings)

@@ -11,6 +11,7 @@ from swamp_fast.config import SwampConfig, default_of
 
 # Settings that the methods themselves decide, with their defaults. A comparison's base settings may not change them.
 DECIDED = {name: default_of(name) for name in ("average", "schedule", "rewind", "combine", "mask_from")}
+LAST_ITERATE: dict[str, Any] = {"average": "none", "average_every": 0}
 SWAMP = "Choi et al., ICLR 2024, arXiv 2305.14852"
 IMP = "Frankle et al., ICML 2020, arXiv 1912.05671"
 
@@ -58,7 +59,7 @@ def _imp(**changes: Any) -> dict[str, Any]:
 
     The other scores are pointless for one particle: they rank as |w| does, or need a spread.
     """
-    return {"particles": 1, "average": "none", "mask_score": "abs-mean", **changes}
+    return {"particles": 1, **LAST_ITERATE, "mask_score": "abs-mean", **changes}
 
 
 def _early_alone(base: SwampConfig) -> list[int]:
@@ -90,7 +91,7 @@ METHODS: dict[str, Method] = {
         "the rate in the SWA window is constant; the source also has cyclic rates",
     ),
     "swamp-sgd": Method(
-        lambda base: {"average": "none"},
+        lambda base: LAST_ITERATE,
         f"a control of {SWAMP}, requested by its reviewers",
         "the rate falls to 0, as is usual with SGD, so the schedule also differs from swamp's",
     ),

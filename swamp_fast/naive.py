@@ -23,11 +23,12 @@ from swamp_fast.data.store import Data, pass_in_stored_order
 from swamp_fast.particles.dropout import DropoutStream
 from swamp_fast.particles.random import at_time, epoch_order, evaluation_time, lane_keys, layer_order, stream_of
 from swamp_fast.particles.spectral_norms import find_spectral_norms, spectral_vectors
-from swamp_fast.problem.arguments import Arguments, Forward, Loss, OnCycle, Transform
+from swamp_fast.problem.arguments import Arguments, Forward, Loss, Metrics, OnCycle, OnEpoch, Transform
 from swamp_fast.problem.checks import check_particles_fit
 from swamp_fast.problem.prepare import prepare
 from swamp_fast.problem.problem import Problem
 from swamp_fast.problem.prunable import Prunable
+from swamp_fast.problem.recipe import Recipe
 from swamp_fast.runs.record import Run
 from swamp_fast.runs.result import SCORES, SwampResult
 
@@ -46,6 +47,9 @@ def naive_swamp(
     transform: Transform | None = None,
     prunable: Prunable = None,
     initial_masks: Mapping[str, Tensor] | None = None,
+    recipe: Recipe | None = None,
+    metrics: Metrics | None = None,
+    on_epoch: OnEpoch | None = None,
     on_cycle: OnCycle | None = None,
     config: SwampConfig | None = None,
     **settings: Any,
@@ -61,6 +65,9 @@ def naive_swamp(
         transform=transform,
         prunable=prunable,
         initial_masks=initial_masks,
+        recipe=recipe,
+        metrics=metrics,
+        on_epoch=on_epoch,
         on_cycle=on_cycle,
     )
     problem = prepare(model, train, test, arguments, config=config, settings=settings)

@@ -84,7 +84,7 @@ def _add_setting(group: argparse._ArgumentGroup, name: str, field: dataclasses.F
     }
     if isinstance(field.default, bool):
         group.add_argument(flag, action=argparse.BooleanOptionalAction, **common)
-    elif name == "particles":
+    elif str(field.type) == "int | tuple[int, ...]":
         group.add_argument(flag, type=_one_or_several, metavar="N | N,N,…", **common)
     else:
         kind = {"int": int, "float": float, "float | None": float}.get(str(field.type), str)

@@ -11,18 +11,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from swamp_fast.problem.prunable import Prunable
+from swamp_fast.problem.recipe import Recipe
 
 Forward = Callable[[nn.Module, Any], Any]  # (model, inputs) -> outputs
 Loss = Callable[[Any, Any], Tensor]  # (outputs, targets) -> [B]
 Transform = Callable[[Any], Any]  # inputs [B, ...] -> inputs
-OnCycle = Callable[[dict[str, Any]], object]  # called with a row of the history
+OnEpoch = Callable[[dict[str, Any]], object]  # called with an epoch's row
+# Called with a row of the history, or with the row and the cycle's Snapshot.
+OnCycle = Callable[..., object]
+Metrics = Mapping[str, Callable[[Any, Any], Tensor]]  # name -> (outputs, targets) -> [B], or a torchmetrics object
 
 
 class StopRun(Exception):
     """Raise this in `on_cycle` to end the run after the cycle; the call returns the result of the cycles so far."""
 
 
-CALLABLES = ("forward", "loss", "transform", "on_cycle")
+CALLABLES = ("forward", "loss", "transform", "on_epoch", "on_cycle")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +42,9 @@ class Arguments:
     transform: Transform | None = None
     prunable: Prunable = None
     initial_masks: Mapping[str, Tensor] | None = None
+    recipe: Recipe | None = None
+    metrics: Metrics | None = None
+    on_epoch: OnEpoch | None = None
     on_cycle: OnCycle | None = None
 
     def __post_init__(self) -> None:
@@ -48,6 +55,8 @@ class Arguments:
                 raise TypeError(f"`{name}` must be callable, got {type(function).__name__}.")
         if self.on_cycle is not None and not _takes_one(self.on_cycle):
             raise TypeError("`on_cycle` must take one argument, the row of a cycle.")
+        if self.recipe is not None and not isinstance(self.recipe, Recipe):
+            raise TypeError(f"`recipe` must be a swamp_fast.Recipe, got {type(self.recipe).__name__}.")
         if isinstance(self.loss, type):
             raise TypeError(f"`loss` must be an instance, got the class {self.loss.__name__}; call it first.")
 

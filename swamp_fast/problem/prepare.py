@@ -33,6 +33,7 @@ from swamp_fast.problem.gradients import listed
 from swamp_fast.problem.precision import weight_dtype
 from swamp_fast.problem.probe import Probe, check_single_sample, probe_model
 from swamp_fast.problem.problem import Problem
+from swamp_fast.problem.recipe import Recipe
 from swamp_fast.problem.scoring import accuracy_lines, decide_labels
 from swamp_fast.problem.shared_memory import check_memory
 from swamp_fast.problem.splits import Splits, build_splits, check_splits, open_splits
@@ -61,7 +62,8 @@ def prepare(
     """
     arguments = arguments or Arguments()
     forward, loss, transform = arguments.forward or call, arguments.loss or cross_entropy, arguments.transform
-    config = SwampConfig.of(config, settings)
+    config, recipe = SwampConfig.of(config, settings), arguments.recipe or Recipe()
+    recipe.check(config)
     model = uncompiled(model)
     check_model(model)
     check_memory(model)
@@ -102,6 +104,9 @@ def prepare(
         forward=forward,
         loss=loss,
         transform=transform,
+        recipe=recipe,
+        metrics=arguments.metrics or {},
+        on_epoch=arguments.on_epoch,
         on_cycle=arguments.on_cycle,
         drop_last=opened.drop_last,
         probe=probe,
@@ -115,6 +120,7 @@ def prepare(
             "transform": callable_fingerprint(transform),
             "prunable": sorted(probe.prunable),
             "drop_last": opened.drop_last,
+            **({"recipe": recipe.fingerprint()} if arguments.recipe is not None else {}),
         },
     )
 

@@ -15,9 +15,10 @@ from swamp_fast.data.store import Data, batch_bounds
 from swamp_fast.particles.dropout import DropoutStream
 from swamp_fast.particles.layout import Layout
 from swamp_fast.particles.random import LANE_SEED, lane_keys, seed_generators, seeds_for, stream_of
-from swamp_fast.problem.arguments import Forward, Loss, OnCycle, Transform
+from swamp_fast.problem.arguments import Forward, Loss, Metrics, OnCycle, OnEpoch, Transform
 from swamp_fast.problem.precision import weight_dtype
 from swamp_fast.problem.probe import Probe
+from swamp_fast.problem.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,9 @@ class Problem:
     forward: Forward
     loss: Loss
     transform: Transform | None
+    recipe: Recipe
+    metrics: Metrics
+    on_epoch: OnEpoch | None
     on_cycle: OnCycle | None
     drop_last: bool
     probe: Probe
