@@ -88,8 +88,8 @@ class SwampConfig:
             the paper. The cosine from `lr` down to `swa_lr` is *ours*.
         swa_start: the averaging window begins at epoch floor(swa_start * epochs). With average="ema", 0 averages from
             the first step on.
-        warmup_epochs: the number of epochs, or a fraction of one, during which the rate rises linearly to what the
-            schedule says, in each cycle's training and in the ticket's. Step t of w steps has the factor (t + 1) / w.
+        warmup_epochs: the number of epochs, or a fraction of one, of the warm-up with which each training begins, the
+            ticket's too: step t of its w steps has the rate lr (t + 1) / w. Cosines and the line begin after it.
         step_epochs: for schedule="step", the epochs at which the rate falls: a list, or one number k for k, 2 k, ….
         step_factor: for schedule="step", the factor by which the rate falls.
         optimizer: "sgd" or "adamw". AdamW needs learning rates about a hundred times smaller; see `lr`.

@@ -152,7 +152,7 @@ def train_cycle(
 ) -> Trainings[Solution]:
     """Train, average, evaluate and record the particles of a cycle, whose memory is free again afterwards."""
     outcome = yield from train(run, cycle_request(problem, run, cycle, start, mask))
-    particles = outcome.particles(averaged=problem.config.average == "swa")
+    particles = outcome.particles(averaged=problem.config.average != "none")
     combined = combine(problem, run, outcome.side_by_side, particles, cycle)
     score = mask_score(problem, run, particles, cycle)
 

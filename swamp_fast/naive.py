@@ -7,7 +7,7 @@ random draws and the run's record with fast_swamp, but no code that trains, aver
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -174,7 +174,7 @@ def train_particle(problem: Problem, run: Run, model: nn.Module, masks: State, c
     """
     config, steps_per_epoch = problem.config, len(problem.bounds)
     epochs = config.ticket_epochs if cycle is None else config.epochs
-    swa_start = min(math.floor(config.swa_start * epochs), epochs - 1)
+    window = min(math.floor(config.swa_start * epochs), epochs - 1) * steps_per_epoch  # its first step
     keys = lane_keys([config.seed], [stream_of(cycle, number)], problem.device)
     where = "ticket" if cycle is None else f"cycle {cycle}/{config.cycles}, particle {number + 1}"
 
@@ -182,34 +182,44 @@ def train_particle(problem: Problem, run: Run, model: nn.Module, masks: State, c
     apply_masks(parameters, masks)
     for norm in norms_in_training(model):
         norm.reset_running_stats()
-    optimizer = optimizer_of(config, parameters.values())
-    swa: State = {}
-    step, mean_loss = 0, 0.0
+    optimizers = optimizers_of(problem, parameters)
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    own_rates = [group["lr"] for group in groups] if problem.recipe.optimizer is not None else [1.0 for _ in groups]
+    average: State = {}
+    samples, step, mean_loss = 0, 0, 0.0
     for epoch in range(epochs):
         epoch_keys = at_time(keys, epoch)
         order = epoch_order(epoch_keys, problem.train.length)
         epoch_loss = torch.zeros((), dtype=torch.float64, device=problem.device)
         for handle in problem.train.batches(order, epoch_keys, problem.bounds):
-            if cycle is not None:
-                for group in optimizer.param_groups:
-                    group["lr"] = learning_rate(config, step, steps_per_epoch, swa_start)
+            for group, own_rate in zip(groups, own_rates, strict=True):
+                group["lr"] = own_rate * learning_rate(problem, cycle, step)
             batch = problem.train.fetch(handle, epoch_keys).lane(0)
-            epoch_loss += train_step(problem, model, parameters, masks, optimizer, batch, at_time(keys, step))
+            epoch_loss += train_step(problem, model, parameters, masks, optimizers, batch, at_time(keys, step))
+            step += 1
+            if cycle is not None and step > window and (step - window) % (config.average_every or steps_per_epoch) == 0:
+                samples += 1
+                add_to_average(config, average, parameters, samples)
             run.step(1, f"{where}, epoch {epoch + 1}/{epochs}")
             run.stop_if_requested()
-            step += 1
         mean_loss = float(epoch_loss) / steps_per_epoch
         run.keep_epoch(cycle, epoch, [mean_loss], number)
         finite = all(bool(torch.isfinite(parameter).all()) for parameter in parameters.values())
         if not math.isfinite(mean_loss) or not finite:
             raise Diverged(where, epoch + 1)
-        if config.average == "swa" and cycle is not None and epoch >= swa_start:
-            for name, parameter in parameters.items():
-                mean = swa.setdefault(name, torch.zeros_like(parameter))
-                mean += (parameter.detach() - mean) / (epoch - swa_start + 1)
-    for name, mean in swa.items():
+    for name, mean in average.items():
         parameters[name].data.copy_(mean)
     return mean_loss
+
+
+def add_to_average(config: SwampConfig, average: State, parameters: dict[str, nn.Parameter], number: int) -> None:
+    """Add the weights to their average, as its sample with this number: to a running mean or an exponential one."""
+    if config.average == "none":
+        return
+    weight = 1 / number if config.average == "swa" or number == 1 else 1 - config.ema_decay
+    for name, parameter in parameters.items():
+        mean = average.setdefault(name, torch.zeros_like(parameter))
+        mean += (parameter.detach() - mean) * weight
 
 
 def train_step(
@@ -217,17 +227,39 @@ def train_step(
     model: nn.Module,
     parameters: dict[str, nn.Parameter],
     masks: State,
-    optimizer: torch.optim.Optimizer,
+    optimizers: list[torch.optim.Optimizer],
     batch: tuple[Any, Any],
     key: Tensor,
 ) -> Tensor:
     """Do one optimizer step on a batch. The step's key [1, 3] seeds its random draws. Returns the mean loss."""
     inputs, targets = problem.transformed(batch[0], key), batch[1]
-    problem.seeded(key)
-    optimizer.zero_grad()
-    with DropoutStream(key), problem.autocast():
-        loss = problem.losses(problem.forward(model, inputs), targets).mean()
-    problem.backward(loss, list(parameters.values()))
+
+    def closure() -> Tensor:
+        problem.seeded(key)
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        with torch.enable_grad(), DropoutStream(key), problem.autocast():
+            loss = problem.losses(problem.forward(model, inputs), targets).mean()
+        problem.backward(loss, list(parameters.values()))
+        mask_gradients(parameters, masks)
+        if problem.config.clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(parameters.values(), problem.config.clip_norm)
+        return loss.detach()
+
+    loss = closure()
+    needs_closure = problem.own_optimizer is not None and problem.own_optimizer.needs_closure
+    statistics = {buffer: buffer.clone() for norm in norms_in_training(model) for buffer in norm.buffers()}
+    for optimizer in optimizers:
+        optimizer.step(closure) if needs_closure else optimizer.step()  # type: ignore[arg-type]
+    for buffer, before in statistics.items():  # as after the first pass
+        buffer.copy_(before)
+    apply_masks(parameters, masks)
+    mask_optimizers(optimizers, parameters, masks)
+    return loss
+
+
+def mask_gradients(parameters: dict[str, nn.Parameter], masks: State) -> None:
+    """Set the gradients of pruned weights to 0, and missing ones to zeros."""
     for parameter in parameters.values():
         if parameter.grad is None:  # unused in this step, but weight decay still applies
             parameter.grad = torch.zeros_like(parameter)
@@ -235,11 +267,17 @@ def train_step(
             parameter.grad = parameter.grad.to_dense()
     for name, mask in masks.items():
         parameters[name].grad.mul_(mask)  # type: ignore[union-attr]
-    if problem.config.clip_norm is not None:
-        torch.nn.utils.clip_grad_norm_(parameters.values(), problem.config.clip_norm)
-    optimizer.step()
-    apply_masks(parameters, masks)
-    return loss.detach()
+
+
+def mask_optimizers(optimizers: list[torch.optim.Optimizer], parameters: dict[str, nn.Parameter], masks: State) -> None:
+    """Set the optimizers' state of pruned weights to 0, also that of optimizers inside others."""
+    for optimizer in optimizers:
+        inner = [each for each in vars(optimizer).values() if isinstance(each, torch.optim.Optimizer)]
+        mask_optimizers(inner, parameters, masks)
+        for name, mask in masks.items():
+            for value in optimizer.state.get(parameters[name], {}).values():
+                if isinstance(value, Tensor) and value.shape == mask.shape:
+                    value.mul_(mask)
 
 
 def apply_masks(parameters: dict[str, nn.Parameter], masks: State) -> None:
@@ -248,35 +286,55 @@ def apply_masks(parameters: dict[str, nn.Parameter], masks: State) -> None:
         parameters[name].data.mul_(mask)
 
 
-def optimizer_of(config: SwampConfig, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    """Return the optimizer that the settings name."""
+def optimizers_of(problem: Problem, parameters: dict[str, nn.Parameter]) -> list[torch.optim.Optimizer]:
+    """Return the optimizers of the recipe, or the one that the settings name."""
+    config = problem.config
+    if problem.recipe.optimizer is not None:
+        return problem.recipe.optimizers(parameters)
     if config.optimizer == "adamw":
-        return torch.optim.AdamW(
-            parameters,
+        adamw = torch.optim.AdamW(
+            parameters.values(),
             lr=config.initial_lr,
             betas=(config.beta1, config.beta2),
             eps=config.adam_eps,
             weight_decay=config.weight_decay,
         )
-    return torch.optim.SGD(
-        parameters,
+        return [adamw]
+    sgd = torch.optim.SGD(
+        parameters.values(),
         lr=config.initial_lr,
         momentum=config.momentum,
         weight_decay=config.weight_decay,
         nesterov=config.nesterov,
     )
+    return [sgd]
 
 
-def learning_rate(config: SwampConfig, step: int, steps_per_epoch: int, swa_start: int) -> float:
-    """Return the learning rate of a step of a cycle; see SwampConfig's `schedule`.
+def learning_rate(problem: Problem, cycle: int | None, step: int) -> float:
+    """Return the learning rate of a step, or with a recipe's optimizers the factor of their rates; see SwampConfig.
 
-    With SWA's schedule, it is a cosine from `lr` to `swa_lr` at the start of the SWA window, and constant from there.
-    Otherwise it is a cosine from `lr` to 0 at the end of the training.
+    cycle  None for the ticket's training, which is a warm-up and then constant, or has a recipe's schedule
     """
+    config, steps_per_epoch = problem.rates, len(problem.bounds)
+    peak, epoch = config.initial_lr, step // steps_per_epoch
+    if problem.rate_factors is not None:
+        return peak * problem.rate_factors[min(step, len(problem.rate_factors) - 1)]
+    warmup = round(config.warmup_epochs * steps_per_epoch)
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    if cycle is None or config.schedule == "constant":
+        return peak
+    if config.schedule == "step":
+        at = config.step_epochs
+        falls = list(range(at, config.epochs, at) if isinstance(at, int) else at)
+        return float(peak * config.step_factor ** len([fall for fall in falls if fall <= epoch]))
     with_swa = config.schedule == "swa" or (config.schedule == "auto" and config.average == "swa")
-    end, epochs = (config.window_lr, swa_start) if with_swa else (0.0, config.epochs)
-    progress = min(step / (epochs * steps_per_epoch), 1.0) if epochs else 1.0
-    return end + 0.5 * (config.initial_lr - end) * (1 + math.cos(math.pi * progress))
+    epochs = min(math.floor(config.swa_start * config.epochs), config.epochs - 1) if with_swa else config.epochs
+    end, steps = config.window_lr if with_swa else 0.0, epochs * steps_per_epoch - warmup
+    progress = min((step - warmup) / steps, 1.0) if steps > 0 else 1.0
+    if config.schedule == "linear":
+        return peak * (1 - progress)
+    return end + 0.5 * (peak - end) * (1 + math.cos(math.pi * progress))
 
 
 def mean_of(particles: list[nn.Module]) -> nn.Module:
@@ -297,7 +355,7 @@ def mean_of(particles: list[nn.Module]) -> nn.Module:
 def score_of(problem: Problem, particles: list[nn.Module], cycle: int) -> State:
     """Return the score of each prunable parameter by name, or {} if `mask_score` needs only the particles' average."""
     config = problem.config
-    if not config.scored_at(cycle):
+    if not problem.scored_at(cycle):
         return {}
     if config.mask_score == "signal-to-noise" and len(particles) == 1:
         raise FloatingPointError(
@@ -305,6 +363,12 @@ def score_of(problem: Problem, particles: list[nn.Module], cycle: int) -> State:
         )
     named = [dict(each.named_parameters()) for each in particles]
     ranked = {}
+    if problem.recipe.score is not None:
+        names = [entry.name for entry in problem.layout.prunable]
+        weights = torch.stack([torch.cat([each[name].detach().flatten() for name in names]) for each in named])
+        sizes = [entry.size for entry in problem.layout.prunable]
+        parts = zip(names, problem.recipe.scores(weights).split(sizes), strict=True)
+        return {name: part.view_as(named[0][name]) for name, part in parts}
     for entry in problem.layout.prunable:
         stack = torch.stack([each[entry.name].detach() for each in named]).double()
         if config.mask_score == "mean-abs":

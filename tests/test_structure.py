@@ -38,8 +38,8 @@ LAYERS = {
         ["step_time"],
         ["bank_engine"],
         ["self_check"],
-        ["lane_by_lane"],
         ["trainer"],
+        ["lane_by_lane", "lane_optimizers"],
     ],
     "engines.fused": [
         ["check"],

@@ -41,7 +41,7 @@ def mask_score(problem: Problem, run: Run, particles: Particles, cycle: int) -> 
     mask_score="signal-to-noise" and only one particle is left, because one particle has no spread.
     """
     config = problem.config
-    if not config.scored_at(cycle):
+    if not problem.scored_at(cycle):
         return {}
     if config.mask_score == "signal-to-noise" and len(particles.left) == 1:
         if cycle == config.cycles:
@@ -51,7 +51,12 @@ def mask_score(problem: Problem, run: Run, particles: Particles, cycle: int) -> 
             "2. Lower lr and swa_lr so that fewer diverge, or take more particles."
         )
     weights = [particles.weights[lane, : problem.layout.Q] for lane in particles.left]
-    return problem.layout.mask_views(particles_score(config.mask_score, weights))
+    if problem.recipe.score is None:
+        return problem.layout.mask_views(particles_score(config.mask_score, weights))
+    place = problem.layout.full_mask(problem.device)  # all but the padding
+    score = torch.zeros_like(weights[0])
+    score[place] = problem.recipe.scores(torch.stack(weights)[:, place])
+    return problem.layout.mask_views(score)
 
 
 def particles_score(score: str, particles: Sequence[Tensor]) -> Tensor:

@@ -45,7 +45,8 @@ class TrainingRequest:
 def ticket_request(problem: Problem, run: Run, start: Solution) -> TrainingRequest:
     """Return the request for the ticket's training: one particle, dense."""
     everything = problem.layout.full_mask(problem.device)
-    return TrainingRequest(run, None, start, everything, 1, ticket_training(problem.config), "ticket")
+    training = ticket_training(problem.rates, problem.steps_per_epoch, problem.rate_factors)
+    return TrainingRequest(run, None, start, everything, 1, training, "ticket")
 
 
 def cycle_request(problem: Problem, run: Run, cycle: int, start: Solution, mask: Tensor) -> TrainingRequest:
@@ -53,7 +54,8 @@ def cycle_request(problem: Problem, run: Run, cycle: int, start: Solution, mask:
     config, particles = problem.config, problem.config.particles_at(cycle)
     density = percent(int(mask.sum()) / problem.layout.weights)
     label = f"cycle {cycle}/{config.cycles}, density {density}, {particles} particles"
-    return TrainingRequest(run, cycle, start, mask, particles, cycle_training(config, len(problem.bounds)), label)
+    training = cycle_training(problem.rates, problem.steps_per_epoch, problem.rate_factors)
+    return TrainingRequest(run, cycle, start, mask, particles, training, label)
 
 
 @dataclass(frozen=True)
@@ -198,7 +200,7 @@ class Watch:
         self.state_before = None if checkpoint is None else part_of(checkpoint.tensors, own, self.count)
         self.dropped = {} if checkpoint is None else dict(checkpoint.dropped)
         self.stopwatch = Stopwatch(self.run.seconds_before(self.cycle))
-        self.steps = len(self.run.problem.bounds)  # steps per epoch
+        self.steps = self.run.problem.steps_per_epoch  # steps per epoch
 
     @property
     def seconds(self) -> float:
@@ -229,7 +231,7 @@ class Watch:
     def on_step(self, step: int) -> bool:
         """Count a step. Returns whether to write a checkpoint now, by `keep`."""
         where = f"{self.request.label}, epoch {step // self.steps + 1}/{self.request.training.epochs}"
-        return self.run.step(self.count, where) and not self.run.problem.probe.keeps_state
+        return self.run.step(self.count, where) and self.run.problem.saves_steps
 
     def keep(self) -> None:
         """Write a checkpoint of the current state of the training."""
@@ -275,7 +277,7 @@ class Watch:
         text = (
             f"{where}, epoch {epoch + 1}: {which} diverged to NaN or infinity. Lower lr and swa_lr, or check the data."
         )
-        if run_dir is not None and not self.run.problem.probe.keeps_state:
+        if run_dir is not None and self.run.problem.saves_steps:
             self.keep()
             text += (
                 f" {run_dir} holds the run up to here. Started again, it would stop here again; with a changed lr it "

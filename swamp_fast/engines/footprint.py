@@ -128,6 +128,8 @@ def _vector_bytes(problem: Problem) -> int:
 
 def _bank_vectors(problem: Problem) -> int:
     """The vectors of a particle in a bank: weights, gradients, SWA means and the optimizer's moments."""
+    if problem.own_optimizer is not None:
+        return 3 + problem.own_optimizer.state_bytes // _vector_bytes(problem)
     return 3 + len(MOMENTS[problem.config.optimizer])
 
 

@@ -47,19 +47,21 @@ class LaneByLane:
 
     def backward(self, batch: Batch, step_keys: Tensor) -> Tensor:
         """As LaneRunner.backward."""
-        losses = []
-        for lane, module in enumerate(self.modules):
-            key, bound = step_keys[lane : lane + 1], self.bound[lane]
-            bound.hold()
-            inputs, targets = batch.lane(lane)
-            inputs = self._formatted(self.problem.transformed(inputs, key))
-            self.problem.seeded(key)
-            with DropoutStream(key), self.problem.autocast():
-                loss = self.problem.losses(self.problem.forward(module, inputs), targets).mean()
-            self.problem.backward(loss, bound.leaves)
-            bound.take_back()
-            losses.append(loss.detach())
+        losses = [self.backward_of_lane(lane, batch, step_keys[lane : lane + 1]) for lane in range(len(self.modules))]
         return torch.stack(losses)
+
+    def backward_of_lane(self, lane: int, batch: Batch, key: Tensor) -> Tensor:
+        """Add the gradient of one lane's mean loss to its row of the gradients; returns the loss. Its key is [1, 3]."""
+        bound = self.bound[lane]
+        bound.hold()
+        inputs, targets = batch.lane(lane)
+        inputs = self._formatted(self.problem.transformed(inputs, key))
+        self.problem.seeded(key)
+        with DropoutStream(key), self.problem.autocast():
+            loss = self.problem.losses(self.problem.forward(self.modules[lane], inputs), targets).mean()
+        self.problem.backward(loss, bound.leaves)
+        bound.take_back()
+        return loss.detach()
 
     def outputs(self, inputs: Any, keys: Tensor) -> list[Any]:
         """As LaneRunner.outputs."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -11,8 +12,10 @@ from torch import Tensor, nn
 
 from swamp_fast import ops
 from swamp_fast.data.store import Batch
+from swamp_fast.engines.lane_by_lane import LaneByLane
+from swamp_fast.engines.lane_optimizers import LaneOptimizers
 from swamp_fast.particles.bank import ParticleBank
-from swamp_fast.particles.norms import reset_running_stats
+from swamp_fast.particles.norms import norms_of, reset_running_stats
 from swamp_fast.particles.random import at_time, epoch_order
 from swamp_fast.particles.schedule import Training
 from swamp_fast.problem.problem import Problem
@@ -56,9 +59,10 @@ class Trainer:
     epoch_keys, step_keys  [L, 3]  keys of the epoch's and the step's random draws
     lr                     [L]     learning rates
     number                 [L]     the step's number, counted from 1
-    swa_weight             [L]     weight of the step's new sample in the SWA mean; 0 if the step adds no sample
+    swa_weight             [L]     weight of the step's new sample in the average; 0 if the step adds no sample
 
     done          the number of steps completed in the current training
+    optimizers    the optimizers of the recipe; None if the settings describe the optimizer
     graphs        for each batch size, the index tensor [L, B] from which the graph reads its batch, and the graph
     not_captured  the reason why steps are not captured; None if they are
     """
@@ -70,6 +74,7 @@ class Trainer:
         self.number, self.swa_weight = torch.ones_like(self.lr), torch.zeros_like(self.lr)
         self.loss_sum = torch.zeros(bank.lanes, dtype=torch.float64, device=problem.device)
         self.done = 0
+        self.optimizers: LaneOptimizers | None = None
         self.graphs: dict[int, tuple[Tensor, torch.cuda.CUDAGraph]] = {}
         self.not_captured = _why_not_captured(problem)
 
@@ -97,14 +102,16 @@ class Trainer:
                 self.loss_sum.zero_()
             self.epoch_keys.copy_(at_time(bank.keys, epoch))
             order = epoch_order(self.epoch_keys, problem.train.length)
-            # The rates of all steps go to the device in one transfer. A transfer per step would make the host wait.
+            # What an epoch's steps need goes to the device in one transfer. One per step would make the host wait.
             rates = self._of_lanes([[training.lr(epoch * steps + i) for training in trainings] for i in range(steps)])
-            (swa_weights,) = self._of_lanes([[training.swa_weight(epoch) for training in trainings]])
+            weights = self._of_lanes(
+                [[training.average_weight(epoch * steps + i) for training in trainings] for i in range(steps)]
+            )
             for handle in problem.train.batches(order, self.epoch_keys, problem.bounds[first:]):
                 step, last = self.done, self.done % steps == steps - 1
                 self.lr.copy_(rates[step % steps])
                 self.number.fill_(step + 1)
-                self.swa_weight.copy_(swa_weights) if last else self.swa_weight.zero_()
+                self.swa_weight.copy_(weights[step % steps])
                 self.step_keys.copy_(at_time(bank.keys, step))
                 self.step(handle)
                 self.done += 1
@@ -118,7 +125,8 @@ class Trainer:
         """One run's state between two steps, from which its training can resume. The keys determine everything else."""
         lanes, bank_state = self.bank.lanes_of(run), self.bank.of_run(run).state()
         buffers = {f"buffers/{name}": buffer[lanes] for name, buffer in self.runner.buffers().items()}
-        return {"done": torch.tensor(self.done), "loss_sum": self.loss_sum[lanes], **bank_state, **buffers}
+        own = {} if self.optimizers is None else self.optimizers.state(lanes)
+        return {"done": torch.tensor(self.done), "loss_sum": self.loss_sum[lanes], **bank_state, **buffers, **own}
 
     def _of_lanes(self, of_runs: list[list[float]]) -> Tensor:
         """A float64 tensor [S, L], in which the runs' numbers [S, R] are repeated for the lanes of each run."""
@@ -137,6 +145,10 @@ class Trainer:
             self.loss_sum.copy_(state["loss_sum"])
             self.bank.load_state_(state)
             self.runner.set_buffers({name: state[f"buffers/{name}"] for name in self.bank.buffers})
+        if self.problem.own_optimizer is not None:
+            self.optimizers = LaneOptimizers(self.problem, self.bank, self.grads)
+            if state is not None:
+                self.optimizers.load_state_(state)
 
     def step(self, handle: Any) -> None:
         """Take one step of every lane, by replaying a graph if the step can be captured.
@@ -160,10 +172,28 @@ class Trainer:
         batch = self.problem.train.fetch(handle, self.epoch_keys, self.runner.channels_last)
         losses = self.runner.backward(batch, self.step_keys)
         self.loss_sum.add_(losses)
-        self._update()
+        if self.optimizers is None:
+            self._update()
+        else:
+            again = partial(self._backward_again, batch)
+            self.optimizers.step(self.lr.tolist(), self.swa_weight, again)
+
+    def _backward_again(self, batch: Batch, lane: int) -> Tensor:
+        """Compute one lane's gradients on the step's batch again, and return its loss.
+
+        The running statistics of its norms stay as they are.
+        """
+        assert isinstance(self.runner, LaneByLane)
+        norms = norms_of([self.runner.modules[lane]])
+        before = [{name: buffer.clone() for name, buffer in norm.named_buffers(recurse=False)} for norm in norms]
+        loss = self.runner.backward_of_lane(lane, batch, self.step_keys[lane : lane + 1])
+        for norm, buffers in zip(norms, before, strict=True):
+            for name, buffer in norm.named_buffers(recurse=False):
+                buffer.copy_(buffers[name])
+        return loss
 
     def _update(self) -> None:
-        """Update weights, moments and SWA means from the gradients."""
+        """Update weights, moments and averages from the gradients."""
         bank, scale = self.bank, None
         if bank.clip_norm is not None:
             scale = ops.clip_scale(self.grads, bank.masks, bank.run_of_lane, bank.clip_norm)
@@ -248,6 +278,8 @@ def _why_not_captured(problem: Problem) -> str | None:
         return "not on CUDA"
     if problem.train.streamed:
         return "the data are streamed"
+    if problem.own_optimizer is not None:
+        return "the recipe's optimizers run in Python"
     if problem.probe.draws_elsewhere or problem.transform is not None:
         return "the model or the transform may draw from torch's generators"
     if problem.probe.keeps_state or problem.probe.changed:

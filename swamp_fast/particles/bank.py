@@ -47,14 +47,22 @@ class ParticleBank:
     """
 
     def __init__(
-        self, layout: Extent, configs: Sequence[SwampConfig], lanes: int, dtype: torch.dtype, device: torch.device
+        self,
+        layout: Extent,
+        configs: Sequence[SwampConfig],
+        lanes: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        own_optimizer: bool = False,
     ) -> None:
+        """Allocate the tensors; without moments if the runs have optimizers of their own, which keep theirs."""
         self.layout, self.configs, self.config = layout, configs, configs[0]
         config, runs = configs[0], len(configs)
+        names = () if own_optimizer else MOMENTS[config.optimizer]
         self.weights, self.swa, *moments = (
-            torch.zeros(lanes, layout.P, dtype=dtype, device=device) for _ in range(2 + len(MOMENTS[config.optimizer]))
+            torch.zeros(lanes, layout.P, dtype=dtype, device=device) for _ in range(2 + len(names))
         )
-        self.moments = dict(zip(MOMENTS[config.optimizer], moments, strict=True))
+        self.moments = dict(zip(names, moments, strict=True))
         self.masks = torch.zeros(runs, layout.Q, dtype=torch.bool, device=device)
         self.run_of_lane = torch.arange(runs, device=device).repeat_interleave(lanes // runs)
         self.keys = torch.zeros(lanes, 3, dtype=torch.int64, device=device)
@@ -150,4 +158,17 @@ class ParticleBank:
 
     def solutions(self, averaged: bool) -> Tensor:
         """Return the trained weights [L, P]: SWA means if `averaged`, else the last iterates."""
-        return self.swa if averaged else self.weights
+        return self.expanded(self.swa if averaged else self.weights)
+
+    def expanded(self, tensor: Tensor) -> Tensor:
+        """Return a tensor [L, P] of the bank in the layout's full length; here that is the tensor itself."""
+        return tensor
+
+    def put_expanded_(self, tensor: Tensor, full: Tensor) -> None:
+        """Write what `expanded` returned, and what has been changed since, into the tensor [L, P] of the bank."""
+        if full is not tensor:
+            tensor.copy_(full)
+
+    def expanded_masks(self) -> Tensor:
+        """Return the masks [R, Q] of the runs in the layout's full length."""
+        return self.masks

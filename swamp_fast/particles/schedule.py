@@ -1,9 +1,9 @@
-"""The schedule of a training: the learning rate of each step, and the weight of each SWA sample."""
+"""The schedule of a training: the learning rate of each step, and the weight of each sample of the average."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from swamp_fast.config import SwampConfig
@@ -15,52 +15,94 @@ ROUNDING = 1e-6  # weights; products such as 0.07 * 100 may fall just below a wh
 class Training:
     """The schedule that all particles of a training share.
 
-    epochs      the number of epochs
-    lr          step -> learning rate
-    swa_weight  epoch -> weight of the SWA sample at its end in the running mean; 0 takes no sample
+    epochs          the number of epochs
+    lr              step -> learning rate; for a recipe's own optimizers, the factor of their initial rates
+    average_weight  step -> weight of the sample that the average takes after the step; 0 takes no sample
     """
 
     epochs: int
     lr: Callable[[int], float]
-    swa_weight: Callable[[int], float]
+    average_weight: Callable[[int], float]
 
 
-def ticket_training(config: SwampConfig) -> Training:
-    """Return the schedule of the ticket's training: `ticket_epochs` epochs at the constant rate `lr`."""
-    return Training(config.ticket_epochs, lambda step: config.initial_lr, lambda epoch: 0.0)
+def ticket_training(config: SwampConfig, steps_per_epoch: int, factors: Sequence[float] | None = None) -> Training:
+    """Return the schedule of the ticket's training: `ticket_epochs` epochs, after the warm-up at the rate `lr`.
+
+    factors  the recipe's schedule, of which the ticket's training has the first steps
+    """
+    first = config.initial_lr
+    if factors is not None:
+        rates = [first * factor for factor in factors]
+        return Training(config.ticket_epochs, lambda step: rates[min(step, len(rates) - 1)], lambda step: 0.0)
+    warmup = warmup_steps(config, steps_per_epoch)
+    return Training(config.ticket_epochs, lambda step: first * min(1.0, (step + 1) / warmup), lambda step: 0.0)
 
 
-def cycle_training(config: SwampConfig, steps_per_epoch: int) -> Training:
-    """Return the schedule of a cycle's training, which is the same for every cycle."""
-    return Training(
-        config.epochs,
-        lambda step: learning_rate(config, steps_per_epoch, step),
-        lambda epoch: swa_weight(config, epoch),
-    )
+def cycle_training(config: SwampConfig, steps_per_epoch: int, factors: Sequence[float] | None = None) -> Training:
+    """Return the schedule of a cycle's training, which is the same for every cycle.
+
+    factors  the recipe's schedule: the factor of the initial rate at each step; None for the settings' schedule
+    """
+
+    def lr(step: int) -> float:
+        if factors is not None:
+            return config.initial_lr * factors[step]
+        return learning_rate(config, steps_per_epoch, step)
+
+    return Training(config.epochs, lr, lambda step: average_weight(config, steps_per_epoch, step))
 
 
 def swa_first_epoch(config: SwampConfig) -> int:
-    """Return the first epoch of the SWA window, counted from 0; the first SWA sample is taken at its end."""
+    """Return the first epoch of the averaging window, counted from 0."""
     return min(math.floor(config.swa_start * config.epochs), config.epochs - 1)
 
 
-def swa_weight(config: SwampConfig, epoch: int) -> float:
-    """Return the weight in the running mean of the SWA sample at the end of an epoch; 0 before the SWA window."""
-    first = swa_first_epoch(config)
-    return 1 / (epoch - first + 1) if config.average == "swa" and epoch >= first else 0.0
+def average_samples(config: SwampConfig, steps_per_epoch: int, steps: int) -> int:
+    """Return how many samples the average has after some steps of a cycle's training."""
+    every = config.average_every or steps_per_epoch
+    return max(0, steps - swa_first_epoch(config) * steps_per_epoch) // every
+
+
+def average_weight(config: SwampConfig, steps_per_epoch: int, step: int) -> float:
+    """Return the weight of the sample that the average takes after a step; 0 if it takes none.
+
+    The n-th sample has the weight 1 / n in SWA's running mean. In an exponential moving average, every sample after the
+    first has the weight 1 - `ema_decay`.
+    """
+    before, number = (average_samples(config, steps_per_epoch, steps) for steps in (step, step + 1))
+    if config.average == "none" or number == before:
+        return 0.0
+    return 1 / number if config.average == "swa" or number == 1 else 1 - config.ema_decay
+
+
+def warmup_steps(config: SwampConfig, steps_per_epoch: int) -> int:
+    """Return the number of steps of the warm-up; 1, whose rate is `lr`, stands for none."""
+    return max(1, round(config.warmup_epochs * steps_per_epoch))
 
 
 def learning_rate(config: SwampConfig, steps_per_epoch: int, step: int) -> float:
-    """Return the learning rate of a step of a cycle; see SwampConfig's `schedule`.
-
-    With SWA's schedule, it is a cosine from `lr` to `swa_lr` at the start of the SWA window, and constant from there.
-    Otherwise it is a cosine from `lr` to 0 at the end of the training.
-    """
-    end, steps = (config.window_lr, swa_first_epoch(config)) if config.ends_at_swa_lr else (0.0, config.epochs)
-    steps *= steps_per_epoch
+    """Return the learning rate of a step of a cycle; see SwampConfig's `schedule`."""
+    first, warmup = config.initial_lr, warmup_steps(config, steps_per_epoch) if config.warmup_epochs else 0
+    if step < warmup:
+        return first * (step + 1) / warmup
+    if config.schedule == "constant":
+        return first
+    if config.schedule == "step":
+        return first * config.step_factor ** falls_until(config, step // steps_per_epoch)
+    end, epochs = (config.window_lr, swa_first_epoch(config)) if config.ends_at_swa_lr else (0.0, config.epochs)
+    step, steps = step - warmup, epochs * steps_per_epoch - warmup
     if step >= steps:
         return end
-    return end + (config.initial_lr - end) * (1 + math.cos(math.pi * step / steps)) / 2
+    if config.schedule == "linear":
+        return first * (1 - step / steps)
+    return end + (first - end) * (1 + math.cos(math.pi * step / steps)) / 2
+
+
+def falls_until(config: SwampConfig, epoch: int) -> int:
+    """Return how often the rate of schedule="step" has fallen at the start of an epoch."""
+    if isinstance(config.step_epochs, int):
+        return epoch // config.step_epochs
+    return sum(fall <= epoch for fall in config.step_epochs)
 
 
 def total_particle_epochs(config: SwampConfig) -> int:

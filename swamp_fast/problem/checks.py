@@ -14,7 +14,7 @@ from swamp_fast.common.format import dtype_name
 from swamp_fast.common.memory import known_free_memory
 from swamp_fast.config import SwampConfig
 from swamp_fast.particles.layout import Layout, by_layer
-from swamp_fast.particles.schedule import kept_at
+from swamp_fast.particles.schedule import average_samples, kept_at, swa_first_epoch
 
 
 def check_model(model: object) -> None:
@@ -230,6 +230,17 @@ def write_masks_(layout: Layout, mask: Tensor, initial: Mapping[str, Tensor]) ->
         raise ValueError(
             f"`initial_masks` keep none of the {layout.weights:,} prunable weights; at least some must be True."
         )
+
+
+def check_average(config: SwampConfig, steps_per_epoch: int) -> None:
+    """Raise ValueError if the average would have no sample, because its window is shorter than `average_every`."""
+    if config.average == "none" or average_samples(config, steps_per_epoch, config.epochs * steps_per_epoch) > 0:
+        return
+    window = (config.epochs - swa_first_epoch(config)) * steps_per_epoch
+    raise ValueError(
+        f"`average_every` = {config.average_every} steps is longer than the averaging window of {window} steps; "
+        "take samples more often, or lower `swa_start`."
+    )
 
 
 def check_cycles(config: SwampConfig, kept: int, prunable: int) -> None:

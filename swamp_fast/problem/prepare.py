@@ -19,6 +19,7 @@ from swamp_fast.particles.layout import Layout
 from swamp_fast.particles.spectral_norms import spectral_vectors
 from swamp_fast.problem.arguments import Arguments, Loss, call, cross_entropy
 from swamp_fast.problem.checks import (
+    check_average,
     check_batches,
     check_cycles,
     check_layers,
@@ -30,9 +31,10 @@ from swamp_fast.problem.checks import (
     write_masks_,
 )
 from swamp_fast.problem.gradients import listed
+from swamp_fast.problem.optimizer_trial import OwnOptimizer, try_optimizer
 from swamp_fast.problem.precision import weight_dtype
 from swamp_fast.problem.probe import Probe, check_single_sample, probe_model
-from swamp_fast.problem.problem import Problem
+from swamp_fast.problem.problem import Problem, steps_of
 from swamp_fast.problem.recipe import Recipe
 from swamp_fast.problem.scoring import accuracy_lines, decide_labels
 from swamp_fast.problem.shared_memory import check_memory
@@ -75,12 +77,15 @@ def prepare(
     like = None if standardise is None else Standardise.of(standardise)
     splits = build_splits(open_splits(opened, test, arguments.val, config.data_dir), config, device, dtype, like)
     check_batches(splits.train.data.length, config.batch_size, opened.drop_last)
+    steps_per_epoch = steps_of(splits.train.data.length, config, opened.drop_last)
+    check_average(config, steps_per_epoch)
 
     template, given_loss = _template_of(model, device, dtype), loss
     loss = _loss_of(given_loss, device, dtype)
     if has_batch_of_one(splits.train.data.length, config.batch_size, opened.drop_last):
         check_single_sample(template, splits.train.data, config, forward, loss, transform)
     probe = probe_model(model, template, splits.train.data, config, forward, loss, transform, arguments.prunable)
+    own_optimizer = try_optimizer(recipe, template)
     check_splits(splits)
     decide_labels(template, splits.named, config, forward, loss)
     _warn_of_modes(model, template)
@@ -91,6 +96,8 @@ def prepare(
 
     layout = Layout.of(((name, p) for name, p in template.named_parameters() if p.requires_grad), probe.prunable)
     mask = _first_mask(layout, config, arguments.initial_masks, device)
+    if recipe.score is not None:
+        recipe.scores(torch.randn(config.particles_at(0), layout.weights, dtype=dtype, device=device))
     return Problem(
         config=config,
         original=model,
@@ -105,12 +112,14 @@ def prepare(
         loss=loss,
         transform=transform,
         recipe=recipe,
+        own_optimizer=own_optimizer,
+        rate_factors=recipe.factors(config.epochs * steps_per_epoch),
         metrics=arguments.metrics or {},
         on_epoch=arguments.on_epoch,
         on_cycle=arguments.on_cycle,
         drop_last=opened.drop_last,
         probe=probe,
-        lines=_introduction(template, layout, splits, probe),
+        lines=_introduction(template, layout, splits, probe, own_optimizer),
         fingerprints={
             "model": fingerprint,
             "mask": tensor_fingerprint(mask),
@@ -219,7 +228,9 @@ def _unrepeatable(splits: Splits, probe: Probe) -> list[str]:
     return [f"{name} {DOES_NOT_REPEAT}" for name in names]
 
 
-def _introduction(model: nn.Module, layout: Layout, splits: Splits, probe: Probe) -> tuple[str, ...]:
+def _introduction(
+    model: nn.Module, layout: Layout, splits: Splits, probe: Probe, own_optimizer: OwnOptimizer | None
+) -> tuple[str, ...]:
     """Return the console's first lines about a run: its model, its data, and what the FLOPs leave out."""
     trained = sum(entry.size for entry in layout.entries)
     lines = [
@@ -228,6 +239,8 @@ def _introduction(model: nn.Module, layout: Layout, splits: Splits, probe: Probe
     ]
     lines += [probe.pruned.line, *_notes(model, probe)]
     lines += splits.lines
+    if own_optimizer is not None and own_optimizer.untrained:
+        lines.append(f"note     the recipe's optimizers leave out, so never train: {listed(own_optimizer.untrained)}")
     lines += [line for name, data in splits.named.items() if name != "train" for line in accuracy_lines(name, data)]
     lines += [f"random   {text}" for text in _unrepeatable(splits, probe)]
     if probe.uncounted:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -16,6 +17,7 @@ from swamp_fast.particles.dropout import DropoutStream
 from swamp_fast.particles.layout import Layout
 from swamp_fast.particles.random import LANE_SEED, lane_keys, seed_generators, seeds_for, stream_of
 from swamp_fast.problem.arguments import Forward, Loss, Metrics, OnCycle, OnEpoch, Transform
+from swamp_fast.problem.optimizer_trial import OwnOptimizer
 from swamp_fast.problem.precision import weight_dtype
 from swamp_fast.problem.probe import Probe
 from swamp_fast.problem.recipe import Recipe
@@ -38,12 +40,14 @@ class Problem:
     loss: Loss
     transform: Transform | None
     recipe: Recipe
+    own_optimizer: OwnOptimizer | None
     metrics: Metrics
     on_epoch: OnEpoch | None
     on_cycle: OnCycle | None
     drop_last: bool
     probe: Probe
     lines: tuple[str, ...]  # the console's description of the problem
+    rate_factors: tuple[float, ...] | None  # of a cycle's steps, by the recipe's schedule
     fingerprints: dict[str, Any]  # hashes of everything besides the settings that a run's results depend on
 
     @property
@@ -60,6 +64,28 @@ class Problem:
     def bounds(self) -> list[tuple[int, int]]:
         """For each batch of an epoch, the slice [begin, end) of the sample order that the batch takes."""
         return batch_bounds(self.train.length, self.config.batch_size, self.drop_last)
+
+    @property
+    def rates(self) -> SwampConfig:
+        """The settings that give the learning rates, or the factors of those of a recipe's optimizers."""
+        return self.config if self.own_optimizer is None else dataclasses.replace(self.config, lr=1.0)
+
+    def scored_at(self, cycle: int) -> bool:
+        """Whether a later mask needs a score of this cycle's particles that their average alone doesn't determine."""
+        if self.recipe.score is not None:
+            return self.config.mask_from == "last" or cycle == 0
+        return self.config.scored_at(cycle)
+
+    @property
+    def saves_steps(self) -> bool:
+        """Whether a checkpoint can hold the state of a training between two steps."""
+        saves_optimizer = self.own_optimizer is None or self.own_optimizer.not_saved is None
+        return saves_optimizer and not self.probe.keeps_state
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """The number of optimizer steps of an epoch."""
+        return steps_of(self.train.length, self.config, self.drop_last)
 
     def autocast(self) -> torch.autocast:
         """Return a context with bfloat16 activations if precision is "bfloat16", else one that changes nothing."""
@@ -109,3 +135,9 @@ class Problem:
     def flops(self, mask: Tensor) -> int:
         """Return the FLOPs of one sample's forward pass under a mask [Q]."""
         return self.probe.flops(self.kept(mask), {entry.name: entry.size for entry in self.layout.prunable})
+
+
+def steps_of(samples: int, config: SwampConfig, drop_last: bool) -> int:
+    """Return the number of optimizer steps of an epoch; each takes `accumulate` batches, the last one the rest."""
+    batches = len(batch_bounds(samples, config.batch_size, drop_last))
+    return -(-batches // config.accumulate)

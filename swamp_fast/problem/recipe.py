@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+import numbers
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +14,7 @@ from torch.optim import Optimizer
 
 from swamp_fast.common.fingerprint import callable_fingerprint, tensor_fingerprint
 from swamp_fast.config import SwampConfig, default_of
+from swamp_fast.problem.gradients import listed
 
 # (named_parameters) -> an optimizer, or a list of optimizers that share the parameters
 OptimizerFactory = Callable[[Iterator[tuple[str, nn.Parameter]]], Optimizer | list[Optimizer]]
@@ -73,6 +76,65 @@ class Recipe:
                         f"`{name}` = {getattr(config, name)!r} has no effect beside a recipe with {part}=...; leave "
                         f"one of them out."
                     )
+
+    def optimizers(self, parameters: Mapping[str, nn.Parameter]) -> list[Optimizer]:
+        """Make the optimizers of one particle, whose trained parameters are given by name.
+
+        Raises TypeError if the factory returns anything else, and ValueError if two optimizers have the same parameter,
+        or if one has a parameter of another model.
+        """
+        assert self.optimizer is not None
+        made = self.optimizer(iter(parameters.items()))
+        optimizers = list(made) if isinstance(made, list | tuple) else [made]
+        wrong = [each for each in optimizers if not isinstance(each, Optimizer)]
+        if wrong or not optimizers:
+            kind = type(wrong[0]).__name__ if wrong else "an empty list"
+            raise TypeError(f"`recipe`: optimizer must return a torch.optim.Optimizer or a list of them, got {kind}.")
+        names = {id(parameter): name for name, parameter in parameters.items()}
+        has = [id(p) for each in optimizers for group in each.param_groups for p in group["params"]]
+        if any(place not in names for place in has):
+            raise ValueError(
+                "`recipe`: optimizer must use the parameters that it is called with, which are one particle's; it made "
+                "an optimizer of other parameters, such as those of your own model."
+            )
+        twice = {names[place] for place in has if has.count(place) > 1}
+        if twice:
+            raise ValueError(f"`recipe`: two of the optimizers have the same parameters: {listed(sorted(twice))}.")
+        return optimizers
+
+    def factors(self, steps: int) -> tuple[float, ...] | None:
+        """Return the schedule's factor for each of `steps` steps, or None without a schedule.
+
+        Raises ValueError for a factor that is no number, not finite or negative.
+        """
+        if self.schedule is None:
+            return None
+        factors: list[float] = []
+        for step in range(steps):
+            factor = self.schedule(step, steps)
+            if isinstance(factor, Tensor) and factor.numel() == 1:
+                factor = factor.item()
+            if not isinstance(factor, numbers.Real) or not 0 <= factor < math.inf:
+                raise ValueError(
+                    f"`recipe`: schedule({step}, {steps}) must be a finite number of at least 0, got {factor!r}; it is "
+                    "the factor of the initial learning rates."
+                )
+            factors.append(float(factor))
+        return tuple(factors)
+
+    def scores(self, weights: Tensor) -> Tensor:
+        """Return the score [Q] of the prunable weights [N, Q] of a cycle's particles.
+
+        Raises TypeError for a score that is no tensor, and ValueError for one of another shape, negative or NaN.
+        """
+        assert self.score is not None
+        scores = self.score(weights.clone())
+        if not isinstance(scores, Tensor) or scores.shape != weights.shape[1:]:
+            kind = list(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+            raise TypeError(f"`recipe`: score must return a tensor [Q] = {list(weights.shape[1:])}, got {kind}.")
+        if not bool((scores >= 0).all()):
+            raise ValueError("`recipe`: score must return numbers of at least 0, but some are negative or NaN.")
+        return scores.detach().to(weights)
 
     def fingerprint(self) -> dict[str, Any]:
         """Return the hashes of the parts, by name; those that are None are left out."""

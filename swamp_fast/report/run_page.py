@@ -67,7 +67,7 @@ def _lead(run: RunFacts) -> Markup:
         single_particle=counts == [1],
         trainings=len(run.rows),
         epochs=run.config.epochs,
-        swa=run.config.average == "swa",
+        average=run.config.average,
         first=_ends_of(first),
         last=_ends_of(last),
         solution=run.solution,

@@ -59,15 +59,17 @@ def introduction(problem: Problem, driver: str, unfinished: Unfinished | None, c
     yield (
         f"cost     {config.cycles + 1} trainings x {particles} particles x {config.epochs} epochs, and "
         f"{config.ticket_epochs} for the ticket: {total_particle_epochs(config):,} particle-epochs of "
-        f"{len(problem.bounds)} steps, to density {percent((1 - config.prune) ** config.cycles)}"
+        f"{problem.steps_per_epoch} steps, to density {percent((1 - config.prune) ** config.cycles)}"
     )
     if unfinished is not None:
         where = "the ticket" if unfinished.cycle is None else f"cycle {unfinished.cycle}"
         yield f"resumed  in {where} of {config.cycles}, after step {unfinished.steps}, from {config.run_dir}"
     elif cycles_done:
         yield f"resumed  after cycle {cycles_done - 1} of {config.cycles}, from {config.run_dir}"
-    if config.run_dir is not None and problem.probe.keeps_state:
-        yield "files    no checkpoints inside a cycle, because the model keeps state outside its parameters and buffers"
+    if config.run_dir is not None and not problem.saves_steps:
+        own = problem.own_optimizer
+        keeper = "the model" if own is None or own.not_saved is None else f"the recipe's optimizer ({own.not_saved})"
+        yield f"files    no checkpoints inside a cycle, because {keeper} keeps state that they can't hold"
 
 
 def cycle_line(row: Mapping[str, Any], cycles: int) -> str:

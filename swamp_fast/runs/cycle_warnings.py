@@ -11,7 +11,7 @@ from torch import Tensor
 from swamp_fast.common.format import percent
 from swamp_fast.common.warn import warn_user
 from swamp_fast.config import SwampConfig
-from swamp_fast.particles.schedule import swa_first_epoch
+from swamp_fast.particles.schedule import average_samples
 
 MAX_ACCURACY_GAP = 0.05  # an average further below its particles' mean accuracy shows that they share no basin
 
@@ -27,14 +27,17 @@ def found_in_cycle(
     return _emptied_layers(cycle, masks, masks_before) + _average_outside_basin(row) + _not_finite(row, state)
 
 
-def found_in_settings(config: SwampConfig) -> list[str]:
+def found_in_settings(config: SwampConfig, steps_per_epoch: int) -> list[str]:
     """Return warnings about settings that are allowed but unlikely to be meant."""
-    if config.average == "swa" and config.epochs - swa_first_epoch(config) == 1:
-        return [
-            f"the SWA window has one sample, as epochs = {config.epochs} and swa_start = {config.swa_start}, so each "
-            'particle is its last iterate. Train for more epochs, lower `swa_start`, or set average="none".'
-        ]
-    return []
+    samples = average_samples(config, steps_per_epoch, config.epochs * steps_per_epoch)
+    if config.average == "none" or samples > 1:
+        return []
+    every = f", average_every = {config.average_every}" if config.average_every else ""
+    return [
+        f"the averaging window has one sample, as epochs = {config.epochs} and swa_start = {config.swa_start}{every}, "
+        "so each particle is its last iterate. Train for more epochs, lower `swa_start`, or set "
+        'average="none".'
+    ]
 
 
 def _not_finite(row: Mapping[str, Any], state: Mapping[str, Tensor]) -> list[str]:

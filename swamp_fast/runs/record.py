@@ -195,7 +195,7 @@ class Run:
         masks_before = self.last().masks if self.snapshots else {}
         dropped = [dropped_text(row["cycle"], each["lane"], each["epoch"]) for each in row["dropped"]]
         new_warnings = found_in_cycle(row, state, masks, masks_before)
-        of_settings = found_in_settings(self.config) if row["cycle"] == 0 else []
+        of_settings = found_in_settings(self.config, self.problem.steps_per_epoch) if row["cycle"] == 0 else []
         row["warnings"] = self.pending_warnings + of_settings + dropped + new_warnings
         self.pending_warnings = []
         if self.ranks.first:
@@ -358,15 +358,15 @@ class Run:
         if found is not None:
             self._take_over(found)
         elif self.ranks.first:
-            show(found_in_settings(self.config))
+            show(found_in_settings(self.config, self.problem.steps_per_epoch))
         steps = 0 if self.unfinished is None else self.unfinished.steps
         if self.events is not None:
             # A training resumed at the end of an epoch writes that epoch's losses again.
-            self.events.resume(self.rows, self.ticket is not None, max(steps - 1, 0) // len(self.problem.bounds))
+            self.events.resume(self.rows, self.ticket is not None, max(steps - 1, 0) // self.problem.steps_per_epoch)
         config = self.config
         epochs_left = total_particle_epochs(config) - (config.ticket_epochs if self.ticket is not None else 0)
         epochs_left -= sum(config.particles_at(row["cycle"]) for row in self.rows) * config.epochs
-        self.progress.steps_left = epochs_left * len(self.problem.bounds)
+        self.progress.steps_left = epochs_left * self.problem.steps_per_epoch
         if self.unfinished is not None:
             cycle = self.unfinished.cycle
             self.progress.steps_left -= steps * (1 if cycle is None else config.particles_at(cycle))

@@ -157,7 +157,7 @@ def test_the_best_particle_by_loss_where_there_are_no_accuracies(digits):
     ("changes", "text"),
     [
         ({"mask_score": "snr"}, '`mask_score` must be one of "abs-mean"'),
-        ({"schedule": "constant"}, '`schedule` must be one of "auto", "swa", "cosine"'),
+        ({"schedule": "flat"}, '`schedule` must be one of "auto", "swa", "cosine"'),
         ({"mask_score": "signal-to-noise", "particles": 1}, "at least 2 particles, but cycle 0 has one; set more"),
         ({"mask_score": "signal-to-noise", "particles": (2, 1, 2), "cycles": 2}, "but cycle 1 has one"),
         (
@@ -187,7 +187,8 @@ def test_schedules():
     assert rates[0] == rates[1]
     assert rates[2] == rates[3]
     assert rates[0] != rates[2]
-    shares = [[cycle_training(each, 5).swa_weight(epoch) for epoch in range(8)] for each in (swa, last, sgd, cosine)]
+    every = (swa, last, sgd, cosine)
+    shares = [[cycle_training(each, 5).average_weight(5 * epoch + 4) for epoch in range(8)] for each in every]
     assert shares[0] == shares[3] == [0.0] * 6 + [1.0, 0.5]
     assert shares[1] == shares[2] == [0.0] * 8
 

@@ -18,6 +18,7 @@ from swamp_fast.data.store import Batch
 from swamp_fast.engines.eager.fold import Folded
 from swamp_fast.engines.eager.stacked import CannotFold
 from swamp_fast.engines.lane_by_lane import LaneByLane
+from swamp_fast.engines.lane_optimizers import why_not_without_closure
 from swamp_fast.engines.self_check import (
     check_keys,
     close,
@@ -52,6 +53,8 @@ def why_not_fold(problem: Problem, grouped: bool) -> str | None:
         return f"its forward changes buffers or weights: {', '.join(problem.probe.changed)}"
     if not problem.train.stacked:
         return "the batches come from a user-defined collate function, so the lanes' batches may not stack"
+    if (reason := why_not_without_closure(problem)) is not None:
+        return reason
     problem = in_float64(problem)
     try:
         with generators_left_alone():

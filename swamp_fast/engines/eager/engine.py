@@ -127,6 +127,9 @@ def eager_trainer(
 
     configs  the settings of each run whose lanes share the bank; None for the problem's run alone
     """
-    bank = ParticleBank(problem.layout, configs or [problem.config], lanes, problem.dtype, problem.device)
+    own_optimizer = problem.own_optimizer is not None
+    bank = ParticleBank(
+        problem.layout, configs or [problem.config], lanes, problem.dtype, problem.device, own_optimizer
+    )
     grads = torch.zeros_like(bank.weights)
     return Trainer(problem, bank, grads, lane_runner(problem, choice, bank.weights, grads))

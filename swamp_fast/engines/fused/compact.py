@@ -67,9 +67,14 @@ class CompactBank(ParticleBank):
     """
 
     def __init__(
-        self, compacts: Sequence[Compact], configs: Sequence[SwampConfig], lanes: int, dtype: torch.dtype
+        self,
+        compacts: Sequence[Compact],
+        configs: Sequence[SwampConfig],
+        lanes: int,
+        dtype: torch.dtype,
+        own_optimizer: bool = False,
     ) -> None:
-        super().__init__(compacts[0], configs, lanes, dtype, compacts[0].mask.device)
+        super().__init__(compacts[0], configs, lanes, dtype, compacts[0].mask.device, own_optimizer)
         self.compacts = compacts
 
     def rewind_(self, starts: Sequence[Solution], masks: Tensor, particles: Sequence[int], cycle: int | None) -> None:
@@ -102,10 +107,20 @@ class CompactBank(ParticleBank):
         """See ParticleBank.put_rest_."""
         tensor[:, self.layout.Q :] = rest[:, self._order]
 
-    def solutions(self, averaged: bool) -> Tensor:
-        """See ParticleBank.solutions; the solutions are expanded to full vectors [L, P]."""
-        by_run = super().solutions(averaged).split(self.lanes // len(self.compacts))
+    def expanded(self, tensor: Tensor) -> Tensor:
+        """See ParticleBank.expanded; the result is a new tensor, in which pruned weights are 0."""
+        by_run = tensor.split(self.lanes // len(self.compacts))
         return torch.cat([compact.expand(lanes) for compact, lanes in zip(self.compacts, by_run, strict=True)])
+
+    def put_expanded_(self, tensor: Tensor, full: Tensor) -> None:
+        """See ParticleBank.put_expanded_."""
+        by_run = full.split(self.lanes // len(self.compacts))
+        lanes = [compact.compact(lanes) for compact, lanes in zip(self.compacts, by_run, strict=True)]
+        tensor.copy_(torch.cat(lanes))
+
+    def expanded_masks(self) -> Tensor:
+        """See ParticleBank.expanded_masks."""
+        return torch.stack([compact.mask for compact in self.compacts])
 
     @property
     def _order(self) -> Tensor:

@@ -8,6 +8,7 @@ from torch import Tensor
 from swamp_fast.common.copying import copy_of
 from swamp_fast.engines.fused.plan import Convolution, Plan
 from swamp_fast.engines.fused.trace import NotCovered, plan_of
+from swamp_fast.engines.lane_optimizers import why_not_without_closure
 from swamp_fast.particles.norms import norms_of
 from swamp_fast.particles.random import generators_left_alone
 from swamp_fast.problem.problem import Problem
@@ -37,7 +38,7 @@ def _why_not_here(problem: Problem) -> str | None:
         return "its kernels have not been tried on AMD GPUs"
     if not problem.train.stacked:
         return "the batches come from a user-defined collate function"
-    return None
+    return why_not_without_closure(problem)
 
 
 def _why_not_this_forward(problem: Problem) -> str | None:

@@ -62,7 +62,8 @@ class FusedEngine(BankEngine):
         rows = self.rows.setdefault("ticket" if cycle is None else str(cycle), {})
         mask = masks if len(masks) > 1 else masks[0]
         self.programs = programs_of(self.problem, self.plan, mask, rows, self.launch, self.branch)
-        bank = CompactBank(self.programs.compacts, configs, len(starts) * len(particles), self.problem.dtype)
+        lanes, own_optimizer = len(starts) * len(particles), self.problem.own_optimizer is not None
+        bank = CompactBank(self.programs.compacts, configs, lanes, self.problem.dtype, own_optimizer)
         bank.rewind_(starts, masks, particles, cycle)
         grads = torch.zeros_like(bank.weights)
         self.programs.measure(bank.lanes)
