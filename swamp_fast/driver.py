@@ -114,18 +114,7 @@ def fast_swamp(
     and all get the same result.
     """
     with distributed.current().watched() as ranks:
-        arguments = Arguments(
-            val=val,
-            forward=forward,
-            loss=loss,
-            transform=transform,
-            prunable=prunable,
-            initial_masks=initial_masks,
-            recipe=recipe,
-            metrics=metrics,
-            on_epoch=on_epoch,
-            on_cycle=on_cycle,
-        )
+        arguments = Arguments.of(locals())
         problem = prepare(model, train, test, arguments, config=config, settings=settings)
         with Run(problem, "fast_swamp", ranks) as run:
             engine = start_engine(problem, run)

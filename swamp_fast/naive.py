@@ -58,18 +58,7 @@ def naive_swamp(
 
     Arguments, result and errors are those of fast_swamp. The setting `engine` has no effect.
     """
-    arguments = Arguments(
-        val=val,
-        forward=forward,
-        loss=loss,
-        transform=transform,
-        prunable=prunable,
-        initial_masks=initial_masks,
-        recipe=recipe,
-        metrics=metrics,
-        on_epoch=on_epoch,
-        on_cycle=on_cycle,
-    )
+    arguments = Arguments.of(locals())
     problem = prepare(model, train, test, arguments, config=config, settings=settings)
     config = problem.config
     with Run(problem, "naive_swamp") as run:

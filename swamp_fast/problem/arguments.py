@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -46,6 +47,11 @@ class Arguments:
     metrics: Metrics | None = None
     on_epoch: OnEpoch | None = None
     on_cycle: OnCycle | None = None
+
+    @classmethod
+    def of(cls, local: Mapping[str, Any]) -> Arguments:
+        """Return the arguments among a driver's local variables, which have the same names."""
+        return cls(**{field.name: local[field.name] for field in dataclasses.fields(cls)})
 
     def __post_init__(self) -> None:
         """Raise TypeError for a callable argument that can't be called."""

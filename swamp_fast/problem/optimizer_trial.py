@@ -20,12 +20,14 @@ SCALE = 1e-3  # of the trial's random gradients
 class OwnOptimizer:
     """The properties of a recipe's optimizers.
 
+    names          the optimizers' classes
     needs_closure  whether step() needs a closure that computes loss and gradients again
     not_saved      what a checkpoint can't hold of their state; None if it can hold everything
     state_bytes    the bytes of one particle's state
     untrained      the names of the parameters that no optimizer has
     """
 
+    names: tuple[str, ...]
     needs_closure: bool
     not_saved: str | None
     state_bytes: int
@@ -59,7 +61,8 @@ def try_optimizer(recipe: Recipe, template: nn.Module) -> OwnOptimizer | None:
         state, not_saved = read_state(optimizers, parameters), None
     except NotSaved as reason:
         state, not_saved = {}, str(reason)
-    return OwnOptimizer(needs_closure, not_saved, sum(tensor.nbytes for tensor in state.values()), untrained)
+    names = tuple(type(optimizer).__name__ for optimizer in optimizers)
+    return OwnOptimizer(names, needs_closure, not_saved, sum(tensor.nbytes for tensor in state.values()), untrained)
 
 
 class _StepRaised(Exception):

@@ -239,6 +239,8 @@ def _introduction(
     ]
     lines += [probe.pruned.line, *_notes(model, probe)]
     lines += splits.lines
+    if own_optimizer is not None:
+        lines.append(f"recipe   trained by {' and '.join(own_optimizer.names)}")
     if own_optimizer is not None and own_optimizer.untrained:
         lines.append(f"note     the recipe's optimizers leave out, so never train: {listed(own_optimizer.untrained)}")
     lines += [line for name, data in splits.named.items() if name != "train" for line in accuracy_lines(name, data)]
