@@ -24,6 +24,7 @@ from swamp_fast.particles.random import generators_left_alone, generators_state,
 from swamp_fast.problem.arguments import Forward, Loss, Transform, cross_entropy
 from swamp_fast.problem.checks import check_recomputed, other_batch_size, particle_of
 from swamp_fast.problem.gradients import check_gradients, gradients_restored, leaves_of
+from swamp_fast.problem.mixing import warn_if_mixed
 from swamp_fast.problem.prunable import Prunable, Pruned, select_prunable
 from swamp_fast.problem.shapes import (
     check_class_axis,
@@ -210,6 +211,15 @@ class Trial:
             with torch.no_grad():
                 Trial(self.data, other, self.keys, self.forward, self.loss, self.transform).run(model)
 
+    def warn_if_mixed(self, outputs: Any) -> None:
+        """Warn if the loss of a sample depends on the other samples of the batch."""
+        if self.loss is cross_entropy or is_of_torch(self.loss):
+            return
+        try:
+            warn_if_mixed(self.loss, outputs, self.targets, self.samples, self.keys)
+        except MISFITS:  # the loss takes only the batch that belongs to its inputs, so it can't be tested
+            return
+
     def _check_finite(self, outputs: Any, losses: Tensor) -> None:
         """Raise ValueError if the losses are NaN or infinite before anything is trained, naming where that begins."""
         if not torch.is_grad_enabled() or bool(losses.isfinite().all()):
@@ -337,7 +347,7 @@ def _side_effects(original: nn.Module, model: nn.Module, trial: Trial, keys: Ten
     held, graphs = attribute_tensors(model), attributes_with_graphs(original)
     generators, attributes = generators_state(), state_fingerprint(model)
     with generators_left_alone(), DropoutStream(keys):
-        first, _ = trial.run(model)
+        first, first_loss = trial.run(model)
     with DropoutStream(keys):
         outputs, loss = trial.run(model)
     attributes_change = attributes != state_fingerprint(model)
@@ -351,10 +361,13 @@ def _side_effects(original: nn.Module, model: nn.Module, trial: Trial, keys: Ten
         name for name, buffer in model.named_buffers() if name not in norms and not _same_bits(buffer, buffers[name])
     )
     changed += tuple(name for name, p in model.named_parameters() if not _same_bits(p, weights[name]))
+    draws_elsewhere = generators != generators_state()
+    if _same(first_loss, loss):  # a loss that changes from call to call can't be tested, and more calls would change it
+        trial.warn_if_mixed(outputs)
     return _SideEffects(
         outputs=outputs,
         loss=loss,
-        draws_elsewhere=generators != generators_state(),
+        draws_elsewhere=draws_elsewhere,
         changed=changed,
         keeps_state=attributes_change or not (changed or _same(first, outputs)),
         without_gradient=tuple(without_gradient),
