@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.flop_counter import FlopCounterMode
 
 from swamp_fast.common.copying import attribute_tensors, attributes_with_graphs
-from swamp_fast.common.fingerprint import state_fingerprint
+from swamp_fast.common.fingerprint import callable_parts, changed_parts, state_fingerprint
 from swamp_fast.common.format import dtype_name
 from swamp_fast.common.modes import KEPT_MODES
 from swamp_fast.common.tree import tensors, tree_map
@@ -51,6 +51,7 @@ class Probe:
     draws_elsewhere  whether the forward pass draws from torch's, Python's or NumPy's generator, other than by dropout
     changed          the names of the weights and buffers that a forward pass changes, without norms' running statistics
     keeps_state      whether a forward pass changes plain attributes of the model, or draws from a generator in them
+    call_state       name of a callable argument -> its parts that calls change, such as a log or a counter
     without_gradient  the names of the trained parameters for which the loss of these samples has no gradient
     outside          the shapes of the tensors outside the model for which the loss has gradients
     repeats          whether the augmentation repeats its draws if torch's, Python's and NumPy's generators are seeded
@@ -65,6 +66,7 @@ class Probe:
     draws_elsewhere: bool
     changed: tuple[str, ...]
     keeps_state: bool
+    call_state: dict[str, frozenset[str]]
     without_gradient: tuple[str, ...]
     outside: tuple[tuple[int, ...], ...]
     repeats: bool
@@ -123,15 +125,17 @@ def probe_model(
         trial.confirm(model)
     model.zero_grad()
     outputs = effects.outputs
+    repeats = trial.transform_repeats()
     convolves = any("convolution" in str(op) for op in counter.get_flop_counts().get("Global", {}))
     return Probe(
         pruned=select_prunable(model, prunable, outputs, effects.loss),
         draws_elsewhere=effects.draws_elsewhere,
         changed=effects.changed,
         keeps_state=effects.keeps_state,
+        call_state=trial.call_state(),
         without_gradient=effects.without_gradient,
         outside=effects.outside,
-        repeats=trial.transform_repeats(),
+        repeats=repeats,
         reads_values=trial.reads.operation,
         convolves=convolves and any(leaf.dim() == 4 for leaf in tensors(trial.inputs)),
         dense_flops=counter.get_total_flops() // trial.samples,
@@ -170,6 +174,7 @@ class Trial:
 
     reads      records operations of `forward` and `loss` that read the values of tensors
     uncertain  whether the shape of the loss may be right by chance; see `confirm`
+    parts      the callables' parts after their first call; see `call_state`
     """
 
     def __init__(
@@ -185,6 +190,7 @@ class Trial:
             self.inputs = _transformed(transform, self.inputs)
         self.reads = ValueReads()
         self.uncertain = False
+        self.parts: dict[str, dict[str, str]] = {}
 
     def run(self, model: nn.Module) -> tuple[Any, Tensor]:
         """Return the model's outputs and the sum of the losses."""
@@ -200,6 +206,16 @@ class Trial:
     def transform_repeats(self) -> bool:
         """Whether the augmentation gives the same inputs again after the same seeding of the global generators."""
         return self.transform is None or _same(self.inputs, _seeded_transform(self.transform, self.untransformed))
+
+    def callable_parts(self) -> dict[str, dict[str, str]]:
+        """Return the hashes of the parts of `forward`, `loss` and `transform` as they are now."""
+        named = {"forward": self.forward, "loss": self.loss, "transform": self.transform}
+        return {name: callable_parts(function) for name, function in named.items()}
+
+    def call_state(self) -> dict[str, frozenset[str]]:
+        """Return, for each callable, the parts that changed after its first call."""
+        now = self.callable_parts()
+        return {name: changed_parts(before, now[name]) for name, before in self.parts.items()}
 
     def confirm(self, model: nn.Module) -> None:
         """If the shape of the loss may be right by chance, run the model on a batch of another size.
@@ -348,6 +364,7 @@ def _side_effects(original: nn.Module, model: nn.Module, trial: Trial, keys: Ten
     generators, attributes = generators_state(), state_fingerprint(model)
     with generators_left_alone(), DropoutStream(keys):
         first, first_loss = trial.run(model)
+    trial.parts = trial.callable_parts()
     with DropoutStream(keys):
         outputs, loss = trial.run(model)
     attributes_change = attributes != state_fingerprint(model)
