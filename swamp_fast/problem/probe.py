@@ -18,11 +18,12 @@ from swamp_fast.common.format import dtype_name
 from swamp_fast.common.modes import KEPT_MODES
 from swamp_fast.common.tree import tensors, tree_map
 from swamp_fast.config import SwampConfig
-from swamp_fast.data.store import Data
+from swamp_fast.data.store import Data, Stored
 from swamp_fast.particles.dropout import DropoutStream, refused_in_backward
 from swamp_fast.particles.random import generators_left_alone, generators_state, lane_keys, seed_generators, stream_of
 from swamp_fast.problem.arguments import Forward, Loss, Transform, cross_entropy
 from swamp_fast.problem.checks import check_recomputed, other_batch_size, particle_of
+from swamp_fast.problem.embeddings import NoSuchRow, indices_checked
 from swamp_fast.problem.gradients import check_gradients, gradients_restored, leaves_of
 from swamp_fast.problem.mixing import warn_if_mixed
 from swamp_fast.problem.prunable import Prunable, Pruned, select_prunable
@@ -252,9 +253,13 @@ class Trial:
         )
 
     def _outputs(self, model: nn.Module) -> Any:
+        batch = tensors(self.inputs)
+        whole = tensors(self.data.inputs) if isinstance(self.data, Stored) and self.transform is None else batch
         try:
-            with self.reads:
+            with self.reads, indices_checked(model, self.data.described, batch, whole, self.reads):
                 outputs = self.forward(model, self.inputs)
+        except NoSuchRow:
+            raise
         except MISFITS as error:
             raise ValueError(
                 f"the model can't run on a batch of inputs {shapes_of(self.inputs)}: {error}\nCheck the data's shape, "
@@ -316,7 +321,11 @@ def _transformed(transform: Transform, inputs: Any) -> Any:
 def _seeded_transform(transform: Transform, inputs: Any) -> Any:
     with generators_left_alone():
         seed_generators(0)
-        return transform(tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, inputs))
+        given = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, inputs)
+        try:
+            return transform(given)
+        except MISFITS as error:
+            raise ValueError(f"`transform` can't take inputs {shapes_of(inputs)}: {error}") from error
 
 
 @contextmanager
