@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data.dataloader import default_collate
 
 from swamp_fast import ops
-from swamp_fast.common.fingerprint import callable_fingerprint
+from swamp_fast.common.fingerprint import callable_fingerprint, callable_parts, changed_parts
 from swamp_fast.common.tree import tensors, tree_leaves, tree_map, tree_stack, tree_to
 from swamp_fast.data import samples as reading
 from swamp_fast.data.labels import Labels, check_labels
@@ -142,6 +142,7 @@ class Streamed:
         self.described = described(source)
         self.source, self.dtype = source, dtype
         self.stacked = source.collate is default_collate
+        self.collate_parts: dict[str, str] | None = None  # after its first call, to see what later calls change
         self.order = torch.arange(self.length, device=device)
         self.table = standardise.table(dtype, device) if standardise is not None else None
         self.classes: int | None = None
@@ -172,6 +173,8 @@ class Streamed:
         with signals_held():
             read = iter(loader)
         for part, batch in zip(parts, read, strict=True):
+            if self.collate_parts is None:
+                self.collate_parts = callable_parts(self.source.collate)
             if not isinstance(batch, list | tuple) or len(batch) != 2:
                 raise TypeError(
                     f"{self.described}: a batch must be a pair (inputs, targets), got {reading.form_of(batch)}. "
@@ -216,10 +219,11 @@ class Streamed:
     def fingerprint(self) -> str:
         """Return a hash of the length, the collate function and a few samples; reading all may take too long.
 
-        If samples don't repeat, only their types and shapes count.
+        If samples don't repeat, only their types and shapes count. What calls change in the collate function doesn't.
         """
         digest = hashlib.blake2b(f"{self.length}{type(self.source.dataset).__qualname__}".encode(), digest_size=16)
-        digest.update(str(callable_fingerprint(self.source.collate)).encode())
+        changed = changed_parts(self.collate_parts, callable_parts(self.source.collate)) if self.collate_parts else ()
+        digest.update(str(callable_fingerprint(self.source.collate, changed)).encode())
         samples = SeededSamples(self.source.dataset)
         for index in range(0, self.length, max(1, self.length // 16)):
             for leaf in tree_leaves(samples[index, 0]):

@@ -17,29 +17,31 @@ from swamp_fast.problem.shapes import shapes_of
 TOLERANCE = 1e-4  # relative; more for types that round more coarsely
 
 
-def warn_if_mixed(loss: Loss, outputs: Any, targets: Any, samples: int, keys: Tensor) -> None:
+def warn_if_mixed(loss: Loss, outputs: Any, targets: Any, others: Any, samples: int, keys: Tensor) -> None:
     """Warn if the loss of a sample depends on the other samples of its batch.
 
-    The second half of the batch is replaced by samples of the first, whose losses must not change. Outputs and targets
-    that aren't trees of tensors [B, ...] can't be tested so.
+    The second half of the batch is replaced, and the losses of the first half must not change. Outputs and targets that
+    aren't trees of tensors [B, ...] can't be tested so.
 
-    keys  [1, 3] of the random draws, which are the same for both batches
+    others  targets [B, ...] of other samples, which may differ though those of the batch are all the same
+    keys    [1, 3] of the random draws, which are the same for both batches
     """
     leaves = list(tree_leaves((outputs, targets)))
     if samples < 2 or not all(isinstance(leaf, Tensor) and leaf.shape[:1] == (samples,) for leaf in leaves):
         return
     half = samples // 2
-    kept = list(range(half))
-    repeated = torch.tensor((kept * samples)[:samples], device=leaves[0].device)
 
     def losses_of(outputs: Any, targets: Any) -> Tensor:
         seed_generators(0)
         with DropoutStream(keys):
             return loss(outputs, targets)[:half].detach()
 
+    def replaced(leaf: Tensor, other: Tensor) -> Tensor:
+        return torch.cat([leaf[:half], other.flip(0)[half:]])
+
     with torch.no_grad(), generators_left_alone():
         whole = losses_of(outputs, targets)
-        other = losses_of(*(tree_map(lambda leaf: leaf[repeated], tree) for tree in (outputs, targets)))
+        other = losses_of(tree_map(replaced, outputs, outputs), tree_map(replaced, targets, others))
     if not _close(whole, other):
         warn_user(
             f"`loss`: the loss of a sample changes with the other samples of its batch (outputs {shapes_of(outputs)}, "

@@ -81,6 +81,12 @@ def test_warns_of_a_loss_that_mixes_samples(loss, batch_size):
         prepare(network(1), (INPUTS, LABELS.float() + INPUTS[:, 0]), None, Arguments(loss=loss), settings=settings)
 
 
+def test_sees_broadcasting_where_the_first_targets_are_the_same():
+    data, loss = (INPUTS, (torch.arange(64) > 31).float()), MIXED["outputs [B, 1], targets [B]"]
+    with pytest.warns(UserWarning, match=r"^`loss`: the loss of a sample changes"):
+        prepare(network(1), data, None, Arguments(loss=loss), settings=SETTINGS)
+
+
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "float64"])
 @pytest.mark.parametrize("loss", NOT_MIXED.values(), ids=NOT_MIXED)
 def test_does_not_warn_of_other_losses(loss, precision, recwarn):
