@@ -8,7 +8,7 @@ import inspect
 import re
 import sysconfig
 from collections.abc import Callable, Collection, Iterator
-from types import CodeType
+from types import CodeType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -92,8 +92,8 @@ def changed_parts(before: dict[str, str], after: dict[str, str]) -> frozenset[st
 
 
 def _parts(thing: Any, name: str, depth: int) -> Iterator[tuple[str, str]]:
-    held = _held(thing) if depth <= 4 else None
-    own = _bytes(thing, depth) if held is None else _own_bytes(thing)
+    held = _held(thing) if depth <= 2 else None
+    own = _bytes(thing, 3) if held is None else _own_bytes(thing)  # 3 reads what lists and dicts hold, and no further
     yield name, hashlib.blake2b(own, digest_size=16).hexdigest()
     for key, value in (held or {}).items():
         yield from _parts(value, f"{name}.{key}".lstrip("."), depth + 1)
@@ -115,7 +115,7 @@ def _held(thing: Any) -> dict[str, Any] | None:
         own = {} if is_compiled(thing) else vars(thing)
         own = {key: value for key, value in own.items() if key not in _OF_ANY_MODULE}
         return {**own, **thing._parameters, **thing._buffers, **thing._modules}
-    if _plain_bytes(thing) is not None or inspect.isclass(thing) or isinstance(thing, list | tuple | set | frozenset):
+    if _plain_bytes(thing) is not None or isinstance(thing, type | ModuleType | list | tuple | set | frozenset):
         return None
     return getattr(thing, "__dict__", None)
 

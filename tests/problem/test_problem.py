@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from swamp_fast import SwampConfig, fast_swamp
-from swamp_fast.common.fingerprint import callable_fingerprint, model_fingerprint
+from swamp_fast.common.fingerprint import callable_fingerprint, callable_parts, model_fingerprint
 from swamp_fast.data.labels import Labels
 from swamp_fast.problem.arguments import Arguments
 from swamp_fast.problem.prepare import prepare
@@ -404,3 +404,14 @@ def test_what_calls_change_is_not_in_a_fingerprint(make, part):
 def test_quick_and_paper():
     assert SwampConfig.quick().epochs < SwampConfig().epochs
     assert SwampConfig.quick(epochs=3).epochs == 3
+
+
+def test_a_module_in_a_closure_is_not_walked_through():
+    """A function that imports torch inside of another one has all of torch in its closure."""
+    import torch.nn.functional as inner
+
+    def loss(outputs, targets):
+        return inner.cross_entropy(outputs, targets) * torch.ones(1)
+
+    assert "inner" in callable_parts(loss)
+    assert len(callable_parts(loss)) < 10
