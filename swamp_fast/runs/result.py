@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from swamp_fast.common.copying import copy_of, uncompiled
 from swamp_fast.config import SwampConfig
+from swamp_fast.particles.spectral_norms import compute_weights
 from swamp_fast.runs.display import result_html, summary_lines
 from swamp_fast.runs.folder import Packed, RunDirectory, Snapshot, read_snapshot
 
@@ -246,4 +247,5 @@ def module_of(template: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
             )
         with torch.no_grad():
             tensor.data = state[name].to(tensor.device, copy=True)
+    compute_weights(module)
     return module.eval()
