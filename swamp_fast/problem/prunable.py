@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from swamp_fast.common.checked import shown
 from swamp_fast.common.tree import tensors, tree_leaves
 from swamp_fast.common.warn import warn_user
 from swamp_fast.problem.gradients import listed
@@ -89,7 +90,7 @@ def _selected(trained: dict[str, nn.Parameter], prunable: Any) -> set[str]:
         names = {name for name, parameter in trained.items() if prunable(name, parameter)}
         by_pattern = names
     else:
-        patterns = [prunable] if isinstance(prunable, str) else list(prunable)
+        patterns = [prunable] if isinstance(prunable, str) else _listed_patterns(prunable)
         names = _matching(trained, patterns)
         by_pattern = names - set(patterns)
     if not names:
@@ -223,6 +224,12 @@ def _computes_a_scale(weight: Any, others: list[Any]) -> bool:
 
 
 MAX_SCALE_NODES = 12  # of the graph by which a norm computes a weight's scale
+
+
+def _listed_patterns(prunable: Any) -> list[Any]:
+    if not isinstance(prunable, Iterable) or isinstance(prunable, bytes | Tensor):
+        raise TypeError(f"`prunable` must be a name, a list of names or a function, got {shown(prunable)}.")
+    return list(prunable)
 
 
 def _matching(trained: dict[str, nn.Parameter], patterns: list[str]) -> set[str]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from swamp_fast.common.checked import checked_list, checked_path
 from swamp_fast.common.csv_files import csv_bytes
 from swamp_fast.common.statistics import mean_and_spread
 from swamp_fast.problem.problem import Problem
@@ -113,12 +114,16 @@ class SweepResult:
         ]
 
     def write_csv(self, path: str | Path, rows: list[dict[str, Any]] | None = None) -> Path:
-        """Write `rows`, by default `self.rows()`, as CSV. The id and the points' settings are the first columns."""
-        rows = self.rows() if rows is None else rows
+        """Write `rows`, by default `self.rows()`, as CSV. The id and the points' settings are the first columns.
+
+        Raises TypeError for rows that are no list of dicts, and OSError if the file can't be written.
+        """
+        path = checked_path("path", path)
+        rows = self.rows() if rows is None else checked_list("rows", rows, dict, 0)
         columns = {name for row in rows for name in row}
         first = ["id", *(name for run in self.runs for name in run.point)]
-        write(Path(path), csv_bytes(rows, [name for name in first if name in columns]))
-        return Path(path)
+        write(path, csv_bytes(rows, [name for name in first if name in columns]))
+        return path
 
     def figure(self, path: str | Path) -> Path:
         """Draw accuracy over density, one line per point (seeds merged), with the spread over seeds.
@@ -129,7 +134,7 @@ class SweepResult:
         for row in self.summary():
             label = ", ".join(f"{name} = {row[name]}" for name in self.names if name in row) or "all"
             lines.setdefault(label, []).append(row)
-        return accuracy_of_points(lines, Path(path))
+        return accuracy_of_points(lines, checked_path("path", path))
 
 
 def spread_of(score: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
