@@ -10,10 +10,14 @@ from typing import Any
 from swamp_fast.common.checked import checked_list, checked_path
 from swamp_fast.common.csv_files import csv_bytes
 from swamp_fast.common.statistics import mean_and_spread
+from swamp_fast.common.warn import warn_user
 from swamp_fast.problem.problem import Problem
 from swamp_fast.report.figures import accuracy_of_points
 from swamp_fast.runs.files import write
+from swamp_fast.runs.folder import RunDirectory
 from swamp_fast.runs.result import SUMMARY_SCORES, SwampResult
+
+FINAL_FILES = ("model.safetensors", "masks.safetensors")  # only a finished run has them
 
 
 @dataclass
@@ -49,15 +53,30 @@ class SweptRun:
         """Whether the run's folder exists and holds a run."""
         return self.folder is not None and (self.folder / "run.json").exists()
 
+    def lacks(self, problem: Problem) -> list[str]:
+        """The names of the files that a finished run has and that are missing from the folder."""
+        if self.folder is None:
+            return []
+        folder, config = RunDirectory(self.folder), problem.config
+        names = ["ticket.safetensors", *(folder.cycle_path(cycle).name for cycle in range(config.cycles + 1))]
+        names += ["particles.safetensors"] * config.keep_particles + [*FINAL_FILES, "history.jsonl"]
+        return [name for name in names if not (self.folder / name).exists()]
+
+    def warn_if_repaired(self, problem: Problem) -> None:
+        """Warn of a run that was finished but lacks files: it continues from what is there, and writes them again."""
+        lacking = self.lacks(problem)
+        if lacking and self.begun() and any(name not in lacking for name in FINAL_FILES):
+            warn_user(
+                f"{self.name}: {self.folder} lacks {', '.join(lacking)}, though the run was finished. What is missing "
+                "is computed again; to avoid that, restore the files."
+            )
+
     def load(self, problem: Problem) -> bool:
         """Load the result from the folder if the run is finished. Returns whether it is.
 
         A run with damaged files counts as unfinished: it repairs them when it continues.
         """
-        if self.folder is None or not self.begun():
-            return False
-        files = ["model", "masks"] + ["particles"] * problem.config.keep_particles
-        if not all((self.folder / f"{name}.safetensors").exists() for name in files):
+        if self.folder is None or not self.begun() or self.lacks(problem):
             return False
         try:
             result = SwampResult.load(self.folder, problem.original)
