@@ -431,7 +431,7 @@ def _check_entry(argument: str, name: str, given: object, own: Tensor) -> None:
     if (own.is_floating_point() and not given.is_floating_point()) or (given.is_complex() and not own.is_complex()):
         raise TypeError(
             f"`{argument}`: {name} has the type {dtype_name(given.dtype)}, but the model's is "
-            f"{dtype_name(own.dtype)}; convert it with .to(torch.{dtype_name(own.dtype)})."
+            f"{dtype_name(own.dtype)}; pass such values."
         )
     if given.shape != own.shape:
         raise ValueError(

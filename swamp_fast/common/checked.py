@@ -57,7 +57,8 @@ def checked_list(name: str, values: Any, kind: type[Kind], low: int = 1) -> list
     too few entries.
     """
     if not isinstance(values, Iterable) or isinstance(values, str | bytes | Mapping | Tensor):
-        raise TypeError(f"`{name}` must be a list, each entry {_described(kind)}; got {shown(values)}.")
+        entries = "" if kind is object else f", each entry {_described(kind)}"
+        raise TypeError(f"`{name}` must be a list{entries}; got {shown(values)}.")
     listed = list(values)
     if len(listed) < low:
         raise ValueError(f"`{name}` must have at least {low} {'entry' if low == 1 else 'entries'}, got {len(listed)}.")

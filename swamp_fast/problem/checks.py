@@ -211,6 +211,8 @@ def check_masks(argument: str, masks: object, views: Mapping[str, Tensor]) -> No
         if not isinstance(given, Tensor) or given.dtype != torch.bool:
             kind = dtype_name(given.dtype) if isinstance(given, Tensor) else type(given).__name__
             raise TypeError(f'`{argument}`: "{name}" must be a bool tensor, got {kind}.')
+        if given.is_meta or given.layout != torch.strided:
+            raise ValueError(f'`{argument}`: "{name}" must be a dense tensor with values, not a meta or sparse one.')
         if given.shape != views[name].shape:
             raise ValueError(
                 f'`{argument}`: "{name}" must have shape {list(views[name].shape)}, got {list(given.shape)}.'

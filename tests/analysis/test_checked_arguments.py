@@ -112,6 +112,7 @@ class Finished:
         renamed = {f"x{name}": tensor for name, tensor in self.states[0].items()}
         masks = self.result.masks
         other = [{name: mask.float() for name, mask in masks.items()}, {"x": masks}, {"x": torch.ones(0).bool()}]
+        other += [{name: to(mask) for name, mask in masks.items()} for to in CONVERSIONS[3:6]]
         return {
             "count": [*NOTHING, *numbers, 1.5, 2**63, 10**5000],
             "number": [*NOTHING, *numbers, 10**400],
@@ -289,6 +290,8 @@ def test_a_wrong_argument_is_refused_by_its_name(name, parameter, kind, finished
         (lambda run: predictions(torch.full((3, 2), 0.5), torch.zeros(3)), "`targets` must be a tensor of integers"),
         (lambda run: predictions(torch.full((3, 2), 0.5), torch.tensor([0, 1])), r"one label per row, \[3\]"),
         (lambda run: predictions(torch.full((3, 2), 0.5), torch.tensor([0, 1, 2])), r"`targets` must lie in \[0, 1\]"),
+        (lambda run: run.swept.figure(run.folder / "figure"), "`path` must end in the name of a format, one of .*svg"),
+        (lambda run: run.swept.figure(run.folder / "figure.txt"), "`path` must end in the name of a format"),
         (lambda run: table({"consecutive": 5}), "`content` must be what `analyze` returns"),
     ],
 )
