@@ -108,7 +108,8 @@ class Analysis:
     Losses are means over samples without augmentation. M models are evaluated as M lanes of an engine, in chunks that
     fit into memory. BatchNorm statistics are re-estimated for every model on the training data in stored order.
 
-    Raises what fast_swamp raises for its arguments.
+    Raises what fast_swamp raises for its arguments, and TypeError or ValueError for `standardise` and `samples` that
+    don't fit the data.
     """
 
     def __init__(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,8 +30,9 @@ def checked(
         raise TypeError(f"`{name}` must be {_described(kind)}, got {shown(value)}.{advice}")
     given: Any = value
     if kind in NUMBERS:
-        if not low <= given <= high or (kind is float and not math.isfinite(given)):
-            raise ValueError(f"`{name}` must {_limits(low, high)}, got {shown(given)}.{advice}")
+        finite = kind is int or abs(given) <= sys.float_info.max  # which math.isfinite can't say of a huge int
+        if not (finite and low <= given <= high):
+            raise ValueError(f"`{name}` must {_limits(kind, low, high)}, got {shown(given)}.{advice}")
         given = int(given) if kind is int else float(given)
     checked_value: Kind = given
     return checked_value
@@ -89,12 +91,12 @@ def shown(value: object) -> str:
     return f"an object of type {type(value).__name__}"
 
 
-def _limits(low: float, high: float) -> str:
+def _limits(kind: type, low: float, high: float) -> str:
     """The numbers that are allowed, in words."""
     if math.isinf(low) and math.isinf(high):
         return "be finite"
     if math.isinf(high):
-        return f"be at least {low:g} and finite"
+        return f"be at least {low:g}{' and finite' if kind is float else ''}"
     if high < MAX_COUNT:
         return f"lie in [{low:g}, {high:g}]"
     return f"be at least {low:g} and at most {high:,}"

@@ -336,9 +336,11 @@ def test_what_is_understood(finished, monkeypatch, tmp_path):
     [
         (1, bool, {}, "`n` must be True or False, got 1."),
         ("3", int, {"low": 1}, "`n` must be an int, got '3'."),
-        (0, int, {"low": 1}, "`n` must be at least 1 and finite, got 0."),
+        (0, int, {"low": 1}, "`n` must be at least 1, got 0."),
         (9, int, {"low": 1, "high": 8}, "`n` must lie in [1, 8], got 9."),
         (math.nan, float, {}, "`n` must be finite, got nan."),
+        (-(10**400), float, {}, "`n` must be finite, got an object of type int."),
+        (math.inf, float, {"low": 0}, "`n` must be at least 0 and finite, got inf."),
         ([0] * 99, float, {"advice": "Pass one."}, "`n` must be a number, got an object of type list. Pass one."),
     ],
 )
