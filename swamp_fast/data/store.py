@@ -288,6 +288,8 @@ def build(
         sample, how = reading.one_input(source), f"streamed ({why})"
     standardise = None
     if reading.is_picture(sample):
+        if like is not None:
+            like.check_channels(source.name, sample.shape[-1])
         standardise = like or Standardise.measured(
             source.inputs if isinstance(source, Arrays) else reading.some_pictures(source, MEASURED_PICTURES)
         )

@@ -76,7 +76,7 @@ def prepare(
 
     template, given_loss = _template_of(model, device, dtype), loss
     loss = _loss_of(given_loss, device, dtype)
-    if has_batch_of_one(splits.train.data.length, config.batch_size, opened.drop_last):
+    if has_batch_of_one(splits.train.data.length, config.batch_size):
         check_single_sample(template, splits.train.data, config, forward, loss, transform)
     probe = probe_model(model, template, splits.train.data, config, forward, loss, transform, arguments.prunable)
     check_splits(splits)

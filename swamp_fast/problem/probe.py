@@ -165,8 +165,9 @@ def check_single_sample(
     error = error_with(1)
     if error is not None and (data.length == 1 or error_with(2) is None):
         raise ValueError(
-            f"an epoch's last batch would hold one sample ({data.length} samples, batch_size = {config.batch_size}), "
-            f"but on one {error.__cause__ or error}. {other_batch_size(data.length, config.batch_size)}"
+            "the last batch of a pass through all training data, such as the one that re-estimates norms, would hold "
+            f"one sample ({data.length} samples, batch_size = {config.batch_size}), but on one "
+            f"{error.__cause__ or error}. {other_batch_size(data.length, config.batch_size)}"
         ) from error
 
 

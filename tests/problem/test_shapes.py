@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from swamp_fast import fast_swamp, naive_swamp
 from swamp_fast.problem.arguments import Arguments
@@ -217,6 +218,13 @@ def test_a_batch_of_one_value_per_channel(samples, batch_size, better):
     with pytest.raises(ValueError, match=text):
         prepare(normed(False), data, settings=settings)
     prepare(normed(False), data, settings=settings | {"batch_size": better})
+
+
+def test_a_batch_of_one_when_statistics_are_re_estimated():
+    """drop_last leaves it out of the epochs, but not of the pass that re-estimates the norms."""
+    loader = DataLoader(TensorDataset(INPUTS[:33], LABELS[:33]), batch_size=16, shuffle=True, drop_last=True)
+    with pytest.raises(ValueError, match=r"re-estimates norms, would hold one sample .* such as 15\."):
+        prepare(normed(False), loader, settings={"epochs": 1, "cycles": 0, "device": "cpu"})
 
 
 def test_a_batch_of_one_picture():
