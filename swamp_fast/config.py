@@ -402,6 +402,8 @@ class SwampConfig:
             text = Path(text)
         try:
             values = tomllib.loads(text.expanduser().read_text() if isinstance(text, Path) else text)
+        except OSError as error:
+            raise type(error)(error.errno, f"the file of the settings can't be read: {error}") from error
         except tomllib.TOMLDecodeError as error:
             raise ValueError(f"the settings are not valid TOML: {error}") from error
         return cls.of(None, values)

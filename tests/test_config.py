@@ -137,3 +137,9 @@ def test_numpy_numbers_are_numbers():
 
     config = SwampConfig(seed=np.int64(3), lr=np.float32(0.5), particles=np.int32(2))
     assert (type(config.seed), type(config.lr), type(config.particles)) == (int, float, int)
+
+
+def test_a_toml_file_that_is_not_there(tmp_path):
+    for path in (tmp_path / "none.toml", str(tmp_path / "none.toml")):
+        with pytest.raises(FileNotFoundError, match="the file of the settings can't be read: .*none.toml"):
+            SwampConfig.from_toml(path)

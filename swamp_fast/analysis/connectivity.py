@@ -11,9 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from swamp_fast.analysis.evaluator import Analysis, Scores, averages
+from swamp_fast.analysis.evaluator import Analysis, Scores, averages, checked_states
+from swamp_fast.common.checked import checked, checked_choice, checked_count
 from swamp_fast.config import seed_of
 from swamp_fast.runs.result import ANALYSIS_SCORES, SwampResult
+
+# What a barrier can be measured from; see Path.barrier.
+OVERS = ("max", "mean", "line")
+POINTS_ADVICE = "A path needs both ends and one point between; 11 points are customary."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,19 +38,18 @@ class Path(Scores):
         Raises ValueError for another `over`, and for a score that isn't available.
         """
         values = self.of(what)
+        checked_choice("over", over, OVERS)
         if over == "max":
             return highest(values) - highest([values[0], values[-1]])
         if over == "mean":
             return highest(values) - (values[0] + values[-1]) / 2
-        if over == "line":
-            line = [(1 - t) * values[0] + t * values[-1] for t in self.t]
-            return highest([value - on_line for value, on_line in zip(values, line, strict=True)])
-        raise ValueError(f'`over` must be one of "max", "mean", "line", got "{over}".')
+        line = [(1 - t) * values[0] + t * values[-1] for t in self.t]
+        return highest([value - on_line for value, on_line in zip(values, line, strict=True)])
 
     def barriers(self) -> dict[str, dict[str, float]]:
         """All barriers, as a dict: available score -> "max", "mean" or "line" -> barrier."""
         available = [score for score in ANALYSIS_SCORES if getattr(self, score) is not None]
-        return {score: {over: self.barrier(score, over) for over in ("max", "mean", "line")} for score in available}
+        return {score: {over: self.barrier(score, over) for over in OVERS} for score in available}
 
 
 @dataclass(frozen=True)
@@ -78,9 +82,11 @@ def loss_barrier(
     BatchNorm is re-estimated at every point, because interpolated statistics (`reestimate=False`) show barriers where
     there are none. Fewer than 11 points may miss a barrier. Look at both loss and error, on training and test data.
 
-    Raises ValueError for fewer than 3 points.
+    Raises ValueError for fewer than 3 points, TypeError or ValueError for a state that doesn't fit the model.
     """
-    return barrier_matrix(on, [a, b], points, reestimate=reestimate).paths[0, 1]
+    checked("on", on, Analysis)
+    ends = [on.checked_state(name, state) for name, state in (("a", a), ("b", b))]
+    return barrier_matrix(on, ends, points, reestimate=reestimate).paths[0, 1]
 
 
 def barrier_matrix(
@@ -88,12 +94,11 @@ def barrier_matrix(
 ) -> BarrierMatrix:
     """The paths between all pairs of N states, evaluated together as lanes; see loss_barrier.
 
-    Raises ValueError for fewer than 3 points or 2 states.
+    Raises ValueError for fewer than 3 points or 2 states, TypeError or ValueError for a state that doesn't fit the
+    model.
     """
-    if points < 3:
-        raise ValueError(f"`points` must be at least 3, both ends and one between; got {points}. 11 is customary.")
-    if len(states) < 2:
-        raise ValueError(f"a path needs two states, got {len(states)}.")
+    states = checked_states(on, states, 2)
+    points = checked_count("points", points, 3, advice=POINTS_ADVICE)
     t = torch.linspace(0, 1, points, dtype=torch.float64)
     ends, pairs = torch.eye(len(states), dtype=torch.float64), list(combinations(range(len(states)), 2))
     between = [(1 - s) * ends[i] + s * ends[j] for i, j in pairs for s in t[1:-1]]
@@ -111,7 +116,12 @@ def consecutive(on: Analysis, result: SwampResult, points: int = 11, *, reestima
     """The paths between the averages of consecutive cycles: does the solution stay connected when it is pruned?
 
     The ends have different masks: along the path, the weights that the next mask prunes shrink to 0.
+
+    Raises ValueError for fewer than 3 points, and for a run of another model.
     """
+    checked("on", on, Analysis)
+    checked_count("points", points, 3, advice=POINTS_ADVICE)
+    checked("reestimate", reestimate, bool)
     states = [state for state, _ in averages(result)]
     pairs = list(pairwise(states))
     # The sparsest pair comes first, because the density of the first evaluation decides which engine is used.
@@ -144,12 +154,12 @@ def hull(
     averaging them (Choi et al. 2024, arXiv 2305.14852). With many particles, all mixtures lie near the centre and say
     little about the edge of the hull. BatchNorm is re-estimated at every point.
 
-    Raises ValueError without states or mixtures.
+    Raises ValueError without states or mixtures, TypeError or ValueError for a state that doesn't fit the model.
     """
-    if mixtures < 1 or not states:
-        raise ValueError(f"a hull needs at least one state and one mixture, got {len(states)} and {mixtures}.")
+    states, mixtures = checked_states(on, states), checked_count("mixtures", mixtures, 1)
+    seed = seed_of("seed", seed) % (1 << 64)  # NumPy takes no negative seeds
     count = len(states)
-    drawn = torch.from_numpy(np.random.default_rng(seed_of("seed", seed)).dirichlet(np.ones(count), mixtures))
+    drawn = torch.from_numpy(np.random.default_rng(seed).dirichlet(np.ones(count), mixtures))
     even = torch.full((1, count), 1 / count, dtype=torch.float64)
     shares = torch.cat([drawn, torch.eye(count, dtype=torch.float64), even])
     scores = on.mixed([on.solution(state) for state in states], shares, reestimate=reestimate)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from swamp_fast.analysis.evaluator import Analysis
+from swamp_fast.common.checked import checked, checked_count
 from swamp_fast.common.copying import copy_of
 from swamp_fast.common.exclusive import one_at_a_time
 from swamp_fast.common.timing import seconds_in_turn
@@ -67,7 +68,14 @@ def inference_cost(
     same weights, in eval mode; it is timed in both memory formats, and the faster one counts. After one warm-up run
     each, the models are timed in turns, with as many threads as torch is set to use. FLOPs count matrix products and
     convolutions. They don't predict latency: below some density, the memory traffic of activations dominates.
+
+    batch_size  the number of samples that are timed; None takes that of the settings
+    repeats     how often each model is timed; with 0 no latency is measured
+
+    Raises TypeError or ValueError for a state or masks that don't fit the model, and for other numbers.
     """
+    checked("on", on, Analysis).checked_state("state", state)
+    checked_count("repeats", repeats, 0)
     problem, mask = on.problem, on.mask(masks)
     kept = problem.kept(mask)
     layers = {}
@@ -78,7 +86,7 @@ def inference_cost(
         unknown = name in problem.probe.uncounted
         flops, dense_flops = (None if unknown else round(2 * uses * number) for number in (count, size))
         layers[name] = LayerCost(flops, dense_flops, count * itemsize + mask_bytes, size * itemsize, count, size)
-    batch = batch_size or problem.config.batch_size
+    batch = problem.config.batch_size if batch_size is None else checked_count("batch_size", batch_size, 1)
     sparse, dense, why = _latency(on, state, mask, batch, repeats)
     return InferenceCost(
         flops=None if problem.probe.uncounted else problem.flops(mask),

@@ -8,12 +8,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from swamp_fast.analysis.evaluator import Analysis, Outputs
+from swamp_fast.analysis.evaluator import Analysis, Outputs, checked_states
+from swamp_fast.common.checked import checked
+from swamp_fast.common.format import dtype_name
 from swamp_fast.data.labels import Labels
 from swamp_fast.data.store import pass_in_stored_order
 from swamp_fast.particles.random import evaluation_time
 
 BINS = 15  # number of confidence bins for the calibration error
+MAX_SUM_ERROR = 0.02  # by which probabilities, rounded to bfloat16, may miss a sum of 1
+LABEL_TYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 @dataclass(frozen=True)
@@ -48,8 +52,10 @@ def ensemble(on: Analysis, states: Sequence[Mapping[str, Tensor]], *, reestimate
     See Lakshminarayanan et al. 2017, arXiv 1612.01474. An ensemble costs one forward pass per model; an average of
     weights costs only one. Independent runs make a better ensemble than the particles of one ticket.
 
-    Raises ValueError without test data or labels.
+    Raises ValueError without test data, labels or states, TypeError or ValueError for a state that doesn't fit the
+    model.
     """
+    states = checked_states(on, states)
     if on.test is None or not isinstance(on.test.labels, Labels):
         reason = "there is no test data" if on.test is None else on.test.labels
         raise ValueError(f"the accuracy of an ensemble needs test data with class labels, but {reason}.")
@@ -62,13 +68,13 @@ def ensemble(on: Analysis, states: Sequence[Mapping[str, Tensor]], *, reestimate
             outputs, counted = run(inputs, evaluation_time(1, number)), rule.counted(targets).flatten()
             batches.append(torch.stack([_rows(out).double().softmax(1)[counted] for out in outputs]).cpu())
         softmax = torch.cat(batches, 1)  # [M, n, C]
-        return softmax.sum(0), [predictions(model, labels) for model in softmax]
+        return softmax.sum(0), [_quality(model, labels) for model in softmax]
 
     passed = pass_in_stored_order(data, batch_size)
     labels = torch.cat([targets[rule.counted(targets)].cpu() for _, targets, _ in passed])
     shares = torch.eye(len(states), dtype=torch.float64)
     chunks = on.measured([on.solution(state) for state in states], shares, probabilities, reestimate=reestimate)
-    together = predictions(torch.stack([total for total, _ in chunks]).sum(0) / len(states), labels)
+    together = _quality(torch.stack([total for total, _ in chunks]).sum(0) / len(states), labels)
     return Ensemble(**vars(together), single=[model for _, models in chunks for model in models])
 
 
@@ -78,7 +84,36 @@ def predictions(probabilities: Tensor, targets: Tensor) -> Predictions:
     A sample's confidence is its largest probability. Samples are put into 15 bins (k / 15, (k + 1) / 15] by confidence.
     The calibration error is the mean over samples of |accuracy - confidence| of the sample's bin (Guo et al. 2017,
     arXiv 1706.04599). With few samples it is biased upwards.
+
+    Raises TypeError for tensors of another type, and ValueError for another shape, for rows that are not probabilities,
+    such as logits, and for labels outside [0, C).
     """
+    _check_probabilities(checked("probabilities", probabilities, Tensor))
+    n, classes = probabilities.shape
+    if checked("targets", targets, Tensor).dtype not in LABEL_TYPES:
+        raise TypeError(f"`targets` must be a tensor of integers, got {dtype_name(targets.dtype)}.")
+    if targets.shape != (n,):
+        raise ValueError(f"`targets` must have one label per row, [{n}]; got shape {list(targets.shape)}.")
+    if int(targets.min()) < 0 or int(targets.max()) >= classes:
+        raise ValueError(f"`targets` must lie in [0, {classes - 1}], got {int(targets.min())} … {int(targets.max())}.")
+    return _quality(probabilities, targets.long())
+
+
+def _check_probabilities(probabilities: Tensor) -> None:
+    """Raise TypeError or ValueError unless every row [C] of a tensor [n, C] is a distribution."""
+    if not probabilities.is_floating_point():
+        raise TypeError(f"`probabilities` must be floating-point numbers, got {dtype_name(probabilities.dtype)}.")
+    if probabilities.dim() != 2 or probabilities.numel() == 0:
+        raise ValueError(f"`probabilities` must have shape [n, C], got {list(probabilities.shape)}.")
+    sums = probabilities.double().sum(1)
+    if bool((probabilities < 0).any()) or not bool(((sums - 1).abs() <= MAX_SUM_ERROR).all()):
+        raise ValueError(
+            "`probabilities` must be at least 0, and each row must add up to 1; of logits take softmax(1)."
+        )
+
+
+def _quality(probabilities: Tensor, targets: Tensor) -> Predictions:
+    """The quality of probabilities [n, C], given labels [n]."""
     confidence, labels = probabilities.max(1)
     right = (labels == targets).double()
     bins = (confidence * BINS).ceil().long().clamp(1, BINS) - 1

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from swamp_fast.common.checked import checked, checked_choice, checked_count, checked_list, shown
 from swamp_fast.common.copying import copy_of
 from swamp_fast.common.exclusive import one_at_a_time
+from swamp_fast.common.format import dtype_name
 from swamp_fast.common.memory import free_memory
 from swamp_fast.common.tree import tensors
 from swamp_fast.config import SwampConfig
@@ -38,8 +40,9 @@ from swamp_fast.particles.random import (
     stream_of,
 )
 from swamp_fast.problem.arguments import Arguments, Forward, Loss
-from swamp_fast.problem.checks import check_masks
+from swamp_fast.problem.checks import check_masks, has_batch_of_one
 from swamp_fast.problem.prepare import prepare
+from swamp_fast.problem.probe import check_single_sample
 from swamp_fast.problem.prunable import Prunable
 from swamp_fast.problem.solutions import solution_of
 from swamp_fast.runs.record import Run
@@ -71,17 +74,22 @@ class Scores:
 
     def of(self, what: str) -> list[float]:
         """The values [M] of one of ANALYSIS_SCORES. Raises ValueError if the score is unknown or not available."""
-        if what not in ANALYSIS_SCORES:
-            raise ValueError(f'`what` must be one of {", ".join(ANALYSIS_SCORES)}; got "{what}".')
+        checked_choice("what", what, ANALYSIS_SCORES)
         values: list[float] | None = getattr(self, what)
         if values is None:
             lacking = "accuracies" if self.test_loss is not None or what.startswith("train") else "test data"
-            raise ValueError(f"there is no {what}: the analysis has no {lacking}.")
+            raise ValueError(f"`what`: there is no {what}: the analysis has no {lacking}.")
         return values
 
     def part(self, rows: Iterable[int]) -> dict[str, Any]:
-        """The scores of some of the models, as keyword arguments for a new Scores."""
-        scores, rows = {name: getattr(self, name) for name in ANALYSIS_SCORES}, list(rows)
+        """The scores of some of the models, as keyword arguments for a new Scores.
+
+        Raises TypeError for rows that are no list of ints, ValueError for a row that there isn't.
+        """
+        rows, count = checked_list("rows", rows, int, 0), len(self.train_loss)
+        if any(not -count <= row < count for row in rows):
+            raise ValueError(f"`rows` must lie in [0, {count - 1}], got {shown(rows)}.")
+        scores = {name: getattr(self, name) for name in ANALYSIS_SCORES}
         chosen = {name: values and [values[row] for row in rows] for name, values in scores.items()}
         return {**chosen, "train_samples": self.train_samples}
 
@@ -100,7 +108,8 @@ class Analysis:
     Losses are means over samples without augmentation. M models are evaluated as M lanes of an engine, in chunks that
     fit into memory. BatchNorm statistics are re-estimated for every model on the training data in stored order.
 
-    Raises what fast_swamp raises for its arguments.
+    Raises what fast_swamp raises for its arguments, and TypeError or ValueError for `standardise` and `samples` that
+    don't fit the data.
     """
 
     def __init__(
@@ -128,11 +137,20 @@ class Analysis:
             settings={name: settings[name] for name in ("batch_size",) if name in settings},
             standardise=standardise,
         )
+        if standardise is not None and self.problem.standardise is None:
+            raise ValueError(
+                "`standardise` is for uint8 pictures, but the data are of another type, which are used unchanged; pass "
+                "the pictures that the run had, or leave it out."
+            )
         self.train, self.test = some_of(self.problem.train, samples), self.problem.test
         self.engines: Engine | None = None
 
     def evaluate(self, states: Sequence[Mapping[str, Tensor]], *, reestimate: bool = True) -> Scores:
-        """The scores of states. `reestimate=False` uses the BatchNorm statistics that the states contain."""
+        """The scores of states. `reestimate=False` uses the BatchNorm statistics that the states contain.
+
+        Raises ValueError without states, TypeError or ValueError for a state that doesn't fit the model.
+        """
+        states = checked_states(self, states)
         shares = torch.eye(len(states), dtype=torch.float64)
         return self.mixed([self.solution(state) for state in states], shares, reestimate=reestimate)
 
@@ -140,6 +158,8 @@ class Analysis:
         """The scores of M linear combinations of K solutions.
 
         shares  [M, K]  float64 coefficients; integer buffers are copied from the solution with the largest one
+
+        Raises TypeError or ValueError for other solutions or shares.
         """
 
         def scores(run: Outputs, channels_last: bool) -> tuple[list[float], ...]:
@@ -167,7 +187,15 @@ class Analysis:
         that is 0 in all solutions is 0 in every combination.
 
         shares  [M, K]  float64 coefficients
+
+        Raises TypeError or ValueError for other solutions or shares.
         """
+        solutions = checked_list("solutions", solutions, Solution)
+        _check_shares(checked("shares", shares, Tensor), len(solutions))
+        if not callable(measure):
+            raise TypeError(f"`measure` must be a function of (run, channels_last), got {shown(measure)}.")
+        if checked("reestimate", reestimate, bool):
+            self._check_last_batch()
         Q, stack = self.problem.layout.Q, torch.stack([solution.weights for solution in solutions]).double()
         support = (stack[:, :Q] != 0).any(0)
         names = solutions[0].buffers
@@ -192,30 +220,34 @@ class Analysis:
     def solution(self, state: Mapping[str, Tensor]) -> Solution:
         """Convert a state to a Solution. Buffers that the state lacks are taken from the model.
 
-        Raises ValueError if the state doesn't fit the model.
+        Raises TypeError or ValueError if the state doesn't fit the model.
         """
+        buffers = dict(self.problem.template.named_buffers())
+        return solution_of(self.problem, {**buffers, **self.checked_state("state", state)})
+
+    def checked_state(self, argument: str, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Return an argument that must be a state of the model.
+
+        Raises TypeError for anything but a dict of tensors of the model's kind, floating-point for weights, and
+        ValueError for other names, shapes or frozen parameters.
+        """
+        if not isinstance(state, Mapping):
+            raise TypeError(
+                f"`{argument}` must be a dict from names to tensors, such as result.state_dict; got {shown(state)}."
+            )
         template = self.problem.template
         parameters, buffers = dict(template.named_parameters()), dict(template.named_buffers())
         missing = [name for name in parameters if name not in state]
-        foreign = [name for name in state if name not in {**parameters, **buffers, **template.state_dict()}]
+        foreign = [str(name) for name in state if name not in {**parameters, **buffers, **template.state_dict()}]
         if missing or foreign:
             raise ValueError(
-                f"the state doesn't fit the model: missing are {', '.join(missing) or 'none'}, unknown are "
+                f"`{argument}` doesn't fit the model: missing are {', '.join(missing) or 'none'}, unknown are "
                 f"{', '.join(foreign) or 'none'}. Create the Analysis with the architecture that was trained."
             )
         for name, tensor in {**parameters, **buffers}.items():
-            if name in state and state[name].shape != tensor.shape:
-                raise ValueError(
-                    f"the state doesn't fit the model: {name} has shape {list(state[name].shape)}, the model's has "
-                    f"{list(tensor.shape)}."
-                )
-            if isinstance(tensor, nn.Parameter) and not tensor.requires_grad:
-                if not torch.equal(tensor, state[name].to(tensor.device, tensor.dtype)):
-                    raise ValueError(
-                        f"{name} is frozen and differs from the model's; create the Analysis with the weights of the "
-                        "model that was trained."
-                    )
-        return solution_of(self.problem, {**buffers, **state})
+            if name in state:
+                _check_entry(argument, name, state[name], tensor)
+        return state
 
     def mask(self, masks: Mapping[str, Tensor]) -> Tensor:
         """Join masks by name into one mask [Q]. A prunable parameter without a mask is kept whole.
@@ -231,6 +263,7 @@ class Analysis:
 
     def keys(self, lanes: int) -> Tensor:
         """The keys [L, 3] for random draws in evaluation: the same for every lane, so that all models draw alike."""
+        lanes = checked_count("lanes", lanes, 1)
         return lane_keys([self.problem.config.seed] * lanes, [stream_of(0, 0)] * lanes, self.problem.device)
 
     @cached_property
@@ -253,6 +286,15 @@ class Analysis:
         if isinstance(engine, FusedEngine):
             engine.spawn(start, mask, range(1), None)
         return engine
+
+    def _check_last_batch(self) -> None:
+        """Raise ValueError if BatchNorm can't be re-estimated, because the last batch would hold only one sample."""
+        problem, samples = self.problem, self.train.length
+        if norms_of([problem.template]) and has_batch_of_one(samples, problem.config.batch_size):
+            try:
+                check_single_sample(problem.template, self.train, problem.config, problem.forward, problem.loss, None)
+            except ValueError as error:
+                raise ValueError(f"`samples` = {samples}: BatchNorm can't be re-estimated, because {error}") from error
 
     @torch.no_grad()
     def _chunk(
@@ -319,15 +361,16 @@ class Analysis:
 
 def particles(result: SwampResult) -> list[State]:
     """The states of the last cycle's particles. Raises ValueError if the run didn't keep them."""
-    if result.particles is None:
-        raise ValueError("the result holds no particles; run it with keep_particles=True.")
-    count = len(next(iter(result.particles.values())))
-    return [{name: tensor[i] for name, tensor in result.particles.items()} for i in range(count)]
+    states = checked("result", result, SwampResult).particles
+    if states is None:
+        raise ValueError("`result` holds no particles; run it with keep_particles=True.")
+    count = len(next(iter(states.values())))
+    return [{name: tensor[i] for name, tensor in states.items()} for i in range(count)]
 
 
 def averages(result: SwampResult) -> list[tuple[State, dict[str, Tensor]]]:
     """The state of the average of each cycle, and its masks."""
-    snapshots = [snapshot_of(stored) for stored in result.snapshots]
+    snapshots = [snapshot_of(stored) for stored in checked("result", result, SwampResult).snapshots]
     return [(snapshot.state, snapshot.masks) for snapshot in snapshots]
 
 
@@ -336,10 +379,11 @@ def some_of(data: Data, samples: int | None) -> Data:
 
     They are shuffled because stored samples are often sorted by class. Raises ValueError for no samples or too many.
     """
-    if samples is None or samples == data.length:
+    if samples is None:
         return data
-    if not 1 <= samples <= data.length:
-        raise ValueError(f"`samples` must lie in [1, {data.length}], the training samples; got {samples}.")
+    samples = checked("samples", samples, int, 1, data.length, advice="These are the training samples.")
+    if samples == data.length:
+        return data
     some = copy.copy(data)
     some.length, some.order = samples, data.order[split_order(data.length)[:samples].to(data.device)]
     return some
@@ -360,6 +404,47 @@ def mixed_buffer(buffer: Tensor, shares: Tensor) -> Tensor:
     if not buffer.is_floating_point():
         return buffer[shares.argmax(1)]
     return torch.stack([mixture(buffer.double(), row) for row in shares]).to(buffer.dtype)
+
+
+def _check_shares(shares: Tensor, solutions: int) -> None:
+    """Raise TypeError or ValueError unless shares are finite real numbers [M, K] of K solutions."""
+    if not shares.is_floating_point():
+        raise TypeError(f"`shares` must be floating-point numbers, got {dtype_name(shares.dtype)}.")
+    if shares.dim() != 2 or not len(shares) or shares.shape[1] != solutions:
+        raise ValueError(f"`shares` must have shape [M, {solutions}], got {list(shares.shape)}.")
+    if not bool(shares.isfinite().all()):
+        raise ValueError("`shares` must be finite; they hold NaN or infinite values.")
+
+
+def checked_states(on: Analysis, states: Sequence[Mapping[str, Tensor]], low: int = 1) -> list[Mapping[str, Tensor]]:
+    """Return the arguments `on` and `states` of an analysis: at least `low` states, each of which fits the model."""
+    checked("on", on, Analysis)
+    listed: list[Any] = checked_list("states", states, Mapping, low)
+    return [on.checked_state(f"states[{number}]", state) for number, state in enumerate(listed)]
+
+
+def _check_entry(argument: str, name: str, given: object, own: Tensor) -> None:
+    """Raise TypeError or ValueError unless an entry of a state can replace the model's parameter or buffer."""
+    if not isinstance(given, Tensor):
+        raise TypeError(f"`{argument}`: {name} must be a tensor, got {shown(given)}.")
+    if given.is_meta or given.layout != torch.strided:
+        raise ValueError(f"`{argument}`: {name} must be a dense tensor with values, not a meta or sparse one.")
+    if (own.is_floating_point() and not given.is_floating_point()) or (given.is_complex() and not own.is_complex()):
+        raise TypeError(
+            f"`{argument}`: {name} has the type {dtype_name(given.dtype)}, but the model's is "
+            f"{dtype_name(own.dtype)}; pass such values."
+        )
+    if given.shape != own.shape:
+        raise ValueError(
+            f"`{argument}` doesn't fit the model: {name} has shape {list(given.shape)}, the model's has "
+            f"{list(own.shape)}."
+        )
+    frozen = isinstance(own, nn.Parameter) and not own.requires_grad
+    if frozen and not torch.equal(own, given.to(own.device, own.dtype)):
+        raise ValueError(
+            f"`{argument}`: {name} is frozen and differs from the model's; create the Analysis with the weights of the "
+            "model that was trained."
+        )
 
 
 class _Largest(TorchDispatchMode):

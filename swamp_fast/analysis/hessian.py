@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from swamp_fast.analysis.evaluator import Analysis, some_of
+from swamp_fast.common.checked import checked, checked_count
 from swamp_fast.common.copying import copy_of
 from swamp_fast.common.exclusive import one_at_a_time
 from swamp_fast.common.statistics import half_width
@@ -74,12 +75,13 @@ def hessian_trace(
     scale of weights, and averaging shrinks weights, which raises the raw trace of an average (Dinh et al. 2017, arXiv
     1703.04933). Compare at equal density, because with fewer kept weights the trace has fewer terms.
 
-    Raises ValueError for fewer than 2 probes.
+    Raises ValueError for fewer than 2 probes, TypeError or ValueError for a state or masks that don't fit the model.
     """
-    if probes < 2:
-        raise ValueError(f"`probes` must be at least 2, for an interval; got {probes}.")
+    checked("on", on, Analysis)
+    probes, seed = checked_count("probes", probes, 2, advice="An interval needs two."), seed_of("seed", seed)
+    data = some_of(on.train, samples)
     layout, point, mask = on.problem.layout, on.solution(state), on.mask(masks)
-    generator = torch.Generator().manual_seed(seed_of("seed", seed))
+    generator = torch.Generator().manual_seed(seed)
     trained = torch.zeros(layout.P, dtype=torch.int8)
     for entry in layout.entries:
         trained[entry.begin : entry.end] = 1
@@ -87,7 +89,6 @@ def hessian_trace(
     signs = torch.stack(
         [torch.randint(0, 2, (layout.P,), generator=generator, dtype=torch.int8) for _ in range(probes)]
     )
-    data = some_of(on.train, samples)
     forms = quadratic_forms(on, point, (2 * signs - 1) * trained, data)
     norms, kept = {}, on.problem.kept(mask)
     for name, weights in layout.views(point.weights).items():

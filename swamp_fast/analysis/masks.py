@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.modules.conv import _ConvTransposeNd
 
 from swamp_fast.analysis.evaluator import Analysis
+from swamp_fast.common.checked import checked
 from swamp_fast.data.store import pass_in_stored_order
 from swamp_fast.engines.fused.plan import Concatenate, Convolution, Flatten, Plan
 from swamp_fast.engines.fused.trace import NotCovered, plan_of
@@ -61,12 +62,14 @@ def mask_overlap(a: Masks, b: Masks) -> MaskOverlap:
     Two random masks of density d have a Hamming distance of 2 d (1 - d) and an IoU of d / (2 - d) on average. So masks
     of denser layers overlap more by chance.
 
-    Raises ValueError if the masks are of different layers or shapes.
+    Raises TypeError for masks that aren't bool tensors, ValueError if the masks are of different layers or shapes.
     """
+    for argument, masks in (("a", a), ("b", b)):
+        _check_own(argument, masks)
     differing = [name for name in {**a, **b} if name not in a or name not in b or a[name].shape != b[name].shape]
     if differing or not a:
         raise ValueError(
-            "the masks must be of the same layers and shapes; "
+            "`a` and `b` must be masks of the same layers and shapes; "
             f"{'differing: ' + ', '.join(differing) if differing else 'there are no layers'}."
         )
     layers = {name: _overlap(a[name].flatten(), b[name].flatten()) for name in a}
@@ -76,7 +79,7 @@ def mask_overlap(a: Masks, b: Masks) -> MaskOverlap:
 
 def densities(masks: Masks) -> dict[str, float]:
     """The fraction of weights that each layer keeps. Raises TypeError for masks that aren't bool tensors."""
-    check_masks("masks", masks, masks)
+    _check_own("masks", masks)
     return {name: float(mask.double().mean()) for name, mask in masks.items()}
 
 
@@ -88,15 +91,30 @@ def channels(masks: Masks | SwampResult, on: Analysis | None = None) -> dict[str
 
     Pass `on` to count channels that are never read, for which the model must be traced, and if the model has transposed
     convolutions, whose masks are [in, out / groups, ...] and look like those of other layers.
+
+    Raises TypeError for masks that aren't bool tensors, and ValueError for masks that don't fit the model of `on`.
     """
     masks = masks.masks if isinstance(masks, SwampResult) else masks
+    _check_own("masks", masks)
+    if on is not None:
+        checked("on", on, Analysis).mask(masks)
     read = {} if on is None else _channels_read(on, masks)
     by_output = masks if on is None else {**masks, **_transposed(on, masks)}
     counts = {}
     for name, mask in by_output.items():
-        dead_in = int((~mask.flatten(1).any(1)).sum()) if mask.dim() > 1 else int((~mask).sum())
-        counts[name] = Channels(len(mask), dead_in, int((~read[name]).sum()) if name in read else None)
+        rows = mask.flatten(1) if mask.dim() > 1 else mask.flatten()[:, None]
+        counts[name] = Channels(
+            len(rows), int((~rows.any(1)).sum()), int((~read[name]).sum()) if name in read else None
+        )
     return counts
+
+
+def _check_own(argument: str, masks: Masks) -> None:
+    """Raise TypeError or ValueError unless masks are a dict of bool tensors that have entries."""
+    check_masks(argument, masks, masks)
+    empty = [name for name, mask in masks.items() if not mask.numel()]
+    if empty:
+        raise ValueError(f'`{argument}`: "{empty[0]}" is a mask without entries; leave it out.')
 
 
 def _transposed(on: Analysis, masks: Masks) -> dict[str, Tensor]:

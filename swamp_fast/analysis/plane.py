@@ -11,11 +11,14 @@ import torch
 from torch import Tensor
 
 from swamp_fast.analysis.evaluator import Analysis, Scores
+from swamp_fast.common.checked import checked, checked_choice, checked_list, checked_path
 from swamp_fast.report.figures import loss_contour
 from swamp_fast.runs.result import ANALYSIS_SCORES
 
 Grid = list[list[float]]  # [Y, X]
 
+MAX_SIZE = 1 << 12  # points per axis
+MAX_MARGIN = 1000.0
 MIN_RELATIVE_HEIGHT = 1e-6  # three states closer to one line than this fraction of their distance span no plane
 
 
@@ -63,16 +66,23 @@ def loss_plane(
     beyond the three states by the fraction `margin` of their extent (as in Garipov et al. 2018, arXiv 1802.10026).
     BatchNorm is re-estimated at every point. Distances say little about layers before BatchNorm, whose scale is free.
 
-    Raises OnOneLine if the three lie on one line, as two particles and their average do; ValueError for size < 2.
+    Raises OnOneLine if the three lie on one line, as two particles and their average do; ValueError for size < 2, a
+    negative margin and another number of names; TypeError or ValueError for a state that doesn't fit the model.
     """
-    solutions = [on.solution(state) for state in (a, b, c)]
+    checked("on", on, Analysis)
+    size = checked(*("size", size, int), 2, MAX_SIZE, advice="It is the number of points per axis.")
+    margin = checked("margin", margin, float, 0, MAX_MARGIN)
+    names = checked_list("names", names, str)
+    if len(names) != 3:
+        raise ValueError(f"`names` must be three, one for each of a, b and c; got {len(names)}.")
+    solutions = [on.solution(on.checked_state(name, state)) for name, state in (("a", a), ("b", b), ("c", c))]
     first, second, third = (solution.weights.double() for solution in solutions)
     along, other = second - first, third - first
     length = float(along.norm())
     across = other - (other @ along) / max(length, 1e-300) ** 2 * along
     height = float(across.norm())
     if min(length, height) <= MIN_RELATIVE_HEIGHT * float(other.norm()):
-        raise OnOneLine("the three states lie on one line, so they span no plane; pass another or use loss_barrier.")
+        raise OnOneLine("`a`, `b` and `c` lie on one line, so they span no plane; pass another or use loss_barrier.")
     c_along = float(other @ along) / length  # c's coordinate on the x axis
     corners = [[0.0, 0.0], [length, 0.0], [c_along, height]]
     x, y = (_axis([corner[i] for corner in corners], size, margin) for i in (0, 1))
@@ -90,18 +100,22 @@ def loss_plane(
         values = getattr(scores, score)
         grids[score] = None if values is None else [values[i * len(x) : (i + 1) * len(x)] for i in range(len(y))]
     at_points = Scores(**scores.part(range(len(grid), len(grid) + 3)))
-    return Plane(x, y, **grids, points=corners, names=list(names), at_points=at_points)  # type: ignore[arg-type]
+    return Plane(x, y, **grids, points=corners, names=names, at_points=at_points)  # type: ignore[arg-type]
 
 
 def contour(plane: Plane, path: str | Path, what: str = "train_loss") -> Path:
-    """Draw the level lines of a score over a plane. The suffix of the path chooses the file format."""
-    return loss_contour(plane.to_dict(), Path(path), what)
+    """Draw the level lines of a score over a plane. The suffix of the path chooses the file format.
+
+    what  one of ANALYSIS_SCORES
+
+    Raises ValueError for another score or one that isn't available, and ImportError without matplotlib.
+    """
+    checked_choice("what", what, ANALYSIS_SCORES)
+    return loss_contour(checked("plane", plane, Plane).to_dict(), checked_path("path", path), what)
 
 
 def _axis(values: list[float], size: int, margin: float) -> list[float]:
     """Equally spaced coordinates (`size` of them) from the lowest to the highest value, with a margin on both sides."""
-    if size < 2:
-        raise ValueError(f"`size` must be at least 2 points per axis, got {size}.")
     low, high = min(values), max(values)
     beyond = margin * (high - low)
     return torch.linspace(low - beyond, high + beyond, size, dtype=torch.float64).tolist()

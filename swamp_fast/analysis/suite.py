@@ -8,13 +8,14 @@ from typing import Any
 
 from torch import Tensor
 
-from swamp_fast.analysis.connectivity import barrier_matrix, consecutive, hull, loss_barrier
+from swamp_fast.analysis.connectivity import POINTS_ADVICE, barrier_matrix, consecutive, hull, loss_barrier
 from swamp_fast.analysis.cost import inference_cost
 from swamp_fast.analysis.ensemble import ensemble
 from swamp_fast.analysis.evaluator import Analysis, Scores, State, averages, particles
 from swamp_fast.analysis.hessian import hessian_trace
 from swamp_fast.analysis.masks import channels, densities, mask_overlap
-from swamp_fast.analysis.plane import OnOneLine, loss_plane
+from swamp_fast.analysis.plane import MAX_SIZE, OnOneLine, loss_plane
+from swamp_fast.common.checked import checked, checked_count
 from swamp_fast.data.labels import Labels
 from swamp_fast.particles.norms import norms_of
 from swamp_fast.runs.result import ANALYSIS_SCORES, SwampResult
@@ -50,9 +51,12 @@ def analyze(
 
     Barriers between cycles are measured twice: with BatchNorm re-estimated, and with its statistics interpolated.
 
-    Raises ValueError, before any work, for sizes that are too small and for another run with masks of other layers.
+    Raises TypeError or ValueError, before any work, for sizes that are too small, and for a run of another model.
     """
+    checked("on", on, Analysis)
     _check_sizes(points, probes, mixtures, size, repeats)
+    for name, run in (("result", result), *([] if against is None else [("against", against)])):
+        on.checked_state(name, checked(name, run, SwampResult).state_dict)
     overlap = None if against is None else _overlap(result, against)
     cycles = averages(result)
     states = [] if result.particles is None else particles(result)
@@ -82,20 +86,21 @@ def analyze(
 
 def differing(on: Analysis, result: SwampResult) -> list[str]:
     """The names in SCORED_BY, the inputs that affect scores, in which the analysis differs from the run."""
-    fingerprints = result.about["fingerprints"]
-    return [name for name in SCORED_BY if on.problem.fingerprints[name] != fingerprints.get(name)]
+    fingerprints = checked("result", result, SwampResult).about["fingerprints"]
+    own = checked("on", on, Analysis).problem.fingerprints
+    return [name for name in SCORED_BY if own[name] != fingerprints.get(name)]
 
 
 def _check_sizes(points: int, probes: int, mixtures: int, size: int, repeats: int) -> None:
-    if points < 3:
-        raise ValueError(f"`points` must be at least 3, both ends and one between; got {points}.")
+    checked_count("points", points, 3, advice=POINTS_ADVICE)
+    for name, value in (("probes", probes), ("mixtures", mixtures), ("size", size), ("repeats", repeats)):
+        checked_count(name, value, 0, advice="0 leaves that analysis out.")
     if probes == 1:
         raise ValueError("`probes` must be at least 2 for an interval, or 0 for no trace; got 1.")
     if size == 1:
         raise ValueError("`size` must be at least 2 points per axis, or 0 for no plane; got 1.")
-    for name, value in (("probes", probes), ("mixtures", mixtures), ("size", size), ("repeats", repeats)):
-        if value < 0:
-            raise ValueError(f"`{name}` must be at least 0, which leaves that analysis out; got {value}.")
+    if size > MAX_SIZE:
+        raise ValueError(f"`size` must be at most {MAX_SIZE} points per axis, got {size}.")
 
 
 def _about(on: Analysis, result: SwampResult, points: int, probes: int, mixtures: int, size: int) -> dict[str, Any]:

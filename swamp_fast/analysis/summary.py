@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from swamp_fast.analysis.connectivity import highest
+from swamp_fast.common.checked import checked
 from swamp_fast.common.format import percent
 
 # Heading of a column -> its width in characters.
@@ -27,7 +28,19 @@ def table(content: dict[str, Any]) -> str:
     The columns are the barrier to the next cycle, flatness, dead channels and cost.
 
     content  what `analyze` returns
+
+    Raises TypeError or ValueError for anything else.
     """
+    checked("content", content, dict)
+    try:
+        return _lines_of(content)
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"`content` must be what `analyze` returns, but it can't be read ({type(error).__name__}: {error})."
+        ) from error
+
+
+def _lines_of(content: dict[str, Any]) -> str:
     lines = [_line(COLUMNS)]
     barriers = {row["from"]: row["barriers"] for row in content["consecutive"]}
     traces = {row["cycle"]: row for row in content["hessian"]}

@@ -9,8 +9,9 @@ from typing import Any
 
 from torch import nn
 
-from swamp_fast.analysis.connectivity import Path, loss_barrier
+from swamp_fast.analysis.connectivity import POINTS_ADVICE, Path, loss_barrier
 from swamp_fast.analysis.evaluator import NEUTRAL_SETTINGS, Analysis, particles
+from swamp_fast.common.checked import checked, checked_count, checked_list
 from swamp_fast.common.format import percent
 from swamp_fast.common.warn import warn_user
 from swamp_fast.config import SwampConfig
@@ -118,7 +119,7 @@ def ticket_stability(
         val: validation data, or a fraction of `train`.
         candidates: values of T0, the number of epochs that the ticket trains at a constant rate. All candidates use one
             seed, so a longer ticket continues a shorter one.
-        epsilon: the highest error barrier that counts as stable.
+        epsilon: the error barrier, a fraction, below which a candidate is stable.
         points: the number of points on each path.
         samples: as for Analysis.
         model, train, forward, loss, transform, prunable, config, settings: as for fast_swamp. By default children are
@@ -127,7 +128,8 @@ def ticket_stability(
     A candidate costs T0 + 2 x epochs of training. With a `run_dir`, finished trainings are not repeated. One pair of
     children is only one sample, so near the threshold try other seeds too.
 
-    Raises ValueError without validation data or accuracies, before anything is trained. A T0 whose children have an
+    Raises ValueError without validation data or accuracies, and TypeError or ValueError for other arguments that don't
+    fit, before anything is trained. A T0 whose children have an
     error more than 5 points above that of the best candidate's is never recommended, because hardly trained networks
     are trivially connected; a warning says so.
     """
@@ -135,17 +137,15 @@ def ticket_stability(
         raise ValueError(
             "the ticket is chosen on validation data: pass `val`, either data or a fraction of train such as 0.1."
         )
-    if not candidates:
-        raise ValueError("`candidates` must be a list of numbers of epochs, such as [0, 2, 5, 10]; got an empty list.")
-    base, ordered = SwampConfig.of(config, settings), sorted(set(candidates))
+    counts = [checked_count("candidates", epochs, 0) for epochs in checked_list("candidates", candidates, int)]
+    epsilon, points = checked("epsilon", epsilon, float, 0, 1), checked_count("points", points, 3, advice=POINTS_ADVICE)
+    base, ordered = SwampConfig.of(config, settings), sorted(set(counts))
     common: dict[str, Any] = {"val": val, "forward": forward, "loss": loss, "prunable": prunable}
     loader = {name: settings[name] for name in ("batch_size",) if name in settings}
     on = Analysis(model, train, config=base, samples=samples, **common, **loader)
     assert on.problem.val is not None  # `val` was passed
     if not isinstance(on.problem.val.labels, Labels):
         raise ValueError(f"error barriers need classification, but {on.problem.val.labels}; see loss_barrier.")
-    if points < 3:
-        raise ValueError(f"`points` must be at least 3, both ends and one between; got {points}.")
     on.test = on.problem.val
     paths = []
     for epochs in ordered:

@@ -19,9 +19,24 @@ def copy_of(module: nn.Module) -> nn.Module:
 
 
 def uncompiled(model: nn.Module) -> nn.Module:
-    """Return the module that torch.compile has wrapped, or any other object as it is."""
-    plain: nn.Module = model._orig_mod if is_compiled(model) else model  # type: ignore[assignment]
-    return plain
+    """Return a model without the wrappers of torch.compile around it or its layers; any other object as it is.
+
+    Modules that hold a wrapped layer are replaced by shallow copies, with the same parameters and buffers.
+    """
+    return _uncompiled(model, {})
+
+
+def _uncompiled(model: nn.Module, copied: dict[int, nn.Module]) -> nn.Module:
+    while is_compiled(model):
+        model = model._orig_mod  # type: ignore[assignment]
+    if not isinstance(model, nn.Module) or not any(is_compiled(module) for module in model.modules()):
+        return model
+    if id(model) not in copied:
+        plain = copied[id(model)] = copy.copy(model)
+        vars(plain)["_modules"] = {
+            name: None if child is None else _uncompiled(child, copied) for name, child in model._modules.items()
+        }
+    return copied[id(model)]
 
 
 def is_compiled(module: object) -> bool:

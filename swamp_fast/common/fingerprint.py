@@ -7,8 +7,8 @@ import hashlib
 import inspect
 import re
 import sysconfig
-from collections.abc import Callable, Collection
-from types import CodeType
+from collections.abc import Callable, Collection, Iterator
+from types import CodeType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -62,9 +62,71 @@ def tensor_fingerprint(tensor: Tensor) -> str:
     return hashlib.blake2b(_tensor_bytes(tensor), digest_size=16).hexdigest()
 
 
-def callable_fingerprint(function: Callable[..., Any] | None) -> str | None:
-    """Return the hash of a callable's code, defaults and closure, as far as they can be read; None for None."""
-    return None if function is None else hashlib.blake2b(_bytes(function, 0), digest_size=16).hexdigest()
+def callable_fingerprint(function: Callable[..., Any] | None, apart_from: Collection[str] = ()) -> str | None:
+    """Return the hash of a callable's code, defaults and closure, as far as they can be read; None for None.
+
+    apart_from  the names of parts, as in `callable_parts`, that are left out
+    """
+    if function is None:
+        return None
+    if not apart_from:
+        return hashlib.blake2b(_bytes(function, 0), digest_size=16).hexdigest()
+    parts = callable_parts(function)
+    digest = hashlib.blake2b(digest_size=16)
+    for name in sorted(set(parts) - set(apart_from)):
+        digest.update(name.encode() + parts[name].encode())
+    return digest.hexdigest()
+
+
+def callable_parts(function: Callable[..., Any] | None) -> dict[str, str]:
+    """Return the hashes of a callable's parts, by name: its code, and the values in its closure and its attributes.
+
+    Comparing those of two times shows what the calls in between have changed, such as a log or a counter.
+    """
+    return {} if function is None else dict(_parts(function, "", 0))
+
+
+def changed_parts(before: dict[str, str], after: dict[str, str]) -> frozenset[str]:
+    """Return the names of parts, as in `callable_parts`, that were changed, added or removed."""
+    return frozenset(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
+
+
+def _parts(thing: Any, name: str, depth: int) -> Iterator[tuple[str, str]]:
+    held = _held(thing) if depth <= 2 else None
+    own = _bytes(thing, 3) if held is None else _own_bytes(thing)  # 3 reads what lists and dicts hold, and no further
+    yield name, hashlib.blake2b(own, digest_size=16).hexdigest()
+    for key, value in (held or {}).items():
+        yield from _parts(value, f"{name}.{key}".lstrip("."), depth + 1)
+
+
+def _held(thing: Any) -> dict[str, Any] | None:
+    """Return the values by which a callable, an object or a dict may differ between calls; None for other values."""
+    if inspect.ismethod(thing):
+        return {"self": thing.__self__}
+    if isinstance(thing, functools.partial):
+        return {"func": thing.func, "args": thing.args, "keywords": thing.keywords}
+    if inspect.isfunction(thing):
+        defaults, keyword_defaults, nonlocals, read = _context(thing)
+        numbered = {f"default {number}": value for number, value in enumerate(defaults or ())}
+        return {**numbered, **(keyword_defaults or {}), **nonlocals, **read}
+    if isinstance(thing, dict):
+        return thing if all(isinstance(key, str) for key in thing) else None
+    if isinstance(thing, nn.Module):
+        own = {} if is_compiled(thing) else vars(thing)
+        own = {key: value for key, value in own.items() if key not in _OF_ANY_MODULE}
+        return {**own, **thing._parameters, **thing._buffers, **thing._modules}
+    if _plain_bytes(thing) is not None or isinstance(thing, type | ModuleType | list | tuple | set | frozenset):
+        return None
+    return getattr(thing, "__dict__", None)
+
+
+def _own_bytes(thing: Any) -> bytes:
+    """Return bytes that identify a value's class and code, without what it holds."""
+    if inspect.ismethod(thing):
+        thing = thing.__func__
+    if inspect.isfunction(thing):
+        return thing.__qualname__.encode() + _source(thing) + _code(thing)
+    return f"{type(thing).__module__}.{type(thing).__qualname__}:".encode() + _source(type(thing))
 
 
 _OF_ANY_MODULE = {*vars(nn.Module()), "training", "_compiled_call_impl"}
@@ -98,13 +160,17 @@ def _bytes(thing: Any, depth: int) -> bytes:
     if inspect.ismethod(thing):
         return name + _bytes((thing.__func__, thing.__self__), depth + 1)
     if inspect.isfunction(thing):
-        closure = inspect.getclosurevars(thing)
-        read = {key: value for key, value in closure.globals.items() if _counts_by_content(value)}
-        context = (thing.__defaults__, thing.__kwdefaults__, closure.nonlocals, read)
-        return name + thing.__qualname__.encode() + _source(thing) + _code(thing) + _bytes(context, depth + 1)
+        return name + _own_bytes(thing) + _bytes(_context(thing), depth + 1)
     if inspect.isclass(thing) or inspect.isbuiltin(thing):
         return name + thing.__qualname__.encode()
     return name + _source(type(thing)) + _bytes(getattr(thing, "__dict__", None), depth + 1)
+
+
+def _context(function: Any) -> tuple[Any, ...]:
+    """Return a function's defaults, keyword defaults, closure, and those globals it reads that count by content."""
+    closure = inspect.getclosurevars(function)
+    read = {key: value for key, value in closure.globals.items() if _counts_by_content(value)}
+    return function.__defaults__, function.__kwdefaults__, closure.nonlocals, read
 
 
 def _plain_bytes(thing: Any) -> bytes | None:

@@ -13,7 +13,7 @@ from torch.utils.data.dataloader import default_collate
 
 from swamp_fast.common.memory import free_memory
 from swamp_fast.common.tree import tensors, tree_leaves, tree_map, tree_stack
-from swamp_fast.data.sources import Arrays, Samples, Source, as_tensor
+from swamp_fast.data.sources import Arrays, Samples, Source, as_tensor, described, nesting_checked
 from swamp_fast.particles.random import generators_left_alone, generators_state, seed_generators
 
 PROBE_SAMPLES = 32  # about this many samples are read twice to find out whether a Dataset is random
@@ -86,8 +86,8 @@ def collected(source: Samples, device: torch.device) -> tuple[Source, str]:
         first = _read(samples, probed, source)
         if stacked:
             for sample in first:
-                _check_sample(sample, source.name)
-            _check_shapes(first, probed, source.name)
+                _check_sample(sample, described(source))
+            _check_shapes(first, probed, described(source))
         if not _all_same(first, [samples[i, 0] for i in probed]):
             return replace(source, repeats=False), "its samples differ each time they are read"
         if not stacked:
@@ -100,10 +100,10 @@ def collected(source: Samples, device: torch.device) -> tuple[Source, str]:
         if not fits(size, device):
             return source, too_large(size, device)
         whole = [samples[i, 0] for i in range(len(source))]
-    _check_shapes(whole, range(len(source)), source.name)
+    _check_shapes(whole, range(len(source)), described(source))
     inputs = tree_stack([input for input, _ in whole])
     targets = torch.stack([target for _, target in whole])
-    return Arrays(source.name, inputs, targets, source.crops), ""
+    return Arrays(source.name, inputs, targets, source.crops, source.argument), ""
 
 
 def stacked(samples: list[Any]) -> Any:
@@ -127,13 +127,14 @@ def form_of(sample: Any) -> str:
 def _read(samples: SeededSamples, indices: range, source: Samples) -> list[Any]:
     """Read samples with seed 0. Raises ValueError if they can't be read because only worker_init_fn prepares them."""
     try:
-        return [samples[i, 0] for i in indices]
+        with nesting_checked(f"{described(source)}: a sample"):
+            return [samples[i, 0] for i in indices]
     except Exception as error:
         if source.worker_start is None:
             raise
         raise ValueError(
-            f"{source.name}: a sample can't be read outside of the DataLoader's workers ({error}), but some are. Let "
-            "the Dataset open its files when it reads the first sample, rather than in worker_init_fn."
+            f"{described(source)}: a sample can't be read outside of the DataLoader's workers ({error}), but some are. "
+            "Let the Dataset open its files when it reads the first sample, rather than in worker_init_fn."
         ) from error
 
 
@@ -148,6 +149,13 @@ def _check_sample(sample: Any, name: str) -> None:
         raise TypeError(f"{name}: a sample must be a pair (input, target), got {form_of(sample)}. {remedy}")
     if isinstance(sample[1], str):
         raise TypeError(f"{name}: targets must be numbers, got the text {sample[1]!r}. Number the labels from 0.")
+    for part, tree in zip(("inputs", "targets"), sample, strict=True):
+        for leaf in tree_leaves(tree):
+            if not isinstance(leaf, Tensor):
+                raise TypeError(
+                    f"{name}: a sample's {part} must be tensors, arrays or numbers, got {type(leaf).__name__}. Convert "
+                    "them in the Dataset, or pass a DataLoader with a collate_fn."
+                )
     if isinstance(sample[0], Tensor) and sample[0].dtype == torch.uint8 and not is_picture(sample[0]):
         raise ValueError(
             f"{name}: uint8 samples must be pictures, got shape {list(sample[0].shape)}. Give other inputs as "
@@ -168,7 +176,9 @@ def _check_shapes(samples: list[Any], indices: range, name: str) -> None:
 
 
 def _shapes(sample: Any) -> str:
-    return ", ".join(str(list(leaf.shape)) for leaf in tensors(sample))
+    return ", ".join(
+        str(list(leaf.shape)) if isinstance(leaf, Tensor) else type(leaf).__name__ for leaf in tree_leaves(sample)
+    )
 
 
 def _is_random(samples: SeededSamples, first: list[Any], probed: range) -> bool:

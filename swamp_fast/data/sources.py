@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import (
     DataLoader,
     Dataset,
@@ -22,7 +24,7 @@ from torch.utils.data import (
 from torch.utils.data.dataloader import default_collate
 
 from swamp_fast.common.format import dtype_name
-from swamp_fast.common.tree import tensors, tree_map
+from swamp_fast.common.tree import tensors, tree_leaves, tree_map
 from swamp_fast.data.workers import WorkerStart
 from swamp_fast.particles.random import split_order
 
@@ -42,6 +44,7 @@ class Arrays:
     inputs: Any
     targets: Tensor
     crops: bool = False  # whether augment="auto" crops and flips the pictures
+    argument: str = ""  # by which it was passed
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -58,12 +61,20 @@ class Samples:
     crops: bool = False
     worker_start: Callable[[int], object] | None = None  # called with its number in each process that reads samples
     repeats: bool = True  # whether a sample is the same each time it is read after seeding the global generators
+    argument: str = ""
 
     def __len__(self) -> int:
         return len(self.dataset)  # type: ignore[arg-type]
 
 
 Source = Arrays | Samples
+
+
+def described(source: Source) -> str:
+    """Return how messages name a source: the argument in backticks, and the source's own name if it has another."""
+    if not source.argument:
+        return source.name
+    return f"`{source.argument}`" if source.name == source.argument else f"`{source.argument}` ({source.name})"
 
 
 @dataclass(frozen=True)
@@ -86,10 +97,22 @@ def open_source(given: object, argument: str, data_dir: str | None) -> Opened:
 
     Raises TypeError, ValueError, FileNotFoundError or ImportError.
     """
-    if isinstance(given, str) and not given:
-        raise ValueError(f"`{argument}` is an empty text; pass the name of a data set, or a path.")
-    if isinstance(given, dict):
-        raise TypeError(f"`{argument}` must be a pair (inputs, targets), got a dict: pass (data[...], data[...]).")
+    with nesting_checked(f"`{argument}`"):
+        opened = _open(given, argument, data_dir)
+    test = None if opened.test is None else replace(opened.test, argument=argument)
+    return replace(opened, source=replace(opened.source, argument=argument), test=test)
+
+
+@contextmanager
+def nesting_checked(name: str) -> Iterator[None]:
+    """A context that raises ValueError, beginning with `name`, where lists or dicts are nested too deeply to read."""
+    try:
+        yield
+    except RecursionError as error:
+        raise ValueError(f"{name} is nested too deeply; does a list, a tuple or a dict contain itself?") from error
+
+
+def _open(given: object, argument: str, data_dir: str | None) -> Opened:
     if isinstance(given, str) and given in NAMED:
         train, test = _named(given, data_dir)
         return Opened(train, test)
@@ -97,6 +120,21 @@ def open_source(given: object, argument: str, data_dir: str | None) -> Opened:
         return _from_path(given, argument)
     if isinstance(given, tuple | list) and len(given) == 2:
         return Opened(_from_pair(given[0], given[1], argument))
+    if isinstance(given, DataLoader):
+        return _from_loader(given, argument)
+    _refuse_parts(given, argument)
+    if isinstance(given, Dataset) or _is_map(given):
+        return Opened(_from_dataset(given, argument))  # type: ignore[arg-type]
+    raise TypeError(
+        f"`{argument}` must be the name of a data set ({', '.join(NAMED)}), a path to an .npz or an image folder, "
+        f"a pair (inputs, targets) of tensors, a Dataset or a DataLoader; got {_kind(given)}."
+    )
+
+
+def _refuse_parts(given: object, argument: str) -> None:
+    """Raise TypeError for what holds inputs and targets in another form than a pair, or only one of them."""
+    if isinstance(given, dict):
+        raise TypeError(f"`{argument}` must be a pair (inputs, targets), got a dict: pass (data[...], data[...]).")
     if isinstance(given, tuple) and all(isinstance(each, Tensor | np.ndarray) for each in given):
         raise TypeError(
             f"`{argument}` must be a pair (inputs, targets), got a tuple of {len(given)} arrays. Several inputs go "
@@ -107,14 +145,20 @@ def open_source(given: object, argument: str, data_dir: str | None) -> Opened:
             f"`{argument}` must hold inputs and targets, got one {type(given).__name__} {list(given.shape)}. Pass the "
             f"pair (inputs, targets) as `{argument}`: fast_swamp(model, (x, y), (test_x, test_y))."
         )
-    if isinstance(given, DataLoader):
-        return _from_loader(given, argument)
-    if isinstance(given, Dataset) or (hasattr(given, "__getitem__") and hasattr(given, "__len__")):
-        return Opened(_from_dataset(given, argument))  # type: ignore[arg-type]
-    raise TypeError(
-        f"`{argument}` must be the name of a data set ({', '.join(NAMED)}), a path to an .npz or an image folder, "
-        f"a pair (inputs, targets) of tensors, a Dataset or a DataLoader; got {type(given).__name__}."
-    )
+
+
+def _is_map(given: object) -> bool:
+    """Whether an object that is no Dataset can be read like one, as a list of samples can."""
+    if isinstance(given, type | nn.Module | range | bytes | bytearray | memoryview):
+        return False
+    return hasattr(given, "__getitem__") and hasattr(given, "__len__")
+
+
+def _kind(given: object) -> str:
+    """Return what was passed, in words."""
+    if isinstance(given, type):
+        return f"the class {given.__name__}; call it first"
+    return f"a model ({type(given).__name__})" if isinstance(given, nn.Module) else type(given).__name__
 
 
 def hold_out(source: Source, fraction: float) -> tuple[Source, Source]:
@@ -204,10 +248,19 @@ def _idx(root: Path, split: str, name: str) -> Source:
 
 
 def _from_path(given: str | Path, argument: str) -> Opened:
+    if isinstance(given, str) and not given:
+        raise ValueError(f"`{argument}` is an empty text; pass the name of a data set, or a path.")
     path = Path(given).expanduser()
-    if path.is_dir():
+    try:
+        is_folder, exists = path.is_dir(), path.exists()
+    except OSError as error:
+        raise ValueError(
+            f"`{argument}` must be the name of a data set or a path; got a text of {len(str(given)):,} characters, "
+            f"{str(given)[:20]!r} …, which can't be a path: {error.strerror}."
+        ) from error
+    if is_folder:
         return _folder(path, argument)
-    if not path.exists():
+    if not exists:
         raise FileNotFoundError(
             f"`{argument}`: there is no file or folder {path.absolute()}, and no data set named "
             f'"{given}" (known: {", ".join(NAMED)}).'
@@ -255,29 +308,49 @@ def _folder(path: Path, argument: str) -> Opened:
 
 def _from_pair(inputs: object, targets: object, argument: str) -> Source:
     """Make Arrays from inputs and targets. Pictures in tensors have channels first, those in NumPy arrays last."""
-    if isinstance(targets, list):
-        targets = np.asarray(targets)
-    targets = as_tensor(targets, f"`{argument}`: targets")
     channels_last = isinstance(inputs, np.ndarray)
-    inputs = tree_map(lambda leaf: as_tensor(leaf, f"`{argument}`: inputs"), inputs)
+    targets = _dense(_array_of(targets, argument), f"`{argument}`: targets")
+    inputs = tree_map(lambda leaf: _dense(leaf, f"`{argument}`: inputs"), inputs)
     if not isinstance(targets, Tensor) or not tensors(inputs):
         raise TypeError(
             f"`{argument}`: a pair must be (inputs, targets) tensors, got "
             f"({type(inputs).__name__}, {type(targets).__name__}). Convert others with torch.as_tensor or to_numpy()."
         )
-    for leaf in (*tensors(inputs), targets):
-        if leaf.layout != torch.strided or leaf.is_meta or leaf.is_complex():
-            kind = "complex" if leaf.is_complex() else "meta" if leaf.is_meta else str(leaf.layout)
-            raise TypeError(f"`{argument}` must hold dense tensors of real numbers, got a {kind} one.")
-    lengths = {len(leaf) if leaf.dim() else 0 for leaf in tensors(inputs)}
-    if lengths != {len(targets) if targets.dim() else 0}:
-        raise ValueError(
-            f"`{argument}`: inputs and targets must have the same length, got {sorted(lengths)} inputs and "
-            f"{list(targets.shape)} targets; pass one target per sample."
-        )
+    _check_lengths(inputs, targets, argument)
     if isinstance(inputs, Tensor) and inputs.dtype == torch.uint8:
         inputs = _pictures(inputs if channels_last or inputs.dim() == 3 else _channels_last(inputs, argument), argument)
     return Arrays(argument, inputs, targets.detach())
+
+
+def _array_of(targets: object, argument: str) -> object:
+    """Return a list of targets as an array, and anything else unchanged."""
+    if not isinstance(targets, list):
+        return targets
+    try:
+        return np.asarray(targets)
+    except ValueError as error:
+        raise ValueError(
+            f"`{argument}`: targets must be a list of numbers or of equally long lists: {error}"
+        ) from error
+
+
+def _check_lengths(inputs: Any, targets: Tensor, argument: str) -> None:
+    """Raise TypeError or ValueError unless all inputs and the targets are tensors of as many samples."""
+    others = {type(leaf).__name__ for leaf in tree_leaves(inputs) if not isinstance(leaf, Tensor)}
+    if others:
+        raise TypeError(f"`{argument}`: inputs must be tensors or arrays, got {', '.join(sorted(others))} among them.")
+    shapes = [list(leaf.shape) for leaf in tensors(inputs)]
+    if targets.dim() and all(shape[:1] == [len(targets)] for shape in shapes):
+        return
+    if isinstance(inputs, list | tuple) and targets.dim() and len(inputs) == len(targets):
+        raise ValueError(
+            f"`{argument}`: inputs must be one tensor of all samples, got a {type(inputs).__name__} of {len(inputs)}, "
+            "which would be as many inputs of each sample. Pass torch.stack(inputs) or numpy.stack(inputs)."
+        )
+    raise ValueError(
+        f"`{argument}`: inputs and targets must have the same length, got inputs {', '.join(map(str, shapes[:6]))} and "
+        f"targets {list(targets.shape)}; pass one target per sample."
+    )
 
 
 def as_tensor(values: Any, name: str) -> Any:
@@ -299,7 +372,34 @@ def as_tensor(values: Any, name: str) -> Any:
             f"{name} must be numbers, got an array of {values.dtype}. Number text labels from 0: "
             "names, labels = numpy.unique(labels, return_inverse=True)."
         )
-    return torch.from_numpy(np.ascontiguousarray(values) if values.ndim else values)
+    values = values.astype(values.dtype.newbyteorder("="), copy=False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writ")  # nothing writes to the user's data
+        try:
+            return torch.from_numpy(np.ascontiguousarray(values) if values.ndim else values)
+        except TypeError as error:
+            raise TypeError(
+                f"{name} must be numbers of a type that torch has, got an array of {values.dtype}. Convert it, as with "
+                ".astype(numpy.float64)."
+            ) from error
+
+
+def _dense(values: Any, name: str) -> Any:
+    """Return an array or a tensor as a dense tensor of real numbers, and anything else unchanged."""
+    tensor = as_tensor(values, name)
+    if not isinstance(tensor, Tensor):
+        return tensor
+    kinds = {
+        "nested": tensor.is_nested,
+        str(tensor.layout): tensor.layout != torch.strided,
+        "meta": tensor.is_meta,
+        "complex": tensor.is_complex(),
+        "quantized": tensor.is_quantized,
+    }
+    for kind, holds in kinds.items():
+        if holds:
+            raise TypeError(f"{name} must be dense tensors of real numbers, got a {kind} one.")
+    return tensor.resolve_neg()
 
 
 def _channels_last(images: Tensor, argument: str) -> Tensor:
@@ -336,6 +436,7 @@ def _from_dataset(dataset: Dataset[Any], argument: str) -> Source:
 
 
 def _from_loader(loader: DataLoader[Any], argument: str) -> Opened:
+    source = _from_dataset(loader.dataset, argument)
     plain_random = (
         type(loader.sampler) is RandomSampler
         and not loader.sampler.replacement
@@ -344,11 +445,11 @@ def _from_loader(loader: DataLoader[Any], argument: str) -> Opened:
     if loader.batch_sampler is None or loader.batch_size is None:
         raise ValueError(f"`{argument}`: the DataLoader must have a batch_size (no custom batch_sampler).")
     if not plain_random and type(loader.sampler) is not SequentialSampler:
+        why = "each particle draws its own order of samples" if argument == "train" else "every sample is read once"
         raise ValueError(
-            f"`{argument}`: the DataLoader has a custom sampler, {type(loader.sampler).__name__}, but each particle "
-            "draws its own order of samples. Pass a loader without a sampler (shuffle=True or False), or its dataset."
+            f"`{argument}`: the DataLoader has a custom sampler, {type(loader.sampler).__name__}, but {why}. Pass a "
+            "loader without a sampler (shuffle=True or False), or its dataset."
         )
-    source = _from_dataset(loader.dataset, argument)
     if loader.collate_fn is not default_collate or isinstance(source, Samples):
         source = Samples(
             *(type(loader.dataset).__name__, loader.dataset, loader.collate_fn, loader.num_workers),

@@ -19,12 +19,12 @@ from torch.utils.data import DataLoader
 from torch.utils.data.dataloader import default_collate
 
 from swamp_fast import ops
-from swamp_fast.common.fingerprint import callable_fingerprint
+from swamp_fast.common.fingerprint import callable_fingerprint, callable_parts, changed_parts
 from swamp_fast.common.tree import tensors, tree_leaves, tree_map, tree_stack, tree_to
 from swamp_fast.data import samples as reading
 from swamp_fast.data.labels import Labels, check_labels
 from swamp_fast.data.samples import ArraySamples, SeededSamples
-from swamp_fast.data.sources import Arrays, Samples, Source
+from swamp_fast.data.sources import Arrays, Samples, Source, described
 from swamp_fast.data.standardise import Standardise
 from swamp_fast.data.workers import in_worker, signals_held
 from swamp_fast.particles.random import SAMPLE_SEED, seeds_for
@@ -71,18 +71,19 @@ class Stored:
         crop_flip: bool,
     ) -> None:
         self.name, self.length, self.crop_flip, self.device = source.name, len(source), crop_flip, device
+        self.described = described(source)
         self.order = torch.arange(self.length, device=device)
         self.table = standardise.table(dtype, device) if standardise is not None else None
         self.inputs = tree_map(lambda leaf: _on_device(leaf, device, dtype), source.inputs)
         if crop_flip and self.table is None:
             self.inputs = self.inputs.movedim(1, -1).contiguous()  # gather_augment reads channels last
         self.targets = _whole_numbers(_on_device(source.targets, device, dtype))
-        check_finite(self.name, "inputs", self.inputs)
-        check_finite(self.name, "targets", self.targets)
+        check_finite(self.described, "inputs", self.inputs)
+        check_finite(self.described, "targets", self.targets)
 
     def check_labels(self, classes: int) -> None:
         """Raise TypeError or ValueError for targets that cross-entropy can't take; see labels.check_labels."""
-        check_labels(self.name, self.targets, classes)
+        check_labels(self.described, self.targets, classes)
 
     def batches(self, order: Tensor, keys: Tensor, bounds: list[tuple[int, int]]) -> Iterator[Tensor]:
         """Yield the handles of an epoch's batches.
@@ -138,8 +139,10 @@ class Streamed:
         crop_flip: bool,
     ) -> None:
         self.name, self.length, self.crop_flip, self.device = source.name, len(source), crop_flip, device
+        self.described = described(source)
         self.source, self.dtype = source, dtype
         self.stacked = source.collate is default_collate
+        self.collate_parts: dict[str, str] | None = None  # after its first call, to see what later calls change
         self.order = torch.arange(self.length, device=device)
         self.table = standardise.table(dtype, device) if standardise is not None else None
         self.classes: int | None = None
@@ -170,16 +173,22 @@ class Streamed:
         with signals_held():
             read = iter(loader)
         for part, batch in zip(parts, read, strict=True):
+            if self.collate_parts is None:
+                self.collate_parts = callable_parts(self.source.collate)
             if not isinstance(batch, list | tuple) or len(batch) != 2:
                 raise TypeError(
-                    f"{self.name}: a batch must be a pair (inputs, targets), got {reading.form_of(batch)}. Return one "
-                    "from your collate_fn."
+                    f"{self.described}: a batch must be a pair (inputs, targets), got {reading.form_of(batch)}. "
+                    "Return one from your collate_fn."
+                )
+            if batch[0] is None:
+                raise TypeError(
+                    f"{self.described}: a batch's inputs are None. Return (inputs, targets) from collate_fn."
                 )
             inputs, targets = batch[0], tree_map(_whole_numbers, batch[1])
-            check_finite(self.name, "inputs", inputs)
-            check_finite(self.name, "targets", targets)
+            check_finite(self.described, "inputs", inputs)
+            check_finite(self.described, "targets", targets)
             if self.classes is not None:
-                check_labels(self.name, targets, self.classes)
+                check_labels(self.described, targets, self.classes)
             handle.append((inputs, targets, part))
             if len(handle) == lanes:
                 yield handle
@@ -210,10 +219,11 @@ class Streamed:
     def fingerprint(self) -> str:
         """Return a hash of the length, the collate function and a few samples; reading all may take too long.
 
-        If samples don't repeat, only their types and shapes count.
+        If samples don't repeat, only their types and shapes count. What calls change in the collate function doesn't.
         """
         digest = hashlib.blake2b(f"{self.length}{type(self.source.dataset).__qualname__}".encode(), digest_size=16)
-        digest.update(str(callable_fingerprint(self.source.collate)).encode())
+        changed = changed_parts(self.collate_parts, callable_parts(self.source.collate)) if self.collate_parts else ()
+        digest.update(str(callable_fingerprint(self.source.collate, changed)).encode())
         samples = SeededSamples(self.source.dataset)
         for index in range(0, self.length, max(1, self.length // 16)):
             for leaf in tree_leaves(samples[index, 0]):
@@ -270,7 +280,7 @@ def build(
         source, why = reading.collected(source, device)
     elif not reading.fits(reading.size_of(source), device):
         why = reading.too_large(reading.size_of(source), device)
-        source = Samples(source.name, ArraySamples(source), crops=source.crops)
+        source = Samples(source.name, ArraySamples(source), crops=source.crops, argument=source.argument)
 
     if isinstance(source, Arrays):
         sample, how = tree_map(lambda leaf: leaf[:1].squeeze(0), source.inputs), f"on {device}"
@@ -278,6 +288,8 @@ def build(
         sample, how = reading.one_input(source), f"streamed ({why})"
     standardise = None
     if reading.is_picture(sample):
+        if like is not None:
+            like.check_channels(source.name, sample.shape[-1])
         standardise = like or Standardise.measured(
             source.inputs if isinstance(source, Arrays) else reading.some_pictures(source, MEASURED_PICTURES)
         )
@@ -285,7 +297,7 @@ def build(
     croppable = isinstance(sample, Tensor) and sample.dim() == 3 and (standardise or sample.is_floating_point())
     if crop_flip and not croppable:
         raise ValueError(
-            f'augment="crop_flip" needs pictures, uint8 or floating-point [n, C, H, W], but {source.name} holds '
+            f'augment="crop_flip" needs pictures, uint8 or floating-point [n, C, H, W], but {described(source)} holds '
             'something else. Pass augment="none" and your own `transform`.'
         )
     form = "uint8, standardised per channel" if standardise else "used unchanged"

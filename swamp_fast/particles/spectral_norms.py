@@ -1,4 +1,4 @@
-"""Finds the singular vectors of spectral norms anew, for weights that were averaged."""
+"""Finds the singular vectors of spectral norms anew, for weights that were averaged, and the weights themselves."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.parametrize import ParametrizationList
 from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 POWER_ITERATIONS = 100  # from the vectors of a trained particle, after which a spectral norm no longer changes
 
@@ -26,6 +27,17 @@ def find_spectral_norms(modules: Iterable[nn.Module]) -> None:
         for _, iterate in _spectral_norms(module):
             for _ in range(POWER_ITERATIONS):
                 iterate()
+
+
+@torch.no_grad()
+def compute_weights(module: nn.Module) -> None:
+    """Compute the weights that torch's old spectral_norm and weight_norm would compute in the next forward pass."""
+    for child in module.modules():
+        for hook in child._forward_pre_hooks.values():
+            if isinstance(hook, SpectralNorm):
+                setattr(child, hook.name, hook.compute_weight(child, do_power_iteration=False))
+            elif isinstance(hook, WeightNorm):
+                setattr(child, hook.name, hook.compute_weight(child))
 
 
 def _spectral_norms(module: nn.Module) -> Iterator[tuple[list[Tensor], Callable[[], object]]]:

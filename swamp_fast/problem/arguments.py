@@ -27,14 +27,22 @@ class StopRun(Exception):
     """Raise this in `on_cycle` to end the run after the cycle; the call returns the result of the cycles so far."""
 
 
-CALLABLES = ("forward", "loss", "transform", "on_epoch", "on_cycle")
+NUMBERS = {1: "one argument", 2: "two arguments"}
+# The callable arguments, and what each may be called with.
+CALLABLES = {
+    "forward": (("the module", "inputs"),),
+    "loss": (("outputs", "targets"),),
+    "transform": (("inputs",), ("inputs", "targets")),
+    "on_epoch": (("the row of an epoch",),),
+    "on_cycle": (("the row of a cycle",), ("the row of a cycle", "its snapshot")),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
     """A driver's arguments other than the model, train, test and the settings. See fast_swamp for each of them.
 
-    Raises TypeError if an argument that must be callable isn't.
+    Raises TypeError if an argument that must be callable isn't, or takes another number of arguments.
     """
 
     val: object = None
@@ -54,28 +62,41 @@ class Arguments:
         return cls(**{field.name: local[field.name] for field in dataclasses.fields(cls)})
 
     def __post_init__(self) -> None:
-        """Raise TypeError for a callable argument that can't be called."""
-        for name in CALLABLES:
-            function = getattr(self, name)
-            if function is not None and not callable(function):
-                raise TypeError(f"`{name}` must be callable, got {type(function).__name__}.")
-        if self.on_cycle is not None and not _takes_one(self.on_cycle):
-            raise TypeError("`on_cycle` must take one argument, the row of a cycle.")
+        """Raise TypeError for a callable argument that can't be called with what it is given."""
+        for name, forms in CALLABLES.items():
+            if getattr(self, name) is not None:
+                _check_callable(name, getattr(self, name), *forms)
+        if callable(self.prunable):
+            _check_callable("prunable", self.prunable, ("a parameter's name", "the parameter"))
         if self.recipe is not None and not isinstance(self.recipe, Recipe):
             raise TypeError(f"`recipe` must be a swamp_fast.Recipe, got {type(self.recipe).__name__}.")
-        if isinstance(self.loss, type):
-            raise TypeError(f"`loss` must be an instance, got the class {self.loss.__name__}; call it first.")
 
 
-def _takes_one(function: Callable[..., object]) -> bool:
-    """Whether a function can be called with one argument, as far as its signature is known."""
+def _check_callable(name: str, function: object, *forms: tuple[str, ...]) -> None:
+    """Raise TypeError unless an argument is a function, or an object, that can be called in one of the `forms`."""
+    if not callable(function):
+        raise TypeError(f"`{name}` must be callable, got {type(function).__name__}.")
+    if isinstance(function, type):
+        raise TypeError(f"`{name}` must be an instance, got the class {function.__name__}; call it first.")
+    if not any(takes(function, len(form)) for form in forms):
+        wanted = ", or ".join(f"{NUMBERS[len(form)]}, {' and '.join(form)}" for form in forms)
+        raise TypeError(f"`{name}` must take {wanted}; got {_signature(function)}.")
+
+
+def takes(function: Callable[..., object], count: int) -> bool:
+    """Whether a function can be called with `count` arguments, as far as its signature is known."""
     try:
-        inspect.signature(function).bind({})
+        inspect.signature(function).bind(*range(count))
     except TypeError:
         return False
     except ValueError:  # a function without a signature, such as some in C
         return True
     return True
+
+
+def _signature(function: Callable[..., object]) -> str:
+    name = getattr(function, "__name__", type(function).__name__)
+    return f"{'a lambda' if name == '<lambda>' else name}{inspect.signature(function)}"
 
 
 # The source of the next two functions is part of a run's fingerprint. If it changes, even in a docstring, earlier runs

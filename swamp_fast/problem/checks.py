@@ -170,9 +170,12 @@ def check_batches(samples: int, batch: int, drop_last: bool) -> None:
         raise ValueError(f"`batch_size` = {batch} is more than the {samples} training samples; lower it.")
 
 
-def has_batch_of_one(samples: int, batch: int, drop_last: bool) -> bool:
-    """Whether an epoch has a batch of one sample."""
-    return batch == 1 or (samples % batch == 1 and not drop_last)
+def has_batch_of_one(samples: int, batch: int) -> bool:
+    """Whether a pass through the data has a batch of one sample.
+
+    With `drop_last` an epoch has none, but the pass in which statistics are re-estimated does.
+    """
+    return batch == 1 or samples % batch == 1
 
 
 def other_batch_size(samples: int, batch: int) -> str:
@@ -211,6 +214,8 @@ def check_masks(argument: str, masks: object, views: Mapping[str, Tensor]) -> No
         if not isinstance(given, Tensor) or given.dtype != torch.bool:
             kind = dtype_name(given.dtype) if isinstance(given, Tensor) else type(given).__name__
             raise TypeError(f'`{argument}`: "{name}" must be a bool tensor, got {kind}.')
+        if given.is_meta or given.layout != torch.strided:
+            raise ValueError(f'`{argument}`: "{name}" must be a dense tensor with values, not a meta or sparse one.')
         if given.shape != views[name].shape:
             raise ValueError(
                 f'`{argument}`: "{name}" must have shape {list(views[name].shape)}, got {list(given.shape)}.'

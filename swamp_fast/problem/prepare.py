@@ -82,7 +82,7 @@ def prepare(
 
     template, given_loss = _template_of(model, device, dtype), loss
     loss = _loss_of(given_loss, device, dtype)
-    if has_batch_of_one(splits.train.data.length, config.batch_size, opened.drop_last):
+    if has_batch_of_one(splits.train.data.length, config.batch_size):
         check_single_sample(template, splits.train.data, config, forward, loss, transform)
     probe = probe_model(model, template, splits.train.data, config, forward, loss, transform, arguments.prunable)
     own_optimizer = try_optimizer(recipe, template)
@@ -124,9 +124,9 @@ def prepare(
             "model": fingerprint,
             "mask": tensor_fingerprint(mask),
             **hashes,
-            "forward": callable_fingerprint(forward),
-            "loss": callable_fingerprint(given_loss),
-            "transform": callable_fingerprint(transform),
+            "forward": callable_fingerprint(forward, probe.call_state["forward"]),
+            "loss": callable_fingerprint(given_loss, probe.call_state["loss"]),
+            "transform": callable_fingerprint(transform, probe.call_state["transform"]),
             "prunable": sorted(probe.prunable),
             "drop_last": opened.drop_last,
             **({"recipe": recipe.fingerprint()} if arguments.recipe is not None else {}),
@@ -209,6 +209,10 @@ def _notes(model: nn.Module, probe: Probe) -> list[str]:
     if probe.outside:
         shapes = listed([str(list(shape)) for shape in probe.outside])
         notes.append(f"note     the loss has gradients for tensors outside the model, which aren't trained: {shapes}")
+    for name, parts in probe.call_state.items():
+        if parts:
+            held = listed(sorted(parts))
+            notes.append(f"note     `{name}` changes {held} at every call, so the run's fingerprint leaves that out")
     buffers, vectors = dict(model.named_buffers()), spectral_vectors(model)
     averaged = [
         name for name in probe.changed if name in buffers and buffers[name].is_floating_point() and name not in vectors

@@ -13,17 +13,19 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.flop_counter import FlopCounterMode
 
 from swamp_fast.common.copying import attribute_tensors, attributes_with_graphs
-from swamp_fast.common.fingerprint import state_fingerprint
+from swamp_fast.common.fingerprint import callable_parts, changed_parts, state_fingerprint
 from swamp_fast.common.format import dtype_name
 from swamp_fast.common.modes import KEPT_MODES
 from swamp_fast.common.tree import tensors, tree_map
 from swamp_fast.config import SwampConfig
-from swamp_fast.data.store import Data
+from swamp_fast.data.store import Data, Stored
 from swamp_fast.particles.dropout import DropoutStream, refused_in_backward
 from swamp_fast.particles.random import generators_left_alone, generators_state, lane_keys, seed_generators, stream_of
 from swamp_fast.problem.arguments import Forward, Loss, Transform, cross_entropy
 from swamp_fast.problem.checks import check_recomputed, other_batch_size, particle_of
+from swamp_fast.problem.embeddings import NoSuchRow, indices_checked
 from swamp_fast.problem.gradients import check_gradients, gradients_restored, leaves_of
+from swamp_fast.problem.loss_mixing import warn_if_mixed
 from swamp_fast.problem.prunable import Prunable, Pruned, select_prunable
 from swamp_fast.problem.shapes import (
     check_class_axis,
@@ -50,6 +52,7 @@ class Probe:
     draws_elsewhere  whether the forward pass draws from torch's, Python's or NumPy's generator, other than by dropout
     changed          the names of the weights and buffers that a forward pass changes, without norms' running statistics
     keeps_state      whether a forward pass changes plain attributes of the model, or draws from a generator in them
+    call_state       name of a callable argument -> its parts that calls change, such as a log or a counter
     without_gradient  the names of the trained parameters for which the loss of these samples has no gradient
     outside          the shapes of the tensors outside the model for which the loss has gradients
     repeats          whether the augmentation repeats its draws if torch's, Python's and NumPy's generators are seeded
@@ -64,6 +67,7 @@ class Probe:
     draws_elsewhere: bool
     changed: tuple[str, ...]
     keeps_state: bool
+    call_state: dict[str, frozenset[str]]
     without_gradient: tuple[str, ...]
     outside: tuple[tuple[int, ...], ...]
     repeats: bool
@@ -122,15 +126,17 @@ def probe_model(
         trial.confirm(model)
     model.zero_grad()
     outputs = effects.outputs
+    repeats = trial.transform_repeats()
     convolves = any("convolution" in str(op) for op in counter.get_flop_counts().get("Global", {}))
     return Probe(
         pruned=select_prunable(model, prunable, outputs, effects.loss),
         draws_elsewhere=effects.draws_elsewhere,
         changed=effects.changed,
         keeps_state=effects.keeps_state,
+        call_state=trial.call_state(),
         without_gradient=effects.without_gradient,
         outside=effects.outside,
-        repeats=trial.transform_repeats(),
+        repeats=repeats,
         reads_values=trial.reads.operation,
         convolves=convolves and any(leaf.dim() == 4 for leaf in tensors(trial.inputs)),
         dense_flops=counter.get_total_flops() // trial.samples,
@@ -159,8 +165,9 @@ def check_single_sample(
     error = error_with(1)
     if error is not None and (data.length == 1 or error_with(2) is None):
         raise ValueError(
-            f"an epoch's last batch would hold one sample ({data.length} samples, batch_size = {config.batch_size}), "
-            f"but on one {error.__cause__ or error}. {other_batch_size(data.length, config.batch_size)}"
+            "the last batch of a pass through all training data, such as the one that re-estimates norms, would hold "
+            f"one sample ({data.length} samples, batch_size = {config.batch_size}), but on one "
+            f"{error.__cause__ or error}. {other_batch_size(data.length, config.batch_size)}"
         ) from error
 
 
@@ -169,6 +176,7 @@ class Trial:
 
     reads      records operations of `forward` and `loss` that read the values of tensors
     uncertain  whether the shape of the loss may be right by chance; see `confirm`
+    parts      the callables' parts after their first call; see `call_state`
     """
 
     def __init__(
@@ -184,6 +192,7 @@ class Trial:
             self.inputs = _transformed(transform, self.inputs)
         self.reads = ValueReads()
         self.uncertain = False
+        self.parts: dict[str, dict[str, str]] = {}
 
     def run(self, model: nn.Module) -> tuple[Any, Tensor]:
         """Return the model's outputs and the sum of the losses."""
@@ -200,6 +209,16 @@ class Trial:
         """Whether the augmentation gives the same inputs again after the same seeding of the global generators."""
         return self.transform is None or _same(self.inputs, _seeded_transform(self.transform, self.untransformed))
 
+    def callable_parts(self) -> dict[str, dict[str, str]]:
+        """Return the hashes of the parts of `forward`, `loss` and `transform` as they are now."""
+        named = {"forward": self.forward, "loss": self.loss, "transform": self.transform}
+        return {name: callable_parts(function) for name, function in named.items()}
+
+    def call_state(self) -> dict[str, frozenset[str]]:
+        """Return, for each callable, the parts that changed after its first call."""
+        now = self.callable_parts()
+        return {name: changed_parts(before, now[name]) for name, before in self.parts.items()}
+
     def confirm(self, model: nn.Module) -> None:
         """If the shape of the loss may be right by chance, run the model on a batch of another size.
 
@@ -209,6 +228,19 @@ class Trial:
         if self.uncertain and other is not None:
             with torch.no_grad():
                 Trial(self.data, other, self.keys, self.forward, self.loss, self.transform).run(model)
+
+    def warn_if_mixed(self, outputs: Any) -> None:
+        """Warn if the loss of a sample depends on the other samples of the batch."""
+        if self.loss is cross_entropy or is_of_torch(self.loss):
+            return
+        others = self.targets
+        if isinstance(self.data, Stored):
+            evenly = torch.arange(self.samples, device=self.data.device) * (self.data.length - 1) // self.samples
+            others = self.data.targets[self.data.length - 1 - evenly]
+        try:
+            warn_if_mixed(self.loss, outputs, self.targets, others, self.samples, self.keys)
+        except MISFITS:  # the loss takes only the batch that belongs to its inputs, so it can't be tested
+            return
 
     def _check_finite(self, outputs: Any, losses: Tensor) -> None:
         """Raise ValueError if the losses are NaN or infinite before anything is trained, naming where that begins."""
@@ -226,9 +258,13 @@ class Trial:
         )
 
     def _outputs(self, model: nn.Module) -> Any:
+        batch = tensors(self.inputs)
+        whole = tensors(self.data.inputs) if isinstance(self.data, Stored) and self.transform is None else batch
         try:
-            with self.reads:
+            with self.reads, indices_checked(model, self.data.described, batch, whole, self.reads):
                 outputs = self.forward(model, self.inputs)
+        except NoSuchRow:
+            raise
         except MISFITS as error:
             raise ValueError(
                 f"the model can't run on a batch of inputs {shapes_of(self.inputs)}: {error}\nCheck the data's shape, "
@@ -290,7 +326,11 @@ def _transformed(transform: Transform, inputs: Any) -> Any:
 def _seeded_transform(transform: Transform, inputs: Any) -> Any:
     with generators_left_alone():
         seed_generators(0)
-        return transform(tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, inputs))
+        given = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, inputs)
+        try:
+            return transform(given)
+        except MISFITS as error:
+            raise ValueError(f"`transform` can't take inputs {shapes_of(inputs)}: {error}") from error
 
 
 @contextmanager
@@ -337,7 +377,8 @@ def _side_effects(original: nn.Module, model: nn.Module, trial: Trial, keys: Ten
     held, graphs = attribute_tensors(model), attributes_with_graphs(original)
     generators, attributes = generators_state(), state_fingerprint(model)
     with generators_left_alone(), DropoutStream(keys):
-        first, _ = trial.run(model)
+        first, first_loss = trial.run(model)
+    trial.parts = trial.callable_parts()
     with DropoutStream(keys):
         outputs, loss = trial.run(model)
     attributes_change = attributes != state_fingerprint(model)
@@ -351,10 +392,13 @@ def _side_effects(original: nn.Module, model: nn.Module, trial: Trial, keys: Ten
         name for name, buffer in model.named_buffers() if name not in norms and not _same_bits(buffer, buffers[name])
     )
     changed += tuple(name for name, p in model.named_parameters() if not _same_bits(p, weights[name]))
+    draws_elsewhere = generators != generators_state()
+    if _same(first_loss, loss):  # a loss that changes from call to call can't be tested, and more calls would change it
+        trial.warn_if_mixed(outputs)
     return _SideEffects(
         outputs=outputs,
         loss=loss,
-        draws_elsewhere=generators != generators_state(),
+        draws_elsewhere=draws_elsewhere,
         changed=changed,
         keeps_state=attributes_change or not (changed or _same(first, outputs)),
         without_gradient=tuple(without_gradient),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
+import numpy as np
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
@@ -85,11 +87,11 @@ def select_prunable(model: nn.Module, prunable: Prunable, outputs: Any, loss: Te
 
 def _selected(trained: dict[str, nn.Parameter], prunable: Any) -> set[str]:
     """Return the names of the parameters that the user's `prunable` selects."""
-    if callable(prunable):
-        names = {name for name, parameter in trained.items() if prunable(name, parameter)}
+    if callable(prunable) and not isinstance(prunable, nn.Module):
+        names = {name for name, parameter in trained.items() if _is_chosen(name, prunable(name, parameter))}
         by_pattern = names
     else:
-        patterns = [prunable] if isinstance(prunable, str) else list(prunable)
+        patterns = _patterns(prunable)
         names = _matching(trained, patterns)
         by_pattern = names - set(patterns)
     if not names:
@@ -101,6 +103,32 @@ def _selected(trained: dict[str, nn.Parameter], prunable: Any) -> set[str]:
             "pass prunable=lambda name, parameter: parameter.dim() > 1 or other names."
         )
     return names
+
+
+def _is_chosen(name: str, answer: object) -> bool:
+    """Whether the user's predicate selects a parameter. Raises TypeError for an answer that isn't a truth value."""
+    several = isinstance(answer, Tensor | np.ndarray) and math.prod(answer.shape) != 1
+    if several or isinstance(answer, str):
+        kind = f"a {type(answer).__name__} {list(answer.shape)}" if several else repr(answer)  # type: ignore[attr-defined]
+        raise TypeError(f"`prunable` must return True or False for each parameter, got {kind} for {name}.")
+    return bool(answer)
+
+
+def _patterns(prunable: Any) -> list[str]:
+    """Return names and patterns as a list. Raises TypeError for anything else."""
+    kind = type(prunable).__name__
+    if isinstance(prunable, str):
+        return [prunable]
+    if isinstance(prunable, Iterable) and not isinstance(prunable, Mapping | bytes | Tensor | np.ndarray | nn.Module):
+        patterns = list(prunable)
+        wrong = next((each for each in patterns if not isinstance(each, str)), None)
+        if wrong is None:
+            return patterns
+        kind = f"{type(prunable).__name__} with {type(wrong).__name__}"
+    raise TypeError(
+        "`prunable` must be None, the name of a parameter or a pattern, several of them, or a function (name, "
+        f"parameter) -> bool; got {kind}."
+    )
 
 
 def _reasons_not_to_prune(model: nn.Module, outputs: Any, loss: Tensor) -> dict[str, str]:
@@ -228,8 +256,6 @@ MAX_SCALE_NODES = 12  # of the graph by which a norm computes a weight's scale
 def _matching(trained: dict[str, nn.Parameter], patterns: list[str]) -> set[str]:
     names: set[str] = set()
     for pattern in patterns:
-        if not isinstance(pattern, str):
-            raise TypeError(f"`prunable` must hold names or patterns, got {pattern!r}.")
         matches = {name for name in trained if fnmatchcase(name, pattern) or name == f"{pattern}.weight"}
         if not matches:
             raise ValueError(f'`prunable`: "{pattern}" matches no trained parameter; there are {", ".join(trained)}.')

@@ -131,7 +131,10 @@ def shortened(name: str, length: int) -> str:
 
 
 def save(figure: Any, path: Path) -> Path:
-    """Write a figure to a file, in the format of the path's suffix."""
+    """Write a figure to a file, in the format of the path's suffix. Raises ValueError for an unknown suffix."""
+    formats = sorted(figure.canvas.get_supported_filetypes())
+    if path.suffix.removeprefix(".").lower() not in formats:
+        raise ValueError(f"`path` must end in the name of a format, one of .{', .'.join(formats)}; got {path.name}.")
     with styled():
         figure.savefig(path, dpi=160)
     return path

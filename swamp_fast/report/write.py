@@ -6,6 +6,7 @@ import csv
 from pathlib import Path
 from typing import Any
 
+from swamp_fast.common.checked import checked, checked_path
 from swamp_fast.common.csv_files import csv_bytes
 from swamp_fast.report.canvas import png
 from swamp_fast.report.comparison_page import comparison_page
@@ -30,7 +31,9 @@ def write_report(directory: str | Path, model: str | None = None) -> Path:
     Returns the path of the page. Raises ImportError without matplotlib, FileNotFoundError if the folder holds neither a
     run nor a comparison nor a sweep, ValueError if a file is damaged.
     """
-    folder = Path(directory).expanduser()
+    folder = checked_path("directory", directory)
+    if model is not None:
+        checked("model", model, str, advice="It is the network's name for `--model`, not the network.")
     try:
         page = _page_of(folder, model)
         html = page.html()

@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from swamp_fast.common.checked import checked, checked_path, shown
 from swamp_fast.common.copying import copy_of, uncompiled
 from swamp_fast.config import SwampConfig
+from swamp_fast.particles.spectral_norms import compute_weights
 from swamp_fast.runs.display import result_html, summary_lines
 from swamp_fast.runs.folder import Packed, RunDirectory, Snapshot, read_snapshot
 
@@ -112,7 +114,7 @@ class SwampResult:
 
         Raises ValueError for a result that was loaded without a model, and IndexError for an unknown cycle.
         """
-        snapshot = self._snapshot(cycle)
+        snapshot = self._snapshot(checked("cycle", cycle, int))
         if self.template is None:
             raise ValueError(
                 "this result was loaded without a model; call SwampResult.load(dir, model), or use state_dict, masks "
@@ -121,8 +123,12 @@ class SwampResult:
         return module_of(self.template, snapshot.state), snapshot.masks
 
     def save(self, directory: str | Path) -> None:
-        """Write the run to a new or empty folder, with the same files as a run_dir."""
-        folder = RunDirectory(directory)
+        """Write the run to a new or empty folder, with the same files as a run_dir.
+
+        Raises FileExistsError if the folder holds files, ValueError if there can't be such a folder, TypeError if it is
+        no path, and OSError if a file can't be written.
+        """
+        folder = RunDirectory(checked_path("directory", directory))
         if not folder.is_empty():
             raise FileExistsError(f"{folder.path} must be an empty or new folder, but it holds files; name another.")
         folder.create(self.about, self.config.to_toml())
@@ -134,7 +140,8 @@ class SwampResult:
         self.write_final(folder)
 
     def write_final(self, folder: RunDirectory) -> None:
-        """Write the files that only a finished run has."""
+        """Write the files that only a finished run has, into the folder of this run."""
+        checked("folder", folder, RunDirectory, advice="A result is written to a path by `save`.")
         state = self.model.state_dict() if self.template is not None else self.state_dict
         folder.write_final(len(self.history) - 1, state, self.masks)
 
@@ -144,9 +151,12 @@ class SwampResult:
 
         model  a model of the run's architecture; without it, `.model` and `.at` are not available
 
-        Raises ValueError or FileNotFoundError if the folder isn't a run's or is damaged, or if the model doesn't fit.
+        Raises ValueError or FileNotFoundError if the folder isn't a run's or is damaged, or if the model doesn't
+        fit; TypeError for another kind of directory or model.
         """
-        folder = RunDirectory(directory)
+        folder = RunDirectory(checked_path("directory", directory))
+        if model is not None:
+            checked("model", model, nn.Module, advice="Pass the model itself, not its class or its name.")
         if folder.is_empty():
             raise FileNotFoundError(f"{folder.path} holds no run of swamp_fast; name a run's run_dir.")
         about = folder.about()
@@ -183,7 +193,7 @@ class SwampResult:
 
     def _snapshot(self, cycle: int) -> Snapshot:
         if not 0 <= cycle < len(self.snapshots):
-            raise IndexError(f"the run has cycles 0 … {len(self.snapshots) - 1}, got {cycle}.")
+            raise IndexError(f"`cycle` must lie in 0 … {len(self.snapshots) - 1}, got {shown(cycle)}.")
         return snapshot_of(self.snapshots[cycle])
 
 
@@ -246,4 +256,5 @@ def module_of(template: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
             )
         with torch.no_grad():
             tensor.data = state[name].to(tensor.device, copy=True)
+    compute_weights(module)
     return module.eval()

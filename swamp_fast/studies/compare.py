@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from swamp_fast import distributed
+from swamp_fast.common.checked import checked_list
 from swamp_fast.common.csv_files import csv_bytes
 from swamp_fast.common.exclusive import one_at_a_time
 from swamp_fast.config import SwampConfig, seed_of
@@ -68,9 +69,8 @@ def compare(
     Raises ValueError for an unknown method, and whatever sweep raises.
     """
     base = shared_settings(config, common)
-    if isinstance(seeds, str | bytes) or not isinstance(seeds, Iterable):
-        raise TypeError(f"`seeds` must be a list of integers, got {seeds!r}.")
-    methods, seeds = list(methods), [seed_of("seeds", seed) for seed in seeds]
+    methods = checked_list("methods", methods, str, 0)
+    seeds = [seed_of("seeds", seed) for seed in checked_list("seeds", seeds, object, 0)]
     _check(methods, seeds, baseline, base)
     arguments = Arguments(
         val=val, forward=forward, loss=loss, transform=transform, prunable=prunable, initial_masks=initial_masks
@@ -93,12 +93,12 @@ def compare(
 
 def _check(methods: Sequence[str], seeds: Sequence[int], baseline: str, base: SwampConfig) -> None:
     for name, values in (("methods", methods), ("seeds", seeds)):
-        if isinstance(values, str) or len(values) == 0 or len(set(values)) < len(values):
+        if len(values) == 0 or len(set(values)) < len(values):
             raise ValueError(f"`{name}` must be a list with at least one entry and no duplicates; got {values!r}.")
     for method in methods:
         if method not in METHODS:
             raise ValueError(f'`methods`: "{method}" is not a known method; known are {", ".join(METHODS)}.')
-    if baseline not in methods:
+    if not isinstance(baseline, str) or baseline not in methods:
         raise ValueError(f'`baseline` must be one of the methods, {", ".join(methods)}; got "{baseline}".')
     particles_of(base)
     for name, default in DECIDED.items():

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from swamp_fast.common.checked import checked_path
 from swamp_fast.common.statistics import half_width
 from swamp_fast.config import SwampConfig
 from swamp_fast.data.labels import Labels
@@ -73,7 +74,7 @@ class Comparison:
         lines: dict[str, list[Row]] = {}
         for row in self.summary:
             lines.setdefault(row["method"], []).append(row)
-        return accuracy_of_points(lines, Path(path))
+        return accuracy_of_points(lines, checked_path("path", path))
 
 
 def rows_of(method: str, base: SwampConfig, problem: Problem, runs: Sequence[SweptRun]) -> list[Row]:

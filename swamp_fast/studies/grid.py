@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from swamp_fast.common.checked import checked_path, shown
 from swamp_fast.config import SwampConfig
 
 Model = nn.Module | Callable[[], nn.Module]
@@ -24,12 +25,14 @@ def points_of(grid: Grid) -> list[dict[str, Any]]:
     if isinstance(grid, Mapping):
         lists = {name: _values_of(name, values) for name, values in grid.items()}
         return [dict(zip(lists, values, strict=True)) for values in itertools.product(*lists.values())]
-    if isinstance(grid, str) or not isinstance(grid, Iterable):
-        raise TypeError(f"`grid` must be a dict of lists, or a list of points, got {grid!r}.")
+    if isinstance(grid, str | bytes | Tensor) or not isinstance(grid, Iterable):
+        raise TypeError(f"`grid` must be a dict of lists, or a list of points, got {shown(grid)}.")
     points = []
     for point in grid:
         if not isinstance(point, Mapping):
-            raise TypeError(f"`grid` as a list must hold points, each a dict from settings to values, got {point!r}.")
+            raise TypeError(
+                f"`grid` as a list must hold points, each a dict from settings to values, got {shown(point)}."
+            )
         points.append(dict(point))
     if not points:
         raise ValueError("`grid` is empty; give at least one point, such as {}.")
@@ -38,9 +41,11 @@ def points_of(grid: Grid) -> list[dict[str, Any]]:
 
 def _values_of(name: str, values: object) -> list[Any]:
     """The values of one setting as a list: an iterator can be read only once."""
-    listed = list(values) if isinstance(values, Iterable) and not isinstance(values, str | Mapping) else []
+    listed = (
+        list(values) if isinstance(values, Iterable) and not isinstance(values, str | bytes | Mapping | Tensor) else []
+    )
     if not listed:
-        raise TypeError(f"`grid` must have a list of values for `{name}`, got {values!r}.")
+        raise TypeError(f"`grid` must have a list of values for `{name}`, got {shown(values)}.")
     return listed
 
 
@@ -53,10 +58,8 @@ def shared_settings(config: SwampConfig | None, settings: Mapping[str, Any]) -> 
 
 
 def folder_named(out: str | Path) -> Path:
-    """The folder of a study as an absolute path, since the working directory may change. Raises for an empty text."""
-    if not isinstance(out, str | Path) or out == "":
-        raise TypeError(f"`out` must be a folder's path, or None to write no files; got {out!r}.")
-    return Path(out).expanduser().absolute()
+    """The folder of a study as an absolute path, since the working directory may change. Raises if it is no path."""
+    return checked_path("out", out).absolute()
 
 
 def model_of(model: Model, seed: int) -> nn.Module:

@@ -84,6 +84,8 @@ def unfinished_packs(problems: Sequence[Problem], runs: Sequence[SweptRun], cons
     packs = []
     for numbers in packs_of(problems):
         waiting = [number for number in numbers if not runs[number].load(problems[number])]
+        for number in waiting:
+            runs[number].warn_if_repaired(problems[number])
         if waiting:
             recorded = (_recorded_choice(runs[number], problems[number]) for number in numbers)
             choice = next((choice for choice in recorded if choice is not None), None)

@@ -7,12 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from swamp_fast.common.checked import checked_list, checked_path
 from swamp_fast.common.csv_files import csv_bytes
 from swamp_fast.common.statistics import mean_and_spread
+from swamp_fast.common.warn import warn_user
 from swamp_fast.problem.problem import Problem
 from swamp_fast.report.figures import accuracy_of_points
 from swamp_fast.runs.files import write
+from swamp_fast.runs.folder import RunDirectory
 from swamp_fast.runs.result import SUMMARY_SCORES, SwampResult
+
+FINAL_FILES = ("model.safetensors", "masks.safetensors")  # only a finished run has them
 
 
 @dataclass
@@ -48,15 +53,30 @@ class SweptRun:
         """Whether the run's folder exists and holds a run."""
         return self.folder is not None and (self.folder / "run.json").exists()
 
+    def lacks(self, problem: Problem) -> list[str]:
+        """The names of the files that a finished run has and that are missing from the folder."""
+        if self.folder is None:
+            return []
+        folder, config = RunDirectory(self.folder), problem.config
+        names = ["ticket.safetensors", *(folder.cycle_path(cycle).name for cycle in range(config.cycles + 1))]
+        names += ["particles.safetensors"] * config.keep_particles + [*FINAL_FILES, "history.jsonl"]
+        return [name for name in names if not (self.folder / name).exists()]
+
+    def warn_if_repaired(self, problem: Problem) -> None:
+        """Warn of a run that was finished but lacks files: it continues from what is there, and writes them again."""
+        lacking = self.lacks(problem)
+        if lacking and self.begun() and any(name not in lacking for name in FINAL_FILES):
+            warn_user(
+                f"{self.name}: {self.folder} lacks {', '.join(lacking)}, though the run was finished. What is missing "
+                "is computed again; to avoid that, restore the files."
+            )
+
     def load(self, problem: Problem) -> bool:
         """Load the result from the folder if the run is finished. Returns whether it is.
 
         A run with damaged files counts as unfinished: it repairs them when it continues.
         """
-        if self.folder is None or not self.begun():
-            return False
-        files = ["model", "masks"] + ["particles"] * problem.config.keep_particles
-        if not all((self.folder / f"{name}.safetensors").exists() for name in files):
+        if self.folder is None or not self.begun() or self.lacks(problem):
             return False
         try:
             result = SwampResult.load(self.folder, problem.original)
@@ -113,12 +133,16 @@ class SweepResult:
         ]
 
     def write_csv(self, path: str | Path, rows: list[dict[str, Any]] | None = None) -> Path:
-        """Write `rows`, by default `self.rows()`, as CSV. The id and the points' settings are the first columns."""
-        rows = self.rows() if rows is None else rows
+        """Write `rows`, by default `self.rows()`, as CSV. The id and the points' settings are the first columns.
+
+        Raises TypeError for rows that are no list of dicts, and OSError if the file can't be written.
+        """
+        path = checked_path("path", path)
+        rows = self.rows() if rows is None else checked_list("rows", rows, dict, 0)
         columns = {name for row in rows for name in row}
         first = ["id", *(name for run in self.runs for name in run.point)]
-        write(Path(path), csv_bytes(rows, [name for name in first if name in columns]))
-        return Path(path)
+        write(path, csv_bytes(rows, [name for name in first if name in columns]))
+        return path
 
     def figure(self, path: str | Path) -> Path:
         """Draw accuracy over density, one line per point (seeds merged), with the spread over seeds.
@@ -129,7 +153,7 @@ class SweepResult:
         for row in self.summary():
             label = ", ".join(f"{name} = {row[name]}" for name in self.names if name in row) or "all"
             lines.setdefault(label, []).append(row)
-        return accuracy_of_points(lines, Path(path))
+        return accuracy_of_points(lines, checked_path("path", path))
 
 
 def spread_of(score: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:

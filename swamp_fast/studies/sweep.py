@@ -56,7 +56,8 @@ def sweep(
         grid: a dict from settings to lists of values, all combinations of which are run; or a list of points, each a
             dict from settings to values.
         out: a folder for the runs (runs/ID) and for results.csv, summary.csv and accuracy.png. Finished runs in it are
-            not repeated, and interrupted runs continue.
+            not repeated, and interrupted runs continue. A finished run that lacks files, with a warning, computes what
+            is missing again.
         config, common: the settings that all runs share; the settings of the grid take precedence.
 
     Returns all runs. A run that fails, for example because it diverges, ends with its error, and the others continue.

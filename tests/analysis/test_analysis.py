@@ -439,7 +439,7 @@ def test_a_plane_goes_through_its_three_solutions(residual, tmp_path):
     assert contour(found, tmp_path / "plane.svg", "test_error").read_text().startswith("<?xml")
     with pytest.raises(ValueError, match="lie on one line"):
         loss_plane(on, states[0], states[1], between(states[0], states[1], 0.5))
-    with pytest.raises(ValueError, match="`size` must be at least 2"):
+    with pytest.raises(ValueError, match=r"`size` must lie in \[2, 4096\]"):
         loss_plane(on, *states, size=1)
 
 

@@ -339,7 +339,7 @@ REFUSED = [
     (
         (torch.randn(3, 2), torch.arange(4)),
         ValueError,
-        r"must have the same length, got \[3\] inputs and \[4\] targets",
+        r"must have the same length, got inputs \[3, 2\] and targets \[4\]",
     ),
     ((torch.randn(3, 2), "abc"), TypeError, r"a pair must be \(inputs, targets\) tensors, got \(Tensor, str\)"),
     ((torch.zeros(9, 8, 8, 3).byte(), torch.arange(9)), ValueError, r"looks like \[n, H, W, C\]; pass images.permute"),

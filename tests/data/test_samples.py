@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset, get_worker_info
 
 from swamp_fast import fast_swamp, naive_swamp
+from swamp_fast.problem.prepare import prepare
 
 SETTINGS = {"batch_size": 16, "cycles": 1, "epochs": 2, "ticket_epochs": 0, "particles": 2, "progress": False}
 INPUTS = torch.randn(64, 16, generator=torch.Generator().manual_seed(0))
@@ -201,3 +202,22 @@ def test_a_transform_with_a_generator_of_its_own(tmp_path):
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*differs each time")
         fast_swamp(network(), (INPUTS, LABELS), transform=lambda x: x.add_(torch.randn_like(x)), **SETTINGS)
+
+
+def test_a_collate_function_that_counts_its_calls_has_one_fingerprint():
+    def counting(scale):
+        calls = []
+
+        def collate(samples):
+            calls.append(len(samples))
+            inputs, labels = (torch.stack(part) for part in zip(*samples, strict=True))
+            return scale * inputs, labels
+
+        return collate
+
+    def fingerprint(collate):
+        loader = DataLoader(TensorDataset(INPUTS, LABELS), 16, collate_fn=collate)
+        return prepare(network(), loader, settings=SETTINGS).fingerprints["train"]
+
+    collate = counting(1)
+    assert fingerprint(collate) == fingerprint(collate) == fingerprint(counting(1)) != fingerprint(counting(2))

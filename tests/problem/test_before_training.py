@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from swamp_fast import fast_swamp, naive_swamp
+from swamp_fast.problem.prepare import prepare
 
 INPUTS, LABELS = torch.randn(64, 6, generator=torch.Generator().manual_seed(0)), torch.arange(64) % 4
 SETTINGS = {"cycles": 1, "epochs": 2, "ticket_epochs": 0, "particles": 2, "batch_size": 16, "progress": False}
@@ -98,3 +102,100 @@ def test_callbacks_of_the_wrong_kind_are_refused_at_once():
         run(on_cycle=lambda: 0)
     with pytest.raises(TypeError, match="`loss` must be an instance, got the class CrossEntropyLoss"):
         run(loss=nn.CrossEntropyLoss)
+
+
+WRONG_CALLABLES = {
+    "transform of two": (
+        {"transform": lambda inputs, targets: inputs},
+        r"`transform` must take one argument, inputs; got",
+    ),
+    "transform of none": ({"transform": lambda: 1}, r"`transform` must take one argument, inputs; got a lambda\(\)"),
+    "transform as a class": ({"transform": nn.Identity}, "`transform` must be an instance, got the class Identity"),
+    "transform that fails": (
+        {"transform": lambda inputs: inputs.what},
+        r"`transform` can't take inputs \[8, 6\]: 'Tens",
+    ),
+    "forward of one": (
+        {"forward": lambda model: model},
+        "`forward` must take two arguments, the module and inputs; got",
+    ),
+    "loss of one": ({"loss": lambda outputs: outputs}, r"`loss` must take two arguments, .* got a lambda\(outputs\)"),
+    "prunable of one": ({"prunable": lambda name: True}, "`prunable` must take two arguments, a parameter's name and"),
+    "prunable as a number": ({"prunable": 1}, "`prunable` must be None, the name .* got int"),
+    "prunable as False": ({"prunable": False}, "`prunable` must be None, the name .* got bool"),
+    "prunable as an object": ({"prunable": object()}, "`prunable` must be None, the name .* got object"),
+    "prunable as bytes": ({"prunable": b"0.weight"}, "`prunable` must be None, the name .* got bytes"),
+    "prunable as a dict": ({"prunable": {"0.weight": False}}, "`prunable` must be None, the name .* got dict"),
+    "prunable as a parameter": ({"prunable": network()[0].weight}, "`prunable` must be None, .* got Parameter"),
+    "prunable as a layer": ({"prunable": network()[0]}, "`prunable` must be None, the name .* got Linear"),
+    "prunable as layers": ({"prunable": [network()[0]]}, "`prunable` must be None, the name .* got list with Linear"),
+    "a tensor as an answer": ({"prunable": lambda name, p: p > 0}, r"`prunable` must return .* Tensor \[20, 6\] for 0"),
+    "a text as an answer": ({"prunable": lambda name, p: "no"}, "`prunable` must return True .* got 'no' for 0.weight"),
+}
+
+
+@BOTH
+@pytest.mark.parametrize(("given", "text"), WRONG_CALLABLES.values(), ids=WRONG_CALLABLES)
+def test_callables_of_another_form_are_refused_in_words(given, text, function):
+    with pytest.raises((TypeError, ValueError), match=f"^{text}"):
+        run(function=function, **given)
+
+
+@pytest.mark.parametrize(
+    "prunable",
+    [
+        lambda name, parameter: parameter.dim() > 1 or None,
+        lambda name, parameter: torch.tensor(parameter.dim() > 1),
+        lambda name, parameter: np.bool_(parameter.dim() > 1),
+        lambda name, parameter: re.search(r"[03].weight", name),
+        (name for name in ("0.weight", "3.weight")),
+        {"0.weight", "3.weight"},
+    ],
+)
+def test_answers_and_names_that_are_clear_are_taken(prunable):
+    assert sorted(run(prunable=prunable).masks) == ["0.weight", "3.weight"]
+
+
+class Words(nn.Module):
+    """Embeds tokens [B, 3]; `shift` is added to them."""
+
+    def __init__(self, shift: int = 0, bag: bool = False) -> None:
+        super().__init__()
+        self.shift = shift
+        self.words = (nn.EmbeddingBag if bag else nn.Embedding)(10, 8)
+        self.hidden, self.head = nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, tokens):
+        embedded = self.words(tokens + self.shift if self.shift else tokens)
+        return self.head(torch.tanh(self.hidden(embedded.flatten(1)[:, :8])))
+
+
+TOKENS = torch.randint(0, 10, (64, 3), generator=torch.Generator().manual_seed(0))
+
+
+def with_token(token: int, place: int) -> torch.Tensor:
+    tokens = TOKENS.clone()
+    tokens[place, 1] = token
+    return tokens
+
+
+@BOTH
+@pytest.mark.parametrize("bag", [False, True])
+@pytest.mark.parametrize(("place", "token", "got"), [(3, 10, "0 … 10"), (60, 12, "0 … 12"), (60, -1, "-1 … 9")])
+def test_tokens_without_a_row_are_named_wherever_they_are(place, token, got, bag, function):
+    text = rf"`{{}}`: what the model's embedding words looks up must lie in \[0, 10\), .*; got {got}\. Give"
+    with pytest.raises(ValueError, match="^" + text.format("train")):
+        run(Words(bag=bag), function, with_token(token, place))
+    test = (with_token(token, place), LABELS)
+    with pytest.raises(ValueError, match="^in evaluation on `test`, " + text.format("test")):
+        function(Words(bag=bag), (TOKENS, LABELS), test, **SETTINGS)
+
+
+def test_tokens_that_the_model_changes_are_looked_at_as_they_are():
+    run(Words(shift=-5), inputs=TOKENS + 5)
+    with pytest.raises(ValueError, match=r"^`train`: what the model's embedding words .*; got . … 1\d\. Give"):
+        run(Words(shift=5), inputs=TOKENS)
+
+
+def test_looking_at_tokens_is_no_read_of_the_models():
+    assert prepare(Words(), (TOKENS, LABELS), settings=SETTINGS).probe.reads_values is None

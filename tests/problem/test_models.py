@@ -457,6 +457,51 @@ def test_a_compiled_model_is_its_plain_model(driver, tmp_path):
     assert SwampResult.load(tmp_path, compiled).model[0].in_features == 6
 
 
+class Around(nn.Module):
+    """Uses a compiled layer twice, and holds it in a list too."""
+
+    def __init__(self, compiled: bool) -> None:
+        super().__init__()
+        inner = nn.Sequential(nn.Linear(6, 6), nn.Tanh())
+        if compiled:
+            inner[0] = torch.compile(inner[0], backend="eager")
+            inner = torch.compile(inner, backend="eager")
+        self.first, self.second, self.head = inner, inner, nn.Linear(6, 3)
+        self.every = [inner]
+
+    def forward(self, x):
+        return self.head(self.second(self.first(x)))
+
+
+@DRIVERS
+def test_compiled_layers_are_their_plain_layers(driver, tmp_path):
+    model = seeded(lambda: Around(True))
+    names = list(model.state_dict())
+    result = driver(model, data(), data(), run_dir=tmp_path, **SETTINGS)
+    plain = driver(seeded(lambda: Around(False)), data(), data(), **SETTINGS)
+    assert list(result.state_dict) == list(plain.state_dict)
+    assert list(result.masks) == ["first.0.weight"]
+    for name, tensor in plain.state_dict.items():
+        assert torch.equal(result.state_dict[name], tensor)
+    assert list(model.state_dict()) == names
+    loaded = SwampResult.load(tmp_path, model).model
+    assert loaded.first is loaded.second
+    assert loaded.first[0].in_features == 6
+
+
+@DRIVERS
+@pytest.mark.parametrize("norm", [nn.utils.spectral_norm, nn.utils.weight_norm])
+def test_normed_weights_are_those_of_the_next_forward_pass(driver, norm, tmp_path):
+    """Old norms of torch store a weight, which was the untrained one until the model had run."""
+    model = nn.Sequential(norm(nn.Linear(6, 12)), nn.Tanh(), nn.Linear(12, 8), nn.Tanh(), mlp_head())
+    result = driver(model, data(), data(), run_dir=tmp_path, **SETTINGS)
+    for handed_out in (result.model, SwampResult.load(tmp_path, model).model):
+        weight = handed_out[0].weight.clone()
+        handed_out(data()[0].to(weight.dtype))
+        assert not weight.requires_grad
+        torch.testing.assert_close(weight, handed_out[0].weight.detach())
+
+
 ADDRESSES = """
 import torch
 from torch import nn

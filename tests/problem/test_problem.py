@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from swamp_fast import SwampConfig, fast_swamp
-from swamp_fast.common.fingerprint import callable_fingerprint, model_fingerprint
+from swamp_fast.common.fingerprint import callable_fingerprint, callable_parts, model_fingerprint
 from swamp_fast.data.labels import Labels
 from swamp_fast.problem.arguments import Arguments
 from swamp_fast.problem.prepare import prepare
@@ -335,6 +335,84 @@ def test_fingerprints_tell_models_and_callables_apart():
     assert len({callable_fingerprint(f) for f in different}) == len(different)
 
 
+def _logging(scale, log):
+    def loss(outputs, targets):
+        log.append(scale * float(outputs.detach().sum()))
+        return F.cross_entropy(outputs, targets, reduction="none") * scale
+
+    return loss
+
+
+class _Counting:
+    """A loss with state that its first call computes, and state that every call changes."""
+
+    def __init__(self, scale):
+        self.scale, self.calls, self.weight = scale, {"all": 0}, None
+
+    def __call__(self, outputs, targets):
+        self.calls["all"] += 1
+        self.weight = torch.ones(outputs.shape[1]) if self.weight is None else self.weight
+        return F.cross_entropy(outputs, targets, self.weight, reduction="none") * self.scale
+
+    def method(self, outputs, targets):
+        return self(outputs, targets)
+
+
+class _CountingModule(nn.Module):
+    def __init__(self, scale):
+        super().__init__()
+        self.scale, self.calls = scale, 0
+        self.register_buffer("weight", torch.ones(4))
+
+    def forward(self, outputs, targets):
+        self.calls += 1
+        return F.cross_entropy(outputs, targets, self.weight, reduction="none") * self.scale
+
+
+def _with_default(counting):
+    return lambda outputs, targets, loss=counting: loss(outputs, targets)
+
+
+STATEFUL = {
+    "closure": (lambda scale: _logging(scale, []), "log"),
+    "object": (_Counting, "calls.all"),
+    "method": (lambda scale: _Counting(scale).method, "self.calls.all"),
+    "partial": (lambda scale: functools.partial(_logging(scale, [])), "func.log"),
+    "default": (lambda scale: _with_default(_Counting(scale)), "default 0.calls.all"),
+    "module": (_CountingModule, "calls"),
+}
+
+
+@pytest.mark.parametrize(("make", "part"), STATEFUL.values(), ids=STATEFUL)
+def test_what_calls_change_is_not_in_a_fingerprint(make, part):
+    """A loss that counts its calls can be used again in the same process; another loss still has another hash."""
+    inputs, labels = torch.randn(32, 6), torch.arange(32) % 4
+    settings = {"cycles": 1, "epochs": 2, "batch_size": 8, "progress": False}
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4))
+
+    def fingerprint(loss):
+        problem = prepare(model, (inputs, labels), None, Arguments(loss=loss), settings=settings)
+        expected = f"note     `loss` changes {part} at every call, so"
+        assert any(line.startswith(expected) for line in problem.lines), problem.lines
+        return problem.fingerprints["loss"]
+
+    loss = make(2.0)
+    first = fingerprint(loss)
+    assert fingerprint(loss) == fingerprint(make(2.0)) == first
+    assert fingerprint(make(3.0)) != first
+
+
 def test_quick_and_paper():
     assert SwampConfig.quick().epochs < SwampConfig().epochs
     assert SwampConfig.quick(epochs=3).epochs == 3
+
+
+def test_a_module_in_a_closure_is_not_walked_through():
+    """A function that imports torch inside of another one has all of torch in its closure."""
+    import torch.nn.functional as inner
+
+    def loss(outputs, targets):
+        return inner.cross_entropy(outputs, targets) * torch.ones(1)
+
+    assert "inner" in callable_parts(loss)
+    assert len(callable_parts(loss)) < 10

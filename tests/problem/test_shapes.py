@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from swamp_fast import fast_swamp, naive_swamp
 from swamp_fast.problem.arguments import Arguments
@@ -43,6 +44,67 @@ def test_refuses_a_loss_that_broadcasts(driver, batch_size):
     data = (INPUTS, LABELS.float())
     with pytest.raises(ValueError, match=r"from outputs \[.*, 1\] and targets \[.\]\. Each output was compared"):
         driver(network(1), data, loss=squared, **SETTINGS | {"batch_size": batch_size})
+
+
+def of_pairs(outputs, targets):
+    """A loss that compares the samples of a batch on purpose."""
+    return torch.cdist(outputs.squeeze(-1)[:, None], outputs.squeeze(-1)[:, None]).mean(1)
+
+
+def normalised(outputs, targets):
+    return squared(outputs.squeeze(1), targets) / targets.abs().sum()
+
+
+MIXED = {
+    "outputs [B, 1], targets [B]": lambda o, t: squared(o, t).mean(1),
+    "the other axis": lambda o, t: squared(o, t).mean(0),
+    "a module": type(
+        "Mean", (nn.Module,), {"forward": lambda self, o, t: F.l1_loss(o, t[None], reduction="none").mean(1)}
+    )(),
+    "of pairs": of_pairs,
+    "normalised over the batch": normalised,
+    "with noise": lambda o, t: squared(o, t).mean(1) + torch.rand(len(t)),
+}
+NOT_MIXED = {
+    "the same shape": lambda o, t: squared(o, t[:, None]).mean(1),
+    "with noise": lambda o, t: squared(o.squeeze(1), t) * torch.rand(len(t)),
+    "with dropout": lambda o, t: squared(F.dropout(o), t[:, None]).mean(1),
+    "one per target": lambda o, t: squared(o.squeeze(1), t),
+    "small": lambda o, t: 1e-12 * squared(o.squeeze(1), t),
+}
+
+
+@pytest.mark.parametrize("batch_size", [2, 3, 8])
+@pytest.mark.parametrize("loss", MIXED.values(), ids=MIXED)
+def test_warns_of_a_loss_that_mixes_samples(loss, batch_size):
+    settings = SETTINGS | {"batch_size": batch_size}
+    with pytest.warns(UserWarning, match=r"^`loss`: the loss of a sample changes .*outputs \[., 1\], targets \[.\]"):
+        prepare(network(1), (INPUTS, LABELS.float() + INPUTS[:, 0]), None, Arguments(loss=loss), settings=settings)
+
+
+def test_sees_broadcasting_where_the_first_targets_are_the_same():
+    data, loss = (INPUTS, (torch.arange(64) > 31).float()), MIXED["outputs [B, 1], targets [B]"]
+    with pytest.warns(UserWarning, match=r"^`loss`: the loss of a sample changes"):
+        prepare(network(1), data, None, Arguments(loss=loss), settings=SETTINGS)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float64"])
+@pytest.mark.parametrize("loss", NOT_MIXED.values(), ids=NOT_MIXED)
+def test_does_not_warn_of_other_losses(loss, precision, recwarn):
+    data, settings = (INPUTS, LABELS.float()), SETTINGS | {"precision": precision}
+    prepare(network(1), data, None, Arguments(loss=loss), settings=settings)
+    assert not [warning for warning in recwarn if "of its batch" in str(warning.message)]
+
+
+def test_a_loss_that_counts_its_calls_is_not_called_more_often():
+    calls = []
+
+    def loss(outputs, targets):
+        calls.append(1)
+        return squared(outputs.squeeze(1), targets) * len(calls)
+
+    prepare(network(1), (INPUTS, LABELS.float()), None, Arguments(loss=loss), settings=SETTINGS)
+    assert len(calls) == 4  # of which two find out whether its losses repeat
 
 
 def test_finds_broadcasting_where_the_targets_are_as_long_as_the_batch():
@@ -156,6 +218,13 @@ def test_a_batch_of_one_value_per_channel(samples, batch_size, better):
     with pytest.raises(ValueError, match=text):
         prepare(normed(False), data, settings=settings)
     prepare(normed(False), data, settings=settings | {"batch_size": better})
+
+
+def test_a_batch_of_one_when_statistics_are_re_estimated():
+    """drop_last leaves it out of the epochs, but not of the pass that re-estimates the norms."""
+    loader = DataLoader(TensorDataset(INPUTS[:33], LABELS[:33]), batch_size=16, shuffle=True, drop_last=True)
+    with pytest.raises(ValueError, match=r"re-estimates norms, would hold one sample .* such as 15\."):
+        prepare(normed(False), loader, settings={"epochs": 1, "cycles": 0, "device": "cpu"})
 
 
 def test_a_batch_of_one_picture():

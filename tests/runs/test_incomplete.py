@@ -63,14 +63,14 @@ def test_empty_names_are_refused(digits):
         lambda: sweep(networks.build("tied"), *digits, {"seed": [0]}, out="", **SETTINGS),
         lambda: compare(networks.build("tied"), *digits, ["imp"], [0], out="", **SETTINGS),
     ):
-        with pytest.raises((ValueError, TypeError), match="is an empty text|`out` must be a folder"):
+        with pytest.raises((ValueError, TypeError), match="is an empty text|`out` must be a path"):
             call()
 
 
 def test_tensors_that_are_not_dense_and_real_are_refused():
     inputs, labels = torch.randn(8, 6), torch.arange(8) % 4
     for data in ((inputs, labels + 1j), (inputs.to_sparse(), labels), (inputs.to("meta"), labels)):
-        with pytest.raises(TypeError, match="`train` must hold dense tensors of real numbers"):
+        with pytest.raises(TypeError, match="`train`: (inputs|targets) must be dense tensors of real numbers"):
             fast_swamp(torch.nn.Linear(6, 4), data, **SETTINGS)
     with pytest.raises(TypeError, match=r"must be a pair \(inputs, targets\), got a dict"):
         fast_swamp(torch.nn.Linear(6, 4), {"x": inputs, "y": labels}, **SETTINGS)
@@ -90,11 +90,9 @@ def test_masks_of_another_kind_are_refused(mask, digits):
 
 
 def test_seeds_and_settings_of_other_kinds(digits):
-    for seeds in (b"01", "01", None, 3):
-        with pytest.raises(TypeError, match="`seeds` must be a list of integers"):
+    for seeds in (b"01", "01", None, 3, torch.tensor([1, 1])):
+        with pytest.raises(TypeError, match="`seeds` must be a list; got"):
             compare(networks.build("tied"), *digits, ["imp"], seeds, baseline="imp", **SETTINGS)
-    with pytest.raises(TypeError, match="`seeds` must be int"):
-        compare(networks.build("tied"), *digits, ["imp"], torch.tensor([1, 1]), baseline="imp", **SETTINGS)
     with pytest.raises(ValueError, match="`prune` must lie strictly between"):
         SwampConfig(prune=1e-17, target_density=0.5)
     with pytest.raises(TypeError, match="`text` must be TOML text or a path"):

@@ -14,7 +14,7 @@ from equality import same
 from stops import ALWAYS, Interrupted
 from torch.utils.data import DataLoader, TensorDataset
 
-from swamp_fast import fast_swamp, sweep
+from swamp_fast import SwampResult, fast_swamp, sweep
 from swamp_fast.common.statistics import half_width
 from swamp_fast.engines.eager.engine import EagerEngine
 from swamp_fast.engines.selection import named
@@ -225,19 +225,34 @@ def test_models_that_differ_in_more_than_their_weights(factory, three_at_once, d
         same(run.result, fast_swamp(model, *data, **settings, **run.point))
 
 
-@pytest.mark.parametrize("name", ["cycle_01.safetensors", "model.safetensors"])
-def test_a_damaged_file_is_mended(name, data, tmp_path):
+def test_a_damaged_file_is_mended(data, tmp_path):
     first = sweep(made, *data, {"seed": [0, 1]}, out=tmp_path, **EAGER)
-    path = first.runs[1].folder / name
-    if name == "model.safetensors":
-        path.unlink()
+    path = first.runs[1].folder / "cycle_01.safetensors"
+    path.write_bytes(path.read_bytes()[:-99])
+    with pytest.warns(UserWarning, match="It was renamed"):
         again = sweep(made, *data, {"seed": [0, 1]}, out=tmp_path, **EAGER)
-    else:
-        path.write_bytes(path.read_bytes()[:-99])
-        with pytest.warns(UserWarning, match="It was renamed"):
-            again = sweep(made, *data, {"seed": [0, 1]}, out=tmp_path, **EAGER)
     bits(first.runs[1].result, again.runs[1].result)
     assert path.exists()
+
+
+def test_a_finished_run_that_lacks_files_says_so_and_computes_them_again(data, tmp_path):
+    settings = {**EAGER, "keep_particles": True, "cycles": 2}
+    first = sweep(made, *data, {"seed": [0, 1]}, out=tmp_path, **settings)
+    folder = first.runs[1].folder
+    for names in (
+        *(["ticket.safetensors"], ["cycle_00.safetensors"], ["cycle_01.safetensors"], ["cycle_02.safetensors"]),
+        *(["model.safetensors"], ["masks.safetensors"], ["particles.safetensors"], ["history.jsonl"]),
+        ["ticket.safetensors", "cycle_02.safetensors", "particles.safetensors", "model.safetensors"],
+    ):
+        for name in names:
+            (folder / name).unlink()
+        with pytest.warns(UserWarning, match=f"seed = 1: .* lacks {', '.join(names)}, though the run was finished"):
+            again = sweep(made, *data, {"seed": [0, 1]}, out=tmp_path, **settings)
+        assert again.runs[1].result == first.runs[1].result
+        for name, tensor in first.runs[1].result.particles.items():
+            assert torch.equal(tensor, again.runs[1].result.particles[name])
+        assert all((folder / name).exists() for name in names)
+        assert SwampResult.load(folder, made()) == first.runs[1].result
 
 
 def test_whatever_a_run_fails_by_the_others_go_on(three_at_once, data, tmp_path, monkeypatch):
