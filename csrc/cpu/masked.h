@@ -22,6 +22,10 @@ inline T keep_if(uint8_t kept, T value) {
   return value;
 }
 
+// Begins a function at a cache line. Without it, the speed of an update in the cache depends on where the linker places
+// its loop; a difference of 7 % was measured.
+#define SWAMP_AT_CACHE_LINE __attribute__((aligned(64)))
+
 // Calls update(segment, begin, end) for every part of [begin, end) that lies in one segment.
 // ends [S], nondecreasing, the last one is at least `end`; null for one segment
 template <typename Update>

@@ -28,7 +28,7 @@ AdamwRates<T> adamw_rates(const MaskedAdamw<T>& a, int64_t lane, int64_t segment
 }
 
 template <typename T, bool masked, bool average>
-void masked_adamw_span(T* __restrict w, const T* __restrict g, T* __restrict m, T* __restrict v, T* __restrict s,
+SWAMP_AT_CACHE_LINE void masked_adamw_span(T* __restrict w, const T* __restrict g, T* __restrict m, T* __restrict v, T* __restrict s,
                        const uint8_t* __restrict mask, int64_t count, AdamwRates<T> r) {
 #pragma omp simd
   for (int64_t i = 0; i < count; ++i) {

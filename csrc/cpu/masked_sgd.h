@@ -2,9 +2,9 @@
 // so both give the same bits if both use fused multiply-adds.
 
 template <typename T, bool masked, bool nesterov, bool average>
-void masked_sgd_span(T* __restrict w, const T* __restrict g, T* __restrict m, T* __restrict s,
-                     const uint8_t* __restrict mask, int64_t count, T lr, T momentum, T weight_decay, T grad_scale,
-                     T swa_weight) {
+SWAMP_AT_CACHE_LINE void masked_sgd_span(T* __restrict w, const T* __restrict g, T* __restrict m, T* __restrict s,
+                                         const uint8_t* __restrict mask, int64_t count, T lr, T momentum,
+                                         T weight_decay, T grad_scale, T swa_weight) {
 #pragma omp simd
   for (int64_t i = 0; i < count; ++i) {
     const T d = multiply_add(w[i], weight_decay, g[i] * grad_scale);
