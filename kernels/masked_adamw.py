@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 
 from .argument_groups import rows, segments_of
+from .segments import segments_of_block
 
 BLOCK = 512
 
@@ -51,8 +52,7 @@ def masked_adamw_kernel(
         swa_ptr = swa.ptr
     run = tl.full((), -1, tl.int64)
     keep = has_mask
-    if segments is not None:
-        first_segment, last_segment = 0, 0
+    first_segment, last_segment = 0, 0
     for lane in range(lanes):
         # Read the mask only when the run changes. Lanes of a run are adjacent, so each mask is read once.
         lane_run = tl.load(run_of_lane_ptr + lane)
@@ -61,12 +61,7 @@ def masked_adamw_kernel(
             loaded = tl.load(masks.ptr + run * masks.stride + columns, mask=has_mask, other=1)
             keep = (loaded != 0) & inside
             if segments is not None:
-                # Find the segments of this block's first and last column.
-                first_segment, last_segment = 0, 0
-                for number in range(segments.count - 1):
-                    end = tl.load(segments.ends_ptr + run * segments.count + number)
-                    first_segment += (end <= block).to(tl.int32)
-                    last_segment += (end < block + BLOCK).to(tl.int32)
+                first_segment, last_segment = segments_of_block(segments, run, block, block + BLOCK)
         w = tl.load(weights_ptr + columns, mask=inside)
         g = tl.load(grads_ptr + columns, mask=inside)
         mean = tl.load(mean_ptr + columns, mask=inside)

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 
 from .argument_groups import rows, segments_of
+from .segments import rate_of_columns, segments_of_block
 
 BLOCK = 1024
 
@@ -47,8 +48,7 @@ def masked_sgd_kernel(
         swa_ptr = swa.ptr
     run = tl.full((), -1, tl.int64)
     keep = has_mask
-    if segments is not None:
-        first_segment, last_segment = 0, 0
+    first_segment, last_segment = 0, 0
     for lane in range(lanes):
         # Read the mask only when the run changes. Lanes of a run are adjacent, so each mask is read once.
         lane_run = tl.load(run_of_lane_ptr + lane)
@@ -57,12 +57,7 @@ def masked_sgd_kernel(
             loaded = tl.load(masks.ptr + run * masks.stride + columns, mask=has_mask, other=1)
             keep = (loaded != 0) & inside
             if segments is not None:
-                # Find the segments of this block's first and last column.
-                first_segment, last_segment = 0, 0
-                for number in range(segments.count - 1):
-                    end = tl.load(segments.ends_ptr + run * segments.count + number)
-                    first_segment += (end <= block).to(tl.int32)
-                    last_segment += (end < block + BLOCK).to(tl.int32)
+                first_segment, last_segment = segments_of_block(segments, run, block, block + BLOCK)
         w = tl.load(weights_ptr + columns, mask=inside)
         g = tl.load(grads_ptr + columns, mask=inside)
         buffer = tl.load(buffer_ptr + columns, mask=inside)
@@ -71,16 +66,7 @@ def masked_sgd_kernel(
         # an explicit fma the compiler could fuse either one.
         if grad_scale_ptr is not None:
             g *= tl.load(grad_scale_ptr + lane).to(w.dtype)
-        place = lane if segments is None else lane * segments.count + first_segment
-        decay = tl.load(weight_decay_ptr + place).to(w.dtype)
-        if segments is not None:
-            decay, rate = tl.zeros_like(w) + decay, tl.zeros_like(w) + tl.load(lr_ptr + place).to(w.dtype)
-            # Most blocks lie in one segment. In others, each further segment gives its rates to the columns after it.
-            for number in range(first_segment, last_segment):
-                later = columns >= tl.load(segments.ends_ptr + run * segments.count + number)
-                place = lane * segments.count + number + 1
-                decay = tl.where(later, tl.load(weight_decay_ptr + place).to(w.dtype), decay)
-                rate = tl.where(later, tl.load(lr_ptr + place).to(w.dtype), rate)
+        decay = rate_of_columns(weight_decay_ptr, lane, columns, run, first_segment, last_segment, segments, w.dtype)
         step = tl.fma(w, decay, g)
         # Update the momentum, then the weights.
         buffer = tl.where(keep, buffer * mu + step, 0.0)
@@ -88,8 +74,7 @@ def masked_sgd_kernel(
             step = step + buffer * mu
         else:
             step = buffer
-        if segments is None:
-            rate = tl.load(lr_ptr + place).to(w.dtype)
+        rate = rate_of_columns(lr_ptr, lane, columns, run, first_segment, last_segment, segments, w.dtype)
         w = tl.where(keep, w - step * rate, 0.0)
         tl.store(buffer_ptr + columns, buffer, mask=inside)
         tl.store(weights_ptr + columns, w, mask=inside)

@@ -6,8 +6,9 @@ random draws and the run's record with fast_swamp, but no code that trains, aver
 
 from __future__ import annotations
 
+import fnmatch
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -175,7 +176,7 @@ def train_particle(problem: Problem, run: Run, model: nn.Module, masks: State, c
     apply_masks(parameters, masks)
     for norm in norms_in_training(model):
         norm.reset_running_stats()
-    optimizer = optimizer_of(config, parameters.values())
+    optimizer = optimizer_of(config, model)
     swa: State = {}
     step, mean_loss = 0, 0.0
     for epoch in range(epochs):
@@ -185,7 +186,7 @@ def train_particle(problem: Problem, run: Run, model: nn.Module, masks: State, c
         for handle in problem.train.batches(order, epoch_keys, problem.bounds):
             if cycle is not None:
                 for group in optimizer.param_groups:
-                    group["lr"] = learning_rate(config, step, steps_per_epoch, swa_start)
+                    group["lr"] = learning_rate(config, step, steps_per_epoch, swa_start) * group["lr_factor"]
             batch = problem.train.fetch(handle, epoch_keys).lane(0)
             epoch_loss += train_step(problem, model, parameters, masks, optimizer, batch, at_time(keys, step))
             run.step(1, f"{where}, epoch {epoch + 1}/{epochs}")
@@ -241,23 +242,34 @@ def apply_masks(parameters: dict[str, nn.Parameter], masks: State) -> None:
         parameters[name].data.mul_(mask)
 
 
-def optimizer_of(config: SwampConfig, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    """Return the optimizer that the settings name."""
+def optimizer_of(config: SwampConfig, model: nn.Module) -> torch.optim.Optimizer:
+    """Return the optimizer that the settings name, for the model's trained parameters."""
+    groups = parameter_groups(config, model)
     if config.optimizer == "adamw":
-        return torch.optim.AdamW(
-            parameters,
-            lr=config.initial_lr,
-            betas=(config.beta1, config.beta2),
-            eps=config.adam_eps,
-            weight_decay=config.weight_decay,
-        )
-    return torch.optim.SGD(
-        parameters,
-        lr=config.initial_lr,
-        momentum=config.momentum,
-        weight_decay=config.weight_decay,
-        nesterov=config.nesterov,
-    )
+        return torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), eps=config.adam_eps)
+    return torch.optim.SGD(groups, momentum=config.momentum, nesterov=config.nesterov)
+
+
+def parameter_groups(config: SwampConfig, model: nn.Module) -> list[dict[str, Any]]:
+    """Return the optimizer's groups of parameters with equal rates; "lr_factor" is the factor of a group's rate."""
+    norms = [m for m in model.modules() if isinstance(m, _NormBase | nn.LayerNorm | nn.GroupNorm | nn.RMSNorm)]
+    of_norms = {parameter for norm in norms for parameter in norm.parameters()}
+    by_rates: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        lr_factor, weight_decay = 1.0, config.weight_decay
+        if not config.decay_norms_and_biases and (parameter in of_norms or parameter.dim() < 2):
+            weight_decay = 0.0
+        for group in config.groups:
+            if any(fnmatch.fnmatchcase(name, pattern) for pattern in group.params):
+                lr_factor = lr_factor if group.lr is None else group.lr
+                weight_decay = weight_decay if group.weight_decay is None else group.weight_decay
+        by_rates.setdefault((lr_factor, weight_decay), []).append(parameter)
+    return [
+        {"params": params, "lr": config.initial_lr * factor, "lr_factor": factor, "weight_decay": weight_decay}
+        for (factor, weight_decay), params in by_rates.items()
+    ]
 
 
 def learning_rate(config: SwampConfig, step: int, steps_per_epoch: int, swa_start: int) -> float:

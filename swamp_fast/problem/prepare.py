@@ -30,6 +30,7 @@ from swamp_fast.problem.checks import (
     write_masks_,
 )
 from swamp_fast.problem.gradients import listed
+from swamp_fast.problem.parameter_groups import rates_of_parameters, trained_parameters
 from swamp_fast.problem.precision import weight_dtype
 from swamp_fast.problem.probe import Probe, check_single_sample, probe_model
 from swamp_fast.problem.problem import Problem
@@ -87,7 +88,8 @@ def prepare(
     hashes = splits.fingerprints()
     check_validation(hashes, config)
 
-    layout = Layout.of(((name, p) for name, p in template.named_parameters() if p.requires_grad), probe.prunable)
+    rates = rates_of_parameters(template, config)
+    layout = Layout.of(trained_parameters(template).items(), probe.prunable, rates)
     mask = _first_mask(layout, config, arguments.initial_masks, device)
     return Problem(
         config=config,

@@ -19,7 +19,7 @@ RATES = ("lr", "beta1", "beta2", "eps", "weight_decay", "step")
 def arguments(
     lanes: int, parameters: int, prunable: int, dtype: torch.dtype, device: torch.device, segments: int = 3
 ) -> dict[str, Tensor]:
-    """Arguments for at most two runs. Rows are not adjacent in memory; each lane and segment has different rates and steps."""
+    """Arguments for at most two runs. Rows are not adjacent in memory; each lane and segment has different rates."""
     runs = min(2, lanes)
 
     def row_strided() -> Tensor:
@@ -155,7 +155,10 @@ BAD = {
     "run_of_lane": (lambda t: t + 2, r"`run_of_lane` must lie in \[0, R\) = \[0, 2\), got 2 … 3"),
     "masks": (lambda t: torch.ones(1, 25, dtype=torch.bool), "Q = 25 weights, more than the P = 24"),
     "grad_scale": (lambda t: t[:, None], r"`grad_scale` must have shape \[L\] = \[4\], got \[4, 1\]"),
-    "segment_ends": (lambda t: t - 1, r"`segment_ends` must rise from at least 0 to P = 24 in each row, got \[.*, 23\]"),
+    "segment_ends": (
+        lambda t: t - 1,
+        r"`segment_ends` must rise from at least 0 to P = 24 in each row, got \[.*, 23\]",
+    ),
     "weight_decay": (lambda t: t[:, :2], r"`weight_decay` must have shape \[L, S\] = \[4, 3\], got \[4, 2\]"),
     "swa": (lambda t: None, "`swa` and `swa_weight` go together"),
 }

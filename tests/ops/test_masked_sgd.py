@@ -136,14 +136,20 @@ def test_a_scale_of_one_is_none(implementation):
 BAD = {
     "grads": (lambda t: t[:, :-1], r"`grads` must have shape \[L, P\] = \[4, 24\], got \[4, 23\]"),
     "momentum_buffer": (lambda t: t.double(), "`momentum_buffer` must be float32, got float64"),
-    "lr": (lambda t: t[:2], r"`lr` must have shape \[L, S\] = \[4, 3\], got \[2, 3\]. Pass one rate per lane and segment"),
+    "lr": (
+        lambda t: t[:2],
+        r"`lr` must have shape \[L, S\] = \[4, 3\], got \[2, 3\]. Pass one rate per lane and segment",
+    ),
     "grad_scale": (lambda t: t.float(), "`grad_scale` must be float64, got float32"),
     "run_of_lane": (lambda t: t + 2, r"`run_of_lane` must lie in \[0, R\) = \[0, 2\), got 2 … 3"),
     "weights": (
         lambda t: torch.randn(24, 4).T,
         r"rows of `weights` must be contiguous, .* Pass weights.contiguous\(\)",
     ),
-    "segment_ends": (lambda t: t - 1, r"`segment_ends` must rise from at least 0 to P = 24 in each row, got \[.*, 23\]"),
+    "segment_ends": (
+        lambda t: t - 1,
+        r"`segment_ends` must rise from at least 0 to P = 24 in each row, got \[.*, 23\]",
+    ),
     "weight_decay": (lambda t: t[:, :2], r"`weight_decay` must have shape \[L, S\] = \[4, 3\], got \[4, 2\]"),
     "swa": (lambda t: None, "`swa` and `swa_weight` go together"),
 }
