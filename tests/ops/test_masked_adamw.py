@@ -100,6 +100,16 @@ def test_pruned_weights_and_both_moments_stay_zero(implementation):
         given["step"] = given["step"] + 1
 
 
+def test_equal_segments_are_one(implementation):
+    """Segments with equal rates give the bits of one segment, wherever they end."""
+    given = arguments(4, 5001, 4100, torch.float32, implementation.device)
+    rates = {name: given[name][:, :1].contiguous() for name in ("lr", "weight_decay")}
+    several = run(call(implementation), given | {name: rate.repeat(1, 3) for name, rate in rates.items()})
+    for ends in (None, torch.full_like(given["segment_ends"][:, :1], 5001)):
+        one = run(call(implementation), given | rates | {"segment_ends": ends})
+        assert all(torch.equal(a, b) for a, b in zip(one, several, strict=True))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_as_good_as_torch_optim_adamw(implementation, dtype):
     """Takes several steps from zero moments. Each lane has different rates and a clipped gradient."""

@@ -125,6 +125,17 @@ def test_opcheck():
         torch.library.opcheck(torch.ops.swamp_fast.masked_sgd_, everything)
 
 
+def test_equal_segments_are_one(implementation):
+    """Segments with equal rates give the bits of one segment, wherever they end."""
+    given = arguments(4, 5001, 4100, torch.float32, implementation.device)
+    given |= {name: given[name][:, :1].expand(-1, 3).contiguous() for name in ("lr", "weight_decay")}
+    several = run(lambda *a, **k: implementation("masked_sgd_", *a, **k), given, True)
+    given |= {name: given[name][:, :1].contiguous() for name in ("lr", "weight_decay")}
+    for ends in (None, torch.full_like(given["segment_ends"][:, :1], 5001)):
+        one = run(lambda *a, **k: implementation("masked_sgd_", *a, **k), given | {"segment_ends": ends}, True)
+        assert all(torch.equal(a, b) for a, b in zip(one, several, strict=True))
+
+
 def test_a_scale_of_one_is_none(implementation):
     given = arguments(3, 1003, 500, torch.float32, implementation.device)
     given["grad_scale"] = torch.ones_like(given["momentum"])
