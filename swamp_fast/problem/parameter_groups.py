@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
@@ -35,6 +35,19 @@ def rates_of_parameters(model: nn.Module, config: SwampConfig) -> dict[str, Rate
         decay = None if group is None else group.weight_decay
         rates[name] = Rates(factor, 0.0 if decay is None and name in undecayed else decay)
     return rates
+
+
+def rates_lines(rates: Mapping[str, Rates]) -> list[str]:
+    """The console's lines about the parameters whose rates are not those of the run."""
+    by_rates: dict[Rates, list[str]] = {}
+    for name, own in rates.items():
+        by_rates.setdefault(own, []).append(name)
+    lines = []
+    for own, names in by_rates.items():
+        texts = [f"learning rate x {own.lr_factor:g}"] if own.lr_factor != 1 else []
+        texts += [f"weight decay {own.weight_decay:g}"] if own.weight_decay is not None else []
+        lines += [f"rates    {', '.join(texts)}: {listed(names)}"] if texts else []
+    return lines
 
 
 def _group_of_parameters(groups: Iterable[ParameterGroup], names: Iterable[str]) -> dict[str, ParameterGroup]:

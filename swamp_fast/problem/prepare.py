@@ -15,7 +15,7 @@ from swamp_fast.common.warn import warn_user
 from swamp_fast.config import SwampConfig, default_of
 from swamp_fast.data.sources import Opened, open_source
 from swamp_fast.data.standardise import Standardise
-from swamp_fast.particles.layout import Layout
+from swamp_fast.particles.layout import Layout, Rates
 from swamp_fast.particles.spectral_norms import spectral_vectors
 from swamp_fast.problem.arguments import Arguments, Loss, call, cross_entropy
 from swamp_fast.problem.checks import (
@@ -30,7 +30,7 @@ from swamp_fast.problem.checks import (
     write_masks_,
 )
 from swamp_fast.problem.gradients import listed
-from swamp_fast.problem.parameter_groups import rates_of_parameters, trained_parameters
+from swamp_fast.problem.parameter_groups import rates_lines, rates_of_parameters, trained_parameters
 from swamp_fast.problem.precision import weight_dtype
 from swamp_fast.problem.probe import Probe, check_single_sample, probe_model
 from swamp_fast.problem.problem import Problem
@@ -107,7 +107,7 @@ def prepare(
         on_cycle=arguments.on_cycle,
         drop_last=opened.drop_last,
         probe=probe,
-        lines=_introduction(template, layout, splits, probe),
+        lines=_introduction(template, layout, splits, probe, rates),
         fingerprints={
             "model": fingerprint,
             "mask": tensor_fingerprint(mask),
@@ -215,14 +215,16 @@ def _unrepeatable(splits: Splits, probe: Probe) -> list[str]:
     return [f"{name} {DOES_NOT_REPEAT}" for name in names]
 
 
-def _introduction(model: nn.Module, layout: Layout, splits: Splits, probe: Probe) -> tuple[str, ...]:
-    """Return the console's first lines about a run: its model, its data, and what the FLOPs leave out."""
+def _introduction(
+    model: nn.Module, layout: Layout, splits: Splits, probe: Probe, rates: Mapping[str, Rates]
+) -> tuple[str, ...]:
+    """Return the console's first lines about a run: its model and rates, its data, and what the FLOPs leave out."""
     trained = sum(entry.size for entry in layout.entries)
     lines = [
         f"model    {type(model).__name__}: {layout.weights:,} prunable of {trained:,} trained weights, in "
         f"{len(layout.prunable)} of {len(layout.entries)} parameters"
     ]
-    lines += [probe.pruned.line, *_notes(model, probe)]
+    lines += [probe.pruned.line, *_notes(model, probe), *rates_lines(rates)]
     lines += [f"data     {split.line}" for split in splits.built]
     lines += [line for name, data in splits.named.items() if name != "train" for line in accuracy_lines(name, data)]
     lines += [f"random   {text}" for text in _unrepeatable(splits, probe)]
