@@ -78,6 +78,7 @@ def masked_sgd(rounds: int = 15) -> None:
     of_lanes: dict[str, Any]
     of_lanes = {name: torch.full((lanes,), value, dtype=torch.float64) for name, value in rates.items()}
     swa_weight = of_lanes.pop("swa_weight")
+    of_lanes |= {name: of_lanes[name][:, None] for name in ("lr", "weight_decay")}  # one segment
 
     def step(average: bool) -> None:
         state = (weights, grads, momentum, masks, run_of_lane)

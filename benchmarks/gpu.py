@@ -201,7 +201,7 @@ def bank(bench: Bench) -> None:
         "copy of one bank": lambda: grads.copy_(momenta),
         "masked_sgd_ with SWA": lambda: ops.masked_sgd_(
             *(weights, grads, momenta, masks, run_of_lane),
-            lr=rates, momentum=rates, weight_decay=rates, swa=swa, swa_weight=rates,
+            lr=rates[:, None], momentum=rates, weight_decay=rates[:, None], swa=swa, swa_weight=rates,
         ),
         "global_threshold": lambda: ops.global_threshold(flat, all_kept, keep),
         "torch.topk": lambda: torch.topk(flat[0].abs(), kept),

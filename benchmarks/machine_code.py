@@ -181,9 +181,12 @@ def _launch_bank_kernels() -> None:
             for scale, (swa, share) in product((None, rates[3]), ((bank[2], rates[3]), (None, None))):
                 state = (bank[0], bank[1], bank[2])
                 for nesterov in (False, True):
-                    masked_sgd.masked_sgd_(*state, masks, run_of_lane, *rates[:3], nesterov, scale, swa, share)
+                    masked_sgd.masked_sgd_(*state, masks, run_of_lane, *rates[:3], nesterov, scale, swa, share, None)
                 adam = (*rates[:3], *rates[:3])
-                masked_adamw.masked_adamw_(*state, bank[2], masks, run_of_lane, *adam, scale, swa, share)
+                masked_adamw.masked_adamw_(*state, bank[2], masks, run_of_lane, *adam, scale, swa, share, None)
+            ends, rest = torch.full((1, 3), 4096), (rates[3], bank[2], rates[3])  # several segments
+            masked_sgd.masked_sgd_(*state, masks, run_of_lane, *rates[:3], False, *rest, ends)
+            masked_adamw.masked_adamw_(*state, bank[2], masks, run_of_lane, *adam, *rest, ends)
             clip_scale.clip_scale(bank[0], masks, run_of_lane, rates[0])
             particle_mean.particle_mean(bank[0], run_of_lane, 1)
             keep = torch.ones(lanes, dtype=torch.int64)

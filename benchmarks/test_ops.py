@@ -10,25 +10,48 @@ from swamp_fast import ops
 MILLION = 1_000_000
 
 
+def rates_of(lanes: int, parameters: int, prunable: int, segments: int) -> dict[str, object]:
+    """Rates of a bank with S segments: the prunable parameters and the others, or ranges of about equal length."""
+    rates = torch.full((lanes, segments), 1e-3, dtype=torch.float64)
+    if segments == 1:
+        return {"lr": rates, "weight_decay": rates}
+    inner = torch.arange(1, segments) * (parameters // segments) if segments > 2 else torch.tensor([prunable])
+    ends = torch.cat([inner, torch.tensor([parameters])])[None]
+    return {"lr": rates, "weight_decay": rates, "segment_ends": ends}
+
+
+# The number of parameters of ResNet-20, whose bank fits a processor's cache, and of a larger network.
+SIZES = pytest.mark.parametrize("parameters", [272_474, 5 * MILLION], ids=["in the cache", "in memory"])
+SEGMENTS = pytest.mark.parametrize("segments", [1, 2, 20, 65])
+
+
+@SIZES
+@SEGMENTS
 @pytest.mark.parametrize("swa", [False, True], ids=["plain", "with SWA"])
-def test_masked_sgd(benchmark, swa):
-    lanes, parameters = 4, 5 * MILLION
+def test_masked_sgd(benchmark, swa, segments, parameters):
+    lanes, prunable = 4, parameters - parameters // 100
     weights, grads, momentum, mean = torch.randn(4, lanes, parameters).unbind()
-    masks, run_of_lane = torch.rand(1, parameters) < 0.3, torch.zeros(lanes, dtype=torch.int64)
+    masks, run_of_lane = torch.rand(1, prunable) < 0.3, torch.zeros(lanes, dtype=torch.int64)
     rate = torch.full((lanes,), 1e-3, dtype=torch.float64)
     average = {"swa": mean, "swa_weight": rate} if swa else {}
     arguments = (weights, grads, momentum, masks, run_of_lane)
-    benchmark(lambda: ops.masked_sgd_(*arguments, lr=rate, momentum=rate, weight_decay=rate, **average))
+    rates = rates_of(lanes, parameters, prunable, segments)
+    benchmark(lambda: ops.masked_sgd_(*arguments, momentum=rate, **rates, **average))
 
 
+@SIZES
+@SEGMENTS
 @pytest.mark.parametrize("swa", [False, True], ids=["plain", "with SWA"])
-def test_masked_adamw(benchmark, swa):
-    lanes, parameters = 4, 5 * MILLION
+def test_masked_adamw(benchmark, swa, segments, parameters):
+    lanes, prunable = 4, parameters - parameters // 100
     weights, grads, first, mean = torch.randn(4, lanes, parameters).unbind()
     second = torch.rand(lanes, parameters)
-    masks, run_of_lane = torch.rand(1, parameters) < 0.3, torch.zeros(lanes, dtype=torch.int64)
+    masks, run_of_lane = torch.rand(1, prunable) < 0.3, torch.zeros(lanes, dtype=torch.int64)
     rate = torch.full((lanes,), 1e-3, dtype=torch.float64)
-    rates = dict.fromkeys(("lr", "beta1", "beta2", "eps", "weight_decay", "step"), rate)
+    rates = {
+        **dict.fromkeys(("beta1", "beta2", "eps", "step"), rate),
+        **rates_of(lanes, parameters, prunable, segments),
+    }
     average = {"swa": mean, "swa_weight": rate} if swa else {}
     arguments = (weights, grads, first, second, masks, run_of_lane)
     benchmark(lambda: ops.masked_adamw_(*arguments, **rates, **average))

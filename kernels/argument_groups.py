@@ -15,6 +15,13 @@ class Rows(NamedTuple):
     stride: int  # elements from one row to the next
 
 
+class Segments(NamedTuple):
+    """The segments of each run's vector; the parameters of a segment share a learning rate and a weight decay."""
+
+    ends_ptr: Any  # [R, S] int64, the index after each segment, nondecreasing; the last one is P
+    count: int  # S
+
+
 class Part(NamedTuple):
     """The same range of columns in each row of a matrix [L, columns]."""
 
@@ -107,6 +114,11 @@ class Product(NamedTuple):
 def rows(tensor: Any) -> Rows | None:
     """The Rows of a matrix; None for None."""
     return None if tensor is None else Rows(tensor, tensor.stride(0))
+
+
+def segments_of(ends: Any) -> Segments | None:
+    """The Segments of a tensor of ends [R, S]; None for None and for S = 1."""
+    return None if ends is None or ends.shape[1] == 1 else Segments(ends, ends.shape[1])
 
 
 def norm_of(statistics: Any) -> Norm:

@@ -1,7 +1,7 @@
 """The CPU kernels (csrc/cpu/module.cpp). They trust their callers: the contracts in swamp_fast.ops check before.
 
 A tensor is passed as the address of its first element, 0 for None, and, if its rows may be strided, the elements from
-row to row. Letters as in swamp_fast/__init__.py: lanes L, runs R, parameters P, prunable Q.
+row to row. Letters as in swamp_fast/__init__.py: lanes L, runs R, parameters P, prunable Q, segments S.
 """
 
 Address = int
@@ -38,6 +38,7 @@ def masked_adamw_float32(
     masks: Address,
     masks_stride: int,
     run_of_lane: Address,
+    segment_ends: Address,
     lr: Address,
     beta1: Address,
     beta2: Address,
@@ -49,6 +50,7 @@ def masked_adamw_float32(
     lanes: int,
     parameters: int,
     prunable: int,
+    segments: int,
     threads: int,
     /,
 ) -> None: ...
@@ -64,6 +66,7 @@ def masked_sgd_float32(
     masks: Address,
     masks_stride: int,
     run_of_lane: Address,
+    segment_ends: Address,
     lr: Address,
     momentum: Address,
     weight_decay: Address,
@@ -72,6 +75,7 @@ def masked_sgd_float32(
     lanes: int,
     parameters: int,
     prunable: int,
+    segments: int,
     nesterov: bool,
     threads: int,
     /,

@@ -7,6 +7,7 @@ Letters that tensor shapes use throughout the package:
     L     number of lanes; a lane is one particle's row in the stacked tensors, and run_of_lane [L] names its run
     P     number of parameters of one model, laid out as a flat vector
     Q     number of prunable parameters; they come first in that vector
+    S     number of segments of that vector; the parameters of a segment share a learning rate and a weight decay
     B     batch size of one lane
     C     number of classes, or of a picture's channels
     H, W  height and width

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from swamp_fast.common.parameter_group import ParameterGroup, groups_of
+
 CHOICES = {
     "augment": ("auto", "none", "crop_flip"),
     "rewind": ("ticket", "average"),
@@ -101,6 +103,13 @@ class SwampConfig:
         weight_decay: the weight decay of every parameter; coupled with SGD, decoupled with AdamW. *Ours*: 5e-4.
         clip_norm: the largest allowed norm of each particle's gradient, taken over its kept weights and all
             parameters that are not prunable. A larger gradient is scaled down to it; None doesn't clip.
+        groups: parameters with a learning rate or weight decay of their own: a list of tables such as
+            `{params = ["head.*", "*.bias"], lr = 0.1, weight_decay = 0.0}`. `params` is a pattern of parameter names
+            or a list of patterns (fnmatch), `lr` is a factor of the learning rate, and `weight_decay` replaces the
+            setting `weight_decay`. A group sets one of the two or both. With lr = 0 its weights keep their values.
+            Each group must match a parameter, and no parameter may be in two groups.
+        decay_norms_and_biases: whether weight decay applies to the parameters of norm layers and to all others with
+            fewer than two axes, such as biases. If False, theirs is 0, except where a group sets it.
         accumulate: the number of batches whose gradients are averaged for one optimizer step. Each batch has
             `batch_size` samples and its own batch statistics; the last step of an epoch may have fewer batches.
         mixup: the strength a of mixup (1710.09412); 0 turns it off. Each particle's batch is mixed with a permutation
@@ -176,6 +185,8 @@ class SwampConfig:
     adam_eps: float = 1e-8
     weight_decay: float = 5e-4
     clip_norm: float | None = None
+    groups: tuple[ParameterGroup, ...] = ()
+    decay_norms_and_biases: bool = True
     accumulate: int = 1
     mixup: float = 0.0
     cutmix: float = 0.0
@@ -375,8 +386,8 @@ class SwampConfig:
         return self.schedule == "swa" or (self.schedule == "auto" and self.average == "swa")
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all settings by name as plain values; tuples become lists."""
-        return {name: _as_lists(value) for name, value in dataclasses.asdict(self).items()}
+        """Return all settings by name as plain values; tuples become lists, and groups become tables."""
+        return {field.name: _as_lists(getattr(self, field.name)) for field in dataclasses.fields(self)}
 
     def identity(self) -> dict[str, Any]:
         """The settings that decide what a run computes."""
@@ -385,12 +396,7 @@ class SwampConfig:
 
     def to_toml(self) -> str:
         """Return the settings as TOML text, without those that are None."""
-        # JSON and TOML write plain values in the same way, except None.
-        lines = [
-            f"{name} = {json.dumps(value, ensure_ascii=False)}"
-            for name, value in self.to_dict().items()
-            if value is not None
-        ]
+        lines = [f"{name} = {_toml(value)}" for name, value in self.to_dict().items() if value is not None]
         return "\n".join(lines) + "\n"
 
     @classmethod
@@ -449,8 +455,19 @@ def _refuse_unknown(settings: Mapping[str, Any]) -> None:
             raise TypeError(f"unknown setting `{name}`.{hint}")
 
 
+def _toml(value: Any) -> str:
+    """Write a value as TOML. JSON writes plain values in the same way, except tables and None."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{name} = {_toml(item)}" for name, item in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_toml, value)) + "]"
+    return json.dumps(value, ensure_ascii=False)
+
+
 def _as_lists(value: Any) -> Any:
-    """Convert nested tuples to lists, because files give lists."""
+    """Convert nested tuples to lists and groups to tables, because files give these."""
+    if isinstance(value, ParameterGroup):
+        return value.to_dict()
     return [_as_lists(item) for item in value] if isinstance(value, tuple) else value
 
 
@@ -461,6 +478,8 @@ def _typed(name: str, value: Any, annotation: str) -> Any:
     """
     if value is None and "None" in annotation:
         return None
+    if annotation == "tuple[ParameterGroup, ...]":
+        return groups_of(value)
     if isinstance(value, list | tuple) and annotation.endswith("tuple[int, ...]"):
         return tuple(_typed(name, item, "int") for item in value)
     if isinstance(value, list | tuple) and annotation.startswith("tuple[tuple[int, ...], ...]"):

@@ -6,6 +6,7 @@ random draws and the run's record with fast_swamp, but no code that trains, aver
 
 from __future__ import annotations
 
+import fnmatch
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -171,9 +172,9 @@ def train_particle(problem: Problem, run: Run, model: nn.Module, masks: State, c
     apply_masks(parameters, masks)
     for norm in norms_in_training(model):
         norm.reset_running_stats()
-    optimizers = optimizers_of(problem, parameters)
+    optimizers = optimizers_of(problem, model)
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-    own_rates = [group["lr"] for group in groups] if problem.recipe.optimizer is not None else [1.0 for _ in groups]
+    factors = [group["lr"] if problem.recipe.optimizer is not None else group["lr_factor"] for group in groups]
     average: State = {}
     samples, step, mean_loss = 0, 0, 0.0
     for epoch in range(epochs):
@@ -181,8 +182,8 @@ def train_particle(problem: Problem, run: Run, model: nn.Module, masks: State, c
         order = epoch_order(epoch_keys, problem.train.length)
         epoch_loss = torch.zeros((), dtype=torch.float64, device=problem.device)
         for handle in problem.train.batches(order, epoch_keys, problem.bounds):
-            for group, own_rate in zip(groups, own_rates, strict=True):
-                group["lr"] = own_rate * learning_rate(problem, cycle, step)
+            for group, factor in zip(groups, factors, strict=True):
+                group["lr"] = learning_rate(problem, cycle, step) * factor
             batch = problem.train.fetch(handle, epoch_keys).lane(0)
             epoch_loss += train_step(problem, model, parameters, masks, optimizers, batch, at_time(keys, step))
             step += 1
@@ -275,28 +276,37 @@ def apply_masks(parameters: dict[str, nn.Parameter], masks: State) -> None:
         parameters[name].data.mul_(mask)
 
 
-def optimizers_of(problem: Problem, parameters: dict[str, nn.Parameter]) -> list[torch.optim.Optimizer]:
-    """Return the optimizers of the recipe, or the one that the settings name."""
+def optimizers_of(problem: Problem, model: nn.Module) -> list[torch.optim.Optimizer]:
+    """Return the optimizers of the recipe, or the one that the settings name, for the model's trained parameters."""
     config = problem.config
     if problem.recipe.optimizer is not None:
-        return problem.recipe.optimizers(parameters)
+        return problem.recipe.optimizers({name: p for name, p in model.named_parameters() if p.requires_grad})
+    groups = parameter_groups(config, model)
     if config.optimizer == "adamw":
-        adamw = torch.optim.AdamW(
-            parameters.values(),
-            lr=config.initial_lr,
-            betas=(config.beta1, config.beta2),
-            eps=config.adam_eps,
-            weight_decay=config.weight_decay,
-        )
-        return [adamw]
-    sgd = torch.optim.SGD(
-        parameters.values(),
-        lr=config.initial_lr,
-        momentum=config.momentum,
-        weight_decay=config.weight_decay,
-        nesterov=config.nesterov,
-    )
-    return [sgd]
+        return [torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), eps=config.adam_eps)]
+    return [torch.optim.SGD(groups, momentum=config.momentum, nesterov=config.nesterov)]
+
+
+def parameter_groups(config: SwampConfig, model: nn.Module) -> list[dict[str, Any]]:
+    """Return the optimizer's groups of parameters with equal rates; "lr_factor" is the factor of a group's rate."""
+    norms = [m for m in model.modules() if isinstance(m, _NormBase | nn.LayerNorm | nn.GroupNorm | nn.RMSNorm)]
+    of_norms = {parameter for norm in norms for parameter in norm.parameters()}
+    by_rates: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        lr_factor, weight_decay = 1.0, config.weight_decay
+        if not config.decay_norms_and_biases and (parameter in of_norms or parameter.dim() < 2):
+            weight_decay = 0.0
+        for group in config.groups:
+            if any(fnmatch.fnmatchcase(name, pattern) for pattern in group.params):
+                lr_factor = lr_factor if group.lr is None else group.lr
+                weight_decay = weight_decay if group.weight_decay is None else group.weight_decay
+        by_rates.setdefault((lr_factor, weight_decay), []).append(parameter)
+    return [
+        {"params": params, "lr": config.initial_lr * factor, "lr_factor": factor, "weight_decay": weight_decay}
+        for (factor, weight_decay), params in by_rates.items()
+    ]
 
 
 def learning_rate(problem: Problem, cycle: int | None, step: int) -> float:

@@ -117,10 +117,11 @@ def _launch(op: str, *args: object, **kwargs: object) -> object:
     launcher = getattr(import_module(f"swamp_fast.kernels.{op.rstrip('_')}"), op)
     if op == "masked_sgd_":
         rates = [kwargs[name] for name in ("lr", "momentum", "weight_decay")]
-        rest = [kwargs.get("nesterov", False), *map(kwargs.get, ("grad_scale", "swa", "swa_weight"))]
+        rest = [kwargs.get("nesterov", False), *map(kwargs.get, ("grad_scale", "swa", "swa_weight", "segment_ends"))]
         return launcher(*args, *rates, *rest)
     if op == "masked_adamw_":
         names = ("lr", "beta1", "beta2", "eps", "weight_decay", "step", "grad_scale", "swa", "swa_weight")
+        names += ("segment_ends",)
         return launcher(*args, *map(kwargs.get, names))
     if op == "gather_augment":
         images, table, index, keys = args

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import json
 import math
 
 import pytest
@@ -41,6 +42,27 @@ BAD = [
     ({"optimizer": "adamw", "adam_eps": 0.0}, ValueError, "`adam_eps` must be at least 1.17549e-38 and finite"),
     ({"clip_norm": 0.0}, ValueError, "`clip_norm` must be above 0 and finite, got 0.0; None doesn't clip"),
     ({"clip_norm": float("nan")}, ValueError, "`clip_norm` must be above 0 and finite, got nan"),
+    ({"groups": {"params": "*", "lr": 1.0}}, TypeError, "`groups` must be a list of tables such as"),
+    ({"groups": ["*"]}, TypeError, r"`groups\[0\]` must be a table such as .*, got '\*'"),
+    (
+        {"groups": [{"params": "*", "lrs": 1.0}]},
+        ValueError,
+        r"`groups\[0\]` has the key 'lrs', but the keys of a group",
+    ),
+    ({"groups": [{"lr": 1.0}]}, ValueError, r"`groups\[0\]` needs params, a pattern .* got params = None"),
+    ({"groups": [{"params": [], "lr": 1.0}]}, ValueError, r"`groups\[0\]` needs params, .* got params = \[\]"),
+    ({"groups": [{"params": ["*", 3], "lr": 1.0}]}, ValueError, r"`groups\[0\]` needs params, .* got params = "),
+    ({"groups": [{"params": "*"}]}, ValueError, r"`groups\[0\]` sets nothing. Give it lr"),
+    ({"groups": [{"params": "*", "lr": "1"}]}, TypeError, r"`groups\[0\]`: lr must be a number, got '1'"),
+    ({"groups": [{"params": "*", "lr": True}]}, TypeError, r"`groups\[0\]`: lr must be a number, got True"),
+    ({"groups": [{"params": "*", "lr": math.nan}]}, ValueError, r"`groups\[0\]`: lr must be at least 0 and finite"),
+    ({"groups": [{"params": "*", "lr": 10**400}]}, ValueError, r"`groups\[0\]`: lr must be at least 0 and finite"),
+    (
+        {"groups": [{"params": "a", "lr": 1}, {"params": "b", "weight_decay": -1}]},
+        ValueError,
+        r"`groups\[1\]`: weight_decay must be at least 0 and finite, got -1",
+    ),
+    ({"decay_norms_and_biases": 0}, TypeError, "`decay_norms_and_biases` must be bool, got 0"),
     ({"swa_start": 1.0}, ValueError, r"`swa_start` must lie in \[0, 1\)"),
     ({"swa_start": -0.1}, ValueError, r"`swa_start` must lie in \[0, 1\)"),
     ({"swa_lr": 0.2}, ValueError, "`swa_lr` must be at most `lr`, got swa_lr = 0.2 and lr = 0.1"),
@@ -113,6 +135,8 @@ def test_to_toml_and_back(tmp_path):
         SwampConfig.quick(particles=(1, 1, 4), cycles=2, run_dir='a "b" \\ ü', lr=1e-5, swa_lr=1e-7),
         SwampConfig(target_density=0.1, seed=-5, average="none", lr=0.01),
         SwampConfig(optimizer="adamw", beta1=0.8, beta2=0.99, adam_eps=1e-6, clip_norm=0.5, lr=1e-3, swa_lr=5e-4),
+        SwampConfig(groups=[{"params": 'a "b" \\ ü', "lr": 0}, {"params": ["*", "a.b"], "weight_decay": 1e-7}]),
+        SwampConfig(groups=[{"params": "*.bias", "lr": 2.0, "weight_decay": 0.1}], decay_norms_and_biases=False),
     ]
     for config in configs:
         assert SwampConfig.from_toml(config.to_toml()) == config
@@ -123,6 +147,18 @@ def test_to_toml_and_back(tmp_path):
         SwampConfig.from_toml("lr = = 1")
     with pytest.raises(TypeError, match="unknown setting `learning_rate`"):
         SwampConfig.from_toml("learning_rate = 0.1")
+
+
+def test_groups_are_plain_values_outside_and_hashable_inside():
+    table = {"params": ["head.*"], "lr": 0.1}
+    config = SwampConfig(groups=[table, {"params": "*.bias", "weight_decay": 0}])
+    assert config.to_dict()["groups"] == [table, {"params": ["*.bias"], "weight_decay": 0.0}]
+    assert json.loads(json.dumps(config.to_dict())) == config.to_dict()
+    again = SwampConfig(**config.to_dict())
+    assert (again, hash(again)) == (config, hash(config))
+    assert config.replace(seed=1).groups == config.groups
+    tables = "[[groups]]\nparams = 'head.*'\nlr = 0.1\n[[groups]]\nparams = ['*.bias']\nweight_decay = 0\n"
+    assert SwampConfig.from_toml(tables) == config
 
 
 def test_settings_take_precedence_over_config():

@@ -1,7 +1,7 @@
 // The arguments of the ops' kernels, and the table of kernels that each instruction set provides. As in
-// swamp_fast/__init__.py, R is the number of runs, L of lanes, P of parameters, Q of prunable parameters, B of samples
-// in a batch. A stride is the distance in elements from one row to the next; each row is contiguous. The kernels check
-// nothing, because the contracts in swamp_fast/ops/ have checked all arguments.
+// swamp_fast/__init__.py, R is the number of runs, L of lanes, P of parameters, Q of prunable parameters, S of segments,
+// B of samples in a batch. A stride is the distance in elements from one row to the next; each row is contiguous. The
+// kernels check nothing, because the contracts in swamp_fast/ops/ have checked all arguments.
 #pragma once
 
 #include <cstdint>
@@ -17,13 +17,14 @@ struct MaskedSgd {
   T* swa;                   // [L, P] running mean, or null
   const uint8_t* masks;     // [R, Q]
   const int64_t* run_of_lane;  // [L]
-  const double* lr;            // [L]
+  const int64_t* segment_ends;  // [R, S] the index after each segment, the last is P; null for one segment
+  const double* lr;            // [L, S]
   const double* momentum;      // [L]
-  const double* weight_decay;  // [L]
+  const double* weight_decay;  // [L, S]
   const double* grad_scale;    // [L] factor of a lane's gradient, or null
   const double* swa_weight;    // [L] 1 / (samples with this one), 0 leaves the mean alone; null without swa
   int64_t weights_stride, grads_stride, momentum_stride, swa_stride, masks_stride;
-  int64_t lanes, parameters, prunable;
+  int64_t lanes, parameters, prunable, segments;
   bool nesterov;
 };
 
@@ -36,16 +37,17 @@ struct MaskedAdamw {
   T* swa;                   // [L, P] running mean, or null
   const uint8_t* masks;     // [R, Q]
   const int64_t* run_of_lane;  // [L]
-  const double* lr;            // [L]
+  const int64_t* segment_ends;  // [R, S] the index after each segment, the last is P; null for one segment
+  const double* lr;            // [L, S]
   const double* beta1;         // [L]
   const double* beta2;         // [L]
   const double* eps;           // [L]
-  const double* weight_decay;  // [L]
+  const double* weight_decay;  // [L, S]
   const double* step;          // [L] 1 for the first
   const double* grad_scale;    // [L] factor of a lane's gradient, or null
   const double* swa_weight;    // [L] 1 / (samples with this one), 0 leaves the mean alone; null without swa
   int64_t weights_stride, grads_stride, exp_avg_stride, exp_avg_sq_stride, swa_stride, masks_stride;
-  int64_t lanes, parameters, prunable;
+  int64_t lanes, parameters, prunable, segments;
 };
 
 template <typename T>

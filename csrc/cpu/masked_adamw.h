@@ -11,11 +11,12 @@ struct AdamwRates {
   T eps, grad_scale, swa_weight;
 };
 
-// The rates of one lane at its step. As in PyTorch, they are computed in float64 and rounded once.
+// The rates of one lane's segment at the lane's step. As in PyTorch, they are computed in float64 and rounded once.
 template <typename T>
-AdamwRates<T> adamw_rates(const MaskedAdamw<T>& a, int64_t lane) {
-  const double lr = a.lr[lane], beta1 = a.beta1[lane], beta2 = a.beta2[lane], step = a.step[lane];
-  return {T(1 - lr * a.weight_decay[lane]),
+AdamwRates<T> adamw_rates(const MaskedAdamw<T>& a, int64_t lane, int64_t segment) {
+  const int64_t rate = lane * a.segments + segment;
+  const double lr = a.lr[rate], beta1 = a.beta1[lane], beta2 = a.beta2[lane], step = a.step[lane];
+  return {T(1 - lr * a.weight_decay[rate]),
           T(1 - beta1),
           T(beta2),
           T(1 - beta2),
@@ -27,7 +28,7 @@ AdamwRates<T> adamw_rates(const MaskedAdamw<T>& a, int64_t lane) {
 }
 
 template <typename T, bool masked, bool average>
-void masked_adamw_span(T* __restrict w, const T* __restrict g, T* __restrict m, T* __restrict v, T* __restrict s,
+SWAMP_AT_CACHE_LINE void masked_adamw_span(T* __restrict w, const T* __restrict g, T* __restrict m, T* __restrict v, T* __restrict s,
                        const uint8_t* __restrict mask, int64_t count, AdamwRates<T> r) {
 #pragma omp simd
   for (int64_t i = 0; i < count; ++i) {
@@ -51,7 +52,7 @@ void masked_adamw_span(T* __restrict w, const T* __restrict g, T* __restrict m, 
 }
 
 template <typename T, bool masked>
-void masked_adamw_lane(const MaskedAdamw<T>& a, int64_t lane, int64_t begin, int64_t end) {
+void masked_adamw_lane(const MaskedAdamw<T>& a, int64_t lane, int64_t segment, int64_t begin, int64_t end) {
   T* w = a.weights + lane * a.weights_stride + begin;
   const T* g = a.grads + lane * a.grads_stride + begin;
   T* m = a.exp_avg + lane * a.exp_avg_stride + begin;
@@ -60,12 +61,12 @@ void masked_adamw_lane(const MaskedAdamw<T>& a, int64_t lane, int64_t begin, int
   const bool average = a.swa && a.swa_weight[lane] != 0;
   T* s = average ? a.swa + lane * a.swa_stride + begin : nullptr;
   const auto span = average ? masked_adamw_span<T, masked, true> : masked_adamw_span<T, masked, false>;
-  span(w, g, m, v, s, mask, end - begin, adamw_rates(a, lane));
+  span(w, g, m, v, s, mask, end - begin, adamw_rates(a, lane, segment));
 }
 
 template <typename T>
 void masked_adamw_(const MaskedAdamw<T>& a, int threads) {
-  for_each_span(a.lanes, a.parameters, a.prunable, threads, [&](auto masked, int64_t lane, int64_t begin, int64_t end) {
-    masked_adamw_lane<T, decltype(masked)::value>(a, lane, begin, end);
+  for_each_span(a, threads, [&](auto masked, int64_t lane, int64_t segment, int64_t begin, int64_t end) {
+    masked_adamw_lane<T, decltype(masked)::value>(a, lane, segment, begin, end);
   });
 }

@@ -61,28 +61,32 @@ void bind(py::module_& m, const std::string& type) {
   m.def(("masked_sgd_" + type).c_str(),
         [](uintptr_t weights, int64_t weights_stride, uintptr_t grads, int64_t grads_stride, uintptr_t momentum_buffer,
            int64_t momentum_stride, uintptr_t swa, int64_t swa_stride, uintptr_t masks, int64_t masks_stride,
-           uintptr_t run_of_lane, uintptr_t lr, uintptr_t momentum, uintptr_t weight_decay, uintptr_t grad_scale,
-           uintptr_t swa_weight, int64_t lanes, int64_t parameters, int64_t prunable, bool nesterov, int threads) {
+           uintptr_t run_of_lane, uintptr_t segment_ends, uintptr_t lr, uintptr_t momentum, uintptr_t weight_decay,
+           uintptr_t grad_scale, uintptr_t swa_weight, int64_t lanes, int64_t parameters, int64_t prunable,
+           int64_t segments, bool nesterov, int threads) {
           py::gil_scoped_release release;
           kernels<T>().masked_sgd_({at<T>(weights), at<T>(grads), at<T>(momentum_buffer), at<T>(swa), at<uint8_t>(masks),
-                                    at<int64_t>(run_of_lane), at<double>(lr), at<double>(momentum),
-                                    at<double>(weight_decay), at<double>(grad_scale), at<double>(swa_weight), weights_stride,
-                                    grads_stride, momentum_stride, swa_stride, masks_stride, lanes, parameters, prunable, nesterov},
+                                    at<int64_t>(run_of_lane), at<int64_t>(segment_ends), at<double>(lr),
+                                    at<double>(momentum), at<double>(weight_decay), at<double>(grad_scale),
+                                    at<double>(swa_weight), weights_stride, grads_stride, momentum_stride, swa_stride,
+                                    masks_stride, lanes, parameters, prunable, segments, nesterov},
                                    threads);
         });
   m.def(("masked_adamw_" + type).c_str(),
         [](uintptr_t weights, int64_t weights_stride, uintptr_t grads, int64_t grads_stride, uintptr_t exp_avg,
            int64_t exp_avg_stride, uintptr_t exp_avg_sq, int64_t exp_avg_sq_stride, uintptr_t swa, int64_t swa_stride,
-           uintptr_t masks, int64_t masks_stride, uintptr_t run_of_lane, uintptr_t lr, uintptr_t beta1, uintptr_t beta2,
-           uintptr_t eps, uintptr_t weight_decay, uintptr_t step, uintptr_t grad_scale, uintptr_t swa_weight,
-           int64_t lanes, int64_t parameters, int64_t prunable, int threads) {
+           uintptr_t masks, int64_t masks_stride, uintptr_t run_of_lane, uintptr_t segment_ends, uintptr_t lr,
+           uintptr_t beta1, uintptr_t beta2, uintptr_t eps, uintptr_t weight_decay, uintptr_t step,
+           uintptr_t grad_scale, uintptr_t swa_weight, int64_t lanes, int64_t parameters, int64_t prunable,
+           int64_t segments, int threads) {
           py::gil_scoped_release release;
           kernels<T>().masked_adamw_({at<T>(weights), at<T>(grads), at<T>(exp_avg), at<T>(exp_avg_sq), at<T>(swa),
-                                      at<uint8_t>(masks), at<int64_t>(run_of_lane), at<double>(lr), at<double>(beta1),
-                                      at<double>(beta2), at<double>(eps), at<double>(weight_decay), at<double>(step),
-                                      at<double>(grad_scale), at<double>(swa_weight), weights_stride, grads_stride,
-                                      exp_avg_stride, exp_avg_sq_stride, swa_stride, masks_stride, lanes, parameters,
-                                      prunable},
+                                      at<uint8_t>(masks), at<int64_t>(run_of_lane), at<int64_t>(segment_ends),
+                                      at<double>(lr), at<double>(beta1), at<double>(beta2), at<double>(eps),
+                                      at<double>(weight_decay), at<double>(step), at<double>(grad_scale),
+                                      at<double>(swa_weight), weights_stride, grads_stride, exp_avg_stride,
+                                      exp_avg_sq_stride, swa_stride, masks_stride, lanes, parameters, prunable,
+                                      segments},
                                      threads);
         });
   m.def(("clip_scale_" + type).c_str(),

@@ -57,7 +57,7 @@ class Trainer:
     A captured step reads fixed addresses, so these tensors are written in place before each step:
 
     epoch_keys, step_keys  [L, 3]  keys of the epoch's and the step's random draws
-    lr                     [L]     learning rates
+    lr                     [L, S]  learning rates
     number                 [L]     the step's number, counted from 1
     swa_weight             [L]     weight of the step's new sample in the average; 0 if the step adds no sample
 
@@ -70,9 +70,9 @@ class Trainer:
     def __init__(self, problem: Problem, bank: ParticleBank, grads: Tensor, runner: LaneRunner) -> None:
         self.problem, self.bank, self.grads, self.runner = problem, bank, grads, runner
         self.epoch_keys, self.step_keys = self.bank.keys.clone(), self.bank.keys.clone()
-        self.lr = torch.zeros(bank.lanes, dtype=torch.float64, device=problem.device)
-        self.number, self.swa_weight = torch.ones_like(self.lr), torch.zeros_like(self.lr)
+        self.lr = torch.zeros_like(bank.weight_decay)
         self.loss_sum = torch.zeros(bank.lanes, dtype=torch.float64, device=problem.device)
+        self.number, self.swa_weight = torch.ones_like(self.loss_sum), torch.zeros_like(self.loss_sum)
         self.done = 0
         self.optimizers: LaneOptimizers | None = None
         self.graphs: dict[int, tuple[Tensor, torch.cuda.CUDAGraph]] = {}
@@ -109,7 +109,7 @@ class Trainer:
             )
             for handle in problem.train.batches(order, self.epoch_keys, problem.bounds[first:]):
                 step, last = self.done, self.done % steps == steps - 1
-                self.lr.copy_(rates[step % steps])
+                torch.mul(rates[step % steps, :, None], bank.lr_factors, out=self.lr)
                 self.number.fill_(step + 1)
                 self.swa_weight.copy_(weights[step % steps])
                 self.step_keys.copy_(at_time(bank.keys, step))
@@ -129,7 +129,7 @@ class Trainer:
         return {"done": torch.tensor(self.done), "loss_sum": self.loss_sum[lanes], **bank_state, **buffers, **own}
 
     def _of_lanes(self, of_runs: list[list[float]]) -> Tensor:
-        """A float64 tensor [S, L], in which the runs' numbers [S, R] are repeated for the lanes of each run."""
+        """A float64 tensor [n, L], in which the runs' numbers [n, R] are repeated for the lanes of each run."""
         numbers = torch.tensor(of_runs, dtype=torch.float64, device=self.lr.device)
         return numbers.repeat_interleave(self.bank.lanes // len(self.bank.configs), 1)
 
@@ -176,7 +176,7 @@ class Trainer:
             self._update()
         else:
             again = partial(self._backward_again, batch)
-            self.optimizers.step(self.lr.tolist(), self.swa_weight, again)
+            self.optimizers.step(self.lr[:, 0].tolist(), self.swa_weight, again)
 
     def _backward_again(self, batch: Batch, lane: int) -> Tensor:
         """Compute one lane's gradients on the step's batch again, and return its loss.
@@ -197,23 +197,20 @@ class Trainer:
         bank, scale = self.bank, None
         if bank.clip_norm is not None:
             scale = ops.clip_scale(self.grads, bank.masks, bank.run_of_lane, bank.clip_norm)
-        common = {**bank.rates, "swa": bank.swa, "swa_weight": self.swa_weight}
+        common: dict[str, Any] = {
+            **bank.rates,
+            "lr": self.lr,
+            "weight_decay": bank.weight_decay,
+            "segment_ends": bank.segment_ends,
+            "grad_scale": scale,
+            "swa": bank.swa,
+            "swa_weight": self.swa_weight,
+        }
+        state = (bank.weights, self.grads, *bank.moments.values(), bank.masks, bank.run_of_lane)
         if bank.config.optimizer == "adamw":
-            ops.masked_adamw_(
-                *(bank.weights, self.grads, *bank.moments.values(), bank.masks, bank.run_of_lane),
-                lr=self.lr,
-                step=self.number,
-                grad_scale=scale,
-                **common,
-            )
+            ops.masked_adamw_(*state, step=self.number, **common)
         else:
-            ops.masked_sgd_(
-                *(bank.weights, self.grads, *bank.moments.values(), bank.masks, bank.run_of_lane),
-                lr=self.lr,
-                nesterov=bank.config.nesterov,
-                grad_scale=scale,
-                **common,
-            )
+            ops.masked_sgd_(*state, nesterov=bank.config.nesterov, **common)
 
     def _capture(self, index: Tensor) -> None:
         """Capture a step over `index` [L, B], then restore what the warm-up steps changed."""

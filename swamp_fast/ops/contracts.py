@@ -83,6 +83,24 @@ class Contract:
         for name, rate in rates.items():
             self.tensor(name, rate, "L", [torch.float64], advice="Rates are per lane.")
 
+    def segments(self, segment_ends: Tensor | None, **rates: Tensor) -> None:
+        """Check rates that are float64 tensors [L, S], and the ends of the segments [R, S], or None for one segment.
+
+        The values of ends on a GPU are not checked, because the host would have to wait for the GPU.
+        """
+        if segment_ends is None:
+            self.sizes["S"] = 1
+        else:
+            self.tensor("segment_ends", segment_ends, "R S", [torch.int64])
+            for ends in segment_ends.tolist() if segment_ends.device.type == "cpu" else ():
+                if sorted(ends) != ends or ends[:1] < [0] or ends[-1] != self.size("P"):
+                    raise self.fail(
+                        f"`segment_ends` must rise from at least 0 to P = {self.size('P')} in each row, got {ends}."
+                    )
+        for name, rate in rates.items():
+            advice = "Pass one rate per lane and segment."
+            self.tensor(name, rate, "L S", [torch.float64], advice=advice)
+
     def update(self, weights: Tensor, grad_scale: Tensor | None, swa: Tensor | None, swa_weight: Tensor | None) -> None:
         """Check the optional arguments of every op that updates weights [L, P]."""
         if grad_scale is not None:

@@ -22,6 +22,7 @@ def masked_sgd_(
     grad_scale: Tensor | None = None,
     swa: Tensor | None = None,
     swa_weight: Tensor | None = None,
+    segment_ends: Tensor | None = None,
 ) -> None:
     """Take one SGD step in place. Afterwards, every pruned weight and its momentum are exactly 0.
 
@@ -37,13 +38,14 @@ def masked_sgd_(
     momentum_buffer  [L, P]  v, as weights, changed in place; zeros before the first step
     masks            [R, Q]  bool, False for pruned weights; parameters Q … P have no mask
     run_of_lane      [L]     int64, the run of each lane; lanes use their run's mask
-    lr               [L]     float64, the learning rate
+    lr               [L, S]  float64, the learning rate of each segment
     momentum         [L]     float64, 0 for plain SGD
-    weight_decay     [L]     float64, the factor of w that is added to the gradient
+    weight_decay     [L, S]  float64, the factor of w that is added to the gradient
     nesterov                 whether to use Nesterov's momentum
     grad_scale       [L]     float64, the factor of each lane's gradient (see clip_scale); None for 1
     swa              [L, P]  the running mean of the weights, changed in place, or None
     swa_weight       [L]     float64, 1 / (number of samples in the mean, with this one); with 0 a lane's mean stays
+    segment_ends     [R, S]  int64, the index after each segment in the vector of a run, the last one is P; None for one
 
     Raises ValueError or TypeError if a shape, dtype or device is wrong.
     Source: torch.optim.SGD (dampening 0); Izmailov et al. 2018, arXiv 1803.05407, for the running mean.
@@ -53,7 +55,8 @@ def masked_sgd_(
     c.tensor("grads", grads, "L P", [weights.dtype], rows=True)
     c.tensor("momentum_buffer", momentum_buffer, "L P", [weights.dtype], rows=True)
     c.lanes(masks, run_of_lane)
-    c.rates(lr=lr, momentum=momentum, weight_decay=weight_decay)
+    c.segments(segment_ends, lr=lr, weight_decay=weight_decay)
+    c.rates(momentum=momentum)
     c.update(weights, grad_scale, swa, swa_weight)
     torch.ops.swamp_fast.masked_sgd_(
         weights,
@@ -68,6 +71,7 @@ def masked_sgd_(
         grad_scale,
         swa,
         swa_weight,
+        segment_ends,
     )
 
 
@@ -84,6 +88,7 @@ def _cpu(
     grad_scale: Tensor | None,
     swa: Tensor | None,
     swa_weight: Tensor | None,
+    segment_ends: Tensor | None,
 ) -> None:
     kernel = native().masked_sgd_float32 if weights.dtype == torch.float32 else native().masked_sgd_float64
     kernel(
@@ -92,10 +97,12 @@ def _cpu(
         *(momentum_buffer.data_ptr(), momentum_buffer.stride(0)),
         *((swa.data_ptr(), swa.stride(0)) if swa is not None else (0, 0)),
         *(masks.data_ptr(), masks.stride(0)),
-        *(run_of_lane.data_ptr(), lr.data_ptr(), momentum.data_ptr(), weight_decay.data_ptr()),
+        run_of_lane.data_ptr(),
+        segment_ends.data_ptr() if segment_ends is not None else 0,
+        *(lr.data_ptr(), momentum.data_ptr(), weight_decay.data_ptr()),
         grad_scale.data_ptr() if grad_scale is not None else 0,
         swa_weight.data_ptr() if swa_weight is not None else 0,
-        *(weights.shape[0], weights.shape[1], masks.shape[1]),
+        *(weights.shape[0], weights.shape[1], masks.shape[1], lr.shape[1]),
         nesterov,
         torch.get_num_threads(),
     )
@@ -112,7 +119,7 @@ def _fake(weights: Tensor, *rest: object) -> None:
 register(
     "masked_sgd_(Tensor(a!) weights, Tensor grads, Tensor(b!) momentum_buffer, Tensor masks, Tensor run_of_lane, "
     "Tensor lr, Tensor momentum, Tensor weight_decay, bool nesterov, Tensor? grad_scale, Tensor(c!)? swa, "
-    "Tensor? swa_weight) -> ()",
+    "Tensor? swa_weight, Tensor? segment_ends) -> ()",
     cpu=_cpu,
     cuda=_cuda,
     fake=_fake,

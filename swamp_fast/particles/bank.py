@@ -14,11 +14,8 @@ from swamp_fast.particles.layout import Extent
 from swamp_fast.particles.random import lane_keys, stream_of
 
 MOMENTS = {"sgd": ("momentum_buffer",), "adamw": ("exp_avg", "exp_avg_sq")}
-# Optimizer -> {rate that the optimizer's op takes: setting of SwampConfig that gives it}.
-RATES = {
-    "sgd": {"momentum": "momentum", "weight_decay": "weight_decay"},
-    "adamw": {"beta1": "beta1", "beta2": "beta2", "eps": "adam_eps", "weight_decay": "weight_decay"},
-}
+# Optimizer -> {rate that the optimizer's op takes for each lane: setting of SwampConfig that gives it}.
+RATES = {"sgd": {"momentum": "momentum"}, "adamw": {"beta1": "beta1", "beta2": "beta2", "eps": "adam_eps"}}
 
 
 @dataclass(frozen=True)
@@ -41,6 +38,9 @@ class ParticleBank:
     run_of_lane   [L]       int64: the number of each lane's run
     keys          [L, 3]    int64: the key (seed, stream, 0) of each lane's random draws
     rates         [L]       float64 each; by the names of the optimizer op's arguments
+    weight_decay  [L, S]    float64: the weight decay of each segment of the layout
+    lr_factors    [S]       float64: the factor of the learning rate in each segment
+    segment_ends  [R, S]    int64: the index after each segment in the vector of each run; None for one segment
     clip_norm     [L]       float64: the largest norm of each lane's gradient; None doesn't clip
     buffers       [L, ...]  each; the modules' buffers by name, at the start of a training, and afterwards at its end
     configs       the settings of the R runs
@@ -72,6 +72,16 @@ class ParticleBank:
             return torch.tensor(values, dtype=torch.float64, device=device)
 
         self.rates = {name: of_lanes(setting) for name, setting in RATES[config.optimizer].items()}
+        decays = [
+            config.weight_decay if segment.rates.weight_decay is None else segment.rates.weight_decay
+            for config in configs
+            for _ in range(lanes // runs)
+            for segment in layout.segments
+        ]
+        factors = [segment.rates.lr_factor for segment in layout.segments]
+        self.weight_decay = torch.tensor(decays, dtype=torch.float64, device=device).view(lanes, len(factors))
+        self.lr_factors = torch.tensor(factors, dtype=torch.float64, device=device)
+        self.segment_ends = segment_ends_of([layout] * runs, device)
         self.clip_norm = None if config.clip_norm is None else of_lanes("clip_norm")
         self.buffers: dict[str, Tensor] = {}
 
@@ -116,6 +126,8 @@ class ParticleBank:
         part.moments = {name: moment[lanes] for name, moment in self.moments.items()}
         part.masks, part.run_of_lane = self.masks[run : run + 1], torch.zeros_like(self.run_of_lane[lanes])
         part.rates = {name: rate[lanes] for name, rate in self.rates.items()}
+        part.weight_decay = self.weight_decay[lanes]
+        part.segment_ends = None if self.segment_ends is None else self.segment_ends[run : run + 1]
         part.clip_norm = None if self.clip_norm is None else self.clip_norm[lanes]
         part.buffers = {name: buffer[lanes] for name, buffer in self.buffers.items()}
         return part
@@ -172,3 +184,11 @@ class ParticleBank:
     def expanded_masks(self) -> Tensor:
         """Return the masks [R, Q] of the runs in the layout's full length."""
         return self.masks
+
+
+def segment_ends_of(layouts: Sequence[Extent], device: torch.device) -> Tensor | None:
+    """Return the ends of the segments in the vectors of R runs, int64 [R, S]; None for one segment."""
+    if len(layouts[0].segments) == 1:
+        return None
+    ends = [[segment.end for segment in layout.segments] for layout in layouts]
+    return torch.tensor(ends, dtype=torch.int64, device=device)

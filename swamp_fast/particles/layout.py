@@ -6,12 +6,33 @@ import math
 from collections.abc import Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
+from itertools import groupby, pairwise
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 ALIGNMENT = 16  # elements: 64 bytes of float32
+
+
+@dataclass(frozen=True)
+class Rates:
+    """The rates of a parameter, relative to those of its run.
+
+    lr_factor     the factor of the learning rate
+    weight_decay  the weight decay; None for the run's
+    """
+
+    lr_factor: float = 1.0
+    weight_decay: float | None = None
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A range of a vector whose parameters have equal rates. It begins where the segment before it ends."""
+
+    end: int
+    rates: Rates
 
 
 class Extent(Protocol):
@@ -25,6 +46,11 @@ class Extent(Protocol):
     @property
     def Q(self) -> int:
         """The length of the prunable part."""
+        ...
+
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        """The S segments of the vector, in order."""
         ...
 
 
@@ -58,10 +84,19 @@ class Layout:
     entries: tuple[Entry, ...]
     Q: int
     P: int
+    segments: tuple[Segment, ...]
 
     @classmethod
-    def of(cls, parameters: Iterable[tuple[str, nn.Parameter]], prunable: AbstractSet[str]) -> Layout:
-        """Lay out named parameters in the given order, but those in `prunable` before the others."""
+    def of(
+        cls,
+        parameters: Iterable[tuple[str, nn.Parameter]],
+        prunable: AbstractSet[str],
+        rates: Mapping[str, Rates] | None = None,
+    ) -> Layout:
+        """Lay out named parameters in the given order, but those in `prunable` before the others.
+
+        rates  the rates of parameters by name; those of others are the run's
+        """
         entries: list[Entry] = []
         position = Q = 0
         named = [(name, tuple(parameter.shape)) for name, parameter in parameters]
@@ -71,7 +106,7 @@ class Layout:
                     entries.append(Entry(name, shape, position, first))
                     position += -(-math.prod(shape) // ALIGNMENT) * ALIGNMENT
             Q = position if first else Q
-        return cls(tuple(entries), Q, position)
+        return cls(tuple(entries), Q, position, _segments_of(entries, position, rates or {}))
 
     @property
     def prunable(self) -> tuple[Entry, ...]:
@@ -108,6 +143,14 @@ class Layout:
         for entry in self.prunable:
             mask[entry.begin : entry.end] = True
         return mask
+
+
+def _segments_of(entries: list[Entry], end: int, rates: Mapping[str, Rates]) -> tuple[Segment, ...]:
+    """Return the segments of a vector that ends at `end`. Padding belongs to the segment before it."""
+    equal = [(key, next(group).begin) for key, group in groupby(entries, lambda each: rates.get(each.name, Rates()))]
+    if not equal:
+        return (Segment(end, Rates()),)
+    return tuple(Segment(stop, key) for (key, _), (_, stop) in pairwise([*equal, (Rates(), end)]))
 
 
 def by_layer(layout: Layout, mask: Tensor) -> list[int]:

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from swamp_fast.particles.optimizer_state import NotSaved, read_state, with_inner
 from swamp_fast.particles.random import generators_left_alone
 from swamp_fast.problem.checks import particle_of
+from swamp_fast.problem.gradients import listed
 from swamp_fast.problem.recipe import Recipe
 
 SCALE = 1e-3  # of the trial's random gradients
@@ -103,3 +104,13 @@ def _check_rates(optimizers: list[Optimizer]) -> None:
             rate = float(group.get("lr", 0.0))
             if not 0 <= rate < float("inf"):
                 raise ValueError(f"`recipe`: optimizer has the learning rate {rate}; it must be finite and at least 0.")
+
+
+def recipe_lines(own: OwnOptimizer | None) -> list[str]:
+    """Return the console's lines about a recipe's optimizers."""
+    if own is None:
+        return []
+    lines = [f"recipe   trained by {' and '.join(own.names)}"]
+    if own.untrained:
+        lines.append(f"note     the recipe's optimizers leave out, so never train: {listed(own.untrained)}")
+    return lines

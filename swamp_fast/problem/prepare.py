@@ -31,7 +31,8 @@ from swamp_fast.problem.checks import (
     write_masks_,
 )
 from swamp_fast.problem.gradients import listed
-from swamp_fast.problem.optimizer_trial import OwnOptimizer, try_optimizer
+from swamp_fast.problem.optimizer_trial import recipe_lines, try_optimizer
+from swamp_fast.problem.parameter_groups import rates_lines, rates_of_parameters, trained_parameters
 from swamp_fast.problem.precision import weight_dtype
 from swamp_fast.problem.probe import Probe, check_single_sample, probe_model
 from swamp_fast.problem.problem import Problem, steps_of
@@ -94,7 +95,8 @@ def prepare(
     hashes = splits.fingerprints()
     check_validation(hashes, config)
 
-    layout = Layout.of(((name, p) for name, p in template.named_parameters() if p.requires_grad), probe.prunable)
+    rates = rates_of_parameters(template, config)
+    layout = Layout.of(trained_parameters(template).items(), probe.prunable, rates)
     mask = _first_mask(layout, config, arguments.initial_masks, device)
     if recipe.score is not None:
         recipe.scores(torch.randn(config.particles_at(0), layout.weights, dtype=dtype, device=device))
@@ -119,7 +121,7 @@ def prepare(
         on_cycle=arguments.on_cycle,
         drop_last=opened.drop_last,
         probe=probe,
-        lines=_introduction(template, layout, splits, probe, own_optimizer),
+        lines=_introduction(template, layout, splits, probe, (*rates_lines(rates), *recipe_lines(own_optimizer))),
         fingerprints={
             "model": fingerprint,
             "mask": tensor_fingerprint(mask),
@@ -233,20 +235,15 @@ def _unrepeatable(splits: Splits, probe: Probe) -> list[str]:
 
 
 def _introduction(
-    model: nn.Module, layout: Layout, splits: Splits, probe: Probe, own_optimizer: OwnOptimizer | None
+    model: nn.Module, layout: Layout, splits: Splits, probe: Probe, of_training: tuple[str, ...]
 ) -> tuple[str, ...]:
-    """Return the console's first lines about a run: its model, its data, and what the FLOPs leave out."""
+    """Return the console's first lines on a run: its model, its data, its training, and what the FLOPs leave out."""
     trained = sum(entry.size for entry in layout.entries)
     lines = [
         f"model    {type(model).__name__}: {layout.weights:,} prunable of {trained:,} trained weights, in "
         f"{len(layout.prunable)} of {len(layout.entries)} parameters"
     ]
-    lines += [probe.pruned.line, *_notes(model, probe)]
-    lines += splits.lines
-    if own_optimizer is not None:
-        lines.append(f"recipe   trained by {' and '.join(own_optimizer.names)}")
-    if own_optimizer is not None and own_optimizer.untrained:
-        lines.append(f"note     the recipe's optimizers leave out, so never train: {listed(own_optimizer.untrained)}")
+    lines += [probe.pruned.line, *_notes(model, probe), *splits.lines, *of_training]
     lines += [line for name, data in splits.named.items() if name != "train" for line in accuracy_lines(name, data)]
     lines += [f"random   {text}" for text in _unrepeatable(splits, probe)]
     if probe.uncounted:

@@ -23,7 +23,10 @@ Score = Callable[[Tensor], Tensor]  # weights [N, Q] -> [Q]
 
 # Part of a recipe -> the settings that it replaces.
 REPLACES = {
-    "optimizer": ("optimizer", "lr", "swa_lr", "momentum", "nesterov", "beta1", "beta2", "adam_eps", "weight_decay"),
+    "optimizer": (
+        *("optimizer", "lr", "swa_lr", "momentum", "nesterov", "beta1", "beta2", "adam_eps", "weight_decay"),
+        *("groups", "decay_norms_and_biases"),
+    ),
     "schedule": ("schedule", "swa_lr", "warmup_epochs", "step_epochs", "step_factor"),
     "score": ("mask_score", "layer_kept"),
 }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any
@@ -98,8 +97,7 @@ def _facts(run: RunFacts) -> dict[str, str]:
 
 def _settings_section(run: RunFacts) -> Section:
     config, about = run.config, run.about
-    defaults = {field.name: field.default for field in dataclasses.fields(SwampConfig)}
-    settings = config.to_dict()
+    defaults, settings = SwampConfig().to_dict(), config.to_dict()
     changed = [name for name in defaults if name not in RUN_ID_EXCLUDES and settings[name] != defaults[name]]
     changed_rows = [(code(name), words(settings[name]), words(defaults[name])) for name in changed]
     all_rows = [(code(name), words(value)) for name, value in settings.items()]

@@ -6,34 +6,34 @@ import pytest
 import torch
 from tolerances import assert_as_good_as
 from torch import Tensor
-from updates import SIZES, as_float64, move
+from updates import SIZES, as_float64, ends_of_segments, move
 
 from swamp_fast import ops
 from swamp_fast.ops import reference
 
 
 def arguments(
-    lanes: int, parameters: int, prunable: int, dtype: torch.dtype, device: torch.device
+    lanes: int, parameters: int, prunable: int, dtype: torch.dtype, device: torch.device, segments: int = 3
 ) -> dict[str, object]:
-    """Arguments for at most two runs. Rows are not adjacent in memory; each lane has different rates."""
+    """Arguments for at most two runs. Rows are not adjacent in memory; each lane and segment has different rates."""
     runs = min(2, lanes)
 
     def row_strided() -> Tensor:
         return torch.randn(lanes, parameters + 7, dtype=dtype)[:, :parameters]
 
-    rates = torch.rand(3, lanes, dtype=torch.float64)
     found = {
         "weights": row_strided(),
         "grads": row_strided(),
         "momentum_buffer": row_strided(),
         "masks": (torch.rand(runs, prunable + 3) < 0.4)[:, :prunable],
         "run_of_lane": torch.arange(lanes) * runs // lanes,
-        "lr": 0.1 * rates[0],
-        "momentum": rates[1],
-        "weight_decay": 0.01 * rates[2],
+        "lr": 0.1 * torch.rand(lanes, segments, dtype=torch.float64),
+        "momentum": torch.rand(lanes, dtype=torch.float64),
+        "weight_decay": 0.01 * torch.rand(lanes, segments, dtype=torch.float64),
         "grad_scale": 1 / (1 + torch.arange(lanes).double()),
         "swa": row_strided(),
         "swa_weight": (torch.arange(lanes) % 3).double() / 2,
+        "segment_ends": ends_of_segments(runs, parameters, segments),
     }
     return {name: move(value, device) for name, value in found.items()}
 
@@ -72,7 +72,7 @@ def test_repeats_bit_for_bit_and_lanes_stand_alone(implementation):
     together = run(lambda *a, **k: implementation("masked_sgd_", *a, **k), given, False)
     again = run(lambda *a, **k: implementation("masked_sgd_", *a, **k), given, False)
     assert all(torch.equal(a, b) for a, b in zip(together, again, strict=True))
-    per_lane = [name for name, value in given.items() if name != "masks" and value.shape[0] == 4]
+    per_lane = [name for name in given if name not in ("masks", "segment_ends")]
     for order in ([2], [3, 1, 0, 2]):
         picked = {name: value[order].contiguous() if name in per_lane else value for name, value in given.items()}
         alone = run(lambda *a, **k: implementation("masked_sgd_", *a, **k), picked, False)
@@ -108,9 +108,9 @@ def test_rounds_as_torch_optim_sgd(nesterov):
         optimizer.step()
         ops.masked_sgd_(
             *(weights, grads, momentum, masks, torch.zeros(lanes, dtype=torch.int64)),
-            lr=0.1 * one,
+            lr=0.1 * one[:, None],
             momentum=0.9 * one,
-            weight_decay=5e-4 * one,
+            weight_decay=5e-4 * one[:, None],
             nesterov=nesterov,
         )
     assert torch.equal(weights, torch.stack([parameter.detach() for parameter in plain]))
@@ -121,12 +121,24 @@ def test_opcheck():
     rates = [given[name] for name in ("lr", "momentum", "weight_decay")]
     positional = [given[name] for name in ("weights", "grads", "momentum_buffer", "masks", "run_of_lane")]
     for rest in ((given["grad_scale"], given["swa"], given["swa_weight"]), (None, None, None)):
-        torch.library.opcheck(torch.ops.swamp_fast.masked_sgd_, (*positional, *rates, True, *rest))
+        everything = (*positional, *rates, True, *rest, given["segment_ends"])
+        torch.library.opcheck(torch.ops.swamp_fast.masked_sgd_, everything)
+
+
+def test_equal_segments_are_one(implementation):
+    """Segments with equal rates give the bits of one segment, wherever they end."""
+    given = arguments(4, 5001, 4100, torch.float32, implementation.device)
+    given |= {name: given[name][:, :1].expand(-1, 3).contiguous() for name in ("lr", "weight_decay")}
+    several = run(lambda *a, **k: implementation("masked_sgd_", *a, **k), given, True)
+    given |= {name: given[name][:, :1].contiguous() for name in ("lr", "weight_decay")}
+    for ends in (None, torch.full_like(given["segment_ends"][:, :1], 5001)):
+        one = run(lambda *a, **k: implementation("masked_sgd_", *a, **k), given | {"segment_ends": ends}, True)
+        assert all(torch.equal(a, b) for a, b in zip(one, several, strict=True))
 
 
 def test_a_scale_of_one_is_none(implementation):
     given = arguments(3, 1003, 500, torch.float32, implementation.device)
-    given["grad_scale"] = torch.ones_like(given["lr"])
+    given["grad_scale"] = torch.ones_like(given["momentum"])
     scaled = run(lambda *a, **k: implementation("masked_sgd_", *a, **k), given, True)
     plain = run(lambda *a, **k: implementation("masked_sgd_", *a, **k | {"grad_scale": None}), given, True)
     assert all(torch.equal(a, b) for a, b in zip(scaled, plain, strict=True))
@@ -135,13 +147,21 @@ def test_a_scale_of_one_is_none(implementation):
 BAD = {
     "grads": (lambda t: t[:, :-1], r"`grads` must have shape \[L, P\] = \[4, 24\], got \[4, 23\]"),
     "momentum_buffer": (lambda t: t.double(), "`momentum_buffer` must be float32, got float64"),
-    "lr": (lambda t: t[:2], r"`lr` must have shape \[L\] = \[4\], got \[2\]. Rates are per lane"),
+    "lr": (
+        lambda t: t[:2],
+        r"`lr` must have shape \[L, S\] = \[4, 3\], got \[2, 3\]. Pass one rate per lane and segment",
+    ),
     "grad_scale": (lambda t: t.float(), "`grad_scale` must be float64, got float32"),
     "run_of_lane": (lambda t: t + 2, r"`run_of_lane` must lie in \[0, R\) = \[0, 2\), got 2 … 3"),
     "weights": (
         lambda t: torch.randn(24, 4).T,
         r"rows of `weights` must be contiguous, .* Pass weights.contiguous\(\)",
     ),
+    "segment_ends": (
+        lambda t: t - 1,
+        r"`segment_ends` must rise from at least 0 to P = 24 in each row, got \[.*, 23\]",
+    ),
+    "weight_decay": (lambda t: t[:, :2], r"`weight_decay` must have shape \[L, S\] = \[4, 3\], got \[4, 2\]"),
     "swa": (lambda t: None, "`swa` and `swa_weight` go together"),
 }
 

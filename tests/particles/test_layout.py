@@ -9,8 +9,9 @@ from torch import nn
 
 from swamp_fast.common.tree import tensors
 from swamp_fast.config import SwampConfig
+from swamp_fast.engines.fused.compact import Compact
 from swamp_fast.models import MODELS, build_model
-from swamp_fast.particles.layout import ALIGNMENT, Layout
+from swamp_fast.particles.layout import ALIGNMENT, Layout, Rates, Segment
 from swamp_fast.particles.schedule import kept_at
 from swamp_fast.problem.checks import check_cycles
 from swamp_fast.problem.prepare import prepare
@@ -42,6 +43,28 @@ def test_scalars_and_odd_sizes():
     assert views["scale"].shape == ()
     assert float(views["scale"]) == 3.0
     assert layout.weights == 21
+
+
+def test_segments_cover_the_vector_and_its_compact_form():
+    """Neighbours with equal rates share a segment; a compact vector's segments hold the same parameters."""
+    model = networks.build("vit")
+    named, prunable = dict(model.named_parameters()), {"mlp.0.weight", "mlp.2.weight", "patches.weight"}
+    one = Layout.of(named.items(), prunable)
+    assert one.segments == (Segment(one.P, Rates()),)
+    rates = {name: Rates(0.5 if name.startswith("mlp.2") else 1.0, 0.0 if "bias" in name else None) for name in named}
+    layout = Layout.of(named.items(), prunable, rates)
+    assert all(a.rates != b.rates for a, b in zip(layout.segments, layout.segments[1:], strict=False))
+    mask = (torch.rand(layout.Q) < 0.3) & layout.full_mask(torch.device("cpu"))
+    for extent in (layout, Compact(layout, mask), Compact(layout, mask & False), Compact(layout, mask, None, layout.Q)):
+        ends = [segment.end for segment in extent.segments]
+        assert ends == sorted(ends)
+        assert ends[-1] == extent.P
+        assert [segment.rates for segment in extent.segments] == [segment.rates for segment in layout.segments]
+        where = extent.where if isinstance(extent, Compact) else torch.arange(layout.P)
+        for entry in layout.entries:
+            for place in where[entry.begin : entry.end].tolist():
+                inside = next(segment for segment in extent.segments if place < segment.end)
+                assert place < 0 or inside.rates == rates[entry.name]
 
 
 DEFAULTS = {

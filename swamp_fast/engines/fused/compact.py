@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from swamp_fast.config import SwampConfig
-from swamp_fast.particles.bank import ParticleBank, Solution
-from swamp_fast.particles.layout import ALIGNMENT, Layout
+from swamp_fast.particles.bank import ParticleBank, Solution, segment_ends_of
+from swamp_fast.particles.layout import ALIGNMENT, Layout, Segment
 
 
 class Compact:
@@ -20,6 +20,7 @@ class Compact:
     where  [P]      int64: the index of each number in the compact vector; -1 for pruned weights
     Q               length of the compact vector's prunable part: the kept weights, padded to a 64-byte boundary
     P               length P' of the whole compact vector
+    segments        the segments of the compact vector, as many as the full vector has
 
     first     for some never-pruned parameters, by name: the indices of the elements that `rest` lists first
     min_kept  Q has room for at least this many kept weights
@@ -42,6 +43,9 @@ class Compact:
                 places = torch.cat([first[entry.name], others]).to(mask.device)
                 self.rest[entry.begin - layout.Q : entry.end - layout.Q] = entry.begin + places
         self.where[self.rest] = torch.arange(self.Q, self.P, device=mask.device)
+        ends = torch.tensor([segment.end for segment in layout.segments], device=mask.device)
+        ends = torch.where(ends < layout.Q, torch.searchsorted(self.kept, ends), ends - layout.Q + self.Q)
+        self.segments = tuple(map(Segment, ends.tolist(), (segment.rates for segment in layout.segments)))
 
     def compact(self, vectors: Tensor) -> Tensor:
         """Convert full vectors [..., P] to compact vectors [..., P'], dropping the pruned weights."""
@@ -75,7 +79,7 @@ class CompactBank(ParticleBank):
         own_optimizer: bool = False,
     ) -> None:
         super().__init__(compacts[0], configs, lanes, dtype, compacts[0].mask.device, own_optimizer)
-        self.compacts = compacts
+        self.compacts, self.segment_ends = compacts, segment_ends_of(compacts, self.weights.device)
 
     def rewind_(self, starts: Sequence[Solution], masks: Tensor, particles: Sequence[int], cycle: int | None) -> None:
         """Rewind as ParticleBank.rewind_ does, from full (not compact) solutions.

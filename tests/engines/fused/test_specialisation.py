@@ -86,8 +86,10 @@ def launch_step(lanes: int, samples: int) -> None:
     trainer.step(first_handle(problem, bank))
     rates = [torch.ones(lanes, dtype=torch.float64) for _ in range(6)]
     state = bank.weights, grads, torch.zeros_like(grads)
-    masked_sgd.masked_sgd_(*state, bank.masks, bank.run_of_lane, *rates[:3], False, None, None, None)
-    masked_adamw.masked_adamw_(*state, torch.zeros_like(grads), bank.masks, bank.run_of_lane, *rates, None, None, None)
+    masked_sgd.masked_sgd_(*state, bank.masks, bank.run_of_lane, *rates[:3], False, None, None, None, None)
+    masked_adamw.masked_adamw_(
+        *state, torch.zeros_like(grads), bank.masks, bank.run_of_lane, *rates, None, None, None, None
+    )
     particle_mean.particle_mean(bank.weights, bank.run_of_lane, 1)
     index = torch.zeros(lanes, samples, dtype=torch.int64)
     keys, pictures = torch.zeros(lanes, 3, dtype=torch.int64), torch.zeros(9, 8, 8, 3)
