@@ -126,7 +126,7 @@ def test_names_patterns_and_predicates():
     for wanted, text in (
         (["stem", "stom"], '"stom" matches no trained parameter; there are stem.weight'),
         (lambda name, p: False, "`prunable` selects none of the trained parameters"),
-        ([3], "must hold names or patterns, got 3"),
+        ([3], "`prunable` must be None, the name of a parameter .* got list with int"),
     ):
         with pytest.raises((ValueError, TypeError), match=text):
             select_prunable(model, wanted, *outputs)
