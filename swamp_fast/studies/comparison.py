@@ -80,11 +80,12 @@ def rows_of(method: str, base: SwampConfig, problem: Problem, runs: Sequence[Swe
     """The rows of a method under one seed, one row per cycle of the base settings.
 
     A method that prunes in finer steps reports only every k-th of its own cycles, which has the base cycle's density.
+    If StopRun ended a run, the cycles that it lacks have no rows.
     """
     config, every = problem.config, METHODS[method].every(base) if method in METHODS else 1
     results = [run.result for run in runs if run.result is not None]
     rows = []
-    for cycle in range(0, config.cycles + 1, every):
+    for cycle in range(0, min(len(result.history) for result in results), every):
         row = results[0].history[cycle]
         scores = {"accuracy": row["accuracy"], "loss": row["loss"]}
         if len(results) > 1:

@@ -48,8 +48,10 @@ class SweptRun:
         """Whether the run's folder exists and holds a run."""
         return self.folder is not None and (self.folder / "run.json").exists()
 
-    def load(self, problem: Problem) -> bool:
+    def load(self, problem: Problem, stopped: bool = False) -> bool:
         """Load the result from the folder if the run is finished. Returns whether it is.
+
+        stopped  whether a run that was ended by StopRun, so that cycles are missing, counts as finished
 
         A run with damaged files counts as unfinished: it repairs them when it continues.
         """
@@ -62,7 +64,7 @@ class SweptRun:
             result = SwampResult.load(self.folder, problem.original)
         except (ValueError, OSError):
             return False
-        if len(result.history) <= problem.config.cycles:
+        if len(result.history) <= problem.config.cycles and not stopped:
             return False
         self.result = result
         return True

@@ -109,8 +109,8 @@ def test_usage_errors_take_one_line(command, text, capsys):
 @pytest.mark.parametrize(
     ("model", "text"),
     [
-        ("torch.nn:Linear", "is called without arguments, and raised TypeError"),
-        ("json:dumps", "is called without arguments, and raised TypeError"),
+        ("torch.nn:Linear", "missing a required argument: 'in_features'; it takes in_features, out_features"),
+        ("json:dumps", "missing a required argument: 'obj'; it takes obj, skipkeys"),
         ("os:getcwd", "must return an nn.Module, got str"),
         ("no_such_package:x", "can't be imported"),
     ],
