@@ -78,20 +78,26 @@ def compare(
         raise TypeError(f"`seeds` must be a list of integers, got {seeds!r}.")
     methods, seeds = list(methods), [seed_of("seeds", seed) for seed in seeds]
     _check(methods, seeds, baseline, base)
-    arguments = Arguments(
-        val=val,
-        forward=forward,
-        loss=loss,
-        transform=transform,
-        prunable=prunable,
-        initial_masks=initial_masks,
-        recipe=recipe,
-        metrics=metrics,
-        on_epoch=on_epoch,
-        on_cycle=on_cycle,
-    )
     out = None if out is None else folder_named(out)
-    done = _Runs(model, train, test, arguments, base, out)
+    done = _Runs(
+        model,
+        train,
+        test,
+        Arguments(
+            val=val,
+            forward=forward,
+            loss=loss,
+            transform=transform,
+            prunable=prunable,
+            initial_masks=initial_masks,
+            recipe=recipe,
+            metrics=metrics,
+            on_epoch=on_epoch,
+            on_cycle=on_cycle,
+        ),
+        base,
+        out,
+    )
     with folder_of_study(out):
         wanted = _wanted(methods, seeds, base)
         done.run(config for (method, _), configs in wanted.items() if not _layers_of(method) for config in configs)

@@ -84,7 +84,7 @@ def sweep(
     points = points_of([{}] if grid is None else grid)
     out = None if out is None else folder_named(out)
     base = shared_settings(config, common)
-    arguments = Arguments(
+    shared = Arguments(
         val=val,
         forward=forward,
         loss=loss,
@@ -97,7 +97,7 @@ def sweep(
         on_cycle=on_cycle,
     )
     with folder_of_study(out):
-        result, _ = run_points(model, train, test, arguments, points, base, out)
+        result, _ = run_points(model, train, test, shared, points, base, out)
         if out is not None and distributed.current().first:
             draw(result.figure, out / "accuracy.png", base)
     return result
