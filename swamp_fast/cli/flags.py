@@ -76,11 +76,11 @@ def named_values(text: str) -> dict[str, Any]:
     """Parse NAME=VALUE pairs that are separated by commas. The values are literals of Python or TOML."""
     try:
         call = ast.parse(f"f({text})", mode="eval").body
-        if not isinstance(call, ast.Call) or call.args:
+        if not isinstance(call, ast.Call) or call.args or any(keyword.arg is None for keyword in call.keywords):
             raise ValueError("a value has no name")
-        values = {keyword.arg: _literal(keyword.value) for keyword in call.keywords}
+        values = {str(keyword.arg): _literal(keyword.value) for keyword in call.keywords}
         json.dumps(values)  # the analysis records them as JSON
-        return {name: value for name, value in values.items() if name is not None}
+        return values
     except (SyntaxError, ValueError, TypeError):
         raise argparse.ArgumentTypeError(
             f"values with names are needed, such as width=32,act='\"relu\"' (texts in quotes); got {text}"
