@@ -76,7 +76,8 @@ def named_values(text: str) -> dict[str, Any]:
     """Parse NAME=VALUE pairs that are separated by commas. The values are literals of Python or TOML."""
     try:
         call = ast.parse(f"f({text})", mode="eval").body
-        if not isinstance(call, ast.Call) or call.args or any(keyword.arg is None for keyword in call.keywords):
+        named = isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and not call.args
+        if not isinstance(call, ast.Call) or not named or any(keyword.arg is None for keyword in call.keywords):
             raise ValueError("a value has no name")
         values = {str(keyword.arg): _literal(keyword.value) for keyword in call.keywords}
         json.dumps(values)  # the analysis records them as JSON
