@@ -129,7 +129,7 @@ def fast_swamp(
         problem = prepare(model, train, test, arguments, config=config, settings=settings)
         with Run(problem, "fast_swamp", ranks) as run:
             engine = start_engine(problem, run)
-            return alone(engine, swamp(problem, engine, run))
+            return run.until_stopped(lambda: alone(engine, swamp(problem, engine, run)))
 
 
 def swamp(problem: Problem, engine: Engine, run: Run) -> Trainings[SwampResult]:
