@@ -497,9 +497,11 @@ def ensemble_of(problem: Problem, data: Data, particles: list[Any]) -> Any:
         mean = sum(output.double().softmax(1) for output in particles) / len(particles)
         return mean.log().clamp_min(math.log(sys.float_info.min)).to(problem.dtype)
     return tree_map(
-        lambda *leaves: (sum(leaf.double() for leaf in leaves) / len(leaves)).to(leaves[0].dtype)
-        if isinstance(leaves[0], Tensor) and leaves[0].is_floating_point()
-        else leaves[0],
+        lambda *leaves: (
+            (sum(leaf.double() for leaf in leaves) / len(leaves)).to(leaves[0].dtype)
+            if isinstance(leaves[0], Tensor) and leaves[0].is_floating_point()
+            else leaves[0]
+        ),
         *particles,
     )
 

@@ -1,7 +1,7 @@
-"""Metrics of the user's: functions with one number per sample, and torchmetrics objects. They are tried before training.
+"""The user's metrics: functions with one number per sample, and torchmetrics objects. They are tried before training.
 
-The history has six keys for each metric. For one that is named "mae" they are mae, particle_mae and ensemble_mae on test
-data, and val_mae, val_particle_mae and val_ensemble_mae on validation data.
+The history has six keys for each metric. For a metric that is named "mae" they are mae, particle_mae and ensemble_mae
+on test data, and val_mae, val_particle_mae and val_ensemble_mae on validation data.
 """
 
 from __future__ import annotations
@@ -76,8 +76,8 @@ class Meter:
         values = self.metric(outputs, targets)
         if not isinstance(values, Tensor) or values.shape != (samples,) or values.is_complex():
             raise ValueError(
-                f'`metrics`: "{self.name}" must return one number per sample, [{samples}], got {shapes_of(values)} from '
-                f"outputs {shapes_of(outputs)} and targets {shapes_of(targets)}. Return a tensor without taking the "
+                f'`metrics`: "{self.name}" must return one number per sample, [{samples}], got {shapes_of(values)} '
+                f"from outputs {shapes_of(outputs)} and targets {shapes_of(targets)}. Return a tensor, without the "
                 "mean over the batch, or pass a torchmetrics object."
             )
         self.sum = self.sum + values.double().sum()
@@ -182,7 +182,7 @@ def check_metrics(
 
 
 def _try(split: str, meter: Meter, outputs: Any, trial: Trial) -> None:
-    """Compute a metric of one batch of a split. Raises ValueError if that isn't possible, or if a function gives NaN."""
+    """Compute a metric of one batch of a split. Raises ValueError if it can't be, or if a function returns NaN."""
     try:
         with torch.no_grad(), generators_left_alone(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of so few samples they would say nothing

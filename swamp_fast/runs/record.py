@@ -94,6 +94,7 @@ class Run:
         self.stopwatch = Stopwatch()
         self.ended_early = False  # by StopRun in a callback
         self.calls_on_epoch = False
+        self.on_cycle_needs_snapshot = problem.on_cycle is not None and not takes(problem.on_cycle, 1)
         self.rows: list[dict[str, Any]] = []
         self.snapshots: list[Packed | Path] = []
         self.ticket: State | None = None
@@ -350,10 +351,9 @@ class Run:
         return False
 
     def _arguments_of_on_cycle(self, kept: Snapshot) -> tuple[Any, ...]:
-        """Return a copy of the cycle's row and, if `on_cycle` doesn't do with that, a copy of the cycle's snapshot."""
+        """Return a copy of the cycle's row and, if `on_cycle` needs two arguments, of the cycle's snapshot."""
         row = copy.deepcopy(kept.row)
-        assert self.problem.on_cycle is not None
-        if takes(self.problem.on_cycle, 1):
+        if not self.on_cycle_needs_snapshot:
             return (row,)
         return row, Snapshot(_copies(kept.state), _copies(kept.masks), copy.deepcopy(row), _copies(kept.score))
 

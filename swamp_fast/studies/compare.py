@@ -15,7 +15,7 @@ from swamp_fast.common.csv_files import csv_bytes
 from swamp_fast.common.exclusive import one_at_a_time
 from swamp_fast.config import SwampConfig, seed_of
 from swamp_fast.methods import DECIDED, METHODS, particles_of, seeds_of
-from swamp_fast.problem.arguments import Arguments, Forward, Loss, Transform
+from swamp_fast.problem.arguments import Arguments, Forward, Loss, Metrics, Transform
 from swamp_fast.problem.problem import Problem
 from swamp_fast.problem.prunable import Prunable
 from swamp_fast.runs.files import write
@@ -47,6 +47,7 @@ def compare(
     transform: Transform | None = None,
     prunable: Prunable = None,
     initial_masks: Mapping[str, Tensor] | None = None,
+    metrics: Metrics | None = None,
     config: SwampConfig | None = None,
     **common: Any,
 ) -> Comparison:
@@ -56,7 +57,7 @@ def compare(
         model: a factory, which is called once per run under the run's seed, so that initialisation and ticket vary;
             or a module, whose weights are the initialisation of every run. Differences between methods then hold for
             that initialisation only.
-        train, test, val, forward, loss, transform, prunable, initial_masks: as for fast_swamp. The method
+        train, test, val, forward, loss, transform, prunable, initial_masks, metrics: as for fast_swamp. The method
             "best-particle" needs val, because particles are never selected on test data.
         methods: names in swamp_fast.methods.METHODS, which describes each method and names its source.
         seeds: the seeds under which every method is run. Confidence intervals need at least two.
@@ -73,7 +74,13 @@ def compare(
     methods, seeds = list(methods), [seed_of("seeds", seed) for seed in seeds]
     _check(methods, seeds, baseline, base)
     arguments = Arguments(
-        val=val, forward=forward, loss=loss, transform=transform, prunable=prunable, initial_masks=initial_masks
+        val=val,
+        forward=forward,
+        loss=loss,
+        transform=transform,
+        prunable=prunable,
+        initial_masks=initial_masks,
+        metrics=metrics,
     )
     out = None if out is None else folder_named(out)
     done = _Runs(model, train, test, arguments, base, out)
@@ -217,7 +224,8 @@ def _compared(
     }
     dense = {name: accuracy_over_seeds([*by_seed.values()]) for name, by_seed in references.items()}
     rows = [row for row in rows if row["method"] in methods]
-    summary, paired = summary_of(rows, references), paired_differences(rows, baseline)
+    metrics = [*next(iter(problems.values())).metrics] if problems else []
+    summary, paired = summary_of(rows, references, metrics), paired_differences(rows, baseline)
     return Comparison(baseline, rows, summary, paired, dense, errors, runs)
 
 

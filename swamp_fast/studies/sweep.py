@@ -16,7 +16,7 @@ from swamp_fast.common.exclusive import one_at_a_time
 from swamp_fast.config import SwampConfig
 from swamp_fast.distributed import Ranks
 from swamp_fast.particles.schedule import total_particle_epochs
-from swamp_fast.problem.arguments import Arguments, Forward, Loss, Transform
+from swamp_fast.problem.arguments import Arguments, Forward, Loss, Metrics, Transform
 from swamp_fast.problem.prepare import prepare
 from swamp_fast.problem.problem import Problem
 from swamp_fast.problem.prunable import Prunable
@@ -44,6 +44,7 @@ def sweep(
     transform: Transform | None = None,
     prunable: Prunable = None,
     initial_masks: Mapping[str, Tensor] | None = None,
+    metrics: Metrics | None = None,
     config: SwampConfig | None = None,
     **common: Any,
 ) -> SweepResult:
@@ -52,7 +53,7 @@ def sweep(
     Args:
         model: a factory, which is called once per run under the run's seed; or a module, whose weights are the
             initialisation of every run.
-        train, test, val, forward, loss, transform, prunable, initial_masks: as for fast_swamp.
+        train, test, val, forward, loss, transform, prunable, initial_masks, metrics: as for fast_swamp.
         grid: a dict from settings to lists of values, all combinations of which are run; or a list of points, each a
             dict from settings to values.
         out: a folder for the runs (runs/ID) and for results.csv, summary.csv and accuracy.png. Finished runs in it are
@@ -67,7 +68,13 @@ def sweep(
     out = None if out is None else folder_named(out)
     base = shared_settings(config, common)
     arguments = Arguments(
-        val=val, forward=forward, loss=loss, transform=transform, prunable=prunable, initial_masks=initial_masks
+        val=val,
+        forward=forward,
+        loss=loss,
+        transform=transform,
+        prunable=prunable,
+        initial_masks=initial_masks,
+        metrics=metrics,
     )
     with folder_of_study(out):
         result, _ = run_points(model, train, test, arguments, points, base, out)
