@@ -159,7 +159,7 @@ def summary_of(
         means = {
             name: statistics.fmean(row[name] for row in group) for name in ("density", "particle_epochs", "seconds")
         }
-        losses = {key: None for name in ("loss", *metrics) for key in (name, f"{name}_std")}
+        losses: Row = {key: None for name in ("loss", *metrics) for key in (name, f"{name}_std")}
         for name in ("loss", *metrics):
             losses |= spread_of(name, group)
         summary.append({"method": method, "cycle": cycle, **accuracy_over_seeds(group), **losses, **matching, **means})
