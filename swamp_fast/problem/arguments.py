@@ -19,11 +19,12 @@ Transform = Callable[[Any], Any]  # inputs [B, ...] -> inputs
 OnEpoch = Callable[[dict[str, Any]], object]  # called with an epoch's row
 # Called with a row of the history, or with the row and the cycle's Snapshot.
 OnCycle = Callable[..., object]
-Metrics = Mapping[str, Callable[[Any, Any], Tensor]]  # name -> (outputs, targets) -> [B], or a torchmetrics object
+Metric = Callable[[Any, Any], Tensor]  # (outputs, targets) -> [B], or a torchmetrics object
+Metrics = Mapping[str, Metric]  # by name
 
 
 class StopRun(Exception):
-    """Raise this in `on_cycle` to end the run after the cycle; the call returns the result of the cycles so far."""
+    """Raise this in `on_epoch` or `on_cycle` to end the run; the call returns the result of the finished cycles."""
 
 
 CALLABLES = ("forward", "loss", "transform", "on_epoch", "on_cycle")
@@ -53,18 +54,20 @@ class Arguments:
             function = getattr(self, name)
             if function is not None and not callable(function):
                 raise TypeError(f"`{name}` must be callable, got {type(function).__name__}.")
-        if self.on_cycle is not None and not _takes_one(self.on_cycle):
-            raise TypeError("`on_cycle` must take one argument, the row of a cycle.")
+        if self.on_epoch is not None and not takes(self.on_epoch, 1):
+            raise TypeError("`on_epoch` must take one argument, the row of an epoch.")
+        if self.on_cycle is not None and not (takes(self.on_cycle, 1) or takes(self.on_cycle, 2)):
+            raise TypeError("`on_cycle` must take one argument, the row of a cycle, or also a second, its snapshot.")
         if self.recipe is not None and not isinstance(self.recipe, Recipe):
             raise TypeError(f"`recipe` must be a swamp_fast.Recipe, got {type(self.recipe).__name__}.")
         if isinstance(self.loss, type):
             raise TypeError(f"`loss` must be an instance, got the class {self.loss.__name__}; call it first.")
 
 
-def _takes_one(function: Callable[..., object]) -> bool:
-    """Whether a function can be called with one argument, as far as its signature is known."""
+def takes(function: Callable[..., object], count: int) -> bool:
+    """Whether a function can be called with so many arguments, as far as its signature is known."""
     try:
-        inspect.signature(function).bind({})
+        inspect.signature(function).bind(*[{}] * count)
     except TypeError:
         return False
     except ValueError:  # a function without a signature, such as some in C

@@ -30,6 +30,7 @@ from swamp_fast.problem.checks import (
     write_masks_,
 )
 from swamp_fast.problem.gradients import listed
+from swamp_fast.problem.metrics import check_metrics, check_names, check_select_by
 from swamp_fast.problem.precision import weight_dtype
 from swamp_fast.problem.probe import Probe, check_single_sample, probe_model
 from swamp_fast.problem.problem import Problem
@@ -62,8 +63,9 @@ def prepare(
     """
     arguments = arguments or Arguments()
     forward, loss, transform = arguments.forward or call, arguments.loss or cross_entropy, arguments.transform
-    config, recipe = SwampConfig.of(config, settings), arguments.recipe or Recipe()
+    config, recipe, metrics = SwampConfig.of(config, settings), arguments.recipe or Recipe(), arguments.metrics or {}
     recipe.check(config)
+    check_names(arguments.metrics)
     model = uncompiled(model)
     check_model(model)
     check_memory(model)
@@ -83,6 +85,8 @@ def prepare(
     probe = probe_model(model, template, splits.train.data, config, forward, loss, transform, arguments.prunable)
     check_splits(splits)
     decide_labels(template, splits.named, config, forward, loss)
+    check_metrics(template, splits.named, config, forward, loss, metrics)
+    check_select_by(config, metrics, splits.val_data)
     _warn_of_modes(model, template)
     for text in _unrepeatable(splits, probe) if config.run_dir is not None else ():
         warn_user(f"{text}.")
@@ -105,7 +109,7 @@ def prepare(
         loss=loss,
         transform=transform,
         recipe=recipe,
-        metrics=arguments.metrics or {},
+        metrics=metrics,
         on_epoch=arguments.on_epoch,
         on_cycle=arguments.on_cycle,
         drop_last=opened.drop_last,
@@ -121,6 +125,7 @@ def prepare(
             "prunable": sorted(probe.prunable),
             "drop_last": opened.drop_last,
             **({"recipe": recipe.fingerprint()} if arguments.recipe is not None else {}),
+            **({"select_by": callable_fingerprint(metrics[config.select_by])} if config.select_by in metrics else {}),
         },
     )
 

@@ -240,7 +240,8 @@ def _compared(
     }
     dense = {name: accuracy_over_seeds([*by_seed.values()]) for name, by_seed in references.items()}
     rows = [row for row in rows if row["method"] in methods]
-    summary, paired = summary_of(rows, references), paired_differences(rows, baseline)
+    metrics = [*next(iter(problems.values())).metrics] if problems else []
+    summary, paired = summary_of(rows, references, metrics), paired_differences(rows, baseline)
     return Comparison(baseline, rows, summary, paired, dense, errors, runs)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from swamp_fast.common.csv_files import csv_bytes
 from swamp_fast.common.statistics import mean_and_spread
+from swamp_fast.problem.metrics import names_in
 from swamp_fast.problem.problem import Problem
 from swamp_fast.report.figures import accuracy_of_points
 from swamp_fast.runs.files import write
@@ -110,7 +111,7 @@ class SweepResult:
                 groups.setdefault(key, []).append(row)
         return [
             {**points[key], "cycle": rows[0]["cycle"], "density": rows[0]["density"], "seeds": len(rows)}
-            | {name: value for score in SUMMARY_SCORES for name, value in spread_of(score, rows).items()}
+            | {name: value for score in scores_of(rows) for name, value in spread_of(score, rows).items()}
             for key, rows in groups.items()
         ]
 
@@ -132,6 +133,12 @@ class SweepResult:
             label = ", ".join(f"{name} = {row[name]}" for name in self.names if name in row) or "all"
             lines.setdefault(label, []).append(row)
         return accuracy_of_points(lines, Path(path))
+
+
+def scores_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the scores that are summarised over rows: those of every run, and the metrics that each row has."""
+    shared = [name for name in names_in(rows[0]) if all(name in names_in(row) for row in rows)]
+    return [*SUMMARY_SCORES, *(f"{kind}{name}" for name in shared for kind in ("", "ensemble_", "val_"))]
 
 
 def spread_of(score: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:

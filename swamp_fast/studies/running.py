@@ -107,12 +107,19 @@ class PackRunner:
             ends = run_together(engine, [swamp(run.record.problem, engine, run.record) for run in group.values()])
         except Exception as error:
             ends = [error] * len(group)
-        for number, end in zip(group, ends, strict=True):
-            if isinstance(end, Exception):
-                self.progress.failed(number, end)
-            else:
-                self.runs[number].result = end
+        for (number, run), end in zip(group.items(), ends, strict=True):
+            try:
+                self.runs[number].result = run.record.until_stopped(functools.partial(_returned, end))
+            except Exception as error:
+                self.progress.failed(number, error)
         return engine
+
+
+def _returned(end: SwampResult | Exception) -> SwampResult:
+    """Return the result of a run, or raise the error that ended it."""
+    if isinstance(end, Exception):
+        raise end
+    return end
 
 
 def _of_run(

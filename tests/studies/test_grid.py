@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from swamp_fast import Recipe, StopRun, compare, fast_swamp, sweep, write_report
+from swamp_fast.studies import packing
 from swamp_fast.studies.grid import Point, points_of
 
 SETTINGS = {"particles": 2, "cycles": 1, "epochs": 2, "ticket_epochs": 0, "batch_size": 32, "swa_start": 0.5}
@@ -145,6 +146,39 @@ def test_a_callback_stops_one_run_of_a_sweep(data, tmp_path):
     assert [row["seeds"] for row in found.summary()] == [2, 2, 1]
     again = sweep(net, *data, {"seed": [0, 1]}, out=tmp_path, **SETTINGS | {"cycles": 2})
     assert [len(run.result.history) for run in again.runs] == [3, 3]  # without the callback, it continues
+
+
+@pytest.mark.parametrize("at_once", [1, 3])
+def test_a_callback_stops_a_training(at_once, data, tmp_path, monkeypatch):
+    """The run keeps its finished cycles, and the runs in its bank train on. Without a finished cycle, it has failed."""
+    monkeypatch.setattr(packing, "runs_at_once", lambda engine, problems: (at_once, "forced"))
+    called = []
+
+    def on_epoch(row):
+        called.append((row["point"]["seed"], row["cycle"], row["epoch"]))
+        if called[-1] in ((0, 0, 0), (1, 1, 0)):
+            raise StopRun
+
+    found = sweep(net, *data, {"seed": [0, 1, 2]}, out=tmp_path, on_epoch=on_epoch, **SETTINGS)
+    assert len(called) == len({*called}) == 1 + 3 + 4
+    none, first, whole = found.runs
+    assert "StopRun before any cycle was finished" in none.error_text
+    assert len(first.result.history) == 1
+    equal(whole.result, fast_swamp(seeded(2), *data, seed=2, **SETTINGS))
+    again = sweep(net, *data, {"seed": [0, 1, 2]}, out=tmp_path, **SETTINGS)
+    for run in again.runs:
+        equal(run.result, fast_swamp(seeded(run.point["seed"]), *data, **run.point, **SETTINGS))
+
+
+def test_a_snapshot_for_a_callback_that_needs_one(data):
+    kept = {}
+
+    def on_cycle(row, snapshot):
+        kept[row["run"], row["cycle"]] = snapshot.masks
+
+    found = sweep(net, *data, {"seed": [0]}, on_cycle=on_cycle, **SETTINGS)
+    for name, mask in found.runs[0].result.masks.items():
+        assert torch.equal(kept[found.runs[0].id, 1][name], mask)
 
 
 def test_a_callback_stops_runs_of_a_comparison(data):
