@@ -17,7 +17,7 @@ from swamp_fast.models import MODELS
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 Handler = Callable[[argparse.Namespace], None]
 
-# The fields of SwampConfig without a flag: --out sets run_dir, and the others are tables, which only a file can hold.
+# The fields of SwampConfig that have a flag. --out sets run_dir; layer_kept and groups are tables, too long for a flag.
 WITHOUT_FLAG = ("run_dir", "layer_kept", "groups")
 SETTINGS = {field.name: field for field in dataclasses.fields(SwampConfig) if field.name not in WITHOUT_FLAG}
 
