@@ -32,7 +32,7 @@ COMPARE_KEYS = {**COMMON_KEYS, "methods": list, "seeds": list, "baseline": str}
 def add_sweep(commands: Commands) -> None:
     """Register the command `sweep` and its flags."""
     parser = add_command(commands, "sweep", run_sweep)
-    parser.add_argument("file", metavar="FILE.toml", help="model, data, [settings], and a [grid] or [[points]]")
+    parser.add_argument("file", metavar="FILE.toml", help="model, model_args, data, [settings], a [grid] or [[points]]")
     add_model_arguments(parser)
     parser.add_argument("--out", metavar="DIR", help="folder for the sweep; to continue it, repeat the command")
 
@@ -64,7 +64,9 @@ def run_sweep(given: argparse.Namespace) -> None:
 def add_compare(commands: Commands) -> None:
     """Register the command `compare` and its flags."""
     parser = add_command(commands, "compare", run_compare)
-    parser.add_argument("file", metavar="FILE.toml", help="model, data, methods, seeds, baseline, and [settings]")
+    parser.add_argument(
+        "file", metavar="FILE.toml", help="model, model_args, data, methods, seeds, baseline, [settings]"
+    )
     add_model_arguments(parser)
     parser.add_argument("--out", metavar="DIR", help="folder for the comparison; to continue it, repeat the command")
 

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from examples import same_masks
+from examples import ignored, same_masks
 from torch import Tensor, nn
 
 RECIPE = {
@@ -41,7 +41,7 @@ RECIPE = {
     "clip_norm": 1.0,
     "average": "none",
 }
-TINY = {"batch_size": 4, "lr": 1e-3}
+TINY = {"batch_size": 4, "lr": 2e-3}
 
 WORDS, LENGTH, LABELS = 50, 12, 3
 Texts = tuple[dict[str, Tensor], Tensor]
@@ -83,6 +83,10 @@ def texts(count: int) -> Texts:
 
 def logits(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     return model(**inputs)["logits"]
+
+
+def test_every_setting_has_an_effect():
+    assert ignored(SmallEncoder(), texts(60), RECIPE | TINY | {"clip_norm": 0.1}, forward=logits) == []
 
 
 @pytest.mark.parametrize("make", [SmallEncoder, bert])

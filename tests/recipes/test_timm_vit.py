@@ -25,7 +25,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from examples import same_masks
+from examples import ignored, same_masks
 from torch import Tensor, nn
 
 RECIPE = {
@@ -43,7 +43,7 @@ RECIPE = {
     "groups": [{"params": ["cls_token", "pos_embed"], "weight_decay": 0.0}],
     "average": "none",
 }
-TINY = {"batch_size": 8, "accumulate": 2, "epochs": 3, "warmup_epochs": 1}
+TINY = {"batch_size": 8, "lr": 2e-3, "accumulate": 2, "epochs": 3, "warmup_epochs": 1}
 
 
 class SmallViT(nn.Module):
@@ -77,9 +77,15 @@ def pictures(count: int) -> tuple[Tensor, Tensor]:
     return torch.randn(count, 3, 16, 16, generator=generator), torch.arange(count) % 5
 
 
+LOSS = nn.CrossEntropyLoss(label_smoothing=0.1, reduction="none")
+
+
+def test_every_setting_has_an_effect():
+    assert ignored(SmallViT(), pictures(48), RECIPE | TINY | {"clip_norm": 0.1}, loss=LOSS) == []
+
+
 @pytest.mark.parametrize("make", [SmallViT, timms_vit])
 def test_a_vit(make):
-    loss = nn.CrossEntropyLoss(label_smoothing=0.1, reduction="none")
-    result = same_masks(make(), pictures(48), pictures(32), loss=loss, **RECIPE | TINY)
+    result = same_masks(make(), pictures(48), pictures(32), loss=LOSS, **RECIPE | TINY)
     assert "head.weight" not in result.masks
     assert not {"cls_token", "pos_embed"} & {*result.masks}

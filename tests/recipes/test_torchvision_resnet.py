@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from examples import same_masks
+from examples import ignored, same_masks
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -48,7 +48,7 @@ RECIPE = {
     "mixup": 0.2,
     "cutmix": 1.0,
 }
-TINY = {"batch_size": 16, "epochs": 3, "warmup_epochs": 1, "lr": 0.1, "average_every": 2, "ema_decay": 0.9}
+TINY = {"batch_size": 16, "epochs": 3, "warmup_epochs": 1, "lr": 0.05, "average_every": 2, "ema_decay": 0.9}
 
 AUGMENT = v2.Compose(
     [
@@ -86,8 +86,14 @@ def small_resnet() -> nn.Module:
     return model
 
 
+LOSS = nn.CrossEntropyLoss(label_smoothing=0.1, reduction="none")
+
+
+def test_every_setting_has_an_effect():
+    assert ignored(small_resnet(), Pictures(32, AUGMENT), RECIPE | TINY, loss=LOSS) == []
+
+
 def test_torchvisions_resnet():
-    loss = nn.CrossEntropyLoss(label_smoothing=0.1, reduction="none")
-    result = same_masks(small_resnet(), Pictures(48, AUGMENT), Pictures(32, PLAIN), loss=loss, **RECIPE | TINY)
+    result = same_masks(small_resnet(), Pictures(48, AUGMENT), Pictures(32, PLAIN), loss=LOSS, **RECIPE | TINY)
     assert "fc.weight" not in result.masks
     assert "layer2.0.conv2.weight" in result.masks

@@ -9,8 +9,10 @@ import torch
 from torch import nn
 
 from swamp_fast import Recipe, StopRun, compare, fast_swamp, sweep, write_report
+from swamp_fast.problem.prepare import prepare
 from swamp_fast.studies import packing
 from swamp_fast.studies.grid import Point, points_of
+from swamp_fast.studies.result import SweptRun
 
 SETTINGS = {"particles": 2, "cycles": 1, "epochs": 2, "ticket_epochs": 0, "batch_size": 32, "swa_start": 0.5}
 SETTINGS |= {"engine": "eager", "precision": "float64", "progress": False}
@@ -144,6 +146,10 @@ def test_a_callback_stops_one_run_of_a_sweep(data, tmp_path):
     assert [len(run.result.history) for run in found.runs] == [3, 2]
     assert [row["cycle"] for row in found.rows()] == [0, 1, 2, 0, 1]
     assert [row["seeds"] for row in found.summary()] == [2, 2, 1]
+    problem = prepare(seeded(1), *data, settings=SETTINGS | {"cycles": 2, "seed": 1})
+    stopped = SweptRun({}, found.runs[1].id, found.runs[1].folder)
+    assert not stopped.load(problem)
+    assert stopped.load(problem, stopped=True)  # as other ranks load it
     again = sweep(net, *data, {"seed": [0, 1]}, out=tmp_path, **SETTINGS | {"cycles": 2})
     assert [len(run.result.history) for run in again.runs] == [3, 3]  # without the callback, it continues
 
