@@ -447,6 +447,8 @@ def _is_unicode(text: str) -> bool:
 def _refuse_unknown(settings: Mapping[str, Any]) -> None:
     known = [field.name for field in dataclasses.fields(SwampConfig)]
     for name in settings:
+        if name == "recipe":
+            raise TypeError("`recipe` is a Recipe, which is code and no setting; pass it from Python as recipe=….")
         if name not in known:
             from difflib import get_close_matches
 

@@ -83,13 +83,20 @@ def fast_swamp(
         initial_masks: parameter name -> bool tensor that is True for the weights that the first cycle keeps. The
             ticket is trained dense nevertheless.
         recipe: a Recipe with an optimizer, a schedule, a mask score or sample weights of your own.
-        metrics: name -> metric(outputs, targets) -> [B], one number per sample, or a torchmetrics object. Each is
-            computed on test and val for the average, the particles and their ensemble, and stands in the history.
+        metrics: name -> metric(outputs, targets) -> [B], one number per sample, of which the mean is taken; or a
+            torchmetrics object, that is one with update, compute and reset. Its attribute `higher_is_better`, True if
+            there is none, gives the direction for `select_by`. Each metric is computed on test and val for the average,
+            the particles and their ensemble, and stands in the history under its name. The ensemble's outputs are the
+            logarithm of the mean softmax where accuracies are counted, so logits again, else the mean of the outputs.
         on_epoch: called after each epoch of a training with a row: cycle (None for the ticket's training), epoch
-            (counted from 0), epochs, and train_loss (a list, one number per particle). It may raise StopRun.
-        on_cycle: called with a copy of each cycle's row of the history; if it takes two arguments, also with the
-            cycle's snapshot: the average's `state` and `masks`. Callbacks are called under the global modes around
-            this call, after what they are called for is recorded. They may raise StopRun to end the run.
+            (counted from 0), epochs, and train_loss (a list, one number per particle). A resumed run may call it again
+            for the last epoch before the checkpoint.
+        on_cycle: called with the row of each cycle that this call has finished; if it needs two arguments, also with
+            the cycle's snapshot, of which `state` has the average's parameters and buffers, and `masks` the masks.
+            A resumed run doesn't call it again for earlier cycles, even if it failed in the last one. Callbacks get
+            copies. They are called on the first rank only, under the global modes around this call, after what they
+            are called for is recorded. An exception ends the run, but StopRun lets the call return the cycles that are
+            finished; without any, it raises RuntimeError. The seconds of cycles include those of callbacks.
         config: the settings; a field of SwampConfig that is passed as a keyword takes precedence.
 
     Returns the result of all cycles.
@@ -118,7 +125,7 @@ def fast_swamp(
         problem = prepare(model, train, test, arguments, config=config, settings=settings)
         with Run(problem, "fast_swamp", ranks) as run:
             engine = start_engine(problem, run)
-            return alone(engine, swamp(problem, engine, run))
+            return run.until_stopped(lambda: alone(engine, swamp(problem, engine, run)))
 
 
 def swamp(problem: Problem, engine: Engine, run: Run) -> Trainings[SwampResult]:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from itertools import pairwise
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from swamp_fast.common.signatures import misfit
 
 VGG_WIDTHS: dict[str, list[int | str]] = {  # channels of each convolution; "M" is a pooling that halves the picture
     "vgg13": [64, 64, "M", 128, 128, "M", 256, 256, "M", 512, 512, "M", 512, 512, "M"],
@@ -38,18 +42,18 @@ class ResNetBlock(nn.Module):
 class ResNet(nn.Module):
     """The CIFAR ResNet with 6 * blocks + 2 layers: He et al. 2016, arXiv 1512.03385, section 4.2."""
 
-    def __init__(self, blocks: int, channels: int, classes: int) -> None:
+    def __init__(self, blocks: int, channels: int, classes: int, width: int = 16) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, 16, 3, padding=1, bias=False)
-        self.norm = nn.BatchNorm2d(16)
+        self.conv = nn.Conv2d(channels, width, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(width)
         stages: list[nn.Module] = []
-        width = 16
-        for stage, outputs in enumerate((16, 32, 64)):
+        inputs = width
+        for stage, outputs in enumerate((width, 2 * width, 4 * width)):
             for block in range(blocks):
-                stages.append(ResNetBlock(width, outputs, 2 if stage > 0 and block == 0 else 1))
-                width = outputs
+                stages.append(ResNetBlock(inputs, outputs, 2 if stage > 0 and block == 0 else 1))
+                inputs = outputs
         self.blocks = nn.Sequential(*stages)
-        self.head = nn.Linear(width, classes)
+        self.head = nn.Linear(inputs, classes)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [B, channels, H, W] to logits [B, classes]."""
@@ -80,6 +84,8 @@ class WideResNet(nn.Module):
 
     def __init__(self, depth: int, width: int, channels: int, classes: int) -> None:
         super().__init__()
+        if depth % 6 != 4:
+            raise ValueError(f"`depth` must be 6 n + 4, such as 16 or 28, got {depth}.")
         self.conv = nn.Conv2d(channels, 16, 3, padding=1, bias=False)
         blocks: list[nn.Module] = []
         inputs = 16
@@ -141,11 +147,11 @@ class SmallCNN(nn.Module):
 
 
 class MLP(nn.Module):
-    """A multilayer perceptron with two hidden layers."""
+    """A multilayer perceptron with `depth` hidden layers."""
 
-    def __init__(self, inputs: int, classes: int, width: int = 1024) -> None:
+    def __init__(self, inputs: int, classes: int, width: int = 1024, depth: int = 2) -> None:
         super().__init__()
-        self.hidden = nn.ModuleList([nn.Linear(inputs, width), nn.Linear(width, width)])
+        self.hidden = nn.ModuleList(nn.Linear(i, o) for i, o in pairwise([inputs, *[width] * depth]))
         self.head = nn.Linear(width, classes)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -156,39 +162,65 @@ class MLP(nn.Module):
         return self.head(x)
 
 
-# name -> (channels, height, width, classes) -> network
-MODELS: dict[str, Callable[[int, int, int, int], nn.Module]] = {
-    "resnet20": lambda channels, height, width, classes: ResNet(3, channels, classes),
-    "resnet32": lambda channels, height, width, classes: ResNet(5, channels, classes),
-    "resnet56": lambda channels, height, width, classes: ResNet(9, channels, classes),
-    "wrn28_2": lambda channels, height, width, classes: WideResNet(28, 2, channels, classes),
-    "vgg13": lambda channels, height, width, classes: VGG(VGG_WIDTHS["vgg13"], channels, classes),
-    "vgg16": lambda channels, height, width, classes: VGG(VGG_WIDTHS["vgg16"], channels, classes),
-    "vgg19": lambda channels, height, width, classes: VGG(VGG_WIDTHS["vgg19"], channels, classes),
-    "small_cnn": lambda channels, height, width, classes: SmallCNN(channels, classes),
-    "mlp": lambda channels, height, width, classes: MLP(channels * height * width, classes),
+# name -> (channels, height, width, classes, **arguments) -> network. The keyword arguments are the network's own; the
+# first four are positional-only, because a network's width is not that of its pictures.
+MODELS: dict[str, Callable[..., nn.Module]] = {
+    "resnet20": lambda channels, _h, _w, classes, /, width=16: ResNet(3, channels, classes, width),
+    "resnet32": lambda channels, _h, _w, classes, /, width=16: ResNet(5, channels, classes, width),
+    "resnet56": lambda channels, _h, _w, classes, /, width=16: ResNet(9, channels, classes, width),
+    "wrn28_2": lambda channels, _h, _w, classes, /, depth=28, width=2: WideResNet(depth, width, channels, classes),
+    "vgg13": lambda channels, _h, _w, classes, /: VGG(VGG_WIDTHS["vgg13"], channels, classes),
+    "vgg16": lambda channels, _h, _w, classes, /: VGG(VGG_WIDTHS["vgg16"], channels, classes),
+    "vgg19": lambda channels, _h, _w, classes, /: VGG(VGG_WIDTHS["vgg19"], channels, classes),
+    "small_cnn": lambda channels, _h, _w, classes, /, width=32: SmallCNN(channels, classes, width),
+    "mlp": lambda channels, h, w, classes, /, width=1024, depth=2: MLP(channels * h * w, classes, width, depth),
 }
 
 
-def build_model(name: str, channels: int, height: int, width: int, classes: int) -> nn.Module:
+def build_model(
+    name: str, channels: int, height: int, width: int, classes: int, arguments: Mapping[str, Any] | None = None
+) -> nn.Module:
     """Build the network with a name from MODELS, or call the factory that is named as "package.module:factory".
 
-    Raises ValueError for an unknown name, TypeError if the factory returns something other than an nn.Module.
+    arguments  the network's own keyword arguments, such as {"width": 32}
+
+    Raises ValueError for an unknown name or for arguments that don't fit, TypeError if the factory returns something
+    other than an nn.Module.
     """
-    if name in MODELS:
-        return MODELS[name](channels, height, width, classes)
+    return model_factory(name, channels, height, width, classes)(**(arguments or {}))
+
+
+def model_factory(name: str, channels: int, height: int, width: int, classes: int) -> Callable[..., nn.Module]:
+    """Return the factory of a network, which takes only the network's own arguments. For the names, see build_model."""
+    factory = functools.partial(MODELS[name], channels, height, width, classes) if name in MODELS else _imported(name)
+
+    def made(**arguments: Any) -> nn.Module:
+        """Build the network."""
+        reason = misfit(factory, arguments)
+        if reason is not None:
+            raise ValueError(f'`--model`: "{name}" {reason}. Set its arguments by --model-args.')
+        try:
+            model = factory(**arguments)
+        except Exception as error:  # the user's own code may raise anything
+            given = ", ".join(f"{key}={value!r}" for key, value in arguments.items()) or "no arguments"
+            text = f"{type(error).__name__}: {error}"
+            raise ValueError(f'`--model`: "{name}" is called with {given}, and raised {text}.') from error
+        if not isinstance(model, nn.Module):
+            raise TypeError(f'`--model`: "{name}" must return an nn.Module, got {type(model).__name__}.')
+        return model
+
+    return functools.update_wrapper(made, factory, assigned=(), updated=())  # so that its signature is the factory's
+
+
+def _imported(name: str) -> Callable[..., Any]:
+    """Import the factory that is named as "package.module:factory"."""
     package, colon, factory = name.partition(":")
     if not colon:
         raise ValueError(f'`--model` must be one of {", ".join(MODELS)}, or package.module:factory; got "{name}".')
     try:
-        make = getattr(import_module(package), factory)
+        found: Callable[..., Any] = getattr(import_module(package), factory)
     except Exception as error:  # the imported code may raise anything
         raise ValueError(f'`--model`: "{name}" can\'t be imported: {error}') from error
-    try:
-        model = make()
-    except Exception as error:  # the user's own code may raise anything
-        text = f"{type(error).__name__}: {error}"
-        raise ValueError(f'`--model`: "{name}" is called without arguments, and raised {text}.') from error
-    if not isinstance(model, nn.Module):
-        raise TypeError(f'`--model`: "{name}" must return an nn.Module, got {type(model).__name__}.')
-    return model
+    if not callable(found):
+        raise TypeError(f'`--model`: "{name}" must be a factory, got {type(found).__name__}.')
+    return found

@@ -6,10 +6,12 @@ random draws and the run's record with fast_swamp, but no code that trains, aver
 
 from __future__ import annotations
 
+import copy
 import fnmatch
 import math
+import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +20,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from swamp_fast.common.copying import copy_of
 from swamp_fast.common.exclusive import one_at_a_time
 from swamp_fast.common.timing import Stopwatch
+from swamp_fast.common.tree import tree_map
 from swamp_fast.config import SwampConfig
 from swamp_fast.data.labels import Labels
 from swamp_fast.data.store import Data, pass_in_stored_order
@@ -57,48 +60,54 @@ def naive_swamp(
 ) -> SwampResult:
     """Prune a model with SWAMP, training one particle after the other.
 
-    Arguments, result and errors are those of fast_swamp. The setting `engine` has no effect.
+    Arguments, result and errors are those of fast_swamp. The setting `engine` has no effect. `on_epoch` is called for
+    each particle: its row also has the particle's number as `particle`, and `train_loss` has one number.
     """
     arguments = Arguments.of(locals())
     problem = prepare(model, train, test, arguments, config=config, settings=settings)
-    config = problem.config
     with Run(problem, "naive_swamp") as run:
         run.keep_engine({"engine": "naive", "name": "naive", "why": "plain PyTorch, one particle after the other"})
-        most = max(config.particles_at(cycle) for cycle in range(config.cycles + 1))
-        # Each particle keeps its weights and its last gradients until it is averaged.
-        check_particles_fit(problem.device, most, 2 * problem.layout.P * problem.dtype.itemsize)
-        ticket = train_ticket(problem, run)
-        average, masks = ticket, {n: mask.clone() for n, mask in problem.layout.mask_views(problem.mask).items()}
-        if run.rows:  # a resumed run continues after these cycles
-            average = load(problem, run.last().state)
-            masks = {name: mask.to(problem.device) for name, mask in run.last().masks.items()}
+        return run.until_stopped(lambda: swamp(problem, run))
 
-        for cycle in run.remaining_cycles():
-            if cycle > 0:
-                masks = prune(problem, run.masks_source().ranked, masks, cycle)
-            start = ticket if config.rewind == "ticket" or cycle == 0 else average
-            particles, training = train_particles(problem, run, start, masks, cycle)
-            score = score_of(problem, list(particles.values()), cycle)
-            average = mean_of(list(particles.values()))
-            # The average gets the number after the last particle's.
-            models = {**particles, config.particles_at(cycle): average}
-            for number, each in models.items():
-                reestimate(problem, each, problem.keys_of(cycle, number))
-            scored, best = scores(problem, models, cycle)
-            if config.combine == "best":
-                average = list(particles.values())[best]
-            row = {
-                "cycle": cycle,
-                "particles": config.particles_at(cycle),
-                **sparsity(problem, masks),
-                **scored,
-                **training,
-            }
-            if config.keep_particles and cycle == config.cycles:
-                run.keep_particles([state_of(each) for each in particles.values()])
-            run.keep_cycle(state_of(average), masks, row, score)
-            run.begin_training()
-        return run.result()
+
+def swamp(problem: Problem, run: Run) -> SwampResult:
+    """The algorithm."""
+    config = problem.config
+    most = max(config.particles_at(cycle) for cycle in range(config.cycles + 1))
+    # Each particle keeps its weights and its last gradients until it is averaged.
+    check_particles_fit(problem.device, most, 2 * problem.layout.P * problem.dtype.itemsize)
+    ticket = train_ticket(problem, run)
+    average, masks = ticket, {n: mask.clone() for n, mask in problem.layout.mask_views(problem.mask).items()}
+    if run.rows:  # a resumed run continues after these cycles
+        average = load(problem, run.last().state)
+        masks = {name: mask.to(problem.device) for name, mask in run.last().masks.items()}
+
+    for cycle in run.remaining_cycles():
+        if cycle > 0:
+            masks = prune(problem, run.masks_source().ranked, masks, cycle)
+        start = ticket if config.rewind == "ticket" or cycle == 0 else average
+        particles, training = train_particles(problem, run, start, masks, cycle)
+        score = score_of(problem, list(particles.values()), cycle)
+        average = mean_of(list(particles.values()))
+        # The average gets the number after the last particle's.
+        models = {**particles, config.particles_at(cycle): average}
+        for number, each in models.items():
+            reestimate(problem, each, problem.keys_of(cycle, number))
+        scored, best = scores(problem, models, cycle)
+        if config.combine == "best":
+            average = list(particles.values())[best]
+        row = {
+            "cycle": cycle,
+            "particles": config.particles_at(cycle),
+            **sparsity(problem, masks),
+            **scored,
+            **training,
+        }
+        if config.keep_particles and cycle == config.cycles:
+            run.keep_particles([state_of(each) for each in particles.values()])
+        run.keep_cycle(state_of(average), masks, row, score)
+        run.begin_training()
+    return run.result()
 
 
 def train_ticket(problem: Problem, run: Run) -> nn.Module:
@@ -193,7 +202,7 @@ def train_particle(problem: Problem, run: Run, model: nn.Module, masks: State, c
             run.step(1, f"{where}, epoch {epoch + 1}/{epochs}")
             run.stop_if_requested()
         mean_loss = float(epoch_loss) / steps_per_epoch
-        run.keep_epoch(cycle, epoch, [mean_loss], number)
+        run.keep_epoch(cycle, epoch, [mean_loss], particle=number)
         finite = all(bool(torch.isfinite(parameter).all()) for parameter in parameters.values())
         if not math.isfinite(mean_loss) or not finite:
             raise Diverged(where, epoch + 1)
@@ -457,6 +466,18 @@ def reestimate(problem: Problem, model: nn.Module, keys: Tensor) -> None:
         hook.remove()
 
 
+class Evaluated(NamedTuple):
+    """A model's mean loss on a split, its accuracy, the softmax of every sample [n, C], and the outputs by batch.
+
+    Accuracy and softmax are None if the split has no labels. Outputs are kept only if there are metrics.
+    """
+
+    loss: float
+    accuracy: float | None
+    softmax: Tensor | None
+    outputs: list[Any]
+
+
 def scores(problem: Problem, models: dict[int, nn.Module], cycle: int) -> tuple[dict[str, Any], int]:
     """Return the scores of a cycle, and the index of the particle that is best on the validation data.
 
@@ -465,37 +486,109 @@ def scores(problem: Problem, models: dict[int, nn.Module], cycle: int) -> tuple[
     models  number -> model: first the particles, last the average
     """
     row: dict[str, Any] = dict.fromkeys(SCORES)
+    row |= {key: None for name in problem.metrics for split in ("", "val_") for key in metric_keys(split, name)}
     test, val = problem.test, problem.val
     keyed = [(model, problem.keys_of(cycle, number)) for number, model in models.items()]
     best = 0
     if val is not None:
         *each, average = [evaluate(problem, model, val, key, 2) for model, key in keyed]
-        goodness = [-loss if accuracy is None else accuracy for loss, accuracy, _ in each]
-        best = goodness.index(max(goodness))
-        row["val_accuracy"] = (each[best] if problem.config.combine == "best" else average)[1]
-        if average[1] is not None:
-            row["val_mean_accuracy"] = sum(goodness) / len(each)
+        metrics = metrics_of(problem, val, each, average)
+        best = best_of(problem, each, metrics)
+        row["val_accuracy"] = (each[best] if problem.config.combine == "best" else average).accuracy
+        if average.accuracy is not None:
+            row["val_mean_accuracy"] = sum(one.accuracy or 0.0 for one in each) / len(each)
+        row |= metric_entries(problem, "val_", metrics, best)
     if test is not None:
         *each, average = [evaluate(problem, model, test, key, 1) for model, key in keyed]
-        row["loss"], row["accuracy"], _ = each[best] if problem.config.combine == "best" else average
-        row["particle_loss"] = [loss for loss, _, _ in each]
-        if average[1] is not None:
-            row["particle_accuracy"] = [accuracy for _, accuracy, _ in each]
+        row["loss"], row["accuracy"], *_ = each[best] if problem.config.combine == "best" else average
+        row["particle_loss"] = [one.loss for one in each]
+        if average.accuracy is not None:
+            row["particle_accuracy"] = [one.accuracy for one in each]
             row["mean_accuracy"] = sum(row["particle_accuracy"]) / len(each)
-            together = torch.stack([softmax for _, _, softmax in each if softmax is not None]).mean(0)
+            together = torch.stack([one.softmax for one in each if one.softmax is not None]).mean(0)
             row["ensemble_accuracy"] = accuracy_of(problem, test, together)
             if row["val_accuracy"] is not None:
                 row["best_accuracy"] = row["particle_accuracy"][best]
+        row |= metric_entries(problem, "", metrics_of(problem, test, each, average), best)
     return row, best
 
 
-@torch.no_grad()
-def evaluate(
-    problem: Problem, model: nn.Module, data: Data, keys: Tensor, which: int
-) -> tuple[float, float | None, Tensor | None]:
-    """Return the mean loss, the accuracy, and the softmax of every sample [n, C].
+def best_of(problem: Problem, each: list[Evaluated], metrics: dict[str, list[float]]) -> int:
+    """Return the index of the particle that is best according to `select_by`; NaN is worst, of equals the first wins.
 
-    Accuracy and softmax are None if the split has no labels.
+    metrics  as `metrics_of` returns them
+    """
+    by, sign = problem.config.select_by, 1
+    if by in metrics:
+        values = metrics[by][: len(each)]
+        sign = 1 if getattr(problem.metrics[by], "higher_is_better", True) else -1
+    elif by == "loss" or each[0].accuracy is None:
+        values, sign = [one.loss for one in each], -1
+    else:
+        values = [one.accuracy or 0.0 for one in each]
+    goodness = [-math.inf if math.isnan(value) else sign * value for value in values]
+    return goodness.index(max(goodness))
+
+
+def metrics_of(problem: Problem, data: Data, each: list[Evaluated], average: Evaluated) -> dict[str, list[float]]:
+    """Return the values of each metric by name: of the particles, of the average and, last, of the ensemble."""
+    if not problem.metrics:
+        return {}
+    models = [one.outputs for one in (*each, average)]
+    models.append([ensemble_of(problem, data, list(of_batch)) for of_batch in zip(*models[:-1], strict=True)])
+    targets = [targets for _, targets, _ in pass_in_stored_order(data, problem.config.batch_size)]
+    values: dict[str, list[float]] = {}
+    for name, metric in problem.metrics.items():
+        for outputs in models:
+            batches = copy.deepcopy(list(zip(outputs, targets, strict=True)))  # a metric may change what it gets
+            if hasattr(metric, "compute"):
+                own: Any = copy.deepcopy(metric)
+                own = own.to(problem.device) if isinstance(own, nn.Module) else own
+                own.reset()
+                for batch in batches:
+                    own.update(*batch)
+                value = float(own.compute())
+            else:
+                value = float(torch.cat([metric(*batch) for batch in batches]).double().mean())
+            values.setdefault(name, []).append(value)
+    return values
+
+
+def ensemble_of(problem: Problem, data: Data, particles: list[Any]) -> Any:
+    """Return an ensemble's outputs on a batch: the logarithm of the mean softmax with labels, else the mean outputs."""
+    if isinstance(data.labels, Labels):
+        mean = sum(output.double().softmax(1) for output in particles) / len(particles)
+        return mean.log().clamp_min(math.log(sys.float_info.min)).to(problem.dtype)
+    return tree_map(
+        lambda *leaves: (
+            (sum(leaf.double() for leaf in leaves) / len(leaves)).to(leaves[0].dtype)
+            if isinstance(leaves[0], Tensor) and leaves[0].is_floating_point()
+            else leaves[0]
+        ),
+        *particles,
+    )
+
+
+def metric_keys(split: str, name: str) -> list[str]:
+    """Return the keys of a metric on a split ("" or "val_"): of the average, of the particles, of the ensemble."""
+    return [f"{split}{name}", f"{split}particle_{name}", f"{split}ensemble_{name}"]
+
+
+def metric_entries(problem: Problem, split: str, metrics: dict[str, list[float]], best: int) -> dict[str, Any]:
+    """Return the history row's entries of the metrics on a split.
+
+    best  the index of the particle whose values replace the average's with combine="best"
+    """
+    row: dict[str, Any] = {}
+    for name, (*each, average, ensemble) in metrics.items():
+        values = each[best] if problem.config.combine == "best" else average, each, ensemble
+        row |= dict(zip(metric_keys(split, name), values, strict=True))
+    return row
+
+
+@torch.no_grad()
+def evaluate(problem: Problem, model: nn.Module, data: Data, keys: Tensor, which: int) -> Evaluated:
+    """Evaluate a model on a split.
 
     which  the split, 1 for test and 2 for val, which decides the random draws
     """
@@ -504,10 +597,11 @@ def evaluate(
         output = problem.outputs(model, inputs, at_time(keys, evaluation_time(which, number)))
         loss += float(problem.losses(output, targets).double().mean()) * count
         outputs.append(output)
+    mean, kept = loss / data.length, outputs if problem.metrics else []
     if not isinstance(data.labels, Labels):
-        return loss / data.length, None, None
+        return Evaluated(mean, None, None, kept)
     softmax = torch.cat(outputs).double().softmax(1)
-    return loss / data.length, accuracy_of(problem, data, softmax), softmax
+    return Evaluated(mean, accuracy_of(problem, data, softmax), softmax, kept)
 
 
 def accuracy_of(problem: Problem, data: Data, scores: Tensor) -> float | None:

@@ -55,7 +55,7 @@ Measured = TypeVar("Measured")
 # The most lanes that a folded mode evaluates at once. The engine checks for this many that lanes equal models alone.
 CHECKED_LANES = 4
 # An analysis neither makes masks nor combines particles, so these settings get neutral values, whatever the run had.
-NEUTRAL_SETTINGS = {"layer_kept": None, "mask_score": "abs-mean", "combine": "mean"}
+NEUTRAL_SETTINGS = {"layer_kept": None, "mask_score": "abs-mean", "combine": "mean", "select_by": "auto"}
 MAX_EVALUATION_MEMORY_FRACTION = 0.4  # largest fraction of the free memory that lanes may use
 
 

@@ -28,7 +28,7 @@ def add_analyze(commands: Commands) -> None:
     """Register the command `analyze` and its flags."""
     parser = add_command(commands, "analyze", analyze)
     parser.add_argument("directory", metavar="RUN_DIR")
-    parser.add_argument("--model", required=True, help="as for the run")
+    add_model(parser, "as for the run")
     parser.add_argument("--data", required=True, help="as for the run")
     parser.add_argument("--test", metavar="DATA", help="as for the run")
     parser.add_argument("--val", type=float, metavar="FRACTION", help="as for the run")
@@ -56,7 +56,7 @@ def analyze(given: argparse.Namespace) -> None:
     result = SwampResult.load(given.directory)
     overrides = {name: getattr(given, name) for name in ("device", "engine", "data_dir")}
     config = result.config.replace(**{name: value for name, value in overrides.items() if value is not None})
-    model = seeded_network(given.model, given.data, config)
+    model = seeded_network(given.model, given.model_args, given.data, config)
     SwampResult.load(given.directory, model)  # raises if the model doesn't fit the run
     on = analysis.Analysis(
         *(model, given.data, given.test),
@@ -74,7 +74,7 @@ def analyze(given: argparse.Namespace) -> None:
     content = analysis.analyze(on, result, **sizes, against=against)
     if against is not None:
         content["against"]["run"] = Path(given.against).resolve().name
-    content["about"] |= {"model": given.model, "data": given.data}
+    content["about"] |= {"model": given.model, "model_args": given.model_args, "data": given.data}
     path = Path(given.directory) / "analysis.json"
     write(path, json.dumps(content, indent=1).encode())
     print(f"{analysis.table(content)}\n\nall numbers: {path}")
@@ -103,7 +103,7 @@ def add_ticket(commands: Commands) -> None:
 def ticket(given: argparse.Namespace) -> None:
     """Find how long the ticket must train, by the error barrier between two children of each candidate ticket."""
     config = SwampConfig.of(None, {**given_settings(given), "run_dir": given.out})
-    model = seeded_network(given.model, given.data, config)
+    model = seeded_network(given.model, given.model_args, given.data, config)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # the table below repeats the warning
         stability = analysis.ticket_stability(

@@ -67,7 +67,7 @@ def run(given: argparse.Namespace) -> None:
         settings["run_dir"] = given.out
     base = SwampConfig.from_toml(Path(given.config)) if given.config is not None else None
     config = SwampConfig.of(base, settings)
-    model = seeded_network(given.model, given.data, config)
+    model = seeded_network(given.model, given.model_args, given.data, config)
     result = fast_swamp(model, given.data, given.test, val=given.val, config=config)
     if distributed.current().first:
         out = None if given.out is None else Path(given.out)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import dataclasses
 import inspect
+import json
 import re
 from collections.abc import Callable, Collection
 from typing import Any, TypeAlias
@@ -27,9 +29,21 @@ def add_command(commands: Commands, name: str, handler: Handler) -> argparse.Arg
     return parser
 
 
-def add_model(parser: argparse.ArgumentParser) -> None:
-    """Add the flag that names a network."""
-    parser.add_argument("--model", required=True, help=f"{', '.join(MODELS)}, or package.module:factory")
+def add_model(parser: argparse.ArgumentParser, text: str = f"{', '.join(MODELS)}, or package.module:factory") -> None:
+    """Add the flags that name a network and its arguments."""
+    parser.add_argument("--model", required=True, help=text)
+    add_model_arguments(parser)
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flag for the arguments with which a network is made."""
+    parser.add_argument(
+        "--model-args",
+        type=named_values,
+        default={},
+        metavar="NAME=VALUE,…",
+        help="the network's own arguments, such as width=32,depth=3",
+    )
 
 
 def add_training_data(parser: argparse.ArgumentParser) -> None:
@@ -56,6 +70,29 @@ def numbers(text: str) -> list[int]:
         return [int(part) for part in text.split(",")]
     except ValueError:
         raise argparse.ArgumentTypeError(f'integers separated by commas are needed, got "{text}"') from None
+
+
+def named_values(text: str) -> dict[str, Any]:
+    """Parse NAME=VALUE pairs that are separated by commas. The values are literals of Python or TOML."""
+    try:
+        call = ast.parse(f"f({text})", mode="eval").body
+        named = isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and not call.args
+        if not isinstance(call, ast.Call) or not named or any(keyword.arg is None for keyword in call.keywords):
+            raise ValueError("a value has no name")
+        values = {str(keyword.arg): _literal(keyword.value) for keyword in call.keywords}
+        json.dumps(values)  # the analysis records them as JSON
+        return values
+    except (SyntaxError, ValueError, TypeError):
+        raise argparse.ArgumentTypeError(
+            f"values with names are needed, such as width=32,act='\"relu\"' (texts in quotes); got {text}"
+        ) from None
+
+
+def _literal(value: ast.expr) -> Any:
+    """The value of a literal of Python, or of TOML's true and false. Raises ValueError for anything else."""
+    if isinstance(value, ast.Name) and value.id in ("true", "false"):
+        return value.id == "true"
+    return ast.literal_eval(value)
 
 
 def positive(text: str) -> int:

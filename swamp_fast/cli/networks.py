@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -24,9 +27,12 @@ def picture_shape(data: str, config: SwampConfig) -> tuple[int, int, int, int]:
     return channels, height, width, classes
 
 
-def seeded_network(name: str, data: str, config: SwampConfig) -> nn.Module:
-    """The named network for these data, with initial weights drawn from the seed of the settings."""
+def seeded_network(name: str, arguments: Mapping[str, Any], data: str, config: SwampConfig) -> nn.Module:
+    """The named network for these data, with initial weights drawn from the seed of the settings.
+
+    arguments  the network's own arguments, as --model-args gives them
+    """
     shape = picture_shape(data, config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        return build_model(name, *shape)
+        return build_model(name, *shape, arguments)

@@ -70,7 +70,7 @@ def plan(given: argparse.Namespace) -> None:
 def _problem(given: argparse.Namespace) -> Problem:
     """The network with two batches of noise as data."""
     channels, height, width = given.shape
-    model = build_model(given.model, channels, height, width, given.classes)
+    model = build_model(given.model, channels, height, width, given.classes, given.model_args)
     samples = 2 * given.batch_size
     data = torch.randn(samples, channels, height, width), torch.arange(samples) % given.classes
     settings = {"particles": given.particles, "batch_size": given.batch_size, "precision": given.precision}

@@ -63,11 +63,11 @@ def combine(problem: Problem, run: Run, side_by_side: ModelsSideBySide, particle
     weights, after = models.weights, models.buffers()
     *each, average = (Solution(weights[i], {name: buffer[i] for name, buffer in after.items()}) for i in (*lanes, -1))
     if problem.config.combine == "best" and val is not None:
-        best = val.best
+        best = val.best(problem)
         average, test, val = each[best], test and test.of(best), val.of(best)
     keeps = problem.config.keep_particles and cycle == problem.config.cycles
     average = Solution(average.weights.clone(), average.buffers)  # of its own: the models' memory is reused
-    return Combined(average, each if keeps else [], score_row(test, val))
+    return Combined(average, each if keeps else [], score_row(problem, test, val))
 
 
 def mean_buffer(particles: Tensor, of_spectral_norm: bool = False) -> Tensor:

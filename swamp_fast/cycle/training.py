@@ -248,7 +248,7 @@ class Watch:
         for solutions in (self.bank.weights, self.bank.swa):
             finite &= torch.isfinite(solutions).all(1)
         losses, fine = self.run.ranks.gather(torch.stack([losses, finite.to(losses.dtype)], 1), self.count).unbind(1)
-        self.run.keep_epoch(self.cycle, epoch, losses.tolist())
+        self.run.keep_epoch(self.cycle, epoch, losses.tolist(), before_stop=self._keep_before_stop)
         diverged = [lane for lane, is_fine in enumerate(fine.tolist()) if not is_fine and lane not in self.dropped]
         if not diverged:
             return
@@ -270,6 +270,13 @@ class Watch:
             tensors = joined([part for part in parts if part]) if parts else {}
         return Unfinished(self.cycle, self.dropped, self.seconds, tensors)
 
+    def _keep_before_stop(self) -> bool:
+        """Write a checkpoint at the end of an epoch. Returns whether that is possible."""
+        possible = self.run.problem.saves_steps
+        if possible:
+            self.keep()
+        return possible
+
     def _stop(self, epoch: int, lanes: list[int]) -> None:
         run_dir = self.run.config.run_dir
         where = "the ticket" if self.cycle is None else f"cycle {self.cycle}"
@@ -277,8 +284,7 @@ class Watch:
         text = (
             f"{where}, epoch {epoch + 1}: {which} diverged to NaN or infinity. Lower lr and swa_lr, or check the data."
         )
-        if run_dir is not None and self.run.problem.saves_steps:
-            self.keep()
+        if run_dir is not None and self._keep_before_stop():
             text += (
                 f" {run_dir} holds the run up to here. Started again, it would stop here again; with a changed lr it "
                 "would be another run, which needs another folder."

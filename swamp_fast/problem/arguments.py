@@ -20,11 +20,12 @@ Transform = Callable[[Any], Any]  # inputs [B, ...] -> inputs
 OnEpoch = Callable[[dict[str, Any]], object]  # called with an epoch's row
 # Called with a row of the history, or with the row and the cycle's Snapshot.
 OnCycle = Callable[..., object]
-Metrics = Mapping[str, Callable[[Any, Any], Tensor]]  # name -> (outputs, targets) -> [B], or a torchmetrics object
+Metric = Callable[[Any, Any], Tensor]  # (outputs, targets) -> [B], or a torchmetrics object
+Metrics = Mapping[str, Metric]  # by name
 
 
 class StopRun(Exception):
-    """Raise this in `on_cycle` to end the run after the cycle; the call returns the result of the cycles so far."""
+    """Raise this in `on_epoch` or `on_cycle` to end the run; the call returns the result of the finished cycles."""
 
 
 NUMBERS = {1: "one argument", 2: "two arguments"}

@@ -31,6 +31,7 @@ from swamp_fast.problem.checks import (
     write_masks_,
 )
 from swamp_fast.problem.gradients import listed
+from swamp_fast.problem.metrics import check_metrics, check_names, check_select_by
 from swamp_fast.problem.optimizer_trial import recipe_lines, try_optimizer
 from swamp_fast.problem.parameter_groups import rates_lines, rates_of_parameters, trained_parameters
 from swamp_fast.problem.precision import weight_dtype
@@ -65,8 +66,9 @@ def prepare(
     """
     arguments = arguments or Arguments()
     forward, loss, transform = arguments.forward or call, arguments.loss or cross_entropy, arguments.transform
-    config, recipe = SwampConfig.of(config, settings), arguments.recipe or Recipe()
+    config, recipe, metrics = SwampConfig.of(config, settings), arguments.recipe or Recipe(), arguments.metrics or {}
     recipe.check(config)
+    check_names(arguments.metrics)
     model = uncompiled(model)
     check_model(model)
     check_memory(model)
@@ -89,6 +91,8 @@ def prepare(
     own_optimizer = try_optimizer(recipe, template)
     check_splits(splits)
     decide_labels(template, splits.named, config, forward, loss)
+    check_metrics(template, splits.named, config, forward, loss, metrics)
+    check_select_by(config, metrics, splits.val_data)
     _warn_of_modes(model, template)
     for text in _unrepeatable(splits, probe) if config.run_dir is not None else ():
         warn_user(f"{text}.")
@@ -116,7 +120,7 @@ def prepare(
         recipe=recipe,
         own_optimizer=own_optimizer,
         rate_factors=recipe.factors(config.epochs * steps_per_epoch),
-        metrics=arguments.metrics or {},
+        metrics=metrics,
         on_epoch=arguments.on_epoch,
         on_cycle=arguments.on_cycle,
         drop_last=opened.drop_last,
@@ -132,6 +136,7 @@ def prepare(
             "prunable": sorted(probe.prunable),
             "drop_last": opened.drop_last,
             **({"recipe": recipe.fingerprint()} if arguments.recipe is not None else {}),
+            **({"select_by": callable_fingerprint(metrics[config.select_by])} if config.select_by in metrics else {}),
         },
     )
 

@@ -224,7 +224,7 @@ class Trial:
 
         Raises ValueError if the shape was right by chance.
         """
-        other = _other_size(self.samples, self.data.length)
+        other = other_size(self.samples, self.data.length)
         if self.uncertain and other is not None:
             with torch.no_grad():
                 Trial(self.data, other, self.keys, self.forward, self.loss, self.transform).run(model)
@@ -302,7 +302,7 @@ def _hint_on_integers(inputs: Any) -> str:
     return f" The inputs are {', '.join(sorted(kinds))}; if the model needs numbers, pass .float()." if kinds else ""
 
 
-def _other_size(samples: int, available: int) -> int | None:
+def other_size(samples: int, available: int) -> int | None:
     """Return the size of another small batch: an even one if possible, and not a single sample; None without any."""
     if samples >= 4:
         return samples - 2

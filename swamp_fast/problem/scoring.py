@@ -39,7 +39,7 @@ def decide_labels(
         keys = lane_keys([config.seed], [stream_of(None, 0)], data.device)
         trial = Trial(data, min(MAX_SAMPLES, data.length, config.batch_size), keys, forward, loss, None)
         try:
-            data.labels = labels_of(data, trial, _evaluated(particle_of(template).eval(), trial))
+            data.labels = labels_of(data, trial, evaluated(particle_of(template).eval(), trial))
         except ValueError as error:
             if name != "train":
                 raise ValueError(f"in evaluation on `{name}`, {error}") from error
@@ -56,7 +56,8 @@ def accuracy_lines(name: str, data: Data) -> list[str]:
     return []
 
 
-def _evaluated(model: nn.Module, trial: Trial) -> Any:
+def evaluated(model: nn.Module, trial: Trial) -> Any:
+    """Return the outputs of a model in eval mode on a trial's batch."""
     with torch.no_grad(), generators_left_alone(), DropoutStream(trial.keys):
         outputs, _ = trial.run(model)
         trial.confirm(model)

@@ -20,14 +20,15 @@ Row = dict[str, Any]
 class RunFacts:
     """The content of a run's folder, and the facts that follow from it.
 
-    name      name of the folder; commands and code on the page are to be run in its parent folder
-    about     the content of run.json
-    rows      the history, one row per cycle
-    kept      for each cycle, a dict: layer -> density
-    settings  the text of config.toml
-    analysis  the content of analysis.json; {} if there is none
-    model     the network's name for `--model`; None if the user gave none
-    updated   time at which the last cycle was written, in ISO 8601
+    name       name of the folder; commands and code on the page are to be run in its parent folder
+    about      the content of run.json
+    rows       the history, one row per cycle
+    kept       for each cycle, a dict: layer -> density
+    settings   the text of config.toml
+    analysis   the content of analysis.json; {} if there is none
+    model      the network's name for `--model`; None if the user gave none
+    arguments  the network's arguments for `--model-args`; {} if the user gave none
+    updated    time at which the last cycle was written, in ISO 8601
     """
 
     name: str
@@ -37,10 +38,11 @@ class RunFacts:
     settings: str
     analysis: Row
     model: str | None
+    arguments: Row
     updated: str
 
     @classmethod
-    def read(cls, path: Path, model: str | None = None) -> RunFacts:
+    def read(cls, path: Path, model: str | None = None, arguments: Row | None = None) -> RunFacts:
         """Read a run's folder. Raises ValueError if no cycle is finished or a file is damaged."""
         folder = RunDirectory(path)
         about, finished = folder.about(), folder.cycles_done()
@@ -61,6 +63,7 @@ class RunFacts:
             settings=settings.read_text() if settings.exists() else SwampConfig.of(None, about["config"]).to_toml(),
             analysis=read_json(analysis) if analysis.exists() else {},
             model=model,
+            arguments=arguments or {},
             updated=datetime.fromtimestamp(updated, UTC).isoformat(),
         )
 
@@ -142,6 +145,12 @@ class RunFacts:
     def model_name(self) -> str | None:
         """The network's name for `--model`: the one that the user gave, else the one that the analysis recorded."""
         return self.model or (self.analysis.get("about") or {}).get("model")
+
+    @property
+    def model_arguments(self) -> Row:
+        """The network's arguments for `--model-args`: those that the user gave, else those of the analysis."""
+        recorded = (self.analysis.get("about") or {}).get("model_args") or {}
+        return self.arguments if self.model or self.arguments else dict(recorded)
 
     @property
     def data_name(self) -> str | None:

@@ -9,6 +9,7 @@ from typing import Any
 from markupsafe import Markup
 
 from swamp_fast.config import RUN_ID_EXCLUDES, SwampConfig
+from swamp_fast.problem.metrics import names_in
 from swamp_fast.report.analysis_sections import (
     connectivity_section,
     flatness_section,
@@ -325,6 +326,8 @@ def _cycles_section(run: RunFacts) -> Section:
         "training": [duration(row["train_seconds"]) for row in run.rows],
         "cycle took": [duration(row["seconds"]) for row in run.rows],
     }
+    for key in dict.fromkeys(f"{split}{name}" for row in run.rows for name in names_in(row) for split in ("", "val_")):
+        columns[f"metric {key}"] = [significant(row.get(key)) for row in run.rows]
     filled = {name: cells for name, cells in columns.items() if set(cells) != {DASH}}
     rows = list(zip(*filled.values(), strict=True))
     return Section("All cycles", "run/cycles.html", {"cycles": Table("one row per cycle", [*filled], rows, 0)})

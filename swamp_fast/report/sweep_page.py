@@ -12,7 +12,6 @@ from swamp_fast.report.comparison_page import Row, band_in_words
 from swamp_fast.report.formats import percent
 from swamp_fast.report.page import Page, Picture, Section, Table, code, render
 from swamp_fast.report.tables import spread
-from swamp_fast.runs.result import SUMMARY_SCORES
 
 
 def sweep_page(name: str, summary: Sequence[Row], results: Sequence[Row]) -> Page:
@@ -59,7 +58,8 @@ def _accuracy_section(lines: dict[str, list[Row]], summary: Sequence[Row]) -> Se
 
 
 def _last_cycles_section(lines: dict[str, list[Row]], summary: Sequence[Row], settings: Sequence[str]) -> Section:
-    scores = [score for score in SUMMARY_SCORES if any(row.get(score) is not None for row in summary)]
+    spreads = [column.removesuffix("_std") for row in summary for column in row if column.endswith("_std")]
+    scores = [score for score in dict.fromkeys(spreads) if any(row.get(score) is not None for row in summary)]
     head = [*settings, "cycle", "density", "seeds", *(score.replace("_", " ") for score in scores)]
 
     def cells(row: Row) -> list[Any]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from swamp_fast.common.format import duration, percent
+from swamp_fast.runs.result import SUMMARY_SCORES
 
 HISTORY_COLUMNS = ("cycle", "density", "kept", "average", "particles", "ensemble", "MFLOP", "training", "cycle took")
 
@@ -49,7 +50,8 @@ def spread(row: Mapping[str, Any], score: str = "accuracy") -> str:
     mean, deviation = row.get(score), row.get(f"{score}_std")
     if mean is None:
         return "–"
-    scale, unit, decimals = (1, "", 4) if score == "loss" else (100, " %", 2)
+    is_fraction = score in SUMMARY_SCORES and score != "loss"
+    scale, unit, decimals = (100, " %", 2) if is_fraction else (1, "", 4)
     return " ± ".join(f"{value * scale:.{decimals}f}" for value in (mean, deviation) if value is not None) + unit
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from shlex import quote
+
 from swamp_fast.report.facts import RunFacts
 from swamp_fast.report.formats import words
 from swamp_fast.report.page import Section
@@ -18,6 +20,7 @@ def load_section(run: RunFacts) -> Section:
         "model": name,
         "module": module if in_a_module else None,
         "factory": factory,
+        "arguments": f"{run.model_arguments}" if run.model_arguments else "",
         "solution": run.solution,
         "earlier_cycle": max(len(run.rows) - 2, 0),
         "finished": not run.trainings_left,
@@ -32,7 +35,7 @@ def reproduce_section(run: RunFacts) -> Section:
         "name": run.name,
         "seed": run.config.seed,
         "particles": words(run.about["config"].get("particles")),
-        "model": run.model_name or "MODEL",
+        "model_flags": _model_flags(run),
         "data_flags": run.data_flags,
         "val": run.held_out,
         "in_python": run.about["driver"] == "fast_swamp",
@@ -48,7 +51,7 @@ def missing_section(run: RunFacts) -> Section:
     names |= {"cost": "inference cost", "ensemble": "NLL and ECE of an ensemble"}
     values = {
         "name": run.name,
-        "model": run.model_name or "MODEL",
+        "model_flags": _model_flags(run),
         "data": run.data_name or "DATA",
         "data_flags": run.data_flags,
         "trainings_left": run.trainings_left,
@@ -63,3 +66,9 @@ def missing_section(run: RunFacts) -> Section:
         "analyses": [text for name, text in names.items() if not analysis.get(name)],
     }
     return Section("What is missing here", "run/missing.html", values)
+
+
+def _model_flags(run: RunFacts) -> str:
+    """The flag `--model`, and `--model-args` if the network was made with arguments."""
+    arguments = ",".join(f"{name}={value!r}" for name, value in run.model_arguments.items())
+    return f"--model {quote(run.model_name or 'MODEL')}" + (f" --model-args {quote(arguments)}" if arguments else "")

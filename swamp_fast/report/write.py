@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,14 @@ from swamp_fast.runs.files import write
 SOURCES = (("comparison.json",), ("run.json", "analysis.json", "a cycle's row"), ("summary.csv", "results.csv"))
 
 
-def write_report(directory: str | Path, model: str | None = None) -> Path:
+def write_report(directory: str | Path, model: str | None = None, model_args: Mapping[str, Any] | None = None) -> Path:
     """Write report.html, figures/NAME.svg and .png, and numbers/NAME.csv into a folder.
 
     Args:
         directory: the folder of a run, which need not be finished or analysed; of a comparison, with comparison.json;
             or of a sweep, with results.csv and summary.csv.
         model: the network's name for `--model`, for the lines that load the model and repeat the run.
+        model_args: the network's own arguments, such as {"width": 32}, for `--model-args`.
 
     Returns the path of the page. Raises ImportError without matplotlib, FileNotFoundError if the folder holds neither a
     run nor a comparison nor a sweep, ValueError if a file is damaged.
@@ -35,7 +37,7 @@ def write_report(directory: str | Path, model: str | None = None) -> Path:
     if model is not None:
         checked("model", model, str, advice="It is the network's name for `--model`, not the network.")
     try:
-        page = _page_of(folder, model)
+        page = _page_of(folder, model, dict(model_args or {}))
         html = page.html()
     except (KeyError, IndexError, TypeError, AttributeError) as error:
         sources = next(names for names in SOURCES if (folder / names[0]).exists())
@@ -56,12 +58,12 @@ def write_report(directory: str | Path, model: str | None = None) -> Path:
     return path
 
 
-def _page_of(folder: Path, model: str | None) -> Page:
+def _page_of(folder: Path, model: str | None, arguments: dict[str, Any]) -> Page:
     name = folder.resolve().name
     if (folder / "comparison.json").exists():
         return comparison_page(name, read_json(folder / "comparison.json"))
     if (folder / "run.json").exists():
-        return run_page(RunFacts.read(folder, model))
+        return run_page(RunFacts.read(folder, model, arguments))
     if (folder / "summary.csv").exists() and (folder / "results.csv").exists():
         return sweep_page(name, _read_csv(folder / "summary.csv"), _read_csv(folder / "results.csv"))
     raise FileNotFoundError(

@@ -9,6 +9,7 @@ from typing import Any, TextIO
 from swamp_fast.common.format import duration, percent
 from swamp_fast.common.timing import Stopwatch
 from swamp_fast.particles.schedule import total_particle_epochs
+from swamp_fast.problem.metrics import names_in
 from swamp_fast.problem.problem import Problem
 from swamp_fast.runs.folder import Unfinished
 from swamp_fast.version import __version__
@@ -82,4 +83,8 @@ def cycle_line(row: Mapping[str, Any], cycles: int) -> str:
         text += f"  test loss {row['loss']:.4f}"
     if row["val_accuracy"] is not None:
         text += f"  val accuracy {percent(row['val_accuracy'])}"
+    for name in names_in(row):
+        split = "test" if row[name] is not None else "val"
+        value = row[name] if split == "test" else row[f"val_{name}"]
+        text += "" if value is None else f"  {split} {name} {value:.4g}"
     return f"{text}  {duration(row['seconds'])}"

@@ -12,6 +12,7 @@ from swamp_fast.common.format import percent
 from swamp_fast.common.warn import warn_user
 from swamp_fast.config import SwampConfig
 from swamp_fast.particles.schedule import average_samples
+from swamp_fast.problem.metrics import keys_of, names_in
 
 MAX_ACCURACY_GAP = 0.05  # an average further below its particles' mean accuracy shows that they share no basin
 
@@ -53,6 +54,17 @@ def _not_finite(row: Mapping[str, Any], state: Mapping[str, Tensor]) -> list[str
         texts.append(
             f"cycle {row['cycle']}: {' and '.join(bad)} on test data {'is' if len(bad) == 1 else 'are'} not finite, "
             "which files hold as null."
+        )
+    of_metrics = {key: row[key] for name in names_in(row) for key in keys_of(name) if row[key] is not None}
+    bad = [
+        key
+        for key, value in of_metrics.items()
+        if not all(math.isfinite(each) for each in (value if isinstance(value, list) else [value]))
+    ]
+    if bad:
+        texts.append(
+            f"cycle {row['cycle']}: {', '.join(bad)} {'is' if len(bad) == 1 else 'are'} not finite, which files hold "
+            "as null."
         )
     return texts
 

@@ -21,7 +21,7 @@ from swamp_fast.common.timing import Stopwatch
 from swamp_fast.distributed import ALONE, Ranks
 from swamp_fast.particles.random import generators_left_alone
 from swamp_fast.particles.schedule import total_particle_epochs
-from swamp_fast.problem.arguments import StopRun
+from swamp_fast.problem.arguments import StopRun, takes
 from swamp_fast.problem.problem import Problem
 from swamp_fast.runs import lock
 from swamp_fast.runs.checkpointing import StopPolicy
@@ -92,7 +92,9 @@ class Run:
         self.progress = Progress(self.console)
         self.stops = StopPolicy(self.config, ranks, self.signals)
         self.stopwatch = Stopwatch()
-        self.ended_early = False  # by `on_cycle`
+        self.ended_early = False  # by StopRun in a callback
+        self.calls_on_epoch = False
+        self.on_cycle_needs_snapshot = problem.on_cycle is not None and not takes(problem.on_cycle, 1)
         self.rows: list[dict[str, Any]] = []
         self.snapshots: list[Packed | Path] = []
         self.ticket: State | None = None
@@ -116,6 +118,8 @@ class Run:
                 stack.enter_context(torch.cuda.device(self.problem.device))  # where streams and graphs are made
             self._refuse_different_calls()
             self._continue(self.ranks.broadcast_from_first(lambda: self._open(stack)))
+            # Other ranks may have been called without the callback.
+            self.calls_on_epoch = self.ranks.broadcast_from_first(lambda: self.problem.on_epoch is not None)
             if self.config.run_dir is not None:
                 stack.enter_context(self.signals)
             for text in introduction(self.problem, self.about["driver"], self.unfinished, len(self.rows)):
@@ -162,19 +166,37 @@ class Run:
 
     def keep_ticket(self, state: State) -> None:
         """Record the ticket's parameters and buffers."""
-        self.ticket = {name: tensor.detach().cpu().clone() for name, tensor in state.items()}
+        self.ticket = _copies(state)
         if self.folder is not None:
             self.folder.write_ticket(self.ticket)
         self._training_is_complete()
 
-    def keep_epoch(self, cycle: int | None, epoch: int, losses: list[float], first: int = 0) -> None:
-        """Write an epoch's mean training losses to TensorBoard, if it is on.
+    def keep_epoch(
+        self,
+        cycle: int | None,
+        epoch: int,
+        losses: list[float],
+        *,
+        particle: int | None = None,
+        before_stop: Callable[[], object] = lambda: None,
+    ) -> None:
+        """Write an epoch's mean training losses to TensorBoard, if it is on, and call `on_epoch`.
 
-        cycle   None for the ticket's training
-        losses  of the particles `first`, `first` + 1, and so on
+        cycle        None for the ticket's training
+        losses       of all particles, or of `particle` alone
+        before_stop  is called on every rank if `on_epoch` ends the run, before StopRun is raised
         """
         if self.events is not None:
-            self.events.epoch(cycle, epoch, losses, first)
+            self.events.epoch(cycle, epoch, losses, particle or 0)
+        if not self.calls_on_epoch:
+            return
+        epochs = self.config.ticket_epochs if cycle is None else self.config.epochs
+        row: dict[str, Any] = {"cycle": cycle, "epoch": epoch, "epochs": epochs, "train_loss": losses}
+        row |= {} if particle is None else {"particle": particle}
+        where = f"epoch {epoch + 1} of {epochs} of {'the ticket' if cycle is None else f'cycle {cycle}'}"
+        if self._callback_ends_run("on_epoch", where, lambda: (copy.deepcopy(row),)):
+            before_stop()
+            raise StopRun
 
     def keep_training(self, state: Unfinished) -> None:
         """Write a checkpoint of the unfinished training; without a folder, nothing is written."""
@@ -211,7 +233,8 @@ class Run:
             self.snapshots.append(snapshot.packed())
         self._training_is_complete()
         self.console.line(cycle_line(row, self.config.cycles))
-        self.ended_early = self.ranks.broadcast_from_first(lambda: self._callback_ends_run(row))
+        where = f"cycle {row['cycle']} of {self.config.cycles}"
+        self._callback_ends_run("on_cycle", where, lambda: self._arguments_of_on_cycle(snapshot))
 
     def keep_particles(self, states: list[State]) -> None:
         """Record the particles of the last cycle; an empty list does nothing."""
@@ -265,6 +288,23 @@ class Run:
             if (earlier.cycle, earlier.steps) == (newest.cycle, step):
                 self.unfinished = earlier
 
+    def until_stopped(self, drive: Callable[[], SwampResult]) -> SwampResult:
+        """Return what `drive` returns. If `on_epoch` ends the run, return the result of the cycles before.
+
+        Raises RuntimeError if there are none.
+        """
+        try:
+            return drive()
+        except StopRun as stop:
+            if not self.ended_early:  # raised by something else of the user's
+                raise
+            if not self.rows:
+                raise RuntimeError(
+                    "`on_epoch` raised StopRun before any cycle was finished, so there is no result to return. Let "
+                    "the run finish cycle 0, or raise another exception to end the call."
+                ) from stop
+        return self.result()
+
     def result(self) -> SwampResult:
         """Return the result of the run, and write the files that only a finished run has."""
         result = self._result_so_far()
@@ -286,21 +326,36 @@ class Run:
             template=self.problem.original,
         )
 
-    def _callback_ends_run(self, row: dict[str, Any]) -> bool:
-        """Call `on_cycle` with a copy of the row. Returns whether it raised StopRun."""
-        if self.problem.on_cycle is None:
+    def _callback_ends_run(self, name: str, where: str, arguments: Callable[[], tuple[Any, ...]]) -> bool:
+        """Call a callback on the first rank. Returns on every rank whether it raised StopRun.
+
+        arguments  makes the callback's arguments, copies of what is recorded
+        """
+        self.ended_early = self.ranks.broadcast_from_first(lambda: self._call(name, where, arguments))
+        return self.ended_early
+
+    def _call(self, name: str, where: str, arguments: Callable[[], tuple[Any, ...]]) -> bool:
+        callback = getattr(self.problem, name)
+        if callback is None:
             return False
         try:
             with surrounding_modes():
-                self.problem.on_cycle(copy.deepcopy(row))
+                callback(*arguments())
         except StopRun:
-            self.console.line(f"stopped  by on_cycle after cycle {row['cycle']} of {self.config.cycles}")
+            self.console.line(f"stopped  by {name} after {where}")
             return True
         except StopIteration as error:
             raise RuntimeError(
-                "`on_cycle` raised StopIteration; raise swamp_fast.StopRun to end the run with what there is."
+                f"`{name}` raised StopIteration; raise swamp_fast.StopRun to end the run with what there is."
             ) from error
         return False
+
+    def _arguments_of_on_cycle(self, kept: Snapshot) -> tuple[Any, ...]:
+        """Return a copy of the cycle's row and, if `on_cycle` needs two arguments, of the cycle's snapshot."""
+        row = copy.deepcopy(kept.row)
+        if not self.on_cycle_needs_snapshot:
+            return (row,)
+        return row, Snapshot(_copies(kept.state), _copies(kept.masks), copy.deepcopy(row), _copies(kept.score))
 
     # Methods that trainings call before their first step and between steps.
 
@@ -381,6 +436,11 @@ class Run:
         if found.prolonged or found.elsewhere:
             self.folder.write_about(self.about, self.config.to_toml())
         self.folder.write_history(self.rows)  # a killed run may have written a cycle's file but not its history line
+
+
+def _copies(tensors: State) -> State:
+    """Return copies of named tensors in the processor's memory."""
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
 
 
 def about_run(problem: Problem, driver: str) -> dict[str, Any]:

@@ -43,12 +43,15 @@ class SwampResult:
     Attributes:
         history: one plain dict per cycle 0 … C, as in history.jsonl. Its keys: cycle, particles (their number), density
             (kept / prunable), kept, accuracy and loss (of the average, on test data), particle_accuracy and
-            particle_loss (lists), best_accuracy (of the particle that is best on val; None without val), mean_accuracy
-            (of the particles), ensemble_accuracy, val_accuracy and val_mean_accuracy, flops (of one sample's forward
-            pass; 2 per multiply-add), train_loss (a list), train_seconds (of the training steps and checkpoints; runs
-            that share a bank have equal shares), dropped (the lane and epoch of each particle that diverged; the
-            average and the lists leave these particles out), seconds, peak_memory (bytes), warnings. Accuracies are
-            fractions, or None without test data. With combine="best", the best particle replaces the average.
+            particle_loss (lists), best_accuracy (of the particle that is best on val, according to `select_by`; None
+            without val), mean_accuracy (of the particles), ensemble_accuracy, val_accuracy and val_mean_accuracy, flops
+            (of one sample's forward pass; 2 per multiply-add), train_loss (a list), train_seconds (of the training
+            steps and checkpoints; runs that share a bank have equal shares), dropped (the lane and epoch of each
+            particle that diverged; the average and the lists leave these particles out), seconds, peak_memory (bytes),
+            warnings. Accuracies are fractions, or None without test data. A metric that is named "mae" has the keys mae
+            (of the average, on test data), particle_mae (a list) and ensemble_mae, and on validation data val_mae,
+            val_particle_mae and val_ensemble_mae; those of a missing split are None. With combine="best", the best
+            particle replaces the average.
         ticket: name -> tensor, the matching ticket's parameters and buffers.
         particles: name -> [N, ...], the particles of the last cycle (their SWA means); None without keep_particles.
         engine: the engine, its choices, and the reasons for them.

@@ -266,5 +266,6 @@ FINGERPRINT_NAMES = {
     "mask": "the initial masks",
     "prunable": "the prunable parameters",
     "drop_last": "drop_last",
+    "select_by": "the metric of select_by",
 }
-SINGULAR = ("model", "forward", "loss", "transform", "drop_last")
+SINGULAR = ("model", "forward", "loss", "transform", "drop_last", "select_by")

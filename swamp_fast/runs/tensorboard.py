@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from swamp_fast.problem.metrics import keys_of, names_in
+
 # Key of a history row -> TensorBoard tag. A value that is a list has one number per particle.
 TAGS = {
     "accuracy": "accuracy/average",
@@ -68,7 +70,7 @@ class Events:
         step = self.before(row["cycle"] + 1)
         dropped = {each["lane"] for each in row["dropped"]}
         left = [particle for particle in range(row["particles"]) if particle not in dropped]
-        for name, tag in TAGS.items():
+        for name, tag in {**TAGS, **_tags_of_metrics(row)}.items():
             value = row.get(name)
             if isinstance(value, list):
                 for particle, each in zip(left, value, strict=True):
@@ -95,3 +97,14 @@ class Events:
         if self.writer is None:  # made here, so that reopening a finished run writes no file
             self.writer = self.make(str(self.folder), purge_step=self.done + 1)
         self.writer.add_scalar(tag, value, step)
+
+
+def _tags_of_metrics(row: dict[str, Any]) -> dict[str, str]:
+    """Return the tags of the user's metrics in a row of the history, as in TAGS."""
+    kinds = ("average", "particle", "ensemble")
+    tags = [(split, kind) for split in ("", "val_") for kind in kinds]
+    return {
+        key: f"{split}{name}/{kind}"
+        for name in names_in(row)
+        for key, (split, kind) in zip(keys_of(name), tags, strict=True)
+    }

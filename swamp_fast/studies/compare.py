@@ -16,13 +16,14 @@ from swamp_fast.common.csv_files import csv_bytes
 from swamp_fast.common.exclusive import one_at_a_time
 from swamp_fast.config import SwampConfig, seed_of
 from swamp_fast.methods import DECIDED, METHODS, particles_of, seeds_of
-from swamp_fast.problem.arguments import Arguments, Forward, Loss, Transform
+from swamp_fast.problem.arguments import Arguments, Forward, Loss, Metrics, OnCycle, OnEpoch, Transform
 from swamp_fast.problem.problem import Problem
 from swamp_fast.problem.prunable import Prunable
+from swamp_fast.problem.recipe import Recipe
 from swamp_fast.runs.files import write
 from swamp_fast.runs.result import SwampResult
 from swamp_fast.studies.comparison import Comparison, accuracy_over_seeds, paired_differences, rows_of, summary_of
-from swamp_fast.studies.grid import Model, folder_named, shared_settings
+from swamp_fast.studies.grid import Model, Point, folder_named, shared_settings
 from swamp_fast.studies.result import SweepResult, SweptRun
 from swamp_fast.studies.sweep import draw, folder_of_study, run_points
 
@@ -48,6 +49,10 @@ def compare(
     transform: Transform | None = None,
     prunable: Prunable = None,
     initial_masks: Mapping[str, Tensor] | None = None,
+    recipe: Recipe | None = None,
+    metrics: Metrics | None = None,
+    on_epoch: OnEpoch | None = None,
+    on_cycle: OnCycle | None = None,
     config: SwampConfig | None = None,
     **common: Any,
 ) -> Comparison:
@@ -57,12 +62,13 @@ def compare(
         model: a factory, which is called once per run under the run's seed, so that initialisation and ticket vary;
             or a module, whose weights are the initialisation of every run. Differences between methods then hold for
             that initialisation only.
-        train, test, val, forward, loss, transform, prunable, initial_masks: as for fast_swamp. The method
-            "best-particle" needs val, because particles are never selected on test data.
+        train, test, val, forward, loss, transform, prunable, initial_masks, recipe, metrics: as for fast_swamp. The
+            method "best-particle" needs val, because particles are never selected on test data.
         methods: names in swamp_fast.methods.METHODS, which describes each method and names its source.
         seeds: the seeds under which every method is run. Confidence intervals need at least two.
         out: a folder for the runs (as for sweep) and for comparison.json, .csv, .svg and .png.
         baseline: the method with which the others are compared; it must be one of `methods`.
+        on_epoch, on_cycle: as for sweep. A run that StopRun ends has rows for the cycles that it has completed.
         config, common: the settings that all methods share. `particles` is the number N that methods with several
             particles use. The settings that the methods themselves change must keep their defaults.
 
@@ -72,11 +78,26 @@ def compare(
     methods = checked_list("methods", methods, str, 0)
     seeds = [seed_of("seeds", seed) for seed in checked_list("seeds", seeds, object, 0)]
     _check(methods, seeds, baseline, base)
-    arguments = Arguments(
-        val=val, forward=forward, loss=loss, transform=transform, prunable=prunable, initial_masks=initial_masks
-    )
     out = None if out is None else folder_named(out)
-    done = _Runs(model, train, test, arguments, base, out)
+    done = _Runs(
+        model,
+        train,
+        test,
+        Arguments(
+            val=val,
+            forward=forward,
+            loss=loss,
+            transform=transform,
+            prunable=prunable,
+            initial_masks=initial_masks,
+            recipe=recipe,
+            metrics=metrics,
+            on_epoch=on_epoch,
+            on_cycle=on_cycle,
+        ),
+        base,
+        out,
+    )
     with folder_of_study(out):
         wanted = _wanted(methods, seeds, base)
         done.run(config for (method, _), configs in wanted.items() if not _layers_of(method) for config in configs)
@@ -126,7 +147,7 @@ class _Runs:
         """Do the runs with these settings that are not done yet, as one sweep."""
         new = [config for config in dict.fromkeys(configs) if config not in self.runs]
         if new:
-            points = [_changes(self.base, config) for config in new]
+            points = [Point(_changes(self.base, config)) for config in new]
             result, problems = run_points(
                 self.model, self.train, self.test, self.arguments, points, self.base, self.out
             )
@@ -187,7 +208,9 @@ def _take_layers(wanted: dict[MethodAndSeed, list[SwampConfig]], done: _Runs) ->
             if run.result is None:
                 done.runs[config] = run
             else:
-                wanted[method, seed] = [config.replace(layer_kept=_layer_kept(run.result))]
+                layers = _layer_kept(run.result)
+                shorter = {} if len(layers) == config.cycles else {"cycles": len(layers)}  # by StopRun
+                wanted[method, seed] = [config.replace(layer_kept=layers, **shorter)]
 
 
 def _layer_kept(result: SwampResult) -> list[list[int]]:
@@ -217,7 +240,8 @@ def _compared(
     }
     dense = {name: accuracy_over_seeds([*by_seed.values()]) for name, by_seed in references.items()}
     rows = [row for row in rows if row["method"] in methods]
-    summary, paired = summary_of(rows, references), paired_differences(rows, baseline)
+    metrics = [*next(iter(problems.values())).metrics] if problems else []
+    summary, paired = summary_of(rows, references, metrics), paired_differences(rows, baseline)
     return Comparison(baseline, rows, summary, paired, dense, errors, runs)
 
 

@@ -19,6 +19,7 @@ from swamp_fast.data.store import pass_in_stored_order
 from swamp_fast.methods import METHODS
 from swamp_fast.particles.random import at_time, evaluation_time, generators_left_alone
 from swamp_fast.problem.arguments import cross_entropy
+from swamp_fast.problem.metrics import Meter, ensemble_outputs
 from swamp_fast.problem.problem import Problem
 from swamp_fast.report.figures import accuracy_of_points
 from swamp_fast.report.tables import comparison_table
@@ -33,14 +34,14 @@ class Comparison:
 
     Attributes:
         baseline: the method that the others are compared with.
-        rows: one row per method, seed and cycle, with method, seed, cycle, density, accuracy and loss on test data,
-            particle_epochs and seconds. The last two are the total cost of reaching that density: all trainings that it
-            takes and, in particle_epochs only, the ticket, whose seconds no history records. Runs that were trained
-            together share their seconds equally.
+        rows: one row per method, seed and cycle, with method, seed, cycle, density, accuracy, loss and the metrics on
+            test data, particle_epochs and seconds. The last two are the total cost of reaching that density: all
+            trainings that it takes and, in particle_epochs only, the ticket, whose seconds no history records. Runs
+            that were trained together share their seconds equally.
         summary: one row per method and cycle, with method, cycle, density, seeds, accuracy (the mean), accuracy_std,
-            loss, loss_std, matching_sgd, matching_swa, particle_epochs, seconds. A method matches a dense reference if
-            its mean accuracy over the seeds that both have is at least the reference's, without any tolerance. The
-            value is None without accuracies or without a common seed.
+            loss, loss_std, the same of each metric, matching_sgd, matching_swa, particle_epochs, seconds. A method
+            matches a dense reference if its mean accuracy over the seeds that both have is at least the reference's,
+            without any tolerance. The value is None without accuracies or without a common seed.
         paired: one row per cycle and method other than the baseline, with method, cycle, density, seeds, difference,
             low and high. The difference is the mean over seeds of the method's accuracy minus the baseline's under the
             same seed. low and high bound its 95 % interval by Student's t; they are None with one seed. Each interval
@@ -81,13 +82,14 @@ def rows_of(method: str, base: SwampConfig, problem: Problem, runs: Sequence[Swe
     """The rows of a method under one seed, one row per cycle of the base settings.
 
     A method that prunes in finer steps reports only every k-th of its own cycles, which has the base cycle's density.
+    If StopRun ended a run, the cycles that it lacks have no rows.
     """
     config, every = problem.config, METHODS[method].every(base) if method in METHODS else 1
     results = [run.result for run in runs if run.result is not None]
     rows = []
-    for cycle in range(0, config.cycles + 1, every):
+    for cycle in range(0, min(len(result.history) for result in results), every):
         row = results[0].history[cycle]
-        scores = {"accuracy": row["accuracy"], "loss": row["loss"]}
+        scores = {name: row.get(name) for name in ("accuracy", "loss", *problem.metrics)}
         if len(results) > 1:
             scores = ensemble_scores(problem, [result.at(cycle)[0] for result in results])
         trained = {0, cycle} if config.mask_from == "dense" else range(cycle + 1)
@@ -106,15 +108,16 @@ def rows_of(method: str, base: SwampConfig, problem: Problem, runs: Sequence[Swe
 
 @torch.no_grad()
 def ensemble_scores(problem: Problem, models: Sequence[nn.Module]) -> dict[str, float | None]:
-    """Accuracy and cross-entropy, on test data, of an ensemble: of the mean of its models' softmax outputs.
+    """Accuracy, cross-entropy and metrics, on test data, of an ensemble: of the mean of its models' softmax outputs.
 
-    Both are None without test data or classes. The loss is also None if the problem's loss is not cross-entropy,
+    All are None without test data or classes. The loss is also None if the problem's loss is not cross-entropy,
     because another loss may not accept probabilities.
     """
     if problem.test is None or not isinstance(problem.test.labels, Labels):
-        return {"accuracy": None, "loss": None}
+        return {"accuracy": None, "loss": None, **dict.fromkeys(problem.metrics)}
     models = [model.to(problem.device, problem.dtype) for model in models]
     keys = [problem.keys_of(0, number) for number in range(len(models))]
+    meters = [Meter(name, metric, problem.device) for name, metric in problem.metrics.items()]
     correct, entries, loss = 0, 0, 0.0
     with generators_left_alone():
         batches = pass_in_stored_order(problem.test, problem.config.batch_size)
@@ -127,11 +130,14 @@ def ensemble_scores(problem: Problem, models: Sequence[nn.Module]) -> dict[str, 
             counted = problem.test.labels.counted(targets)
             correct += int(((softmax.argmax(1) == targets) & counted).sum())
             entries += int(counted.sum())
+            for meter in meters:
+                meter.update(ensemble_outputs(problem.test.labels, outputs, problem.dtype), targets, count)
             if problem.loss is cross_entropy:
                 logs = softmax.clamp_min(torch.finfo(torch.float64).tiny).log()
                 loss += float(problem.losses(logs, targets).mean()) * count
     mean = loss / problem.test.length if problem.loss is cross_entropy else None
-    return {"accuracy": correct / entries if entries else None, "loss": mean}
+    values = {meter.name: meter.value() for meter in meters}
+    return {"accuracy": correct / entries if entries else None, "loss": mean, **values}
 
 
 def accuracy_over_seeds(rows: Sequence[Row]) -> Row:
@@ -140,10 +146,13 @@ def accuracy_over_seeds(rows: Sequence[Row]) -> Row:
     return {"seeds": len(rows), "accuracy": None, "accuracy_std": None} | spread
 
 
-def summary_of(rows: Sequence[Row], references: Mapping[str, Mapping[int, Row]]) -> list[Row]:
+def summary_of(
+    rows: Sequence[Row], references: Mapping[str, Mapping[int, Row]], metrics: Sequence[str] = ()
+) -> list[Row]:
     """The rows of Comparison.summary, one per method and cycle.
 
     references  name of a dense reference -> seed -> row
+    metrics     the names of the user's metrics
     """
     summary = []
     for (method, cycle), by_seed in _grouped(rows).items():
@@ -152,7 +161,9 @@ def summary_of(rows: Sequence[Row], references: Mapping[str, Mapping[int, Row]])
         means = {
             name: statistics.fmean(row[name] for row in group) for name in ("density", "particle_epochs", "seconds")
         }
-        losses = {"loss": None, "loss_std": None} | spread_of("loss", group)
+        losses: Row = {key: None for name in ("loss", *metrics) for key in (name, f"{name}_std")}
+        for name in ("loss", *metrics):
+            losses |= spread_of(name, group)
         summary.append({"method": method, "cycle": cycle, **accuracy_over_seeds(group), **losses, **matching, **means})
     return summary
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,42 +13,103 @@ import torch
 from torch import Tensor, nn
 
 from swamp_fast.common.checked import checked_path, shown
+from swamp_fast.common.signatures import misfit
 from swamp_fast.config import SwampConfig
+from swamp_fast.problem.arguments import Arguments
+from swamp_fast.problem.recipe import Recipe
 
-Model = nn.Module | Callable[[], nn.Module]
+Model = nn.Module | Callable[..., nn.Module]
 Grid = Mapping[str, Iterable[Any]] | Sequence[Mapping[str, Any]]
+MODEL = "model."  # the prefix of a grid's keys that are arguments of the model factory
 
 
-def points_of(grid: Grid) -> list[dict[str, Any]]:
+@dataclass(frozen=True)
+class Point:
+    """What one run of a sweep has of its own.
+
+    given  key -> value, as the grid has them. A key is a setting, "model." and the name of an argument of the model
+           factory, or "recipe", whose value is a dict of one entry, {name: Recipe or None}
+    """
+
+    given: Mapping[str, Any]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The changes of the shared settings."""
+        return {key: value for key, value in self.given.items() if key != "recipe" and not str(key).startswith(MODEL)}
+
+    @property
+    def model_arguments(self) -> dict[str, Any]:
+        """The arguments of the model factory."""
+        return {key.removeprefix(MODEL): value for key, value in self.given.items() if str(key).startswith(MODEL)}
+
+    def arguments(self, shared: Arguments) -> Arguments:
+        """The shared arguments, with this point's recipe if it has one."""
+        recipes = [*self.given.get("recipe", {}).values()]
+        return dataclasses.replace(shared, recipe=recipes[0]) if recipes else shared
+
+    @property
+    def shown(self) -> dict[str, Any]:
+        """The point as names and tables show it, with a recipe's name for the recipe.
+
+        It is without `layer_kept`, a whole table, which fits neither a name nor a cell of a CSV file.
+        """
+        named = {key: next(iter(value)) if key == "recipe" else value for key, value in self.given.items()}
+        return {key: value for key, value in named.items() if key != "layer_kept"}
+
+
+def points_of(grid: Grid) -> list[Point]:
     """The points of a grid: every combination of a mapping's values, or the points of a list.
 
-    Raises TypeError if a setting has no list of values, ValueError if the list of points is empty.
+    Raises TypeError if a key has no list of values or a recipe has no name, ValueError if the list of points is empty
+    or two recipes have one name.
     """
     if isinstance(grid, Mapping):
-        lists = {name: _values_of(name, values) for name, values in grid.items()}
-        return [dict(zip(lists, values, strict=True)) for values in itertools.product(*lists.values())]
-    if isinstance(grid, str | bytes | Tensor) or not isinstance(grid, Iterable):
+        lists = {key: _values_of(key, values) for key, values in grid.items()}
+        points = [Point(dict(zip(lists, values, strict=True))) for values in itertools.product(*lists.values())]
+    elif isinstance(grid, str | bytes | Tensor) or not isinstance(grid, Iterable):
         raise TypeError(f"`grid` must be a dict of lists, or a list of points, got {shown(grid)}.")
-    points = []
-    for point in grid:
-        if not isinstance(point, Mapping):
-            raise TypeError(
-                f"`grid` as a list must hold points, each a dict from settings to values, got {shown(point)}."
-            )
-        points.append(dict(point))
+    else:
+        points = [_point_of(point) for point in grid]
     if not points:
         raise ValueError("`grid` is empty; give at least one point, such as {}.")
+    _check_recipes(points)
     return points
 
 
-def _values_of(name: str, values: object) -> list[Any]:
-    """The values of one setting as a list: an iterator can be read only once."""
-    listed = (
-        list(values) if isinstance(values, Iterable) and not isinstance(values, str | bytes | Mapping | Tensor) else []
-    )
+def _point_of(point: object) -> Point:
+    if not isinstance(point, Mapping):
+        raise TypeError(f"`grid` as a list must hold points, each a dict from settings to values, got {shown(point)}.")
+    return Point(dict(point))
+
+
+def _values_of(key: str, values: object) -> list[Any]:
+    """The values of one key as a list: an iterator can be read only once."""
+    if key == "recipe" and isinstance(values, Mapping):
+        values = [{name: recipe} for name, recipe in values.items()]
+    several = isinstance(values, Iterable) and not isinstance(values, str | bytes | Mapping | Tensor)
+    listed = list(values) if several else []  # type: ignore[call-overload]
     if not listed:
-        raise TypeError(f"`grid` must have a list of values for `{name}`, got {shown(values)}.")
+        raise TypeError(f"`grid` must have a list of values for `{key}`, got {shown(values)}.")
     return listed
+
+
+def _check_recipes(points: Iterable[Point]) -> None:
+    """Check that every recipe of the points has a name, which no other recipe has."""
+    named: dict[str, Recipe | None] = {}
+    for point in points:
+        given = point.given.get("recipe", {"": None})
+        if not isinstance(given, Mapping) or len(given) != 1 or not all(isinstance(name, str) for name in given):
+            raise TypeError(
+                '`grid`: recipes must have names, as in {"recipe": {"sam": Recipe(optimizer=sam), "plain": '
+                f"None}}}}, or one of them in a point of a list; got {given!r}. A Recipe is code, so no TOML file can "
+                "hold it: call sweep from Python."
+            )
+        for name, recipe in given.items():
+            if recipe is not None and not isinstance(recipe, Recipe):
+                raise TypeError(f'`grid`: the recipe "{name}" must be a swamp_fast.Recipe or None, got {recipe!r}.')
+            if named.setdefault(name, recipe) is not recipe:
+                raise ValueError(f'`grid` has two recipes with the name "{name}"; give each its own.')
 
 
 def shared_settings(config: SwampConfig | None, settings: Mapping[str, Any]) -> SwampConfig:
@@ -62,12 +125,27 @@ def folder_named(out: str | Path) -> Path:
     return checked_path("out", out).absolute()
 
 
-def model_of(model: Model, seed: int) -> nn.Module:
+def check_factory(model: Model, points: Iterable[Point]) -> None:
+    """Raise TypeError if `model` is neither a module nor a factory, or can't have the arguments of a point."""
+    if not isinstance(model, nn.Module) and not callable(model):
+        raise TypeError(f"`model` must be a module or a factory of one, got {type(model).__name__}.")
+    for point in points:
+        arguments = point.model_arguments
+        keys = ", ".join(f"`{MODEL}{name}`" for name in arguments)
+        if isinstance(model, nn.Module) and arguments:
+            raise TypeError(
+                f"{keys}: `model` is a module, which is made already. Pass a factory that takes "
+                f"{', '.join(arguments)}, such as the module's class."
+            )
+        reason = None if isinstance(model, nn.Module) else misfit(model, arguments)
+        if reason is not None:
+            raise TypeError(f"{keys or '`model`'}: the model factory {reason}.")
+
+
+def model_of(model: Model, arguments: Mapping[str, Any], seed: int) -> nn.Module:
     """The model of one run: `model` itself if it is a module, else a new one from the factory under the run's seed."""
     if isinstance(model, nn.Module):
         return model
-    if not callable(model):
-        raise TypeError(f"`model` must be a module or a factory of one, got {type(model).__name__}.")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return model()
+        return model(**arguments)

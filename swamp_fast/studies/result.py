@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from swamp_fast.common.checked import checked_list, checked_path
 from swamp_fast.common.csv_files import csv_bytes
 from swamp_fast.common.statistics import mean_and_spread
 from swamp_fast.common.warn import warn_user
+from swamp_fast.problem.metrics import names_in
 from swamp_fast.problem.problem import Problem
 from swamp_fast.report.figures import accuracy_of_points
 from swamp_fast.runs.files import write
@@ -54,11 +56,18 @@ class SweptRun:
         return self.folder is not None and (self.folder / "run.json").exists()
 
     def lacks(self, problem: Problem) -> list[str]:
-        """The names of the files that a finished run has and that are missing from the folder."""
+        """The names of the files that a finished run has and that are missing from the folder.
+
+        A run that was ended by StopRun has the files up to its last cycle.
+        """
         if self.folder is None:
             return []
         folder, config = RunDirectory(self.folder), problem.config
-        names = ["ticket.safetensors", *(folder.cycle_path(cycle).name for cycle in range(config.cycles + 1))]
+        with suppress(ValueError, OSError):
+            folder.about()
+        ended_at = folder.final_cycle()
+        last = config.cycles if ended_at is None else ended_at
+        names = ["ticket.safetensors", *(folder.cycle_path(cycle).name for cycle in range(last + 1))]
         names += ["particles.safetensors"] * config.keep_particles + [*FINAL_FILES, "history.jsonl"]
         return [name for name in names if not (self.folder / name).exists()]
 
@@ -71,8 +80,10 @@ class SweptRun:
                 "is computed again; to avoid that, restore the files."
             )
 
-    def load(self, problem: Problem) -> bool:
+    def load(self, problem: Problem, stopped: bool = False) -> bool:
         """Load the result from the folder if the run is finished. Returns whether it is.
+
+        stopped  whether a run that was ended by StopRun, so that cycles are missing, counts as finished
 
         A run with damaged files counts as unfinished: it repairs them when it continues.
         """
@@ -82,7 +93,7 @@ class SweptRun:
             result = SwampResult.load(self.folder, problem.original)
         except (ValueError, OSError):
             return False
-        if len(result.history) <= problem.config.cycles:
+        if len(result.history) <= problem.config.cycles and not stopped:
             return False
         self.result = result
         return True
@@ -128,7 +139,7 @@ class SweepResult:
                 groups.setdefault(key, []).append(row)
         return [
             {**points[key], "cycle": rows[0]["cycle"], "density": rows[0]["density"], "seeds": len(rows)}
-            | {name: value for score in SUMMARY_SCORES for name, value in spread_of(score, rows).items()}
+            | {name: value for score in scores_of(rows) for name, value in spread_of(score, rows).items()}
             for key, rows in groups.items()
         ]
 
@@ -154,6 +165,12 @@ class SweepResult:
             label = ", ".join(f"{name} = {row[name]}" for name in self.names if name in row) or "all"
             lines.setdefault(label, []).append(row)
         return accuracy_of_points(lines, checked_path("path", path))
+
+
+def scores_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the scores that are summarised over rows: those of every run, and the metrics that each row has."""
+    shared = [name for name in names_in(rows[0]) if all(name in names_in(row) for row in rows)]
+    return [*SUMMARY_SCORES, *(f"{kind}{name}" for name in shared for kind in ("", "ensemble_", "val_"))]
 
 
 def spread_of(score: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:

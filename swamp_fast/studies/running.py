@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Any
 
 from swamp_fast.driver import swamp
 from swamp_fast.engines.start import Engine, start_engine
@@ -80,10 +82,19 @@ class PackRunner:
         return opened
 
     def _in_its_folder(self, number: int) -> Problem:
-        """The problem of a run, set to write into the run's folder and to show its cycles in the sweep's progress."""
+        """The problem of a run, set to write into the run's folder and to show its cycles in the sweep's progress.
+
+        The callbacks' rows get the run's id and point.
+        """
         problem, run = self.problems[number], self.runs[number]
         config = problem.config.replace(progress=False, run_dir=None if run.folder is None else str(run.folder))
-        return dataclasses.replace(problem, config=config, on_cycle=lambda row: self.progress.cycle(run, config, row))
+
+        def show(row: dict[str, Any]) -> None:
+            self.progress.cycle(run, config, row)
+
+        on_epoch = problem.on_epoch and _of_run(run, problem.on_epoch)
+        on_cycle = _of_run(run, problem.on_cycle, show) if problem.on_cycle else show
+        return dataclasses.replace(problem, config=config, on_epoch=on_epoch, on_cycle=on_cycle)
 
     def _run_group(self, group: Mapping[int, _OpenRun], engine: Engine | None) -> Engine | None:
         """Train runs together on the engine that they have recorded, and return that engine.
@@ -96,12 +107,35 @@ class PackRunner:
             ends = run_together(engine, [swamp(run.record.problem, engine, run.record) for run in group.values()])
         except Exception as error:
             ends = [error] * len(group)
-        for number, end in zip(group, ends, strict=True):
-            if isinstance(end, Exception):
-                self.progress.failed(number, end)
-            else:
-                self.runs[number].result = end
+        for (number, run), end in zip(group.items(), ends, strict=True):
+            try:
+                self.runs[number].result = run.record.until_stopped(functools.partial(_returned, end))
+            except Exception as error:
+                self.progress.failed(number, error)
         return engine
+
+
+def _returned(end: SwampResult | Exception) -> SwampResult:
+    """Return the result of a run, or raise the error that ended it."""
+    if isinstance(end, Exception):
+        raise end
+    return end
+
+
+def _of_run(
+    run: SweptRun, callback: Callable[..., object], before: Callable[[dict[str, Any]], None] | None = None
+) -> Callable[..., object]:
+    """A callback of the sweep as that of one of its runs. It has the signature of `callback`.
+
+    before  is called first, with the row as it is
+    """
+
+    def called(row: dict[str, Any], *snapshot: Any) -> object:
+        if before is not None:
+            before(row)
+        return callback({**row, "run": run.id, "point": dict(run.point)}, *snapshot)
+
+    return functools.update_wrapper(called, callback, assigned=(), updated=())
 
 
 def _by_engine(group: Mapping[int, _OpenRun]) -> list[dict[int, _OpenRun]]:

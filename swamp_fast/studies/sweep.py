@@ -16,15 +16,25 @@ from swamp_fast.common.exclusive import one_at_a_time
 from swamp_fast.config import SwampConfig
 from swamp_fast.distributed import Ranks
 from swamp_fast.particles.schedule import total_particle_epochs
-from swamp_fast.problem.arguments import Arguments, Forward, Loss, Transform
+from swamp_fast.problem.arguments import Arguments, Forward, Loss, Metrics, OnCycle, OnEpoch, Transform
 from swamp_fast.problem.prepare import prepare
 from swamp_fast.problem.problem import Problem
 from swamp_fast.problem.prunable import Prunable
+from swamp_fast.problem.recipe import Recipe
 from swamp_fast.problem.splits import SPLITS
 from swamp_fast.runs import lock
 from swamp_fast.runs.console import Console
 from swamp_fast.runs.folder import RunDirectory, run_id
-from swamp_fast.studies.grid import Grid, Model, folder_named, model_of, points_of, shared_settings
+from swamp_fast.studies.grid import (
+    Grid,
+    Model,
+    Point,
+    check_factory,
+    folder_named,
+    model_of,
+    points_of,
+    shared_settings,
+)
 from swamp_fast.studies.packing import dealt, unfinished_packs
 from swamp_fast.studies.result import SweepResult, SweptRun
 from swamp_fast.studies.running import PackRunner
@@ -44,6 +54,10 @@ def sweep(
     transform: Transform | None = None,
     prunable: Prunable = None,
     initial_masks: Mapping[str, Tensor] | None = None,
+    recipe: Recipe | None = None,
+    metrics: Metrics | None = None,
+    on_epoch: OnEpoch | None = None,
+    on_cycle: OnCycle | None = None,
     config: SwampConfig | None = None,
     **common: Any,
 ) -> SweepResult:
@@ -52,9 +66,13 @@ def sweep(
     Args:
         model: a factory, which is called once per run under the run's seed; or a module, whose weights are the
             initialisation of every run.
-        train, test, val, forward, loss, transform, prunable, initial_masks: as for fast_swamp.
+        train, test, val, forward, loss, transform, prunable, initial_masks, recipe, metrics: as for fast_swamp.
         grid: a dict from settings to lists of values, all combinations of which are run; or a list of points, each a
-            dict from settings to values.
+            dict from settings to values. A key "model.width" is the argument `width` of the model factory. The key
+            "recipe" takes recipes by name, {"recipe": {"sam": Recipe(...), "plain": None}}; names and tables show the
+            name. In a list, a point has one of them.
+        on_epoch, on_cycle: as for fast_swamp, called for every run. Their rows also have `run`, the run's id, and
+            `point`, its point of the grid. StopRun ends the run whose row it is, and the others continue.
         out: a folder for the runs (runs/ID) and for results.csv, summary.csv and accuracy.png. Finished runs in it are
             not repeated, and interrupted runs continue. A finished run that lacks files, with a warning, computes what
             is missing again.
@@ -64,14 +82,23 @@ def sweep(
     Under torchrun the runs are distributed over the ranks, and every rank must be able to access `out`. Arguments that
     don't fit raise what fast_swamp raises, before anything is trained.
     """
-    points = points_of(grid if grid is not None else [{}])
+    points = points_of([{}] if grid is None else grid)
     out = None if out is None else folder_named(out)
     base = shared_settings(config, common)
-    arguments = Arguments(
-        val=val, forward=forward, loss=loss, transform=transform, prunable=prunable, initial_masks=initial_masks
+    shared = Arguments(
+        val=val,
+        forward=forward,
+        loss=loss,
+        transform=transform,
+        prunable=prunable,
+        initial_masks=initial_masks,
+        recipe=recipe,
+        metrics=metrics,
+        on_epoch=on_epoch,
+        on_cycle=on_cycle,
     )
     with folder_of_study(out):
-        result, _ = run_points(model, train, test, arguments, points, base, out)
+        result, _ = run_points(model, train, test, shared, points, base, out)
         if out is not None and distributed.current().first:
             draw(result.figure, out / "accuracy.png", base)
     return result
@@ -93,7 +120,7 @@ def run_points(
     train: object,
     test: object,
     arguments: Arguments,
-    points: Sequence[Mapping[str, Any]],
+    points: Sequence[Point],
     base: SwampConfig,
     out: Path | None,
 ) -> tuple[SweepResult, list[Problem]]:
@@ -104,11 +131,13 @@ def run_points(
     job = distributed.current()
     console = Console(base.progress and job.first)
     problems: list[Problem] = []
+    check_factory(model, points)
     for point in points:
-        if "run_dir" in point:
+        settings = point.settings
+        if "run_dir" in settings:
             raise TypeError("`grid` can't set `run_dir`: each run of a sweep has a folder below `out`.")
-        seed = base.replace(**point).seed
-        problem = prepare(model_of(model, seed), train, test, arguments, config=base, settings=point)
+        made = model_of(model, point.model_arguments, base.replace(**settings).seed)
+        problem = prepare(made, train, test, point.arguments(arguments), config=base, settings=settings)
         problems.append(_with_shared_data(problem, problems))
     runs = [_run_at(point, problem, out) for point, problem in zip(points, problems, strict=True)]
     _refuse_duplicates(runs)
@@ -139,12 +168,10 @@ def _with_shared_data(problem: Problem, others: Sequence[Problem]) -> Problem:
     return problem
 
 
-def _run_at(point: Mapping[str, Any], problem: Problem, out: Path | None) -> SweptRun:
+def _run_at(point: Point, problem: Problem, out: Path | None) -> SweptRun:
     config = problem.config.to_dict()
     identity = run_id({"driver": "fast_swamp", "config": config, "fingerprints": problem.fingerprints})
-    # layer_kept is a whole table, which fits neither the run's name on the console nor a cell of the CSV.
-    shown = {name: value for name, value in point.items() if name != "layer_kept"}
-    return SweptRun(shown, identity, None if out is None else out / "runs" / identity)
+    return SweptRun(point.shown, identity, None if out is None else out / "runs" / identity)
 
 
 def _refuse_duplicates(runs: Sequence[SweptRun]) -> None:
@@ -190,7 +217,7 @@ def _exchange(job: Ranks, problems: Sequence[Problem], runs: Sequence[SweptRun])
     every = job.broadcast_from_first(lambda: {number: error for part in parts for number, error in part.items()})
     for number, (run, problem) in enumerate(zip(runs, problems, strict=True)):
         run.error = every.get(number)
-        if not run.over and not run.load(problem):
+        if not run.over and not run.load(problem, stopped=True):
             raise RuntimeError(
                 f"rank {job.rank} can't read {run.folder}; `out` must be a folder that all ranks can access."
             )

@@ -14,6 +14,7 @@ from swamp_fast.engines.eager.engine import EagerEngine
 from swamp_fast.engines.fused.engine import FusedEngine
 from swamp_fast.engines.start import Engine
 from swamp_fast.particles.bank import ParticleBank
+from swamp_fast.problem.arguments import StopRun
 
 PackEngine = EagerEngine | FusedEngine
 
@@ -134,17 +135,20 @@ def train_together(engine: PackEngine, requests: Sequence[TrainingRequest]) -> l
     trainings = [request.training for request in requests]
     try:
         losses = engine.train_runs(bank, trainings, watched.on_step, watched.on_epoch, watched.states_before)
-    except _AllDiverged:
+    except _AllEnded:
         return [watched.errors[number] for number in range(len(requests))]
     return watched.outcomes(losses)
 
 
-class _AllDiverged(Exception):
-    """Raised to end the training of a bank in which every run has diverged."""
+class _AllEnded(Exception):
+    """Raised to end the training of a bank in which every run has diverged or was stopped."""
 
 
 class _WatchedRuns:
-    """The watches of runs that are trained in one bank, and the errors of runs that diverged, by index."""
+    """The watches of runs that are trained in one bank, and by index, the errors of runs that diverged or were stopped.
+
+    A callback stops a run by StopRun.
+    """
 
     def __init__(self, engine: PackEngine, bank: ParticleBank, requests: Sequence[TrainingRequest]) -> None:
         self.engine, self.bank, self.requests = engine, bank, requests
@@ -170,18 +174,18 @@ class _WatchedRuns:
             request.run.stop_if_requested()
 
     def on_epoch(self, epoch: int, losses: Tensor) -> None:
-        """Give each of the R runs the mean losses [L / R] of its lanes, and record the error of a run that diverges."""
+        """Give each of the R runs the mean losses [L / R] of its lanes, and record the error of a run that ends."""
         for number, of_run in enumerate(losses.split(self.requests[0].particles)):
             try:
                 if number not in self.errors:
                     self.watches[number].on_epoch(epoch, of_run)
-            except FloatingPointError as error:
+            except (FloatingPointError, StopRun) as error:
                 self.errors[number] = error
         if len(self.errors) == len(self.watches):
-            raise _AllDiverged
+            raise _AllEnded
 
     def outcomes(self, losses: Tensor) -> list[TrainingOutcome | Exception]:
-        """The outcome of each run, given the mean losses [L] of the last epoch, or the error of a run that diverged."""
+        """The outcome of each run, given the mean losses [L] of the last epoch, or the error of a run that ended."""
         outcomes: list[TrainingOutcome | Exception] = []
         parts = losses.split(self.requests[0].particles)
         for number, (watch, of_run) in enumerate(zip(self.watches, parts, strict=True)):

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 import re
 import subprocess
 import sys
+from html import unescape
 
 import pytest
 
 from swamp_fast import SwampConfig, backends
 from swamp_fast.cli import main
-from swamp_fast.cli.flags import SETTINGS
+from swamp_fast.cli.flags import SETTINGS, add_settings, given_settings, named_values
 from swamp_fast.common.format import duration, percent
 from swamp_fast.runs.console import Console
 
@@ -109,8 +111,8 @@ def test_usage_errors_take_one_line(command, text, capsys):
 @pytest.mark.parametrize(
     ("model", "text"),
     [
-        ("torch.nn:Linear", "is called without arguments, and raised TypeError"),
-        ("json:dumps", "is called without arguments, and raised TypeError"),
+        ("torch.nn:Linear", "missing a required argument: 'in_features'; it takes in_features, out_features"),
+        ("json:dumps", "missing a required argument: 'obj'; it takes obj, skipkeys"),
         ("os:getcwd", "must return an nn.Module, got str"),
         ("no_such_package:x", "can't be imported"),
     ],
@@ -273,3 +275,119 @@ def test_sweep_refuses(text, said, tmp_path, capsys):
     (tmp_path / "sweep.toml").write_text(text)
     assert main(["sweep", str(tmp_path / "sweep.toml")]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_sweep_over_the_networks_arguments(tmp_path, capsys):
+    """The three forms that TOML has for the key "model.width", a file's own arguments, and the flag before them."""
+    text = SWEEP.replace("{out}", str(tmp_path / "out")).replace("[settings]", "model_args = {width = 4}\n[settings]")
+    text = text[: text.index("[grid]")].replace("particles = 2", "particles = 1")
+    file = tmp_path / "sweep.toml"
+    for grid in ('[grid]\n"model.width" = [8, 4]', "[grid]\nmodel.width = [8, 4]", "[grid.model]\nwidth = [8, 4]"):
+        file.write_text(text + grid)
+        assert main(["sweep", str(file)]) == 0
+        shown = capsys.readouterr().out
+        assert [line.split()[:1] for line in shown.splitlines()[2:]] == [["8"], ["4"]]
+        assert shown.splitlines()[0].split()[0] == "model.width"
+    for points, flags, runs in (("[[points]]\nmodel.width = 8\n", [], 2), ("[grid]\n", ["--model-args", "width=2"], 3)):
+        file.write_text(text + points)
+        assert main(["sweep", str(file), *flags]) == 0
+        assert len(list((tmp_path / "out" / "runs").iterdir())) == runs
+
+
+@pytest.mark.parametrize(
+    ("rest", "flags", "said"),
+    [
+        (
+            "[grid.model]\nwidht = [8]",
+            [],
+            "`model.widht`: the model factory got an unexpected keyword argument 'widht'",
+        ),
+        ("[grid.model]\nwidth = 8", [], "list of values for `model.width`"),
+        ('[grid]\nrecipe = ["sam"]', [], "A Recipe is code, so no TOML file can hold it: call sweep from Python."),
+        ("[grid]\nseed = [0]", ["--model-args", "widht=8"], "\"small_cnn\" got an unexpected keyword argument 'widht'"),
+        ("points = [3]", [], "[[points]] must be tables, got 3"),
+        ('[settings]\nrecipe = "sam"\n[grid]\nseed=[0]', [], "`recipe` is a Recipe, which is code"),
+    ],
+)
+def test_sweep_refuses_arguments(rest, flags, said, tmp_path, capsys):
+    (tmp_path / "sweep.toml").write_text(f'model = "small_cnn"\ndata = "digits"\n{rest}')
+    assert main(["sweep", str(tmp_path / "sweep.toml"), *flags]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_compare_with_the_networks_arguments(tmp_path):
+    text = SWEEP[: SWEEP.index("[grid]")].replace("{out}", str(tmp_path / "out"))
+    (tmp_path / "compare.toml").write_text(f'methods = ["imp"]\nseeds = [0]\n{text}')
+    assert main(["compare", str(tmp_path / "compare.toml"), "--model-args", "width=4"]) == 0
+    for run in (tmp_path / "out" / "runs").iterdir():
+        assert "SmallCNN: 468 prunable" in (run / "run.json").read_text()
+
+
+def test_the_networks_arguments(tmp_path, capsys):
+    """`run`, `analyze` and `ticket` take them; the page repeats them; a run with others is another run."""
+    out, flags = tmp_path / "run", ["--model", "mlp", "--model-args", "width=12,depth=3", "--data", "digits"]
+    assert main(["run", *flags, "--val", "0.1", "--out", str(out), *FAST]) == 0
+    assert "MLP: 1,056 prunable" in (out / "run.json").read_text()
+    assert main(["run", "--model", "mlp", "--data", "digits", "--val", "0.1", "--out", str(out), *FAST]) == 2
+    fast = ["--points", "3", "--probes", "0", "--mixtures", "0", "--size", "0", "--repeats", "0", "--samples", "64"]
+    assert main(["analyze", str(out), *flags, "--val", "0.1", *fast]) == 0
+    assert json.loads((out / "analysis.json").read_text())["about"]["model_args"] == {"width": 12, "depth": 3}
+    assert main(["report", str(out)]) == 0
+    page = unescape((out / "report.html").read_text())
+    assert "swamp-fast run --model mlp --model-args width=12,depth=3 --data digits" in page
+    assert "build_model(\"mlp\", channels, height, width, classes, {'width': 12, 'depth': 3})" in page
+    assert main(["report", str(out), "--model", "a.b:net", "--model-args", "act='relu'"]) == 0
+    page = unescape((out / "report.html").read_text())
+    assert "--model a.b:net --model-args " in page
+    assert "model = net(**{'act': 'relu'})" in page
+    flags += ["--val", "0.1", "--samples", "64", "--points", "3", "--epochs", "1", "--no-progress"]
+    assert main(["ticket", *flags, "--candidates", "0"]) == 0
+
+
+def test_plan_with_the_networks_arguments(capsys):
+    pictures = ["--shape", "1,8,8", "--batch-size", "8", "--particles", "2"]
+    assert main(["plan", "--model", "small_cnn", "--model-args", "width=8", *pictures]) == 0
+    assert main(["plan", "--model", "torch.nn:Linear", "--model-args", "in_features=8,out_features=3", *pictures]) == 2
+    assert "--model-args" not in capsys.readouterr().err
+    for name, values, said in (
+        ("small_cnn", "widht=8", "\"small_cnn\" got an unexpected keyword argument 'widht'; it takes width. Set"),
+        ("vgg13", "width=8", "it takes no arguments"),
+        ("mlp", "width='x'", "\"mlp\" is called with width='x', and raised TypeError"),
+        ("wrn28_2", "depth=20", "`depth` must be 6 n + 4, such as 16 or 28, got 20"),
+    ):
+        assert main(["plan", "--model", name, "--model-args", values, *pictures]) == 2
+        assert said in capsys.readouterr().err
+
+
+def test_values_with_names():
+    assert named_values("width=32,depth=3") == {"width": 32, "depth": 3}
+    text = "act='relu', bias=true, norm = False, widths=[1, 2], scale=1e-3, head=None"
+    assert named_values(text) == {
+        "act": "relu",
+        "bias": True,
+        "norm": False,
+        "widths": [1, 2],
+        "scale": 1e-3,
+        "head": None,
+    }
+    strange = ("**{}", "a=1)(b=2", "a=__import__('os')", "a=1j", "a=1;b")
+    for text in ("32", "width", "width=", "width=x", "width=1)", *strange):
+        with pytest.raises(argparse.ArgumentTypeError, match="texts in quotes"):
+            named_values(text)
+
+
+def test_the_settings_of_recipes_are_flags():
+    parser = argparse.ArgumentParser()
+    add_settings(parser)
+    for text, settings in (
+        ("--schedule step --step-epochs 30", {"schedule": "step", "step_epochs": 30}),
+        ("--step-epochs 30,60 --step-factor 0.2", {"step_epochs": [30, 60], "step_factor": 0.2}),
+        ("--mixup 0.2 --cutmix 1", {"mixup": 0.2, "cutmix": 1.0}),
+        ("--accumulate 2 --warmup-epochs 1", {"accumulate": 2, "warmup_epochs": 1.0}),
+        ("--select-by loss", {"select_by": "loss"}),
+        ("--average ema --ema-decay 0.99 --average-every 5", {"average": "ema", "ema_decay": 0.99, "average_every": 5}),
+    ):
+        found = given_settings(parser.parse_args(text.split()))
+        assert found == settings
+        SwampConfig.of(None, {"schedule": "step", **found} if "step_epochs" in found else found)
+    assert not {"groups", "layer_kept", "run_dir"} & {*SETTINGS}

@@ -144,7 +144,7 @@ def test_convolution_counts_of_the_protocols_networks():
     for name, text in (
         ("resnet21", '`--model` must be one of resnet20, .* or package.module:factory; got "resnet21"'),
         ("networks:nothing", "can't be imported"),
-        ("networks:build", "missing 1 required positional argument"),
+        ("networks:build", "missing a required argument: 'name'"),
     ):
         with pytest.raises((ValueError, TypeError), match=text):
             build_model(name, 1, 8, 8, 10)

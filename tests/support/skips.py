@@ -17,6 +17,9 @@ UNLIMITED = (GPU, HAS_A_GPU, SLOW)
 MAX_SKIPS = {
     "this processor has no avx": 500,  # the tests of ops: about 200 for each of two instruction sets
     "needs chromium": 5,
+    "needs torchvision": 1,
+    "needs timm": 1,
+    "needs transformers": 1,
     "minutes without vector instructions": 1,
 }
 

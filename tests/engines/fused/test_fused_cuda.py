@@ -28,7 +28,7 @@ from swamp_fast.engines.fused.cuda.narrow import narrow
 from swamp_fast.engines.fused.cuda.runner import CudaPrograms, lanes_in_cache, lanes_that_fit
 from swamp_fast.engines.fused.plan import Convolution
 from swamp_fast.engines.trainer import Trainer, first_handle
-from swamp_fast.models import MODELS
+from swamp_fast.models import build_model
 from swamp_fast.studies import packing
 
 DEVICE = "cuda" if HAS_GPU else "cpu"
@@ -399,7 +399,7 @@ def test_launches_of_a_step(lanes, monkeypatch):
         launches.append(name)
 
     monkeypatch.setattr(InterpretedFunction, "__getitem__", counted)
-    model = MODELS["resnet20"](channels=3, height=32, width=32, classes=10)
+    model = build_model("resnet20", channels=3, height=32, width=32, classes=10)
     problem = problem_of(model, 4, "bfloat16", (3, 32, 32))
     programs = CudaPrograms(problem, coverage.fused_plan(problem), problem.mask, launch)
     bank = CompactBank(programs.compacts, [problem.config], lanes, problem.dtype)

@@ -1,0 +1,238 @@
+"""The user's metrics: functions with one number per sample, and torchmetrics objects. They are tried before training.
+
+The history has six keys for each metric. For a metric that is named "mae" they are mae, particle_mae and ensemble_mae
+on test data, and val_mae, val_particle_mae and val_ensemble_mae on validation data.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from swamp_fast.common.tree import tree_map
+from swamp_fast.config import SwampConfig
+from swamp_fast.data.labels import Labels
+from swamp_fast.data.store import Data
+from swamp_fast.particles.random import generators_left_alone, lane_keys, stream_of
+from swamp_fast.problem.arguments import Forward, Loss, Metric, Metrics
+from swamp_fast.problem.checks import particle_of
+from swamp_fast.problem.precision import weight_dtype
+from swamp_fast.problem.probe import MAX_SAMPLES, MISFITS, Trial, other_size
+from swamp_fast.problem.scoring import evaluated
+from swamp_fast.problem.shapes import shapes_of
+
+LAST_KEY = "val_ensemble_"  # the beginning of a key that each metric has, and nothing else
+# A metric's name begins with none of these, so that its six keys differ from all others.
+PREFIXES = ("particle_", "ensemble_", "val_", "best_", "mean_")
+# Names that the history, the tables of studies or `select_by` use for something else, besides the settings' names.
+RESERVED = (
+    *("auto", "accuracy", "loss", "cycle", "particles", "density", "kept", "flops", "train_loss", "train_seconds"),
+    *("dropped", "seconds", "peak_memory", "warnings", "id", "error", "seeds", "method", "difference", "low", "high"),
+    *("matching_sgd", "matching_swa", "particle_epochs"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class MetricValues:
+    """The values of a metric on one split: of the average, of each particle, and of their ensemble."""
+
+    average: float
+    particles: list[float]
+    ensemble: float
+
+
+class Meter:
+    """Computes a metric of one model over a split, batch by batch.
+
+    It gives copies of outputs and targets to the metric, because a metric may keep or change them, and other metrics
+    get the same ones. An object of the user's is copied, too; the copy never exchanges messages with other processes.
+    """
+
+    def __init__(self, name: str, metric: Metric, device: torch.device) -> None:
+        self.name, self.metric, self.collects = name, metric, collects(metric)
+        self.sum: Tensor | float = 0.0
+        self.samples = 0
+        if self.collects:
+            own: Any = copy.deepcopy(metric)
+            own = own.to(device) if isinstance(own, nn.Module) else own
+            if hasattr(own, "distributed_available_fn"):
+                own.distributed_available_fn = None
+            own.reset()
+            self.metric = own
+
+    def update(self, outputs: Any, targets: Any, samples: int) -> None:
+        """Add a batch. Raises ValueError unless a function returns one number per sample."""
+        outputs, targets = _copied(outputs), _copied(targets)
+        if self.collects:
+            self.metric.update(outputs, targets)  # type: ignore[attr-defined]
+            return
+        values = self.metric(outputs, targets)
+        if not isinstance(values, Tensor) or values.shape != (samples,) or values.is_complex():
+            raise ValueError(
+                f'`metrics`: "{self.name}" must return one number per sample, [{samples}], got {shapes_of(values)} '
+                f"from outputs {shapes_of(outputs)} and targets {shapes_of(targets)}. Return a tensor, without the "
+                "mean over the batch, or pass a torchmetrics object."
+            )
+        self.sum = self.sum + values.double().sum()
+        self.samples += samples
+
+    def value(self) -> float:
+        """Return the metric of all batches. Raises ValueError if an object computes something other than one number."""
+        if not self.collects:
+            return float(self.sum / self.samples)
+        value = self.metric.compute()  # type: ignore[attr-defined]
+        try:
+            return float(value)
+        except (TypeError, ValueError, RuntimeError) as error:
+            kind = shapes_of(value) if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(
+                f'`metrics`: "{self.name}".compute() must return one number, got {kind}. Average it, or pass each of '
+                "several metrics by its own name."
+            ) from error
+
+
+def collects(metric: object) -> bool:
+    """Whether a metric collects batches, as a torchmetrics object does. Otherwise it is a function of one batch."""
+    return all(callable(getattr(metric, name, None)) for name in ("update", "compute", "reset"))
+
+
+def keys_of(name: str) -> tuple[str, ...]:
+    """Return the six keys of a metric in a row of the history."""
+    return tuple(f"{split}{kind}{name}" for split in ("", "val_") for kind in ("", "particle_", "ensemble_"))
+
+
+def names_in(row: Mapping[str, Any]) -> list[str]:
+    """Return the names of the metrics in a row of the history."""
+    return [key.removeprefix(LAST_KEY) for key in row if key.startswith(LAST_KEY)]
+
+
+def ensemble_outputs(labels: Labels | str, particles: Sequence[Any], dtype: torch.dtype) -> Any:
+    """Return the outputs of an ensemble, given those of its particles.
+
+    Of outputs whose accuracy is counted, they are the logarithm of the mean softmax: logits again, of which the softmax
+    is that mean. Of other outputs they are the mean of each tensor of real numbers; the rest is the first particle's.
+    """
+    if isinstance(labels, Labels):
+        together = torch.stack([outputs.double().softmax(1) for outputs in particles]).mean(0)
+        return together.clamp_min(torch.finfo(torch.float64).tiny).log().to(dtype)
+
+    def mean(*leaves: Any) -> Any:
+        if not isinstance(leaves[0], Tensor) or not leaves[0].is_floating_point():
+            return leaves[0]
+        return torch.stack(leaves).double().mean(0).to(leaves[0].dtype)
+
+    return tree_map(mean, *particles)
+
+
+def goodness(values: Sequence[float], higher_is_better: bool) -> list[float]:
+    """Return numbers of which the largest belongs to the best value. NaN is worse than any other value."""
+    return [-math.inf if math.isnan(value) else value if higher_is_better else -value for value in values]
+
+
+def check_names(metrics: object) -> None:
+    """Raise TypeError or ValueError unless metrics are a dict from names to functions and objects."""
+    if metrics is None:
+        return
+    if not isinstance(metrics, Mapping):
+        raise TypeError(f"`metrics` must be a dict from names to metrics, got {type(metrics).__name__}.")
+    settings = [field.name for field in dataclasses.fields(SwampConfig)]
+    for name, metric in metrics.items():
+        if not isinstance(name, str) or not name.strip():
+            raise TypeError(f"`metrics`: each name must be a text that is not empty, got {name!r}.")
+        if name in RESERVED or name in settings or name.startswith(PREFIXES) or name.endswith("_std"):
+            raise ValueError(
+                f'`metrics`: the name "{name}" would collide with other keys of the history or its tables; choose '
+                f"another, without {', '.join(PREFIXES)} at its beginning or _std at its end."
+            )
+        if isinstance(metric, type):
+            raise TypeError(f'`metrics`: "{name}" must be an instance, got the class {metric.__name__}; call it first.')
+        if not callable(metric) and not collects(metric):
+            raise TypeError(
+                f'`metrics`: "{name}" must be a function of outputs and targets, or an object with update, compute '
+                f"and reset; got {type(metric).__name__}."
+            )
+
+
+def check_metrics(
+    template: nn.Module, splits: Mapping[str, Data], config: SwampConfig, forward: Forward, loss: Loss, metrics: Metrics
+) -> None:
+    """Compute each metric on a few samples of val and test, as in evaluation, with a copy of the model.
+
+    Raises ValueError if a metric doesn't fit the model and the data, or if a function returns NaN for a sample.
+    """
+    for split, data in splits.items():
+        if split == "train" or not metrics:
+            continue
+        keys = lane_keys([config.seed], [stream_of(None, 0)], data.device)
+        samples = min(MAX_SAMPLES, data.length, config.batch_size)
+        for size in filter(None, (samples, other_size(samples, data.length))):  # one shape may be right by chance
+            trial = Trial(data, size, keys, forward, loss, None)
+            outputs = evaluated(particle_of(template).eval(), trial)
+            together = ensemble_outputs(data.labels, [outputs, outputs], weight_dtype(config))
+            for name, metric in metrics.items():
+                for each in (outputs, together):
+                    _try(split, Meter(name, metric, data.device), each, trial)
+
+
+def _try(split: str, meter: Meter, outputs: Any, trial: Trial) -> None:
+    """Compute a metric of one batch of a split. Raises ValueError if it can't be, or if a function returns NaN."""
+    try:
+        with torch.no_grad(), generators_left_alone(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of so few samples they would say nothing
+            meter.update(outputs, trial.targets, trial.samples)
+            value = meter.value()
+    except MISFITS as error:
+        if str(error).startswith("`metrics`"):
+            raise
+        raise ValueError(
+            f'`metrics`: "{meter.name}" can\'t take outputs {shapes_of(outputs)} with targets '
+            f"{shapes_of(trial.targets)} of `{split}`: {error}"
+        ) from error
+    if math.isnan(value) and not meter.collects:
+        raise ValueError(
+            f'`metrics`: "{meter.name}" is NaN for the first samples of `{split}`, before any training. Its mean over '
+            "the split would be NaN; return a number for every sample."
+        )
+
+
+def check_select_by(config: SwampConfig, metrics: Metrics, val: Data | None) -> None:
+    """Raise ValueError if `select_by` is not known, or if the validation data don't have what it needs."""
+    select_by = config.select_by
+    if select_by == "auto":
+        return
+    known = ("auto", "accuracy", "loss", *metrics)
+    if select_by not in known:
+        names = ", ".join(f'"{name}"' for name in known)
+        raise ValueError(f'`select_by` must be one of {names}; got "{select_by}". Pass other metrics as `metrics`.')
+    if val is None:
+        raise ValueError(
+            f'`select_by` = "{select_by}" chooses a particle on validation data, but `val` is None; pass data, or a '
+            "fraction of train to hold out, such as 0.1."
+        )
+    if select_by == "accuracy" and isinstance(val.labels, str):
+        raise ValueError(f'`select_by` = "accuracy", but val has no accuracies: {val.labels}. Set select_by="loss".')
+    if select_by in metrics and not isinstance(_direction(metrics[select_by]), bool):
+        raise ValueError(
+            f'`select_by` = "{select_by}" is a metric that doesn\'t say whether higher values are better; set its '
+            "attribute `higher_is_better` to True or False."
+        )
+
+
+def higher_is_better(metric: Metric) -> bool:
+    """Whether higher values of a metric are better: its attribute of this name, or True without one."""
+    return bool(_direction(metric))
+
+
+def _direction(metric: Metric) -> object:
+    return getattr(metric, "higher_is_better", True)
+
+
+def _copied(tree: Any) -> Any:
+    return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, tree)
