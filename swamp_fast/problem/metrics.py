@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from swamp_fast.common.fingerprint import callable_fingerprint
 from swamp_fast.common.tree import tree_map
 from swamp_fast.config import SwampConfig
 from swamp_fast.data.labels import Labels
@@ -60,11 +61,10 @@ class Meter:
         self.sum: Tensor | float = 0.0
         self.samples = 0
         if self.collects:
-            own: Any = copy.deepcopy(metric)
+            own = _empty(metric)
             own = own.to(device) if isinstance(own, nn.Module) else own
             if hasattr(own, "distributed_available_fn"):
                 own.distributed_available_fn = None
-            own.reset()
             self.metric = own
 
     def update(self, outputs: Any, targets: Any, samples: int) -> None:
@@ -96,6 +96,18 @@ class Meter:
                 f'`metrics`: "{self.name}".compute() must return one number, got {kind}. Average it, or pass each of '
                 "several metrics by its own name."
             ) from error
+
+
+def _empty(metric: Metric) -> Any:
+    """Return a copy of an object that has collected nothing."""
+    own: Any = copy.deepcopy(metric)
+    own.reset()
+    return own
+
+
+def fingerprint_of(metric: Metric) -> str | None:
+    """Return a hash of a function's code, or of an object without what it has collected so far."""
+    return callable_fingerprint(_empty(metric) if collects(metric) else metric)
 
 
 def collects(metric: object) -> bool:

@@ -30,7 +30,7 @@ from swamp_fast.problem.checks import (
     write_masks_,
 )
 from swamp_fast.problem.gradients import listed
-from swamp_fast.problem.metrics import check_metrics, check_names, check_select_by
+from swamp_fast.problem.metrics import check_metrics, check_names, check_select_by, fingerprint_of
 from swamp_fast.problem.precision import weight_dtype
 from swamp_fast.problem.probe import Probe, check_single_sample, probe_model
 from swamp_fast.problem.problem import Problem
@@ -125,7 +125,7 @@ def prepare(
             "prunable": sorted(probe.prunable),
             "drop_last": opened.drop_last,
             **({"recipe": recipe.fingerprint()} if arguments.recipe is not None else {}),
-            **({"select_by": callable_fingerprint(metrics[config.select_by])} if config.select_by in metrics else {}),
+            **({"select_by": fingerprint_of(metrics[config.select_by])} if config.select_by in metrics else {}),
         },
     )
 
