@@ -52,8 +52,8 @@ class MetricValues:
 class Meter:
     """Computes a metric of one model over a split, batch by batch.
 
-    It gives copies of outputs and targets to the metric, because a metric may keep or change them, and other metrics
-    get the same ones. An object of the user's is copied, too; the copy never exchanges messages with other processes.
+    The metric gets copies of outputs and targets, because it may keep or change them. An object is copied, too. Its
+    copy doesn't wait for other processes: only the first rank evaluates.
     """
 
     def __init__(self, name: str, metric: Metric, device: torch.device) -> None:
@@ -156,8 +156,8 @@ def check_names(metrics: object) -> None:
         raise TypeError(f"`metrics` must be a dict from names to metrics, got {type(metrics).__name__}.")
     settings = [field.name for field in dataclasses.fields(SwampConfig)]
     for name, metric in metrics.items():
-        if not isinstance(name, str) or not name.strip():
-            raise TypeError(f"`metrics`: each name must be a text that is not empty, got {name!r}.")
+        if not isinstance(name, str) or not name.strip() or not name.isprintable():
+            raise TypeError(f"`metrics`: each name must be a printable text that is not empty, got {name!r}.")
         if name in RESERVED or name in settings or name.startswith(PREFIXES) or name.endswith("_std"):
             raise ValueError(
                 f'`metrics`: the name "{name}" would collide with other keys of the history or its tables; choose '

@@ -63,9 +63,10 @@ def prepare(
     """
     arguments = arguments or Arguments()
     forward, loss, transform = arguments.forward or call, arguments.loss or cross_entropy, arguments.transform
-    config, recipe, metrics = SwampConfig.of(config, settings), arguments.recipe or Recipe(), arguments.metrics or {}
+    config, recipe = SwampConfig.of(config, settings), arguments.recipe or Recipe()
     recipe.check(config)
     check_names(arguments.metrics)
+    metrics = dict(arguments.metrics or {})
     model = uncompiled(model)
     check_model(model)
     check_memory(model)

@@ -7,7 +7,7 @@ import pytest
 
 @pytest.mark.slow
 def test_a_lightning_module_and_its_data(tmp_path):
-    pytest.importorskip("lightning", reason="needs the extra integrations")
+    pytest.importorskip("lightning", reason="needs the extra integrations, from pyproject.toml")
     import lightning
     import torch
     import torch.nn.functional as F

@@ -7,7 +7,7 @@ import pytest
 
 @pytest.mark.slow
 def test_a_search_prunes_runs_between_cycles():
-    pytest.importorskip("optuna", reason="needs the extra integrations")
+    pytest.importorskip("optuna", reason="needs the extra integrations, from pyproject.toml")
     import optuna
     import torch
 
@@ -42,7 +42,7 @@ def test_a_search_prunes_runs_between_cycles():
 
 @pytest.mark.slow
 def test_a_run_that_is_stopped_counts_with_the_cycles_it_has():
-    pytest.importorskip("optuna", reason="needs the extra integrations")
+    pytest.importorskip("optuna", reason="needs the extra integrations, from pyproject.toml")
     import optuna
 
     from swamp_fast import StopRun, SwampConfig, fast_swamp

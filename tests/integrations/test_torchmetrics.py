@@ -7,7 +7,7 @@ import pytest
 
 @pytest.mark.slow
 def test_its_objects_are_metrics():
-    pytest.importorskip("torchmetrics", reason="needs the extra integrations")
+    pytest.importorskip("torchmetrics", reason="needs the extra integrations, from pyproject.toml")
     from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError, MulticlassF1Score
 
     from swamp_fast import SwampConfig, fast_swamp
@@ -30,7 +30,7 @@ def test_its_objects_are_metrics():
 
 @pytest.mark.slow
 def test_engines_and_the_naive_loop_compute_the_same(digits, tmp_path):
-    pytest.importorskip("torchmetrics", reason="needs the extra integrations")
+    pytest.importorskip("torchmetrics", reason="needs the extra integrations, from pyproject.toml")
     import networks
     from equality import same
     from torchmetrics.classification import MulticlassAUROC, MulticlassF1Score

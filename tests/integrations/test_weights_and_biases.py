@@ -7,7 +7,7 @@ import pytest
 
 @pytest.mark.slow
 def test_a_run_is_logged(tmp_path):
-    pytest.importorskip("wandb", reason="needs the extra integrations")
+    pytest.importorskip("wandb", reason="needs the extra integrations, from pyproject.toml")
     import wandb
 
     from swamp_fast import SwampConfig, fast_swamp

@@ -13,6 +13,7 @@ from equality import same
 from torch import nn
 
 from swamp_fast import SwampResult, compare, fast_swamp, naive_swamp, sweep
+from swamp_fast.data import samples
 from swamp_fast.data.labels import Labels
 from swamp_fast.problem.metrics import Meter, check_names, ensemble_outputs, goodness, keys_of, names_in
 from swamp_fast.report.write import write_report
@@ -222,8 +223,9 @@ class Fails(Right):
     ("metrics", "error", "text"),
     [
         ([right], TypeError, r"`metrics` must be a dict from names to metrics, got list\."),
-        ({"": right}, TypeError, r"`metrics`: each name must be a text that is not empty, got ''\."),
-        ({3: right}, TypeError, r"each name must be a text that is not empty, got 3\."),
+        ({"": right}, TypeError, r"`metrics`: each name must be a printable text that is not empty, got ''\."),
+        ({3: right}, TypeError, r"each name must be a printable text that is not empty, got 3\."),
+        ({"a\nb": right}, TypeError, r"each name must be a printable text"),
         ({"loss": right}, ValueError, r'the name "loss" would collide with other keys of the history'),
         ({"val_right": right}, ValueError, r'the name "val_right" would collide'),
         ({"right_std": right}, ValueError, r'the name "right_std" would collide'),
@@ -263,6 +265,17 @@ def test_select_by_is_checked_before_training(digits):
         higher_is_better = None
 
     refused("doesn't say whether higher", metrics={"r": Undecided()}, select_by="r")
+
+
+@pytest.mark.parametrize("function", [fast_swamp, naive_swamp])
+def test_the_accuracy_of_no_label_selects_nothing(function, digits, monkeypatch):
+    """Streamed labels aren't known beforehand, so it shows only in evaluation that none counts."""
+    monkeypatch.setattr(samples, "fits", lambda *_: False)
+    (inputs, labels), _ = digits
+    train, val = (inputs.float(), labels), (torch.zeros(20, 1, 8, 8), torch.full((20,), -100))
+    settings = SETTINGS | {"ticket_epochs": 0, "cycles": 0, "combine": "best", "select_by": "accuracy"}
+    with pytest.raises(ValueError, match=r'`select_by` = "accuracy", but no label of the validation data counts'):
+        function(Network(), train, val=val, loss=nn.CrossEntropyLoss(reduction="none"), **settings)
 
 
 def test_names_can_not_collide(digits):

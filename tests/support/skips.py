@@ -17,6 +17,7 @@ UNLIMITED = (GPU, HAS_A_GPU, SLOW)
 MAX_SKIPS = {
     "this processor has no avx": 500,  # the tests of ops: about 200 for each of two instruction sets
     "needs chromium": 5,
+    "needs the extra integrations": 6,
     "minutes without vector instructions": 1,
 }
 
