@@ -301,6 +301,22 @@ def test_only_the_metric_of_select_by_is_part_of_a_run(digits, tmp_path):
     assert [names_in(row) for row in longer.history] == [["nll", "right"]] * 2 + [["nll"]]
 
 
+@ALL
+def test_a_resumed_run_has_the_same_bits(driver, digits, tmp_path):
+    def interrupted(row):
+        if row["cycle"] == 1:
+            raise ZeroDivisionError
+
+    settings = {"metrics": {"nll": nll, "right": Right()}, "select_by": "nll", "combine": "best", "cycles": 3}
+    whole = run(driver, digits, **settings)
+    with pytest.raises(ZeroDivisionError):
+        run(driver, digits, run_dir=tmp_path, on_cycle=interrupted, **settings)
+    resumed = run(driver, digits, run_dir=tmp_path, **settings)
+    assert resumed == whole
+    same(resumed, whole, 0)
+    same(SwampResult.load(tmp_path, networks.build("residual")), whole, 0)
+
+
 def test_they_stand_wherever_scores_do(digits, tmp_path, capsys):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

@@ -21,6 +21,7 @@ DRIVERS = {
     "naive": (naive_swamp, {}),
     "eager": (fast_swamp, {"engine": "eager"}),
     "fused": (fast_swamp, {"engine": "fused"}),
+    "by density": (fast_swamp, {"engine": "fused@0.9,eager:lanes"}),
 }
 ALL = pytest.mark.parametrize("driver", DRIVERS)
 
@@ -78,7 +79,7 @@ def test_the_naive_loop_reports_the_same_losses(digits):
         return sorted(each, key=lambda entry: (-1 if entry[0] is None else entry[0], *entry[1:3]))
 
     expected = losses("naive")
-    for driver in ("eager", "fused"):
+    for driver in ("eager", "fused", "by density"):
         found = losses(driver)
         assert [entry[:3] for entry in found] == [entry[:3] for entry in expected]
         assert [entry[3] for entry in found] == pytest.approx([entry[3] for entry in expected], abs=1e-10)
