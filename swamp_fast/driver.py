@@ -96,7 +96,7 @@ def fast_swamp(
             A resumed run doesn't call it again for earlier cycles, even if it failed in the last one. Callbacks get
             copies. They are called on the first rank only, under the global modes around this call, after what they
             are called for is recorded. An exception ends the run, but StopRun lets the call return the cycles that are
-            finished; without any, it raises RuntimeError. The seconds of cycles include those of callbacks.
+            finished; without any, it raises RuntimeError. Times in the history include those of `on_epoch`.
         config: the settings; a field of SwampConfig that is passed as a keyword takes precedence.
 
     Returns the result of all cycles.

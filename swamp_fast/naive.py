@@ -522,6 +522,8 @@ def best_of(problem: Problem, each: list[Evaluated], metrics: dict[str, list[flo
     if by in metrics:
         values = metrics[by][: len(each)]
         sign = 1 if getattr(problem.metrics[by], "higher_is_better", True) else -1
+    elif by == "accuracy" and each[0].accuracy is None:
+        raise ValueError('`select_by` = "accuracy", but no label of the validation data counts.')
     elif by == "loss" or each[0].accuracy is None:
         values, sign = [one.loss for one in each], -1
     else:

@@ -13,14 +13,7 @@ from swamp_fast.cycle.training import TrainingOutcome
 from swamp_fast.data.labels import Labels, predicted
 from swamp_fast.data.store import Data, pass_in_stored_order
 from swamp_fast.particles.random import evaluation_time
-from swamp_fast.problem.metrics import (
-    Meter,
-    MetricValues,
-    ensemble_outputs,
-    goodness,
-    higher_is_better,
-    keys_of,
-)
+from swamp_fast.problem.metrics import Meter, MetricValues, ensemble_outputs, goodness, higher_is_better, keys_of
 from swamp_fast.problem.problem import Problem
 from swamp_fast.runs.result import SCORES
 
@@ -38,7 +31,7 @@ class Scores:
     particle_accuracy   of each particle
     particle_loss       of each particle
     ensemble_accuracy   of the mean of the particles' softmax
-    metrics             of each metric of the user's, by name
+    metrics             the values of the user's metrics, by name
     """
 
     loss: float

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from swamp_fast.common.fingerprint import callable_fingerprint
 from swamp_fast.common.tree import tree_map
 from swamp_fast.config import SwampConfig
 from swamp_fast.data.labels import Labels
@@ -51,8 +52,8 @@ class MetricValues:
 class Meter:
     """Computes a metric of one model over a split, batch by batch.
 
-    It gives copies of outputs and targets to the metric, because a metric may keep or change them, and other metrics
-    get the same ones. An object of the user's is copied, too; the copy never exchanges messages with other processes.
+    The metric gets copies of outputs and targets, because it may keep or change them. An object is copied, too. Its
+    copy doesn't wait for other processes: only the first rank evaluates.
     """
 
     def __init__(self, name: str, metric: Metric, device: torch.device) -> None:
@@ -60,11 +61,10 @@ class Meter:
         self.sum: Tensor | float = 0.0
         self.samples = 0
         if self.collects:
-            own: Any = copy.deepcopy(metric)
+            own = _empty(metric)
             own = own.to(device) if isinstance(own, nn.Module) else own
             if hasattr(own, "distributed_available_fn"):
                 own.distributed_available_fn = None
-            own.reset()
             self.metric = own
 
     def update(self, outputs: Any, targets: Any, samples: int) -> None:
@@ -96,6 +96,18 @@ class Meter:
                 f'`metrics`: "{self.name}".compute() must return one number, got {kind}. Average it, or pass each of '
                 "several metrics by its own name."
             ) from error
+
+
+def _empty(metric: Metric) -> Any:
+    """Return a copy of an object that has collected nothing."""
+    own: Any = copy.deepcopy(metric)
+    own.reset()
+    return own
+
+
+def fingerprint_of(metric: Metric) -> str | None:
+    """Return a hash of a function's code, or of an object without what it has collected so far."""
+    return callable_fingerprint(_empty(metric) if collects(metric) else metric)
 
 
 def collects(metric: object) -> bool:
@@ -144,8 +156,8 @@ def check_names(metrics: object) -> None:
         raise TypeError(f"`metrics` must be a dict from names to metrics, got {type(metrics).__name__}.")
     settings = [field.name for field in dataclasses.fields(SwampConfig)]
     for name, metric in metrics.items():
-        if not isinstance(name, str) or not name.strip():
-            raise TypeError(f"`metrics`: each name must be a text that is not empty, got {name!r}.")
+        if not isinstance(name, str) or not name.strip() or not name.isprintable():
+            raise TypeError(f"`metrics`: each name must be a printable text that is not empty, got {name!r}.")
         if name in RESERVED or name in settings or name.startswith(PREFIXES) or name.endswith("_std"):
             raise ValueError(
                 f'`metrics`: the name "{name}" would collide with other keys of the history or its tables; choose '

@@ -31,7 +31,7 @@ from swamp_fast.problem.checks import (
     write_masks_,
 )
 from swamp_fast.problem.gradients import listed
-from swamp_fast.problem.metrics import check_metrics, check_names, check_select_by
+from swamp_fast.problem.metrics import check_metrics, check_names, check_select_by, fingerprint_of
 from swamp_fast.problem.optimizer_trial import recipe_lines, try_optimizer
 from swamp_fast.problem.parameter_groups import rates_lines, rates_of_parameters, trained_parameters
 from swamp_fast.problem.precision import weight_dtype
@@ -66,9 +66,10 @@ def prepare(
     """
     arguments = arguments or Arguments()
     forward, loss, transform = arguments.forward or call, arguments.loss or cross_entropy, arguments.transform
-    config, recipe, metrics = SwampConfig.of(config, settings), arguments.recipe or Recipe(), arguments.metrics or {}
+    config, recipe = SwampConfig.of(config, settings), arguments.recipe or Recipe()
     recipe.check(config)
     check_names(arguments.metrics)
+    metrics = dict(arguments.metrics or {})
     model = uncompiled(model)
     check_model(model)
     check_memory(model)
@@ -136,7 +137,7 @@ def prepare(
             "prunable": sorted(probe.prunable),
             "drop_last": opened.drop_last,
             **({"recipe": recipe.fingerprint()} if arguments.recipe is not None else {}),
-            **({"select_by": callable_fingerprint(metrics[config.select_by])} if config.select_by in metrics else {}),
+            **({"select_by": fingerprint_of(metrics[config.select_by])} if config.select_by in metrics else {}),
         },
     )
 

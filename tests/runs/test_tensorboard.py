@@ -61,8 +61,8 @@ def test_a_resumed_run_shows_nothing_twice(when, digits, tmp_path, events, monke
     keep_epoch, write_cycle = run_module.Run.keep_epoch, run_module.RunDirectory.write_cycle
     seen = defaultdict(int)
 
-    def stop_in(self, cycle, epoch, losses, first=0):
-        keep_epoch(self, cycle, epoch, losses, first)
+    def stop_in(self, cycle, epoch, losses, **named):
+        keep_epoch(self, cycle, epoch, losses, **named)
         if (cycle, epoch) == ((None, 0) if when == "in the ticket" else (1, 1)):
             raise Interrupted
 

@@ -20,6 +20,7 @@ MAX_SKIPS = {
     "needs torchvision": 1,
     "needs timm": 1,
     "needs transformers": 1,
+    "needs the extra integrations": 6,
     "minutes without vector instructions": 1,
 }
 
