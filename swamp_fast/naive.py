@@ -21,7 +21,7 @@ from swamp_fast.config import SwampConfig
 from swamp_fast.data.labels import Labels
 from swamp_fast.data.store import Data, pass_in_stored_order
 from swamp_fast.particles.dropout import DropoutStream
-from swamp_fast.particles.random import at_time, epoch_order, evaluation_time, lane_keys, layer_order, stream_of
+from swamp_fast.particles.random import at_time, evaluation_time, lane_keys, later, layer_order, stream_of
 from swamp_fast.particles.spectral_norms import find_spectral_norms, spectral_vectors
 from swamp_fast.problem.arguments import Arguments, Forward, Loss, Metrics, OnCycle, OnEpoch, Transform
 from swamp_fast.problem.checks import check_particles_fit
@@ -172,7 +172,7 @@ def train_particle(problem: Problem, run: Run, model: nn.Module, masks: State, c
     With SWA, the model holds the SWA mean of its weights afterwards. Returns the mean loss over the last epoch. Raises
     Diverged if the loss or the weights are not finite.
     """
-    config, steps_per_epoch = problem.config, len(problem.bounds)
+    config, steps_per_epoch = problem.config, problem.steps
     epochs = config.ticket_epochs if cycle is None else config.epochs
     swa_start = min(math.floor(config.swa_start * epochs), epochs - 1)
     keys = lane_keys([config.seed], [stream_of(cycle, number)], problem.device)
@@ -186,19 +186,19 @@ def train_particle(problem: Problem, run: Run, model: nn.Module, masks: State, c
     swa: State = {}
     step, mean_loss = 0, 0.0
     for epoch in range(epochs):
-        epoch_keys = at_time(keys, epoch)
-        order = epoch_order(epoch_keys, problem.train.length)
+        epoch_keys = problem.epoch_keys(keys, epoch)
         epoch_loss = torch.zeros((), dtype=torch.float64, device=problem.device)
-        for handle in problem.train.batches(order, epoch_keys, problem.bounds):
+        for handles in problem.steps_of_epoch(epoch_keys):
             if cycle is not None:
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(config, step, steps_per_epoch, swa_start)
-            batch = problem.train.fetch(handle, epoch_keys).lane(0)
-            epoch_loss += train_step(problem, model, parameters, masks, optimizer, batch, at_time(keys, step))
+            batches = [problem.train.fetch(handle, epoch_keys).lane(0) for handle in handles]
+            key = at_time(keys, problem.first_batch_of(step))
+            epoch_loss += train_step(problem, model, parameters, masks, optimizer, batches, key)
             run.step(1, f"{where}, epoch {epoch + 1}/{epochs}")
             run.stop_if_requested()
             step += 1
-        mean_loss = float(epoch_loss) / steps_per_epoch
+        mean_loss = float(epoch_loss) / len(problem.bounds)
         run.keep_epoch(cycle, epoch, [mean_loss], number)
         finite = all(bool(torch.isfinite(parameter).all()) for parameter in parameters.values())
         if not math.isfinite(mean_loss) or not finite:
@@ -218,16 +218,23 @@ def train_step(
     parameters: dict[str, nn.Parameter],
     masks: State,
     optimizer: torch.optim.Optimizer,
-    batch: tuple[Any, Any],
-    key: Tensor,
+    batches: list[tuple[Any, Any]],
+    first_key: Tensor,
 ) -> Tensor:
-    """Do one optimizer step on a batch. The step's key [1, 3] seeds its random draws. Returns the mean loss."""
-    inputs, targets = problem.transformed(batch[0], key), batch[1]
-    problem.seeded(key)
+    """Do one optimizer step by the mean gradient of some batches; returns the sum of their mean losses.
+
+    first_key  [1, 3]  seeds the random draws of the first batch; the others' keys follow
+    """
     optimizer.zero_grad()
-    with DropoutStream(key), problem.autocast():
-        loss = problem.losses(problem.forward(model, inputs), targets).mean()
-    problem.backward(loss, list(parameters.values()))
+    losses = []
+    for number, batch in enumerate(batches):
+        key = later(first_key, number)
+        inputs, targets = problem.particle_batch(*batch, key)
+        problem.seeded(key)
+        with DropoutStream(key), problem.autocast():
+            loss = problem.losses(problem.forward(model, inputs), targets).mean()
+        problem.backward(loss / len(batches), list(parameters.values()))
+        losses.append(loss.detach().double())
     for parameter in parameters.values():
         if parameter.grad is None:  # unused in this step, but weight decay still applies
             parameter.grad = torch.zeros_like(parameter)
@@ -239,7 +246,7 @@ def train_step(
         torch.nn.utils.clip_grad_norm_(parameters.values(), problem.config.clip_norm)
     optimizer.step()
     apply_masks(parameters, masks)
-    return loss.detach()
+    return torch.stack(losses).sum()
 
 
 def apply_masks(parameters: dict[str, nn.Parameter], masks: State) -> None:

@@ -53,7 +53,7 @@ def cycle_request(problem: Problem, run: Run, cycle: int, start: Solution, mask:
     config, particles = problem.config, problem.config.particles_at(cycle)
     density = percent(int(mask.sum()) / problem.layout.weights)
     label = f"cycle {cycle}/{config.cycles}, density {density}, {particles} particles"
-    return TrainingRequest(run, cycle, start, mask, particles, cycle_training(config, len(problem.bounds)), label)
+    return TrainingRequest(run, cycle, start, mask, particles, cycle_training(config, problem.steps), label)
 
 
 @dataclass(frozen=True)
@@ -198,7 +198,7 @@ class Watch:
         self.state_before = None if checkpoint is None else part_of(checkpoint.tensors, own, self.count)
         self.dropped = {} if checkpoint is None else dict(checkpoint.dropped)
         self.stopwatch = Stopwatch(self.run.seconds_before(self.cycle))
-        self.steps = len(self.run.problem.bounds)  # steps per epoch
+        self.steps = self.run.problem.steps  # steps per epoch
 
     @property
     def seconds(self) -> float:

@@ -31,12 +31,12 @@ from swamp_fast.problem.checks import (
 )
 from swamp_fast.problem.gradients import listed
 from swamp_fast.problem.precision import weight_dtype
-from swamp_fast.problem.probe import Probe, check_single_sample, probe_model
+from swamp_fast.problem.probe import Probe, batch_transform, check_single_sample, probe_model
 from swamp_fast.problem.problem import Problem
 from swamp_fast.problem.recipe import Recipe
 from swamp_fast.problem.scoring import accuracy_lines, decide_labels
 from swamp_fast.problem.shared_memory import check_memory
-from swamp_fast.problem.splits import Splits, build_splits, check_splits, open_splits
+from swamp_fast.problem.splits import Splits, build_splits, check_splits, open_splits, trained_weights
 
 DOES_NOT_REPEAT = (
     "differs each time, as with a random generator of its own, so a run that is repeated or resumed ends in other "
@@ -61,7 +61,7 @@ def prepare(
     Raises ValueError, TypeError, FileNotFoundError or RuntimeError for an argument that can't be used.
     """
     arguments = arguments or Arguments()
-    forward, loss, transform = arguments.forward or call, arguments.loss or cross_entropy, arguments.transform
+    forward, loss = arguments.forward or call, arguments.loss or cross_entropy
     config, recipe = SwampConfig.of(config, settings), arguments.recipe or Recipe()
     recipe.check(config)
     model = uncompiled(model)
@@ -74,7 +74,9 @@ def prepare(
     config = _with_batch_size_of(opened, config, settings)
     like = None if standardise is None else Standardise.of(standardise)
     splits = build_splits(open_splits(opened, test, arguments.val, config.data_dir), config, device, dtype, like)
-    check_batches(splits.train.data.length, config.batch_size, opened.drop_last)
+    check_batches(splits.train.data.length, config, opened.drop_last)
+    sample_weights = trained_weights(recipe.sample_weights, opened, arguments.val)
+    transform = batch_transform(arguments.transform, splits.train.data, config)
 
     template, given_loss = _template_of(model, device, dtype), loss
     loss = _loss_of(given_loss, device, dtype)
@@ -82,7 +84,7 @@ def prepare(
         check_single_sample(template, splits.train.data, config, forward, loss, transform)
     probe = probe_model(model, template, splits.train.data, config, forward, loss, transform, arguments.prunable)
     check_splits(splits)
-    decide_labels(template, splits.named, config, forward, loss)
+    decide_labels(template, splits.named, config, forward, loss, transform)
     _warn_of_modes(model, template)
     for text in _unrepeatable(splits, probe) if config.run_dir is not None else ():
         warn_user(f"{text}.")
@@ -105,6 +107,7 @@ def prepare(
         loss=loss,
         transform=transform,
         recipe=recipe,
+        sample_weights=sample_weights,
         metrics=arguments.metrics or {},
         on_epoch=arguments.on_epoch,
         on_cycle=arguments.on_cycle,
@@ -117,7 +120,7 @@ def prepare(
             **hashes,
             "forward": callable_fingerprint(forward),
             "loss": callable_fingerprint(given_loss),
-            "transform": callable_fingerprint(transform),
+            "transform": callable_fingerprint(arguments.transform),
             "prunable": sorted(probe.prunable),
             "drop_last": opened.drop_last,
             **({"recipe": recipe.fingerprint()} if arguments.recipe is not None else {}),

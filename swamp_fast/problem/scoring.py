@@ -16,7 +16,7 @@ from swamp_fast.data.labels import Labels
 from swamp_fast.data.store import Data, Stored
 from swamp_fast.particles.dropout import DropoutStream
 from swamp_fast.particles.random import generators_left_alone, lane_keys, stream_of
-from swamp_fast.problem.arguments import Forward, Loss, cross_entropy
+from swamp_fast.problem.arguments import BatchTransform, Forward, Loss, cross_entropy
 from swamp_fast.problem.checks import particle_of
 from swamp_fast.problem.probe import MAX_SAMPLES, MISFITS, Trial
 from swamp_fast.problem.shapes import are_logits, class_axes, is_of_torch, shapes_of
@@ -28,14 +28,24 @@ LEVELS = (-5.0, 0.0, 5.0)
 
 
 def decide_labels(
-    template: nn.Module, splits: Mapping[str, Data], config: SwampConfig, forward: Forward, loss: Loss
+    template: nn.Module,
+    splits: Mapping[str, Data],
+    config: SwampConfig,
+    forward: Forward,
+    loss: Loss,
+    transform: BatchTransform | None,
 ) -> None:
     """Run a copy of the model, as in evaluation, on a few samples of each split, and set the split's `labels`.
+
+    If the transform makes the targets of train from others, those are not labels.
 
     Raises ValueError if the model, the loss and the data of val or test don't fit together. Those of train need not
     fit, because no run evaluates on them.
     """
     for name, data in splits.items():
+        if name == "train" and transform is not None and transform.takes_targets:
+            data.labels = "`transform` makes its targets"
+            continue
         keys = lane_keys([config.seed], [stream_of(None, 0)], data.device)
         trial = Trial(data, min(MAX_SAMPLES, data.length, config.batch_size), keys, forward, loss, None)
         try:

@@ -59,7 +59,7 @@ def introduction(problem: Problem, driver: str, unfinished: Unfinished | None, c
     yield (
         f"cost     {config.cycles + 1} trainings x {particles} particles x {config.epochs} epochs, and "
         f"{config.ticket_epochs} for the ticket: {total_particle_epochs(config):,} particle-epochs of "
-        f"{len(problem.bounds)} steps, to density {percent((1 - config.prune) ** config.cycles)}"
+        f"{problem.steps} steps, to density {percent((1 - config.prune) ** config.cycles)}"
     )
     if unfinished is not None:
         where = "the ticket" if unfinished.cycle is None else f"cycle {unfinished.cycle}"

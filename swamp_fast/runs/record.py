@@ -362,11 +362,11 @@ class Run:
         steps = 0 if self.unfinished is None else self.unfinished.steps
         if self.events is not None:
             # A training resumed at the end of an epoch writes that epoch's losses again.
-            self.events.resume(self.rows, self.ticket is not None, max(steps - 1, 0) // len(self.problem.bounds))
+            self.events.resume(self.rows, self.ticket is not None, max(steps - 1, 0) // self.problem.steps)
         config = self.config
         epochs_left = total_particle_epochs(config) - (config.ticket_epochs if self.ticket is not None else 0)
         epochs_left -= sum(config.particles_at(row["cycle"]) for row in self.rows) * config.epochs
-        self.progress.steps_left = epochs_left * len(self.problem.bounds)
+        self.progress.steps_left = epochs_left * self.problem.steps
         if self.unfinished is not None:
             cycle = self.unfinished.cycle
             self.progress.steps_left -= steps * (1 if cycle is None else config.particles_at(cycle))
