@@ -21,7 +21,7 @@ from swamp_fast.config import SwampConfig
 from swamp_fast.data.labels import Labels
 from swamp_fast.data.store import Data, pass_in_stored_order
 from swamp_fast.particles.dropout import DropoutStream
-from swamp_fast.particles.random import at_time, evaluation_time, lane_keys, later, layer_order, stream_of
+from swamp_fast.particles.random import at_time, evaluation_time, lane_keys, layer_order, stream_of
 from swamp_fast.particles.spectral_norms import find_spectral_norms, spectral_vectors
 from swamp_fast.problem.arguments import Arguments, Forward, Loss, Metrics, OnCycle, OnEpoch, Transform
 from swamp_fast.problem.checks import check_particles_fit
@@ -192,9 +192,10 @@ def train_particle(problem: Problem, run: Run, model: nn.Module, masks: State, c
             if cycle is not None:
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(config, step, steps_per_epoch, swa_start)
-            batches = [problem.train.fetch(handle, epoch_keys).lane(0) for handle in handles]
-            key = at_time(keys, problem.first_batch_of(step))
-            epoch_loss += train_step(problem, model, parameters, masks, optimizer, batches, key)
+            first = problem.first_batch_of(step)
+            keyed = [(handle, at_time(keys, first + number)) for number, handle in enumerate(handles)]
+            batches = [(problem.fetch(handle, epoch_keys, key).lane(0), key) for handle, key in keyed]
+            epoch_loss += train_step(problem, model, parameters, masks, optimizer, batches)
             run.step(1, f"{where}, epoch {epoch + 1}/{epochs}")
             run.stop_if_requested()
             step += 1
@@ -218,17 +219,15 @@ def train_step(
     parameters: dict[str, nn.Parameter],
     masks: State,
     optimizer: torch.optim.Optimizer,
-    batches: list[tuple[Any, Any]],
-    first_key: Tensor,
+    batches: list[tuple[tuple[Any, Any], Tensor]],
 ) -> Tensor:
     """Do one optimizer step by the mean gradient of some batches; returns the sum of their mean losses.
 
-    first_key  [1, 3]  seeds the random draws of the first batch; the others' keys follow
+    batches  (inputs and targets, key [1, 3] that seeds the random draws) of each batch
     """
     optimizer.zero_grad()
     losses = []
-    for number, batch in enumerate(batches):
-        key = later(first_key, number)
+    for batch, key in batches:
         inputs, targets = problem.particle_batch(*batch, key)
         problem.seeded(key)
         with DropoutStream(key), problem.autocast():

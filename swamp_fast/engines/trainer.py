@@ -159,8 +159,9 @@ class Trainer:
         """Take one step of every lane by direct calls."""
         self.grads.zero_()
         for number, handle in enumerate(handles):
-            batch = self.problem.train.fetch(handle, self.epoch_keys, self.runner.channels_last)
-            losses = self.runner.backward(batch, later(self.step_keys, number))
+            keys = later(self.step_keys, number)
+            batch = self.problem.fetch(handle, self.epoch_keys, keys, self.runner.channels_last)
+            losses = self.runner.backward(batch, keys)
             self.loss_sum.add_(losses)
         if len(handles) > 1:
             self.grads.div_(len(handles))

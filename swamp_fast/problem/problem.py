@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from swamp_fast.common.tree import tree_clone
 from swamp_fast.config import SwampConfig
 from swamp_fast.data.standardise import Standardise
-from swamp_fast.data.store import Data, batch_bounds
+from swamp_fast.data.store import Batch, Data, batch_bounds
 from swamp_fast.particles.dropout import DropoutStream
 from swamp_fast.particles.layout import Layout
 from swamp_fast.particles.random import (
@@ -97,9 +97,19 @@ class Problem:
         epoch_keys  [L, 3]  see `epoch_keys`
         """
         size, order = self.config.accumulate, self.epoch_order(epoch_keys)
-        handles = iter(self.train.batches(order, epoch_keys, self.bounds[first * size :]))
+        drawn = self.sample_weights is not None
+        handles = iter(self.train.batches(order, epoch_keys, self.bounds[first * size :], repeats=drawn))
         while of_step := list(islice(handles, size)):
             yield of_step
+
+    def fetch(self, handle: Any, epoch_keys: Tensor, step_keys: Tensor, channels_last: bool = False) -> Batch:
+        """Return the training batch of a handle, augmented by the keys [L, 3] of the epoch.
+
+        A sample that is drawn several times is augmented anew each time, by the keys [L, 3] of the batch.
+        """
+        if self.sample_weights is None:
+            return self.train.fetch(handle, epoch_keys, channels_last)
+        return self.train.fetch(handle, self._of_batches(step_keys), channels_last, by_place=True)
 
     def first_batch_of(self, step: int) -> int:
         """Return the number of a step's first batch, counted like the step from the start of a training."""
