@@ -7,9 +7,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from swamp_fast.common.tree import tree_map
 from swamp_fast.problem.prunable import Prunable
 from swamp_fast.problem.recipe import Recipe
 
@@ -75,10 +77,14 @@ def _takes_one(function: Callable[..., object]) -> bool:
 
 @dataclass(frozen=True)
 class BatchTransform:
-    """A user's transform as (inputs, targets) -> (inputs, targets), whichever of the two forms it has."""
+    """A user's transform as (inputs, targets) -> (inputs, targets), whichever of the two forms it has.
+
+    dtype  the floating-point type of the targets that it makes, such as the probabilities of classes
+    """
 
     function: Transform
     takes_targets: bool
+    dtype: torch.dtype
 
     def __call__(self, inputs: Any, targets: Any) -> tuple[Any, Any]:
         """Return a transformed batch. Raises TypeError if a transform of both doesn't return both."""
@@ -90,7 +96,10 @@ class BatchTransform:
                 f"`transform(inputs, targets)` must return a pair (inputs, targets), got {type(pair).__name__}. A "
                 "transform of the inputs alone must not have a second parameter without a default."
             )
-        return pair[0], pair[1]
+        return pair[0], tree_map(self._typed, pair[1])
+
+    def _typed(self, leaf: Any) -> Any:
+        return leaf.to(self.dtype) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
 
 
 def takes_targets(transform: Transform) -> bool | None:

@@ -26,6 +26,7 @@ from swamp_fast.problem.arguments import BatchTransform, Forward, Loss, Transfor
 from swamp_fast.problem.checks import check_recomputed, other_batch_size, particle_of
 from swamp_fast.problem.gradients import check_gradients, gradients_restored, leaves_of
 from swamp_fast.problem.mixing import check_mixing
+from swamp_fast.problem.precision import weight_dtype
 from swamp_fast.problem.prunable import Prunable, Pruned, select_prunable
 from swamp_fast.problem.shapes import (
     check_class_axis,
@@ -289,16 +290,16 @@ def batch_transform(transform: Transform | None, data: Data, config: SwampConfig
     """
     if transform is None:
         return None
-    takes = takes_targets(transform)
+    takes, dtype = takes_targets(transform), weight_dtype(config)
     if takes is None:
         keys = lane_keys([config.seed], [stream_of(None, 0)], data.device)
         first = _first_samples(data, min(MAX_SAMPLES, data.length, config.batch_size), keys)
         try:
-            _seeded_transform(BatchTransform(transform, False), *first)
+            _seeded_transform(BatchTransform(transform, False, dtype), *first)
             takes = False
         except MISFITS:
             takes = True
-    return BatchTransform(transform, takes)
+    return BatchTransform(transform, takes, dtype)
 
 
 def _first_samples(data: Data, samples: int, keys: Tensor) -> tuple[Any, Any]:
