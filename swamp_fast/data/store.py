@@ -131,6 +131,7 @@ class Streamed:
     """A split that is read from the user's Dataset batch by batch. A handle holds collated batches in host memory.
 
     order, labels  the same as Stored's
+    classes        the number of classes by which the labels of each batch are checked; None doesn't check them
     """
 
     streamed = True

@@ -43,7 +43,8 @@ class Recipe:
         score: score(weights [N, Q]) -> [Q], at least 0: the score of each prunable weight, by which the global
             threshold ranks them, from the N particles of a cycle.
         sample_weights: [n], at least 0: how often each training sample is drawn, in proportion. Each epoch draws as
-            many samples as there are, with replacement.
+            many samples as there are, with replacement. With a fraction as `val`, n counts all samples of `train`; the
+            weights of those that are held out are left out. A sample that is drawn again is augmented anew.
 
     Raises TypeError for a part of another type.
     """

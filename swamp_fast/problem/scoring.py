@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from swamp_fast.common.format import dtype_name
 from swamp_fast.config import SwampConfig
 from swamp_fast.data.labels import Labels
-from swamp_fast.data.store import Data, Stored
+from swamp_fast.data.store import Data, Stored, Streamed
 from swamp_fast.particles.dropout import DropoutStream
 from swamp_fast.particles.random import generators_left_alone, lane_keys, stream_of
 from swamp_fast.problem.arguments import BatchTransform, Forward, Loss, cross_entropy
@@ -37,23 +37,23 @@ def decide_labels(
 ) -> None:
     """Run a copy of the model, as in evaluation, on a few samples of each split, and set the split's `labels`.
 
-    If the transform makes the targets of train from others, those are not labels.
+    Evaluation on train uses its targets as they are read, which need not be labels if the transform makes labels of
+    them.
 
     Raises ValueError if the model, the loss and the data of val or test don't fit together. Those of train need not
     fit, because no run evaluates on them.
     """
     for name, data in splits.items():
-        if name == "train" and transform is not None and transform.takes_targets:
-            data.labels = "`transform` makes its targets"
-            continue
         keys = lane_keys([config.seed], [stream_of(None, 0)], data.device)
         trial = Trial(data, min(MAX_SAMPLES, data.length, config.batch_size), keys, forward, loss, None)
         try:
             data.labels = labels_of(data, trial, _evaluated(particle_of(template).eval(), trial))
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             if name != "train":
-                raise ValueError(f"in evaluation on `{name}`, {error}") from error
+                raise type(error)(f"in evaluation on `{name}`, {error}") from error
             data.labels = f"in evaluation, {error}"
+        if name == "train" and isinstance(data, Streamed) and transform is not None and transform.takes_targets:
+            data.classes = None
 
 
 def accuracy_lines(name: str, data: Data) -> list[str]:
