@@ -111,7 +111,7 @@ def takes_targets(transform: Transform) -> bool | None:
     function = transform.forward if isinstance(transform, nn.Module) else transform
     try:
         parameters = list(inspect.signature(function).parameters.values())
-    except ValueError:  # a function without a signature, such as some in C
+    except (TypeError, ValueError):  # a function without a signature, such as some in C
         return False
     positional = [each for each in parameters if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)]
     if len(positional) > 1:
