@@ -44,7 +44,8 @@ class Recipe:
             threshold ranks them, from the N particles of a cycle.
         sample_weights: [n], at least 0: how often each training sample is drawn, in proportion. Each epoch draws as
             many samples as there are, with replacement. With a fraction as `val`, n counts all samples of `train`; the
-            weights of those that are held out are left out. A sample that is drawn again is augmented anew.
+            weights of those that are held out are left out. A sample that is drawn again is augmented anew. The
+            statistics of norms are re-estimated on each training sample once.
 
     Raises TypeError for a part of another type.
     """
