@@ -112,12 +112,16 @@ class SwampConfig:
             fewer than two axes, such as biases. If False, theirs is 0, except where a group sets it.
         accumulate: the number of batches whose gradients are averaged for one optimizer step. Each batch has
             `batch_size` samples and its own batch statistics; the last step of an epoch may have fewer batches.
+            Schedules, averages and checkpoints count steps. On CUDA, steps are captured as graphs only with 1.
         mixup: the strength a of mixup (1710.09412); 0 turns it off. Each particle's batch is mixed with a permutation
-            of itself by a weight that is drawn from Beta(a, a), and so are the losses with both targets.
+            of itself by a weight that is drawn from Beta(a, a), and so are the losses with both targets. Inputs must be
+            floating-point. Batches are mixed after `augment` and `transform`, and only in training. On CUDA, steps
+            aren't captured as graphs then.
         cutmix: the strength a of CutMix (1905.04899): a box of the pictures is replaced by that of the permuted
             pictures. With `mixup` and `cutmix`, each batch uses one of them, with equal probability.
         shared_order: an ablation: whether all particles of a cycle train on the same batches, in the same order and
-            with the same augmentation. For streamed data this decodes each sample once instead of N times.
+            with the same augmentation, `transform` and mixing, but with their own dropout. For streamed data this
+            decodes each sample once instead of N times.
         augment: "crop_flip" pads pictures by 4 pixels, then crops and mirrors them at random. "none" does nothing.
             "auto" is "crop_flip" for CIFAR, else "none". *Ours*.
         rewind: where each cycle starts: at the "ticket" (SWAMP), or at the previous cycle's "average" (Sparse Model

@@ -76,7 +76,11 @@ def fast_swamp(
             or else those for which it is found to have no gradient. Of a module with tensors, such as class weights, a
             copy on the device is used; its parameters must not need gradients.
         transform: transform(inputs [B, ...]) -> inputs, or transform(inputs, targets) -> (inputs, targets): your own
-            augmentation of one particle's batch, on the device.
+            augmentation of one particle's batch, on the device. It is called with the targets if its second positional
+            parameter has no default, or is named targets, labels or y. A transform of *args, as those of
+            torchvision.transforms.v2, is tried on a few inputs alone, and called with the targets if that raises. The
+            targets that it returns may be of another form, such as the probabilities of classes for cross-entropy.
+            It may draw from the global generators of torch, Python and NumPy, which are seeded for each batch.
         prunable: names or patterns of parameters, or a predicate (name, parameter) -> bool. By default, all
             convolution and linear weights are pruned, including attention projections and layers under spectral_norm,
             but not the output layer's. The console says which weights are pruned, which are not, and why.

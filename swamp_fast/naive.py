@@ -25,7 +25,7 @@ from swamp_fast.config import SwampConfig
 from swamp_fast.data.labels import Labels
 from swamp_fast.data.store import Data, pass_in_stored_order
 from swamp_fast.particles.dropout import DropoutStream
-from swamp_fast.particles.random import at_time, epoch_order, evaluation_time, lane_keys, layer_order, stream_of
+from swamp_fast.particles.random import at_time, evaluation_time, lane_keys, layer_order, stream_of
 from swamp_fast.particles.spectral_norms import find_spectral_norms, spectral_vectors
 from swamp_fast.problem.arguments import Arguments, Forward, Loss, Metrics, OnCycle, OnEpoch, Transform
 from swamp_fast.problem.checks import check_particles_fit
@@ -171,7 +171,7 @@ def train_particle(problem: Problem, run: Run, model: nn.Module, masks: State, c
     With SWA, the model holds the SWA mean of its weights afterwards. Returns the mean loss over the last epoch. Raises
     Diverged if the loss or the weights are not finite.
     """
-    config, steps_per_epoch = problem.config, len(problem.bounds)
+    config, steps_per_epoch = problem.config, problem.steps_per_epoch
     epochs = config.ticket_epochs if cycle is None else config.epochs
     window = min(math.floor(config.swa_start * epochs), epochs - 1) * steps_per_epoch  # its first step
     keys = lane_keys([config.seed], [stream_of(cycle, number)], problem.device)
@@ -187,21 +187,22 @@ def train_particle(problem: Problem, run: Run, model: nn.Module, masks: State, c
     average: State = {}
     samples, step, mean_loss = 0, 0, 0.0
     for epoch in range(epochs):
-        epoch_keys = at_time(keys, epoch)
-        order = epoch_order(epoch_keys, problem.train.length)
+        epoch_keys = problem.epoch_keys(keys, epoch)
         epoch_loss = torch.zeros((), dtype=torch.float64, device=problem.device)
-        for handle in problem.train.batches(order, epoch_keys, problem.bounds):
+        for handles in problem.steps_of_epoch(epoch_keys):
             for group, factor in zip(groups, factors, strict=True):
                 group["lr"] = learning_rate(problem, cycle, step) * factor
-            batch = problem.train.fetch(handle, epoch_keys).lane(0)
-            epoch_loss += train_step(problem, model, parameters, masks, optimizers, batch, at_time(keys, step))
+            first = problem.first_batch_of(step)
+            keyed = [(handle, at_time(keys, first + number)) for number, handle in enumerate(handles)]
+            batches = [(problem.fetch(handle, epoch_keys, key).lane(0), key) for handle, key in keyed]
+            epoch_loss += train_step(problem, model, parameters, masks, optimizers, batches)
             step += 1
             if cycle is not None and step > window and (step - window) % (config.average_every or steps_per_epoch) == 0:
                 samples += 1
                 add_to_average(config, average, parameters, samples)
             run.step(1, f"{where}, epoch {epoch + 1}/{epochs}")
             run.stop_if_requested()
-        mean_loss = float(epoch_loss) / steps_per_epoch
+        mean_loss = float(epoch_loss) / len(problem.bounds)
         run.keep_epoch(cycle, epoch, [mean_loss], particle=number)
         finite = all(bool(torch.isfinite(parameter).all()) for parameter in parameters.values())
         if not math.isfinite(mean_loss) or not finite:
@@ -227,23 +228,28 @@ def train_step(
     parameters: dict[str, nn.Parameter],
     masks: State,
     optimizers: list[torch.optim.Optimizer],
-    batch: tuple[Any, Any],
-    key: Tensor,
+    batches: list[tuple[tuple[Any, Any], Tensor]],
 ) -> Tensor:
-    """Do one optimizer step on a batch. The step's key [1, 3] seeds its random draws. Returns the mean loss."""
-    inputs, targets = problem.transformed(batch[0], key), batch[1]
+    """Do one optimizer step by the mean gradient of some batches; returns the sum of their mean losses.
+
+    batches  (inputs and targets, key [1, 3] that seeds the random draws) of each batch
+    """
+    prepared = [(*problem.particle_batch(*batch, key), key) for batch, key in batches]
 
     def closure() -> Tensor:
-        problem.seeded(key)
+        losses = []
         for optimizer in optimizers:
             optimizer.zero_grad()
-        with torch.enable_grad(), DropoutStream(key), problem.autocast():
-            loss = problem.losses(problem.forward(model, inputs), targets).mean()
-        problem.backward(loss, list(parameters.values()))
+        for inputs, targets, key in prepared:
+            problem.seeded(key)
+            with torch.enable_grad(), DropoutStream(key), problem.autocast():
+                loss = problem.losses(problem.forward(model, inputs), targets).mean()
+            problem.backward(loss / len(batches), list(parameters.values()))
+            losses.append(loss.detach().double())
         mask_gradients(parameters, masks)
         if problem.config.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(parameters.values(), problem.config.clip_norm)
-        return loss.detach()
+        return torch.stack(losses).sum()
 
     loss = closure()
     needs_closure = problem.own_optimizer is not None and problem.own_optimizer.needs_closure
@@ -323,7 +329,7 @@ def learning_rate(problem: Problem, cycle: int | None, step: int) -> float:
 
     cycle  None for the ticket's training, which is a warm-up and then constant, or has a recipe's schedule
     """
-    config, steps_per_epoch = problem.rates, len(problem.bounds)
+    config, steps_per_epoch = problem.rates, problem.steps_per_epoch
     peak, epoch = config.initial_lr, step // steps_per_epoch
     if problem.rate_factors is not None:
         return peak * problem.rate_factors[min(step, len(problem.rate_factors) - 1)]

@@ -41,6 +41,11 @@ def tensors(tree: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
+def tree_clone(tree: Any) -> Any:
+    """Return the tree with clones of its tensors; other leaves are the same."""
+    return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, tree)
+
+
 def tree_stack(trees: Sequence[Any]) -> Any:
     """Stack trees of tensors along a new first axis into one tree."""
     return tree_map(lambda *leaves: torch.stack(leaves), *trees)

@@ -166,14 +166,23 @@ def hold_out(source: Source, fraction: float) -> tuple[Source, Source]:
 
     Raises ValueError if one of the two would be empty.
     """
-    held = round(len(source) * fraction) if 0 < fraction < 1 else 0
-    if not 0 < held < len(source):
+    train, held = held_out(len(source), fraction)
+    return _subset(source, train, ""), _subset(source, held, "held out of ")
+
+
+def held_out(samples: int, fraction: float) -> tuple[Tensor, Tensor]:
+    """Return the sorted numbers of the samples that are trained on, and of those that are held out.
+
+    Raises ValueError if there would be none of either.
+    """
+    held = round(samples * fraction) if 0 < fraction < 1 else 0
+    if not 0 < held < samples:
         raise ValueError(
             f"`val` as a number must be a fraction of train that leaves samples on both sides; got {fraction} "
-            f"of {len(source)} samples."
+            f"of {samples} samples."
         )
-    order = split_order(len(source))
-    return _subset(source, order[held:].sort().values, ""), _subset(source, order[:held].sort().values, "held out of ")
+    order = split_order(samples)
+    return order[held:].sort().values, order[:held].sort().values
 
 
 def _subset(source: Source, index: Tensor, prefix: str) -> Source:
@@ -448,7 +457,8 @@ def _from_loader(loader: DataLoader[Any], argument: str) -> Opened:
         why = "each particle draws its own order of samples" if argument == "train" else "every sample is read once"
         raise ValueError(
             f"`{argument}`: the DataLoader has a custom sampler, {type(loader.sampler).__name__}, but {why}. Pass a "
-            "loader without a sampler (shuffle=True or False), or its dataset."
+            "loader without a sampler (shuffle=True or False), or its dataset. The weights of a WeightedRandomSampler "
+            "go into recipe=Recipe(sample_weights=...)."
         )
     if loader.collate_fn is not default_collate or isinstance(source, Samples):
         source = Samples(

@@ -6,6 +6,7 @@ keys, both classes give the same batches.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -85,18 +86,23 @@ class Stored:
         """Raise TypeError or ValueError for targets that cross-entropy can't take; see labels.check_labels."""
         check_labels(self.described, self.targets, classes)
 
-    def batches(self, order: Tensor, keys: Tensor, bounds: list[tuple[int, int]]) -> Iterator[Tensor]:
+    def batches(
+        self, order: Tensor, keys: Tensor, bounds: list[tuple[int, int]], repeats: bool = False
+    ) -> Iterator[Tensor]:
         """Yield the handles of an epoch's batches.
 
-        order   [L, n]  the order of the samples in each lane
-        bounds  the slices of the order that the batches take
+        order    [L, n]  the order of the samples in each lane
+        bounds   the slices of the order that the batches take
+        repeats  whether the order may hold a sample several times, which is then read with other random draws
         """
         return (order[:, begin:end] for begin, end in bounds)
 
-    def fetch(self, handle: Tensor, keys: Tensor | None, channels_last: bool = False) -> Batch:
+    def fetch(self, handle: Tensor, keys: Tensor | None, channels_last: bool = False, by_place: bool = False) -> Batch:
         """Return the batch of a handle.
 
-        keys  [L, 3]  the epoch's keys, by which the batch is randomly augmented; None doesn't augment
+        keys      [L, 3]  the epoch's keys, by which the batch is randomly augmented; None doesn't augment
+        by_place  whether a sample's augmentation depends on its place in the batch instead of its number; the keys must
+                  then be those of the batch
         """
         index = handle.contiguous()
         targets = self.targets[index]
@@ -106,6 +112,7 @@ class Stored:
         inputs = ops.gather_augment(
             *(self.inputs, self.table, index),
             keys if keys is not None else index.new_zeros((len(index), 3)),
+            samples=places_of(index) if by_place else None,
             pad=CROP_PAD if augmented else 0,
             flip=augmented,
             channels_last=channels_last,
@@ -125,6 +132,7 @@ class Streamed:
     """A split that is read from the user's Dataset batch by batch. A handle holds collated batches in host memory.
 
     order, labels  the same as Stored's
+    classes        the number of classes by which the labels of each batch are checked; None doesn't check them
     """
 
     streamed = True
@@ -151,16 +159,24 @@ class Streamed:
         """Check the labels of every batch that is read from now on, as Stored.check_labels does."""
         self.classes = classes
 
-    def batches(self, order: Tensor, keys: Tensor, bounds: list[tuple[int, int]]) -> Iterator[Any]:
+    def batches(
+        self, order: Tensor, keys: Tensor, bounds: list[tuple[int, int]], repeats: bool = False
+    ) -> Iterator[Any]:
         """Yield the handles of an epoch's batches; see Stored.batches.
 
         A handle is a list of (inputs, targets, sample numbers [B]), one per lane. The global generators, from which the
-        Dataset may draw, are seeded for every sample from the epoch's keys [L, 3].
+        Dataset may draw, are seeded for every sample from the epoch's keys [L, 3]. Lanes with the same order and the
+        same key have the same batches, which are read once.
         """
-        lanes = len(order)
-        seeds, order = seeds_for(keys, SAMPLE_SEED, len(self.source)).tolist(), order.cpu()
-        parts = [order[lane, begin:end] for begin, end in bounds for lane in range(lanes)]
-        requests = [[(i, seeds[number % lanes][i]) for i in part.tolist()] for number, part in enumerate(parts)]
+        order, read_by = order.cpu(), _first_with_the_same(torch.cat([keys, order], 1))
+        readers = sorted(set(read_by))
+        seeds = seeds_for(keys, SAMPLE_SEED, len(self.source))
+        if not repeats:
+            seeds = seeds.gather(1, order)
+        parts = [(lane, slice(begin, end)) for begin, end in bounds for lane in readers]
+        requests = [
+            list(zip(order[lane, part].tolist(), seeds[lane, part].tolist(), strict=True)) for lane, part in parts
+        ]
         loader: DataLoader[Any] = DataLoader(
             SeededSamples(self.source.dataset),
             batch_sampler=requests,
@@ -169,10 +185,10 @@ class Streamed:
             worker_init_fn=partial(in_worker, start=self.source.worker_start),
             pin_memory=self.device.type == "cuda",
         )
-        handle: list[Any] = []
+        of_lane: dict[int, Any] = {}
         with signals_held():
-            read = iter(loader)
-        for part, batch in zip(parts, read, strict=True):
+            batches = iter(loader)
+        for (lane, part), batch in zip(parts, batches, strict=True):
             if self.collate_parts is None:
                 self.collate_parts = callable_parts(self.source.collate)
             if not isinstance(batch, list | tuple) or len(batch) != 2:
@@ -189,12 +205,13 @@ class Streamed:
             check_finite(self.described, "targets", targets)
             if self.classes is not None:
                 check_labels(self.described, targets, self.classes)
-            handle.append((inputs, targets, part))
-            if len(handle) == lanes:
-                yield handle
-                handle = []
+            of_lane[lane] = inputs, targets, order[lane, part]
+            if len(of_lane) == len(readers):
+                # A lane may change its batch, so each has its own.
+                yield [of_lane[by] if by == lane else copy.deepcopy(of_lane[by]) for lane, by in enumerate(read_by)]
+                of_lane = {}
 
-    def fetch(self, handle: Any, keys: Tensor | None, channels_last: bool = False) -> Batch:
+    def fetch(self, handle: Any, keys: Tensor | None, channels_last: bool = False, by_place: bool = False) -> Batch:
         """Return the batch of a handle; see Stored.fetch."""
         inputs, targets, samples = ([tree_to(lane[i], self.device) for lane in handle] for i in range(3))
         if not self.stacked:
@@ -209,7 +226,7 @@ class Streamed:
             *(stacked.flatten(0, 1).contiguous(), self.table),
             torch.arange(picked.numel(), device=self.device).view_as(picked),
             keys if keys is not None else picked.new_zeros((len(picked), 3)),
-            samples=picked,
+            samples=places_of(picked) if by_place else picked,
             pad=CROP_PAD if augmented else 0,
             flip=augmented,
             channels_last=channels_last,
@@ -325,6 +342,16 @@ def pass_in_stored_order(data: Data, batch_size: int, channels_last: bool = Fals
     keys = torch.zeros(1, 3, dtype=torch.int64, device=data.device)
     for handle, (begin, end) in zip(data.batches(data.order[None], keys, bounds), bounds, strict=True):
         yield *data.fetch(handle, None, channels_last).lane(0), end - begin
+
+
+def places_of(index: Tensor) -> Tensor:
+    """Return the places [L, B] of samples [L, B] in their batch."""
+    return torch.arange(index.shape[1], device=index.device).expand_as(index).contiguous()
+
+
+def _first_with_the_same(rows: Tensor) -> list[int]:
+    """Return for each of some rows [L, n] the first row that is equal."""
+    return [int((rows == row).all(1).nonzero()[0]) for row in rows.cpu()]
 
 
 def check_finite(name: str, kind: str, tree: Any) -> None:

@@ -179,7 +179,7 @@ def _step_bytes(problem: Problem, choice: Choice, samples: int) -> int:
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
     key = lane_keys([0], [stream_of(None, 0)], problem.device)
     with generators_left_alone(), LiveMemory() as live, torch.enable_grad():
-        inputs = problem.transformed(inputs, key)
+        inputs, targets = problem.particle_batch(inputs, targets, key)
         inputs = channels_last(inputs) if choice.channels_last else inputs
         with DropoutStream(key), problem.autocast():
             loss = problem.losses(problem.forward(module, inputs), targets).mean()

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from swamp_fast.common.copying import copy_of
-from swamp_fast.common.tree import tree_map
+from swamp_fast.common.tree import tree_clone, tree_map
 from swamp_fast.data.store import Batch
 from swamp_fast.particles.dropout import DropoutStream
 from swamp_fast.particles.layout import Layout
@@ -54,8 +54,8 @@ class LaneByLane:
         """Add the gradient of one lane's mean loss to its row of the gradients; returns the loss. Its key is [1, 3]."""
         bound = self.bound[lane]
         bound.hold()
-        inputs, targets = batch.lane(lane)
-        inputs = self._formatted(self.problem.transformed(inputs, key))
+        inputs, targets = self.problem.particle_batch(*batch.lane(lane), key)
+        inputs = self._formatted(inputs)
         self.problem.seeded(key)
         with DropoutStream(key), self.problem.autocast():
             loss = self.problem.losses(self.problem.forward(self.modules[lane], inputs), targets).mean()
@@ -67,8 +67,7 @@ class LaneByLane:
         """As LaneRunner.outputs."""
         outputs = []
         for lane, module in enumerate(self.modules):
-            lane_inputs = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, inputs)
-            lane_inputs = self._formatted(lane_inputs)
+            lane_inputs = self._formatted(tree_clone(inputs))
             key, bound = keys[lane : lane + 1], self.bound[lane]
             bound.hold()
             self.problem.seeded(key)

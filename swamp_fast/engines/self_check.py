@@ -28,6 +28,7 @@ def in_float64(problem: Problem) -> Problem:
         config=dataclasses.replace(problem.config, precision="float64"),
         template=copy_of(problem.template).double(),
         loss=_loss_in_float64(problem),
+        transform=problem.transform and dataclasses.replace(problem.transform, dtype=torch.float64),
     )
 
 

@@ -16,8 +16,9 @@ from swamp_fast.engines.lane_by_lane import LaneByLane
 from swamp_fast.engines.lane_optimizers import LaneOptimizers
 from swamp_fast.particles.bank import ParticleBank
 from swamp_fast.particles.norms import norms_of, reset_running_stats
-from swamp_fast.particles.random import at_time, epoch_order
+from swamp_fast.particles.random import at_time, later
 from swamp_fast.particles.schedule import Training
+from swamp_fast.problem.mixing import mixes
 from swamp_fast.problem.problem import Problem
 
 
@@ -56,7 +57,7 @@ class Trainer:
 
     A captured step reads fixed addresses, so these tensors are written in place before each step:
 
-    epoch_keys, step_keys  [L, 3]  keys of the epoch's and the step's random draws
+    epoch_keys, step_keys  [L, 3]  keys of the epoch's and of the step's first batch's random draws
     lr                     [L, S]  learning rates
     number                 [L]     the step's number, counted from 1
     swa_weight             [L]     weight of the step's new sample in the average; 0 if the step adds no sample
@@ -92,34 +93,33 @@ class Trainer:
         trainings  one schedule per run, all with the same number of epochs
         on_step, on_epoch, state  as in BankEngine.train
         """
-        problem, bank, steps = self.problem, self.bank, len(self.problem.bounds)
+        problem, bank, steps, batches = self.problem, self.bank, self.problem.steps_per_epoch, len(self.problem.bounds)
         self.begin(state)
         if self.done and self.done % steps == 0:  # on_epoch itself may have been interrupted, so it is called again
-            on_epoch(self.done // steps - 1, self.loss_sum / steps)
+            on_epoch(self.done // steps - 1, self.loss_sum / batches)
         for epoch in range(self.done // steps, trainings[0].epochs):
             first = self.done % steps
             if first == 0:
                 self.loss_sum.zero_()
-            self.epoch_keys.copy_(at_time(bank.keys, epoch))
-            order = epoch_order(self.epoch_keys, problem.train.length)
+            self.epoch_keys.copy_(problem.epoch_keys(bank.keys, epoch))
             # What an epoch's steps need goes to the device in one transfer. One per step would make the host wait.
             rates = self._of_lanes([[training.lr(epoch * steps + i) for training in trainings] for i in range(steps)])
             weights = self._of_lanes(
                 [[training.average_weight(epoch * steps + i) for training in trainings] for i in range(steps)]
             )
-            for handle in problem.train.batches(order, self.epoch_keys, problem.bounds[first:]):
+            for handles in problem.steps_of_epoch(self.epoch_keys, first):
                 step, last = self.done, self.done % steps == steps - 1
                 torch.mul(rates[step % steps, :, None], bank.lr_factors, out=self.lr)
                 self.number.fill_(step + 1)
                 self.swa_weight.copy_(weights[step % steps])
-                self.step_keys.copy_(at_time(bank.keys, step))
-                self.step(handle)
+                self.step_keys.copy_(at_time(bank.keys, problem.first_batch_of(step)))
+                self.step(*handles)
                 self.done += 1
                 if last:
-                    on_epoch(epoch, self.loss_sum / steps)
+                    on_epoch(epoch, self.loss_sum / batches)
                 on_step(step)
         bank.buffers = self.runner.buffers()
-        return self.loss_sum / steps
+        return self.loss_sum / batches
 
     def state(self, run: int = 0) -> dict[str, Tensor]:
         """One run's state between two steps, from which its training can resume. The keys determine everything else."""
@@ -150,12 +150,13 @@ class Trainer:
             if state is not None:
                 self.optimizers.load_state_(state)
 
-    def step(self, handle: Any) -> None:
+    def step(self, *handles: Any) -> None:
         """Take one step of every lane, by replaying a graph if the step can be captured.
 
-        handle  refers to the step's batch; captured steps need an index tensor [L, B]
+        handles  refer to the step's batches; captured steps have one, an index tensor [L, B]
         """
         if self.not_captured is None:
+            (handle,) = handles
             size = handle.shape[1]
             if size not in self.graphs:
                 self._capture(handle.clone(memory_format=torch.contiguous_format))
@@ -164,33 +165,42 @@ class Trainer:
             index.copy_(handle)
             graph.replay()
         else:
-            self._step(handle)
+            self._step(*handles)
 
-    def _step(self, handle: Any) -> None:
+    def _step(self, *handles: Any) -> None:
         """Take one step of every lane by direct calls."""
         self.grads.zero_()
-        batch = self.problem.train.fetch(handle, self.epoch_keys, self.runner.channels_last)
-        losses = self.runner.backward(batch, self.step_keys)
-        self.loss_sum.add_(losses)
+        batches = []
+        for number, handle in enumerate(handles):
+            keys = later(self.step_keys, number)
+            batch = self.problem.fetch(handle, self.epoch_keys, keys, self.runner.channels_last)
+            self.loss_sum.add_(self.runner.backward(batch, keys))
+            if self.optimizers is not None:
+                batches.append((batch, keys))
+        if len(handles) > 1:
+            self.grads.div_(len(handles))
         if self.optimizers is None:
             self._update()
         else:
-            again = partial(self._backward_again, batch)
-            self.optimizers.step(self.lr[:, 0].tolist(), self.swa_weight, again)
+            self.optimizers.step(self.lr[:, 0].tolist(), self.swa_weight, partial(self._backward_again, batches))
 
-    def _backward_again(self, batch: Batch, lane: int) -> Tensor:
-        """Compute one lane's gradients on the step's batch again, and return its loss.
+    def _backward_again(self, batches: list[tuple[Batch, Tensor]], lane: int) -> Tensor:
+        """Compute one lane's gradients on the step's batches again, and return its mean loss.
 
         The running statistics of its norms stay as they are.
+
+        batches  each batch with its keys [L, 3]
         """
         assert isinstance(self.runner, LaneByLane)
         norms = norms_of([self.runner.modules[lane]])
         before = [{name: buffer.clone() for name, buffer in norm.named_buffers(recurse=False)} for norm in norms]
-        loss = self.runner.backward_of_lane(lane, batch, self.step_keys[lane : lane + 1])
+        losses = [self.runner.backward_of_lane(lane, batch, keys[lane : lane + 1]) for batch, keys in batches]
+        if len(batches) > 1:
+            self.grads[lane].div_(len(batches))
         for norm, buffers in zip(norms, before, strict=True):
             for name, buffer in norm.named_buffers(recurse=False):
                 buffer.copy_(buffers[name])
-        return loss
+        return torch.stack(losses).mean()
 
     def _update(self) -> None:
         """Update weights, moments and averages from the gradients."""
@@ -275,6 +285,10 @@ def _why_not_captured(problem: Problem) -> str | None:
         return "not on CUDA"
     if problem.train.streamed:
         return "the data are streamed"
+    if problem.config.accumulate > 1:
+        return "a step takes several batches"
+    if mixes(problem.config):
+        return "mixup and CutMix draw on the host"
     if problem.own_optimizer is not None:
         return "the recipe's optimizers run in Python"
     if problem.probe.draws_elsewhere or problem.transform is not None:
@@ -288,5 +302,4 @@ def _why_not_captured(problem: Problem) -> str | None:
 
 def first_handle(problem: Problem, bank: ParticleBank) -> Any:
     """The handle of the first batch of the first epoch, for timing a step."""
-    order = epoch_order(bank.keys, problem.train.length)
-    return next(iter(problem.train.batches(order, bank.keys, problem.bounds[:1])))
+    return next(problem.steps_of_epoch(problem.epoch_keys(bank.keys, 0)))[0]

@@ -25,11 +25,15 @@ SPLIT = 3
 LANE_SEED = 4  # for seeding torch's, Python's and NumPy's generators before a model or a transform draws from them
 SAMPLE_SEED = 5  # for seeding the same generators before a Dataset reads a sample
 MASK = 6
+MIX = 7  # for seeding the generator from which a batch's mixup or CutMix is drawn
+SAMPLE_DRAWS = 8  # of an epoch whose samples are drawn by weights
+
+PARTICLE_BITS = 16  # of the number of a stream, for the number of the particle
 
 
 def stream_of(cycle: int | None, particle: int) -> int:
     """Return the number of a particle's random stream: cycle and particle in one word. Cycle None is the ticket."""
-    return (0 if cycle is None else cycle + 1) << 16 | particle
+    return (0 if cycle is None else cycle + 1) << PARTICLE_BITS | particle
 
 
 def lane_keys(seeds: list[int], streams: list[int], device: torch.device) -> Tensor:
@@ -45,6 +49,18 @@ def at_time(keys: Tensor, time: int) -> Tensor:
     return keys
 
 
+def later(keys: Tensor, by: int) -> Tensor:
+    """Return keys [L, 3] with a time that is later by a number of epochs or batches."""
+    return keys if by == 0 else keys + keys.new_tensor([0, 0, by])
+
+
+def of_first_particle(keys: Tensor) -> Tensor:
+    """Return for each of some keys [L, 3] the key of the first particle, at the same cycle and time."""
+    keys = keys.clone()
+    keys[:, 1] = keys[:, 1] >> PARTICLE_BITS << PARTICLE_BITS
+    return keys
+
+
 def evaluation_time(which: int, batch: int) -> int:
     """Return the time of draws outside training, which is larger than that of any step.
 
@@ -56,6 +72,16 @@ def evaluation_time(which: int, batch: int) -> int:
 def epoch_order(keys: Tensor, samples: int) -> Tensor:
     """Return each lane's order [L, samples] int64 of the samples in an epoch; the epoch is the time in `keys`."""
     return _permutations(keys, ORDER, samples)
+
+
+def drawn_samples(keys: Tensor, distribution: Tensor) -> Tensor:
+    """Return the samples [L, n] int64 of an epoch of each lane, which are drawn with replacement.
+
+    distribution  [n] float64: the probability that a draw gives this sample or one before it; the last one is 1
+    """
+    words = ops.philox(keys, SAMPLE_DRAWS, 2 * len(distribution))
+    uniform = (words.view(torch.int64) >> 11 & (1 << 53) - 1).double() * 2.0**-53  # in [0, 1)
+    return torch.searchsorted(distribution, uniform, right=True)
 
 
 def split_order(samples: int) -> Tensor:

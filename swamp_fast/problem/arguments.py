@@ -8,15 +8,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from swamp_fast.common.tree import tree_map
 from swamp_fast.problem.prunable import Prunable
 from swamp_fast.problem.recipe import Recipe
 
 Forward = Callable[[nn.Module, Any], Any]  # (model, inputs) -> outputs
 Loss = Callable[[Any, Any], Tensor]  # (outputs, targets) -> [B]
-Transform = Callable[[Any], Any]  # inputs [B, ...] -> inputs
+Transform = Callable[..., Any]  # inputs [B, ...] -> inputs, or (inputs, targets) -> (inputs, targets)
 OnEpoch = Callable[[dict[str, Any]], object]  # called with an epoch's row
 # Called with a row of the history, or with the row and the cycle's Snapshot.
 OnCycle = Callable[..., object]
@@ -28,6 +30,7 @@ class StopRun(Exception):
     """Raise this in `on_epoch` or `on_cycle` to end the run; the call returns the result of the finished cycles."""
 
 
+TARGET_NAMES = ("targets", "labels", "y")
 NUMBERS = {1: "one argument", 2: "two arguments"}
 # The callable arguments, and what each may be called with.
 CALLABLES = {
@@ -98,6 +101,50 @@ def takes(function: Callable[..., object], count: int) -> bool:
 def _signature(function: Callable[..., object]) -> str:
     name = getattr(function, "__name__", type(function).__name__)
     return f"{'a lambda' if name == '<lambda>' else name}{inspect.signature(function)}"
+
+
+@dataclass(frozen=True)
+class BatchTransform:
+    """A user's transform as (inputs, targets) -> (inputs, targets), whichever of the two forms it has.
+
+    dtype  the floating-point type of the targets that it makes, such as the probabilities of classes
+    """
+
+    function: Transform
+    takes_targets: bool
+    dtype: torch.dtype
+
+    def __call__(self, inputs: Any, targets: Any) -> tuple[Any, Any]:
+        """Return a transformed batch. Raises TypeError if a transform of both doesn't return both."""
+        if not self.takes_targets:
+            return self.function(inputs), targets
+        pair = self.function(inputs, targets)
+        if not isinstance(pair, list | tuple) or len(pair) != 2:
+            raise TypeError(
+                f"`transform(inputs, targets)` must return a pair (inputs, targets), got {type(pair).__name__}. A "
+                "transform of the inputs alone must not have a second parameter without a default."
+            )
+        return pair[0], tree_map(self._typed, pair[1])
+
+    def _typed(self, leaf: Any) -> Any:
+        return leaf.to(self.dtype) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+
+
+def takes_targets(transform: Transform) -> bool | None:
+    """Whether a transform is called with inputs and targets rather than with inputs alone, by its signature.
+
+    It is if its second positional parameter has no default, or is named targets, labels or y. Returns None if the
+    signature doesn't tell, because it has *args there, as the transforms of torchvision.transforms.v2 do.
+    """
+    function = transform.forward if isinstance(transform, nn.Module) else transform
+    try:
+        parameters = list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError):  # a function without a signature, such as some in C
+        return False
+    positional = [each for each in parameters if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)]
+    if len(positional) > 1:
+        return positional[1].default is inspect.Parameter.empty or positional[1].name in TARGET_NAMES
+    return None if any(each.kind == each.VAR_POSITIONAL for each in parameters) else False
 
 
 # The source of the next two functions is part of a run's fingerprint. If it changes, even in a docstring, earlier runs

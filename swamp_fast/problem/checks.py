@@ -164,10 +164,17 @@ def check_particles_fit(device: torch.device, particles: int, of_particle: int) 
         )
 
 
-def check_batches(samples: int, batch: int, drop_last: bool) -> None:
-    """Raise ValueError if the batch size exceeds the data."""
+def check_batches(samples: int, config: SwampConfig, drop_last: bool) -> None:
+    """Raise ValueError if a batch takes more samples, or a step more batches, than an epoch has."""
+    batch = config.batch_size
     if batch > samples:
         raise ValueError(f"`batch_size` = {batch} is more than the {samples} training samples; lower it.")
+    batches = samples // batch if drop_last else -(-samples // batch)
+    if config.accumulate > batches:
+        raise ValueError(
+            f"`accumulate` = {config.accumulate} is more than the {batches} batches of an epoch, after each of which a "
+            "step is taken; lower it, or batch_size."
+        )
 
 
 def has_batch_of_one(samples: int, batch: int) -> bool:

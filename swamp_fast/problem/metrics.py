@@ -148,10 +148,10 @@ def goodness(values: Sequence[float], higher_is_better: bool) -> list[float]:
     return [-math.inf if math.isnan(value) else value if higher_is_better else -value for value in values]
 
 
-def check_names(metrics: object) -> None:
-    """Raise TypeError or ValueError unless metrics are a dict from names to functions and objects."""
+def checked_metrics(metrics: object) -> dict[str, Metric]:
+    """Return metrics as a dict. Raises TypeError or ValueError unless they are functions and objects by name."""
     if metrics is None:
-        return
+        return {}
     if not isinstance(metrics, Mapping):
         raise TypeError(f"`metrics` must be a dict from names to metrics, got {type(metrics).__name__}.")
     settings = [field.name for field in dataclasses.fields(SwampConfig)]
@@ -170,6 +170,7 @@ def check_names(metrics: object) -> None:
                 f'`metrics`: "{name}" must be a function of outputs and targets, or an object with update, compute '
                 f"and reset; got {type(metric).__name__}."
             )
+    return dict(metrics)
 
 
 def check_metrics(
@@ -177,8 +178,10 @@ def check_metrics(
 ) -> None:
     """Compute each metric on a few samples of val and test, as in evaluation, with a copy of the model.
 
-    Raises ValueError if a metric doesn't fit the model and the data, or if a function returns NaN for a sample.
+    Raises ValueError if a metric doesn't fit the model and the data, if a function returns NaN for a sample, or if
+    `select_by` can't choose.
     """
+    _check_select_by(config, metrics, splits.get("val"))
     for split, data in splits.items():
         if split == "train" or not metrics:
             continue
@@ -214,7 +217,7 @@ def _try(split: str, meter: Meter, outputs: Any, trial: Trial) -> None:
         )
 
 
-def check_select_by(config: SwampConfig, metrics: Metrics, val: Data | None) -> None:
+def _check_select_by(config: SwampConfig, metrics: Metrics, val: Data | None) -> None:
     """Raise ValueError if `select_by` is not known, or if the validation data don't have what it needs."""
     select_by = config.select_by
     if select_by == "auto":

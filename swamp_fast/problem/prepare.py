@@ -17,7 +17,7 @@ from swamp_fast.data.sources import Opened, open_source
 from swamp_fast.data.standardise import Standardise
 from swamp_fast.particles.layout import Layout
 from swamp_fast.particles.spectral_norms import spectral_vectors
-from swamp_fast.problem.arguments import Arguments, Loss, call, cross_entropy
+from swamp_fast.problem.arguments import Arguments, Forward, Loss, call, cross_entropy
 from swamp_fast.problem.checks import (
     check_average,
     check_batches,
@@ -31,16 +31,16 @@ from swamp_fast.problem.checks import (
     write_masks_,
 )
 from swamp_fast.problem.gradients import listed
-from swamp_fast.problem.metrics import check_metrics, check_names, check_select_by, fingerprint_of
+from swamp_fast.problem.metrics import check_metrics, checked_metrics, fingerprint_of
 from swamp_fast.problem.optimizer_trial import recipe_lines, try_optimizer
 from swamp_fast.problem.parameter_groups import rates_lines, rates_of_parameters, trained_parameters
 from swamp_fast.problem.precision import weight_dtype
-from swamp_fast.problem.probe import Probe, check_single_sample, probe_model
+from swamp_fast.problem.probe import Probe, batch_transform, check_single_sample, probe_model
 from swamp_fast.problem.problem import Problem, steps_of
 from swamp_fast.problem.recipe import Recipe
 from swamp_fast.problem.scoring import accuracy_lines, decide_labels
 from swamp_fast.problem.shared_memory import check_memory
-from swamp_fast.problem.splits import Splits, build_splits, check_splits, open_splits
+from swamp_fast.problem.splits import Splits, build_splits, check_splits, open_splits, trained_weights
 
 DOES_NOT_REPEAT = (
     "differs each time, as with a random generator of its own, so a run that is repeated or resumed ends in other "
@@ -65,11 +65,10 @@ def prepare(
     Raises ValueError, TypeError, FileNotFoundError or RuntimeError for an argument that can't be used.
     """
     arguments = arguments or Arguments()
-    forward, loss, transform = arguments.forward or call, arguments.loss or cross_entropy, arguments.transform
+    forward, loss = arguments.forward or call, arguments.loss or cross_entropy
     config, recipe = SwampConfig.of(config, settings), arguments.recipe or Recipe()
     recipe.check(config)
-    check_names(arguments.metrics)
-    metrics = dict(arguments.metrics or {})
+    metrics = checked_metrics(arguments.metrics)
     model = uncompiled(model)
     check_model(model)
     check_memory(model)
@@ -80,9 +79,11 @@ def prepare(
     config = _with_batch_size_of(opened, config, settings)
     like = None if standardise is None else Standardise.of(standardise)
     splits = build_splits(open_splits(opened, test, arguments.val, config.data_dir), config, device, dtype, like)
-    check_batches(splits.train.data.length, config.batch_size, opened.drop_last)
+    check_batches(splits.train.data.length, config, opened.drop_last)
     steps_per_epoch = steps_of(splits.train.data.length, config, opened.drop_last)
     check_average(config, steps_per_epoch)
+    sample_weights = trained_weights(recipe.sample_weights, opened, arguments.val)
+    transform = batch_transform(arguments.transform, splits.train.data, config)
 
     template, given_loss = _template_of(model, device, dtype), loss
     loss = _loss_of(given_loss, device, dtype)
@@ -91,20 +92,17 @@ def prepare(
     probe = probe_model(model, template, splits.train.data, config, forward, loss, transform, arguments.prunable)
     own_optimizer = try_optimizer(recipe, template)
     check_splits(splits)
-    decide_labels(template, splits.named, config, forward, loss)
+    decide_labels(template, splits.named, config, forward, loss, transform)
     check_metrics(template, splits.named, config, forward, loss, metrics)
-    check_select_by(config, metrics, splits.val_data)
     _warn_of_modes(model, template)
-    for text in _unrepeatable(splits, probe) if config.run_dir is not None else ():
-        warn_user(f"{text}.")
+    _warn_of_draws(splits, probe, config)
     hashes = splits.fingerprints()
     check_validation(hashes, config)
 
     rates = rates_of_parameters(template, config)
     layout = Layout.of(trained_parameters(template).items(), probe.prunable, rates)
     mask = _first_mask(layout, config, arguments.initial_masks, device)
-    if recipe.score is not None:
-        recipe.scores(torch.randn(config.particles_at(0), layout.weights, dtype=dtype, device=device))
+    recipe.try_score(torch.randn(config.particles_at(0), layout.weights, dtype=dtype, device=device))
     return Problem(
         config=config,
         original=model,
@@ -119,6 +117,7 @@ def prepare(
         loss=loss,
         transform=transform,
         recipe=recipe,
+        sample_weights=sample_weights,
         own_optimizer=own_optimizer,
         rate_factors=recipe.factors(config.epochs * steps_per_epoch),
         metrics=metrics,
@@ -131,15 +130,25 @@ def prepare(
             "model": fingerprint,
             "mask": tensor_fingerprint(mask),
             **hashes,
-            "forward": callable_fingerprint(forward, probe.call_state["forward"]),
-            "loss": callable_fingerprint(given_loss, probe.call_state["loss"]),
-            "transform": callable_fingerprint(transform, probe.call_state["transform"]),
+            **_callable_fingerprints(arguments, forward, given_loss, probe),
             "prunable": sorted(probe.prunable),
             "drop_last": opened.drop_last,
-            **({"recipe": recipe.fingerprint()} if arguments.recipe is not None else {}),
-            **({"select_by": fingerprint_of(metrics[config.select_by])} if config.select_by in metrics else {}),
+            **_recipe_fingerprints(arguments, config),
         },
     )
+
+
+def _callable_fingerprints(arguments: Arguments, forward: Forward, loss: Loss, probe: Probe) -> dict[str, str | None]:
+    """Return the hashes of the callables, without the parts that calls change."""
+    functions = {"forward": forward, "loss": loss, "transform": arguments.transform}
+    return {name: callable_fingerprint(each, probe.call_state[name]) for name, each in functions.items()}
+
+
+def _recipe_fingerprints(arguments: Arguments, config: SwampConfig) -> dict[str, Any]:
+    """Return the hashes of the recipe and of the metric that selects, if the call has them."""
+    hashes: dict[str, Any] = {} if arguments.recipe is None else {"recipe": arguments.recipe.fingerprint()}
+    metric = (arguments.metrics or {}).get(config.select_by)
+    return hashes if metric is None else {**hashes, "select_by": fingerprint_of(metric)}
 
 
 def _with_batch_size_of(opened: Opened, config: SwampConfig, settings: Mapping[str, Any]) -> SwampConfig:
@@ -207,6 +216,12 @@ def _warn_of_modes(model: nn.Module, template: nn.Module) -> None:
             f"{listed(left)} of the model are in evaluation mode, but model.train(), which is called before each "
             "training, puts them into training mode. To keep a layer in evaluation mode, override its train()."
         )
+
+
+def _warn_of_draws(splits: Splits, probe: Probe, config: SwampConfig) -> None:
+    """Warn if a run that may be resumed can't be repeated."""
+    for text in _unrepeatable(splits, probe) if config.run_dir is not None else ():
+        warn_user(f"{text}.")
 
 
 def _notes(model: nn.Module, probe: Probe) -> list[str]:

@@ -16,16 +16,19 @@ from swamp_fast.common.copying import attribute_tensors, attributes_with_graphs
 from swamp_fast.common.fingerprint import callable_parts, changed_parts, state_fingerprint
 from swamp_fast.common.format import dtype_name
 from swamp_fast.common.modes import KEPT_MODES
-from swamp_fast.common.tree import tensors, tree_map
+from swamp_fast.common.tree import tensors, tree_clone
 from swamp_fast.config import SwampConfig
+from swamp_fast.data.labels import check_labels
 from swamp_fast.data.store import Data, Stored
 from swamp_fast.particles.dropout import DropoutStream, refused_in_backward
 from swamp_fast.particles.random import generators_left_alone, generators_state, lane_keys, seed_generators, stream_of
-from swamp_fast.problem.arguments import Forward, Loss, Transform, cross_entropy
+from swamp_fast.problem.arguments import BatchTransform, Forward, Loss, Transform, cross_entropy, takes_targets
 from swamp_fast.problem.checks import check_recomputed, other_batch_size, particle_of
 from swamp_fast.problem.embeddings import NoSuchRow, indices_checked
 from swamp_fast.problem.gradients import check_gradients, gradients_restored, leaves_of
 from swamp_fast.problem.loss_mixing import warn_if_mixed
+from swamp_fast.problem.mixing import check_mixing
+from swamp_fast.problem.precision import weight_dtype
 from swamp_fast.problem.prunable import Prunable, Pruned, select_prunable
 from swamp_fast.problem.shapes import (
     check_class_axis,
@@ -106,7 +109,7 @@ def probe_model(
     config: SwampConfig,
     forward: Forward,
     loss: Loss,
-    transform: Transform | None,
+    transform: BatchTransform | None,
     prunable: Prunable,
 ) -> Probe:
     """Run a copy of the model on the first few samples, forward and backward, in train mode.
@@ -118,6 +121,7 @@ def probe_model(
     """
     keys = lane_keys([config.seed], [stream_of(None, 0)], data.device)
     trial = Trial(data, min(MAX_SAMPLES, data.length, config.batch_size), keys, forward, loss, transform)
+    check_mixing(config, trial.inputs, trial.targets, trial.samples)
     model = particle_of(template).train()
     with generators_left_alone(), _modes_kept():
         effects = _side_effects(original, model, trial, keys)
@@ -145,7 +149,7 @@ def probe_model(
 
 
 def check_single_sample(
-    template: nn.Module, data: Data, config: SwampConfig, forward: Forward, loss: Loss, transform: Transform | None
+    template: nn.Module, data: Data, config: SwampConfig, forward: Forward, loss: Loss, transform: BatchTransform | None
 ) -> None:
     """Raise ValueError if the model can't be trained on a batch of one sample, though it can be on two.
 
@@ -180,16 +184,14 @@ class Trial:
     """
 
     def __init__(
-        self, data: Data, samples: int, keys: Tensor, forward: Forward, loss: Loss, transform: Transform | None
+        self, data: Data, samples: int, keys: Tensor, forward: Forward, loss: Loss, transform: BatchTransform | None
     ) -> None:
         self.data, self.samples, self.keys = data, samples, keys
         self.forward, self.loss, self.transform = forward, loss, transform
-        order = torch.arange(samples, device=data.device)[None]
-        handle = next(iter(data.batches(order, keys, [(0, samples)])))
-        self.inputs, self.targets = data.fetch(handle, None).lane(0)
-        self.untransformed = self.inputs
+        self.untransformed = _first_samples(data, samples, keys)
+        self.inputs, self.targets = self.untransformed
         if transform is not None:
-            self.inputs = _transformed(transform, self.inputs)
+            self.inputs, self.targets = _transformed(transform, *self.untransformed)
         self.reads = ValueReads()
         self.uncertain = False
         self.parts: dict[str, dict[str, str]] = {}
@@ -206,12 +208,15 @@ class Trial:
         return outputs, losses.sum()
 
     def transform_repeats(self) -> bool:
-        """Whether the augmentation gives the same inputs again after the same seeding of the global generators."""
-        return self.transform is None or _same(self.inputs, _seeded_transform(self.transform, self.untransformed))
+        """Whether the transform gives the same batch again after the same seeding of the global generators."""
+        if self.transform is None:
+            return True
+        return _same((self.inputs, self.targets), _seeded_transform(self.transform, *self.untransformed))
 
     def callable_parts(self) -> dict[str, dict[str, str]]:
         """Return the hashes of the parts of `forward`, `loss` and `transform` as they are now."""
-        named = {"forward": self.forward, "loss": self.loss, "transform": self.transform}
+        transform = None if self.transform is None else self.transform.function
+        named = {"forward": self.forward, "loss": self.loss, "transform": transform}
         return {name: callable_parts(function) for name, function in named.items()}
 
     def call_state(self) -> dict[str, frozenset[str]]:
@@ -234,7 +239,8 @@ class Trial:
         if self.loss is cross_entropy or is_of_torch(self.loss):
             return
         others = self.targets
-        if isinstance(self.data, Stored):
+        as_stored = self.transform is None or not self.transform.takes_targets
+        if isinstance(self.data, Stored) and as_stored:
             evenly = torch.arange(self.samples, device=self.data.device) * (self.data.length - 1) // self.samples
             others = self.data.targets[self.data.length - 1 - evenly]
         try:
@@ -273,7 +279,10 @@ class Trial:
             ) from error
         if self.loss is cross_entropy:
             check_for_cross_entropy(outputs, self.targets)
-            self.data.check_labels(outputs.shape[1])
+            if self.transform is not None and self.transform.takes_targets:
+                check_labels("the targets that `transform` returns", self.targets, outputs.shape[1])
+            else:
+                self.data.check_labels(outputs.shape[1])
         elif is_of_torch(self.loss):
             check_class_axis(outputs, self.targets)
         return outputs
@@ -311,24 +320,57 @@ def other_size(samples: int, available: int) -> int | None:
     return samples - 1 if samples == 3 else None
 
 
-def _transformed(transform: Transform, inputs: Any) -> Any:
-    """Return a batch [B, ...] after the user's augmentation. Raises ValueError if the number of samples changed."""
-    out = _seeded_transform(transform, inputs)
-    expected, got = ({len(leaf) for leaf in tensors(tree) if leaf.dim()} for tree in (inputs, out))
-    if got != expected:
+def batch_transform(transform: Transform | None, data: Data, config: SwampConfig) -> BatchTransform | None:
+    """Return a user's transform in the form that takes inputs and targets; see `takes_targets`.
+
+    A transform of *args is called with the inputs of a few samples. If that raises, as with mixup and CutMix of
+    torchvision, it is given the targets, too.
+    """
+    if transform is None:
+        return None
+    takes, dtype = takes_targets(transform), weight_dtype(config)
+    if takes is None:
+        keys = lane_keys([config.seed], [stream_of(None, 0)], data.device)
+        first = _first_samples(data, min(MAX_SAMPLES, data.length, config.batch_size), keys)
+        try:
+            _seeded_transform(BatchTransform(transform, False, dtype), *first)
+            takes = False
+        except MISFITS:
+            takes = True
+    return BatchTransform(transform, takes, dtype)
+
+
+def _first_samples(data: Data, samples: int, keys: Tensor) -> tuple[Any, Any]:
+    """Return the inputs and targets of the first samples, without augmentation."""
+    order = torch.arange(samples, device=data.device)[None]
+    handle = next(iter(data.batches(order, keys, [(0, samples)])))
+    return data.fetch(handle, None).lane(0)
+
+
+def _transformed(transform: BatchTransform, inputs: Any, targets: Any) -> tuple[Any, Any]:
+    """Return a batch after the user's transform. Raises ValueError if it can't take it or changes its length."""
+    form = "`transform(inputs, targets)`" if transform.takes_targets else "`transform(inputs)`"
+    try:
+        out = _seeded_transform(transform, inputs, targets)
+    except MISFITS as error:
         raise ValueError(
-            f"`transform(inputs)` must return the same number of samples, got {shapes_of(out)} from "
-            f"{shapes_of(inputs)}."
-        )
+            f"{form} raises {type(error).__name__} for inputs {shapes_of(inputs)} and targets {shapes_of(targets)}: "
+            f"{error}"
+        ) from error
+    for given, returned in zip((inputs, targets), out, strict=True):
+        expected, got = ({len(leaf) for leaf in tensors(tree) if leaf.dim()} for tree in (given, returned))
+        if got != expected:
+            raise ValueError(
+                f"{form} must return the same number of samples, got {shapes_of(returned)} from {shapes_of(given)}."
+            )
     return out
 
 
-def _seeded_transform(transform: Transform, inputs: Any) -> Any:
+def _seeded_transform(transform: BatchTransform, inputs: Any, targets: Any) -> tuple[Any, Any]:
     with generators_left_alone():
         seed_generators(0)
-        given = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, inputs)
         try:
-            return transform(given)
+            return transform(tree_clone(inputs), tree_clone(targets))
         except MISFITS as error:
             raise ValueError(f"`transform` can't take inputs {shapes_of(inputs)}: {error}") from error
 
@@ -414,4 +456,8 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
 
 def _same(first: Any, second: Any) -> bool:
     pairs = list(zip(tensors(first), tensors(second), strict=True))
-    return all(a.shape == b.shape and torch.allclose(a, b, TOLERANCE, TOLERANCE, equal_nan=True) for a, b in pairs)
+    return all(a.shape == b.shape and _close(a, b) for a, b in pairs)
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a, b) if a.dtype == torch.bool else torch.allclose(a, b, TOLERANCE, TOLERANCE, equal_nan=True)

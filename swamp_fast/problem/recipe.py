@@ -49,7 +49,9 @@ class Recipe:
         score: score(weights [N, Q]) -> [Q], at least 0: the score of each prunable weight, by which the global
             threshold ranks them, from the N particles of a cycle.
         sample_weights: [n], at least 0: how often each training sample is drawn, in proportion. Each epoch draws as
-            many samples as there are, with replacement.
+            many samples as there are, with replacement. With a fraction as `val`, n counts all samples of `train`; the
+            weights of those that are held out are left out. A sample that is drawn again is augmented anew. The
+            statistics of norms are re-estimated on each training sample once.
 
     Raises TypeError for a part of another type.
     """
@@ -124,6 +126,11 @@ class Recipe:
                 )
             factors.append(float(factor))
         return tuple(factors)
+
+    def try_score(self, weights: Tensor) -> None:
+        """Compute the score of some weights [N, Q], if there is one. Raises what `scores` raises."""
+        if self.score is not None:
+            self.scores(weights)
 
     def scores(self, weights: Tensor) -> Tensor:
         """Return the score [Q] of the prunable weights [N, Q] of a cycle's particles.

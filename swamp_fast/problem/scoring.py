@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from swamp_fast.common.format import dtype_name
 from swamp_fast.config import SwampConfig
 from swamp_fast.data.labels import Labels
-from swamp_fast.data.store import Data, Stored
+from swamp_fast.data.store import Data, Stored, Streamed
 from swamp_fast.particles.dropout import DropoutStream
 from swamp_fast.particles.random import generators_left_alone, lane_keys, stream_of
-from swamp_fast.problem.arguments import Forward, Loss, cross_entropy
+from swamp_fast.problem.arguments import BatchTransform, Forward, Loss, cross_entropy
 from swamp_fast.problem.checks import particle_of
 from swamp_fast.problem.probe import MAX_SAMPLES, MISFITS, Trial
 from swamp_fast.problem.shapes import are_logits, class_axes, is_of_torch, shapes_of
@@ -28,9 +28,17 @@ LEVELS = (-5.0, 0.0, 5.0)
 
 
 def decide_labels(
-    template: nn.Module, splits: Mapping[str, Data], config: SwampConfig, forward: Forward, loss: Loss
+    template: nn.Module,
+    splits: Mapping[str, Data],
+    config: SwampConfig,
+    forward: Forward,
+    loss: Loss,
+    transform: BatchTransform | None,
 ) -> None:
     """Run a copy of the model, as in evaluation, on a few samples of each split, and set the split's `labels`.
+
+    Evaluation on train uses its targets as they are read, which need not be labels if the transform makes labels of
+    them.
 
     Raises ValueError if the model, the loss and the data of val or test don't fit together. Those of train need not
     fit, because no run evaluates on them.
@@ -40,10 +48,12 @@ def decide_labels(
         trial = Trial(data, min(MAX_SAMPLES, data.length, config.batch_size), keys, forward, loss, None)
         try:
             data.labels = labels_of(data, trial, evaluated(particle_of(template).eval(), trial))
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             if name != "train":
-                raise ValueError(f"in evaluation on `{name}`, {error}") from error
+                raise type(error)(f"in evaluation on `{name}`, {error}") from error
             data.labels = f"in evaluation, {error}"
+        if name == "train" and isinstance(data, Streamed) and transform is not None and transform.takes_targets:
+            data.classes = None
 
 
 def accuracy_lines(name: str, data: Data) -> list[str]:

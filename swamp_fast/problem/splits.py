@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -12,7 +13,7 @@ from torch import Tensor
 from swamp_fast.common.format import dtype_name
 from swamp_fast.common.tree import tree_map
 from swamp_fast.config import SwampConfig
-from swamp_fast.data.sources import Opened, Source, hold_out, open_source
+from swamp_fast.data.sources import Opened, Source, held_out, hold_out, open_source
 from swamp_fast.data.standardise import Standardise
 from swamp_fast.data.store import Built, Data, build
 
@@ -79,10 +80,10 @@ def open_splits(opened: Opened, test: object, val: object, data_dir: str | None)
     Raises ValueError for a split without samples.
     """
     train, val_source = opened.source, None
-    if isinstance(val, float | int) and not isinstance(val, bool):
+    if is_fraction(val):
         if len(train) == 0:
             raise ValueError("`train` is empty; at least one sample is needed.")
-        train, val_source = hold_out(train, float(val))
+        train, val_source = hold_out(train, float(val))  # type: ignore[arg-type]
     elif val is not None:
         val_source = open_source(val, "val", data_dir).source
     test_source = opened.test
@@ -94,6 +95,40 @@ def open_splits(opened: Opened, test: object, val: object, data_dir: str | None)
         if source is not None and len(source) == 0:
             raise ValueError(f"`{name}` is empty; at least one sample is needed.")
     return sources
+
+
+def is_fraction(val: object) -> bool:
+    """Whether `val` is the fraction of `train` to hold out."""
+    return isinstance(val, float | int) and not isinstance(val, bool)
+
+
+def trained_weights(given: object, opened: Opened, val: object) -> Tensor | None:
+    """Return the weights [n] float64 by which training samples are drawn, from the user's for all of `train`.
+
+    If `val` is a fraction, those of the samples that are held out are left out.
+
+    Raises TypeError or ValueError for weights that can't be used.
+    """
+    if given is None:
+        return None
+    try:
+        weights = torch.as_tensor(given).detach().cpu().double()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"`recipe`: sample_weights must be numbers, one per training sample: {error}") from error
+    samples = len(opened.source)
+    if weights.shape != (samples,):
+        raise ValueError(
+            f"`recipe`: sample_weights must have one number per sample of `train`, [{samples}], got "
+            f"{list(weights.shape)}. With a fraction as `val`, pass those of the held-out samples, too."
+        )
+    if is_fraction(val):
+        weights = weights[held_out(samples, float(val))[0]]  # type: ignore[arg-type]
+    if not bool(weights.isfinite().all()) or bool((weights < 0).any()) or not 0 < float(weights.sum()) < math.inf:
+        raise ValueError(
+            f"`recipe`: sample_weights must be finite, at least 0 and not all 0; got {float(weights.min())} … "
+            f"{float(weights.max())} with the sum {float(weights.sum())}."
+        )
+    return weights
 
 
 def build_splits(

@@ -38,7 +38,8 @@ class SweepProgress:
     def __init__(self, console: Console, problems: Mapping[int, Problem], runs: Sequence[SweptRun]) -> None:
         self.console, self.runs = console, runs
         self.unopened = {
-            number: total_particle_epochs(problem.config) * len(problem.bounds) for number, problem in problems.items()
+            number: total_particle_epochs(problem.config) * problem.steps_per_epoch
+            for number, problem in problems.items()
         }
         self.records: dict[int, Run] = {}
         self.run_console = SweepConsole(self._step)

@@ -16,7 +16,7 @@ from swamp_fast.data import samples as reading
 from swamp_fast.data.sources import Arrays, hold_out, open_source
 from swamp_fast.data.standardise import Standardise
 from swamp_fast.data.store import Stored, Streamed, batch_bounds, build, pass_in_stored_order
-from swamp_fast.particles.random import epoch_order, lane_keys, stream_of
+from swamp_fast.particles.random import epoch_order, lane_keys, later, stream_of
 
 CPU = torch.device("cpu")
 
@@ -151,6 +151,30 @@ def test_random_samples_are_streamed_and_repeat(workers):
         assert torch.equal(a.inputs[0], c.inputs[0])
     drawn = torch.cat([batch.inputs.flatten(0, 1) % 1 for batch in (*first, *later)])
     assert len({tuple(row.tolist()) for row in drawn}) == len(drawn)
+
+
+def drawn(data, order: torch.Tensor):
+    """Return the batches of an epoch for an order [2, 20] that may hold a sample several times."""
+    keys = lane_keys([5, 5], [stream_of(0, lane) for lane in range(2)], CPU)
+    handles = data.batches(order, keys, batch_bounds(20, 8), repeats=True)
+    return [data.fetch(handle, later(keys, batch), by_place=True) for batch, handle in enumerate(handles)]
+
+
+def test_samples_that_are_drawn_several_times(monkeypatch):
+    """Stored and streamed data give the same batches, in which a sample has its own draws each time."""
+    order = torch.tensor([[3] * 20, list(range(10)) * 2])
+    images, labels = pictures()
+    stored = ready((images, labels), "crop_flip").data
+    with monkeypatch.context() as small:
+        small.setattr(reading, "free_memory", lambda device: 100)
+        streamed = ready((images, labels), "crop_flip").data
+    for found, want in zip(drawn(streamed, order), drawn(stored, order), strict=True):
+        assert torch.equal(found.inputs, want.inputs)
+        assert torch.equal(found.targets, want.targets)
+    crops = torch.cat([batch.inputs[0] for batch in drawn(stored, order)])
+    assert len(crops.flatten(1).unique(dim=0)) > 10
+    noisy = torch.cat([batch.inputs[0] for batch in drawn(ready(Noisy()).data, order)])
+    assert len(noisy.unique(dim=0)) == 20
 
 
 class FlipsRarely(Dataset):

@@ -15,7 +15,7 @@ from torch import nn
 from swamp_fast import SwampResult, compare, fast_swamp, naive_swamp, sweep
 from swamp_fast.data import samples
 from swamp_fast.data.labels import Labels
-from swamp_fast.problem.metrics import Meter, check_names, ensemble_outputs, goodness, keys_of, names_in
+from swamp_fast.problem.metrics import Meter, checked_metrics, ensemble_outputs, goodness, keys_of, names_in
 from swamp_fast.report.write import write_report
 
 SETTINGS = {"batch_size": 32, "epochs": 4, "ticket_epochs": 1, "particles": 3, "cycles": 1, "progress": False}
@@ -282,7 +282,7 @@ def test_names_can_not_collide(digits):
     row = fast_swamp(Network(), *digits, val=0.2, **SETTINGS).history[-1]
     for key in (*row, *SETTINGS, "auto", "id", "error"):
         with pytest.raises(ValueError, match="would collide"):
-            check_names({key: right})
+            checked_metrics({key: right})
 
 
 def test_only_the_metric_of_select_by_is_part_of_a_run(digits, tmp_path):

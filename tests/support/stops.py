@@ -31,10 +31,10 @@ def before_steps(action=lambda trainer, step: None):
     """
     step, count = Trainer.step, [0]
 
-    def counted(trainer, handle):
+    def counted(trainer, *handles):
         action(trainer, count[0])
         count[0] += 1
-        step(trainer, handle)
+        step(trainer, *handles)
 
     Trainer.step = counted
     try:

@@ -43,9 +43,9 @@ class Folded:
 
     def backward(self, batch: Batch, step_keys: Tensor) -> Tensor:
         """As LaneRunner.backward."""
-        inputs = self._transformed(batch, step_keys)
+        inputs, targets = self._batch(batch, step_keys)
         with DropoutStream(step_keys, _rows(inputs)), self.problem.autocast():
-            losses = self._losses(self.problem.forward(self.module, inputs), batch.targets)
+            losses = self._losses(self.problem.forward(self.module, inputs), targets)
         self.problem.backward(losses.sum(), self.leaves)
         return losses.detach()
 
@@ -77,13 +77,16 @@ class Folded:
             for name, buffer in self.problem.template.named_buffers()
         }
 
-    def _transformed(self, batch: Batch, step_keys: Tensor) -> Any:
-        if self.problem.transform is None:
-            return self._formatted(tree_map(lambda leaf: leaf.flatten(0, 1), batch.inputs))
-        inputs = [
-            self.problem.transformed(batch.lane(lane)[0], step_keys[lane : lane + 1]) for lane in range(self.lanes)
-        ]
-        return self._formatted(tree_map(lambda *leaves: torch.cat(leaves), *inputs))
+    def _batch(self, batch: Batch, step_keys: Tensor) -> tuple[Any, list[Any]]:
+        """The inputs [L*B, ...] of all lanes, and the targets of each lane."""
+        lanes = [batch.lane(lane) for lane in range(self.lanes)]
+        if self.problem.batches_as_stored:
+            inputs = tree_map(lambda leaf: leaf.flatten(0, 1), batch.inputs)
+        else:
+            keys = step_keys.split(1)
+            lanes = [self.problem.particle_batch(*pair, key) for pair, key in zip(lanes, keys, strict=True)]
+            inputs = tree_map(lambda *leaves: torch.cat(leaves), *(inputs for inputs, _ in lanes))
+        return self._formatted(inputs), [targets for _, targets in lanes]
 
     def _formatted(self, inputs: Any) -> Any:
         return to_channels_last(inputs) if self.channels_last else inputs
@@ -94,10 +97,10 @@ class Folded:
             outputs,
         )
 
-    def _losses(self, outputs: Any, targets: Any) -> Tensor:
+    def _losses(self, outputs: Any, targets: list[Any]) -> Tensor:
         lanes = [
-            self.problem.losses(self._lane(outputs, lane), tree_map(lambda leaf, i=lane: leaf[i], targets)).mean()
-            for lane in range(self.lanes)
+            self.problem.losses(self._lane(outputs, lane), lane_targets).mean()
+            for lane, lane_targets in enumerate(targets)
         ]
         return torch.stack(lanes)
 

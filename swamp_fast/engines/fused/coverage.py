@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from swamp_fast.common.copying import copy_of
+from swamp_fast.common.tree import tree_clone
 from swamp_fast.engines.fused.plan import Convolution, Plan
 from swamp_fast.engines.fused.trace import NotCovered, plan_of
 from swamp_fast.engines.lane_optimizers import why_not_without_closure
@@ -19,8 +22,8 @@ def fused_plan(problem: Problem) -> Plan | str:
     reason = _why_not_here(problem) or _why_not_this_forward(problem)
     if reason is not None:
         return reason
-    inputs = _first_inputs(problem)
-    if _transform_reshapes(problem, inputs):
+    inputs, targets = _first_batch(problem)
+    if _transform_reshapes(problem, inputs, targets):
         return "the transform changes the shape of its inputs"
     try:
         plan = plan_of(problem.template, problem.forward, inputs)
@@ -55,20 +58,19 @@ def _why_not_this_forward(problem: Problem) -> str | None:
     return None
 
 
-def _first_inputs(problem: Problem) -> Tensor:
-    """The inputs [B, ...] of one lane's first batch."""
+def _first_batch(problem: Problem) -> tuple[Any, Any]:
+    """The inputs and targets [B, ...] of one lane's first batch."""
     keys = torch.zeros(1, 3, dtype=torch.int64, device=problem.device)
     order = torch.arange(problem.train.length, device=problem.device)[None]
     handle = next(iter(problem.train.batches(order, keys, [problem.bounds[0]])))
-    inputs: Tensor = problem.train.fetch(handle, None).lane(0)[0]
-    return inputs
+    return problem.train.fetch(handle, None).lane(0)
 
 
-def _transform_reshapes(problem: Problem, inputs: Tensor) -> bool:
+def _transform_reshapes(problem: Problem, inputs: Any, targets: Any) -> bool:
     if problem.transform is None or not isinstance(inputs, Tensor):
         return False
     with generators_left_alone():
-        return bool(problem.transform(inputs.clone()).shape != inputs.shape)
+        return bool(problem.transform(tree_clone(inputs), tree_clone(targets))[0].shape != inputs.shape)
 
 
 def _why_not_these_parameters(problem: Problem, plan: Plan) -> str | None:

@@ -71,8 +71,7 @@ class CpuLanes:
         losses = []
         for lane in range(len(self.modules)):
             key = step_keys[lane : lane + 1]
-            inputs, targets = batch.lane(lane)
-            inputs = self.problem.transformed(inputs, key)
+            inputs, targets = self.problem.particle_batch(*batch.lane(lane), key)
             program = self.programs.of(len(inputs), trains=True)
             outputs = self._run(program, lane, inputs, key).requires_grad_()
             loss = self.problem.losses(outputs.clone(), targets).mean()  # a loss may change its arguments

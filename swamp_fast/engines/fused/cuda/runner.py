@@ -165,7 +165,7 @@ class CudaLanes:
 
         The group's feature maps are freed on return.
         """
-        inputs, targets = self._inputs(batch, step_keys, lanes), batch.targets[lanes]
+        inputs, targets = self._batch(batch, step_keys, lanes)
         run, outputs = self._run(lanes, inputs, step_keys[lanes], keep=True)
         losses, out_grad = self._losses(outputs, targets)
         with torch.no_grad():
@@ -194,16 +194,16 @@ class CudaLanes:
         step = min(lanes, size or lanes)
         return [slice(begin, min(lanes, begin + step)) for begin in range(0, lanes, step)]
 
-    def _inputs(self, batch: Batch, step_keys: Tensor, lanes: slice) -> Tensor:
-        """The inputs [L, B, ...] of some lanes, after the user's transform."""
-        if self.problem.transform is None:
-            inputs: Tensor = batch.inputs[lanes]
-            return inputs
-        transformed = [
-            self.problem.transformed(batch.lane(lane)[0], step_keys[lane : lane + 1])
+    def _batch(self, batch: Batch, step_keys: Tensor, lanes: slice) -> tuple[Tensor, Any]:
+        """The inputs [L, B, ...] of some lanes, and their targets: a tensor [L, B, ...], or a list of each lane's."""
+        if self.problem.batches_as_stored:
+            return batch.inputs[lanes], batch.targets[lanes]
+        of_lanes = [
+            self.problem.particle_batch(*batch.lane(lane), step_keys[lane : lane + 1])
             for lane in range(lanes.start, lanes.stop)
         ]
-        return torch.stack(transformed)
+        inputs, targets = (list(each) for each in zip(*of_lanes, strict=True))
+        return torch.stack(inputs), torch.stack(targets) if isinstance(targets[0], Tensor) else targets
 
     def _run(self, lanes: slice, inputs: Tensor, keys: Tensor | None, keep: bool) -> tuple[Pass, Tensor]:
         """Run the forward pass of some lanes; returns the pass and its outputs.
@@ -242,7 +242,8 @@ class CudaLanes:
 
         A user-defined loss is called once per lane, because it may combine the samples of a batch.
         """
-        if self.problem.loss is cross_entropy and outputs.dim() == 3 and targets.dtype == torch.int64:
+        labels = isinstance(targets, Tensor) and targets.dtype == torch.int64
+        if self.problem.loss is cross_entropy and outputs.dim() == 3 and labels:
             kernels = triton_kernels("loss")
             if outputs.shape[2] <= kernels.MAX_CLASSES:
                 result: tuple[Tensor, Tensor] = kernels.cross_entropy(outputs.contiguous(), targets.contiguous())
