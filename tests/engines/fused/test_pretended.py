@@ -17,7 +17,7 @@ from skips import HAS_A_GPU, HAS_GPU
 from stops import ALWAYS, Interrupted, before_steps, stop_at
 
 from benchmarks import protocol
-from swamp_fast import fast_swamp, naive_swamp, sweep
+from swamp_fast import Recipe, fast_swamp, naive_swamp, sweep
 from swamp_fast.analysis import Analysis, barrier_matrix, ensemble, hessian_trace, loss_barrier
 from swamp_fast.engines.eager.fastest import fastest_choice
 from swamp_fast.engines.fused.coverage import fused_plan
@@ -154,6 +154,24 @@ def test_streamed_data_and_a_user_s_transform(digits):
     with gpu():
         result = fast_swamp(networks.build("residual"), train, test, **ON_GPU | settings)
     assert not result.engine["cuda_graph"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "why_not"),
+    [
+        ({"mixup": 0.5, "cutmix": 1.0}, "mixup and CutMix draw on the host"),
+        ({"mixup": 0.5, "accumulate": 2}, "a step takes several batches"),
+        ({"shared_order": True, "augment": "crop_flip"}, None),
+        ({"recipe": Recipe(sample_weights=torch.arange(160) % 7), "augment": "crop_flip"}, None),
+    ],
+)
+def test_batches_on_a_gpu(settings, why_not, digits):
+    """Draws of samples are captured; mixing and accumulation are not."""
+    model = networks.build("residual")
+    with gpu():
+        fast = fast_swamp(model, *digits, **ON_GPU | settings, engine="eager:fold")
+    assert fast.engine["no_cuda_graph"] == why_not
+    same(fast, naive_swamp(model, *digits, **ON_GPU | settings | {"device": "cpu"}))
 
 
 def test_a_stopped_run_and_a_packed_sweep_go_on_to_what_an_unstopped_one_gives(digits, tmp_path, monkeypatch):
