@@ -79,9 +79,7 @@ def prepare(
     config = _with_batch_size_of(opened, config, settings)
     like = None if standardise is None else Standardise.of(standardise)
     splits = build_splits(open_splits(opened, test, arguments.val, config.data_dir), config, device, dtype, like)
-    check_batches(splits.train.data.length, config, opened.drop_last)
-    steps_per_epoch = steps_of(splits.train.data.length, config, opened.drop_last)
-    check_average(config, steps_per_epoch)
+    steps_per_epoch = _checked_steps(splits.train.data.length, config, opened.drop_last)
     sample_weights = trained_weights(recipe.sample_weights, opened, arguments.val)
     transform = batch_transform(arguments.transform, splits.train.data, config)
 
@@ -94,15 +92,14 @@ def prepare(
     check_splits(splits)
     decide_labels(template, splits.named, config, forward, loss, transform)
     check_metrics(template, splits.named, config, forward, loss, metrics)
-    _warn_of_modes(model, template)
-    _warn_of_draws(splits, probe, config)
+    _show_warnings(model, template, splits, probe, config)
     hashes = splits.fingerprints()
     check_validation(hashes, config)
 
     rates = rates_of_parameters(template, config)
     layout = Layout.of(trained_parameters(template).items(), probe.prunable, rates)
     mask = _first_mask(layout, config, arguments.initial_masks, device)
-    recipe.try_score(torch.randn(config.particles_at(0), layout.weights, dtype=dtype, device=device))
+    recipe.try_score(config.particles_at(0), layout.weights, dtype, device)
     return Problem(
         config=config,
         original=model,
@@ -136,6 +133,14 @@ def prepare(
             **_recipe_fingerprints(arguments, config),
         },
     )
+
+
+def _checked_steps(samples: int, config: SwampConfig, drop_last: bool) -> int:
+    """Return the number of steps of an epoch. Raises ValueError if batches or the average don't fit it."""
+    check_batches(samples, config, drop_last)
+    steps = steps_of(samples, config, drop_last)
+    check_average(config, steps)
+    return steps
 
 
 def _callable_fingerprints(arguments: Arguments, forward: Forward, loss: Loss, probe: Probe) -> dict[str, str | None]:
@@ -204,6 +209,13 @@ def _first_mask(
     return mask
 
 
+def _show_warnings(model: nn.Module, template: nn.Module, splits: Splits, probe: Probe, config: SwampConfig) -> None:
+    """Warn of layers in evaluation mode, and of data and transforms that keep a run from being resumed exactly."""
+    _warn_of_modes(model, template)
+    for text in _unrepeatable(splits, probe) if config.run_dir is not None else ():
+        warn_user(f"{text}.")
+
+
 def _warn_of_modes(model: nn.Module, template: nn.Module) -> None:
     """Warn if the user put layers into evaluation mode that train() puts back into training mode."""
     evaluated = [name for name, module in model.named_modules() if not (module.training or list(module.children()))]
@@ -216,12 +228,6 @@ def _warn_of_modes(model: nn.Module, template: nn.Module) -> None:
             f"{listed(left)} of the model are in evaluation mode, but model.train(), which is called before each "
             "training, puts them into training mode. To keep a layer in evaluation mode, override its train()."
         )
-
-
-def _warn_of_draws(splits: Splits, probe: Probe, config: SwampConfig) -> None:
-    """Warn if a run that may be resumed can't be repeated."""
-    for text in _unrepeatable(splits, probe) if config.run_dir is not None else ():
-        warn_user(f"{text}.")
 
 
 def _notes(model: nn.Module, probe: Probe) -> list[str]:

@@ -369,10 +369,7 @@ def _transformed(transform: BatchTransform, inputs: Any, targets: Any) -> tuple[
 def _seeded_transform(transform: BatchTransform, inputs: Any, targets: Any) -> tuple[Any, Any]:
     with generators_left_alone():
         seed_generators(0)
-        try:
-            return transform(tree_clone(inputs), tree_clone(targets))
-        except MISFITS as error:
-            raise ValueError(f"`transform` can't take inputs {shapes_of(inputs)}: {error}") from error
+        return transform(tree_clone(inputs), tree_clone(targets))
 
 
 @contextmanager

@@ -127,10 +127,11 @@ class Recipe:
             factors.append(float(factor))
         return tuple(factors)
 
-    def try_score(self, weights: Tensor) -> None:
-        """Compute the score of some weights [N, Q], if there is one. Raises what `scores` raises."""
+    def try_score(self, particles: int, prunable: int, dtype: torch.dtype, device: torch.device) -> None:
+        """Compute the score of random weights [N, Q], if there is one. Raises what `scores` raises."""
         if self.score is not None:
-            self.scores(weights)
+            generator = torch.Generator().manual_seed(0)
+            self.scores(torch.randn(particles, prunable, generator=generator, dtype=dtype).to(device))
 
     def scores(self, weights: Tensor) -> Tensor:
         """Return the score [Q] of the prunable weights [N, Q] of a cycle's particles.

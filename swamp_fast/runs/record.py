@@ -384,7 +384,7 @@ class Run:
         together = (self.config.run_dir is None, self.config.on_divergence)
         own = {"the settings": (run_id({**self.about, "fingerprints": {}}), together), **self.problem.fingerprints}
         first_ranks = self.ranks.broadcast_from_first(lambda: own)
-        differences = [name for name, value in own.items() if first_ranks[name] != value]
+        differences = [name for name in {**own, **first_ranks} if first_ranks.get(name) != own.get(name)]
         rank = self.ranks.all_reduce_max([self.ranks.rank if differences else 0])[0]
         if rank:
             names = ", ".join(FINGERPRINT_NAMES.get(name, name) for name in differences)

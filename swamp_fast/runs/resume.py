@@ -89,8 +89,8 @@ def refuse_another(folder: RunDirectory, there: dict[str, Any], config: SwampCon
     differences += _differences_of_length(before, config, folder.cycles_done())
     differences += [
         f"{FINGERPRINT_NAMES[name]} differ{'s' if name in SINGULAR else ''}"
-        for name, value in about["fingerprints"].items()
-        if there["fingerprints"].get(name) != value
+        for name in {**about["fingerprints"], **there["fingerprints"]}
+        if there["fingerprints"].get(name) != about["fingerprints"].get(name)
     ]
     if there["driver"] != about["driver"]:
         differences.append(f"it was computed by {there['driver']}")
@@ -259,7 +259,7 @@ def _warn(found: Found, text: str) -> None:
 
 # Fingerprint -> its name in error messages.
 FINGERPRINT_NAMES = {
-    **{name: f"the {name}" for name in ("model", "forward", "loss", "transform")},
+    **{name: f"the {name}" for name in ("model", "forward", "loss", "transform", "recipe")},
     "train": "the training data",
     "val": "the validation data",
     "test": "the test data",
@@ -268,4 +268,4 @@ FINGERPRINT_NAMES = {
     "drop_last": "drop_last",
     "select_by": "the metric of select_by",
 }
-SINGULAR = ("model", "forward", "loss", "transform", "drop_last", "select_by")
+SINGULAR = ("model", "forward", "loss", "transform", "recipe", "drop_last", "select_by")

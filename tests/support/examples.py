@@ -45,7 +45,8 @@ def ignored(model: nn.Module, train: object, recipe: dict[str, Any], **arguments
         if name in NEEDED or recipe[name] == default_of(name) or (name, recipe[name]) == ("average", "none"):
             continue
         left_out = {name, *(other for other, (setting, _) in EFFECTIVE_WITH.items() if setting == name)}
-        without = trained({other: value for other, value in recipe.items() if other not in left_out})
-        if all(torch.equal(a, b) for a, b in zip(whole, without, strict=True)):
+        without = {other: value for other, value in recipe.items() if other not in left_out}
+        without |= {"schedule": "constant"} if name == "schedule" else {}  # "auto" may be the recipe's own
+        if all(torch.equal(a, b) for a, b in zip(whole, trained(without), strict=True)):
             same.append(name)
     return same
