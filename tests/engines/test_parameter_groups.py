@@ -150,11 +150,11 @@ def test_packed_runs_on_a_gpu_have_segments_of_their_own(engine, digits, monkeyp
     points = [{"seed": 0}, {"seed": 1, "weight_decay": 0.1, "lr": 0.2}]
     with gpu(triton=engine == "fused"):
         runs = sweep(model, *data, points, **settings, engine=engine, device="cuda").runs
+        ends = [bank.segment_ends.tolist() for bank in banks if len(bank.configs) > 1]
     for run, point in zip(runs, points, strict=True):
         assert run.error is None
         same(run.result, naive_swamp(model, *data, **settings | point))
     if engine == "fused":
-        ends = [bank.segment_ends.tolist() for bank in banks if len(bank.configs) > 1]
         assert len(ends) == 4  # for the ticket and three cycles
         assert ends[0][0] == ends[0][1]
         assert ends[-1][0] != ends[-1][1]
