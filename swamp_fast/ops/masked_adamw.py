@@ -50,7 +50,7 @@ def masked_adamw_(
     grad_scale    [L]     float64, the factor of each lane's gradient (see clip_scale); None for 1
     swa           [L, P]  the running mean of the weights, changed in place, or None
     swa_weight    [L]     float64, 1 / (number of samples in the mean, with this one); with 0 a lane's mean stays
-    segment_ends  [R, S]  int64, the index after each segment in the vector of a run, the last one is P; None for one
+    segment_ends  [R, S]  int64, the end of each segment in the vector of a run, the last is P; None for one segment
 
     Raises ValueError or TypeError if a shape, dtype or device is wrong.
     Source: Loshchilov and Hutter 2019, arXiv 1711.05101, algorithm 2. The rounding is that of torch.optim.AdamW.

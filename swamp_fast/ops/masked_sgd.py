@@ -45,7 +45,7 @@ def masked_sgd_(
     grad_scale       [L]     float64, the factor of each lane's gradient (see clip_scale); None for 1
     swa              [L, P]  the running mean of the weights, changed in place, or None
     swa_weight       [L]     float64, 1 / (number of samples in the mean, with this one); with 0 a lane's mean stays
-    segment_ends     [R, S]  int64, the index after each segment in the vector of a run, the last one is P; None for one
+    segment_ends     [R, S]  int64, the end of each segment in the vector of a run, the last is P; None for one segment
 
     Raises ValueError or TypeError if a shape, dtype or device is wrong.
     Source: torch.optim.SGD (dampening 0); Izmailov et al. 2018, arXiv 1803.05407, for the running mean.

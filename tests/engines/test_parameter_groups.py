@@ -6,10 +6,13 @@ import networks
 import pytest
 import torch
 from equality import same
+from pretended import gpu
+from skips import HAS_A_GPU, HAS_GPU
 from stops import ALWAYS, Interrupted, before_steps, stop_at
 
 from benchmarks.durability import same_bits
 from swamp_fast import fast_swamp, naive_swamp, sweep
+from swamp_fast.engines.fused.compact import CompactBank
 from swamp_fast.studies import packing
 
 GROUPS = [
@@ -125,6 +128,36 @@ def test_runs_with_equal_groups_share_a_bank(engine, digits, monkeypatch):
         alone = fast_swamp(model, *digits, **settings | point)
         assert all(torch.equal(value, run.result.state_dict[name]) for name, value in alone.state_dict.items())
         assert all(torch.equal(value, run.result.masks[name]) for name, value in alone.masks.items())
+
+
+@pytest.mark.skipif(HAS_GPU, reason=HAS_A_GPU)
+@pytest.mark.parametrize("engine", ["eager:fold", "fused"])
+def test_packed_runs_on_a_gpu_have_segments_of_their_own(engine, digits, monkeypatch):
+    """The masks of runs that share a compact bank end its segments at different places."""
+    monkeypatch.setattr(packing, "runs_at_once", lambda engine, problems: (len(problems), "forced"))
+    banks = []
+    monkeypatch.setattr(
+        CompactBank, "rewind_", lambda bank, *given, own=CompactBank.rewind_: banks.append(bank) or own(bank, *given)
+    )
+    (inputs, targets), (test_inputs, test_targets) = digits
+    data = (inputs[:24, :, ::2, ::2], targets[:24]), (test_inputs[:4, :, ::2, ::2], test_targets[:4])
+    model = torch.nn.Sequential(
+        torch.nn.Flatten(), *(torch.nn.Linear(16, 16), torch.nn.ReLU()), torch.nn.Linear(16, 16), torch.nn.ReLU(),
+        torch.nn.Linear(16, 10),
+    )  # fmt: skip
+    settings = SETTINGS | {"epochs": 2, "batch_size": 12, "particles": 2, "decay_norms_and_biases": False}
+    settings["groups"] = [{"params": "1.*", "lr": 0.3}, {"params": "3.weight", "weight_decay": 0.05}]
+    points = [{"seed": 0}, {"seed": 1, "weight_decay": 0.1, "lr": 0.2}]
+    with gpu(triton=engine == "fused"):
+        runs = sweep(model, *data, points, **settings, engine=engine, device="cuda").runs
+        ends = [bank.segment_ends.tolist() for bank in banks if len(bank.configs) > 1]
+    for run, point in zip(runs, points, strict=True):
+        assert run.error is None
+        same(run.result, naive_swamp(model, *data, **settings | point))
+    if engine == "fused":
+        assert len(ends) == 4  # for the ticket and three cycles
+        assert ends[0][0] == ends[0][1]
+        assert ends[-1][0] != ends[-1][1]
 
 
 BAD = [
