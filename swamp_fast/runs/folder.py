@@ -360,14 +360,23 @@ class RunDirectory:
 
 def run_id(about: Mapping[str, Any]) -> str:
     """Return a hash of everything that determines a run's results."""
-    return _hash_of(about, SwampConfig.of(None, about["config"]).identity())
+    return _hash_of(about, _changed(SwampConfig.of(None, about["config"])))
 
 
 def origin_id(about: Mapping[str, Any]) -> str:
     """Return a hash of everything that determines the results of a run's first cycles, however many it has."""
     config = SwampConfig.of(None, about["config"])
-    settings = {name: value for name, value in config.identity().items() if name not in LENGTH_SETTINGS}
+    settings = {name: value for name, value in _changed(config).items() if name not in LENGTH_SETTINGS}
     return _hash_of(about, {**settings, "particles": config.particles_at(0)})
+
+
+def _changed(config: SwampConfig) -> dict[str, Any]:
+    """Return the settings that decide what a run computes, without those at their defaults.
+
+    So a setting that a later version adds doesn't turn the runs of earlier versions into others.
+    """
+    defaults = SwampConfig().identity()
+    return {name: value for name, value in config.identity().items() if value != defaults[name]}
 
 
 def _hash_of(about: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
