@@ -127,7 +127,7 @@ def test_save_and_load(digits, tmp_path):
     assert torch.equal(full.at(1)[0](inputs), result.at(1)[0](inputs))
     bare.save(tmp_path / "b")
     same(SwampResult.load(tmp_path / "b"), result)
-    with pytest.raises(IndexError, match="the run has cycles 0 … 3, got 4"):
+    with pytest.raises(IndexError, match="`cycle` must lie in 0 … 3, got 4"):
         result.at(4)
     with pytest.raises(ValueError, match=r"doesn't fit this run: the model lacks \['conv.weight'"):
         SwampResult.load(tmp_path / "a", networks.build("tied"))
