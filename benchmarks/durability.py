@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from benchmarks.measuring import ROOT, header, summary, write
 from benchmarks.steps import random_pictures
-from swamp_fast import SwampConfig, SwampResult, fast_swamp
+from swamp_fast import Recipe, SwampConfig, SwampResult, fast_swamp
 from swamp_fast.common.timing import Stopwatch
 from swamp_fast.cycle.training import Watch
 from swamp_fast.models import build_model
@@ -56,11 +56,70 @@ class Small(nn.Sequential):
         )
 
 
-def small_run(engine: str, folder: str, device: str = "cpu", minutes: float = 1e-6, **changed: Any) -> None:
-    """Do a small run on one engine, or on both if `engine` is SWITCHING; by default with a checkpoint at each step."""
+class Ascent(torch.optim.SGD):
+    """SGD whose gradient is taken a step uphill, as in SAM (2010.01412), so its step needs a closure."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Take a step."""
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        before = [p.clone() for p in parameters]
+        for p in parameters:
+            p.add_(p.grad, alpha=0.05)
+        closure()
+        for p, value in zip(parameters, before, strict=True):
+            p.copy_(value)
+        super().step()
+
+
+def noisy(inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a batch with noise from torch's generator."""
+    return inputs + 0.1 * torch.randn_like(inputs), targets
+
+
+# What a call may add to a plain run: name -> arguments. "closure" runs on the eager engine only.
+RECIPES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "schedules": {
+        "schedule": "step",
+        "step_epochs": 1,
+        "warmup_epochs": 0.3,
+        "average": "ema",
+        "ema_decay": 0.8,
+        "average_every": 3,
+        "swa_start": 0.0,
+    },
+    "groups": {"groups": [{"params": "0.*", "lr": 0.5, "weight_decay": 0.0}], "decay_norms_and_biases": False},
+    "data": {
+        "mixup": 0.4,
+        "cutmix": 1.0,
+        "accumulate": 2,
+        "transform": noisy,
+        "shared_order": True,
+        "recipe": Recipe(sample_weights=[1.0, 2.0] * 719),
+    },
+    "optimizer": {"recipe": Recipe(optimizer=lambda named: torch.optim.NAdam([p for _, p in named]))},
+    "closure": {"recipe": Recipe(optimizer=lambda named: Ascent([p for _, p in named], lr=0.05, momentum=0.9))},
+    "metrics": {
+        "metrics": {"margin": lambda outputs, targets: outputs.amax(1)},
+        "select_by": "margin",
+        "combine": "best",
+        "val": 0.1,
+    },
+}
+
+
+def small_run(
+    engine: str, folder: str, device: str = "cpu", minutes: float = 1e-6, recipe: str = "plain", **changed: Any
+) -> None:
+    """Do a small run on one engine, or on both if `engine` is SWITCHING; by default with a checkpoint at each step.
+
+    recipe  a key of RECIPES
+    """
     torch.set_num_threads(1)
     settings: dict[str, Any] = {**SMALL, "engine": SWITCHING if engine == "by density" else engine, "device": device}
     settings |= {"progress": False, **changed}
+    settings |= RECIPES[recipe]
     result = fast_swamp(Small(), "digits", run_dir=folder, checkpoint_minutes=minutes, **settings)
     if result.engine["engine"] != engine:
         raise ValueError(f"expected the {engine} engine to run, but {result.engine['engine']} did.")
@@ -83,19 +142,27 @@ class Crashes:
     equal: int = 0
 
 
-def crash(engine: str, folder: Path, times: int, seed: int, device: str = "cpu", by: int = signal.SIGKILL) -> Crashes:
+def crash(
+    engine: str,
+    folder: Path,
+    times: int,
+    seed: int,
+    device: str = "cpu",
+    by: int = signal.SIGKILL,
+    recipe: str = "plain",
+) -> Crashes:
     """Interrupt runs at random moments, `times` times in total, and restart each run until it is complete."""
     context, chance, crashes = forkserver(), random.Random(seed), Crashes(engine)
     ready = context.Process(target=time.sleep, args=(0,))  # once it has ended, the forkserver has imported everything
     ready.start()
     ready.join()
     whole, watch = folder / "whole", Stopwatch()
-    join(start(context, engine, whole, device))
+    join(start(context, engine, whole, device, recipe))
     seconds = watch.seconds
     number = 0
     while True:
         cut = folder / f"cut {number}"
-        process = start(context, engine, cut, device)
+        process = start(context, engine, cut, device, recipe)
         if len(crashes.moments) < times:
             process.join(chance.uniform(0, seconds))
             if process.is_alive():
@@ -125,9 +192,9 @@ def forkserver() -> ForkServerContext:
     return context
 
 
-def start(context: ForkServerContext, engine: str, folder: Path, device: str) -> ForkServerProcess:
+def start(context: ForkServerContext, engine: str, folder: Path, device: str, recipe: str) -> ForkServerProcess:
     """Start a process that starts the run or resumes it."""
-    process = context.Process(target=small_run, args=(engine, str(folder), device))
+    process = context.Process(target=small_run, args=(engine, str(folder), device, 1e-6, recipe))
     process.start()
     return process
 

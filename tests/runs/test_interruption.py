@@ -19,7 +19,7 @@ from stops import ALWAYS, MODES, Interrupted, before_steps, stop_at
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from benchmarks.durability import crash, same_bits
+from benchmarks.durability import RECIPES, crash, same_bits
 from swamp_fast import SwampConfig, fast_swamp
 from swamp_fast.data import samples
 from swamp_fast.engines.fused.compact import Compact, CompactBank
@@ -138,6 +138,16 @@ def test_stopped_at_many_random_moments(engine, by, times, tmp_path):
     print(f"{engine}, signal {by}: {crashes}")
     assert len(crashes.moments) == times
     assert crashes.equal == crashes.ended
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("engine", "recipe"),
+    [(engine, name) for engine in ("eager", "fused") for name in RECIPES if (engine, name) != ("fused", "closure")],
+)
+def test_recipes_killed_at_random_moments(engine, recipe, tmp_path):
+    crashes = crash(engine, tmp_path, times=5, seed=3, recipe=recipe)
+    assert (len(crashes.moments), crashes.equal) == (5, crashes.ended), crashes
 
 
 @pytest.mark.parametrize(("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
