@@ -79,8 +79,12 @@ class Recipe:
                 if getattr(config, name) != default_of(name):
                     raise ValueError(
                         f"`{name}` = {getattr(config, name)!r} has no effect beside a recipe with {part}=...; leave "
-                        f"one of them out."
+                        "one of them out."
                     )
+        if self.score is not None and config.combine == "best":
+            raise ValueError(
+                '`recipe`: a score ranks by all particles, but combine="best" keeps one of them; set combine="mean".'
+            )
 
     def optimizers(self, parameters: Mapping[str, nn.Parameter]) -> list[Optimizer]:
         """Make the optimizers of one particle, whose trained parameters are given by name.

@@ -164,6 +164,7 @@ def test_the_score_ranks_the_weights(digits):
         ({"schedule": lambda step, steps: None}, {}, ValueError, "got None"),
         ({"score": lambda weights: weights}, {}, TypeError, r"score must return a tensor \[Q\]"),
         ({"score": lambda weights: weights.mean(0)}, {}, ValueError, "at least 0"),
+        ({"score": lambda weights: weights.abs()}, {"combine": "best", "val": 0.2}, ValueError, "keeps one of them"),
         ({"score": 3}, {}, TypeError, "score must be callable"),
         ({"optimizer": torch.optim.SGD(OTHER.parameters(), lr=0.1)}, {}, TypeError, "must be a function|callable"),
     ],
