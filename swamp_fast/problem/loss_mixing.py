@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from swamp_fast.common.tree import tree_leaves, tree_map
+from swamp_fast.common.tree import tree_clone, tree_leaves, tree_map
 from swamp_fast.common.warn import warn_user
 from swamp_fast.particles.dropout import DropoutStream
 from swamp_fast.particles.random import generators_left_alone, seed_generators
@@ -34,7 +34,7 @@ def warn_if_mixed(loss: Loss, outputs: Any, targets: Any, others: Any, samples: 
     def losses_of(outputs: Any, targets: Any) -> Tensor:
         seed_generators(0)
         with DropoutStream(keys):
-            return loss(outputs, targets)[:half].detach()
+            return loss(tree_clone(outputs), tree_clone(targets))[:half].detach()  # a loss may change its arguments
 
     def replaced(leaf: Tensor, other: Tensor) -> Tensor:
         return torch.cat([leaf[:half], other.flip(0)[half:]])

@@ -36,8 +36,9 @@ def write_report(directory: str | Path, model: str | None = None, model_args: Ma
     folder = checked_path("directory", directory)
     if model is not None:
         checked("model", model, str, advice="It is the network's name for `--model`, not the network.")
+    arguments = {} if model_args is None else dict(checked("model_args", model_args, Mapping))
     try:
-        page = _page_of(folder, model, dict(model_args or {}))
+        page = _page_of(folder, model, arguments)
         html = page.html()
     except (KeyError, IndexError, TypeError, AttributeError) as error:
         sources = next(names for names in SOURCES if (folder / names[0]).exists())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -95,8 +96,20 @@ class Events:
 
     def _write(self, tag: str, value: float, step: int) -> None:
         if self.writer is None:  # made here, so that reopening a finished run writes no file
+            _wait_for_a_later_name(self.folder)
             self.writer = self.make(str(self.folder), purge_step=self.done + 1)
         self.writer.add_scalar(tag, value, step)
+
+
+def _wait_for_a_later_name(folder: Path) -> None:
+    """Wait until a new event file comes after the others, which TensorBoard reads in the order of their names.
+
+    A name begins with the second in which the file was made. Two of one process and second would be ordered by a
+    counter, as text: 10 before 9.
+    """
+    seconds = [int(path.name.split(".")[3]) for path in folder.glob("events.out.tfevents.*")]
+    while seconds and int(time.time()) <= max(seconds) <= time.time() + 1:
+        time.sleep(0.02)
 
 
 def _tags_of_metrics(row: dict[str, Any]) -> dict[str, str]:

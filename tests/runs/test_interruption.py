@@ -214,7 +214,7 @@ def test_a_model_with_hidden_state_has_one_checkpoint_per_cycle(on, digits, tmp_
     seen: list[Path] = []
     fast_swamp(Stateful(), *digits, **settings, on_cycle=look, run_dir=tmp_path)
     assert not seen
-    assert "no checkpoints inside a cycle, because the model keeps state outside" in capsys.readouterr().err
+    assert "no checkpoints inside a cycle, because the model keeps state that" in capsys.readouterr().err
 
 
 def test_continuing_elsewhere_is_reported(on, digits, tmp_path, monkeypatch):
