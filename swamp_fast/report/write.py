@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from swamp_fast.common.checked import checked, checked_path
+from swamp_fast.common.checked import checked, checked_path, shown
 from swamp_fast.common.csv_files import csv_bytes
 from swamp_fast.report.canvas import png
 from swamp_fast.report.comparison_page import comparison_page
@@ -36,9 +36,10 @@ def write_report(directory: str | Path, model: str | None = None, model_args: Ma
     folder = checked_path("directory", directory)
     if model is not None:
         checked("model", model, str, advice="It is the network's name for `--model`, not the network.")
-    arguments = {} if model_args is None else dict(checked("model_args", model_args, Mapping))
+    if not isinstance(model_args, Mapping | None):
+        raise TypeError(f"`model_args` must be a dict of the network's arguments, got {shown(model_args)}.")
     try:
-        page = _page_of(folder, model, arguments)
+        page = _page_of(folder, model, dict(model_args or {}))
         html = page.html()
     except (KeyError, IndexError, TypeError, AttributeError) as error:
         sources = next(names for names in SOURCES if (folder / names[0]).exists())

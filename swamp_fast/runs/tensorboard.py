@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +109,7 @@ def _wait_for_a_later_name(folder: Path) -> None:
     counter, as text: 10 before 9.
     """
     seconds = [int(path.name.split(".")[3]) for path in folder.glob("events.out.tfevents.*")]
-    while seconds and int(time.time()) <= max(seconds) <= time.time() + 1:
+    while seconds and (now := datetime.now(UTC).timestamp()) < max(seconds) + 1 <= now + 1:
         time.sleep(0.02)
 
 

@@ -124,7 +124,6 @@ class Finished:
             "path": [*NOTHING, 1, "", "a\0b", "~no_such_user/x", [], {}, 1.5],
             "text": [*NOTHING, 1, "x", "", [], {}, 1.5],
             "name": [*NOTHING[1:], 1, [], {}, 1.5],
-            "arguments": [*NOTHING[1:], 1, "x", [], 1.5],
             "list": [
                 *(value for value in NOTHING if not isinstance(value, set)),
                 1,
@@ -198,7 +197,7 @@ OTHERS: dict[str, tuple[Callable[[Finished], Callable[..., object]], str]] = {
     "Path.of": (lambda run: run.path.of, "what:text"),
     "Path.part": (lambda run: run.path.part, "rows:-"),
     "Path.barrier": (lambda run: run.path.barrier, "what:text over:text"),
-    "write_report": (lambda run: write_report, "directory:path model:name model_args:arguments"),
+    "write_report": (lambda run: write_report, "directory:path model:name model_args:-"),
     "SweepResult.write_csv": (lambda run: run.swept.write_csv, "path:path rows:-"),
     "SweepResult.figure": (lambda run: run.swept.figure, "path:path"),
 }

@@ -486,3 +486,9 @@ def test_the_browser_notices_a_bad_page(chromium, tmp_path):
     assert look.scroll_width > 375
     assert "http://a.invalid/b.png" in look.requests
     assert len(look.messages) >= 2
+
+
+@pytest.mark.parametrize("wrong", [1, "width=32", ["width"], True])
+def test_arguments_of_the_network_that_are_no_dict(tmp_path, wrong):
+    with pytest.raises(TypeError, match="^`model_args` must be a dict of the network's arguments"):
+        write_report(reported.write_run(tmp_path / "a"), "mlp", wrong)
