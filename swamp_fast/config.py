@@ -268,8 +268,13 @@ class SwampConfig:
         _in_range("step_factor", self.step_factor, 0.0, 1.0)
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"`ema_decay` must lie in [0, 1), got {self.ema_decay}; 0.999 spans about 1,000 samples.")
-        for epoch in self.step_epochs if isinstance(self.step_epochs, tuple) else (self.step_epochs,):
+        for epoch in self._falls:
             _in_range("step_epochs", epoch, 1, 1 << 31)
+        if self.schedule == "step" and not any(1 <= epoch < self.epochs for epoch in self._falls):
+            raise ValueError(
+                f"`step_epochs` = {self.step_epochs} never lowers the rate in {self.epochs} epochs; name epochs from 1 "
+                f"to {self.epochs - 1}, or set another `schedule`."
+            )
         for name, (setting, value) in EFFECTIVE_WITH.items():
             if getattr(self, name) != default_of(name) and getattr(self, setting) not in value:
                 wanted = " or ".join(f'{setting}="{each}"' for each in value)
@@ -364,6 +369,11 @@ class SwampConfig:
         elif self.target_density is not None or changes.get("target_density") is not None:
             changes = {"cycles": default_of("cycles"), **changes}
         return dataclasses.replace(self, **changes)
+
+    @property
+    def _falls(self) -> tuple[int, ...]:
+        """The epochs in `step_epochs`, or the one number."""
+        return self.step_epochs if isinstance(self.step_epochs, tuple) else (self.step_epochs,)
 
     def particles_at(self, cycle: int) -> int:
         """The number of particles that a cycle trains."""
@@ -467,7 +477,7 @@ def _toml(value: Any) -> str:
         return "{" + ", ".join(f"{name} = {_toml(item)}" for name, item in value.items()) + "}"
     if isinstance(value, list):
         return "[" + ", ".join(map(_toml, value)) + "]"
-    return json.dumps(value, ensure_ascii=False)
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007F")
 
 
 def _as_lists(value: Any) -> Any:
@@ -500,6 +510,9 @@ def _typed(name: str, value: Any, annotation: str) -> Any:
         "str": isinstance(value, str),
         "list": False,
     }[kind]
+    if callable(value) and name in ("optimizer", "schedule", "mask_score"):
+        part = "score" if name == "mask_score" else name
+        raise TypeError(f"`{name}` is a name; code goes into recipe=Recipe({part}=...).")
     if not fits:
         expected = annotation.removesuffix(" | None").replace("tuple[tuple[int, ...], ...]", "a list of lists of ints")
         raise TypeError(f"`{name}` must be {expected.replace('tuple[int, ...]', 'a list of ints')}, got {value!r}.")

@@ -183,7 +183,7 @@ def train_particle(problem: Problem, run: Run, model: nn.Module, masks: State, c
         norm.reset_running_stats()
     optimizers = optimizers_of(problem, model)
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-    factors = [group["lr"] if problem.recipe.optimizer is not None else group["lr_factor"] for group in groups]
+    factors = [group.get("lr_factor", group.get("lr", 0.0)) for group in groups]
     average: State = {}
     samples, step, mean_loss = 0, 0, 0.0
     for epoch in range(epochs):
@@ -191,7 +191,8 @@ def train_particle(problem: Problem, run: Run, model: nn.Module, masks: State, c
         epoch_loss = torch.zeros((), dtype=torch.float64, device=problem.device)
         for handles in problem.steps_of_epoch(epoch_keys):
             for group, factor in zip(groups, factors, strict=True):
-                group["lr"] = learning_rate(problem, cycle, step) * factor
+                if "lr" in group:
+                    group["lr"] = learning_rate(problem, cycle, step) * factor
             first = problem.first_batch_of(step)
             keyed = [(handle, at_time(keys, first + number)) for number, handle in enumerate(handles)]
             batches = [(problem.fetch(handle, epoch_keys, key).lane(0), key) for handle, key in keyed]
@@ -244,7 +245,7 @@ def train_step(
             problem.seeded(key)
             with torch.enable_grad(), DropoutStream(key), problem.autocast():
                 loss = problem.losses(problem.forward(model, inputs), targets).mean()
-            problem.backward(loss / len(batches), list(parameters.values()))
+                problem.backward(loss / len(batches), list(parameters.values()))
             losses.append(loss.detach().double())
         mask_gradients(parameters, masks)
         if problem.config.clip_norm is not None:
@@ -254,6 +255,7 @@ def train_step(
     loss = closure()
     needs_closure = problem.own_optimizer is not None and problem.own_optimizer.needs_closure
     statistics = {buffer: buffer.clone() for norm in norms_in_training(model) for buffer in norm.buffers()}
+    problem.seeded_for_optimizer(batches[0][1])
     for optimizer in optimizers:
         optimizer.step(closure) if needs_closure else optimizer.step()  # type: ignore[arg-type]
     for buffer, before in statistics.items():  # as after the first pass
@@ -381,7 +383,13 @@ def score_of(problem: Problem, particles: list[nn.Module], cycle: int) -> State:
         names = [entry.name for entry in problem.layout.prunable]
         weights = torch.stack([torch.cat([each[name].detach().flatten() for name in names]) for each in named])
         sizes = [entry.size for entry in problem.layout.prunable]
-        parts = zip(names, problem.recipe.scores(weights).split(sizes), strict=True)
+        try:
+            scored = problem.recipe.scores(weights)
+        except (TypeError, ValueError):
+            if cycle == config.cycles:
+                return {}  # no mask is made from the last cycle
+            raise
+        parts = zip(names, scored.split(sizes), strict=True)
         return {name: part.view_as(named[0][name]) for name, part in parts}
     for entry in problem.layout.prunable:
         stack = torch.stack([each[entry.name].detach() for each in named]).double()

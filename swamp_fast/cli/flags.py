@@ -40,10 +40,23 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model-args",
         type=named_values,
+        action=_Merged,
         default={},
         metavar="NAME=VALUE,…",
         help="the network's own arguments, such as width=32,depth=3",
     )
+
+
+class _Merged(argparse.Action):
+    """Merges the values of a flag that is given several times. A name may be given once."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        """Add the values of one occurrence of the flag."""
+        before = getattr(namespace, self.dest)
+        twice = [name for name in values if name in before]
+        if twice:
+            parser.error(f"argument {option_string}: {twice[0]} is given twice")
+        setattr(namespace, self.dest, {**before, **values})
 
 
 def add_training_data(parser: argparse.ArgumentParser) -> None:
@@ -80,6 +93,8 @@ def named_values(text: str) -> dict[str, Any]:
         if not isinstance(call, ast.Call) or not named or any(keyword.arg is None for keyword in call.keywords):
             raise ValueError("a value has no name")
         values = {str(keyword.arg): _literal(keyword.value) for keyword in call.keywords}
+        if len(values) < len(call.keywords):
+            raise ValueError("a name is given twice")
         json.dumps(values)  # the analysis records them as JSON
         return values
     except (SyntaxError, ValueError, TypeError):

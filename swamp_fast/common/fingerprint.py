@@ -78,6 +78,13 @@ def callable_fingerprint(function: Callable[..., Any] | None, apart_from: Collec
     return digest.hexdigest()
 
 
+def value_fingerprint(value: object) -> str:
+    """Return a hash of a value, such as a list of tensors or the state of a generator."""
+    if isinstance(value, torch.Generator):
+        value = value.get_state()
+    return hashlib.blake2b(_bytes(value, 0), digest_size=16).hexdigest()
+
+
 def callable_parts(function: Callable[..., Any] | None) -> dict[str, str]:
     """Return the hashes of a callable's parts, by name: its code, and the values in its closure and its attributes.
 
@@ -126,7 +133,7 @@ def _own_bytes(thing: Any) -> bytes:
         thing = thing.__func__
     if inspect.isfunction(thing):
         return thing.__qualname__.encode() + _source(thing) + _code(thing)
-    return f"{type(thing).__module__}.{type(thing).__qualname__}:".encode() + _source(type(thing))
+    return f"{type(thing).__module__}.{type(thing).__qualname__}:".encode() + _class_source(type(thing))
 
 
 _OF_ANY_MODULE = {*vars(nn.Module()), "training", "_compiled_call_impl"}
@@ -161,9 +168,11 @@ def _bytes(thing: Any, depth: int) -> bytes:
         return name + _bytes((thing.__func__, thing.__self__), depth + 1)
     if inspect.isfunction(thing):
         return name + _own_bytes(thing) + _bytes(_context(thing), depth + 1)
-    if inspect.isclass(thing) or inspect.isbuiltin(thing):
+    if inspect.isclass(thing):
+        return name + thing.__qualname__.encode() + _class_source(thing)
+    if inspect.isbuiltin(thing):
         return name + thing.__qualname__.encode()
-    return name + _source(type(thing)) + _bytes(getattr(thing, "__dict__", None), depth + 1)
+    return name + _class_source(type(thing)) + _bytes(getattr(thing, "__dict__", None), depth + 1)
 
 
 def _context(function: Any) -> tuple[Any, ...]:
@@ -208,6 +217,11 @@ def _hook_bytes(hook: Any) -> bytes:
     return type(hook).__qualname__.encode() + _source(type(hook))
 
 
+def _class_source(kind: type) -> bytes:
+    """Return the source of a class and of those that it derives from, without libraries' classes."""
+    return b"".join(_source(each) for each in kind.__mro__ if _counts_by_content(each))
+
+
 def _source(thing: Any) -> bytes:
     try:
         return inspect.getsource(thing).encode()
@@ -236,6 +250,8 @@ def _counts_by_content(value: Any) -> bool:
     version, nor for other objects, which may change while they are used.
     """
     if inspect.isfunction(value) or inspect.isclass(value):
+        if value.__module__.partition(".")[0] == "swamp_fast" and inspect.isclass(value):
+            return False
         file = getattr(inspect.getmodule(value), "__file__", None) or ""
         return not ("site-packages" in file or file.startswith(_STANDARD_LIBRARY))
     return value is None or isinstance(value, Tensor | bool | int | float | str | bytes | tuple | list | dict)

@@ -58,6 +58,8 @@ def _group_of(name: str, table: object) -> ParameterGroup:
             f"`{name}` needs params, a pattern of parameter names or a list of patterns such as {EXAMPLE}; got "
             f"params = {patterns!r}."
         )
+    if not all(pattern.isprintable() and pattern for pattern in patterns):
+        raise ValueError(f"`{name}`: patterns must be printable texts that aren't empty, got params = {patterns!r}.")
     rates = {key: _rate_of(name, key, table[key]) for key in KEYS[1:] if table.get(key) is not None}
     if not rates:
         raise ValueError(

@@ -55,7 +55,12 @@ def mask_score(problem: Problem, run: Run, particles: Particles, cycle: int) -> 
         return problem.layout.mask_views(particles_score(config.mask_score, weights))
     place = problem.layout.full_mask(problem.device)  # all but the padding
     score = torch.zeros_like(weights[0])
-    score[place] = problem.recipe.scores(torch.stack(weights)[:, place])
+    try:
+        score[place] = problem.recipe.scores(torch.stack(weights)[:, place])
+    except (TypeError, ValueError):
+        if cycle == config.cycles:
+            return {}  # no mask is made from the last cycle, unless the run is prolonged
+        raise
     return problem.layout.mask_views(score)
 
 

@@ -15,6 +15,7 @@ from swamp_fast.distributed import Ranks
 from swamp_fast.engines.start import Engine
 from swamp_fast.engines.trainer import LaneRunner, joined, part_of
 from swamp_fast.particles.bank import ParticleBank, Solution
+from swamp_fast.particles.optimizer_state import NotSaved
 from swamp_fast.particles.schedule import Training, cycle_training, ticket_training
 from swamp_fast.problem.problem import Problem
 from swamp_fast.runs.folder import Unfinished
@@ -234,8 +235,12 @@ class Watch:
         return self.run.step(self.count, where) and self.run.problem.saves_steps
 
     def keep(self) -> None:
-        """Write a checkpoint of the current state of the training."""
-        self.run.keep_training(self.state())
+        """Write a checkpoint of the current state of the training, if a checkpoint can hold it."""
+        try:
+            self.run.keep_training(self.state())
+        except NotSaved as reason:
+            self.run.stops.checkpoint_was_written()  # the next try is a whole interval later
+            self.run.warn_not_saved(str(reason))
 
     def on_epoch(self, epoch: int, losses: Tensor) -> None:
         """After an epoch, drop the particles that diverged.
@@ -280,10 +285,9 @@ class Watch:
     def _stop(self, epoch: int, lanes: list[int]) -> None:
         run_dir = self.run.config.run_dir
         where = "the ticket" if self.cycle is None else f"cycle {self.cycle}"
+        rates = "lr and swa_lr" if self.run.problem.own_optimizer is None else "the rates of the recipe's optimizer"
         which = f"particle{'s' if len(lanes) > 1 else ''} {', '.join(map(str, lanes))}"
-        text = (
-            f"{where}, epoch {epoch + 1}: {which} diverged to NaN or infinity. Lower lr and swa_lr, or check the data."
-        )
+        text = f"{where}, epoch {epoch + 1}: {which} diverged to NaN or infinity. Lower {rates}, or check the data."
         if run_dir is not None and self._keep_before_stop():
             text += (
                 f" {run_dir} holds the run up to here. Started again, it would stop here again; with a changed lr it "

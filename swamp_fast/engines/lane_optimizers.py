@@ -32,16 +32,18 @@ class LaneOptimizers:
             for lane, run in enumerate(bank.run_of_lane.tolist())
         ]
 
-    def step(self, factors: Sequence[float], swa_weight: Tensor, again: Again) -> None:
+    def step(self, factors: Sequence[float], step_keys: Tensor, swa_weight: Tensor, again: Again) -> None:
         """Take one step of every lane from the bank's gradients, and update the averages.
 
         factors     the factor of each lane's initial learning rates
+        step_keys   [L, 3]  the keys of the step's random draws
         swa_weight  [L]  the weight of each lane's new sample in its average
         again       computes a lane's gradients again, for optimizers that need a closure
         """
         if self.grads is not self.bank_grads:
             self.grads.copy_(self.bank.expanded(self.bank_grads))
         for number, (lane, factor) in enumerate(zip(self.lanes, factors, strict=True)):
+            self.problem.seeded_for_optimizer(step_keys[number : number + 1])
             lane.step(factor, partial(again, number))
         if self.weights is not self.bank.weights:
             self.bank.put_expanded_(self.bank.weights, self.weights)
@@ -75,6 +77,7 @@ class _Lane:
     """The optimizers of one lane, whose parameters are views of its weights [P] and gradients [P].
 
     rates  for each optimizer, the initial learning rate of each group
+    last   the learning rate that each group, by its id, was last set to
     """
 
     def __init__(self, problem: Problem, weights: Tensor, grads: Tensor, mask: Tensor, clip_norm: float | None) -> None:
@@ -90,6 +93,7 @@ class _Lane:
             [None if "lr" not in group else float(group["lr"]) for group in each.param_groups]
             for each in self.optimizers
         ]
+        self.last: dict[int, float] = {}
 
     def step(self, factor: float, again: Callable[[], Tensor]) -> None:
         """Take one step at `factor` times the initial rates; `again` computes the gradients again."""
@@ -113,10 +117,16 @@ class _Lane:
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 if rate is None:
                     continue
+                if float(group["lr"]) != self.last.get(id(group), float(group["lr"])):
+                    raise ValueError(
+                        "`recipe`: the optimizer changes its learning rate in step(), but the rate is set before each "
+                        "step. Take the change out, and say it by Recipe(schedule=...) or the setting `schedule`."
+                    )
                 if isinstance(group["lr"], Tensor):
                     group["lr"].fill_(rate * factor)
                 else:
                     group["lr"] = rate * factor
+                self.last[id(group)] = float(group["lr"])
 
     def _take_gradients(self) -> None:
         """Give the parameters their gradients, without those of pruned weights, and clipped."""

@@ -182,7 +182,8 @@ class Trainer:
         if self.optimizers is None:
             self._update()
         else:
-            self.optimizers.step(self.lr[:, 0].tolist(), self.swa_weight, partial(self._backward_again, batches))
+            again = partial(self._backward_again, batches)
+            self.optimizers.step(self.lr[:, 0].tolist(), self.step_keys, self.swa_weight, again)
 
     def _backward_again(self, batches: list[tuple[Batch, Tensor]], lane: int) -> Tensor:
         """Compute one lane's gradients on the step's batches again, and return its mean loss.

@@ -33,6 +33,8 @@ def read_state(optimizers: Iterable[Optimizer], parameters: Mapping[str, nn.Para
     tensors: dict[str, Tensor] = {}
     for number, optimizer in enumerate(with_inner(optimizers)):
         for parameter, state in optimizer.state.items():
+            if parameter not in named or not isinstance(state, dict):
+                raise NotSaved("its state is not a dict for each parameter")
             for key, value in state.items():
                 tensors |= _entry(f"{number}/state/{named[parameter]}/{key}", value)
         for place, group in enumerate(optimizer.param_groups):

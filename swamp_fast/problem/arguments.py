@@ -42,6 +42,13 @@ CALLABLES = {
 }
 
 
+OF_RECIPE = {
+    "optimizer": ("the named parameters",),
+    "schedule": ("the step", "the number of steps"),
+    "score": ("the weights",),
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
     """A driver's arguments other than the model, train, test and the settings. See fast_swamp for each of them.
@@ -74,6 +81,9 @@ class Arguments:
             _check_callable("prunable", self.prunable, ("a parameter's name", "the parameter"))
         if self.recipe is not None and not isinstance(self.recipe, Recipe):
             raise TypeError(f"`recipe` must be a swamp_fast.Recipe, got {type(self.recipe).__name__}.")
+        for name, form in OF_RECIPE.items():
+            if self.recipe is not None and getattr(self.recipe, name) is not None:
+                _check_callable(f"recipe.{name}", getattr(self.recipe, name), form)
 
 
 def _check_callable(name: str, function: object, *forms: tuple[str, ...]) -> None:
@@ -82,6 +92,9 @@ def _check_callable(name: str, function: object, *forms: tuple[str, ...]) -> Non
         raise TypeError(f"`{name}` must be callable, got {type(function).__name__}.")
     if isinstance(function, type):
         raise TypeError(f"`{name}` must be an instance, got the class {function.__name__}; call it first.")
+    call = function if inspect.isroutine(function) else type(function).__call__
+    if inspect.iscoroutinefunction(call) or inspect.isgeneratorfunction(call) or inspect.isasyncgenfunction(call):
+        raise TypeError(f"`{name}` must be a plain function, but it is a coroutine or a generator.")
     if not any(takes(function, len(form)) for form in forms):
         wanted = ", or ".join(f"{NUMBERS[len(form)]}, {' and '.join(form)}" for form in forms)
         raise TypeError(f"`{name}` must take {wanted}; got {_signature(function)}.")

@@ -25,15 +25,16 @@ from swamp_fast.particles.random import generators_left_alone, lane_keys, stream
 from swamp_fast.problem.arguments import Forward, Loss, Metric, Metrics
 from swamp_fast.problem.checks import particle_of
 from swamp_fast.problem.precision import weight_dtype
-from swamp_fast.problem.probe import MAX_SAMPLES, MISFITS, Trial, other_size
+from swamp_fast.problem.probe import MAX_SAMPLES, Trial, other_size
 from swamp_fast.problem.scoring import evaluated
 from swamp_fast.problem.shapes import shapes_of
 
 LAST_KEY = "val_ensemble_"  # the beginning of a key that each metric has, and nothing else
 # A metric's name begins with none of these, so that its six keys differ from all others.
-PREFIXES = ("particle_", "ensemble_", "val_", "best_", "mean_")
+PREFIXES = ("particle_", "ensemble_", "val_", "best_", "mean_", "model.")
 # Names that the history, the tables of studies or `select_by` use for something else, besides the settings' names.
 RESERVED = (
+    *("run", "point", "recipe"),
     *("auto", "accuracy", "loss", "cycle", "particles", "density", "kept", "flops", "train_loss", "train_seconds"),
     *("dropped", "seconds", "peak_memory", "warnings", "id", "error", "seeds", "method", "difference", "low", "high"),
     *("matching_sgd", "matching_swa", "particle_epochs"),
@@ -107,7 +108,8 @@ def _empty(metric: Metric) -> Any:
 
 def fingerprint_of(metric: Metric) -> str | None:
     """Return a hash of a function's code, or of an object without what it has collected so far."""
-    return callable_fingerprint(_empty(metric) if collects(metric) else metric)
+    own = callable_fingerprint(_empty(metric) if collects(metric) else metric)
+    return f"{own} {'higher' if higher_is_better(metric) else 'lower'} is better"
 
 
 def collects(metric: object) -> bool:
@@ -187,7 +189,8 @@ def check_metrics(
             continue
         keys = lane_keys([config.seed], [stream_of(None, 0)], data.device)
         samples = min(MAX_SAMPLES, data.length, config.batch_size)
-        for size in filter(None, (samples, other_size(samples, data.length))):  # one shape may be right by chance
+        sizes = (samples, other_size(samples, data.length), data.length % config.batch_size)
+        for size in filter(None, sizes):  # one shape may be right by chance, and the last batch may be smaller
             trial = Trial(data, size, keys, forward, loss, None)
             outputs = evaluated(particle_of(template).eval(), trial)
             together = ensemble_outputs(data.labels, [outputs, outputs], weight_dtype(config))
@@ -203,7 +206,7 @@ def _try(split: str, meter: Meter, outputs: Any, trial: Trial) -> None:
             warnings.simplefilter("ignore")  # of so few samples they would say nothing
             meter.update(outputs, trial.targets, trial.samples)
             value = meter.value()
-    except MISFITS as error:
+    except Exception as error:  # the metric is the user's code
         if str(error).startswith("`metrics`"):
             raise
         raise ValueError(

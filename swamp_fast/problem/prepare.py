@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from swamp_fast.common.copying import uncompiled
-from swamp_fast.common.fingerprint import callable_fingerprint, model_fingerprint, tensor_fingerprint
+from swamp_fast.common.fingerprint import callable_fingerprint, changed_parts, model_fingerprint, tensor_fingerprint
 from swamp_fast.common.warn import warn_user
 from swamp_fast.config import SwampConfig, default_of
 from swamp_fast.data.sources import Opened, open_source
 from swamp_fast.data.standardise import Standardise
 from swamp_fast.particles.layout import Layout
+from swamp_fast.particles.random import generators_left_alone
 from swamp_fast.particles.spectral_norms import spectral_vectors
 from swamp_fast.problem.arguments import Arguments, Forward, Loss, call, cross_entropy
 from swamp_fast.problem.checks import (
@@ -99,7 +100,7 @@ def prepare(
     rates = rates_of_parameters(template, config)
     layout = Layout.of(trained_parameters(template).items(), probe.prunable, rates)
     mask = _first_mask(layout, config, arguments.initial_masks, device)
-    recipe.try_score(config.particles_at(0), layout.weights, dtype, device)
+    recipe.try_score(map(config.particles_at, range(config.cycles)), layout.weights, dtype, device)
     return Problem(
         config=config,
         original=model,
@@ -130,7 +131,7 @@ def prepare(
             **_callable_fingerprints(arguments, forward, given_loss, probe),
             "prunable": sorted(probe.prunable),
             "drop_last": opened.drop_last,
-            **_recipe_fingerprints(arguments, config),
+            **_recipe_fingerprints(recipe, arguments, config, template),
         },
     )
 
@@ -149,11 +150,26 @@ def _callable_fingerprints(arguments: Arguments, forward: Forward, loss: Loss, p
     return {name: callable_fingerprint(each, probe.call_state[name]) for name, each in functions.items()}
 
 
-def _recipe_fingerprints(arguments: Arguments, config: SwampConfig) -> dict[str, Any]:
-    """Return the hashes of the recipe and of the metric that selects, if the call has them."""
-    hashes: dict[str, Any] = {} if arguments.recipe is None else {"recipe": arguments.recipe.fingerprint()}
+def _recipe_fingerprints(
+    recipe: Recipe, arguments: Arguments, config: SwampConfig, template: nn.Module
+) -> dict[str, Any]:
+    """Return the hashes of the recipe and of the metric that selects, if the call has them.
+
+    The recipe's functions have been called once. They are called again, to leave out what their calls change.
+    """
+    before = recipe.parts()
+    with generators_left_alone():
+        if recipe.optimizer is not None:
+            recipe.optimizers(trained_parameters(particle_of(template)))
+        recipe.factors(1)
+        recipe.try_score([config.particles_at(0)], 2, weight_dtype(config), torch.device("cpu"))
+    after = recipe.parts()
+    hashes = recipe.fingerprint({name: changed_parts(before[name], after[name]) for name in before})
     metric = (arguments.metrics or {}).get(config.select_by)
-    return hashes if metric is None else {**hashes, "select_by": fingerprint_of(metric)}
+    return {
+        **({"recipe": hashes} if hashes else {}),
+        **({} if metric is None else {"select_by": fingerprint_of(metric)}),
+    }
 
 
 def _with_batch_size_of(opened: Opened, config: SwampConfig, settings: Mapping[str, Any]) -> SwampConfig:
@@ -234,7 +250,8 @@ def _notes(model: nn.Module, probe: Probe) -> list[str]:
     """Return lines about what is not trained, and about buffers that are averaged."""
     notes = []
     if probe.without_gradient:
-        notes.append(f"note     the first samples give no gradient for {listed(probe.without_gradient)}")
+        unused = listed(probe.without_gradient)
+        notes.append(f"note     the first samples give no gradient for {unused}; weight decay still applies")
     if probe.outside:
         shapes = listed([str(list(shape)) for shape in probe.outside])
         notes.append(f"note     the loss has gradients for tensors outside the model, which aren't trained: {shapes}")

@@ -176,6 +176,11 @@ class Problem:
         if self.probe.draws_elsewhere:
             seed_generators(int(seeds_for(step_key, LANE_SEED, 2)[0, 1]))
 
+    def seeded_for_optimizer(self, step_key: Tensor) -> None:
+        """Seed the global generators from a particle's step key [1, 3] if the recipe's optimizers draw from them."""
+        if self.own_optimizer is not None and self.own_optimizer.draws:
+            seed_generators(int(seeds_for(step_key, LANE_SEED, 3)[0, 2]))
+
     def keys_of(self, cycle: int, number: int) -> Tensor:
         """Return the key [1, 3] of a model's random draws outside training.
 

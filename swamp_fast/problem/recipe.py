@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import numbers
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,15 +12,17 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from swamp_fast.common.fingerprint import callable_fingerprint, tensor_fingerprint
+from swamp_fast.common.fingerprint import callable_fingerprint, callable_parts, tensor_fingerprint
+from swamp_fast.common.format import dtype_name
 from swamp_fast.config import SwampConfig, default_of
 from swamp_fast.problem.gradients import listed
 
 # (named_parameters) -> an optimizer, or a list of optimizers that share the parameters
-OptimizerFactory = Callable[[Iterator[tuple[str, nn.Parameter]]], Optimizer | list[Optimizer]]
+OptimizerFactory = Callable[[list[tuple[str, nn.Parameter]]], Optimizer | list[Optimizer]]
 Schedule = Callable[[int, int], float]  # (step, steps) -> factor of each group's initial learning rate
 Score = Callable[[Tensor], Tensor]  # weights [N, Q] -> [Q]
 
+CODE = ("optimizer", "schedule", "score")  # the parts that are functions
 # Part of a recipe -> the settings that it replaces.
 REPLACES = {
     "optimizer": (
@@ -37,15 +39,16 @@ class Recipe:
     """The parts of a training recipe that are code. Each is optional, and replaces settings of SwampConfig.
 
     Attributes:
-        optimizer: optimizer(named_parameters) -> a torch optimizer, or a list of them. It is called with the trained
-            parameters of one particle, as (name, parameter) pairs, once for each particle of a training. Each
-            particle has its own optimizers, as in a plain loop. Their learning rates are the initial ones, which the
+        optimizer: optimizer(named_parameters) -> a torch optimizer, or a list of them. It is called with a list of the
+            (name, parameter) pairs that one particle trains, once for each particle of a training. Each particle has
+            its own optimizers, as in a plain loop. Their learning rates are the initial ones, which the
             schedule multiplies. State of a weight's shape is masked like the weight. If step() needs a closure, as
             SAM's does, the closure computes loss and gradients again, on the same batch and with the same random
             draws; running statistics of norms are those of the first pass.
         schedule: schedule(step, steps) -> the factor of each learning rate, at least 0, where `steps` is the number of
-            optimizer steps of a cycle. The ticket is a checkpoint of such a training: its step t has schedule(t,
-            steps), or schedule(steps - 1, steps) if it is longer than a cycle.
+            optimizer steps of a cycle. It is called for every step before anything is trained. The ticket is a
+            checkpoint of such a training: its step t has schedule(t, steps), or schedule(steps - 1, steps) if it is
+            longer than a cycle.
         score: score(weights [N, Q]) -> [Q], at least 0: the score of each prunable weight, by which the global
             threshold ranks them, from the N particles of a cycle.
         sample_weights: [n], at least 0: how often each training sample is drawn, in proportion. Each epoch draws as
@@ -63,7 +66,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         """Raise TypeError for a part that isn't callable."""
-        for name in ("optimizer", "schedule", "score"):
+        for name in CODE:
             part = getattr(self, name)
             if part is not None and not callable(part):
                 raise TypeError(f"`recipe`: {name} must be callable, got {type(part).__name__}.")
@@ -93,12 +96,19 @@ class Recipe:
         or if one has a parameter of another model.
         """
         assert self.optimizer is not None
-        made = self.optimizer(iter(parameters.items()))
+        try:
+            made = self.optimizer([*parameters.items()])
+        except Exception as error:
+            raise ValueError(f"`recipe`: optimizer raises {described(error)}.") from error
         optimizers = list(made) if isinstance(made, list | tuple) else [made]
         wrong = [each for each in optimizers if not isinstance(each, Optimizer)]
         if wrong or not optimizers:
-            kind = type(wrong[0]).__name__ if wrong else "an empty list"
-            raise TypeError(f"`recipe`: optimizer must return a torch.optim.Optimizer or a list of them, got {kind}.")
+            kind = f"a {type(made).__name__} with {type(wrong[0]).__name__}" if wrong and wrong != [made] else ""
+            kind = kind or (type(made).__name__ if wrong else "an empty list")
+            raise TypeError(
+                f"`recipe`: optimizer must return a torch.optim.Optimizer or a list of them, got {kind}. A schedule "
+                "goes into Recipe(schedule=...) or the setting `schedule`."
+            )
         names = {id(parameter): name for name, parameter in parameters.items()}
         has = [id(p) for each in optimizers for group in each.param_groups for p in group["params"]]
         if any(place not in names for place in has):
@@ -120,10 +130,13 @@ class Recipe:
             return None
         factors: list[float] = []
         for step in range(steps):
-            factor = self.schedule(step, steps)
-            if isinstance(factor, Tensor) and factor.numel() == 1:
-                factor = factor.item()
-            if not isinstance(factor, numbers.Real) or not 0 <= factor < math.inf:
+            try:
+                factor = self.schedule(step, steps)
+                if isinstance(factor, Tensor) and factor.numel() == 1:
+                    factor = factor.item()
+            except Exception as error:
+                raise ValueError(f"`recipe`: schedule({step}, {steps}) raises {described(error)}.") from error
+            if not isinstance(factor, numbers.Real) or not 0 <= factor < sys.float_info.max:
                 raise ValueError(
                     f"`recipe`: schedule({step}, {steps}) must be a finite number of at least 0, got {factor!r}; it is "
                     "the factor of the initial learning rates."
@@ -131,30 +144,53 @@ class Recipe:
             factors.append(float(factor))
         return tuple(factors)
 
-    def try_score(self, particles: int, prunable: int, dtype: torch.dtype, device: torch.device) -> None:
-        """Compute the score of random weights [N, Q], if there is one. Raises what `scores` raises."""
-        if self.score is not None:
-            generator = torch.Generator().manual_seed(0)
-            self.scores(torch.randn(particles, prunable, generator=generator, dtype=dtype).to(device))
+    def try_score(self, particles: Iterable[int], prunable: int, dtype: torch.dtype, device: torch.device) -> None:
+        """Compute the score of random weights for each number of particles. Raises what `scores` raises."""
+        for count in sorted(set(particles)) if self.score is not None else ():
+            drawn = torch.randn(count, prunable, generator=torch.Generator().manual_seed(0), dtype=dtype)
+            self.scores(drawn.to(device))
 
     def scores(self, weights: Tensor) -> Tensor:
         """Return the score [Q] of the prunable weights [N, Q] of a cycle's particles.
 
-        Raises TypeError for a score that is no tensor, and ValueError for one of another shape, negative or NaN.
+        Weights that are 0 in every particle, as pruned ones are, have the score 0.
+
+        Raises TypeError for a score that is no floating-point tensor [Q], and ValueError for one that is negative or
+        NaN, or for an error that the function raises.
         """
         assert self.score is not None
-        scores = self.score(weights.clone())
-        if not isinstance(scores, Tensor) or scores.shape != weights.shape[1:]:
-            kind = list(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
-            raise TypeError(f"`recipe`: score must return a tensor [Q] = {list(weights.shape[1:])}, got {kind}.")
+        try:
+            scores = self.score(weights.clone())
+        except Exception as error:
+            raise ValueError(f"`recipe`: score raises {described(error)} for weights {list(weights.shape)}.") from error
+        fits = isinstance(scores, Tensor) and scores.shape == weights.shape[1:] and not scores.is_complex()
+        if not fits or scores.is_meta or scores.layout != torch.strided:
+            kind = f"{dtype_name(scores.dtype)} {list(scores.shape)}" if isinstance(scores, Tensor) else type(scores)
+            raise TypeError(f"`recipe`: score must return real numbers [Q] = {list(weights.shape[1:])}, got {kind}.")
+        scores = scores.detach().to(weights).masked_fill((weights == 0).all(0), 0.0)
         if not bool((scores >= 0).all()):
             raise ValueError("`recipe`: score must return numbers of at least 0, but some are negative or NaN.")
-        return scores.detach().to(weights)
+        return scores
 
-    def fingerprint(self) -> dict[str, Any]:
-        """Return the hashes of the parts, by name; those that are None are left out."""
-        parts = {name: getattr(self, name) for name in ("optimizer", "schedule", "score")}
-        hashes: dict[str, Any] = {name: callable_fingerprint(part) for name, part in parts.items() if part is not None}
+    def fingerprint(self, changed: Mapping[str, Collection[str]]) -> dict[str, Any]:
+        """Return the hashes of the parts, by name; those that are None are left out.
+
+        changed  for each part, what its calls change, such as a counter; the hash leaves that out
+        """
+        hashes: dict[str, Any] = {
+            name: callable_fingerprint(getattr(self, name), changed[name])
+            for name in CODE
+            if getattr(self, name) is not None
+        }
         if self.sample_weights is not None:
             hashes["sample_weights"] = tensor_fingerprint(torch.as_tensor(self.sample_weights))
         return hashes
+
+    def parts(self) -> dict[str, dict[str, str]]:
+        """Return the hashes of what each of the functions holds, as they are now."""
+        return {name: callable_parts(getattr(self, name)) for name in CODE}
+
+
+def described(error: Exception) -> str:
+    """Return an error's type and text, for the end of a sentence."""
+    return f"{type(error).__name__}: {str(error).rstrip('.')}" if str(error) else type(error).__name__

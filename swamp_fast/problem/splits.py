@@ -112,7 +112,10 @@ def trained_weights(given: object, opened: Opened, val: object) -> Tensor | None
     if given is None:
         return None
     try:
-        weights = torch.as_tensor(given).detach().cpu().double()
+        weights = torch.as_tensor(given).detach().cpu()
+        if weights.is_complex() or weights.layout != torch.strided:
+            raise TypeError(f"got a {weights.layout} tensor of {weights.dtype}")
+        weights = weights.double()
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"`recipe`: sample_weights must be numbers, one per training sample: {error}") from error
     samples = len(opened.source)

@@ -94,6 +94,7 @@ class Run:
         self.stopwatch = Stopwatch()
         self.ended_early = False  # by StopRun in a callback
         self.calls_on_epoch = False
+        self.warned_not_saved = False
         self.on_cycle_needs_snapshot = problem.on_cycle is not None and not takes(problem.on_cycle, 1)
         self.rows: list[dict[str, Any]] = []
         self.snapshots: list[Packed | Path] = []
@@ -248,6 +249,12 @@ class Run:
         """Warn at once that a particle diverged and is dropped; the cycle's row will have the warning too."""
         if self.ranks.first:
             show([dropped_text(cycle, lane, epoch)])
+
+    def warn_not_saved(self, reason: str) -> None:
+        """Warn once that a checkpoint inside a training can't be written."""
+        if self.ranks.first and not self.warned_not_saved:
+            self.warned_not_saved = True
+            show([f"no checkpoint inside a cycle is written: the recipe's optimizer keeps {reason}."])
 
     # Methods by which the drivers read what was recorded.
 

@@ -88,7 +88,7 @@ def refuse_another(folder: RunDirectory, there: dict[str, Any], config: SwampCon
     ]
     differences += _differences_of_length(before, config, folder.cycles_done())
     differences += [
-        f"{FINGERPRINT_NAMES[name]} differ{'s' if name in SINGULAR else ''}"
+        _difference(name, there["fingerprints"].get(name), about["fingerprints"].get(name))
         for name in {**about["fingerprints"], **there["fingerprints"]}
         if there["fingerprints"].get(name) != about["fingerprints"].get(name)
     ]
@@ -99,6 +99,14 @@ def refuse_another(folder: RunDirectory, there: dict[str, Any], config: SwampCon
             f"run_dir {folder.path} holds another run: {'; '.join(differences)}. Name another folder, or repeat the "
             "call that began that run."
         )
+
+
+def _difference(name: str, before: Any, now: Any) -> str:
+    """Describe a fingerprint that differs; for a recipe, which of its parts."""
+    if name == "recipe" and isinstance(before, dict) and isinstance(now, dict):
+        parts = [part for part in {**before, **now} if before.get(part) != now.get(part)]
+        return f"the recipe's {' and '.join(parts)} differ{'s' if len(parts) == 1 else ''}, by source or by values"
+    return f"{FINGERPRINT_NAMES[name]} differ{'s' if name in SINGULAR else ''}"
 
 
 def _differences_of_length(before: SwampConfig, config: SwampConfig, done: int) -> list[str]:

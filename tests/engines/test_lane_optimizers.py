@@ -162,7 +162,7 @@ def test_the_score_ranks_the_weights(digits):
         ({"schedule": lambda step, steps: math.nan}, {}, ValueError, r"schedule\(0, 15\) must be a finite"),
         ({"schedule": lambda step, steps: 3.0 - step}, {}, ValueError, r"schedule\(4, 15\) must be a finite"),
         ({"schedule": lambda step, steps: None}, {}, ValueError, "got None"),
-        ({"score": lambda weights: weights}, {}, TypeError, r"score must return a tensor \[Q\]"),
+        ({"score": lambda weights: weights}, {}, TypeError, r"score must return real numbers \[Q\]"),
         ({"score": lambda weights: weights.mean(0)}, {}, ValueError, "at least 0"),
         ({"score": lambda weights: weights.abs()}, {"combine": "best", "val": 0.2}, ValueError, "keeps one of them"),
         ({"score": 3}, {}, TypeError, "score must be callable"),
