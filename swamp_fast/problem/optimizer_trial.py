@@ -1,4 +1,4 @@
-"""Makes a recipe's optimizers once before anything is trained, and takes a step with them to learn their properties."""
+"""Takes one step with a recipe's optimizers, before anything is trained, to find out their properties."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ SCALE = 1e-3  # of the trial's random gradients
 class OwnOptimizer:
     """The properties of a recipe's optimizers.
 
-    names          the optimizers' classes
+    names          the names of the optimizers' classes
     needs_closure  whether step() needs a closure that computes loss and gradients again
-    not_saved      what a checkpoint can't hold of their state; None if it can hold everything
+    not_saved      the state that a checkpoint can't hold; None if it can hold all of it
     state_bytes    the bytes of one particle's state
-    untrained      the names of the parameters that no optimizer has
+    untrained      the names of the parameters that no optimizer trains
     """
 
     names: tuple[str, ...]
@@ -36,7 +36,7 @@ class OwnOptimizer:
 
 
 def try_optimizer(recipe: Recipe, template: nn.Module) -> OwnOptimizer | None:
-    """Return the properties of a recipe's optimizers, or None if it has none.
+    """Return the properties of a recipe's optimizers; None if the recipe has no optimizer.
 
     Raises TypeError or ValueError for optimizers that can't be used.
     """
@@ -75,7 +75,7 @@ class _StepRaised(Exception):
 def _stepped(
     recipe: Recipe, template: nn.Module, with_closure: bool
 ) -> tuple[list[Optimizer], dict[str, nn.Parameter]]:
-    """Return the optimizers of a copy of the model after one step, and the copy's parameters.
+    """Take one step on a copy of the model. Return the optimizers and the copy's trained parameters.
 
     Raises _StepRaised if the step fails.
     """
@@ -112,5 +112,5 @@ def recipe_lines(own: OwnOptimizer | None) -> list[str]:
         return []
     lines = [f"recipe   trained by {' and '.join(own.names)}"]
     if own.untrained:
-        lines.append(f"note     the recipe's optimizers leave out, so never train: {listed(own.untrained)}")
+        lines.append(f"note     the recipe's optimizers don't train: {listed(own.untrained)}")
     return lines

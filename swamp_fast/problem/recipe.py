@@ -1,4 +1,4 @@
-"""Recipe: the parts of a training recipe that are code, and so can't be settings."""
+"""Recipe: the parts of a training recipe that are code, which settings can't express."""
 
 from __future__ import annotations
 
@@ -34,26 +34,26 @@ REPLACES = {
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Recipe:
-    """The parts of a training recipe that are code. Each is optional, and replaces settings of SwampConfig.
+    """The parts of a training recipe that are code. All are optional, and most replace settings of SwampConfig.
 
     Attributes:
-        optimizer: optimizer(named_parameters) -> a torch optimizer, or a list of them. It is called with the trained
-            parameters of one particle, as (name, parameter) pairs, once for each particle of a training. Each
-            particle has its own optimizers, as in a plain loop. Their learning rates are the initial ones, which the
-            schedule multiplies. State of a weight's shape is masked like the weight. If step() needs a closure, as
-            SAM's does, the closure computes loss and gradients again, on the same batch and with the same random
-            draws; running statistics of norms are those of the first pass.
-        schedule: schedule(step, steps) -> the factor of each learning rate, at least 0, where `steps` is the number of
-            optimizer steps of a cycle. The ticket is a checkpoint of such a training: its step t has schedule(t,
-            steps), or schedule(steps - 1, steps) if it is longer than a cycle.
-        score: score(weights [N, Q]) -> [Q], at least 0: the score of each prunable weight, by which the global
-            threshold ranks them, from the N particles of a cycle.
-        sample_weights: [n], at least 0: how often each training sample is drawn, in proportion. Each epoch draws as
-            many samples as there are, with replacement. With a fraction as `val`, n counts all samples of `train`; the
-            weights of those that are held out are left out. A sample that is drawn again is augmented anew. The
-            statistics of norms are re-estimated on each training sample once.
+        optimizer: optimizer(named_parameters) -> a torch optimizer, or a list of them. It is called once for each
+            particle of a training, with the particle's trained parameters as (name, parameter) pairs. Each particle
+            has its own optimizers, as in a plain loop. The learning rates of the optimizers are the initial ones,
+            which the schedule multiplies. Optimizer state with the shape of a weight is masked like the weight. If
+            step() needs a closure, as SAM's does, the closure computes the loss and the gradients again, on the same
+            batch and with the same random draws. The running statistics of norms are those of the first pass.
+        schedule: schedule(step, steps) -> the factor of the initial learning rates at a step, at least 0. `steps` is
+            the number of optimizer steps of a cycle. The ticket's training follows the schedule from the start of a
+            cycle; if it is longer than a cycle, its remaining steps use the last factor.
+        score: score(weights [N, Q]) -> [Q], at least 0: the score by which the global threshold ranks the prunable
+            weights, computed from the N particles of a cycle.
+        sample_weights: [n], at least 0: the relative frequency with which each training sample is drawn. Each epoch
+            draws as many samples as the training data have, with replacement. If `val` is a fraction, n counts all
+            samples of `train`, and the weights of held-out samples are ignored. A sample that is drawn several times
+            is augmented anew each time. The statistics of norms are re-estimated on each training sample once.
 
-    Raises TypeError for a part of another type.
+    Raises TypeError for a part of the wrong type.
     """
 
     optimizer: OptimizerFactory | None = None
@@ -71,7 +71,7 @@ class Recipe:
                 raise TypeError("`recipe`: optimizer must be a function that makes one, got an optimizer.")
 
     def check(self, config: SwampConfig) -> None:
-        """Raise ValueError for settings that this recipe replaces."""
+        """Raise ValueError if a setting has no effect beside this recipe, or contradicts it."""
         for part, settings in REPLACES.items():
             if getattr(self, part) is None:
                 continue
@@ -89,8 +89,8 @@ class Recipe:
     def optimizers(self, parameters: Mapping[str, nn.Parameter]) -> list[Optimizer]:
         """Make the optimizers of one particle, whose trained parameters are given by name.
 
-        Raises TypeError if the factory returns anything else, and ValueError if two optimizers have the same parameter,
-        or if one has a parameter of another model.
+        Raises TypeError if the factory returns anything but optimizers, and ValueError if two optimizers have the same
+        parameter, or if one has a parameter of another model.
         """
         assert self.optimizer is not None
         made = self.optimizer(iter(parameters.items()))
@@ -114,7 +114,7 @@ class Recipe:
     def factors(self, steps: int) -> tuple[float, ...] | None:
         """Return the schedule's factor for each of `steps` steps, or None without a schedule.
 
-        Raises ValueError for a factor that is no number, not finite or negative.
+        Raises ValueError for a factor that is not a finite number of at least 0.
         """
         if self.schedule is None:
             return None
@@ -132,7 +132,7 @@ class Recipe:
         return tuple(factors)
 
     def try_score(self, particles: int, prunable: int, dtype: torch.dtype, device: torch.device) -> None:
-        """Compute the score of random weights [N, Q], if there is one. Raises what `scores` raises."""
+        """Call the score function, if there is one, with random weights [N, Q]. Raises what `scores` raises."""
         if self.score is not None:
             generator = torch.Generator().manual_seed(0)
             self.scores(torch.randn(particles, prunable, generator=generator, dtype=dtype).to(device))
@@ -140,7 +140,7 @@ class Recipe:
     def scores(self, weights: Tensor) -> Tensor:
         """Return the score [Q] of the prunable weights [N, Q] of a cycle's particles.
 
-        Raises TypeError for a score that is no tensor, and ValueError for one of another shape, negative or NaN.
+        Raises TypeError unless the score function returns a tensor [Q], and ValueError for negative scores and NaN.
         """
         assert self.score is not None
         scores = self.score(weights.clone())
@@ -152,7 +152,7 @@ class Recipe:
         return scores.detach().to(weights)
 
     def fingerprint(self) -> dict[str, Any]:
-        """Return the hashes of the parts, by name; those that are None are left out."""
+        """Return a hash of each part by name, without the parts that are None."""
         parts = {name: getattr(self, name) for name in ("optimizer", "schedule", "score")}
         hashes: dict[str, Any] = {name: callable_fingerprint(part) for name, part in parts.items() if part is not None}
         if self.sample_weights is not None:
