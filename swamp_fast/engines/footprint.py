@@ -90,7 +90,7 @@ def eager_footprint(problem: Problem, choice: Choice) -> Footprint:
     training = Phase(
         STATES * vector + (0 if folds else activations), bank + batch + vector + (activations if folds else 0)
     )
-    # Averaging holds the particles stacked with their average, a copy of this stack, and the first copies of modules.
+    # Averaging holds the particles stacked with their average, a copy of this stack and, lane by lane, copied modules.
     return Footprint(training, Phase((STATES + 3) * vector, bank + (2 if folds else 3) * vector))
 
 

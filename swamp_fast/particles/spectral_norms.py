@@ -1,4 +1,4 @@
-"""Recomputes the singular vectors of spectral norms, and the weights that depend on them, after averaging."""
+"""Recomputes what depends on averaged parameters: the singular vectors of spectral norms, and normalized weights."""
 
 from __future__ import annotations
 

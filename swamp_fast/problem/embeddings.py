@@ -20,7 +20,7 @@ class NoSuchRow(ValueError):
 def indices_checked(
     model: nn.Module, split: str, batch: Sequence[Tensor], whole: Sequence[Tensor], reads: ValueReads
 ) -> Iterator[None]:
-    """A context in which a model's embeddings raise NoSuchRow for an index out of range, before they look it up.
+    """A context in which a model's embeddings check indices first, and raise NoSuchRow for one out of range.
 
     split  the name of the data in messages
     batch  the tensors [B, ...] on which the model is run

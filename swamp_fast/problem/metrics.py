@@ -30,7 +30,7 @@ from swamp_fast.problem.scoring import evaluated
 from swamp_fast.problem.shapes import shapes_of
 
 LAST_KEY = "val_ensemble_"  # the prefix of a key that each metric has, and nothing else
-# No metric's name may begin with one of these. This way, its six keys differ from all others.
+# No metric's name may begin with one of these, because its six keys must differ from all others.
 PREFIXES = ("particle_", "ensemble_", "val_", "best_", "mean_")
 # No metric may have one of these names or the name of a setting: the history, the tables of studies or `select_by` use
 # them for something else.
@@ -127,7 +127,7 @@ def names_in(row: Mapping[str, Any]) -> list[str]:
 
 
 def ensemble_outputs(labels: Labels | str, particles: Sequence[Any], dtype: torch.dtype) -> Any:
-    """Return the outputs of an ensemble, given those of its particles.
+    """Return the outputs of an ensemble, given the outputs of its particles.
 
     If accuracies are counted, they are the logarithm of the particles' mean softmax. These are logits again: their
     softmax is that mean. Otherwise, floating-point tensors are averaged, and all else is the first particle's.

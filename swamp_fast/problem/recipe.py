@@ -87,7 +87,7 @@ class Recipe:
             )
 
     def optimizers(self, parameters: Mapping[str, nn.Parameter]) -> list[Optimizer]:
-        """Make the optimizers of one particle, whose trained parameters are given by name.
+        """Make the optimizers of one particle, given its trained parameters by name.
 
         Raises TypeError if the factory returns anything but optimizers, and ValueError if two optimizers have the same
         parameter, or if one has a parameter of another model.
