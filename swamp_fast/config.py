@@ -66,21 +66,22 @@ class SwampConfig:
             ints, one per training (SWAMP+). *Ours*: 4.
         cycles: C, the number of prunings. There are C + 1 trainings; the first one is dense. With 0, only the dense
             training runs.
-        target_density: an alternative to `cycles`: prune until kept / prunable is this density. The last cycle removes
-            only as many weights as that takes.
+        target_density: an alternative to `cycles`: prune until this fraction of the prunable weights is kept. The last
+            cycle removes only as many weights as needed.
         prune: the fraction of the remaining weights that each cycle removes.
         epochs: the number of epochs of each cycle's training.
         ticket_epochs: T0, the number of epochs for which the ticket is trained before the first cycle, dense and at the
-            constant rate `lr`. With 0, the model's given weights are the ticket; pretrained weights can be passed this
-            way. *Ours*: 10.
+            constant rate `lr`. With 0, the ticket is the model as it is given, for example with pretrained weights.
+            *Ours*: 10.
         batch_size: the number of samples per particle and step. If `train` is a DataLoader, its batch size is used
             instead. *Ours*: 128.
         lr: the learning rate at the start of each training. None is 0.1 for SGD and 1e-3 for AdamW.
-        average: what each particle of a cycle becomes: "swa" is the average of its weights over the averaging window,
-            "ema" is their exponential moving average over the window, "none" is its last iterate.
-        average_every: the number of steps between two samples of the average; with 0, one is taken at the end of each
-            epoch in the window.
-        ema_decay: for average="ema", the factor of the earlier average at each sample. The first sample replaces it.
+        average: what each particle of a cycle becomes: with "swa", the average of its weights over the averaging
+            window; with "ema", their exponential moving average over the window; with "none", its last iterate.
+        average_every: the number of steps between two samples of the average; with 0, a sample is taken at the end of
+            each epoch in the window.
+        ema_decay: for average="ema", the weight of the previous average at each sample. The average starts as the first
+            sample.
         schedule: how the learning rate falls during a cycle. "swa" is a cosine from `lr` to `swa_lr`, which is reached
             at the start of the averaging window and then kept. "cosine" is a cosine from `lr` to 0 at the end, and
             "linear" a straight line. "step" multiplies the rate by `step_factor` at `step_epochs`. "constant" keeps
@@ -88,11 +89,12 @@ class SwampConfig:
             separates the gain of averaging from the gain of SWA's schedule. *Ours*.
         swa_lr: for schedule="swa", the constant rate in the averaging window; at most `lr`. None is half of `lr`, as in
             the paper. The cosine from `lr` down to `swa_lr` is *ours*.
-        swa_start: the averaging window begins at epoch floor(swa_start * epochs). With average="ema", 0 averages from
-            the first step on.
-        warmup_epochs: the number of epochs, or a fraction of one, of the warm-up with which each training begins, the
-            ticket's too: step t of its w steps has the rate lr (t + 1) / w. Cosines and the line begin after it.
-        step_epochs: for schedule="step", the epochs at which the rate falls: a list, or one number k for k, 2 k, ….
+        swa_start: the averaging window begins at epoch floor(swa_start * epochs). With swa_start=0,
+            average="ema" averages from the first step on.
+        warmup_epochs: the length in epochs, which may be a fraction, of the warm-up at the start of each training,
+            including the ticket's. Step t of the w warm-up steps has the rate lr (t + 1) / w. A cosine or straight line
+            begins after the warm-up.
+        step_epochs: for schedule="step", the epochs at which the rate falls: a list, or a number k for k, 2 k, 3 k, ….
         step_factor: for schedule="step", the factor by which the rate falls.
         optimizer: "sgd" or "adamw". AdamW needs learning rates about a hundred times smaller; see `lr`.
         momentum: SGD's momentum; 0 is plain SGD.
@@ -102,26 +104,28 @@ class SwampConfig:
         adam_eps: a constant that AdamW adds to its denominator, the root of the mean squared gradient.
         weight_decay: the weight decay of every parameter; coupled with SGD, decoupled with AdamW. *Ours*: 5e-4.
         clip_norm: the largest allowed norm of each particle's gradient, taken over its kept weights and all
-            parameters that are not prunable. A larger gradient is scaled down to it; None doesn't clip.
+            parameters that are not prunable. A larger gradient is scaled down to this norm; None means no clipping.
         groups: parameters with a learning rate or weight decay of their own: a list of tables such as
             `{params = ["head.*", "*.bias"], lr = 0.1, weight_decay = 0.0}`. `params` is a pattern of parameter names
             or a list of patterns (fnmatch), `lr` is a factor of the learning rate, and `weight_decay` replaces the
-            setting `weight_decay`. A group sets one of the two or both. With lr = 0 its weights keep their values.
+            setting `weight_decay`. A group sets one of the two or both. With lr = 0, its parameters keep their values.
             Each group must match a parameter, and no parameter may be in two groups.
         decay_norms_and_biases: whether weight decay applies to the parameters of norm layers and to all others with
-            fewer than two axes, such as biases. If False, theirs is 0, except where a group sets it.
+            fewer than two axes, such as biases. If False, their weight decay is 0 unless a group sets it.
         accumulate: the number of batches whose gradients are averaged for one optimizer step. Each batch has
             `batch_size` samples and its own batch statistics; the last step of an epoch may have fewer batches.
-            Schedules, averages and checkpoints count steps. On CUDA, steps are captured as graphs only with 1.
+            Schedules, averages and checkpoints count steps. On CUDA, steps are captured as graphs only with
+            accumulate=1.
         mixup: the strength a of mixup (1710.09412); 0 turns it off. Each particle's batch is mixed with a permutation
-            of itself by a weight that is drawn from Beta(a, a), and so are the losses with both targets. Inputs must be
-            floating-point. Batches are mixed after `augment` and `transform`, and only in training. On CUDA, steps
-            aren't captured as graphs then.
-        cutmix: the strength a of CutMix (1905.04899): a box of the pictures is replaced by that of the permuted
-            pictures. With `mixup` and `cutmix`, each batch uses one of them, with equal probability.
+            of itself, with a weight drawn from Beta(a, a), and the losses with both targets are averaged with the same
+            weight. Inputs must be floating-point. Batches are mixed after `augment` and `transform`, and only in
+            training. On CUDA, steps with mixed batches aren't captured as graphs.
+        cutmix: the strength a of CutMix (1905.04899): a box in each picture is replaced by the same box of another
+            picture of the batch. If both `mixup` and `cutmix` are set, each batch uses one of them, with equal
+            probability.
         shared_order: an ablation: whether all particles of a cycle train on the same batches, in the same order and
-            with the same augmentation, `transform` and mixing, but with their own dropout. For streamed data this
-            decodes each sample once instead of N times.
+            with the same augmentation, `transform` and mixing. Each particle still has its own dropout. A sample of
+            streamed data is then decoded once instead of N times.
         augment: "crop_flip" pads pictures by 4 pixels, then crops and mirrors them at random. "none" does nothing.
             "auto" is "crop_flip" for CIFAR, else "none". *Ours*.
         rewind: where each cycle starts: at the "ticket" (SWAMP), or at the previous cycle's "average" (Sparse Model
@@ -130,24 +134,24 @@ class SwampConfig:
             by taking the "best" particle on `val`, according to `select_by`.
         select_by: the metric by which every choice on validation data is made: "accuracy", "loss", or the name of one
             of `metrics`. "auto" is the accuracy, or the loss if there are no accuracies.
-        mask_score: the score of a weight by which the global threshold ranks it, where w_n is the weight in particle n:
+        mask_score: the score by which the global threshold ranks a weight, where w_n is the weight in particle n:
             "abs-mean" is |mean w_n| (SWAMP); "mean-abs" is the mean of |w_n|; "rms" is the root of the mean of w_n
             squared; "signal-to-noise" is |mean w_n| divided by the standard deviation of the w_n (with the divisor N,
             not N - 1; infinite where all w_n are equal, 0 where all are 0). Graves (2011) and Blundell et al.
-            (1505.05424, section 5.1) rank by signal-to-noise over a posterior; here particles take its place. "random"
-            ranks nothing: it draws, by seed and cycle, as many weights of each layer as "abs-mean" would keep. All
-            scores except "abs-mean" are *ours* here.
+            (1505.05424, section 5.1) rank by signal-to-noise over a posterior; here particles take the place of the
+            posterior. "random" doesn't rank: it keeps as many weights of each layer as "abs-mean" would, drawn at
+            random by seed and cycle. All scores except "abs-mean" are *ours* here.
         layer_kept: for mask_score="random", how many weights of each prunable parameter to keep: one list per cycle
-            from 1 on, with one number per parameter in the model's order. Passing the numbers of another run makes
-            only the masks differ.
-        mask_from: whose weights masks are made from: the "last" cycle's solution, or always the "dense" one of cycle
-            0. With "dense", each cycle is one-shot magnitude pruning to its density.
+            from 1 on, with one number per parameter in the model's order. With the numbers of another run, only the
+            masks differ from that run's.
+        mask_from: the solution from whose weights masks are made: the "last" cycle's, or always the "dense" one of
+            cycle 0. With "dense", each cycle is one-shot magnitude pruning to its density.
         seed: the seed of the batch order, augmentation and dropout. The initial weights are those of the model.
         device: "cpu", "cuda", "cuda:N", or "auto": the model's GPU, else the current GPU, else the CPU.
         engine: "auto" chooses by a fixed rule, so that a seed always gives the same result on a machine: the fused
             engine in cycles where it supports the model and the mask is sparse enough, else the eager engine. "eager"
-            and "fused" use that engine in every cycle. "fastest" times the engines and uses the fastest one. The name
-            in `result.engine["name"]` repeats a run's choice.
+            and "fused" use that engine in every cycle. "fastest" times the engines and uses the fastest one. To
+            repeat a run's choice, pass its `result.engine["name"]`.
         precision: the number format of activations and weights; "bfloat16" keeps float32 weights and uses autocast.
         keep_particles: whether the result includes the last cycle's particles, each as its SWA mean.
         on_divergence: what happens if a particle's loss or weights are not finite at the end of an epoch: "stop" ends
@@ -380,7 +384,7 @@ class SwampConfig:
         return self.particles[cycle] if isinstance(self.particles, tuple) else self.particles
 
     def scored_at(self, cycle: int) -> bool:
-        """Whether a later mask needs a score of this cycle's particles that their average alone doesn't determine."""
+        """Whether a later mask needs a score that depends on this cycle's particles, not only on their average."""
         makes_masks = self.mask_from == "last" or cycle == 0
         return makes_masks and self.mask_score not in ("abs-mean", "random")
 
@@ -472,7 +476,7 @@ def _refuse_unknown(settings: Mapping[str, Any]) -> None:
 
 
 def _toml(value: Any) -> str:
-    """Write a value as TOML. JSON writes plain values in the same way, except tables and None."""
+    """Write a value as TOML. Except for tables and None, JSON writes plain values in the same way."""
     if isinstance(value, dict):
         return "{" + ", ".join(f"{name} = {_toml(item)}" for name, item in value.items()) + "}"
     if isinstance(value, list):
@@ -481,7 +485,7 @@ def _toml(value: Any) -> str:
 
 
 def _as_lists(value: Any) -> Any:
-    """Convert nested tuples to lists and groups to tables, because files give these."""
+    """Convert nested tuples to lists and groups to tables, as they are read from files."""
     if isinstance(value, ParameterGroup):
         return value.to_dict()
     return [_as_lists(item) for item in value] if isinstance(value, tuple) else value

@@ -55,31 +55,32 @@ def fast_swamp(
 
     Args:
         model: any nn.Module on one device; it is left unchanged, gradients included. If torch.compile has wrapped it,
-            the plain module is used. Its forward may keep activations in attributes; copies have only their values.
+            the plain module is used. Its forward may keep activations in attributes; they are copied without their
+            autograd graph.
         train: "digits", "cifar10", "cifar100", "fashion_mnist" or "svhn"; a path to an .npz (train_images uint8
             [n, H, W, C], train_labels [n], test_images, test_labels) or to an image folder; a pair (inputs, targets)
             of tensors; a Dataset; or a DataLoader, whose dataset, batch size, drop_last, collate_fn, num_workers and
             worker_init_fn are used. A Dataset may draw from the global generators of torch, Python and NumPy, which are
-            seeded for every sample. With a generator of its own, a run can't be repeated exactly. Some samples are read
-            outside of the workers.
+            seeded for every sample. If a Dataset uses another generator, a run can't be repeated exactly. Some samples
+            are read outside of the workers.
         test: test data in one of the same forms. By default, the test split that comes with `train`, as with a named
-            data set; if there is none, accuracies are None. The accuracy is the fraction of labels for which the
-            model's outputs [B, classes, ...] in evaluation are largest, without the labels that `loss` ignores. If the
-            targets are not such labels, accuracies are None, and the console says why.
+            data set; if there is none, accuracies are None. The accuracy is the fraction of labels whose class has the
+            largest of the model's outputs [B, classes, ...] in evaluation. Labels that `loss` ignores don't count. If
+            the targets are not class labels, accuracies are None, and the console says why.
         val: validation data in one of the same forms, or the fraction of `train` to hold out. Needed to select the
             best particle.
         forward: forward(model, inputs), for models that take or return something other than one tensor. It must use
-            the module that it is given, which is a particle, not your model.
-        loss: loss(outputs, targets) -> [B], one number per sample, or [B, ...] with the axes of the targets, which is
-            averaged over them. By default, cross-entropy of outputs [B, classes, ...] with labels [B, ...] or with
-            probabilities [B, classes, ...]. The labels that a loss ignores are those in its attribute `ignore_index`,
-            or else those for which it is found to have no gradient. Of a module with tensors, such as class weights, a
-            copy on the device is used; its parameters must not need gradients.
+            the module that it is given: this is a particle, not your model.
+        loss: loss(outputs, targets) -> [B], one number per sample, or [B, ...] with the axes of the targets after the
+            first, over which it is averaged. By default, cross-entropy of outputs [B, classes, ...] with labels
+            [B, ...] or with probabilities [B, classes, ...]. A loss with an attribute `ignore_index` ignores that
+            label; any other loss ignores the labels for which it is found to have no gradient. A module with tensors,
+            such as class weights, is copied to the device; its parameters must not need gradients.
         transform: transform(inputs [B, ...]) -> inputs, or transform(inputs, targets) -> (inputs, targets): your own
             augmentation of one particle's batch, on the device. It is called with the targets if its second positional
-            parameter has no default, or is named targets, labels or y. A transform of *args, as those of
-            torchvision.transforms.v2, is tried on a few inputs alone, and called with the targets if that raises. The
-            targets that it returns may be of another form, such as the probabilities of classes for cross-entropy.
+            parameter has no default, or is named targets, labels or y. A transform that takes *args, as
+            those of torchvision.transforms.v2, is tried on a few inputs alone; if that raises, it is called with the
+            targets. The targets that it returns may have another form, such as class probabilities for cross-entropy.
             It may draw from the global generators of torch, Python and NumPy, which are seeded for each batch.
         prunable: names or patterns of parameters, or a predicate (name, parameter) -> bool. By default, all
             convolution and linear weights are pruned, including attention projections and layers under spectral_norm,
@@ -87,28 +88,30 @@ def fast_swamp(
         initial_masks: parameter name -> bool tensor that is True for the weights that the first cycle keeps. The
             ticket is trained dense nevertheless.
         recipe: a Recipe with an optimizer, a schedule, a mask score or sample weights of your own.
-        metrics: name -> metric(outputs, targets) -> [B], one number per sample, of which the mean is taken; or a
-            torchmetrics object, that is one with update, compute and reset. Its attribute `higher_is_better`, True if
-            there is none, gives the direction for `select_by`. Each metric is computed on test and val for the average,
-            the particles and their ensemble, and stands in the history under its name. The ensemble's outputs are the
-            logarithm of the mean softmax where accuracies are counted, so logits again, else the mean of the outputs.
+        metrics: a dict from names to metrics. A metric is a function (outputs, targets) -> [B] with one number per
+            sample, of which the mean is taken, or an object with update, compute and reset, such as a torchmetrics
+            object. Its attribute `higher_is_better`, by default True, gives the direction for `select_by`. Each metric
+            is computed on test and val for the average, the particles and their ensemble, and appears in the history
+            under its name. If accuracies are counted, the ensemble's outputs are the logarithm of the mean softmax,
+            which are logits again; otherwise they are the mean of the outputs.
         on_epoch: called after each epoch of a training with a row: cycle (None for the ticket's training), epoch
             (counted from 0), epochs, and train_loss (a list, one number per particle). A resumed run may call it again
             for the last epoch before the checkpoint.
-        on_cycle: called with the row of each cycle that this call has finished; if it needs two arguments, also with
-            the cycle's snapshot, of which `state` has the average's parameters and buffers, and `masks` the masks.
-            A resumed run doesn't call it again for earlier cycles, even if it failed in the last one. Callbacks get
-            copies. They are called on the first rank only, under the global modes around this call, after what they
-            are called for is recorded. An exception ends the run, but StopRun lets the call return the cycles that are
-            finished; without any, it raises RuntimeError. Times in the history include those of `on_epoch`.
+        on_cycle: called with the row of each cycle that this call has finished. If it needs two arguments, it is also
+            given the cycle's snapshot, whose `state` has the average's parameters and buffers, and whose `masks` has
+            the masks. A resumed run doesn't call it again for earlier cycles, even if it failed in the last of them.
+            Callbacks get copies. They are called on the first rank only, under the global modes around this call, and
+            after the epoch or cycle is recorded. An exception ends the run. After StopRun, the call returns the
+            finished cycles, or raises RuntimeError if there are none. Times in the history include the time spent in
+            `on_epoch`.
         config: the settings; a field of SwampConfig that is passed as a keyword takes precedence.
 
     Returns the result of all cycles.
 
-    A cycle's average has these buffers. Running statistics of norms that derive from torch's BatchNorm or InstanceNorm
-    are re-estimated on the training data; norms that the model's own train() leaves in evaluation mode keep theirs. The
-    vectors of spectral_norm are computed anew, by power iterations on the average's weights. Other floating-point
-    buffers are averaged over the particles. Integers and booleans are the first particle's.
+    The buffers of a cycle's average are made as follows. Running statistics of norms that derive from torch's BatchNorm
+    or InstanceNorm are re-estimated on the training data; norms that the model's own train() leaves in evaluation mode
+    keep their statistics. The vectors of spectral_norm are computed anew, by power iterations on the average's weights.
+    Other floating-point buffers are averaged over the particles. Integer and boolean buffers are the first particle's.
 
     Raises ValueError, TypeError, FileNotFoundError or ImportError for an unsuitable argument, before anything is
     trained, and MemoryError if a cycle's particles don't fit the free memory; FloatingPointError if a particle diverges
@@ -118,7 +121,7 @@ def fast_swamp(
     The result doesn't depend on the global modes around the call, such as autocast, no_grad, the default dtype and
     device, anomaly detection, hooks on saved tensors, and the precision of float32 products: during the call they are
     PyTorch's defaults, and warnings are shown but never raised. The number of threads, deterministic algorithms and
-    cuDNN's flags stay as they are. The model, `forward`, `loss` and `transform` may set modes for themselves by
+    cuDNN's flags stay as they are. The model, `forward`, `loss` and `transform` may set modes for themselves with
     context managers.
 
     In a torch.distributed process group the ranks share the particles. All ranks must call with the same arguments,
@@ -150,7 +153,7 @@ def swamp(problem: Problem, engine: Engine, run: Run) -> Trainings[SwampResult]:
 def train_cycle(
     problem: Problem, engine: Engine, run: Run, cycle: int, start: Solution, mask: Tensor
 ) -> Trainings[Solution]:
-    """Train, average, evaluate and record the particles of a cycle, whose memory is free again afterwards."""
+    """Train, average, evaluate and record the particles of a cycle. Their memory is free again afterwards."""
     outcome = yield from train(run, cycle_request(problem, run, cycle, start, mask))
     particles = outcome.particles(averaged=problem.config.average != "none")
     combined = combine(problem, run, outcome.side_by_side, particles, cycle)

@@ -1,4 +1,4 @@
-"""Checks of the arguments of public functions: what came, what was expected, in one message that names the argument."""
+"""Checks the arguments of public functions. Messages name the argument, what was expected, and what was given."""
 
 from __future__ import annotations
 
@@ -20,17 +20,18 @@ NUMBERS: dict[Any, Any] = {int: numbers.Integral, float: numbers.Real}
 def checked(
     name: str, value: Any, kind: type[Kind], low: float = -math.inf, high: float = math.inf, *, advice: str = ""
 ) -> Kind:
-    """Return an argument as an object of `kind`, for int and float as Python's own number.
+    """Return an argument as an object of `kind`. For int and float, this is Python's own type of number.
 
-    A bool is no number, and a float must be finite. `low` and `high` are the lowest and highest number allowed, and
-    `advice` follows the error's message. Raises TypeError for another type, ValueError for a number out of range.
+    A bool doesn't count as a number, and a float must be finite. `low` and `high` are the lowest and highest number
+    allowed, and `advice` follows the error's message. Raises TypeError for another type, and ValueError for a number
+    out of range.
     """
     advice = f" {advice}" if advice else ""
     if not isinstance(value, NUMBERS.get(kind, kind)) or (kind in NUMBERS and isinstance(value, bool)):
         raise TypeError(f"`{name}` must be {_described(kind)}, got {shown(value)}.{advice}")
     given: Any = value
     if kind in NUMBERS:
-        finite = kind is int or abs(given) <= sys.float_info.max  # which math.isfinite can't say of a huge int
+        finite = kind is int or abs(given) <= sys.float_info.max  # math.isfinite fails for a huge int
         if not (finite and low <= given <= high):
             raise ValueError(f"`{name}` must {_limits(kind, low, high)}, got {shown(given)}.{advice}")
         given = int(given) if kind is int else float(given)
@@ -55,8 +56,8 @@ def checked_choice(name: str, value: Any, choices: Sequence[str]) -> str:
 def checked_list(name: str, values: Any, kind: type[Kind], low: int = 1) -> list[Kind]:
     """Return an argument as a list of at least `low` objects of `kind`.
 
-    Raises TypeError for anything that is no list, tuple or iterator, and for an entry of another type; ValueError for
-    too few entries.
+    Raises TypeError for anything but a list, tuple or other iterable, and for an entry of another type. Raises
+    ValueError for too few entries.
     """
     if not isinstance(values, Iterable) or isinstance(values, str | bytes | Mapping | Tensor):
         entries = "" if kind is object else f", each entry {_described(kind)}"
@@ -68,7 +69,7 @@ def checked_list(name: str, values: Any, kind: type[Kind], low: int = 1) -> list
 
 
 def checked_path(name: str, value: Any) -> Path:
-    """Return the path of a file or folder; "~" is the user's home. Raises TypeError or ValueError for no such path."""
+    """Return the path of a file or folder; "~" is the user's home. Raises TypeError or ValueError for another value."""
     if not isinstance(value, str | Path):
         raise TypeError(f"`{name}` must be a path, as text or as a Path; got {shown(value)}.")
     if str(value) == "" or "\0" in str(value):

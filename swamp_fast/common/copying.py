@@ -19,7 +19,7 @@ def copy_of(module: nn.Module) -> nn.Module:
 
 
 def uncompiled(model: nn.Module) -> nn.Module:
-    """Return a model without the wrappers of torch.compile around it or its layers; any other object as it is.
+    """Return a model without torch.compile's wrappers around it or its layers. Return any other object as it is.
 
     Modules that hold a wrapped layer are replaced by shallow copies, with the same parameters and buffers.
     """
@@ -40,12 +40,12 @@ def _uncompiled(model: nn.Module, copied: dict[int, nn.Module]) -> nn.Module:
 
 
 def is_compiled(module: object) -> bool:
-    """Whether torch.compile has wrapped a module. Its class isn't imported, which would take a second."""
+    """Whether torch.compile has wrapped a module. The wrapper's class isn't imported, which would take a second."""
     return type(module).__name__ == "OptimizedModule" and type(module).__module__.startswith("torch._dynamo")
 
 
 class _WithoutGraphs(TorchFunctionMode):
-    """A mode in which a deep copy of a tensor that is computed from others is a plain tensor with its values."""
+    """A mode in which the deep copy of a tensor with an autograd graph is a plain tensor with the same values."""
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is Tensor.__deepcopy__ and not args[0].is_leaf:
@@ -55,9 +55,9 @@ class _WithoutGraphs(TorchFunctionMode):
 
 
 def attributes_with_graphs(model: nn.Module) -> dict[str, list[int]]:
-    """Return the attributes, lists and dicts included, that hold tensors with an autograd graph.
+    """Return the names of the attributes that hold tensors with an autograd graph, also in lists and dicts.
 
-    Each is given by its name, with the places of these tensors among the attribute's tensors.
+    Each name comes with the places of these tensors among all tensors of the attribute.
     """
     found: dict[str, list[int]] = {}
     for name, held in attribute_tensors(model).items():

@@ -12,15 +12,15 @@ from swamp_fast.common.tree import tensors
 
 
 class LiveMemory(TorchDispatchMode):
-    """Counts the bytes of the tensors that operations inside this context make, while they live.
+    """Counts the bytes of all live tensors that operations inside this context have made.
 
-    now, peak  bytes
+    now, peak  the current and the largest number of bytes
     """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.peak = 0
-        self._counted: set[int] = set()  # the storages that live, by address
+        self._counted: set[int] = set()  # the live storages, by address
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation and count the memory that it takes."""

@@ -1,6 +1,6 @@
 """The modes of torch and Python that apply to a whole process or thread, and that would change a driver's results.
 
-A driver sets them to PyTorch's defaults while it runs, so that a call has the same result whatever surrounds it.
+A driver sets them to PyTorch's defaults while it runs, so that its result doesn't depend on the modes around the call.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch.nn.utils import parametrize
 
 AUTOCAST_DTYPES = {"cpu": torch.bfloat16, "cuda": torch.float16}  # PyTorch's defaults
-SUBNORMAL = 1e-310  # a float64 number that is 0 where subnormal numbers are flushed
+SUBNORMAL = 1e-310  # a float64 number that becomes 0 if subnormal numbers are flushed
 ONEDNN = ("matmul", "conv", "rnn")  # the operations that have a precision of their own on a CPU
 ATTENTIONS = ("flash", "mem_efficient", "math", "cudnn")
 
@@ -24,7 +24,7 @@ ATTENTIONS = ("flash", "mem_efficient", "math", "cudnn")
 class _Mode:
     """A mode: its name for error messages, how to read and write it, and the value that a driver runs with.
 
-    neutral  the driver's value, from the value around the call
+    neutral  computes the driver's value from the value around the call
     """
 
     name: str
@@ -48,7 +48,7 @@ def _set_autocast(value: tuple[Any, ...]) -> None:
         torch.set_autocast_enabled(device, enabled)
         torch.set_autocast_dtype(device, dtype)
     torch.set_autocast_cache_enabled(cached)
-    # Only the outermost autocast forgets its copies of weights, so an autocast around a step would keep stale ones.
+    # Only the outermost autocast clears the cached copies of weights. If it surrounds steps, they become stale.
     torch.clear_autocast_cache()
     while (now := _autocast()[2]) != nesting:
         torch.autocast_increment_nesting() if now < nesting else torch.autocast_decrement_nesting()
@@ -135,7 +135,7 @@ def _always(value: object) -> Callable[[Any], Any]:
     return lambda _: value
 
 
-# The modes that a user's callables may not change: they would hold for everything that a driver does afterwards.
+# The modes that a user's callables may not change, because a change would affect all that a driver does afterwards.
 KEPT_MODES = (
     _Mode("the default dtype", torch.get_default_dtype, torch.set_default_dtype, _always(torch.float32)),
     _Mode("the number of threads", torch.get_num_threads, torch.set_num_threads, lambda threads: threads),
@@ -193,7 +193,7 @@ _around = _Surroundings()
 
 @contextmanager
 def neutral_modes() -> Iterator[None]:
-    """A context in which all modes have the values of a driver, unless they already have.
+    """A context in which all modes have a driver's values. Inside another such context, it changes nothing.
 
     Raises RuntimeError where tensors have no values, as inside FakeTensorMode.
     """
@@ -219,9 +219,10 @@ def neutral_modes() -> Iterator[None]:
 
 @contextmanager
 def surrounding_modes() -> Iterator[None]:
-    """A context for a user's callback: it sees the modes around the driver's call.
+    """A context in which a user's callback sees the modes around the driver's call.
 
-    What it changes holds for its next call and after the driver's call, but not for the driver.
+    A mode that the callback changes stays changed for later callbacks and after the driver's call. The driver itself
+    isn't affected.
     """
     global _around
     around = _around
@@ -244,5 +245,5 @@ def surrounding_modes() -> Iterator[None]:
 
 
 def _default_device(device: torch.device) -> AbstractContextManager[Any]:
-    """A context with another default device. It costs time at each operation, so it is entered only if it differs."""
+    """A context with another default device. It slows down all operations, so it is entered only if it differs."""
     return nullcontext() if torch.get_default_device() == device else device

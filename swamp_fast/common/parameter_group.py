@@ -17,9 +17,9 @@ EXAMPLE = '{params = ["*.bias"], weight_decay = 0.0}'
 class ParameterGroup:
     """Parameters with a learning rate or weight decay of their own.
 
-    params        patterns of parameter names, as of fnmatch
+    params        patterns of parameter names, in the syntax of fnmatch
     lr            the factor of the learning rate; None for 1
-    weight_decay  the weight decay; None for that of the other parameters
+    weight_decay  the weight decay; None if the group doesn't change it
     """
 
     params: tuple[str, ...]
@@ -37,7 +37,7 @@ class ParameterGroup:
 
 
 def groups_of(value: object) -> tuple[ParameterGroup, ...]:
-    """Return the groups of the setting `groups`. Raises TypeError or ValueError if it is no list of such tables."""
+    """Return the groups of the setting `groups`. Raises TypeError or ValueError unless it is a list of valid tables."""
     if not isinstance(value, list | tuple):
         raise TypeError(f"`groups` must be a list of tables such as {EXAMPLE}, got {value!r}.")
     return tuple(_group_of(f"groups[{place}]", table) for place, table in enumerate(value))

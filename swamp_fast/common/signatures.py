@@ -1,4 +1,4 @@
-"""Whether a callable takes the arguments that it is to be called with."""
+"""Finds out whether a callable takes the arguments with which it will be called."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
 def misfit(function: Callable[..., Any], names: Iterable[str]) -> str | None:
     """Why a function can't be called with keyword arguments of these names, and what it takes, as part of a sentence.
 
-    None if it can be called with them, or if its signature is not known, as that of some functions in C.
+    None if the function can be called with them, or if its signature isn't known, as for some functions in C.
     """
     try:
         signature = inspect.signature(function)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from swamp_fast.common.format import dtype_name
 
-PROBABILITY_TOLERANCE = 1e-3  # by which the probabilities of a sample's classes may miss a sum of 1
+PROBABILITY_TOLERANCE = 1e-3  # by which the sum of a sample's class probabilities may differ from 1
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Labels:
     ignored: tuple[int, ...] = ()
 
     def counted(self, targets: Tensor) -> Tensor:
-        """Return where targets are labels that count in accuracies: those of a class that the loss doesn't ignore."""
+        """Return where targets count in accuracies: where they are labels of a class that the loss doesn't ignore."""
         counts = (targets >= 0) & (targets < self.classes)
         for label in self.ignored:
             counts &= targets != label
@@ -32,7 +32,7 @@ class Labels:
 
 
 def predicted(outputs: Tensor) -> Tensor:
-    """Return the class [B, ...] with the largest output [B, classes, ...]; -1, which is no label, where one is NaN."""
+    """Return the class [B, ...] with the largest output [B, classes, ...], or -1, no label, where an output is NaN."""
     return outputs.argmax(1).masked_fill(outputs.isnan().any(1), -1)
 
 

@@ -1,8 +1,8 @@
-"""How much memory a run takes besides its model and data, predicted from the sizes of what the engines allocate.
+"""The memory that a run takes besides its model and data, predicted from the sizes of what the engines allocate.
 
-Both engines train all particles in one bank, whose memory grows with their number. What a step needs besides is
-allocated for one particle, since a CPU runs particles one after the other; the fused engine on a GPU runs as many at
-once as fit.
+Both engines train all particles in one bank, whose memory grows with the number of particles. The other memory of a
+step is counted for one particle, because a CPU runs particles one after the other. On a GPU, the fused engine runs as
+many particles at once as fit.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from swamp_fast.problem.checks import check_particles_fit
 from swamp_fast.problem.problem import Problem
 from swamp_fast.runs.record import Run
 
-MEASURED_SAMPLES = 8  # of the steps from which the activations of a batch are extrapolated
-ORDER_BYTES = 24  # of a sample in the order that is drawn for a particle's epoch: random words, places and their sort
-GATHERED = 2  # copies of a particle's weights that averaging takes on every engine: gathered, and with the average
-AVERAGED = 4  # copies of a particle's weights that averaging takes at most
-STATES = 4  # copies of the weights besides the particles': of the ticket, of averages, and of what is recorded
+MEASURED_SAMPLES = 8  # at most, in the steps from which the activations of a whole batch are extrapolated
+ORDER_BYTES = 24  # per sample, to draw the order of a particle's epoch: random words, places and their sorting
+GATHERED = 2  # copies of a particle's weights in averaging on every engine: gathered, and stacked with the average
+AVERAGED = 4  # copies of a particle's weights in averaging, at most
+STATES = 4  # copies of the weights apart from the particles: the ticket, averages, and what is recorded
 
 
 @dataclass(frozen=True)
 class Phase:
-    """Bytes that a part of a cycle takes: `fixed` ones, and those of each particle."""
+    """The bytes that a part of a cycle takes: `fixed` in total, and `of_particle` for each particle."""
 
     fixed: int
     of_particle: int
@@ -53,11 +53,11 @@ class Footprint:
     averaging: Phase
 
     def bytes(self, particles: int) -> int:
-        """The largest number of bytes that a run with this number of particles takes."""
+        """The most bytes that a run with this number of particles takes at once."""
         return max(phase.fixed + particles * phase.of_particle for phase in (self.training, self.averaging))
 
     def particles(self, free: int) -> int:
-        """How many particles fit `free` bytes."""
+        """The number of particles that fit in `free` bytes."""
         return max(0, min((free - phase.fixed) // phase.of_particle for phase in (self.training, self.averaging)))
 
 
@@ -77,7 +77,7 @@ def fused_footprint(problem: Problem, plan: Plan) -> Footprint:
         maps = [math.prod(shape) * steps * storage.itemsize for shape in plan.shapes]
         step = sum(maps) + 4 * max(maps)
     fixed, bank = step + compact + STATES * vector, _bank_bytes(problem)
-    # Averaging takes the particles expanded, stacked with their average, and twice compact.
+    # Averaging holds the particles expanded, stacked with their average, and in two compact copies.
     training = Phase(fixed + building, bank + _batch_bytes(problem))
     return Footprint(training, Phase(fixed + 3 * vector, bank + AVERAGED * vector))
 
@@ -90,15 +90,16 @@ def eager_footprint(problem: Problem, choice: Choice) -> Footprint:
     training = Phase(
         STATES * vector + (0 if folds else activations), bank + batch + vector + (activations if folds else 0)
     )
-    # Averaging takes the particles stacked with their average, a copy of that, and the modules that are copied first.
+    # Averaging holds the particles stacked with their average, a copy of this stack and, lane by lane, copied modules.
     return Footprint(training, Phase((STATES + 3) * vector, bank + (2 if folds else 3) * vector))
 
 
 def refuse_too_many_particles(problem: Problem, engine: Engine, run: Run) -> None:
-    """Raise MemoryError if this process's particles of a remaining cycle don't fit the free memory.
+    """Raise MemoryError if this process's particles of a remaining cycle don't fit in the free memory.
 
-    This counts only what a cycle takes at least: its bank, which the fused engine makes for the kept weights alone, and
-    the particles' weights when they are averaged. All of that is needed at once, so particles can't train in groups.
+    This counts only the memory that a cycle needs in any case: the bank, which the fused engine makes for the kept
+    weights alone, and the particles' weights during averaging. All of it is needed at once, so training the particles
+    in groups wouldn't help.
     """
     config, layout, kept = problem.config, problem.layout, int(problem.mask.sum())
     needs = []
@@ -118,7 +119,7 @@ def refuse_too_many_particles(problem: Problem, engine: Engine, run: Run) -> Non
 
 
 def particles_that_fit(problem: Problem) -> int:
-    """How many particles, of one run or several, fit the free memory until they are averaged."""
+    """The number of particles, of one run or several, that fit in the free memory, averaging included."""
     return free_memory(problem.device) // (_bank_bytes(problem) + AVERAGED * _vector_bytes(problem))
 
 
@@ -127,7 +128,7 @@ def _vector_bytes(problem: Problem) -> int:
 
 
 def _bank_vectors(problem: Problem) -> int:
-    """The vectors of a particle in a bank: weights, gradients, SWA means and the optimizer's moments."""
+    """The number of a particle's vectors in a bank: weights, gradients, SWA means and the optimizer's moments."""
     if problem.own_optimizer is not None:
         return 3 + problem.own_optimizer.state_bytes // _vector_bytes(problem)
     return 3 + len(MOMENTS[problem.config.optimizer])
@@ -144,7 +145,7 @@ def _batch_bytes(problem: Problem) -> int:
 
 
 def _batch_sizes(problem: Problem) -> list[tuple[int, bool]]:
-    """The numbers of samples for which there are programs, and whether each of those trains."""
+    """The batch sizes for which there are programs, and whether each program trains."""
     trained = {end - begin for begin, end in problem.bounds}
     size = problem.config.batch_size
     splits = [data.length for data in (problem.train, problem.val, problem.test) if data is not None]

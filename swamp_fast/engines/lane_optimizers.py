@@ -12,14 +12,14 @@ from swamp_fast.particles.bank import ParticleBank
 from swamp_fast.particles.optimizer_state import read_state, with_inner, write_state
 from swamp_fast.problem.problem import Problem
 
-Again = Callable[[int], Tensor]  # lane -> its loss, after adding its gradients on the step's batch to the bank's
+Again = Callable[[int], Tensor]  # lane -> its loss; adds its gradients on the step's batch to the bank's
 
 
 class LaneOptimizers:
     """The optimizers of the lanes of a bank.
 
-    They see every parameter in its own shape. A compact bank is therefore expanded for each step: `weights` and
-    `grads`, each [L, P], are then copies, and otherwise the bank's own tensors.
+    An optimizer sees each parameter in its own shape, so a compact bank is expanded for each step. `weights` and
+    `grads`, each [L, P], are copies if the bank is compact, and the bank's own tensors otherwise.
     """
 
     def __init__(self, problem: Problem, bank: ParticleBank, grads: Tensor) -> None:
@@ -33,7 +33,7 @@ class LaneOptimizers:
         ]
 
     def step(self, factors: Sequence[float], step_keys: Tensor, swa_weight: Tensor, again: Again) -> None:
-        """Take one step of every lane from the bank's gradients, and update the averages.
+        """Take one step in every lane with the bank's gradients, and update the averages.
 
         factors     the factor of each lane's initial learning rates
         step_keys   [L, 3]  the keys of the step's random draws
@@ -67,7 +67,7 @@ class LaneOptimizers:
 
 
 def why_not_without_closure(problem: Problem) -> str | None:
-    """The reason why lanes can't take a step together, or None: closures run lane by lane."""
+    """Return why lanes can't take a step together; None if they can. Closures run lane by lane."""
     if problem.own_optimizer is not None and problem.own_optimizer.needs_closure:
         return "the recipe's optimizer computes gradients several times per step, which is done lane by lane"
     return None
@@ -129,7 +129,7 @@ class _Lane:
                 self.last[id(group)] = float(group["lr"])
 
     def _take_gradients(self) -> None:
-        """Give the parameters their gradients, without those of pruned weights, and clipped."""
+        """Assign the gradients to the parameters and clip them; the gradients of pruned weights are set to 0 first."""
         for name, mask in self.masks.items():
             self.grad_of[name].mul_(mask)
         for name, parameter in self.parameters.items():
@@ -139,7 +139,7 @@ class _Lane:
 
     @torch.no_grad()
     def _mask(self) -> None:
-        """Set pruned weights, and the state of the optimizers that belongs to them, to 0."""
+        """Set pruned weights and their optimizer state to 0."""
         for name, parameter in self.parameters.items():
             if parameter.data_ptr() != self.weight_of[name].data_ptr():  # an optimizer has replaced the view
                 self.weight_of[name].copy_(parameter)

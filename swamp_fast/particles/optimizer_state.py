@@ -13,21 +13,21 @@ PLAIN = {bool: torch.bool, int: torch.int64, float: torch.float64}
 
 
 class NotSaved(ValueError):
-    """Raised for a value in an optimizer's state that is no tensor and no number."""
+    """Raised for a value in an optimizer's state that is neither a tensor nor a number."""
 
 
 def with_inner(optimizers: Iterable[Optimizer]) -> Iterator[Optimizer]:
-    """Yield optimizers and those that they hold in attributes, as SAM holds the one that it wraps."""
+    """Yield optimizers, each followed by the optimizers in its attributes, such as the one that SAM wraps."""
     for optimizer in optimizers:
         yield optimizer
         yield from with_inner(value for value in vars(optimizer).values() if isinstance(value, Optimizer))
 
 
 def read_state(optimizers: Iterable[Optimizer], parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    """Return the state of optimizers as tensors: that of each parameter, and the numbers in groups and attributes.
+    """Return the optimizers' state for each parameter, and the numbers in their groups and attributes, as tensors.
 
     Names are NUMBER/state/PARAMETER/KEY, NUMBER/group/GROUP/KEY and NUMBER/attribute//KEY, followed by "#" and the kind
-    of the value. Raises NotSaved for state of any other kind, such as a list.
+    of the value. Raises NotSaved if a parameter's state has a value of any other kind, such as a list.
     """
     named: dict[Tensor, str] = {parameter: name for name, parameter in parameters.items()}
     tensors: dict[str, Tensor] = {}
@@ -67,7 +67,7 @@ def _numbers(path: str, values: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def _entry(path: str, value: Any) -> dict[str, Tensor]:
-    """Return a value as a tensor under a name that says what it was."""
+    """Return a value as a tensor, under a name that ends with the kind of the value."""
     if isinstance(value, Tensor):
         return {f"{path}#{'cpu' if value.device.type == 'cpu' else 'device'}": value.detach()}
     if value is None:

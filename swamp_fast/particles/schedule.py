@@ -1,4 +1,4 @@
-"""The schedule of a training: the learning rate of each step, and the weight of each sample of the average."""
+"""The schedule of a training: the learning rate of each step, and the weight of each sample in the average."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from swamp_fast.config import SwampConfig
 
-ROUNDING = 1e-6  # weights; products such as 0.07 * 100 may fall just below a whole number
+ROUNDING = 1e-6  # in weights; a product such as 0.07 * 100 may lie just below a whole number
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class Training:
 
     epochs          the number of epochs
     lr              step -> learning rate; for a recipe's own optimizers, the factor of their initial rates
-    average_weight  step -> weight of the sample that the average takes after the step; 0 takes no sample
+    average_weight  step -> weight in the average of the sample taken after the step; 0 if none is taken
     """
 
     epochs: int
@@ -26,9 +26,9 @@ class Training:
 
 
 def ticket_training(config: SwampConfig, steps_per_epoch: int, factors: Sequence[float] | None = None) -> Training:
-    """Return the schedule of the ticket's training: `ticket_epochs` epochs, after the warm-up at the rate `lr`.
+    """Return the schedule of the ticket's training: `ticket_epochs` epochs, at the rate `lr` after the warm-up.
 
-    factors  the recipe's schedule, of which the ticket's training has the first steps
+    factors  the recipe's schedule for a cycle, which the ticket's training follows from the start
     """
     first = config.initial_lr
     if factors is not None:
@@ -58,7 +58,7 @@ def swa_first_epoch(config: SwampConfig) -> int:
 
 
 def average_samples(config: SwampConfig, steps_per_epoch: int, steps: int) -> int:
-    """Return how many samples the average has after some steps of a cycle's training."""
+    """Return how many samples the average has after `steps` steps of a cycle's training."""
     every = config.average_every or steps_per_epoch
     return max(0, steps - swa_first_epoch(config) * steps_per_epoch) // every
 
@@ -76,7 +76,7 @@ def average_weight(config: SwampConfig, steps_per_epoch: int, step: int) -> floa
 
 
 def warmup_steps(config: SwampConfig, steps_per_epoch: int) -> int:
-    """Return the number of steps of the warm-up; 1, whose rate is `lr`, stands for none."""
+    """Return the number of warm-up steps. Without a warm-up it is 1, since a single warm-up step has the rate `lr`."""
     return max(1, round(config.warmup_epochs * steps_per_epoch))
 
 
@@ -106,13 +106,13 @@ def falls_until(config: SwampConfig, epoch: int) -> int:
 
 
 def total_particle_epochs(config: SwampConfig) -> int:
-    """Return the cost of a run in particle-epochs: the epochs of all particles in all trainings, and the ticket's."""
+    """Return the cost of a run in particle-epochs: the epochs of all particles in all cycles, plus the ticket's."""
     particles = sum(config.particles_at(cycle) for cycle in range(config.cycles + 1))
     return particles * config.epochs + config.ticket_epochs
 
 
 def kept_at(config: SwampConfig, cycle: int, before: int, prunable: int) -> int:
-    """Return how many weights a cycle keeps of the `before` weights that the cycle before it keeps.
+    """Return how many weights a cycle keeps, where the cycle before it keeps `before` weights.
 
     With `target_density`, the last cycle keeps that share of the `prunable` weights.
     """

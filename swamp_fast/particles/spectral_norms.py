@@ -1,4 +1,4 @@
-"""Finds the singular vectors of spectral norms anew, for weights that were averaged, and the weights themselves."""
+"""Recomputes what depends on averaged parameters: the singular vectors of spectral norms, and normalized weights."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from torch.nn.utils.parametrize import ParametrizationList
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-POWER_ITERATIONS = 100  # from the vectors of a trained particle, after which a spectral norm no longer changes
+POWER_ITERATIONS = 100  # from a trained particle's vectors; more would no longer change a spectral norm
 
 
 def spectral_vectors(module: nn.Module) -> set[str]:
-    """Return the names of the buffers that hold the singular vectors of spectral norms, of both of torch's kinds."""
+    """Return the names of the buffers that hold singular vectors, for both of torch's kinds of spectral norm."""
     own = {id(vector) for vectors, _ in _spectral_norms(module) for vector in vectors}
     return {name for name, buffer in module.named_buffers() if id(buffer) in own}
 
 
 @torch.no_grad()
 def find_spectral_norms(modules: Iterable[nn.Module]) -> None:
-    """Find the singular vectors of all spectral norms in the modules anew, by power iterations on their weights."""
+    """Recompute the singular vectors of all spectral norms in the modules, by power iterations on their weights."""
     for module in modules:
         for _, iterate in _spectral_norms(module):
             for _ in range(POWER_ITERATIONS):
@@ -41,7 +41,7 @@ def compute_weights(module: nn.Module) -> None:
 
 
 def _spectral_norms(module: nn.Module) -> Iterator[tuple[list[Tensor], Callable[[], object]]]:
-    """Yield each spectral norm's vectors, and a function that iterates them."""
+    """Yield each spectral norm's vectors, and a function that updates them by power iteration."""
     for child in module.modules():
         if isinstance(child, ParametrizationList):
             for each in child:
@@ -54,7 +54,7 @@ def _spectral_norms(module: nn.Module) -> Iterator[tuple[list[Tensor], Callable[
 
 
 def _iterate(norm: _SpectralNorm, weight: ParametrizationList) -> None:
-    """Do a spectral norm's power iterations, which it does when it is called in train mode."""
+    """Run a spectral norm's power iterations. It runs them whenever it is called in train mode."""
     norm.train()
     weight()
     norm.eval()

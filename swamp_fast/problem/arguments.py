@@ -32,7 +32,7 @@ class StopRun(Exception):
 
 TARGET_NAMES = ("targets", "labels", "y")
 NUMBERS = {1: "one argument", 2: "two arguments"}
-# The callable arguments, and what each may be called with.
+# The callable arguments, and the arguments with which each may be called.
 CALLABLES = {
     "forward": (("the module", "inputs"),),
     "loss": (("outputs", "targets"),),
@@ -53,7 +53,7 @@ OF_RECIPE = {
 class Arguments:
     """A driver's arguments other than the model, train, test and the settings. See fast_swamp for each of them.
 
-    Raises TypeError if an argument that must be callable isn't, or takes another number of arguments.
+    Raises TypeError if an argument that must be callable isn't, or takes the wrong number of arguments.
     """
 
     val: object = None
@@ -69,11 +69,11 @@ class Arguments:
 
     @classmethod
     def of(cls, local: Mapping[str, Any]) -> Arguments:
-        """Return the arguments among a driver's local variables, which have the same names."""
+        """Return the arguments from a driver's local variables, which have the same names."""
         return cls(**{field.name: local[field.name] for field in dataclasses.fields(cls)})
 
     def __post_init__(self) -> None:
-        """Raise TypeError for a callable argument that can't be called with what it is given."""
+        """Raise TypeError if a callable argument doesn't take the arguments with which it will be called."""
         for name, forms in CALLABLES.items():
             if getattr(self, name) is not None:
                 _check_callable(name, getattr(self, name), *forms)
@@ -87,7 +87,7 @@ class Arguments:
 
 
 def _check_callable(name: str, function: object, *forms: tuple[str, ...]) -> None:
-    """Raise TypeError unless an argument is a function, or an object, that can be called in one of the `forms`."""
+    """Raise TypeError unless a function or object can be called with the arguments of one of the `forms`."""
     if not callable(function):
         raise TypeError(f"`{name}` must be callable, got {type(function).__name__}.")
     if isinstance(function, type):
@@ -118,9 +118,9 @@ def _signature(function: Callable[..., object]) -> str:
 
 @dataclass(frozen=True)
 class BatchTransform:
-    """A user's transform as (inputs, targets) -> (inputs, targets), whichever of the two forms it has.
+    """A user's transform in either form, called as (inputs, targets) -> (inputs, targets).
 
-    dtype  the floating-point type of the targets that it makes, such as the probabilities of classes
+    dtype  the type of the floating-point targets that it returns, such as the probabilities of classes
     """
 
     function: Transform
@@ -128,7 +128,7 @@ class BatchTransform:
     dtype: torch.dtype
 
     def __call__(self, inputs: Any, targets: Any) -> tuple[Any, Any]:
-        """Return a transformed batch. Raises TypeError if a transform of both doesn't return both."""
+        """Return the transformed batch. Raises TypeError if a transform that takes targets doesn't return a pair."""
         if not self.takes_targets:
             return self.function(inputs), targets
         pair = self.function(inputs, targets)
@@ -144,10 +144,10 @@ class BatchTransform:
 
 
 def takes_targets(transform: Transform) -> bool | None:
-    """Whether a transform is called with inputs and targets rather than with inputs alone, by its signature.
+    """Whether a transform takes inputs and targets rather than inputs alone, according to its signature.
 
-    It is if its second positional parameter has no default, or is named targets, labels or y. Returns None if the
-    signature doesn't tell, because it has *args there, as the transforms of torchvision.transforms.v2 do.
+    It takes both if its second positional parameter has no default, or is named targets, labels or y. Returns None if
+    the signature has *args instead and so doesn't tell, as in torchvision.transforms.v2.
     """
     function = transform.forward if isinstance(transform, nn.Module) else transform
     try:

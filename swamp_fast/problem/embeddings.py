@@ -1,4 +1,4 @@
-"""Checks that a model's embeddings have a row for every index, in all of a split rather than in a few samples."""
+"""Checks that a model's embeddings have a row for every index in a split, not only for those in a few samples."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ class NoSuchRow(ValueError):
 def indices_checked(
     model: nn.Module, split: str, batch: Sequence[Tensor], whole: Sequence[Tensor], reads: ValueReads
 ) -> Iterator[None]:
-    """A context in which a model's embeddings raise NoSuchRow for an index out of range, before they look it up.
+    """A context in which a model's embeddings check indices first, and raise NoSuchRow for one out of range.
 
     split  the name of the data in messages
     batch  the tensors [B, ...] on which the model is run
-    whole  for each of them, all of the split's [n, ...]; they are looked at where an embedding is given the batch's
-    reads  doesn't count the values that are read here as the model's
+    whole  the same tensors for the whole split, [n, ...]; where an embedding gets one of `batch`, all of it is checked
+    reads  records the values that the model reads; those that are read here don't count
     """
 
     def check(name: str, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -11,14 +11,14 @@ from swamp_fast.common.warn import warn_user
 
 WRONG_MODULE = (
     "Use the module that `forward(model, inputs)` is given: particles are copies of your model, so a function that "
-    "refers to your model itself trains none of them. A function assigned to model.forward does so too; define forward "
-    "in a class."
+    "refers to your model itself trains none of them. A function assigned to model.forward also refers to your model; "
+    "define forward in a class."
 )
 
 
 @contextmanager
 def gradients_restored(tensors: Iterable[Tensor]) -> Iterator[None]:
-    """A context after which the tensors have the gradients that they had before."""
+    """A context that clears the gradients of tensors, and restores them when it ends."""
     saved = [(tensor, tensor.grad) for tensor in tensors]
     for tensor, _ in saved:
         tensor.grad = None
@@ -30,7 +30,7 @@ def gradients_restored(tensors: Iterable[Tensor]) -> Iterator[None]:
 
 
 def leaves_of(loss: Tensor) -> list[Tensor]:
-    """Return the tensors for which going backward from a loss would leave a gradient, each once."""
+    """Return the tensors for which a backward pass from a loss would leave a gradient, each once."""
     leaves: list[Tensor] = []
     seen, todo = set(), [loss.grad_fn]
     while todo:
@@ -45,12 +45,12 @@ def leaves_of(loss: Tensor) -> list[Tensor]:
 
 
 def check_gradients(model: nn.Module, original: nn.Module, outside: Sequence[Tensor]) -> list[str]:
-    """Return the names of the trained parameters of a copy for which one pass backward left no gradient.
+    """Return the names of a copy's trained parameters for which one backward pass left no gradient.
 
     original  the user's model, from which `model` is copied
     outside   the tensors outside of the copy for which the loss has gradients
 
-    Raises ValueError if all parameters are without a gradient, or if the user's model was used in place of the copy.
+    Raises ValueError if no parameter has a gradient, or if the user's model was used in place of the copy.
     """
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     without = [name for name, parameter in trained.items() if parameter.grad is None]
@@ -58,7 +58,9 @@ def check_gradients(model: nn.Module, original: nn.Module, outside: Sequence[Ten
     of_original = [name for name, parameter in original.named_parameters() if id(parameter) in reached]
     replaced = [name for name in of_original if name in without]
     if replaced:
-        raise ValueError(f"the loss has no gradients for {listed(replaced)}, but for your own model's. {WRONG_MODULE}")
+        raise ValueError(
+            f"the loss has gradients for {listed(replaced)} of your own model, but not of its copy. {WRONG_MODULE}"
+        )
     if of_original:
         warn_user(
             f"the loss also has gradients for {listed(of_original)} of your own model, which no training changes. A "

@@ -11,9 +11,9 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 
 def weight_of(module: Any) -> Tensor | None:
-    """Return the parameter of which the zeros are zeros of `module.weight`; None if there is none.
+    """Return the parameter whose zeros are also zeros of `module.weight`; None if there is no such parameter.
 
-    It is `weight` itself, or what spectral_norm divides by its norm.
+    It is `weight` itself, or the parameter that spectral_norm divides by its norm to compute `weight`.
     """
     if "weight" in module._parameters:
         weight: Tensor | None = module._parameters["weight"]
@@ -40,7 +40,7 @@ def direction_of(module: Any) -> Tensor | None:
 
 
 def _original(module: Any) -> Tensor | None:
-    """Return what torch's spectral norms, new or old, compute `weight` from."""
+    """Return the parameter from which torch's spectral_norm, new or old, computes `weight`."""
     original: Tensor | None = None
     if _parametrizations(module):
         original = getattr(module.parametrizations.weight, "original", None)
@@ -50,5 +50,5 @@ def _original(module: Any) -> Tensor | None:
 
 
 def _parametrizations(module: Any) -> list[nn.Module]:
-    """Return the parametrizations of `weight`, of torch.nn.utils.parametrize."""
+    """Return the parametrizations of `weight` from torch.nn.utils.parametrize."""
     return list(module.parametrizations.weight) if "weight" in getattr(module, "parametrizations", ()) else []

@@ -1,4 +1,4 @@
-"""Warns of a loss that mixes the samples of a batch, which is often an accident of broadcasting."""
+"""Warns of a loss that mixes the samples of a batch, which is often caused by accidental broadcasting."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from swamp_fast.particles.random import generators_left_alone, seed_generators
 from swamp_fast.problem.arguments import Loss
 from swamp_fast.problem.shapes import shapes_of
 
-TOLERANCE = 1e-4  # relative; more for types that round more coarsely
+TOLERANCE = 1e-4  # relative; larger for types of lower precision
 
 
 def warn_if_mixed(loss: Loss, outputs: Any, targets: Any, others: Any, samples: int, keys: Tensor) -> None:
     """Warn if the loss of a sample depends on the other samples of its batch.
 
-    The second half of the batch is replaced, and the losses of the first half must not change. Outputs and targets that
-    aren't trees of tensors [B, ...] can't be tested so.
+    The second half of the batch is replaced, and the losses of the first half must not change. If outputs and targets
+    aren't trees of tensors [B, ...], nothing is tested.
 
-    others  targets [B, ...] of other samples, which may differ though those of the batch are all the same
-    keys    [1, 3] of the random draws, which are the same for both batches
+    others  targets [B, ...] of other samples; they may differ even if all targets of the batch are equal
+    keys    [1, 3]  the keys of the random draws, which are the same for both batches
     """
     leaves = list(tree_leaves((outputs, targets)))
     if samples < 2 or not all(isinstance(leaf, Tensor) and leaf.shape[:1] == (samples,) for leaf in leaves):
@@ -45,8 +45,8 @@ def warn_if_mixed(loss: Loss, outputs: Any, targets: Any, others: Any, samples: 
     if not _close(whole, other):
         warn_user(
             f"`loss`: the loss of a sample changes with the other samples of its batch (outputs {shapes_of(outputs)}, "
-            f"targets {shapes_of(targets)}, losses [{samples}]). If it isn't meant to, as a contrastive loss is, each "
-            "output may be compared with every target, by broadcasting: give both the same shape, as with "
+            f"targets {shapes_of(targets)}, losses [{samples}]). A contrastive loss is meant to do that. Otherwise "
+            "each output may be compared with every target, by broadcasting: give both the same shape, as with "
             "outputs.squeeze(1) or targets[:, None]."
         )
 

@@ -1,7 +1,7 @@
-"""The user's metrics: functions with one number per sample, and torchmetrics objects. They are tried before training.
+"""The user's metrics: functions that return one number per sample, and torchmetrics objects.
 
-The history has six keys for each metric. For a metric that is named "mae" they are mae, particle_mae and ensemble_mae
-on test data, and val_mae, val_particle_mae and val_ensemble_mae on validation data.
+They are tried before training. The history has six keys for each metric. For a metric named "mae", they are mae,
+particle_mae and ensemble_mae on test data, and val_mae, val_particle_mae and val_ensemble_mae on validation data.
 """
 
 from __future__ import annotations
@@ -29,10 +29,11 @@ from swamp_fast.problem.probe import MAX_SAMPLES, Trial, other_size
 from swamp_fast.problem.scoring import evaluated
 from swamp_fast.problem.shapes import shapes_of
 
-LAST_KEY = "val_ensemble_"  # the beginning of a key that each metric has, and nothing else
-# A metric's name begins with none of these, so that its six keys differ from all others.
+LAST_KEY = "val_ensemble_"  # the prefix of a key that each metric has, and nothing else
+# No metric's name may begin with one of these, because its six keys must differ from all others.
 PREFIXES = ("particle_", "ensemble_", "val_", "best_", "mean_", "model.")
-# Names that the history, the tables of studies or `select_by` use for something else, besides the settings' names.
+# No metric may have one of these names or the name of a setting: the history, the tables of studies or `select_by` use
+# them for something else.
 RESERVED = (
     *("run", "point", "recipe"),
     *("auto", "accuracy", "loss", "cycle", "particles", "density", "kept", "flops", "train_loss", "train_seconds"),
@@ -53,8 +54,8 @@ class MetricValues:
 class Meter:
     """Computes a metric of one model over a split, batch by batch.
 
-    The metric gets copies of outputs and targets, because it may keep or change them. An object is copied, too. Its
-    copy doesn't wait for other processes: only the first rank evaluates.
+    The metric gets copies of outputs and targets, because it may keep or change them. A metric object is copied, too.
+    The copy doesn't synchronize with other processes, because only the first rank evaluates.
     """
 
     def __init__(self, name: str, metric: Metric, device: torch.device) -> None:
@@ -69,7 +70,7 @@ class Meter:
             self.metric = own
 
     def update(self, outputs: Any, targets: Any, samples: int) -> None:
-        """Add a batch. Raises ValueError unless a function returns one number per sample."""
+        """Add a batch. Raises ValueError if a metric function doesn't return one number per sample."""
         outputs, targets = _copied(outputs), _copied(targets)
         if self.collects:
             self.metric.update(outputs, targets)  # type: ignore[attr-defined]
@@ -85,7 +86,7 @@ class Meter:
         self.samples += samples
 
     def value(self) -> float:
-        """Return the metric of all batches. Raises ValueError if an object computes something other than one number."""
+        """Return the metric over all batches. Raises ValueError if a metric object doesn't compute one number."""
         if not self.collects:
             return float(self.sum / self.samples)
         value = self.metric.compute()  # type: ignore[attr-defined]
@@ -100,14 +101,14 @@ class Meter:
 
 
 def _empty(metric: Metric) -> Any:
-    """Return a copy of an object that has collected nothing."""
+    """Return a copy of a metric object, reset so that it has collected nothing."""
     own: Any = copy.deepcopy(metric)
     own.reset()
     return own
 
 
 def fingerprint_of(metric: Metric) -> str | None:
-    """Return a hash of a function's code, or of an object without what it has collected so far."""
+    """Return a hash of a metric function, or of a metric object without the batches that it has collected."""
     own = callable_fingerprint(_empty(metric) if collects(metric) else metric)
     return f"{own} {'higher' if higher_is_better(metric) else 'lower'} is better"
 
@@ -128,10 +129,10 @@ def names_in(row: Mapping[str, Any]) -> list[str]:
 
 
 def ensemble_outputs(labels: Labels | str, particles: Sequence[Any], dtype: torch.dtype) -> Any:
-    """Return the outputs of an ensemble, given those of its particles.
+    """Return the outputs of an ensemble, given the outputs of its particles.
 
-    Of outputs whose accuracy is counted, they are the logarithm of the mean softmax: logits again, of which the softmax
-    is that mean. Of other outputs they are the mean of each tensor of real numbers; the rest is the first particle's.
+    If accuracies are counted, they are the logarithm of the particles' mean softmax. These are logits again: their
+    softmax is that mean. Otherwise, floating-point tensors are averaged, and all else is the first particle's.
     """
     if isinstance(labels, Labels):
         together = torch.stack([outputs.double().softmax(1) for outputs in particles]).mean(0)
@@ -146,12 +147,12 @@ def ensemble_outputs(labels: Labels | str, particles: Sequence[Any], dtype: torc
 
 
 def goodness(values: Sequence[float], higher_is_better: bool) -> list[float]:
-    """Return numbers of which the largest belongs to the best value. NaN is worse than any other value."""
+    """Return a number for each value, larger for a better value. NaN is worse than any other value."""
     return [-math.inf if math.isnan(value) else value if higher_is_better else -value for value in values]
 
 
 def checked_metrics(metrics: object) -> dict[str, Metric]:
-    """Return metrics as a dict. Raises TypeError or ValueError unless they are functions and objects by name."""
+    """Return `metrics` as a dict. Raises TypeError or ValueError for an unsuitable name or metric."""
     if metrics is None:
         return {}
     if not isinstance(metrics, Mapping):
@@ -180,8 +181,8 @@ def check_metrics(
 ) -> None:
     """Compute each metric on a few samples of val and test, as in evaluation, with a copy of the model.
 
-    Raises ValueError if a metric doesn't fit the model and the data, if a function returns NaN for a sample, or if
-    `select_by` can't choose.
+    Raises ValueError if a metric doesn't fit the model and the data, if a metric function returns NaN for a sample, or
+    if `select_by` can't be used.
     """
     _check_select_by(config, metrics, splits.get("val"))
     for split, data in splits.items():
@@ -200,10 +201,10 @@ def check_metrics(
 
 
 def _try(split: str, meter: Meter, outputs: Any, trial: Trial) -> None:
-    """Compute a metric of one batch of a split. Raises ValueError if it can't be, or if a function returns NaN."""
+    """Compute a metric on a batch of a split. Raises ValueError if that fails, or if a metric function returns NaN."""
     try:
         with torch.no_grad(), generators_left_alone(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of so few samples they would say nothing
+            warnings.simplefilter("ignore")  # warnings about so few samples mean nothing
             meter.update(outputs, trial.targets, trial.samples)
             value = meter.value()
     except Exception as error:  # the metric is the user's code
@@ -221,7 +222,7 @@ def _try(split: str, meter: Meter, outputs: Any, trial: Trial) -> None:
 
 
 def _check_select_by(config: SwampConfig, metrics: Metrics, val: Data | None) -> None:
-    """Raise ValueError if `select_by` is not known, or if the validation data don't have what it needs."""
+    """Raise ValueError if `select_by` is not known, or can't be computed on the validation data."""
     select_by = config.select_by
     if select_by == "auto":
         return
@@ -244,7 +245,7 @@ def _check_select_by(config: SwampConfig, metrics: Metrics, val: Data | None) ->
 
 
 def higher_is_better(metric: Metric) -> bool:
-    """Whether higher values of a metric are better: its attribute of this name, or True without one."""
+    """Whether higher values of a metric are better: its attribute of this name; True if it has none."""
     return bool(_direction(metric))
 
 

@@ -1,4 +1,4 @@
-"""mixup and CutMix: a batch is mixed with a permutation of itself, and so are the losses with both targets."""
+"""mixup and CutMix: a batch is mixed with a permutation of itself, and the losses with both targets are averaged."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Mixed:
     """The targets of a mixed batch.
 
     A sample's loss is weight * loss(outputs, targets) + (1 - weight) * loss(outputs, others), as in the code of the
-    papers. It needs no targets between classes, so any loss can be mixed.
+    papers. The targets themselves aren't mixed, so any loss can be used.
     """
 
     targets: Any
@@ -35,7 +35,7 @@ def mixes(config: SwampConfig) -> bool:
 
 
 def mixed(inputs: Any, targets: Any, config: SwampConfig, key: Tensor) -> tuple[Any, Mixed]:
-    """Mix one particle's batch with a permutation of itself, all by draws from the particle's step key [1, 3].
+    """Mix one particle's batch with a permutation of itself. All draws come from the particle's step key [1, 3].
 
     inputs, targets  trees of tensors [B, ...]
 
@@ -60,10 +60,10 @@ def mixed(inputs: Any, targets: Any, config: SwampConfig, key: Tensor) -> tuple[
 
 
 def box_of(weight: float, height: int, width: int, generator: np.random.Generator) -> tuple[slice, slice]:
-    """Draw the rows and columns of a box with the area (1 - weight) of a picture; it is cut at the picture's edges.
+    """Draw the rows and columns of a box with the fraction 1 - weight of a picture's area.
 
-    Its centre is uniform in the picture. Its sides are the fraction sqrt(1 - weight) of the picture's, rounded down to
-    even numbers.
+    The centre of the box is uniform in the picture. Each side is sqrt(1 - weight) times the picture's side, rounded
+    down to an even number. The box is cut off at the picture's edges.
     """
 
     def side(length: int) -> slice:

@@ -1,4 +1,4 @@
-"""Makes a recipe's optimizers once before anything is trained, and takes a step with them to learn their properties."""
+"""Takes one step with a recipe's optimizers, before anything is trained, to find out their properties."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ SCALE = 1e-3  # of the trial's random gradients
 class OwnOptimizer:
     """The properties of a recipe's optimizers.
 
-    names          the optimizers' classes
+    names          the names of the optimizers' classes
     draws          whether step() draws from the global generators, which are then seeded for each step
     needs_closure  whether step() needs a closure that computes loss and gradients again
-    not_saved      what a checkpoint can't hold of their state; None if it can hold everything
+    not_saved      the state that a checkpoint can't hold; None if it can hold all of it
     state_bytes    the bytes of one particle's state
-    untrained      the names of the parameters that no optimizer has
+    untrained      the names of the parameters that no optimizer trains
     """
 
     names: tuple[str, ...]
@@ -40,7 +40,7 @@ class OwnOptimizer:
 
 
 def try_optimizer(recipe: Recipe, template: nn.Module) -> OwnOptimizer | None:
-    """Return the properties of a recipe's optimizers, or None if it has none.
+    """Return the properties of a recipe's optimizers; None if the recipe has no optimizer.
 
     Raises TypeError or ValueError for optimizers that can't be used.
     """
@@ -92,14 +92,15 @@ class _Trial:
 
     def step(self) -> None:
         """Take a step. Raises _StepRaised if that fails."""
-        before = generators_state()
-        for optimizer in self.optimizers:
-            self.closure()
-            try:
-                optimizer.step(self.closure) if self.with_closure else optimizer.step()  # type: ignore[arg-type]
-            except Exception as error:
-                raise _StepRaised(error) from error
-        self.draws |= before != generators_state()
+        with generators_left_alone():
+            before = generators_state()
+            for optimizer in self.optimizers:
+                self.closure()
+                try:
+                    optimizer.step(self.closure) if self.with_closure else optimizer.step()  # type: ignore[arg-type]
+                except Exception as error:
+                    raise _StepRaised(error) from error
+            self.draws |= before != generators_state()
 
     def hidden_state(self) -> str | None:
         """Take a step. Return what it changes in the optimizers' attributes that a checkpoint can't hold, or None."""
@@ -126,18 +127,22 @@ def _stepped(recipe: Recipe, template: nn.Module) -> _Trial:
 
     Raises ValueError if the step fails either way.
     """
-    with generators_left_alone():
-        trial = _Trial(recipe, template, with_closure=False)
+    trial = _made(recipe, template, with_closure=False)
+    try:
+        trial.step()
+    except _StepRaised as without:
+        trial = _made(recipe, template, with_closure=True)
         try:
             trial.step()
-        except _StepRaised as without:
-            trial = _Trial(recipe, template, with_closure=True)
-            try:
-                trial.step()
-            except _StepRaised as error:
-                also = "" if str(error) == str(without) else f"; without a closure, {without}"
-                raise ValueError(f"`recipe`: the optimizer's step() raises {error}{also}.") from error.__cause__
+        except _StepRaised as error:
+            also = "" if str(error) == str(without) else f"; without a closure, {without}"
+            raise ValueError(f"`recipe`: the optimizer's step() raises {error}{also}.") from error.__cause__
     return trial
+
+
+def _made(recipe: Recipe, template: nn.Module, with_closure: bool) -> _Trial:
+    with generators_left_alone():
+        return _Trial(recipe, template, with_closure)
 
 
 def _check_parameters(parameters: Mapping[str, nn.Parameter]) -> None:
@@ -171,5 +176,5 @@ def recipe_lines(own: OwnOptimizer | None) -> list[str]:
         return []
     lines = [f"recipe   trained by {' and '.join(own.names)}"]
     if own.untrained:
-        lines.append(f"note     the recipe's optimizers leave out, so never train: {listed(own.untrained)}")
+        lines.append(f"note     the recipe's optimizers don't train: {listed(own.untrained)}")
     return lines

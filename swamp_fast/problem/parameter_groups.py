@@ -1,4 +1,4 @@
-"""The rates of each parameter by the settings `groups` and `decay_norms_and_biases`."""
+"""The learning rate and weight decay of each parameter, from the settings `groups` and `decay_norms_and_biases`."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters of a model that are trained, by name."""
+    """Return the trained parameters of a model by name."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def rates_of_parameters(model: nn.Module, config: SwampConfig) -> dict[str, Rates]:
-    """The rates of each trained parameter by name.
+    """Return the rates of each trained parameter by name.
 
-    Raises ValueError if a group of the settings matches no trained parameter, or if two match the same one.
+    Raises ValueError if a group matches no trained parameter, or if two groups match the same parameter.
     """
     parameters = trained_parameters(model)
     group_of = _group_of_parameters(config.groups, parameters)
@@ -38,7 +38,7 @@ def rates_of_parameters(model: nn.Module, config: SwampConfig) -> dict[str, Rate
 
 
 def rates_lines(rates: Mapping[str, Rates]) -> list[str]:
-    """The console's lines about the parameters whose rates are not those of the run."""
+    """Return the console's lines about the parameters with rates of their own."""
     by_rates: dict[Rates, list[str]] = {}
     for name, own in rates.items():
         by_rates.setdefault(own, []).append(name)
@@ -71,7 +71,7 @@ def _group_of_parameters(groups: Iterable[ParameterGroup], names: Iterable[str])
 
 
 def _norms_and_biases(model: nn.Module, parameters: dict[str, nn.Parameter]) -> set[str]:
-    """The names of the parameters with fewer than two axes, and of those of norm layers."""
+    """Return the names of the parameters that have fewer than two axes or belong to a norm layer."""
     of_norms = {
         id(parameter) for module in model.modules() if isinstance(module, NORMS) for parameter in module.parameters()
     }

@@ -1,4 +1,4 @@
-"""Recipe: the parts of a training recipe that are code, and so can't be settings."""
+"""Recipe: the parts of a training recipe that are code, which settings can't express."""
 
 from __future__ import annotations
 
@@ -36,27 +36,28 @@ REPLACES = {
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Recipe:
-    """The parts of a training recipe that are code. Each is optional, and replaces settings of SwampConfig.
+    """The parts of a training recipe that are code. All are optional, and most replace settings of SwampConfig.
 
     Attributes:
-        optimizer: optimizer(named_parameters) -> a torch optimizer, or a list of them. It is called with a list of the
-            (name, parameter) pairs that one particle trains, once for each particle of a training. Each particle has
-            its own optimizers, as in a plain loop. Their learning rates are the initial ones, which the
-            schedule multiplies. State of a weight's shape is masked like the weight. If step() needs a closure, as
-            SAM's does, the closure computes loss and gradients again, on the same batch and with the same random
-            draws; running statistics of norms are those of the first pass.
-        schedule: schedule(step, steps) -> the factor of each learning rate, at least 0, where `steps` is the number of
-            optimizer steps of a cycle. It is called for every step before anything is trained. The ticket is a
-            checkpoint of such a training: its step t has schedule(t, steps), or schedule(steps - 1, steps) if it is
-            longer than a cycle.
-        score: score(weights [N, Q]) -> [Q], at least 0: the score of each prunable weight, by which the global
-            threshold ranks them, from the N particles of a cycle.
-        sample_weights: [n], at least 0: how often each training sample is drawn, in proportion. Each epoch draws as
-            many samples as there are, with replacement. With a fraction as `val`, n counts all samples of `train`; the
-            weights of those that are held out are left out. A sample that is drawn again is augmented anew. The
-            statistics of norms are re-estimated on each training sample once.
+        optimizer: optimizer(named_parameters) -> a torch optimizer, or a list of them. It is called once for each
+            particle of a training, with a list of the particle's trained parameters as (name, parameter) pairs. Each
+            particle has its own optimizers, as in a plain loop. The learning rates of the optimizers are the initial
+            ones, which the schedule multiplies. Optimizer state with the shape of a weight is masked like the weight.
+            If step() draws random numbers, torch's, Python's and NumPy's generators are seeded for each particle and
+            step. If step() needs a closure, as SAM's does, the closure computes the loss and the gradients again, on
+            the same batch and with the same random draws. The running statistics of norms are those of the first pass.
+        schedule: schedule(step, steps) -> the factor of the initial learning rates at a step, at least 0. `steps` is
+            the number of optimizer steps of a cycle. The ticket's training follows the schedule from the start of a
+            cycle; if it is longer than a cycle, its remaining steps use the last factor. The function is called for
+            every step before anything is trained.
+        score: score(weights [N, Q]) -> [Q], at least 0: the score by which the global threshold ranks the prunable
+            weights, computed from the N particles of a cycle.
+        sample_weights: [n], at least 0: the relative frequency with which each training sample is drawn. Each epoch
+            draws as many samples as the training data have, with replacement. If `val` is a fraction, n counts all
+            samples of `train`, and the weights of held-out samples are ignored. A sample that is drawn several times
+            is augmented anew each time. The statistics of norms are re-estimated on each training sample once.
 
-    Raises TypeError for a part of another type.
+    Raises TypeError for a part of the wrong type.
     """
 
     optimizer: OptimizerFactory | None = None
@@ -74,7 +75,7 @@ class Recipe:
                 raise TypeError("`recipe`: optimizer must be a function that makes one, got an optimizer.")
 
     def check(self, config: SwampConfig) -> None:
-        """Raise ValueError for settings that this recipe replaces."""
+        """Raise ValueError if a setting has no effect beside this recipe, or contradicts it."""
         for part, settings in REPLACES.items():
             if getattr(self, part) is None:
                 continue
@@ -90,10 +91,10 @@ class Recipe:
             )
 
     def optimizers(self, parameters: Mapping[str, nn.Parameter]) -> list[Optimizer]:
-        """Make the optimizers of one particle, whose trained parameters are given by name.
+        """Make the optimizers of one particle, given its trained parameters by name.
 
-        Raises TypeError if the factory returns anything else, and ValueError if two optimizers have the same parameter,
-        or if one has a parameter of another model.
+        Raises TypeError if the factory returns anything but optimizers, and ValueError if two optimizers have the same
+        parameter, or if one has a parameter of another model.
         """
         assert self.optimizer is not None
         try:
@@ -124,7 +125,7 @@ class Recipe:
     def factors(self, steps: int) -> tuple[float, ...] | None:
         """Return the schedule's factor for each of `steps` steps, or None without a schedule.
 
-        Raises ValueError for a factor that is no number, not finite or negative.
+        Raises ValueError for a factor that is not a finite number of at least 0.
         """
         if self.schedule is None:
             return None

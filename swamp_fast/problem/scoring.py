@@ -22,8 +22,8 @@ from swamp_fast.problem.probe import MAX_SAMPLES, MISFITS, Trial
 from swamp_fast.problem.shapes import are_logits, class_axes, is_of_torch, shapes_of
 
 MAX_TESTED = 1 << 26  # numbers in the outputs on which a loss is run to find the labels that it ignores
-# The logits of the label that is tested: a loss with a margin is constant where it is high, a clamped one where it is
-# low.
+# The logits at which a label is tested. One isn't enough: a loss with a margin is constant at high logits, a clamped
+# loss at low ones.
 LEVELS = (-5.0, 0.0, 5.0)
 
 
@@ -37,10 +37,10 @@ def decide_labels(
 ) -> None:
     """Run a copy of the model, as in evaluation, on a few samples of each split, and set the split's `labels`.
 
-    Evaluation on train uses its targets as they are read, which need not be labels if the transform makes labels of
-    them.
+    Evaluation on train uses the targets as they are read. They need not be labels, because the transform may make
+    labels of them.
 
-    Raises ValueError if the model, the loss and the data of val or test don't fit together. Those of train need not
+    Raises ValueError if the model, the loss and the data of val or test don't fit together. The data of train need not
     fit, because no run evaluates on them.
     """
     for name, data in splits.items():
@@ -57,7 +57,7 @@ def decide_labels(
 
 
 def accuracy_lines(name: str, data: Data) -> list[str]:
-    """Return the console's lines on a split without accuracies, or with labels that don't count in them."""
+    """Return the console's lines on a split that has no accuracies, or has labels that don't count in them."""
     if isinstance(data.labels, str):
         return [f"accuracy none on {name}: {data.labels}"]
     if data.labels.ignored:
@@ -75,13 +75,13 @@ def evaluated(model: nn.Module, trial: Trial) -> Any:
 
 
 def labels_of(data: Data, trial: Trial, outputs: Any) -> Labels | str:
-    """Return what counts in accuracies of a split, or the reason why it has none.
+    """Return which labels count in a split's accuracies, or the reason why it has no accuracies.
 
-    Stored labels are all looked at. Streamed ones aren't known beforehand, so those of every class are tested, and
+    All stored labels are tested. Streamed labels aren't known beforehand, so the labels of all classes are tested; any
     others that appear later don't count.
 
     trial    a batch of the split
-    outputs  the model's outputs on it in evaluation
+    outputs  the model's outputs on this batch in evaluation
     """
     targets = trial.targets
     reason = _why_not_labels(outputs, targets) or _why_not_axis_1(trial.loss, outputs, targets)
@@ -104,7 +104,7 @@ def labels_of(data: Data, trial: Trial, outputs: Any) -> Labels | str:
 
 
 def _every_label(targets: Tensor, classes: int) -> Tensor:
-    """Return the labels of all classes, after some targets."""
+    """Return the targets, followed by the labels of all classes."""
     return torch.cat([targets.flatten(), torch.arange(classes, device=targets.device)])
 
 
@@ -127,9 +127,10 @@ def _why_not_labels(outputs: Any, targets: Any) -> str | None:
 
 
 def _why_not_axis_1(loss: Loss, outputs: Tensor, targets: Tensor) -> str | None:
-    """Return why axis 1 of outputs may not be the classes though labels fit it; None if it is.
+    """Return why axis 1 of outputs may not hold the classes, although labels fit it; None if it holds them.
 
-    If the last axis is as long, the loss tells: that of the labels [..., 0] depends on the outputs [..., 0] alone.
+    If labels fit the last axis, too, the loss tells: if axis 1 holds the classes, the losses of the labels [..., 0]
+    depend on the outputs [..., 0] alone.
     """
     if not class_axes(outputs, targets)[1]:
         return None
@@ -149,8 +150,8 @@ def _why_not_axis_1(loss: Loss, outputs: Tensor, targets: Tensor) -> str | None:
 def _ignored(loss: Loss, outputs: Tensor, targets: Tensor, values: Tensor, counts: Tensor) -> tuple[int, ...]:
     """Return the labels that a loss ignores.
 
-    A loss may say so by an attribute `ignore_index`, as nn.CrossEntropyLoss does. Otherwise the labels are found by
-    running it: those with loss 0 and gradient 0.
+    A loss may name the label in an attribute `ignore_index`, as nn.CrossEntropyLoss does. Otherwise the loss is run,
+    and the ignored labels are those for which it has no gradient.
 
     values, counts  [K]  the labels of the split, and how often they occur
     """
@@ -164,12 +165,12 @@ def _ignored(loss: Loss, outputs: Tensor, targets: Tensor, values: Tensor, count
     most_frequent = values[counts.argsort(descending=True, stable=True)]
     try:
         return tuple(_without_gradient(copy.deepcopy(loss), outputs, targets, most_frequent))
-    except MISFITS:  # the loss takes only the targets that belong to its inputs, so it can't be tested
+    except MISFITS:  # the loss accepts only the targets that belong to the outputs, so it can't be tested
         return ()
 
 
 def _without_gradient(loss: Loss, outputs: Tensor, targets: Tensor, values: Tensor) -> list[int]:
-    """Return those of some labels [K] for which a loss is 0 and has no gradient, whatever the outputs are."""
+    """Return the labels among `values` [K] for which a loss has no gradient, whatever the outputs are."""
     found: list[int] = []
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(outputs.shape, generator=generator, dtype=outputs.dtype).to(outputs.device)
@@ -181,7 +182,7 @@ def _without_gradient(loss: Loss, outputs: Tensor, targets: Tensor, values: Tens
             outputs_at = noise.scatter(1, index, level).requires_grad_()
             with torch.enable_grad():
                 losses = loss(outputs_at.clone(), tested)
-            # A mean over the labels that aren't ignored is 0 / 0 if all are.
+            # A mean over the labels that aren't ignored is 0 / 0 if all labels are ignored.
             grads = torch.autograd.grad(losses.sum(), outputs_at)[0].nan_to_num()
             used |= (grads != 0).any(1)
         found += labels[~torch.isin(labels, tested[used].unique())].tolist()

@@ -27,7 +27,7 @@ def are_logits(outputs: Any) -> bool:
 def class_axes(outputs: Tensor, targets: Tensor) -> tuple[bool, bool]:
     """Return whether labels [B, ...] fit outputs [B, classes, ...], and whether they fit outputs [B, ..., classes].
 
-    Both are true of outputs [B, T, T] with labels [B, T]. Outputs [B, classes] only count as the first.
+    Both are true for outputs [B, T, T] with labels [B, T]. For outputs [B, classes], only the first can be true.
     """
     first = targets.shape == outputs.shape[:1] + outputs.shape[2:]
     return first, outputs.dim() > 2 and targets.shape == outputs.shape[:-1]
@@ -55,7 +55,7 @@ def check_losses(losses: Any, outputs: Any, targets: Any, samples: int) -> None:
 def could_be_chance(losses: Tensor, outputs: Any, targets: Any) -> bool:
     """Whether a loss may have an allowed shape only because another axis is as long as the batch.
 
-    Then a batch of another size tells.
+    A batch of another size then tells whether the shape is right.
     """
     samples = len(losses)
     others = {size for leaf in tensors((outputs, targets)) for size in leaf.shape[1:]}
@@ -84,7 +84,7 @@ def check_class_axis(outputs: Any, targets: Any) -> None:
 
 
 def check_for_cross_entropy(outputs: Any, targets: Any) -> None:
-    """Raise ValueError for outputs and targets of the wrong shapes for the default loss. Their values are not read."""
+    """Raise ValueError if outputs and targets have the wrong shapes for the default loss. No values are read."""
     if not are_logits(outputs):
         raise ValueError(
             f"the model's output must be a tensor [B, classes] for cross-entropy, got {shapes_of(outputs)}. Pass "

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 def check_memory(model: nn.Module) -> None:
     """Raise ValueError if a trained parameter shares memory with itself or with another parameter or buffer.
 
-    A particle has memory of its own for each parameter, so such tensors would no longer change together. One parameter
-    in several places is fine, and so are parts of one memory that don't overlap.
+    A particle stores each parameter separately, so tensors that share memory would no longer change together. One
+    parameter that is used in several places is allowed, and so are tensors in one storage that don't overlap.
     """
     by_memory: dict[int, list[tuple[str, Tensor]]] = {}
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:

@@ -27,15 +27,15 @@ MODEL = "model."  # the prefix of a grid's keys that are arguments of the model 
 class Point:
     """What one run of a sweep has of its own.
 
-    given  key -> value, as the grid has them. A key is a setting, "model." and the name of an argument of the model
-           factory, or "recipe", whose value is a dict of one entry, {name: Recipe or None}
+    given  key -> value, as in the grid. A key is the name of a setting, "model." followed by the name of an argument of
+           the model factory, or "recipe". The value of "recipe" is a dict with one entry, {name: Recipe or None}
     """
 
     given: Mapping[str, Any]
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The changes of the shared settings."""
+        """The settings in which this point differs from the shared settings."""
         return {key: value for key, value in self.given.items() if key != "recipe" and not str(key).startswith(MODEL)}
 
     @property
@@ -50,9 +50,9 @@ class Point:
 
     @property
     def shown(self) -> dict[str, Any]:
-        """The point as names and tables show it, with a recipe's name for the recipe.
+        """The point as names and tables show it, with the recipe's name in place of the recipe.
 
-        It is without `layer_kept`, a whole table, which fits neither a name nor a cell of a CSV file.
+        `layer_kept` is left out, because it is a whole table, too long for a name or a cell of a CSV file.
         """
         named = {key: next(iter(value)) if key == "recipe" else value for key, value in self.given.items()}
         return {key: value for key, value in named.items() if key != "layer_kept"}
@@ -61,8 +61,8 @@ class Point:
 def points_of(grid: Grid) -> list[Point]:
     """The points of a grid: every combination of a mapping's values, or the points of a list.
 
-    Raises TypeError if a key has no list of values or a recipe has no name, ValueError if the list of points is empty
-    or two recipes have one name.
+    Raises TypeError if a key has no list of values or a recipe has no name, and ValueError if there are no points or
+    two recipes have the same name.
     """
     if isinstance(grid, Mapping):
         lists = {key: _values_of(key, values) for key, values in grid.items()}
@@ -84,7 +84,7 @@ def _point_of(point: object) -> Point:
 
 
 def _values_of(key: str, values: object) -> list[Any]:
-    """The values of one key as a list: an iterator can be read only once."""
+    """The values of one key as a list, because an iterator can be read only once."""
     if key == "recipe" and isinstance(values, Mapping):
         values = [{name: recipe} for name, recipe in values.items()]
     several = isinstance(values, Iterable) and not isinstance(values, str | bytes | Mapping | Tensor)
@@ -95,15 +95,15 @@ def _values_of(key: str, values: object) -> list[Any]:
 
 
 def _check_recipes(points: Iterable[Point]) -> None:
-    """Check that every recipe of the points has a name, which no other recipe has."""
+    """Check that every recipe of the points has a name, and that no two recipes have the same name."""
     named: dict[str, Recipe | None] = {}
     for point in points:
         given = point.given.get("recipe", {"": None})
         if not isinstance(given, Mapping) or len(given) != 1 or not all(isinstance(name, str) for name in given):
             raise TypeError(
                 '`grid`: recipes must have names, as in {"recipe": {"sam": Recipe(optimizer=sam), "plain": '
-                f"None}}}}, or one of them in a point of a list; got {given!r}. A Recipe is code, so no TOML file can "
-                "hold it: call sweep from Python."
+                f"None}}}}; a point in a list has one recipe with its name. Got {given!r}. A Recipe is code, so no "
+                "TOML file can hold it: call sweep from Python."
             )
         for name, recipe in given.items():
             if recipe is not None and not isinstance(recipe, Recipe):
@@ -113,7 +113,7 @@ def _check_recipes(points: Iterable[Point]) -> None:
 
 
 def shared_settings(config: SwampConfig | None, settings: Mapping[str, Any]) -> SwampConfig:
-    """The settings that all runs share. Raises TypeError if they name a run folder, as each run has a folder."""
+    """The settings that all runs share. Raises TypeError if they name a run folder, since each run has its own."""
     shared = SwampConfig.of(config, settings)
     if shared.run_dir is not None:
         raise TypeError("`run_dir` is the folder of one run; a sweep has `out`, a folder for all of them.")
@@ -121,12 +121,12 @@ def shared_settings(config: SwampConfig | None, settings: Mapping[str, Any]) -> 
 
 
 def folder_named(out: str | Path) -> Path:
-    """The folder of a study as an absolute path, since the working directory may change. Raises if it is no path."""
+    """The folder of a study as an absolute path, since the working directory may change. Raises if it isn't a path."""
     return checked_path("out", out).absolute()
 
 
 def check_factory(model: Model, points: Iterable[Point]) -> None:
-    """Raise TypeError if `model` is neither a module nor a factory, or can't have the arguments of a point."""
+    """Raise TypeError if `model` is neither a module nor a factory, or doesn't take the arguments of a point."""
     if not isinstance(model, nn.Module) and not callable(model):
         raise TypeError(f"`model` must be a module or a factory of one, got {type(model).__name__}.")
     for point in points:
@@ -134,7 +134,7 @@ def check_factory(model: Model, points: Iterable[Point]) -> None:
         keys = ", ".join(f"`{MODEL}{name}`" for name in arguments)
         if isinstance(model, nn.Module) and arguments:
             raise TypeError(
-                f"{keys}: `model` is a module, which is made already. Pass a factory that takes "
+                f"{keys}: `model` is a module, so it takes no arguments. Pass a factory that takes "
                 f"{', '.join(arguments)}, such as the module's class."
             )
         reason = None if isinstance(model, nn.Module) else misfit(model, arguments)

@@ -101,7 +101,7 @@ def test_what_a_grid_refuses(data):
         (lambda: net(), {"model.width": [8]}, TypeError, "it takes no arguments"),
         (lambda width: net(width), {"model.depth": [8]}, TypeError, "it takes width"),
         (lambda width: net(width), {"seed": [1]}, TypeError, "`model`: .* missing a required argument: 'width'"),
-        (plain, {"model.width": [8]}, TypeError, "`model` is a module, which is made already. Pass a factory that"),
+        (plain, {"model.width": [8]}, TypeError, "`model` is a module, so it takes no arguments. Pass a factory that"),
         (net, {"recipe": [recipe]}, TypeError, "recipes must have names.* no TOML file can hold it"),
         (net, {"recipe": ["sam"]}, TypeError, "recipes must have names"),
         (net, [{"recipe": None}], TypeError, "recipes must have names"),

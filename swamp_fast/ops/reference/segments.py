@@ -1,4 +1,4 @@
-"""The segments of a run's vector, for the references of the ops that update a bank."""
+"""The segments of a run's vector, for the reference implementations of the ops that update a bank."""
 
 from itertools import pairwise
 

@@ -14,12 +14,12 @@ from swamp_fast.engines.fused.cpu.taps import MAX_CHUNK_SUMS, SAMPLES_PER_BLOCK
 from swamp_fast.engines.fused.plan import Convolution, Plan
 from swamp_fast.particles.layout import Layout
 
-INDEX_BYTES = 8  # of a weight in a pass's taps: its offset and its place
-BUILDING_BYTES = 60  # of a weight while the taps of its convolution are made: masks, places and offsets in int64
+INDEX_BYTES = 8  # per weight in the taps of a pass: its offset and its place
+BUILDING_BYTES = 60  # per weight while the taps of its convolution are made: masks, places and offsets in int64
 
 
 def building_bytes(plan: Plan, layout: Layout) -> int:
-    """The bytes that making a program takes for a while, besides the program's own."""
+    """The bytes that are needed only while a program is made, besides the program's own."""
     return BUILDING_BYTES * max(_sizes(plan, layout))
 
 
@@ -28,7 +28,7 @@ def program_bytes(
 ) -> int:
     """The bytes of a program for batches of `samples` at density 1.
 
-    The maps are counted from a program that is planned for a mask without weights, whose taps take no time to make.
+    The maps are counted in a program planned for a mask that keeps no weights, because its taps take no time to make.
     """
     nothing = Compact(layout, torch.zeros(layout.Q, dtype=torch.bool))
     rows = {op.weight: [1, 1, 1] for op in plan.ops if isinstance(op, Convolution)}
@@ -49,7 +49,7 @@ def _sizes(plan: Plan, layout: Layout) -> list[int]:
 
 
 def _grown(sizes: list[int]) -> list[int]:
-    """Those sizes for which a shared buffer that is never shrunk is made anew; calls hold the earlier ones."""
+    """The sizes for which a shared buffer, which never shrinks, is allocated anew. Calls hold the earlier buffers."""
     return [size for place, size in enumerate(sizes) if size > max(sizes[:place], default=0)]
 
 

@@ -1,9 +1,9 @@
-"""The cache of machine code on disk, in a folder that only its user can write.
+"""The cache of machine code on disk, in a folder that only the user can write to.
 
-What is read from it runs on the GPU. So a file is used only if folder and file belong to the user, nobody else may
-write them, and the file's content has the digest with which it begins. A file that a power loss left empty or shortened
-fails that test, is compiled anew and replaced. Without a folder that can be trusted there is no cache, which only costs
-time.
+Code from the cache runs on the GPU. A file is therefore used only if the folder and the file belong to the user, nobody
+else may write to them, and the code has the digest with which the file begins. A file that was left empty or shortened
+by a power loss fails this test; its code is compiled anew, and the file is replaced. Without a folder that can be
+trusted there is no cache, which only costs time.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
 
 
 def read(name: str) -> bytes | None:
-    """The code stored under a name; None if there is none that can be trusted."""
+    """The code stored under a name; None if there is no such file that can be trusted."""
     with suppress(OSError), _opened_folder() as folder:
         if folder is not None:
             # Without O_NONBLOCK, opening a pipe would wait for a writer.
@@ -36,7 +36,7 @@ def read(name: str) -> bytes | None:
 
 
 def write(name: str, code: bytes) -> None:
-    """Store code under a name, if there is a folder to store it in. A file appears whole or not at all."""
+    """Store code under a name, if there is a folder that can be trusted. The file appears complete or not at all."""
     with suppress(OSError), _opened_folder(make=True) as folder:
         if folder is not None:
             temporary = f".{name}.{secrets.token_hex(8)}"
@@ -56,7 +56,7 @@ def write(name: str, code: bytes) -> None:
 
 
 def cache_folder() -> Path | None:
-    """The folder SWAMP_FAST_CACHE, or swamp_fast in XDG_CACHE_HOME, by default ~/.cache; None without a home.
+    """The folder SWAMP_FAST_CACHE, else swamp_fast in XDG_CACHE_HOME or ~/.cache; None if the user has no home.
 
     As XDG's specification requires, an XDG_CACHE_HOME that is empty or not absolute is ignored.
     """
@@ -83,8 +83,8 @@ def _content(name: str, file: int) -> bytes | None:
 def _opened_folder(make: bool = False) -> Iterator[int | None]:
     """The descriptor of the cache's folder; None, with a warning, if the folder can't be trusted.
 
-    All files are opened relative to the descriptor, so that nobody can put another folder in its place meanwhile.
-    Raises OSError if it doesn't exist or can't be opened.
+    All files are opened relative to the descriptor, so that nobody can exchange the folder in the meantime. Raises
+    OSError if the folder doesn't exist or can't be opened.
     """
     path = cache_folder()
     if path is None or os.open not in os.supports_dir_fd:  # Windows has no such descriptors
@@ -103,7 +103,7 @@ def _opened_folder(make: bool = False) -> Iterator[int | None]:
 
 
 def _why_not_trusted(status: os.stat_result) -> str | None:
-    """Why others could have written a file or folder; None if they couldn't."""
+    """Why other users could have written to a file or folder; None if they couldn't."""
     if status.st_uid != os.geteuid():
         return f"it belongs to another user (uid {status.st_uid})"
     if status.st_mode & WRITABLE_BY_OTHERS:
@@ -121,5 +121,5 @@ def _warn_once(path: Path, why_not: str) -> None:
 
 
 def _digest(name: str, code: bytes) -> bytes:
-    """The digest of a file's code and name, so that a renamed file isn't taken for another."""
+    """The digest of a file's code and name. It includes the name so that a renamed file isn't taken for another."""
     return hashlib.blake2b(name.encode() + b"\0" + code, digest_size=DIGEST_BYTES).digest()
