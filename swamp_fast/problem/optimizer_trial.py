@@ -48,8 +48,6 @@ def try_optimizer(recipe: Recipe, template: nn.Module) -> OwnOptimizer | None:
         return None
     trial = _stepped(recipe, template)
     optimizers, parameters = trial.optimizers, trial.parameters
-    _check_rates(optimizers)
-    _check_parameters(parameters)
     trained = {id(p) for each in optimizers for group in each.param_groups for p in group["params"]}
     untrained = tuple(name for name, parameter in parameters.items() if id(parameter) not in trained)
     try:
@@ -142,7 +140,10 @@ def _stepped(recipe: Recipe, template: nn.Module) -> _Trial:
 
 def _made(recipe: Recipe, template: nn.Module, with_closure: bool) -> _Trial:
     with generators_left_alone():
-        return _Trial(recipe, template, with_closure)
+        trial = _Trial(recipe, template, with_closure)
+    _check_rates(trial.optimizers)
+    _check_parameters(trial.parameters)
+    return trial
 
 
 def _check_parameters(parameters: Mapping[str, nn.Parameter]) -> None:
