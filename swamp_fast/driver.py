@@ -72,13 +72,16 @@ def fast_swamp(
         forward: forward(model, inputs), for models that take or return something other than one tensor. It must use
             the module that it is given: this is a particle, not your model.
         loss: loss(outputs, targets) -> [B], one number per sample, or [B, ...] with the axes of the targets after the
-            first, over which it is averaged. By default, cross-entropy of outputs [B, classes, ...] with labels
-            [B, ...] or with probabilities [B, classes, ...]. A loss with an attribute `ignore_index` ignores that
-            label; any other loss ignores the labels for which it is found to have no gradient. A module with tensors,
-            such as class weights, is copied to the device; its parameters must not need gradients.
+            first, over which it is averaged. The loss of a batch is the mean over its B samples, also with class
+            weights and ignored labels, where torch's reduction="mean" divides by another number. By default,
+            cross-entropy of outputs [B, classes, ...] with labels [B, ...] or with probabilities [B, classes, ...]. A
+            loss with an attribute `ignore_index` ignores that label; any other loss ignores the labels for which it is
+            found to have no gradient. A module with tensors, such as class weights, is copied to the device; its
+            parameters must not need gradients.
         transform: transform(inputs [B, ...]) -> inputs, or transform(inputs, targets) -> (inputs, targets): your own
-            augmentation of one particle's batch, on the device. It is called with the targets if its second positional
-            parameter has no default, or is named targets, labels or y. A transform that takes *args, as
+            augmentation of one particle's training batch, on the device. Evaluation and the re-estimation of norms
+            don't use it, so normalise in the data or in the model. It is called with the targets if its second
+            positional parameter has no default, or is named targets, labels or y. A transform that takes *args, as
             those of torchvision.transforms.v2, is tried on a few inputs alone; if that raises, it is called with the
             targets. The targets that it returns may have another form, such as class probabilities for cross-entropy.
             It may draw from the global generators of torch, Python and NumPy, which are seeded for each batch.

@@ -46,6 +46,9 @@ def check_model(model: object) -> None:
             )
         if tensor.is_complex():
             raise ValueError(f"`model`: {name} is complex; parameters must be real.")
+    empty = next((name for name, parameter in model.named_parameters() if parameter.numel() == 0), None)
+    if empty is not None:
+        raise ValueError(f"`model`: {empty} is empty, as of a layer with no features; leave that layer out.")
     devices = sorted({str(tensor.device) for _, tensor in named})
     if len(devices) > 1:
         raise ValueError(f"`model` must be on one device, got {', '.join(devices)}; call model.to(...) first.")

@@ -148,4 +148,10 @@ def model_of(model: Model, arguments: Mapping[str, Any], seed: int) -> nn.Module
         return model
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return model(**arguments)
+        try:
+            return model(**arguments)
+        except Exception as error:  # the factory is the user's code
+            if not arguments:
+                raise
+            given = ", ".join(f"`{MODEL}{name}` = {value!r}" for name, value in arguments.items())
+            raise ValueError(f"{given}: the model factory raises {type(error).__name__}: {error}") from error

@@ -14,7 +14,7 @@ import pytest
 
 from swamp_fast import SwampConfig, backends
 from swamp_fast.cli import main
-from swamp_fast.cli.flags import SETTINGS, add_settings, given_settings, named_values
+from swamp_fast.cli.flags import SETTINGS, add_model, add_settings, given_settings, named_values
 from swamp_fast.common.format import duration, percent
 from swamp_fast.runs.console import Console
 
@@ -391,3 +391,15 @@ def test_the_settings_of_recipes_are_flags():
         assert found == settings
         SwampConfig.of(None, {"schedule": "step", **found} if "step_epochs" in found else found)
     assert not {"groups", "layer_kept", "run_dir"} & {*SETTINGS}
+
+
+def test_arguments_of_the_network_may_come_in_several_flags(capsys):
+    parser = argparse.ArgumentParser()
+    add_model(parser)
+    given = parser.parse_args(["--model", "mlp", "--model-args", "width=3", "--model-args", "depth=2,act='x'"])
+    assert given.model_args == {"width": 3, "depth": 2, "act": "x"}
+    assert parser.parse_args(["--model", "mlp"]).model_args == {}
+    for twice in (["width=3,width=4"], ["width=3", "--model-args", "width=4"]):
+        with pytest.raises(SystemExit):
+            parser.parse_args(["--model", "mlp", "--model-args", *twice])
+    assert "width is given twice" in capsys.readouterr().err

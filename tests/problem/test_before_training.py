@@ -199,3 +199,45 @@ def test_tokens_that_the_model_changes_are_looked_at_as_they_are():
 
 def test_looking_at_tokens_is_no_read_of_the_models():
     assert prepare(Words(), (TOKENS, LABELS), settings=SETTINGS).probe.reads_values is None
+
+
+def test_a_model_with_a_layer_of_no_features():
+    with pytest.raises(ValueError, match="`model`: 0.weight is empty"):
+        fast_swamp(nn.Sequential(nn.Linear(6, 0), nn.Linear(0, 3)), (torch.randn(8, 6), torch.zeros(8).long()))
+
+
+@pytest.mark.parametrize("name", ["on_epoch", "on_cycle"])
+def test_callbacks_that_would_never_run(name):
+    async def waits(row):
+        pass
+
+    def yields(row):
+        yield row
+
+    for callback in (waits, yields):
+        with pytest.raises(TypeError, match=f"`{name}` must be a plain function"):
+            run(**{name: callback})
+
+
+@pytest.mark.parametrize(
+    ("recipe", "text"),
+    [
+        ({"schedule": lambda step: 1.0}, "`recipe.schedule` must take two arguments, the step and the number of steps"),
+        ({"optimizer": lambda: None}, "`recipe.optimizer` must take one argument, the named parameters"),
+        ({"schedule": lambda step, steps: 1 / 0}, r"`recipe`: schedule\(0, \d+\) raises ZeroDivisionError"),
+        ({"schedule": lambda step, steps: 10**400}, r"`recipe`: schedule\(0, \d+\) must be a finite number"),
+        ({"score": lambda weights: 1 / 0}, "`recipe`: score raises ZeroDivisionError"),
+        ({"score": lambda weights: weights.mean(0) * 1j}, "`recipe`: score must return real numbers"),
+        ({"sample_weights": torch.ones(8) * 1j}, "`recipe`: sample_weights must be numbers"),
+    ],
+)
+def test_recipes_that_cannot_work(recipe, text):
+    from swamp_fast import Recipe
+
+    with pytest.raises((TypeError, ValueError), match=text):
+        run(recipe=Recipe(**recipe))
+
+
+def test_code_in_the_place_of_a_setting():
+    with pytest.raises(TypeError, match=r"`schedule` is a name; code goes into recipe=Recipe\(schedule=...\)"):
+        run(schedule=lambda step, steps: 1.0)

@@ -374,3 +374,29 @@ def test_a_comparison_has_their_columns(digits):
     for row in found.summary:
         assert row["nll"] == pytest.approx(row["loss"], abs=1e-5)
         assert row["nll_std"] == pytest.approx(row["loss_std"], abs=1e-5)
+
+
+def test_a_metric_that_fails_on_the_last_batch_is_refused_before_training(digits):
+    """64 test samples in batches of 24 leave a last one of 16."""
+
+    def fails(outputs, targets):
+        return outputs[:, 0] / (len(outputs) != 16) if len(outputs) != 16 else outputs[:-1, 0]
+
+    with pytest.raises(ValueError, match='`metrics`: "fails"'):
+        fast_swamp(networks.build("tied"), *digits, metrics={"fails": fails}, **SETTINGS | {"batch_size": 24})
+    with pytest.raises(ValueError, match="can't take outputs .* division by zero"):
+        fast_swamp(networks.build("tied"), *digits, metrics={"fails": lambda outputs, targets: 1 / 0}, **SETTINGS)
+
+
+def test_the_direction_of_the_metric_that_selects_counts(digits, tmp_path):
+    def wrong(outputs, targets):
+        return (outputs.argmax(1) != targets).double()
+
+    def train():
+        arguments = {"metrics": {"wrong": wrong}, "select_by": "wrong", "combine": "best", "val": 0.2}
+        return fast_swamp(networks.build("tied"), *digits, run_dir=tmp_path, **arguments, **SETTINGS)
+
+    train()
+    wrong.higher_is_better = False
+    with pytest.raises(ValueError, match="the metric of select_by differs"):
+        train()
