@@ -19,7 +19,7 @@ class Segments(NamedTuple):
     """The segments of each run's vector; the parameters of a segment share a learning rate and a weight decay."""
 
     ends_ptr: Any  # [R, S] int64, the index after each segment, nondecreasing; the last one is P
-    count: int  # S
+    number: int  # S
 
 
 class Part(NamedTuple):

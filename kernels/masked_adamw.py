@@ -68,7 +68,7 @@ def masked_adamw_kernel(
         square = tl.load(square_ptr + columns, mask=inside)
         if grad_scale_ptr is not None:
             g = g * tl.load(grad_scale_ptr + lane).to(w.dtype)
-        place = lane if segments is None else lane * segments.count + first_segment
+        place = lane if segments is None else lane * segments.number + first_segment
         rate, beta1, beta2 = tl.load(lr_ptr + place), tl.load(beta1_ptr + lane), tl.load(beta2_ptr + lane)
         # Update the moments.
         mean = tl.where(keep, mean + (g - mean) * (1 - beta1).to(w.dtype), 0.0)
@@ -82,9 +82,9 @@ def masked_adamw_kernel(
             size, decay = tl.zeros_like(w) + size, tl.zeros_like(w) + decay
             # Most blocks lie in one segment. In others, each further segment gives its rates to the columns after it.
             for number in range(first_segment, last_segment):
-                later = columns >= tl.load(segments.ends_ptr + run * segments.count + number)
-                rate = tl.load(lr_ptr + lane * segments.count + number + 1)
-                factor = 1 - rate * tl.load(weight_decay_ptr + lane * segments.count + number + 1)
+                later = columns >= tl.load(segments.ends_ptr + run * segments.number + number)
+                rate = tl.load(lr_ptr + lane * segments.number + number + 1)
+                factor = 1 - rate * tl.load(weight_decay_ptr + lane * segments.number + number + 1)
                 size = tl.where(later, (rate / correction1).to(w.dtype), size)
                 decay = tl.where(later, factor.to(w.dtype), decay)
         w = w * decay

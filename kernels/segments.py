@@ -11,8 +11,8 @@ def segments_of_block(segments, run, begin, end):
     segments  Segments [R, S]
     """
     first, last = 0, 0
-    for number in range(segments.count - 1):
-        stop = tl.load(segments.ends_ptr + run * segments.count + number)
+    for number in range(segments.number - 1):
+        stop = tl.load(segments.ends_ptr + run * segments.number + number)
         first += (stop <= begin).to(tl.int32)
         last += (stop < end).to(tl.int32)
     return first, last
@@ -30,9 +30,9 @@ def rate_of_columns(rates_ptr, lane, columns, run, first, last, segments, dtype:
     if segments is None:
         rate = tl.load(rates_ptr + lane).to(dtype)
     else:
-        rates_ptr += lane * segments.count
+        rates_ptr += lane * segments.number
         rate = tl.zeros(columns.shape, dtype) + tl.load(rates_ptr + first).to(dtype)
         for number in range(first, last):
-            later = columns >= tl.load(segments.ends_ptr + run * segments.count + number)
+            later = columns >= tl.load(segments.ends_ptr + run * segments.number + number)
             rate = tl.where(later, tl.load(rates_ptr + number + 1).to(dtype), rate)
     return rate
