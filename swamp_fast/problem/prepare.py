@@ -131,7 +131,7 @@ def prepare(
             **_callable_fingerprints(arguments, forward, given_loss, probe),
             "prunable": sorted(probe.prunable),
             "drop_last": opened.drop_last,
-            **_recipe_fingerprints(recipe, arguments, config, template),
+            **_recipe_fingerprints(recipe, arguments, config, template, layout, steps_per_epoch),
         },
     )
 
@@ -151,7 +151,12 @@ def _callable_fingerprints(arguments: Arguments, forward: Forward, loss: Loss, p
 
 
 def _recipe_fingerprints(
-    recipe: Recipe, arguments: Arguments, config: SwampConfig, template: nn.Module
+    recipe: Recipe,
+    arguments: Arguments,
+    config: SwampConfig,
+    template: nn.Module,
+    layout: Layout,
+    steps_per_epoch: int,
 ) -> dict[str, Any]:
     """Return the hashes of the recipe and of the metric that selects, if the call has them.
 
@@ -161,8 +166,10 @@ def _recipe_fingerprints(
     with generators_left_alone():
         if recipe.optimizer is not None:
             recipe.optimizers(trained_parameters(particle_of(template)))
-        recipe.factors(1)
-        recipe.try_score([config.particles_at(0)], 2, weight_dtype(config), torch.device("cpu"))
+        if recipe.schedule is not None:
+            recipe.schedule(0, config.epochs * steps_per_epoch)
+        device = next(template.parameters()).device
+        recipe.try_score(map(config.particles_at, range(config.cycles)), layout.weights, weight_dtype(config), device)
     after = recipe.parts()
     hashes = recipe.fingerprint({name: changed_parts(before[name], after[name]) for name in before})
     metric = (arguments.metrics or {}).get(config.select_by)

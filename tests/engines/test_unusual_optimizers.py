@@ -188,3 +188,17 @@ def test_the_code_of_an_optimizers_class_counts(tmp_path, monkeypatch):
         linecache.clearcache()
         hashes.append(callable_fingerprint(importlib.import_module("mine").make))
     assert hashes[0] == hashes[1] != hashes[2]
+
+
+def test_functions_are_called_only_with_what_a_run_has(digits):
+    """A schedule may divide by steps - 1, and a score may have a number of its own for each weight."""
+    seen = []
+
+    def schedule(step, steps):
+        seen.append(steps)
+        return 1 - step / (steps - 1)
+
+    own = torch.rand(3072, dtype=torch.float64)
+    recipe = Recipe(schedule=schedule, score=lambda weights: weights.abs().mean(0) * own)
+    fast_swamp(networks.build("tied"), *digits, recipe=recipe, **SETTINGS)
+    assert set(seen) == {10}
