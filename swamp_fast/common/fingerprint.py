@@ -250,7 +250,7 @@ def _counts_by_content(value: Any) -> bool:
     version, nor for other objects, which may change while they are used.
     """
     if inspect.isfunction(value) or inspect.isclass(value):
-        if value.__module__.partition(".")[0] == "swamp_fast" and inspect.isclass(value):
+        if inspect.isclass(value) and str(value.__module__).partition(".")[0] == "swamp_fast":
             return False
         file = getattr(inspect.getmodule(value), "__file__", None) or ""
         return not ("site-packages" in file or file.startswith(_STANDARD_LIBRARY))
