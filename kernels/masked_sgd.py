@@ -96,12 +96,14 @@ def masked_sgd_(
 ):  # fmt: skip
     """Take the step; arguments as in swamp_fast/ops/masked_sgd.py."""
     lanes, parameters = weights.shape
+    segments = segments_of(segment_ends)
     with torch.cuda.device_of(weights):
         masked_sgd_kernel[(triton.cdiv(parameters, BLOCK),)](
             *(rows(weights), rows(grads), rows(momentum_buffer), rows(swa), rows(masks), run_of_lane),
             *(lr, momentum, weight_decay, grad_scale, swa_weight),
-            *(lanes, parameters, masks.shape[1], segments_of(segment_ends)),
+            *(lanes, parameters, masks.shape[1], segments),
             NESTEROV=nesterov,
             BLOCK=BLOCK,
+            num_warps=4 if segments is None else 8,  # with segments, 4 warps would spill registers with Triton 3.9
             enable_fp_fusion=True,
         )
