@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from swamp_fast.common.checked import checked_path
 from swamp_fast.common.parameter_group import ParameterGroup, groups_of
 
 CHOICES = {
@@ -32,10 +33,10 @@ ENGINES = ("auto", "eager", "fused", "fastest")
 ENGINE_NAME = re.compile(
     r"fused|(fused@(?P<up_to>0\.\d{0,5}[1-9]),)?eager:(?P<mode>lanes|fold|fold_grouped)(?P<last>:channels_last)?"
 )
-# Settings that apply to only one of the optimizers -> that optimizer.
-OPTIMIZERS = {"momentum": "sgd", "nesterov": "sgd", "beta1": "adamw", "beta2": "adamw", "adam_eps": "adamw"}
 # Settings that have an effect only with certain values of another setting -> that setting, and those values.
 EFFECTIVE_WITH = {
+    **dict.fromkeys(("momentum", "nesterov"), ("optimizer", ("sgd",))),
+    **dict.fromkeys(("beta1", "beta2", "adam_eps"), ("optimizer", ("adamw",))),
     "ema_decay": ("average", ("ema",)),
     "average_every": ("average", ("swa", "ema")),
     "step_epochs": ("schedule", ("step",)),
@@ -233,8 +234,10 @@ class SwampConfig:
                 f'engine["name"] such as "eager:lanes:channels_last"; got "{self.engine}".'
             )
         for name in ("run_dir", "data_dir"):
-            check_path(name, getattr(self, name))
+            if getattr(self, name) is not None:
+                checked_path(name, getattr(self, name))
         self._check_ranges()
+        self._check_effects()
         self._check_schedule()
         self._check_optimizer()
         if self.target_density is not None:
@@ -263,6 +266,17 @@ class SwampConfig:
         _in_range("accumulate", self.accumulate, 1, 1 << 31)
         seed_of("seed", self.seed)
 
+    def _check_effects(self) -> None:
+        """Raise ValueError for a setting that is changed but has no effect, because of another setting."""
+        for name, (setting, values) in EFFECTIVE_WITH.items():
+            value, default, other = getattr(self, name), default_of(name), getattr(self, setting)
+            if value != default and other not in values:
+                wanted = " or ".join(f'{setting}="{each}"' for each in values)
+                raise ValueError(
+                    f'`{name}` is a setting of {wanted}, got {name} = {value} with {setting}="{other}". Leave it at '
+                    f"{default}, or set {wanted}."
+                )
+
     def _check_schedule(self) -> None:
         """Raise ValueError if a setting of the learning rate or of the average is out of range or has no effect."""
         if not 0 <= self.swa_start < 1:
@@ -279,10 +293,6 @@ class SwampConfig:
                 f"`step_epochs` = {self.step_epochs} never lowers the rate in {self.epochs} epochs; name epochs from 1 "
                 f"to {self.epochs - 1}, or set another `schedule`."
             )
-        for name, (setting, value) in EFFECTIVE_WITH.items():
-            if getattr(self, name) != default_of(name) and getattr(self, setting) not in value:
-                wanted = " or ".join(f'{setting}="{each}"' for each in value)
-                raise ValueError(f"`{name}` = {getattr(self, name)} has an effect only with {wanted}; set that, too.")
         if self.ends_at_swa_lr and self.window_lr > self.initial_lr:
             raise ValueError(
                 f"`swa_lr` must be at most `lr`, got swa_lr = {self.window_lr} and lr = {self.initial_lr}: "
@@ -296,13 +306,6 @@ class SwampConfig:
         _in_range("adam_eps", self.adam_eps, MIN_EPS, math.inf)
         if self.clip_norm is not None and not 0 < self.clip_norm < math.inf:
             raise ValueError(f"`clip_norm` must be above 0 and finite, got {self.clip_norm}; None doesn't clip.")
-        for name, optimizer in OPTIMIZERS.items():
-            value, default = getattr(self, name), default_of(name)
-            if self.optimizer != optimizer and value != default:
-                raise ValueError(
-                    f'`{name}` is a setting of optimizer="{optimizer}", got {name} = {value} with '
-                    f'optimizer="{self.optimizer}". Leave it at {default}, or set optimizer="{optimizer}".'
-                )
         if self.nesterov and self.momentum == 0:
             raise ValueError("`nesterov` needs momentum; set momentum above 0 or nesterov=False.")
 
@@ -444,22 +447,6 @@ def seed_of(name: str, value: object) -> int:
     if not -(1 << 63) <= seed < 1 << 63:
         raise ValueError(f"`{name}` must fit 64 bits, got {seed}.")
     return seed
-
-
-def check_path(name: str, path: str | None) -> None:
-    """Raise ValueError for a text that can't name a folder."""
-    if path == "":
-        raise ValueError(f"`{name}` is an empty text; name a folder, or pass None.")
-    if path is not None and ("\0" in path or not _is_unicode(path)):
-        raise ValueError(f"`{name}` must be a path without null characters or surrogates, got {path!r}.")
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _refuse_unknown(settings: Mapping[str, Any]) -> None:

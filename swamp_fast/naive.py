@@ -183,7 +183,7 @@ def train_particle(problem: Problem, run: Run, model: nn.Module, masks: State, c
         norm.reset_running_stats()
     optimizers = optimizers_of(problem, model)
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-    factors = [group.get("lr_factor", group.get("lr", 0.0)) for group in groups]
+    factors = [group.get("lr_factor" if problem.own_optimizer is None else "lr", 0.0) for group in groups]
     average: State = {}
     samples, step, mean_loss = 0, 0, 0.0
     for epoch in range(epochs):
@@ -253,15 +253,20 @@ def train_step(
         return torch.stack(losses).sum()
 
     loss = closure()
-    needs_closure = problem.own_optimizer is not None and problem.own_optimizer.needs_closure
-    statistics = {buffer: buffer.clone() for norm in norms_in_training(model) for buffer in norm.buffers()}
-    problem.seeded_for_optimizer(batches[0][1])
-    for optimizer in optimizers:
-        optimizer.step(closure) if needs_closure else optimizer.step()  # type: ignore[arg-type]
-    for buffer, before in statistics.items():  # as after the first pass
-        buffer.copy_(before)
+    if problem.own_optimizer is None:
+        for optimizer in optimizers:
+            optimizer.step()
+    else:
+        needs_closure = problem.own_optimizer.needs_closure
+        norms = norms_in_training(model) if needs_closure else []
+        statistics = {buffer: buffer.clone() for norm in norms for buffer in norm.buffers()}
+        problem.seeded_for_optimizer(batches[0][1])
+        for optimizer in optimizers:
+            optimizer.step(closure) if needs_closure else optimizer.step()  # type: ignore[arg-type]
+        for buffer, before in statistics.items():  # as after the first pass
+            buffer.copy_(before)
+        mask_optimizers(optimizers, parameters, masks)
     apply_masks(parameters, masks)
-    mask_optimizers(optimizers, parameters, masks)
     return loss
 
 

@@ -72,8 +72,11 @@ def checked_path(name: str, value: Any) -> Path:
     """Return the path of a file or folder; "~" is the user's home. Raises TypeError or ValueError for another value."""
     if not isinstance(value, str | Path):
         raise TypeError(f"`{name}` must be a path, as text or as a Path; got {shown(value)}.")
-    if str(value) == "" or "\0" in str(value):
-        raise ValueError(f"`{name}` must be a path without a null character, and not empty; got {shown(value)}.")
+    text = str(value)
+    if not text or "\0" in text or any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise ValueError(
+            f"`{name}` must be a path without null characters and surrogates, and not empty; got {shown(value)}."
+        )
     try:
         return Path(value).expanduser()
     except RuntimeError as error:

@@ -21,3 +21,9 @@ def percent(fraction: float | None, digits: int = 2) -> str:
 def dtype_name(dtype: torch.dtype) -> str:
     """Return the name of a dtype without "torch."."""
     return str(dtype).removeprefix("torch.")
+
+
+def described(error: Exception) -> str:
+    """Return an error's type and the first line of its message, for the end of a sentence."""
+    line = (str(error).splitlines() or [""])[0].rstrip(".")
+    return f"{type(error).__name__}: {line}" if line else type(error).__name__

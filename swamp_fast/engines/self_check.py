@@ -124,11 +124,6 @@ def close(results: Any, expected: Any, tolerance: float = TOLERANCE, floor: floa
     return True
 
 
-def raised(error: Exception) -> str:
-    """An error's type and the first line of its message, for use at the end of a sentence."""
-    return f"{type(error).__name__}: {(str(error).splitlines() or ['no reason given'])[0]}"
-
-
 def _double(tree: Any) -> Any:
     return tree_map(lambda leaf: _typed(leaf, torch.float64), tree)
 

@@ -34,7 +34,7 @@ def ticket_training(config: SwampConfig, steps_per_epoch: int, factors: Sequence
     if factors is not None:
         rates = [first * factor for factor in factors]
         return Training(config.ticket_epochs, lambda step: rates[min(step, len(rates) - 1)], lambda step: 0.0)
-    warmup = warmup_steps(config, steps_per_epoch)
+    warmup = max(1, warmup_steps(config, steps_per_epoch))  # a single step of a warm-up has the rate lr
     return Training(config.ticket_epochs, lambda step: first * min(1.0, (step + 1) / warmup), lambda step: 0.0)
 
 
@@ -76,13 +76,13 @@ def average_weight(config: SwampConfig, steps_per_epoch: int, step: int) -> floa
 
 
 def warmup_steps(config: SwampConfig, steps_per_epoch: int) -> int:
-    """Return the number of warm-up steps. Without a warm-up it is 1, since a single warm-up step has the rate `lr`."""
-    return max(1, round(config.warmup_epochs * steps_per_epoch))
+    """Return the number of warm-up steps."""
+    return round(config.warmup_epochs * steps_per_epoch)
 
 
 def learning_rate(config: SwampConfig, steps_per_epoch: int, step: int) -> float:
     """Return the learning rate of a step of a cycle; see SwampConfig's `schedule`."""
-    first, warmup = config.initial_lr, warmup_steps(config, steps_per_epoch) if config.warmup_epochs else 0
+    first, warmup = config.initial_lr, warmup_steps(config, steps_per_epoch)
     if step < warmup:
         return first * (step + 1) / warmup
     if config.schedule == "constant":

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from swamp_fast.common.fingerprint import value_fingerprint
+from swamp_fast.common.format import described
 from swamp_fast.particles.optimizer_state import PLAIN, NotSaved, read_state, with_inner
 from swamp_fast.particles.random import generators_left_alone, generators_state
 from swamp_fast.problem.checks import particle_of
@@ -66,7 +67,7 @@ def try_optimizer(recipe: Recipe, template: nn.Module) -> OwnOptimizer | None:
 
 class _StepRaised(Exception):
     def __init__(self, error: Exception) -> None:
-        super().__init__(f"{type(error).__name__}: {str(error).rstrip('.')}")
+        super().__init__(described(error))
 
 
 class _Trial:

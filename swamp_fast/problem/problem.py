@@ -97,7 +97,7 @@ class Problem:
         saves_optimizer = self.own_optimizer is None or self.own_optimizer.not_saved is None
         return saves_optimizer and not self.probe.keeps_state
 
-    @property
+    @cached_property
     def steps_per_epoch(self) -> int:
         """The number of optimizer steps of an epoch."""
         return steps_of(self.train.length, self.config, self.drop_last)

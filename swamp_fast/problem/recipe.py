@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from swamp_fast.common.fingerprint import callable_fingerprint, callable_parts, tensor_fingerprint
-from swamp_fast.common.format import dtype_name
+from swamp_fast.common.format import described, dtype_name
 from swamp_fast.config import SwampConfig, default_of
 from swamp_fast.problem.gradients import listed
 
@@ -190,8 +190,3 @@ class Recipe:
     def parts(self) -> dict[str, dict[str, str]]:
         """Return the hashes of what each of the functions holds, as they are now."""
         return {name: callable_parts(getattr(self, name)) for name in CODE}
-
-
-def described(error: Exception) -> str:
-    """Return an error's type and text, for the end of a sentence."""
-    return f"{type(error).__name__}: {str(error).rstrip('.')}" if str(error) else type(error).__name__

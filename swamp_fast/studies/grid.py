@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from swamp_fast.common.checked import checked_path, shown
+from swamp_fast.common.format import described
 from swamp_fast.common.signatures import misfit
 from swamp_fast.config import SwampConfig
 from swamp_fast.problem.arguments import Arguments
@@ -154,4 +155,4 @@ def model_of(model: Model, arguments: Mapping[str, Any], seed: int) -> nn.Module
             if not arguments:
                 raise
             given = ", ".join(f"`{MODEL}{name}` = {value!r}" for name, value in arguments.items())
-            raise ValueError(f"{given}: the model factory raises {type(error).__name__}: {error}") from error
+            raise ValueError(f"{given}: the model factory raises {described(error)}.") from error

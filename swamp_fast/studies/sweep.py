@@ -85,18 +85,7 @@ def sweep(
     points = points_of([{}] if grid is None else grid)
     out = None if out is None else folder_named(out)
     base = shared_settings(config, common)
-    shared = Arguments(
-        val=val,
-        forward=forward,
-        loss=loss,
-        transform=transform,
-        prunable=prunable,
-        initial_masks=initial_masks,
-        recipe=recipe,
-        metrics=metrics,
-        on_epoch=on_epoch,
-        on_cycle=on_cycle,
-    )
+    shared = Arguments.of(locals())
     with folder_of_study(out):
         result, _ = run_points(model, train, test, shared, points, base, out)
         if out is not None and distributed.current().first:

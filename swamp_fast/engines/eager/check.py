@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from swamp_fast.common.format import described
 from swamp_fast.common.tree import tree_map
 from swamp_fast.data.store import Batch
 from swamp_fast.engines.eager.fold import Folded
@@ -25,7 +26,6 @@ from swamp_fast.engines.self_check import (
     different_weights,
     few_samples,
     in_float64,
-    raised,
     results_of,
 )
 from swamp_fast.engines.trainer import LaneRunner
@@ -62,7 +62,7 @@ def why_not_fold(problem: Problem, grouped: bool) -> str | None:
     except CannotFold as reason:
         return str(reason)
     except Exception as error:
-        return f"when folded, it raises {raised(error)}"
+        return f"when folded, it raises {described(error)}"
 
 
 def why_not_channels_last(problem: Problem) -> str | None:
@@ -80,7 +80,7 @@ def why_not_channels_last(problem: Problem) -> str | None:
             try:
                 results.append(_results(partial(LaneByLane, problem, channels_last=last), weights, batch, keys))
             except Exception as error:  # for example from a view that is impossible with channels last
-                return f"in the float64 check with channels {'last' if last else 'first'}, it raises {raised(error)}"
+                return f"in the float64 check with channels {'last' if last else 'first'}, it raises {described(error)}"
     channels_first, channels_last = results
     for name, expected in channels_first.items():
         if not close(channels_last[name], expected):

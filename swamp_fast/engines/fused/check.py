@@ -11,6 +11,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from swamp_fast.common.format import described
 from swamp_fast.engines.fused.compact import Compact
 from swamp_fast.engines.fused.cuda.halo import MAX_BLOCKS_PER_LANE, Halo, Prologue, Statistics
 from swamp_fast.engines.fused.cuda.nvrtc import Launch, launcher
@@ -24,7 +25,6 @@ from swamp_fast.engines.self_check import (
     different_weights,
     few_samples,
     in_float64,
-    raised,
     results_of,
 )
 from swamp_fast.ops.backends import why_no_nvrtc
@@ -53,7 +53,7 @@ def differs_from_autograd(problem: Problem, plan: Plan, mask: Tensor | None = No
     try:
         return _difference(in_float64(problem), plan, mask)
     except Exception as error:
-        return f"its self-check raises {raised(error)}"
+        return f"its self-check raises {described(error)}"
 
 
 def _difference(problem: Problem, plan: Plan, mask: Tensor | None) -> str | None:
@@ -115,7 +115,7 @@ def tensor_cores_differ(halos: Iterable[Halo], launch: Launch, device: torch.dev
             results = _of_halo(halo, launch, device)
             expected = _of_halo(halo, None, device)
         except Exception as error:
-            return f"they raise {raised(error)}"
+            return f"they raise {described(error)}"
         names = ("outputs", "input gradients", "weight gradients", "statistics")
         for name, ours, tritons in zip(names, results, expected, strict=True):
             is_gradient = name.endswith("gradients")
