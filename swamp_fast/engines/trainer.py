@@ -64,6 +64,7 @@ class Trainer:
 
     done          the number of steps completed in the current training
     optimizers    the optimizers of the recipe; None if the settings describe the optimizer
+    keeps_batches  whether a step's batches are needed again, by optimizers with a closure
     graphs        for each batch size, the index tensor [L, B] from which the graph reads its batch, and the graph
     not_captured  the reason why steps are not captured; None if they are
     """
@@ -76,6 +77,8 @@ class Trainer:
         self.number, self.swa_weight = torch.ones_like(self.loss_sum), torch.zeros_like(self.loss_sum)
         self.done = 0
         self.optimizers: LaneOptimizers | None = None
+        own = problem.own_optimizer
+        self.keeps_batches = own is not None and own.needs_closure
         self.graphs: dict[int, tuple[Tensor, torch.cuda.CUDAGraph]] = {}
         self.not_captured = _why_not_captured(problem)
 
@@ -175,7 +178,7 @@ class Trainer:
             keys = later(self.step_keys, number)
             batch = self.problem.fetch(handle, self.epoch_keys, keys, self.runner.channels_last)
             self.loss_sum.add_(self.runner.backward(batch, keys))
-            if self.optimizers is not None:
+            if self.keeps_batches:
                 batches.append((batch, keys))
         if len(handles) > 1:
             self.grads.div_(len(handles))
